@@ -1,0 +1,26 @@
+"""Turn raw text into token shards: read, judge, deduplicate, tokenize.
+
+examples:
+  python jobs/prepare.py                                     # the packages installed here (configs/quickstart.yaml)
+  python jobs/prepare.py --config configs/debian.yaml        # a JSON Lines file of your own
+  python jobs/prepare.py --local_data_dir notes/ data.min_chars=20
+"""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline.config import Config
+from pipeline.runtime.job import Result, run_job
+
+
+def main(config: Config, args: Namespace) -> Result:
+    from pipeline.stages import prepare_stage
+
+    return prepare_stage(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job("prepare", __doc__, main))

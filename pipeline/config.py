@@ -1,0 +1,500 @@
+"""The one config tree: every key, its unit, its default and where the default comes from.
+
+Precedence: defaults < YAML file < environment (secrets, and `PIPELINE_STORAGE`) < `section.key=value` arguments.
+
+    >>> config = load("configs/quickstart.yaml", ["training.learning_rate=3e-4"])
+    >>> config.get("training.learning_rate")
+    0.0003
+
+Whatever is wrong with it is a `ConfigError` of one sentence that names the file, the key, what was found and what is
+allowed. Nothing here imports Ray or torch, so that a wrong key costs a second and not a cluster.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+SECRETS = ("PINECONE_API_KEY", "WANDB_API_KEY", "HF_TOKEN")
+"""Environment variables that `api.env` may set; they never enter the config tree."""
+
+
+class ConfigError(Exception):
+    """A config, an argument or a request that cannot be met as written; jobs exit 2 with its one sentence."""
+
+
+def _expand(path: str) -> str:
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    if unset := re.search(r"\$\{?(\w+)\}?", expanded):
+        raise ValueError(f"a path whose environment variables are set ({unset[1]} is not)")
+    return expanded
+
+
+PathStr = Annotated[str, Field(min_length=1), AfterValidator(_expand)]
+"""A path in which `~` and `$VARIABLES` are expanded; an unset variable is refused."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Storage(Section):
+    root: PathStr = ""
+    """Folder for runs, prepared data and tables. Default: $PIPELINE_STORAGE, else ~/.cache/text-embedding-pipeline."""
+    run: Name = "default"
+    """Name of the run: its folder is `<root>/runs/<run>`; training in it again resumes it."""
+
+
+class Source(Section):
+    name: Name
+    """Name of the source, in the manifest and in each record's `source_id`."""
+    type: Literal["json", "text", "python_packages"]
+    """json: JSON Lines. text: one file a record, its title or first line the anchor, the rest the positive.
+    python_packages: the functions and classes of the installed packages, docstring → code."""
+    path: PathStr | None = None
+    """A file, a folder or a glob. python_packages: a folder of packages, by default this Python's site-packages."""
+    fields: dict[Literal["anchor", "positive", "text", "id"], str] = {}
+    """Record field → the source's own field, dots for nested ones. json alone; {} stands for fields so named."""
+    metadata: list[str] = []
+    """Further fields of the source that ride along with each record."""
+    max_samples: int | None = Field(None, ge=1)
+    """Read at most so many records: those first in the source's own order."""
+
+    @model_validator(mode="after")
+    def _path_where_needed(self) -> Source:
+        if self.path is None and self.type != "python_packages":
+            raise ValueError(f"a source of type {self.type} with a `path`")
+        mapped = set(self.fields) - {"id"}
+        if mapped and mapped != {"text"} and mapped != {"anchor", "positive"}:
+            raise ValueError("`fields` that map either `text`, or `anchor` and `positive`")
+        if self.type != "json" and (self.fields or self.metadata):
+            raise ValueError("`fields` and `metadata` on sources of type json alone")
+        return self
+
+
+class Data(Section):
+    sources: list[Source] = Field([Source(name="packages", type="python_packages")], min_length=1)
+    """Where records come from."""
+    max_bad_fraction: float = Field(0.05, ge=0, le=1)
+    """Stop when a larger share of a source's records cannot be read (broken lines, missing fields, bad bytes)."""
+    validation_fraction: float = Field(0.02, gt=0, lt=0.5)
+    """Share of records held out, chosen by hash of id."""
+    min_chars: int = Field(10, ge=1)
+    """Records with a shorter field, in characters, are rejected: 10 drops docstrings such as "See base." (ours)."""
+    max_chars: int = Field(1_000_000, ge=1)
+    """Records with a longer field, in characters, are rejected."""
+    max_nonprintable: float = Field(0.1, ge=0, le=1)
+    """Records with a field of a larger share of non-printable characters are rejected (ours: binary is > 0.3)."""
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> Data:
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"sources with distinct names, not {', '.join(names)}")
+        return self
+
+
+class Tokenizer(Section):
+    load_path: PathStr | None = None
+    """A tokenizer.json to use as it is. Without one, one is trained once and kept with the prepared data."""
+    type: Literal["bpe"] = "bpe"
+    """Byte-level BPE: it trains to the same file every time."""
+    vocab_size: int = Field(16_000, ge=512, le=1_000_000)
+    """Tokens in a trained vocabulary."""
+    lowercase: bool = True
+    """Lower-case before tokenizing: small data sees each word more often (debian: +0.01 NDCG@10, ours)."""
+    max_length: int = Field(128, ge=2, le=131_072)
+    """Tokens kept of each text."""
+    train_mb: int = Field(64, ge=1)
+    """Text the vocabulary is trained on, in MB: the records first by hash."""
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"d_model": 256, "num_layers": 1, "num_heads": 4, "d_ff": 768},
+    "small": {"d_model": 384, "num_layers": 6, "num_heads": 6, "d_ff": 1024},
+    "base": {"d_model": 768, "num_layers": 12, "num_heads": 12, "d_ff": 2048},
+}
+
+
+class Model(Section):
+    size: Literal["tiny", "small", "base"] = "tiny"
+    """One dial for width, depth and heads; each can be overridden below."""
+    d_model: int | None = Field(None, ge=8)
+    """Width of the token states and of the vectors."""
+    num_layers: int | None = Field(None, ge=0)
+    """Transformer layers; 0 is a table of token embeddings."""
+    num_heads: int | None = Field(None, ge=1)
+    """Attention heads a layer; d_model must be an even multiple of it."""
+    d_ff: int | None = Field(None, ge=8)
+    """Width of the feed-forward's hidden layer."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of residual-branch outputs dropped in training."""
+    norm_eps: float = Field(1.0, gt=0)
+    """Epsilon of RMSNorm. Far above a state's mean square it keeps token weights (see model/transformer.py)."""
+
+    def dimensions(self) -> dict[str, int]:
+        """d_model, num_layers, num_heads and d_ff, overrides applied."""
+        own = {key: getattr(self, key) for key in SIZES[self.size]}
+        return SIZES[self.size] | {key: value for key, value in own.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _even_heads(self) -> Model:
+        d_model, num_heads = self.dimensions()["d_model"], self.dimensions()["num_heads"]
+        if d_model % (2 * num_heads):
+            raise ValueError(f"a d_model that is an even multiple of num_heads, not {d_model} over {num_heads}")
+        return self
+
+
+class Contrastive(Section):
+    weight: float = Field(1.0, gt=0)
+    """Weight in the sum of objectives."""
+    temperature: float = Field(0.05, gt=0, le=10)
+    """Similarities are divided by it (SimCSE, section 6)."""
+    symmetric: bool = True
+    """Also classify each positive's anchor among all anchors."""
+
+
+class Objective(Section):
+    contrastive: Contrastive = Contrastive()
+    """InfoNCE with in-batch negatives from all workers."""
+
+
+class Training(Section):
+    global_batch_size: int = Field(256, ge=2)
+    """Pairs an optimizer step, over all workers."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Micro-batches a worker's share is cut into. Gradients are cached, so each anchor still meets all negatives."""
+    learning_rate: float = Field(1e-3, gt=0, le=10)
+    """AdamW's peak rate for the layers."""
+    table_learning_rate: float | None = Field(None, gt=0, le=10)
+    """Peak rate for the token table; by default `learning_rate`."""
+    weight_decay: float = Field(0.01, ge=0, le=1)
+    """AdamW's decoupled decay, on weight matrices alone."""
+    warmup_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps over which the rate rises from zero; it then falls linearly to 5% of its peak."""
+    table_warmup_fraction: float = Field(0.0, ge=0, le=1)
+    """Share of the steps in which the token table trains alone, before the layers join in (model/transformer.py)."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after so many optimizer steps."""
+    max_epochs: float = Field(3.0, gt=0)
+    """Stop after so many passes over the training split."""
+    max_time_s: float | None = Field(None, gt=0)
+    """Stop after so many seconds of training in this start, with a checkpoint."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast where the GPU has it, else fp32."""
+    strategy: Literal["ddp"] = "ddp"
+    """How workers share the model: each holds a copy, gradients are averaged."""
+    validate_every_steps: int = Field(200, ge=1)
+    """Steps between validations."""
+    validation_pairs: int = Field(2048, ge=2)
+    """At most so many validation pairs are ranked against each other."""
+    log_every_steps: int = Field(10, ge=1)
+    """Steps between two lines in metrics.jsonl."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of weights, data order and dropout."""
+
+
+class Checkpointing(Section):
+    every_steps: int = Field(200, ge=1)
+    """Steps between checkpoints; one is also written at the end."""
+    max_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints kept; the best by validation NDCG@10 is kept beside them."""
+
+
+class Logging(Section):
+    save_dir: PathStr = ""
+    """Folder of training.log and metrics.jsonl; relative to storage.root. Default: the run's folder."""
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least severe messages written, to the console and to the file."""
+    format: str = Field("%(asctime)s %(levelname)-7s %(message)s", min_length=1)
+    """Of lines in training.log, in the style of Python's logging."""
+
+
+class Embedding(Section):
+    model: PathStr | None = None
+    """A checkpoint folder; by default the run's best."""
+    field: Literal["auto", "anchor", "positive", "text"] = "auto"
+    """Field of the record that is embedded: `positive`, else `text`."""
+    store: Literal["lancedb"] = "lancedb"
+    """Where vectors are written."""
+    uri: PathStr = "lancedb"
+    """LanceDB's folder; relative to storage.root."""
+    batch_tokens: int = Field(8_192, ge=16)
+    """Tokens encoded in one forward pass."""
+    max_workers: int | None = Field(None, ge=1)
+    """Encoding actors at most; by default as many as the cluster has CPUs (GPUs, where there are some)."""
+
+
+class Pinecone(Section):
+    """Takes no keys yet: `embedding.store` knows LanceDB alone so far."""
+
+
+class Evaluation(Section):
+    beir_dir: PathStr | None = None
+    """A BEIR folder to score as well: corpus.jsonl, queries.jsonl, qrels/test.tsv."""
+    held_out_queries: int = Field(1000, ge=0)
+    """Anchors of the validation split looked up among all embedded records; 0 for none."""
+
+
+class Tune(Section):
+    """Takes no keys yet: sweeps are still to come."""
+
+
+class Scaling(Section):
+    num_workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Training workers. auto: one a GPU, else two."""
+    cpus_per_worker: float = Field(0.5, gt=0)
+    """CPUs a training worker reserves. Half a CPU each leaves Ray Data a whole one of two."""
+    gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    """GPUs a training worker reserves. auto: 1 where the cluster has GPUs, else 0."""
+
+
+class Config(Section):
+    storage: Storage = Storage()
+    data: Data = Data()
+    tokenizer: Tokenizer = Tokenizer()
+    model: Model = Model()
+    objective: Objective = Objective()
+    training: Training = Training()
+    checkpointing: Checkpointing = Checkpointing()
+    logging: Logging = Logging()
+    embedding: Embedding = Embedding()
+    pinecone: Pinecone = Pinecone()
+    evaluation: Evaluation = Evaluation()
+    tune: Tune = Tune()
+    scaling: Scaling = Scaling()
+
+    def get(self, dotted: str) -> Any:
+        """The value at a dotted path: `get("training.learning_rate")`; KeyError names a path that is not there."""
+        value: Any = self
+        for part in dotted.split("."):
+            if not (isinstance(value, BaseModel) and part in type(value).model_fields):
+                raise KeyError(f"no config key {dotted}")
+            value = getattr(value, part)
+        return value
+
+    @property
+    def root(self) -> Path:
+        return Path(self.storage.root)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.root / "runs" / self.storage.run
+
+    @property
+    def log_dir(self) -> Path:
+        return self.root / self.logging.save_dir if self.logging.save_dir else self.run_dir
+
+    def dump(self) -> dict[str, Any]:
+        """The resolved tree as plain values. Secrets are not in the tree, so none can be in it."""
+        return self.model_dump(mode="json")
+
+
+OLDER_NAMES = {
+    "mixed_precision": "training.precision",
+    "batch_size": "training.global_batch_size",
+    "epochs": "training.max_epochs",
+    "num_epochs": "training.max_epochs",
+    "lr": "training.learning_rate",
+    "max_seq_length": "tokenizer.max_length",
+    "save_total_limit": "checkpointing.max_checkpoints",
+    "save_steps": "checkpointing.every_steps",
+    "output_dir": "storage.root",
+}
+"""Names that people bring from elsewhere, told apart in the error that refuses them."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which `1e-3` is a number, as in YAML 1.2, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, str) and key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
+            seen.add(key if isinstance(key, str) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def load(path: str | os.PathLike[str], overrides: Sequence[str] = (), environ: dict[str, str] | None = None) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, and validate. Raises ConfigError."""
+    environ = dict(os.environ) if environ is None else environ
+    file = Path(path)
+    tree = _read(file)
+    from_arguments = {}
+    for override in overrides:
+        key, value = _parse_override(override)
+        _assign(tree, key.split("."), value, override)
+        from_arguments[key] = override
+    _apply_environment(tree, from_arguments, environ)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, file, list(from_arguments))) from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: byte {error.start} is not UTF-8; a config is YAML text in UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror or error}; --config takes a readable YAML file") from None
+    return _mapping(text, str(file))
+
+
+def _mapping(text: str, where: str) -> dict[str, Any]:
+    try:
+        tree = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        raise ConfigError(f"{where}: {_yaml_problem(error)}; allowed is plain YAML") from None
+    if tree is None:
+        raise ConfigError(f"{where}: found an empty file; allowed is a mapping of sections such as `training: {{}}`")
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where}: found {_kind(tree)}; allowed is a mapping of sections such as `training: {{}}`")
+    return tree
+
+
+def _yaml_problem(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).splitlines()[0]
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else f"not YAML: {problem}"
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)+", key):
+        raise ConfigError(f"argument {override!r}: allowed are section.key=value and the options that --help lists")
+    try:
+        return key, yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        raise ConfigError(f"argument {override!r}: {_yaml_problem(error)}; allowed is a YAML value") from None
+
+
+def _assign(tree: dict[str, Any], parts: list[str], value: Any, override: str) -> None:
+    for depth, part in enumerate(parts[:-1], 1):
+        child: Any = tree.setdefault(part, {})
+        if isinstance(child, list) and parts[depth].isdigit() and int(parts[depth]) < len(child):
+            return _assign({str(i): item for i, item in enumerate(child)}, parts[depth:], value, override)
+        if not isinstance(child, dict):
+            raise ConfigError(
+                f"argument {override!r}: {'.'.join(parts[:depth])} holds {_kind(child)}; allowed is a mapping"
+            )
+        tree = child
+    tree[parts[-1]] = value
+
+
+def _apply_environment(tree: dict[str, Any], from_arguments: dict[str, str], environ: dict[str, str]) -> None:
+    """PIPELINE_STORAGE beats the file and yields to an argument; without either, a folder under ~/.cache."""
+    if "storage" in tree and not isinstance(tree["storage"], dict):
+        return  # validation names it
+    storage = tree.setdefault("storage", {})
+    if "storage.root" not in from_arguments and environ.get("PIPELINE_STORAGE"):
+        storage["root"] = environ["PIPELINE_STORAGE"]
+    storage.setdefault("root", "~/.cache/text-embedding-pipeline")
+    if isinstance(storage["root"], str) and "://" in storage["root"]:
+        raise ConfigError(
+            f"storage.root: found {storage['root']!r}; allowed is a local folder (buckets are still to come)"
+        )
+    if isinstance(storage["root"], str) and storage["root"]:
+        storage["root"] = os.path.abspath(os.path.expanduser(storage["root"]))
+
+
+def _explain(error: ValidationError, file: Path, arguments: list[str]) -> str:
+    """The first error as one sentence, and how many more there are."""
+    details = error.errors(include_url=False)
+    first = details[0]
+    location = [part for part in first["loc"] if not _is_union_tag(part)]
+    key = ".".join(str(part) for part in location)
+    where = f"argument {key}" if any(key == a or key.startswith(a + ".") for a in arguments) else f"{file}: {key}"
+    places = {tuple(p for p in d["loc"] if not _is_union_tag(p)) for d in details}
+    more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key; {_suggest(location)}{more}"
+    if first["type"] == "missing":
+        return f"{where}: found no such key; allowed is a value of your own{more}"
+    allowed = " or ".join(
+        dict.fromkeys(_allowed(d) for d in details if [p for p in d["loc"] if not _is_union_tag(p)] == location)
+    )
+    return f"{where}: found {_kind(first['input'])}; allowed is {allowed}{more}"
+
+
+def _is_union_tag(part: object) -> bool:
+    """Pydantic names the member of a union, a constraint or a mapping's key in an error's location."""
+    return isinstance(part, str) and bool(re.search(r"[\[(]|^(int|float|str|bool|none)$", part))
+
+
+def _allowed(detail: Any) -> str:
+    message = str(detail["msg"])
+    for prefix in ("Input should be ", "Value error, ", "Input should ", "String should "):
+        message = message.removeprefix(prefix)
+    if detail["type"] == "model_type":
+        message = "a mapping of keys"
+    return message[0].lower() + message[1:]
+
+
+def _kind(value: Any) -> str:
+    names: dict[type, str] = {dict: "a mapping", list: "a list", str: "text", bool: "a truth value"}
+    if value is None:
+        return "null"
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return f"{shown} ({names[type(value)]})" if type(value) in names else shown
+
+
+def _suggest(location: Sequence[Any]) -> str:
+    """The nearest key: the same name elsewhere in the tree, an older name, or a like spelling in this section."""
+    unknown, parent = str(location[-1]), [p for p in location[:-1] if not isinstance(p, int)]
+    elsewhere = [path for path in _paths(Config) if path.split(".")[-1].removesuffix("[]") == unknown]
+    if unknown in OLDER_NAMES:
+        return f"its name here is {OLDER_NAMES[unknown]}"
+    if elsewhere:
+        return f"{unknown} stands at {' and '.join(elsewhere)}"
+    section: Any = Config
+    for part in parent:
+        section = _inner(section.model_fields[part].annotation) if hasattr(section, "model_fields") else None
+    known = list(section.model_fields) if hasattr(section, "model_fields") else []
+    near = difflib.get_close_matches(unknown, known, 1) or difflib.get_close_matches(unknown, _leaves(), 1, 0.8)
+    return f"did you mean {near[0]}?" if near else f"allowed are {', '.join(known) or 'no keys'}"
+
+
+def _inner(annotation: Any) -> Any:
+    """The section inside `X`, `list[X]` or `X | None`, else None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (list, Union, UnionType, Annotated):
+        return next((found for arg in get_args(annotation) if (found := _inner(arg))), None)
+    return None
+
+
+def _paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        inner = _inner(field.annotation)
+        many = "[]" if get_origin(field.annotation) is list and inner else ""
+        yield f"{prefix}{name}{many}"
+        if inner:
+            yield from _paths(inner, f"{prefix}{name}{many}.")
+
+
+def _leaves() -> list[str]:
+    return [path.split(".")[-1] for path in _paths(Config)]

@@ -1,0 +1,1 @@
+"""Data: sources, prepared records and token shards, and the training feed."""

@@ -1,0 +1,1 @@
+"""Models. Plain torch; nothing here knows of Ray."""

@@ -1,0 +1,1 @@
+"""What the model learns from. Plain torch; nothing here knows of Ray."""

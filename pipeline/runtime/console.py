@@ -1,0 +1,113 @@
+"""What a person watching sees: log lines, a bar a stage on a terminal, a line every 30 s elsewhere, and a table.
+
+Everything goes to stderr and to training.log; stdout belongs to a job's result.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
+
+log = logging.getLogger("pipeline")
+
+LINE_EVERY_S = 30.0
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes above the bar that is being drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+class LogFile(logging.FileHandler):
+    """training.log. Ray sets the format of every handler that it finds on its loggers; this one keeps its own."""
+
+    def __init__(self, path: Path, line_format: str) -> None:
+        super().__init__(path, encoding="utf-8", delay=True)
+        super().setFormatter(logging.Formatter(line_format))
+
+    def setFormatter(self, fmt: logging.Formatter | None) -> None:
+        return
+
+
+def start_logging(folder: Path, level: str, line_format: str) -> LogFile:
+    """Send our own messages to the console and to `folder/training.log`. Returns the file's handler, for Ray's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = LogFile(folder / "training.log", line_format)
+    console = _ConsoleHandler()
+    console.setFormatter(logging.Formatter("%(message)s"))
+    stop_logging()
+    log.handlers[:] = [console, file]
+    log.setLevel(level)
+    log.propagate = False
+    return file
+
+
+def stop_logging() -> None:
+    for handler in log.handlers:
+        handler.close()
+    log.handlers.clear()
+
+
+class Stage:
+    """A named piece of work under way.
+
+    with Stage("prepare: read", total=120, unit="files") as stage:
+        stage.advance(1)
+    """
+
+    def __init__(self, name: str, total: int | None, unit: str) -> None:
+        self.name, self.unit = name, unit
+        self.bar = tqdm(
+            total=total, desc=name, unit=f" {unit}", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False
+        )
+        self.total, self.done, self.shown = total, 0, ""
+        self.started = self.last_line = time.monotonic()
+
+    def __enter__(self) -> Stage:
+        log.debug("%s: begins", self.name)
+        return self
+
+    def advance(self, amount: int, shown: str = "") -> None:
+        """`amount` more units are done; `shown` is what to print beside the rate."""
+        self.done += amount
+        self.shown = shown or self.shown
+        if not self.bar.disable:
+            self.bar.set_postfix_str(self.shown, refresh=False)
+            self.bar.update(amount)
+        elif time.monotonic() - self.last_line >= LINE_EVERY_S:
+            self.last_line = time.monotonic()
+            log.info("%s: %s", self.name, self._progress())
+
+    def _progress(self) -> str:
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        rate = self.done / seconds
+        text = f"{self.done:,}" + (f"/{self.total:,}" if self.total else "") + f" {self.unit}, {rate:,.1f}/s"
+        if self.total and rate:
+            text += f", {max(self.total - self.done, 0) / rate:,.0f} s left"
+        return f"{text}  {self.shown}".rstrip()
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self.bar.close()
+        if kind is None:
+            seconds = time.monotonic() - self.started
+            log.info("%s: %s %s in %.1f s  %s", self.name, f"{self.done:,}", self.unit, seconds, self.shown)
+
+
+def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
+    """Columns side by side, numbers to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        first, *rest = zip(row, widths, strict=True)
+        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, cells)])

@@ -1,0 +1,147 @@
+"""The frame of every job: its arguments, its exit code, its last line.
+
+    def main(config: Config, args: Namespace) -> Result: ...
+    if __name__ == "__main__":
+        sys.exit(run_job("train", __doc__, main))
+
+Exit codes: 0 done, 1 failed, 2 bad config or arguments, 130 on Ctrl-C, 143 on SIGTERM. The last line on stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from pipeline.config import Config, ConfigError, load
+from pipeline.runtime.console import log, start_logging, stop_logging
+
+DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+
+
+class JobError(Exception):
+    """A run that failed for a reason one sentence can say; jobs exit 1 with it."""
+
+
+@dataclass
+class Result:
+    """What a job found (`metrics`) and wrote (`paths`). `reply` takes the place of the last line (search --json)."""
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
+    reply: Any = None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"arguments: {message}; --help lists what is allowed")
+
+
+def parser(name: str, description: str) -> argparse.ArgumentParser:
+    """The arguments all jobs share."""
+    own = _Parser(
+        prog=f"python jobs/{name}.py",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    own.add_argument("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help="YAML file (default: %(default)s)")
+    own.add_argument(
+        "--local_data_dir", metavar="DIR", help="a folder of text files, in place of data.sources: title → the rest"
+    )
+    own.add_argument("overrides", nargs="*", metavar="section.key=value", help="config values that beat the file's")
+    return own
+
+
+class _Signals:
+    """SIGINT and SIGTERM as KeyboardInterrupt, which is all that Ray lets through; remembers which it was."""
+
+    def __init__(self) -> None:
+        self.number = int(signal.SIGINT)
+
+    def install(self) -> None:
+        signal.signal(signal.SIGINT, self._raise)
+        signal.signal(signal.SIGTERM, self._raise)
+
+    def ignore(self) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self.ignore()  # clean-up is under way; a second one must not cut it short
+        raise KeyboardInterrupt
+
+
+signals = _Signals()
+
+
+def run_job(
+    name: str,
+    description: str,
+    main: Callable[[Config, argparse.Namespace], Result],
+    arguments: argparse.ArgumentParser | None = None,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse, load the config, run `main`, report. Returns the exit code."""
+    started, config = time.monotonic(), None
+    signals.install()
+    status, code, result, sentence = "ok", 0, Result(), ""
+    try:
+        args = (arguments or parser(name, description)).parse_intermixed_args(argv)
+        config = load_config(args)
+        start_logging(config.log_dir, config.logging.level, config.logging.format)
+        result = main(config, args)
+    except ConfigError as error:
+        status, code, sentence = "failed", 2, str(error)
+    except JobError as error:
+        status, code, sentence = "failed", 1, str(error)
+    except KeyboardInterrupt:
+        status, code = "stopped", 128 + signals.number
+        sentence = f"stopped by {signal.Signals(signals.number).name}; the same command goes on from here"
+    except Exception as error:
+        status, code, sentence = "failed", 1, f"{type(error).__name__}: {error}"
+        log.debug("the job failed", exc_info=True)
+        logging.getLogger("pipeline.traceback").error("the job failed", exc_info=True)
+    signals.ignore()
+    if sentence:
+        _say(f"{name}: {sentence}")
+    stop_logging()
+    last = {
+        "job": name,
+        "status": status,
+        "run_dir": str(config.run_dir) if config else None,
+        "metrics": result.metrics,
+        "paths": result.paths,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    print(json.dumps(result.reply if status == "ok" and result.reply is not None else last), flush=True)
+    return code
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config that the arguments describe."""
+    config = load(args.config, args.overrides)
+    if args.local_data_dir is None:
+        return config
+    folder = Path(args.local_data_dir)
+    if not folder.is_dir():
+        raise ConfigError(f"--local_data_dir: found no folder at {folder}; allowed is a folder of text files")
+    source = f"data.sources=[{{name: local, type: text, path: {json.dumps(str(folder.resolve()))}}}]"
+    return load(args.config, [*args.overrides, source])
+
+
+def _say(sentence: str) -> None:
+    one_line = " ".join(sentence.split())
+    if log.handlers:
+        log.error("%s", one_line)
+    else:
+        print(one_line, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Rules over text: plain functions that know nothing of Ray or torch."""

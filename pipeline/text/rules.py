@@ -1,0 +1,52 @@
+"""Normalising text and judging it: plain functions, a string in, a string or the reason for refusing it out.
+
+    >>> normalise("a\\r\\nb\\u200b\\x00  ")
+    'a\\nb'
+    >>> verdict("\\x01\\x02", min_chars=1, max_chars=100, max_nonprintable=0.1)
+    'nonprintable'
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_ZERO_WIDTH = "\u200b\u2060\ufeff\u00ad"
+_BIDI_OVERRIDES = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_CONTROLS = "".join(chr(c) for c in (*range(32), *range(0x7F, 0xA0)) if chr(c) not in "\n\t")
+_REMOVED = str.maketrans("", "", _ZERO_WIDTH + _BIDI_OVERRIDES + _CONTROLS)
+_TRAILING_SPACE = re.compile(r"[ \t]+$", re.MULTILINE)
+_REPLACEMENT = "\ufffd"
+
+
+def normalise(text: str) -> str:
+    """NFC, one kind of line end, no control, zero-width or direction-override characters, no trailing blanks.
+
+    Indentation is kept: it is meaning in code.
+    """
+    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return _TRAILING_SPACE.sub("", text.translate(_REMOVED)).strip()
+
+
+def verdict(raw: str, *, min_chars: int, max_chars: int, max_nonprintable: float) -> str | None:
+    """Why a field's raw text is refused, or None: `too_long`, `invalid_utf8`, `nonprintable`, `too_short`.
+
+    Raw, because normalising would hide what is wrong with it.
+    """
+    if len(raw) > max_chars:
+        return "too_long"
+    if any(0xD800 <= ord(c) <= 0xDFFF for c in raw) if not raw.isascii() else False:
+        return "invalid_utf8"  # a lone surrogate cannot be written as UTF-8
+    if nonprintable_share(raw) > max_nonprintable:
+        return "nonprintable"
+    if len(normalise(raw)) < min_chars:
+        return "too_short"
+    return None
+
+
+def nonprintable_share(text: str) -> float:
+    """Share of characters that no one could read: controls other than blanks, and the replacement character."""
+    if text.isprintable():
+        return text.count(_REPLACEMENT) / max(len(text), 1)
+    bad = sum(not c.isprintable() and not c.isspace() or c == _REPLACEMENT for c in text)
+    return bad / len(text)

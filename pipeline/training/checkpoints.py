@@ -1,0 +1,150 @@
+"""Checkpoints: a model folder, the optimizer, and `state.json` with the step, the metrics and every file's hash.
+
+`state.json` is written last, so a folder without one, or with a file that does not match it, is passed over.
+`newest_valid` says which those were. Ray's rotation keeps the newest K of one start of the driver; `newest_valid` looks
+over all starts (`attempt-*`), and the best by validation lies outside Ray's list, in `best/`, because Ray's rotation
+cannot keep both the newest and the best.
+
+    <run>/attempt-001/step-00000200/{model.safetensors, model.json, tokenizer.json, optimizer.pt, state.json}
+    <run>/best/step-00000200/…
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from pipeline.model.folder import save_encoder
+from pipeline.model.transformer import Encoder
+
+
+@dataclass
+class TrainState:
+    """Where training stands: the feed's position and the schedule's are both functions of `step`."""
+
+    step: int = 0
+    train_seconds: float = 0.0
+    best_metric: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def step_folder(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save_checkpoint(
+    folder: Path,
+    encoder: Encoder,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    *,
+    tokenizer_json: str,
+    max_length: int,
+) -> None:
+    """Write a checkpoint into an empty folder, `state.json` last."""
+    save_encoder(folder, encoder, tokenizer_json, max_length)
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    hashes = {path.name: _hash(path) for path in sorted(folder.iterdir())}
+    temporary = folder / "state.json.tmp"
+    temporary.write_text(json.dumps({**asdict(state), "files": hashes}, indent=2))
+    temporary.rename(folder / "state.json")
+
+
+def read_state(folder: Path) -> TrainState:
+    """The state of a checkpoint whose files all match their hashes. Raises ValueError saying what does not."""
+    try:
+        content: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        hashes = content.pop("files")
+        state = TrainState(**content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError("its state.json is missing or broken") from None
+    for name, expected in hashes.items():
+        path = folder / name
+        if not path.is_file() or _hash(path) != expected:
+            raise ValueError(f"its {name} is missing or broken")
+    return state
+
+
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
+
+
+def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint furthest on whose files are whole, and a sentence for each one that was passed over."""
+    passed_over = []
+    for folder in sorted(_all(run_dir), key=lambda f: (f.name, f.parent.name), reverse=True):
+        try:
+            read_state(folder)
+            return folder, passed_over
+        except ValueError as error:
+            passed_over.append(f"{folder} was passed over: {error}")
+    return None, passed_over
+
+
+def best_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint kept for its validation score, else the newest whole one."""
+    best = sorted((run_dir / "best").glob("step-*[0-9]"), reverse=True)
+    return next((folder for folder in best if _is_valid(folder)), None) or newest_valid(run_dir)[0]
+
+
+def keep_best(checkpoint: Path, run_dir: Path) -> None:
+    """Copy a checkpoint to `best/`, whole or not at all, then drop the one it beats."""
+    target = run_dir / "best" / checkpoint.name
+    temporary = target.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns("optimizer.pt"))
+    _forget_file(temporary, "optimizer.pt")
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    for other in target.parent.iterdir():
+        if other != target:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def next_attempt(run_dir: Path) -> str:
+    """A folder name no start of the driver has had: Ray takes an old one for a run to restore."""
+    taken = [int(folder.name.removeprefix("attempt-")) for folder in run_dir.glob("attempt-[0-9]*")]
+    return f"attempt-{max(taken, default=0) + 1:03d}"
+
+
+def prune(run_dir: Path, keep: Path | None) -> None:
+    """Drop every attempt's leavings but the attempt that holds `keep`, and there every other checkpoint."""
+    for attempt in run_dir.glob("attempt-[0-9]*"):
+        if keep is None or keep.parent != attempt:
+            shutil.rmtree(attempt, ignore_errors=True)
+        else:
+            for folder in attempt.glob("step-*"):
+                if folder != keep:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _all(run_dir: Path) -> Iterator[Path]:
+    return run_dir.glob("attempt-[0-9]*/step-[0-9]*")
+
+
+def _is_valid(folder: Path) -> bool:
+    try:
+        return bool(read_state(folder))
+    except ValueError:
+        return False
+
+
+def _forget_file(folder: Path, name: str) -> None:
+    content = json.loads((folder / "state.json").read_text())
+    content["files"].pop(name, None)
+    (folder / "state.json").write_text(json.dumps(content, indent=2))
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
