@@ -22,7 +22,7 @@ from pipeline.config import Config, ConfigError, Source
 from pipeline.data.manifest import Manifest, Shard, SourceCount, read_manifest, write_atomically, write_manifest
 from pipeline.data.sources import Plan, check_fields, plan_source, text_fields
 from pipeline.data.tokenizing import ROW_GROUP_ROWS
-from pipeline.runtime.console import log
+from pipeline.runtime.console import Stage, log
 from pipeline.runtime.job import JobError
 from pipeline.runtime.session import Board
 
@@ -112,7 +112,7 @@ def _run_records(inputs: Inputs, config: Config, board: Board, folder: Path) -> 
 
     dataset = ray.data.range(len(work), override_num_blocks=len(work)).map_batches(judge, batch_size=1)
     dataset = dataset.groupby("shard").map_groups(write, batch_format="pyarrow")
-    with board.stage("prepare: read, judge, deduplicate", len(work), "tasks", "judged"):
+    with board.stage("prepare: read, judge, deduplicate", len(work), "tasks", counter="judged"):
         rows = dataset.take_all()
     counts: Counter[tuple[str, str]] = Counter()
     for row in rows:
@@ -145,6 +145,8 @@ def _check(source: SourceCount, config: Config) -> None:
 
 def _tokenizer(config: Config, board: Board, folder: Path, files: list[Path], fields: list[str]) -> None:
     """Put `tokenizer.json` in place: the one that was asked for, else one trained on the records."""
+    import ray
+
     from pipeline.data.records import record_texts
     from pipeline.data.tokenizing import load_tokenizer, train_bpe
 
@@ -152,10 +154,8 @@ def _tokenizer(config: Config, board: Board, folder: Path, files: list[Path], fi
     if target.is_file():
         return
     if wanted.load_path:
-        tokenizer = load_tokenizer(Path(wanted.load_path))
+        text = load_tokenizer(Path(wanted.load_path)).to_str()
     else:
-        import ray
-
         train = ray.remote(num_cpus=1)(
             lambda: train_bpe(
                 record_texts(files, fields, wanted.train_mb << 20),
@@ -163,12 +163,10 @@ def _tokenizer(config: Config, board: Board, folder: Path, files: list[Path], fi
                 lowercase=wanted.lowercase,
             ).to_str()
         )
-        with board.stage("prepare: train the tokenizer", None, "vocabularies", "vocabularies") as stage:
+        with Stage("prepare: train the tokenizer", wanted.vocab_size, "tokens") as stage:
             text = ray.get(train.remote())
-            stage.advance(1)
-        write_atomically(target, text.encode())
-        return
-    write_atomically(target, tokenizer.to_str().encode())
+            stage.advance(wanted.vocab_size)
+    write_atomically(target, text.encode())
 
 
 def _shards_of(
@@ -191,7 +189,7 @@ def _shards_of(
 
     dataset = ray.data.range(len(files), override_num_blocks=len(files)).map_batches(tokenize, batch_size=1)
     rows = sum(source.rows_kept for source in sources)
-    with board.stage("prepare: tokenize", rows, "records", "tokenized"):
+    with board.stage("prepare: tokenize", rows, "records", counter="tokenized"):
         described = [json.loads(row["shards"]) for row in dataset.take_all()]
     described.sort(key=lambda shard: shard["path"])
     shards = [Shard(**{key: shard[key] for key in Shard.__dataclass_fields__}) for shard in described]

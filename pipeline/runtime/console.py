@@ -63,12 +63,18 @@ class Stage:
         stage.advance(1)
     """
 
-    def __init__(self, name: str, total: int | None, unit: str) -> None:
+    def __init__(self, name: str, total: int | None, unit: str, start: int = 0) -> None:
         self.name, self.unit = name, unit
         self.bar = tqdm(
-            total=total, desc=name, unit=f" {unit}", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False
+            total=total,
+            initial=start,
+            desc=name,
+            unit=f" {unit}",
+            file=sys.stderr,
+            disable=not sys.stderr.isatty(),
+            leave=False,
         )
-        self.total, self.done, self.shown = total, 0, ""
+        self.total, self.start, self.done, self.shown = total, start, start, ""
         self.started = self.last_line = time.monotonic()
 
     def __enter__(self) -> Stage:
@@ -88,7 +94,7 @@ class Stage:
 
     def _progress(self) -> str:
         seconds = max(time.monotonic() - self.started, 1e-9)
-        rate = self.done / seconds
+        rate = (self.done - self.start) / seconds
         text = f"{self.done:,}" + (f"/{self.total:,}" if self.total else "") + f" {self.unit}, {rate:,.1f}/s"
         if self.total and rate:
             text += f", {max(self.total - self.done, 0) / rate:,.0f} s left"
@@ -98,7 +104,7 @@ class Stage:
         self.bar.close()
         if kind is None:
             seconds = time.monotonic() - self.started
-            log.info("%s: %s %s in %.1f s  %s", self.name, f"{self.done:,}", self.unit, seconds, self.shown)
+            log.info("%s: %s %s in %.1f s  %s", self.name, f"{self.done - self.start:,}", self.unit, seconds, self.shown)
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:

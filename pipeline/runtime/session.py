@@ -4,7 +4,7 @@ Ray's chatter, its workers' output included, goes to training.log. Tasks and wor
 through a `Board`, a small actor that the driver polls.
 
     with ray_session(config) as board:
-        with board.stage("prepare: read", total=12, unit="tasks", counter="read"):
+        with board.stage("prepare: read", 12, "tasks", counter="read"):
             ray.get([read.remote(board.handle) for _ in range(12)])      # each calls board.add.remote("read", 1)
 """
 
@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,9 @@ class _BoardActor:
     def add(self, counter: str, amount: int) -> None:
         self.counts[counter] += amount
 
+    def put(self, counter: str, amount: int) -> None:
+        self.counts[counter] = amount
+
     def post(self, message: dict[str, Any]) -> None:
         self.messages.append(message)
 
@@ -68,21 +71,35 @@ class Board:
         self.handle = ray.remote(num_cpus=0, max_concurrency=1)(_BoardActor).remote()
 
     @contextmanager
-    def stage(self, name: str, total: int | None, unit: str, counter: str) -> Iterator[Stage]:
-        """A stage whose bar follows `counter`; messages `{"log": …}` and `{"shown": …}` are printed on the way."""
+    def stage(
+        self,
+        name: str,
+        total: int | None,
+        unit: str,
+        *,
+        counter: str,
+        start: int = 0,
+        receive: Callable[[dict[str, Any]], None] | None = None,
+    ) -> Iterator[Stage]:
+        """A stage whose bar follows `counter` from `start` on.
+
+        Messages are passed to `receive`; their `log` is logged, and their `shown` stands beside the bar's rate.
+        """
         import ray
 
         done = threading.Event()
-        with Stage(name, total, unit) as stage:
-            start = ray.get(self.handle.drain.remote())[0].get(counter, 0)
+        ray.get(self.handle.put.remote(counter, start))
+        with Stage(name, total, unit, start) as stage:
 
             def poll() -> None:
                 counts, messages = ray.get(self.handle.drain.remote(), timeout=10)
                 for message in messages:
+                    if receive:
+                        receive(message)
                     if "log" in message:
-                        log.log(message.get("level", logging.INFO), "%s", message["log"])
+                        log.info("%s", message["log"])
                 shown = [message["shown"] for message in messages if "shown" in message]
-                stage.advance(counts.get(counter, 0) - start - stage.done, shown[-1] if shown else "")
+                stage.advance(counts.get(counter, 0) - stage.done, shown[-1] if shown else "")
 
             def follow() -> None:
                 while not done.wait(POLL_S):

@@ -14,7 +14,8 @@ import unicodedata
 _ZERO_WIDTH = "\u200b\u2060\ufeff\u00ad"
 _BIDI_OVERRIDES = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _CONTROLS = "".join(chr(c) for c in (*range(32), *range(0x7F, 0xA0)) if chr(c) not in "\n\t")
-_REMOVED = str.maketrans("", "", _ZERO_WIDTH + _BIDI_OVERRIDES + _CONTROLS)
+_REMOVED = re.compile("[" + re.escape(_ZERO_WIDTH + _BIDI_OVERRIDES + _CONTROLS) + "]+")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _TRAILING_SPACE = re.compile(r"[ \t]+$", re.MULTILINE)
 _REPLACEMENT = "\ufffd"
 
@@ -25,7 +26,7 @@ def normalise(text: str) -> str:
     Indentation is kept: it is meaning in code.
     """
     text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return _TRAILING_SPACE.sub("", text.translate(_REMOVED)).strip()
+    return _TRAILING_SPACE.sub("", _REMOVED.sub("", text)).strip()
 
 
 def verdict(raw: str, *, min_chars: int, max_chars: int, max_nonprintable: float) -> str | None:
@@ -35,7 +36,7 @@ def verdict(raw: str, *, min_chars: int, max_chars: int, max_nonprintable: float
     """
     if len(raw) > max_chars:
         return "too_long"
-    if any(0xD800 <= ord(c) <= 0xDFFF for c in raw) if not raw.isascii() else False:
+    if _SURROGATE.search(raw):
         return "invalid_utf8"  # a lone surrogate cannot be written as UTF-8
     if nonprintable_share(raw) > max_nonprintable:
         return "nonprintable"
@@ -46,7 +47,7 @@ def verdict(raw: str, *, min_chars: int, max_chars: int, max_nonprintable: float
 
 def nonprintable_share(text: str) -> float:
     """Share of characters that no one could read: controls other than blanks, and the replacement character."""
-    if text.isprintable():
-        return text.count(_REPLACEMENT) / max(len(text), 1)
-    bad = sum(not c.isprintable() and not c.isspace() or c == _REPLACEMENT for c in text)
-    return bad / len(text)
+    solid = "".join(text.split())  # controls that are blanks, newlines above all, are none of it
+    if solid.isprintable() and _REPLACEMENT not in solid:
+        return 0.0
+    return sum(not c.isprintable() or c == _REPLACEMENT for c in solid) / len(text)

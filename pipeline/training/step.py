@@ -9,40 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.model.packing import Packed, join
+from pipeline.model.packing import Packed
+from pipeline.training.batch import PairBatch
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 """(anchors, positives), unit vectors (n, D) each → the mean loss, and metrics."""
-
-
-@dataclass(frozen=True)
-class PairBatch:
-    """This worker's n pairs of the global batch; `ids` are their records'."""
-
-    anchors: Packed
-    positives: Packed
-    ids: list[str]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def texts(self, start: int = 0, stop: int | None = None) -> Packed:
-        """Anchors, then positives, of pairs `start` to `stop`, as one packed batch for one forward pass."""
-        stop = len(self) if stop is None else stop
-        return join(self.anchors.slice(start, stop), self.positives.slice(start, stop))
-
-    @property
-    def tokens(self) -> int:
-        return len(self.anchors.ids) + len(self.positives.ids)
-
-    def to(self, device: torch.device) -> PairBatch:
-        return PairBatch(self.anchors.to(device), self.positives.to(device), self.ids)
 
 
 def backward(
