@@ -2,7 +2,7 @@
 
 examples:
   python jobs/prepare.py                                     # the packages installed here (configs/quickstart.yaml)
-  python jobs/prepare.py --config configs/debian.yaml        # a JSON Lines file of your own
+  python jobs/prepare.py --config configs/pairs.yaml         # a JSON Lines file of your own
   python jobs/prepare.py --local_data_dir notes/ data.min_chars=20
 """
 
@@ -17,9 +17,10 @@ from pipeline.runtime.job import Result, run_job
 
 
 def main(config: Config, args: Namespace) -> Result:
-    from pipeline.stages import prepare_stage
+    from pipeline.stages import Session, prepare_stage
 
-    return prepare_stage(config)
+    with Session(config) as session:
+        return prepare_stage(config, session)[2]
 
 
 if __name__ == "__main__":

@@ -247,7 +247,9 @@ class Evaluation(Section):
     beir_dir: PathStr | None = None
     """A BEIR folder to score as well: corpus.jsonl, queries.jsonl, qrels/test.tsv."""
     held_out_queries: int = Field(1000, ge=0)
-    """Anchors of the validation split looked up among all embedded records; 0 for none."""
+    """Anchors of the validation split that are looked up; 0 for none."""
+    held_out_documents: int = Field(10_000, ge=1)
+    """Documents they are looked up among: their own, and others first by hash."""
 
 
 class Tune(Section):

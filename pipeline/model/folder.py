@@ -48,3 +48,8 @@ def model_fingerprint(folder: Path) -> str:
         digest.update(name.encode())
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()
+
+
+def model_width(folder: Path) -> int:
+    """Numbers in each of the model's vectors."""
+    return int(json.loads((folder / "model.json").read_text())["d_model"])

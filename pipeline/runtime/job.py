@@ -45,8 +45,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"arguments: {message}; --help lists what is allowed")
 
 
-def parser(name: str, description: str) -> argparse.ArgumentParser:
-    """The arguments all jobs share."""
+def parser(name: str, description: str, positional: str | None = None) -> argparse.ArgumentParser:
+    """The arguments all jobs share, after a `positional` one of the job's own."""
     own = _Parser(
         prog=f"python jobs/{name}.py",
         description=description,
@@ -57,6 +57,8 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     own.add_argument(
         "--local_data_dir", metavar="DIR", help="a folder of text files, in place of data.sources: title → the rest"
     )
+    if positional:
+        own.add_argument(positional, metavar=positional.upper())
     own.add_argument("overrides", nargs="*", metavar="section.key=value", help="config values that beat the file's")
     return own
 

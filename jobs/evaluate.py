@@ -1,0 +1,27 @@
+"""Score the model on held-out pairs and on a BEIR folder, BM25 beside it.
+
+examples:
+  python jobs/evaluate.py
+  python jobs/evaluate.py --config configs/pairs.yaml evaluation.beir_dir=data/scifact
+  python jobs/evaluate.py evaluation.held_out_queries=0 evaluation.beir_dir=data/scifact
+"""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline.config import Config
+from pipeline.runtime.job import Result, run_job
+
+
+def main(config: Config, args: Namespace) -> Result:
+    from pipeline.stages import Session, evaluate_stage
+
+    with Session(config) as session:
+        return evaluate_stage(config, session, again=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job("evaluate", __doc__, main))

@@ -1,0 +1,1 @@
+"""Batch inference over the cluster, and the stores that vectors go to."""

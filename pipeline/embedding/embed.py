@@ -1,0 +1,151 @@
+"""Every prepared record embedded once, through Ray Data.
+
+    a task a record file ──► rows whose id the store lacks ──► actor pool of encoders ──► LanceSink (upsert by id)
+
+A record file holds one range of ids, so what is missing is found file by file and nothing holds all ids. Writes are
+upserts and become visible as they are made: a job that is killed and run again embeds the rest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ray.data import ActorPoolStrategy, Datasink, Dataset
+
+from pipeline.config import Config, ConfigError
+from pipeline.data.manifest import Manifest, write_atomically
+from pipeline.embedding.lancedb_store import LanceStore
+
+if TYPE_CHECKING:
+    from pipeline.runtime.session import Board
+
+ENCODE_ROWS = 1024  # a call of an encoder: seconds of work
+WRITE_ROWS = 8192  # rows a write commits together, and at most lost to a kill
+
+
+class LanceSink(Datasink[None]):
+    """Upserts blocks of encoded records."""
+
+    def __init__(self, store: LanceStore) -> None:
+        self.store = store
+
+    @property
+    def min_rows_per_write(self) -> int:
+        return WRITE_ROWS
+
+    def write(self, blocks: Iterable[Any], ctx: Any) -> None:
+        tables = [pa.table(block) for block in blocks]
+        rows = pa.concat_tables(tables) if tables else None
+        if rows is not None and len(rows):
+            self.store.upsert(rows)
+
+
+class Encode:
+    """An actor that holds a model: adds `vector` to tables with a `text` column."""
+
+    def __init__(self, folder: str, batch_tokens: int, threads: int, board: Any) -> None:
+        import torch
+
+        from pipeline.embedding.encode import TextEncoder
+
+        torch.set_num_threads(threads)
+        self.encoder = TextEncoder(Path(folder), batch_tokens)
+        self.board = board
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        vectors = self.encoder.encode(rows["text"].to_pylist())
+        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+        self.board.add.remote("embedded", len(rows))
+        return rows.append_column("vector", column)
+
+
+def encoded(dataset: Dataset, model: Path, config: Config, board: Board) -> Dataset:
+    """The dataset's `text` column embedded by a pool of actors, one a GPU, else one a CPU."""
+    import ray
+
+    resources = ray.cluster_resources()
+    cpus, gpus = resources.get("CPU", 1.0), int(resources.get("GPU", 0))
+    most = config.embedding.max_workers or gpus or int(cpus)
+    # a CPU is left for reading and writing; an encoder's own threads are set by hand
+    share = max(0.01, int(100 * (cpus - 1) / most) / 100) if not gpus else min(1.0, cpus / (2 * gpus))
+    return dataset.map_batches(
+        Encode,
+        fn_constructor_args=(str(model), config.embedding.batch_tokens, max(1, int(cpus) // most), board.handle),
+        batch_size=ENCODE_ROWS,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
+        num_cpus=min(share, 1.0),
+        num_gpus=1 if gpus else None,
+    )
+
+
+def embed(config: Config, folder: Path, manifest: Manifest, model: Path, store: LanceStore, board: Board) -> int:
+    """Bring the store up to date with the prepared records. Returns how many were embedded."""
+    import ray.data
+
+    store.create()
+    field = embedded_field(config, manifest)
+    files = sorted((folder / "records").glob("*.parquet"))
+    before, total = store.count(), sum(source.rows_kept for source in manifest.sources)
+
+    def missing(batch: dict[str, Any]) -> Iterator[pa.Table]:
+        for index in batch["id"].tolist():
+            yield from missing_rows(files[index], field, store)
+
+    dataset = ray.data.range(len(files), override_num_blocks=len(files)).map_batches(
+        missing, batch_size=1, num_cpus=0.5
+    )
+    with board.stage("embed", max(total - before, 0), "records", counter="embedded"):
+        encoded(dataset, model, config, board).write_datasink(
+            LanceSink(store), concurrency=1, ray_remote_args={"num_cpus": 0.5}
+        )
+    store.compact()
+    write_atomically(_marker(config, store), json.dumps(_complete(manifest, store)).encode())
+    return store.count() - before
+
+
+def is_embedded(config: Config, manifest: Manifest, store: LanceStore) -> bool:
+    """Whether an earlier embedding of this data set into this table ran to its end."""
+    marker = _marker(config, store)
+    return marker.is_file() and store.exists() and json.loads(marker.read_text()) == _complete(manifest, store)
+
+
+def missing_rows(file: Path, field: str, store: LanceStore) -> Iterator[pa.Table]:
+    """A record file's rows that the store lacks: id, source, source_id, text, metadata."""
+    columns = ["id", "source", "source_id", field, "metadata"]
+    for batch in pq.ParquetFile(file).iter_batches(ENCODE_ROWS, columns=columns):
+        ids = batch["id"].to_pylist()
+        there = store.ids_between(ids[0], ids[-1])
+        keep = pa.array(np.array([i not in there for i in ids], dtype=bool))
+        rows = pa.Table.from_batches([batch]).rename_columns({field: "text"} if field != "text" else columns)
+        yield rows.filter(keep)
+
+
+def embedded_field(config: Config, manifest: Manifest) -> str:
+    """The record field that is embedded."""
+    wanted, there = config.embedding.field, manifest.text_fields
+    field = wanted if wanted != "auto" else ("positive" if "positive" in there else "text")
+    if field not in there:
+        raise ConfigError(f"embedding.field: found {wanted!r}; allowed here are {', '.join(there)}")
+    return field
+
+
+def open_store(config: Config, model_fingerprint: str, width: int) -> LanceStore:
+    """The table of a run's records under a model."""
+    uri = str(config.root / config.embedding.uri)
+    return LanceStore(uri, f"{config.storage.run}-{model_fingerprint[:12]}", width)
+
+
+def _marker(config: Config, store: LanceStore) -> Path:
+    return config.run_dir / "embedded" / f"{store.name}.json"
+
+
+def _complete(manifest: Manifest, store: LanceStore) -> dict[str, Any]:
+    return {"data": manifest.fingerprint, "rows": store.count()}
+

@@ -1,0 +1,80 @@
+"""LanceDB, embedded: a table a model, keyed by record id.
+
+    store = LanceStore(uri="…/lancedb", name="quickstart-9f0c4e…", width=256)
+    store.upsert(table)                     # id, vector, source, source_id, text, metadata
+    store.query(vector, k=10)               # nearest first, with `score`, the cosine
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+
+
+class LanceStore:
+    """One table. It is made by the first `open(create=True)`."""
+
+    def __init__(self, uri: str, name: str, width: int) -> None:
+        self.uri, self.name, self.width = uri, name, width
+        self._table: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_table": None}  # connections stay in their process
+
+    @property
+    def schema(self) -> pa.Schema:
+        texts = [(name, pa.string()) for name in ("source", "source_id", "text", "metadata")]
+        return pa.schema([("id", pa.string()), ("vector", pa.list_(pa.float32(), self.width)), *texts])
+
+    def exists(self) -> bool:
+        return Path(self.uri).is_dir() and self.name in lancedb.connect(self.uri).list_tables(limit=1_000_000).tables
+
+    def create(self) -> None:
+        lancedb.connect(self.uri).create_table(self.name, schema=self.schema, exist_ok=True)
+
+    @property
+    def table(self) -> Any:
+        if self._table is None:
+            self._table = lancedb.connect(self.uri).open_table(self.name)
+        return self._table
+
+    def count(self) -> int:
+        return int(self.table.count_rows())
+
+    def ids_between(self, first: str, last: str) -> set[str]:
+        """Ids in the table from `first` to `last`, both included. They are hex digits, so quoting them is safe."""
+        rows = self.table.search().where(f"id >= '{first}' AND id <= '{last}'").select(["id"]).to_arrow()
+        return set(rows["id"].to_pylist())
+
+    def upsert(self, rows: pa.Table) -> None:
+        """Write rows; one whose id is there replaces it."""
+        merge = self.table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+        merge.execute(rows.select(self.schema.names).cast(self.schema))
+
+    def delete(self, ids: list[str]) -> None:
+        if ids:
+            listed = ", ".join(f"'{record_id}'" for record_id in ids)
+            self.table.delete(f"id IN ({listed})")
+
+    def query(self, vector: np.ndarray, k: int) -> list[dict[str, Any]]:
+        """The k nearest records, best first; `score` is the cosine."""
+        found = self.table.search(vector).metric("cosine").limit(k).to_arrow().drop_columns(["vector"])
+        rows = found.rename_columns({"_distance": "score"}).to_pylist()
+        return [{**row, "score": 1 - row["score"]} for row in rows]
+
+    def vectors(self) -> tuple[list[str], np.ndarray]:
+        """All ids and their (N, D) vectors."""
+        rows = self.table.search().select(["id", "vector"]).to_arrow().combine_chunks()
+        values = rows["vector"].combine_chunks().flatten().to_numpy()
+        return rows["id"].to_pylist(), values.reshape(-1, self.width)
+
+    def compact(self) -> None:
+        """Join the small files that many writes leave."""
+        self.table.optimize()
+
+    def describe(self) -> dict[str, Any]:
+        return {"store": "lancedb", "uri": self.uri, "table": self.name, "rows": self.count(), "width": self.width}

@@ -1,0 +1,1 @@
+"""How good the vectors are: retrieval metrics, BEIR folders, BM25 beside."""

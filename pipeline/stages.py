@@ -1,0 +1,177 @@
+"""The stages that jobs are made of: each brings one thing up to date, or finds that it is.
+
+A stage takes a `Session`, which starts Ray when the first stage that has work asks for it, so that a rerun of finished
+work costs neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pipeline.config import Config, ConfigError
+from pipeline.data.manifest import Manifest, write_atomically
+from pipeline.data.prepare import prepare, prepared
+from pipeline.runtime.console import Stage, log, table
+from pipeline.runtime.job import JobError, Result
+from pipeline.runtime.session import Board, ray_session
+
+
+class Session:
+    """A job's Ray session, started on first use."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._stack = ExitStack()
+        self._board: Board | None = None
+
+    def board(self) -> Board:
+        if self._board is None:
+            self._board = self._stack.enter_context(ray_session(self.config))
+        return self._board
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+
+def prepare_stage(config: Config, session: Session) -> tuple[Path, Manifest, Result]:
+    """Token shards of the config's sources."""
+    folder, manifest = prepared(config)
+    if manifest:
+        log.info("prepare: nothing to do, %s is up to date", folder)
+    else:
+        folder, manifest = prepare(config, session.board())
+        log.info("%s", _counts(manifest))
+    kept = sum(source.rows_kept for source in manifest.sources)
+    metrics = {
+        "rows_in": sum(source.rows_in for source in manifest.sources),
+        "rows_kept": kept,
+        "tokens": round(sum(kept * length["mean"] for length in manifest.lengths.values())),
+        "splits": manifest.splits,
+        "fingerprint": manifest.fingerprint,
+    }
+    return folder, manifest, Result(metrics, {"prepared": str(folder), "manifest": str(folder / "manifest.json")})
+
+
+def _counts(manifest: Manifest) -> str:
+    rows: list[tuple[str, str]] = []
+    for source in manifest.sources:
+        rows.append((f"{source.name}: records in", f"{source.rows_in:,}"))
+        rows.append(("  kept", f"{source.rows_kept:,}"))
+        rows += [(f"  {reason}", f"{count:,}") for reason, count in source.rejected.items()]
+    rows += [(f"tokens a text, mean: {field}", f"{length['mean']}") for field, length in manifest.lengths.items()]
+    return table(rows, ("prepared", ""))
+
+
+def train_stage(config: Config, session: Session) -> Result:
+    """A trained model; prepares first where the token shards are missing or stale."""
+    folder, manifest, _ = prepare_stage(config, session)
+    if manifest.text_fields != ["anchor", "positive"]:
+        raise ConfigError(
+            f"objective.contrastive: found prepared records of {', '.join(manifest.text_fields)} alone; "
+            "allowed are sources that give anchor and positive"
+        )
+    from pipeline.training.fit import finished_state, fit
+
+    state = finished_state(config, folder, manifest)
+    if state:
+        log.info("train: nothing to do, the run is at its end, step %s", f"{state.step:,}")
+    else:
+        state = fit(config, folder, manifest, session.board())
+    model = model_folder(config)
+    metrics = {"step": state.step, "train_seconds": round(state.train_seconds, 1), **state.metrics}
+    paths = {"model": str(model), "history": str(config.log_dir / "metrics.jsonl")}
+    return Result(metrics, paths)
+
+
+def embed_stage(config: Config, session: Session) -> Result:
+    """Every prepared record in the store, once."""
+    folder, manifest, _ = prepare_stage(config, session)
+    from pipeline.embedding.embed import embed, is_embedded, open_store
+    from pipeline.model.folder import model_fingerprint, model_width
+
+    model = model_folder(config)
+    store = open_store(config, model_fingerprint(model), model_width(model))
+    written = 0
+    if is_embedded(config, manifest, store):
+        log.info("embed: nothing to do, %s records are in %s", f"{store.count():,}", store.name)
+    else:
+        written = embed(config, folder, manifest, model, store, session.board())
+    return Result({"embedded": written, "rows": store.count()}, {"store": store.uri, "table": store.name})
+
+
+def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
+    """Scores of the model and of BM25 on held-out pairs and on `evaluation.beir_dir`; `again` even if they are there."""
+    folder, manifest, _ = prepare_stage(config, session)
+    from pipeline.model.folder import model_fingerprint
+
+    model, path = model_folder(config), config.run_dir / "evaluation.json"
+    key = {
+        "model": model_fingerprint(model),
+        "data": manifest.fingerprint,
+        "evaluation": config.evaluation.model_dump(mode="json"),
+    }
+    earlier = json.loads(path.read_text()) if path.is_file() else {}
+    if earlier.get("of") == key and not again:
+        log.info("evaluate: nothing to do, %s holds the scores", path)
+        return Result(earlier["scores"], {"scores": str(path)})
+    scores = _score_tasks(config, session, folder, manifest, model)
+    write_atomically(path, json.dumps({"of": key, "scores": scores}, indent=2).encode())
+    log.info("%s", score_table(scores))
+    return Result(scores, {"scores": str(path)})
+
+
+def _score_tasks(config: Config, session: Session, folder: Path, manifest: Manifest, model: Path) -> dict[str, Any]:
+    from pipeline.embedding.encode import TextEncoder
+    from pipeline.evaluation.beir import RetrievalTask, read_beir
+    from pipeline.evaluation.evaluate import encode_documents, held_out_task, score
+
+    tasks: list[Callable[[], RetrievalTask]] = []
+    if config.evaluation.beir_dir:
+        beir = read_beir(Path(config.evaluation.beir_dir))
+        tasks.append(lambda: beir)
+    if config.evaluation.held_out_queries and manifest.text_fields == ["anchor", "positive"]:
+        tasks.append(lambda: held_out_task(config, folder, manifest))
+    encoder, scores = TextEncoder(model, config.embedding.batch_tokens, "cpu"), {}
+    for make in tasks:
+        task = make()
+        ids, vectors = encode_documents(task, model, config, session.board())
+        with Stage(f"evaluate: rank {task.name}, BM25 beside", len(task.queries), "queries") as stage:
+            scores[task.name] = score(task, encoder, ids, vectors)
+            stage.advance(len(task.queries))
+    return scores
+
+
+def score_table(scores: dict[str, Any]) -> str:
+    """A line a model and task."""
+    from pipeline.evaluation.metrics import METRICS
+
+    rows = [
+        (f"{name} ({result['queries']:,} queries, {result['documents']:,} documents)", system)
+        + tuple(f"{result[system][metric]:.4f}" for metric in METRICS)
+        for name, result in scores.items()
+        for system in ("model", "bm25")
+    ]
+    return table(rows, ("task", "", *METRICS))
+
+
+def model_folder(config: Config) -> Path:
+    """The checkpoint to embed with: `embedding.model`, else the run's best. Raises JobError where there is none."""
+    from pipeline.training.checkpoints import best_checkpoint
+
+    if config.embedding.model:
+        folder = Path(config.embedding.model)
+        if not (folder / "model.safetensors").is_file():
+            raise ConfigError(f"embedding.model: found no model.safetensors in {folder}; allowed is a checkpoint folder")
+        return folder
+    folder_or_none = best_checkpoint(config.run_dir)
+    if folder_or_none is None:
+        raise JobError(f"no trained model in {config.run_dir}; python jobs/train.py makes one")
+    return folder_or_none
