@@ -13,14 +13,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.config import Config
+from pipeline.runtime.console import log
 from pipeline.runtime.job import Result, run_job
 
 
 def main(config: Config, args: Namespace) -> Result:
-    from pipeline.stages import Session, evaluate_stage
+    from pipeline.stages import Session, evaluate_stage, score_table
 
     with Session(config) as session:
-        return evaluate_stage(config, session, again=True)
+        result = evaluate_stage(config, session, again=True)
+    log.info("%s", score_table(result.metrics))
+    return result
 
 
 if __name__ == "__main__":

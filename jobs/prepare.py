@@ -20,7 +20,7 @@ def main(config: Config, args: Namespace) -> Result:
     from pipeline.stages import Session, prepare_stage
 
     with Session(config) as session:
-        return prepare_stage(config, session)[2]
+        return prepare_stage(config, session)
 
 
 if __name__ == "__main__":

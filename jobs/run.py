@@ -22,7 +22,7 @@ def main(config: Config, args: Namespace) -> Result:
 
     with Session(config) as session:
         results = {
-            "prepare": prepare_stage(config, session)[2],
+            "prepare": prepare_stage(config, session),
             "train": train_stage(config, session),
             "embed": embed_stage(config, session),
             "evaluate": evaluate_stage(config, session, again=False),

@@ -22,7 +22,7 @@ MAX_QUERY_CHARS = 10_000
 
 
 def arguments() -> argparse.ArgumentParser:
-    own = parser("search", __doc__ or "", "query")
+    own = parser("search", __doc__ or "", query=True)
     own.add_argument("--limit", type=int, default=10, metavar="N", help="results to show (default: %(default)s)")
     own.add_argument("--json", action="store_true", help="print [{rank, score, id, source_id, text, metadata}]")
     return own

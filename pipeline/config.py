@@ -46,12 +46,20 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 
 class Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        validate_default=True,
     )
 
 
+DEFAULT_ROOT = "~/.cache/text-embedding-pipeline"
+
+
 class Storage(Section):
-    root: PathStr = ""
+    root: PathStr = DEFAULT_ROOT
     """Folder for runs, prepared data and tables. Default: $PIPELINE_STORAGE, else ~/.cache/text-embedding-pipeline."""
     run: Name = "default"
     """Name of the run: its folder is `<root>/runs/<run>`; training in it again resumes it."""
@@ -65,7 +73,7 @@ class Source(Section):
     python_packages: the functions and classes of the installed packages, docstring → code."""
     path: PathStr | None = None
     """A file, a folder or a glob. python_packages: a folder of packages, by default this Python's site-packages."""
-    fields: dict[Literal["anchor", "positive", "text", "id"], str] = {}
+    fields: dict[str, str] = {}
     """Record field → the source's own field, dots for nested ones. json alone; {} stands for fields so named."""
     metadata: list[str] = []
     """Further fields of the source that ride along with each record."""
@@ -77,6 +85,8 @@ class Source(Section):
         if self.path is None and self.type != "python_packages":
             raise ValueError(f"a source of type {self.type} with a `path`")
         mapped = set(self.fields) - {"id"}
+        if unknown := mapped - {"anchor", "positive", "text"}:
+            raise ValueError(f"`fields` whose keys are anchor, positive, text or id, not {', '.join(sorted(unknown))}")
         if mapped and mapped != {"text"} and mapped != {"anchor", "positive"}:
             raise ValueError("`fields` that map either `text`, or `anchor` and `positive`")
         if self.type != "json" and (self.fields or self.metadata):
@@ -216,7 +226,7 @@ class Checkpointing(Section):
 
 
 class Logging(Section):
-    save_dir: PathStr = ""
+    save_dir: PathStr | None = None
     """Folder of training.log and metrics.jsonl; relative to storage.root. Default: the run's folder."""
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severe messages written, to the console and to the file."""
@@ -359,9 +369,9 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: byte {error.start} is not UTF-8; a config is YAML text in UTF-8") from None
+        raise ConfigError(f"{file}: byte {error.start} is not UTF-8; allowed is YAML text in UTF-8") from None
     except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror or error}; --config takes a readable YAML file") from None
+        raise ConfigError(f"{file}: {error.strerror or error}; allowed is a readable YAML file") from None
     return _mapping(text, str(file))
 
 
@@ -396,8 +406,6 @@ def _parse_override(override: str) -> tuple[str, Any]:
 def _assign(tree: dict[str, Any], parts: list[str], value: Any, override: str) -> None:
     for depth, part in enumerate(parts[:-1], 1):
         child: Any = tree.setdefault(part, {})
-        if isinstance(child, list) and parts[depth].isdigit() and int(parts[depth]) < len(child):
-            return _assign({str(i): item for i, item in enumerate(child)}, parts[depth:], value, override)
         if not isinstance(child, dict):
             raise ConfigError(
                 f"argument {override!r}: {'.'.join(parts[:depth])} holds {_kind(child)}; allowed is a mapping"
@@ -413,7 +421,7 @@ def _apply_environment(tree: dict[str, Any], from_arguments: dict[str, str], env
     storage = tree.setdefault("storage", {})
     if "storage.root" not in from_arguments and environ.get("PIPELINE_STORAGE"):
         storage["root"] = environ["PIPELINE_STORAGE"]
-    storage.setdefault("root", "~/.cache/text-embedding-pipeline")
+    storage.setdefault("root", DEFAULT_ROOT)
     if isinstance(storage["root"], str) and "://" in storage["root"]:
         raise ConfigError(
             f"storage.root: found {storage['root']!r}; allowed is a local folder (buckets are still to come)"
@@ -446,10 +454,20 @@ def _is_union_tag(part: object) -> bool:
     return isinstance(part, str) and bool(re.search(r"[\[(]|^(int|float|str|bool|none)$", part))
 
 
+_PREFIXES = {
+    "Input should be ": "",
+    "Value error, ": "",
+    "String should have ": "text with ",
+    "String should ": "text that should ",
+    "List should have ": "a list with ",
+}
+
+
 def _allowed(detail: Any) -> str:
     message = str(detail["msg"])
-    for prefix in ("Input should be ", "Value error, ", "Input should ", "String should "):
-        message = message.removeprefix(prefix)
+    for prefix, instead in _PREFIXES.items():
+        if message.startswith(prefix):
+            message = instead + message.removeprefix(prefix)
     if detail["type"] == "model_type":
         message = "a mapping of keys"
     return message[0].lower() + message[1:]

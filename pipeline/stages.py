@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.manifest import Manifest, write_atomically
-from pipeline.data.prepare import prepare, prepared
+from pipeline.data.prepare import prepare
 from pipeline.runtime.console import Stage, log, table
 from pipeline.runtime.job import JobError, Result
 from pipeline.runtime.session import Board, ray_session
@@ -28,6 +28,13 @@ class Session:
         self.config = config
         self._stack = ExitStack()
         self._board: Board | None = None
+        self._prepared: tuple[Path, Manifest] | None = None
+
+    def prepared(self) -> tuple[Path, Manifest]:
+        """The prepared data set, brought up to date on first use."""
+        if self._prepared is None:
+            self._prepared = prepare(self.config, self.board)
+        return self._prepared
 
     def board(self) -> Board:
         if self._board is None:
@@ -37,18 +44,15 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stack.__exit__(kind, error, trace)
 
 
-def prepare_stage(config: Config, session: Session) -> tuple[Path, Manifest, Result]:
+def prepare_stage(config: Config, session: Session) -> Result:
     """Token shards of the config's sources."""
-    folder, manifest = prepared(config)
-    if manifest:
-        log.info("prepare: nothing to do, %s is up to date", folder)
-    else:
-        folder, manifest = prepare(config, session.board())
-        log.info("%s", _counts(manifest))
+    folder, manifest = session.prepared()
     kept = sum(source.rows_kept for source in manifest.sources)
     metrics = {
         "rows_in": sum(source.rows_in for source in manifest.sources),
@@ -57,22 +61,12 @@ def prepare_stage(config: Config, session: Session) -> tuple[Path, Manifest, Res
         "splits": manifest.splits,
         "fingerprint": manifest.fingerprint,
     }
-    return folder, manifest, Result(metrics, {"prepared": str(folder), "manifest": str(folder / "manifest.json")})
-
-
-def _counts(manifest: Manifest) -> str:
-    rows: list[tuple[str, str]] = []
-    for source in manifest.sources:
-        rows.append((f"{source.name}: records in", f"{source.rows_in:,}"))
-        rows.append(("  kept", f"{source.rows_kept:,}"))
-        rows += [(f"  {reason}", f"{count:,}") for reason, count in source.rejected.items()]
-    rows += [(f"tokens a text, mean: {field}", f"{length['mean']}") for field, length in manifest.lengths.items()]
-    return table(rows, ("prepared", ""))
+    return Result(metrics, {"prepared": str(folder), "manifest": str(folder / "manifest.json")})
 
 
 def train_stage(config: Config, session: Session) -> Result:
     """A trained model; prepares first where the token shards are missing or stale."""
-    folder, manifest, _ = prepare_stage(config, session)
+    folder, manifest = session.prepared()
     if manifest.text_fields != ["anchor", "positive"]:
         raise ConfigError(
             f"objective.contrastive: found prepared records of {', '.join(manifest.text_fields)} alone; "
@@ -93,7 +87,7 @@ def train_stage(config: Config, session: Session) -> Result:
 
 def embed_stage(config: Config, session: Session) -> Result:
     """Every prepared record in the store, once."""
-    folder, manifest, _ = prepare_stage(config, session)
+    folder, manifest = session.prepared()
     from pipeline.embedding.embed import embed, is_embedded, open_store
     from pipeline.model.folder import model_fingerprint, model_width
 
@@ -108,8 +102,8 @@ def embed_stage(config: Config, session: Session) -> Result:
 
 
 def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
-    """Scores of the model and of BM25 on held-out pairs and on `evaluation.beir_dir`; `again` even if they are there."""
-    folder, manifest, _ = prepare_stage(config, session)
+    """Scores of the model and of BM25, on held-out pairs and a BEIR folder; `again` even where they are there."""
+    folder, manifest = session.prepared()
     from pipeline.model.folder import model_fingerprint
 
     model, path = model_folder(config), config.run_dir / "evaluation.json"
@@ -124,7 +118,6 @@ def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
         return Result(earlier["scores"], {"scores": str(path)})
     scores = _score_tasks(config, session, folder, manifest, model)
     write_atomically(path, json.dumps({"of": key, "scores": scores}, indent=2).encode())
-    log.info("%s", score_table(scores))
     return Result(scores, {"scores": str(path)})
 
 
@@ -154,8 +147,8 @@ def score_table(scores: dict[str, Any]) -> str:
     from pipeline.evaluation.metrics import METRICS
 
     rows = [
-        (f"{name} ({result['queries']:,} queries, {result['documents']:,} documents)", system)
-        + tuple(f"{result[system][metric]:.4f}" for metric in METRICS)
+        [f"{name} ({result['queries']:,} queries, {result['documents']:,} documents)", system]
+        + [f"{result[system][metric]:.4f}" for metric in METRICS]
         for name, result in scores.items()
         for system in ("model", "bm25")
     ]
@@ -169,7 +162,9 @@ def model_folder(config: Config) -> Path:
     if config.embedding.model:
         folder = Path(config.embedding.model)
         if not (folder / "model.safetensors").is_file():
-            raise ConfigError(f"embedding.model: found no model.safetensors in {folder}; allowed is a checkpoint folder")
+            raise ConfigError(
+                f"embedding.model: found no model.safetensors in {folder}; allowed is a checkpoint folder"
+            )
         return folder
     folder_or_none = best_checkpoint(config.run_dir)
     if folder_or_none is None:

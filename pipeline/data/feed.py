@@ -8,6 +8,7 @@ read task a run of steps and its order preserved, so a worker that starts anew b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,7 @@ def _cut(table: pa.Table) -> Iterator[pa.Table]:
     table = table.combine_chunks()
     steps = table["step"].to_numpy()
     bounds = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(steps)]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         yield table.slice(start, stop - start)
 
 

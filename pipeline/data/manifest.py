@@ -1,12 +1,12 @@
 """A prepared data set: token shards, the records they came from, and `manifest.json`, written last.
 
-    <root>/prepared/<fingerprint>/
-        tokenizer.json
-        records/00000.parquet             kept records, text and metadata, by hash of id
-        rejected/00000.parquet            what was refused: id, source, source_id, reason, excerpt
-        train/00000.parquet               token shards: id, anchor, positive (or text) as lists of token ids
-        validation/00000.parquet
-        manifest.json                     {fingerprint, sources, splits, shards, lengths, versions}
+<root>/prepared/<fingerprint>/
+    tokenizer.json
+    records/00000.parquet             kept records, text and metadata, by hash of id
+    rejected/00000.parquet            what was refused: id, source, source_id, reason, excerpt
+    train/00000.parquet               token shards: id, anchor, positive (or text) as lists of token ids
+    validation/00000.parquet
+    manifest.json                     {fingerprint, sources, splits, shards, lengths, versions}
 """
 
 from __future__ import annotations

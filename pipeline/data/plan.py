@@ -12,6 +12,7 @@ step; seeking costs nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -72,7 +73,7 @@ class Plan:
         while bounds[-1] < stop:
             epoch_end = (bounds[-1] // self.batches_per_epoch + 1) * self.batches_per_epoch
             bounds.append(min(bounds[-1] + self.steps_per_chunk, epoch_end, stop))
-        return list(zip(bounds, bounds[1:], strict=False))
+        return list(itertools.pairwise(bounds))
 
     def read(self, start: int, stop: int, rank: int, world_size: int) -> pa.Table:
         """This worker's rows of steps `start` to `stop` (one epoch), in training order, with a `step` column."""

@@ -4,8 +4,8 @@
     a task a few MB    a group a shard          a file a shard      one task      a task a file     last
 
 Every file's rows follow from content alone, so the shards are byte-identical for any number of workers. A prepared
-data set lies in a folder named by the hash of its config and its inputs' paths, sizes and times: where that folder has a
-manifest there is nothing to do, and after a crash the stages whose marker is there are not done again.
+data set lies in a folder named by the hash of its config and its inputs' paths, sizes and times: where that folder has
+a manifest there is nothing to do, and after a crash the stages whose marker is there are not done again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pipeline.config import Config, ConfigError, Source
 from pipeline.data.manifest import Manifest, Shard, SourceCount, read_manifest, write_atomically, write_manifest
 from pipeline.data.sources import Plan, check_fields, plan_source, text_fields
 from pipeline.data.tokenizing import ROW_GROUP_ROWS
-from pipeline.runtime.console import Stage, log
+from pipeline.runtime.console import Stage, log, table
 from pipeline.runtime.job import JobError
 from pipeline.runtime.session import Board
 
@@ -55,14 +56,8 @@ class Inputs:
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def prepared(config: Config) -> tuple[Path, Manifest | None]:
-    """The folder a config's prepared data belongs in, and its manifest where it is finished."""
-    folder = Inputs(config).folder
-    return folder, read_manifest(folder)
-
-
-def prepare(config: Config, board: Board) -> tuple[Path, Manifest]:
-    """Bring the prepared data up to date. Returns its folder and manifest."""
+def prepare(config: Config, board: Callable[[], Board]) -> tuple[Path, Manifest]:
+    """Bring the prepared data up to date. Returns its folder and manifest; asks for the `board` if there is work."""
     inputs = Inputs(config)
     folder = inputs.folder
     manifest = read_manifest(folder)
@@ -70,12 +65,23 @@ def prepare(config: Config, board: Board) -> tuple[Path, Manifest]:
         log.info("prepare: nothing to do, %s is up to date", folder)
         return folder, manifest
     folder.mkdir(parents=True, exist_ok=True)
-    sources = _records(inputs, config, board, folder)
+    sources = _records(inputs, config, board(), folder)
     files = sorted((folder / "records").glob("*.parquet"))
-    _tokenizer(config, board, folder, files, inputs.fields)
-    manifest = _shards_of(config, board, folder, files, inputs.fields, sources)
+    _tokenizer(config, folder, files, inputs.fields)
+    manifest = _shards_of(config, board(), folder, files, inputs.fields, sources)
     write_manifest(folder, manifest)
+    log.info("%s", _counts(manifest))
     return folder, manifest
+
+
+def _counts(manifest: Manifest) -> str:
+    rows: list[tuple[str, str]] = []
+    for source in manifest.sources:
+        rows.append((f"{source.name}: records in", f"{source.rows_in:,}"))
+        rows.append(("  kept", f"{source.rows_kept:,}"))
+        rows += [(f"  {reason}", f"{count:,}") for reason, count in source.rejected.items()]
+    rows += [(f"tokens a text, mean: {field}", f"{length['mean']}") for field, length in manifest.lengths.items()]
+    return table(rows, ("prepared", ""))
 
 
 def _records(inputs: Inputs, config: Config, board: Board, folder: Path) -> list[SourceCount]:
@@ -143,7 +149,7 @@ def _check(source: SourceCount, config: Config) -> None:
         raise JobError(f"source {source.name}: none of its {source.rows_in} records was kept ({listed})")
 
 
-def _tokenizer(config: Config, board: Board, folder: Path, files: list[Path], fields: list[str]) -> None:
+def _tokenizer(config: Config, folder: Path, files: list[Path], fields: list[str]) -> None:
     """Put `tokenizer.json` in place: the one that was asked for, else one trained on the records."""
     import ray
 
@@ -212,7 +218,9 @@ def _common_fields(config: Config) -> list[str]:
 
 def _shards(source: Source, plan: Plan) -> int:
     by_bytes = math.ceil(plan.total_bytes / SHARD_BYTES)
-    return min(by_bytes, math.ceil((source.max_samples or math.inf) / ROW_GROUP_ROWS)) if source.max_samples else by_bytes
+    return (
+        min(by_bytes, math.ceil((source.max_samples or math.inf) / ROW_GROUP_ROWS)) if source.max_samples else by_bytes
+    )
 
 
 def _file_hash(path: Path) -> str:

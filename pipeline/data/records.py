@@ -109,9 +109,7 @@ def _without_duplicates(records: pa.Table) -> tuple[pa.Table, pa.Table]:
         rejected.schema.get_field_index("excerpt"), "excerpt", pc.utf8_slice_codeunits(text, 0, EXCERPT_CHARS)
     )
     reason_column = pa.array([reason for reason in outcome if reason is not None], pa.string())
-    return records.filter(keep), rejected.set_column(
-        rejected.schema.get_field_index("reason"), "reason", reason_column
-    )
+    return records.filter(keep), rejected.set_column(rejected.schema.get_field_index("reason"), "reason", reason_column)
 
 
 def _write(table: pa.Table, path: Path) -> None:

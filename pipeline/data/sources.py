@@ -3,7 +3,7 @@
     tasks = plan_source(source)                   # [ReadTask(source='packages', paths=(…), …), …]
     for raw in read(tasks[0], source): ...        # RawRecord, or a RawRecord whose `reason` says why it is none
 
-What cannot be read is a record with a reason, not an exception. Cost of python_packages: 2 MB/s a core, all of it `ast`.
+What cannot be read is a record with a reason, not an exception. python_packages reads 2 MB/s a core, all of it `ast`.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, lowercase: bool) -> Toke
 def tokenize_file(
     records: Path, folder: Path, fields: list[str], tokenizer: Tokenizer, validation_fraction: float
 ) -> list[dict[str, Any]]:
-    """Write one record file's token shards, one a split. Returns each one's path, rows, row groups, hash and lengths."""
+    """Write one record file's token shards, one a split. Returns each one's path, rows, row groups, hash, lengths."""
     parts: dict[str, list[pa.Table]] = {split: [] for split in SPLITS}
     for batch in pq.ParquetFile(records).iter_batches(ENCODE_ROWS, columns=["id", *fields]):
         columns: dict[str, Any] = {"id": batch["id"]}

@@ -11,19 +11,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ray.data import ActorPoolStrategy, Datasink, Dataset
+from ray.data import ActorPoolStrategy, Dataset, Datasink
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.manifest import Manifest, write_atomically
 from pipeline.embedding.lancedb_store import LanceStore
-
-if TYPE_CHECKING:
-    from pipeline.runtime.session import Board
+from pipeline.runtime.session import Board, cluster_capacity
 
 ENCODE_ROWS = 1024  # a call of an encoder: seconds of work
 WRITE_ROWS = 8192  # rows a write commits together, and at most lost to a kill
@@ -67,19 +65,19 @@ class Encode:
 
 def encoded(dataset: Dataset, model: Path, config: Config, board: Board) -> Dataset:
     """The dataset's `text` column embedded by a pool of actors, one a GPU, else one a CPU."""
-    import ray
-
-    resources = ray.cluster_resources()
-    cpus, gpus = resources.get("CPU", 1.0), int(resources.get("GPU", 0))
+    capacity = cluster_capacity()
+    cpus, gpus = capacity.cpus, int(capacity.gpus)
     most = config.embedding.max_workers or gpus or int(cpus)
+    now = max(1, min(most, int(capacity.gpus_there if gpus else capacity.cpus_there)))
     # a CPU is left for reading and writing; an encoder's own threads are set by hand
     share = max(0.01, int(100 * (cpus - 1) / most) / 100) if not gpus else min(1.0, cpus / (2 * gpus))
+    threads = max(1, int(capacity.cpus_there) // now)
     return dataset.map_batches(
         Encode,
-        fn_constructor_args=(str(model), config.embedding.batch_tokens, max(1, int(cpus) // most), board.handle),
+        fn_constructor_args=(str(model), config.embedding.batch_tokens, threads, board.handle),
         batch_size=ENCODE_ROWS,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
+        compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=now),
         num_cpus=min(share, 1.0),
         num_gpus=1 if gpus else None,
     )
@@ -148,4 +146,3 @@ def _marker(config: Config, store: LanceStore) -> Path:
 
 def _complete(manifest: Manifest, store: LanceStore) -> dict[str, Any]:
     return {"data": manifest.fingerprint, "rows": store.count()}
-

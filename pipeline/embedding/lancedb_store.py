@@ -1,12 +1,13 @@
 """LanceDB, embedded: a table a model, keyed by record id.
 
-    store = LanceStore(uri="…/lancedb", name="quickstart-9f0c4e…", width=256)
-    store.upsert(table)                     # id, vector, source, source_id, text, metadata
-    store.query(vector, k=10)               # nearest first, with `score`, the cosine
+store = LanceStore(uri="…/lancedb", name="quickstart-9f0c4e…", width=256)
+store.upsert(table)                     # id, vector, source, source_id, text, metadata
+store.query(vector, k=10)               # nearest first, with `score`, the cosine
 """
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,19 @@ class LanceStore:
         texts = [(name, pa.string()) for name in ("source", "source_id", "text", "metadata")]
         return pa.schema([("id", pa.string()), ("vector", pa.list_(pa.float32(), self.width)), *texts])
 
+    def _connect(self) -> Any:
+        return lancedb.connect(self.uri, read_consistency_interval=timedelta(0))  # see what others have written
+
     def exists(self) -> bool:
-        return Path(self.uri).is_dir() and self.name in lancedb.connect(self.uri).list_tables(limit=1_000_000).tables
+        return Path(self.uri).is_dir() and self.name in self._connect().list_tables(limit=1_000_000).tables
 
     def create(self) -> None:
-        lancedb.connect(self.uri).create_table(self.name, schema=self.schema, exist_ok=True)
+        self._connect().create_table(self.name, schema=self.schema, exist_ok=True)
 
     @property
     def table(self) -> Any:
         if self._table is None:
-            self._table = lancedb.connect(self.uri).open_table(self.name)
+            self._table = self._connect().open_table(self.name)
         return self._table
 
     def count(self) -> int:
@@ -65,12 +69,6 @@ class LanceStore:
         found = self.table.search(vector).metric("cosine").limit(k).to_arrow().drop_columns(["vector"])
         rows = found.rename_columns({"_distance": "score"}).to_pylist()
         return [{**row, "score": 1 - row["score"]} for row in rows]
-
-    def vectors(self) -> tuple[list[str], np.ndarray]:
-        """All ids and their (N, D) vectors."""
-        rows = self.table.search().select(["id", "vector"]).to_arrow().combine_chunks()
-        values = rows["vector"].combine_chunks().flatten().to_numpy()
-        return rows["id"].to_pylist(), values.reshape(-1, self.width)
 
     def compact(self) -> None:
         """Join the small files that many writes leave."""

@@ -1,6 +1,6 @@
 """A BEIR folder: corpus.jsonl, queries.jsonl and qrels/test.tsv, read strictly.
 
-    task = read_beir(Path("debian/beir"))       # RetrievalTask(name='beir', queries={…}, documents={…}, qrels={…})
+task = read_beir(Path("debian/beir"))       # RetrievalTask(name='beir', queries={…}, documents={…}, qrels={…})
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ def _open_error(path: Path, error: OSError) -> ConfigError:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    number = 0
     try:
         with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+            for line in file:
+                number += 1
                 if not line.strip():
                     continue
                 row = json.loads(line)

@@ -61,12 +61,11 @@ def encode_documents(task: RetrievalTask, model: Path, config: Config, board: Bo
     table = pa.table({"id": list(task.documents), "text": list(task.documents.values())})
     blocks = [table.slice(start, ENCODE_ROWS) for start in range(0, len(table), ENCODE_ROWS)]
     with board.stage(f"evaluate: encode {task.name}", len(table), "documents", counter="embedded"):
-        rows = [block for block in encoded(ray.data.from_arrow(blocks), model, config, board).iter_batches(
-            batch_size=None, batch_format="pyarrow"
-        )]
+        vectors = encoded(ray.data.from_arrow(blocks), model, config, board)
+        rows = list(vectors.iter_batches(batch_size=None, batch_format="pyarrow"))
     ids = [record_id for block in rows for record_id in block["id"].to_pylist()]
-    vectors = [block["vector"].combine_chunks().flatten().to_numpy().reshape(len(block), -1) for block in rows]
-    return ids, np.concatenate(vectors)
+    parts = [block["vector"].combine_chunks().flatten().to_numpy().reshape(len(block), -1) for block in rows]
+    return ids, np.concatenate(parts)
 
 
 def score(task: RetrievalTask, encoder: TextEncoder, document_ids: list[str], documents: np.ndarray) -> dict[str, Any]:

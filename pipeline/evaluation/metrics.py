@@ -1,7 +1,7 @@
 """Retrieval metrics by trec_eval's own code, exact nearest neighbours in blocks, and BM25 to stand beside.
 
-    >>> retrieval_metrics({"q": {"d1": 1}}, {"q": {"d2": 0.9, "d1": 0.8}})
-    {'ndcg@10': 0.6309…, 'mrr@10': 0.5, 'recall@1': 0.0, 'recall@10': 1.0, 'recall@100': 1.0}
+>>> retrieval_metrics({"q": {"d1": 1}}, {"q": {"d2": 0.9, "d1": 0.8}})
+{'ndcg@10': 0.6309…, 'mrr@10': 0.5, 'recall@1': 0.0, 'recall@10': 1.0, 'recall@100': 1.0}
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A model on disk: `model.safetensors`, `model.json` (its shape), `tokenizer.json`. No pickle.
 
-    save_encoder(folder, encoder, tokenizer_json, max_length)
-    encoder, tokenizer = load_encoder(folder)
-    model_fingerprint(folder)                     # '9f0c…': names the vectors that this model gives
+save_encoder(folder, encoder, tokenizer_json, max_length)
+encoder, tokenizer = load_encoder(folder)
+model_fingerprint(folder)                     # '9f0c…': names the vectors that this model gives
 """
 
 from __future__ import annotations

@@ -117,6 +117,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.d_model, shape.norm_eps)
         self.mlp = FeedForward(shape)
         self.dropout = nn.Dropout(shape.dropout)
+        self.apply(_initialise)
+        nn.init.zeros_(self.self_attn.o_proj.weight)
+        nn.init.zeros_(self.mlp.down_proj.weight)
 
     def forward(self, x_TD: Tensor, layout: Layout, cos: Tensor, sin: Tensor) -> Tensor:
         x_TD = x_TD + self.dropout(self.self_attn(self.input_layernorm(x_TD), layout, cos, sin))
@@ -137,10 +140,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_layers))
         self.norm = RMSNorm(shape.d_model, shape.norm_eps)
         self.active_layers = shape.num_layers
-        self.apply(_initialise)
-        for layer in self.layers:
-            nn.init.zeros_(layer.self_attn.o_proj.weight)
-            nn.init.zeros_(layer.mlp.down_proj.weight)
+        _initialise(self.embed_tokens)
 
     def hidden(self, batch: Packed, layout: Layout) -> Tensor:
         """The last layer's normalised states, (T, D)."""

@@ -104,16 +104,19 @@ class Stage:
         self.bar.close()
         if kind is None:
             seconds = time.monotonic() - self.started
-            log.info("%s: %s %s in %.1f s  %s", self.name, f"{self.done - self.start:,}", self.unit, seconds, self.shown)
+            log.info(
+                "%s: %s %s in %.1f s  %s", self.name, f"{self.done - self.start:,}", self.unit, seconds, self.shown
+            )
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
     """Columns side by side, numbers to the right."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        first, *rest = zip(row, widths, strict=True)
-        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]).rstrip()
-
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, cells)])
+    columns = [[title, *map(str, cells)] for title, *cells in zip(header, *rows, strict=True)]
+    aligned = []
+    for cells in columns:
+        width = max(map(len, cells))
+        numbers = all(cell[:1].isdigit() for cell in cells[1:])
+        aligned.append(
+            [cell.rjust(width) if numbers else cell.ljust(width) for cell in [*cells[:1], "-" * width, *cells[1:]]]
+        )
+    return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import signal
 import sys
 import time
@@ -45,8 +46,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"arguments: {message}; --help lists what is allowed")
 
 
-def parser(name: str, description: str, positional: str | None = None) -> argparse.ArgumentParser:
-    """The arguments all jobs share, after a `positional` one of the job's own."""
+def parser(name: str, description: str, query: bool = False) -> argparse.ArgumentParser:
+    """The arguments all jobs share; with `query`, one of those without a key before an `=` is the job's query."""
     own = _Parser(
         prog=f"python jobs/{name}.py",
         description=description,
@@ -57,10 +58,25 @@ def parser(name: str, description: str, positional: str | None = None) -> argpar
     own.add_argument(
         "--local_data_dir", metavar="DIR", help="a folder of text files, in place of data.sources: title → the rest"
     )
-    if positional:
-        own.add_argument(positional, metavar=positional.upper())
-    own.add_argument("overrides", nargs="*", metavar="section.key=value", help="config values that beat the file's")
+    meaning = "config values that beat the file's"
+    if query:
+        own.add_argument("overrides", nargs="+", metavar="QUERY | section.key=value", help=f"the query; {meaning}")
+    else:
+        own.add_argument("overrides", nargs="*", metavar="section.key=value", help=meaning)
+    own.set_defaults(query="" if query else None)
     return own
+
+
+def parse(arguments: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, and tell a query from overrides. Raises ConfigError for arguments that are neither."""
+    args = arguments.parse_intermixed_args(argv)
+    if args.query is not None:
+        queries = [word for word in args.overrides if not re.match(r"\w+(\.\w+)+=", word)]
+        if len(queries) != 1:
+            raise ConfigError(f"arguments: found {len(queries)} queries; allowed is one, in quotes")
+        args.query = queries[0]
+        args.overrides = [word for word in args.overrides if word is not queries[0]]
+    return args
 
 
 class _Signals:
@@ -70,12 +86,14 @@ class _Signals:
         self.number = int(signal.SIGINT)
 
     def install(self) -> None:
-        signal.signal(signal.SIGINT, self._raise)
-        signal.signal(signal.SIGTERM, self._raise)
+        self._handle_both(self._raise)
 
     def ignore(self) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self._handle_both(signal.SIG_IGN)
+
+    def _handle_both(self, handler: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         self.number = number
@@ -95,10 +113,11 @@ def run_job(
 ) -> int:
     """Parse, load the config, run `main`, report. Returns the exit code."""
     started, config = time.monotonic(), None
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signals.install()
     status, code, result, sentence = "ok", 0, Result(), ""
     try:
-        args = (arguments or parser(name, description)).parse_intermixed_args(argv)
+        args = parse(arguments or parser(name, description), argv)
         config = load_config(args)
         start_logging(config.log_dir, config.logging.level, config.logging.format)
         result = main(config, args)
@@ -126,6 +145,8 @@ def run_job(
         "seconds": round(time.monotonic() - started, 1),
     }
     print(json.dumps(result.reply if status == "ok" and result.reply is not None else last), flush=True)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     return code
 
 

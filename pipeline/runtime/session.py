@@ -17,6 +17,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import Config
@@ -136,13 +137,52 @@ def ray_session(config: Config) -> Iterator[Board]:
         return
     log.info("ray: %s", f"connects to {address}" if address else "starts on this machine")
     local = {} if address else {"address": "local", "include_dashboard": False}
-    try:
-        ray.init(**local, logging_level=logging.INFO)
-        signals.install()  # Ray has put its own SIGTERM handler there
-        _quiet_ray_data(file)
-        yield Board()
-    finally:
-        ray.shutdown()
+    with _native_stderr_to(file):
+        try:
+            ray.init(**local, logging_level=logging.INFO)
+            signals.install()  # Ray has put its own SIGTERM handler there
+            _quiet_ray_data(file)
+            yield Board()
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _native_stderr_to(file: LogFile | None) -> Iterator[None]:
+    """Ray's C++ core writes to file descriptor 2, past all logging: point it at the log, Python's stderr elsewhere."""
+    if file is None:
+        yield
+        return
+    console, console_fd = sys.stderr, os.dup(2)
+    with open(file.baseFilename, "ab") as log_file, os.fdopen(console_fd, "w", buffering=1) as python_stderr:
+        os.dup2(log_file.fileno(), 2)
+        sys.stderr = python_stderr
+        try:
+            yield
+        finally:
+            sys.stderr = console
+            os.dup2(console_fd, 2)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """CPUs and GPUs of a cluster: those `there` now, and those it may grow to (the same, where it does not scale)."""
+
+    cpus_there: float
+    gpus_there: float
+    cpus: float
+    gpus: float
+
+
+def cluster_capacity() -> Capacity:
+    """What the connected cluster has, and what its autoscaler may add."""
+    import ray
+    from ray._private.state import state
+
+    there = ray.cluster_resources()
+    limits = state.get_max_resources_from_cluster_config() or {}
+    cpus, gpus = float(there.get("CPU", 0)), float(there.get("GPU", 0))
+    return Capacity(cpus, gpus, max(cpus, limits.get("CPU", 0)), max(gpus, limits.get("GPU", 0)))
 
 
 def _route_output(file: LogFile | None) -> None:
@@ -180,7 +220,9 @@ def _quiet_ray_data(file: LogFile | None) -> None:
     import ray.data
 
     logger = logging.getLogger("ray.data")
-    logger.handlers[:] = [h for h in logger.handlers if type(h).__name__ != "PlainRayHandler"] + ([file] if file else [])
+    logger.handlers[:] = [h for h in logger.handlers if type(h).__name__ != "PlainRayHandler"] + (
+        [file] if file else []
+    )
     logger.setLevel(logging.INFO)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -1,7 +1,7 @@
 """Pairs of docstring and code out of Python source text, parsed with `ast`: nothing is imported or run.
 
-    >>> list(pairs('def add(a, b):\\n    "Add two numbers."\\n    return a + b\\n'))
-    [DocumentedCode(name='add', line=1, docstring='Add two numbers.', code='def add(a, b):\\n    return a + b')]
+>>> list(pairs('def add(a, b):\\n    "Add two numbers."\\n    return a + b\\n'))
+[DocumentedCode(name='add', line=1, docstring='Add two numbers.', code='def add(a, b):\\n    return a + b')]
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class DocumentedCode:
 
 
 def pairs(source: str) -> Iterator[DocumentedCode]:
-    """Each function and class with a docstring and something beside it. Raises SyntaxError or ValueError on bad source."""
+    """Each function and class with a docstring and code beside it. Raises SyntaxError or ValueError on bad source."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)
         tree = ast.parse(source)
@@ -52,7 +52,9 @@ def _definitions(parent: ast.AST, prefix: str) -> Iterator[tuple[str, Definition
 def _without_docstring(lines: list[str], node: Definition) -> str:
     """The definition's own lines without its docstring, dedented. ast's columns count UTF-8 bytes."""
     docstring, first = node.body[0], min([node.lineno, *(d.lineno for d in node.decorator_list)])
-    assert docstring.end_lineno and docstring.end_col_offset is not None and node.end_lineno
+    assert docstring.end_lineno
+    assert docstring.end_col_offset is not None
+    assert node.end_lineno
     before = lines[docstring.lineno - 1].encode()[: docstring.col_offset].decode()
     after = lines[docstring.end_lineno - 1].encode()[docstring.end_col_offset :].decode().lstrip("; ")
     same_line = [before + after] if (before + after).strip() else []

@@ -1,9 +1,9 @@
 """Normalising text and judging it: plain functions, a string in, a string or the reason for refusing it out.
 
-    >>> normalise("a\\r\\nb\\u200b\\x00  ")
-    'a\\nb'
-    >>> verdict("\\x01\\x02", min_chars=1, max_chars=100, max_nonprintable=0.1)
-    'nonprintable'
+>>> normalise("a\\r\\nb\\u200b\\x00  ")
+'a\\nb'
+>>> verdict("\\x01\\x02", min_chars=1, max_chars=100, max_nonprintable=0.1)
+'nonprintable'
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, device: torch
 
 def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint furthest on whose files are whole, and a sentence for each one that was passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for folder in sorted(_all(run_dir), key=lambda f: (f.name, f.parent.name), reverse=True):
         try:
             read_state(folder)

@@ -16,7 +16,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan
 from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError
-from pipeline.runtime.session import Board
+from pipeline.runtime.session import Board, cluster_capacity
 from pipeline.training.checkpoints import TrainState, newest_valid, next_attempt, prune, read_state
 from pipeline.training.history import History
 from pipeline.training.run_folder import claim_run_folder
@@ -137,22 +137,20 @@ def _fit(trainer: Any) -> None:
 
 def _workers(config: Config, plan: Plan) -> tuple[Workers, int]:
     """Workers that fit the cluster, and torch threads for each. Raises ConfigError saying what would fit."""
-    import ray
-
-    available = ray.cluster_resources()
-    cpus, gpus = available.get("CPU", 0.0), available.get("GPU", 0.0)
-    wanted = config.scaling
+    capacity, wanted = cluster_capacity(), config.scaling
+    cpus, gpus = capacity.cpus, capacity.gpus
     gpu_share = (1.0 if gpus else 0.0) if wanted.gpus_per_worker == "auto" else wanted.gpus_per_worker
-    number = wanted.num_workers
-    if number == "auto":
-        number = max(1, int(gpus / gpu_share)) if gpu_share else 2
-        number = max(n for n in range(1, number + 1) if plan.lanes % n == 0)
+    if wanted.num_workers == "auto":
+        most = max(1, int(gpus / gpu_share)) if gpu_share else 2
+        number = max(n for n in range(1, most + 1) if plan.lanes % n == 0)
+    else:
+        number = wanted.num_workers
     workers = Workers(number, wanted.cpus_per_worker, gpu_share)
     fitting = int((cpus - 1) / workers.cpus)
     if workers.number * workers.cpus > cpus - 1:
         raise ConfigError(
-            f"scaling: found {workers.number} workers of {workers.cpus:g} CPUs and {cpus:g} CPUs in all, of which reading "
-            f"data takes 1; allowed are {fitting} workers of {workers.cpus:g}, or scaling.cpus_per_worker="
+            f"scaling: found {workers.number} workers of {workers.cpus:g} CPUs and {cpus:g} CPUs in all, of which "
+            f"reading data takes 1; allowed are {fitting} workers of {workers.cpus:g}, or scaling.cpus_per_worker="
             f"{(cpus - 1) / workers.number:g}"
         )
     if workers.number * workers.gpus > gpus:
@@ -170,7 +168,7 @@ def _workers(config: Config, plan: Plan) -> tuple[Workers, int]:
             f"training.gradient_accumulation_steps: found {config.training.gradient_accumulation_steps}; "
             f"allowed are at most the {plan.global_batch_size // workers.number} pairs of a worker's share"
         )
-    return workers, max(1, int(cpus) // workers.number)
+    return workers, max(1, int(max(capacity.cpus_there // workers.number, workers.cpus)))
 
 
 def train_worker(sent: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ def train(run: Run, state: TrainState) -> TrainState:
 
 
 def _parallel(run: Run, step: int) -> nn.Module:
-    """The model to call at `step`: the table alone while it warms up, then all layers; gradients averaged over workers."""
+    """What to call at `step`: the table alone while it warms up, then all layers; gradients averaged over workers."""
     layers_join = step >= run.table_steps
     run.encoder.active_layers = run.encoder.shape.num_layers if layers_join else 0
     run.encoder.layers.requires_grad_(layers_join)
@@ -126,8 +126,8 @@ class _Meter:
         now = time.monotonic()
         seconds, self.last = now - self.last, now
         names = sorted(metrics)
-        shared = torch.tensor([*(float(metrics[name]) for name in names), seconds, self.pairs, self.tokens])
-        shared = _mean(shared.double().to(self.run.device)).tolist()
+        own = [*(float(metrics[name]) for name in names), seconds, self.pairs, self.tokens]
+        shared = _mean(torch.tensor(own, dtype=torch.float64, device=self.run.device)).tolist()
         values = dict(zip(names, shared, strict=False))
         seconds, pairs, tokens = shared[len(names) :]
         self.pairs = self.tokens = 0
@@ -146,9 +146,9 @@ class _Meter:
 def _validate(run: Run, state: TrainState) -> bool:
     """Rank held-out pairs against each other; note the metrics. Returns whether they are the best so far."""
     run.encoder.eval()
-    vectors = [_encode_shared(run, texts) for texts in (run.validation.anchors, run.validation.positives)]
+    anchors, positives = (_encode_shared(run, t) for t in (run.validation.anchors, run.validation.positives))
     run.encoder.train()
-    metrics = ranking_metrics(*vectors, temperature=run.config.objective.contrastive.temperature)
+    metrics = ranking_metrics(anchors, positives, run.config.objective.contrastive.temperature)
     values = torch.tensor([metrics[name] for name in sorted(metrics)], dtype=torch.float64, device=run.device)
     if _world_size() > 1:
         dist.broadcast(values, 0)

@@ -1,8 +1,8 @@
 """AdamW and its schedule. The rate is a function of the step alone, so a resumed run needs no scheduler state.
 
-    >>> schedule = Schedule(total_steps=100, warmup_fraction=0.1, table_steps=0)
-    >>> schedule.scale(0), schedule.scale(9), schedule.scale(99)
-    (0.1, 1.0, 0.06...)
+>>> schedule = Schedule(total_steps=100, warmup_fraction=0.1, table_steps=0)
+>>> schedule.scale(0), schedule.scale(9), schedule.scale(99)
+(0.1, 1.0, 0.06...)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A run's folder: what it was started with, and the refusal to go on with something else.
 
-    <root>/runs/<run>/config.resolved.yaml    the whole tree; --config takes it back
-    <root>/runs/<run>/run.json                data fingerprint, git SHA, versions
+<root>/runs/<run>/config.resolved.yaml    the whole tree; --config takes it back
+<root>/runs/<run>/run.json                data fingerprint, git SHA, versions
 """
 
 from __future__ import annotations

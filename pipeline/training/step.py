@@ -7,6 +7,7 @@ graph to carry that gradient to the weights. The result is the gradient of the w
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -43,7 +44,7 @@ def _cached_backward(
 ) -> dict[str, Tensor]:
     device = batch.anchors.ids.device
     bounds = [len(batch) * i // micro_batches for i in range(micro_batches + 1)]
-    parts = [batch.texts(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    parts = [batch.texts(start, stop) for start, stop in itertools.pairwise(bounds)]
     vectors, dropout_states = [], []
     with torch.no_grad():
         for part in parts:

@@ -1,0 +1,40 @@
+# make quickstart  a fresh machine → .venv, then the whole job on the Python packages installed in it, then a search
+# make test        a fresh machine → .venv, then the quick tests; make test-slow: kills, faults, whole jobs
+PYTHON ?= python3
+BIN := .venv/bin
+DATA ?= data
+
+.PHONY: quickstart test test-slow lint bench clean
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} found; 3.11 to 3.13 are allowed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --progress-bar off -c constraints.txt -e '.[dev]' || { \
+		echo "The packages could not be installed: pip's own words are above. Is its index reachable from here?" >&2; exit 1; }
+	touch $@
+
+quickstart: .venv/.installed
+	$(BIN)/python jobs/run.py
+	$(BIN)/python jobs/search.py "remove duplicate rows"
+
+test: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+test-slow: .venv/.installed
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/mypy
+
+# make bench DATA=folder-with-debian: the tables in benchmarks/README.md
+bench: .venv/.installed
+	$(BIN)/python benchmarks/retrieval.py --data $(DATA)
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

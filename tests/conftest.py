@@ -1,0 +1,58 @@
+"""One Ray session for all quick tests, and small data made here."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TOPICS = ["invoice", "kernel", "violin", "glacier", "pepper", "satellite", "carpet", "enzyme", "lantern", "harbour"]
+VERBS = ["open", "merge", "count", "rotate", "compress", "validate", "sort", "translate", "archive", "measure"]
+
+
+def make_pairs(count: int, seed: int = 0) -> list[dict[str, object]]:
+    """Pairs whose anchor and positive share two rare words, so that a model can learn to match them."""
+    chance = random.Random(seed)
+    rows = []
+    for i in range(count):
+        topic, verb, code = chance.choice(TOPICS), chance.choice(VERBS), f"{chance.randrange(16**4):04x}"
+        rows.append(
+            {
+                "id": f"doc{i}",
+                "anchor": f"{verb} the {topic} {code}",
+                "positive": f"This page says how to {verb} a {topic} with reference {code} in the usual way.",
+                "line": i,
+            }
+        )
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def pairs_file(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "pairs.jsonl", make_pairs(600))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Two CPUs, whatever the machine has."""
+    from pipeline.runtime.session import ENVIRONMENT, _quiet_ray_data
+
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.pop("RAY_ADDRESS", None)
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    _quiet_ray_data(None)
+    yield
+    ray.shutdown()
