@@ -183,7 +183,9 @@ def ranking_metrics(anchors: Tensor, positives: Tensor, temperature: float) -> d
     for rows in own.split(1024):
         scores = anchors[rows] @ positives.T
         losses.append(nn.functional.cross_entropy(scores / temperature, rows, reduction="sum"))
-        ranks.append((scores > scores.gather(1, rows[:, None])).sum(dim=1) + 1)
+        own_score = scores.gather(1, rows[:, None])
+        ties = (scores == own_score).sum(dim=1) - 1  # shared out, or vectors that are all alike would win
+        ranks.append((scores > own_score).sum(dim=1) + 1 + ties / 2)
     rank = torch.cat(ranks).double()
     gain = torch.where(rank <= 10, 1 / torch.log2(rank + 1), 0.0)
     return {

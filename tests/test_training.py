@@ -1,0 +1,280 @@
+"""The loop without Ray: exact accumulation, exact resume, checkpoints that can be trusted."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from pipeline.config import Config, load
+from pipeline.model.packing import pack
+from pipeline.model.transformer import Encoder, EncoderShape
+from pipeline.training.batch import PairBatch, pair_batch
+from pipeline.training.checkpoints import (
+    TrainState,
+    best_checkpoint,
+    keep_best,
+    load_optimizer,
+    newest_valid,
+    next_attempt,
+    prune,
+    read_state,
+    save_checkpoint,
+    step_folder,
+)
+from pipeline.training.loop import Run, ranking_metrics, train
+from pipeline.training.optimizer import FLOOR, Schedule, build_optimizer
+from pipeline.training.step import backward
+
+SHAPE = EncoderShape(vocab_size=64, d_model=16, num_layers=1, num_heads=2, d_ff=24, dropout=0.2)
+
+
+def config_of(tmp_path: Path, *overrides: str) -> Config:
+    file = tmp_path / "c.yaml"
+    file.write_text("training: {global_batch_size: 8, learning_rate: 1e-2, max_steps: 12, validate_every_steps: 4}\n")
+    return load(file, [f"storage.root={tmp_path}", *overrides], environ={})
+
+
+def rows(start: int, stop: int) -> Iterator[pa.Table]:
+    """Batches of eight pairs; a pair shares a rare token."""
+    for step in range(start, stop):
+        chance = torch.Generator().manual_seed(step)
+        tokens = torch.randperm(56, generator=chance)[:8] + 8
+        noise = torch.randint(0, 8, (8, 5), generator=chance)
+        yield pa.table(
+            {
+                "id": [f"{step}-{i}" for i in range(8)],
+                "anchor": [[int(t), int(n[0])] for t, n in zip(tokens, noise, strict=True)],
+                "positive": [[*n.tolist(), int(t)] for t, n in zip(tokens, noise, strict=True)],
+            },
+            schema=pa.schema(
+                [("id", pa.string()), ("anchor", pa.list_(pa.int32())), ("positive", pa.list_(pa.int32()))]
+            ),
+        )
+
+
+def batch() -> PairBatch:
+    return pair_batch(next(rows(0, 1)))
+
+
+def new_run(config: Config, save: object = lambda run, state, is_best: None, stop: int = 12) -> Run:
+    torch.manual_seed(0)
+    return Run(Encoder(SHAPE), config, lambda a, b: rows(a, min(b, stop)), batch(), 12, save, lambda metrics: None)  # type: ignore[arg-type]
+
+
+def gradients(micro_batches: int, run: Run) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(5)
+    run.encoder.train()
+    metrics = backward(run.encoder, batch(), run.loss, micro_batches, None)
+    return metrics["loss"], [p.grad for p in run.encoder.parameters() if p.grad is not None]
+
+
+def wide_run(tmp_path: Path, dropout: float) -> Run:
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(0)
+        encoder = Encoder(EncoderShape(**{**vars(SHAPE), "dropout": dropout}))
+        for parameter in encoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    encoder.forward = _double(encoder)  # type: ignore[method-assign]
+    return Run(encoder, config_of(tmp_path), rows, batch(), 12, lambda *a: None, lambda m: None)
+
+
+def _double(encoder: Encoder):  # type: ignore[no-untyped-def]
+    """The forward pass without its cast to float32, so that gradients can be compared closely."""
+    from pipeline.model.packing import Layout
+    from pipeline.model.transformer import mean_pool
+
+    def forward(texts):  # type: ignore[no-untyped-def]
+        layout = Layout.of(texts)
+        return torch.nn.functional.normalize(mean_pool(encoder.hidden(texts, layout), layout, texts.lengths), dim=-1)
+
+    return forward
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4, 8])
+def test_accumulation_gives_the_whole_batch_gradient(micro_batches: int, tmp_path: Path) -> None:
+    whole_loss, whole = gradients(1, wide_run(tmp_path, 0.0))
+    loss, parts = gradients(micro_batches, wide_run(tmp_path, 0.0))
+    torch.testing.assert_close(loss, whole_loss, atol=1e-12, rtol=0)
+    assert len(parts) == len(whole)
+    for a, b in zip(parts, whole, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+
+
+def test_cached_gradients_replay_dropout(tmp_path: Path) -> None:
+    """With dropout the cached gradient must be that of the very masks the first pass drew: autograd is the oracle."""
+    run = wide_run(tmp_path, 0.3)
+    _, cached = gradients(2, run)
+    cached = [g.clone() for g in cached]
+    run.encoder.zero_grad()
+    torch.manual_seed(5)
+    halves = [run.encoder(batch().texts(0, 4)).chunk(2), run.encoder(batch().texts(4, 8)).chunk(2)]
+    loss, _ = run.loss(torch.cat([h[0] for h in halves]), torch.cat([h[1] for h in halves]))
+    loss.backward()
+    for a, b in zip(cached, [p.grad for p in run.encoder.parameters()], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+
+
+def saver(folder: Path):  # type: ignore[no-untyped-def]
+    def save(run: Run, state: TrainState, is_best: bool) -> None:
+        target = folder / "attempt-001" / step_folder(state.step)
+        target.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(target, run.encoder, run.optimizer, state, tokenizer_json="{}", max_length=8)
+        if is_best:
+            keep_best(target, folder)
+
+    return save
+
+
+@pytest.mark.parametrize("killed_at", [3, 6, 7, 11])
+def test_resumed_weights_are_bit_identical(killed_at: int, tmp_path: Path) -> None:
+    config = config_of(tmp_path, "checkpointing.every_steps=3", "training.table_warmup_fraction=0.5")
+    whole = new_run(config, saver(tmp_path / "whole"))
+    state = train(whole, TrainState())
+    assert state.step == 12
+
+    train(new_run(config, saver(tmp_path / "killed"), stop=killed_at), TrainState())  # its feed ends: nothing is saved
+    checkpoint, _ = newest_valid(tmp_path / "killed")
+    assert checkpoint is not None
+    resumed = new_run(config)
+    from safetensors.torch import load_file
+
+    resumed.encoder.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    load_optimizer(checkpoint, resumed.optimizer, torch.device("cpu"))
+    start = read_state(checkpoint)
+    assert killed_at - 4 < start.step <= killed_at
+    assert train(resumed, start).step == 12
+    for name, tensor in whole.encoder.state_dict().items():
+        assert torch.equal(tensor, resumed.encoder.state_dict()[name]), name
+
+
+def test_the_loss_falls_and_layers_join(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "training.table_warmup_fraction=0.5", "training.log_every_steps=1")
+    losses: list[float] = []
+    active: list[int] = []
+    run = new_run(config)
+    run.report = lambda m: (losses.append(m["loss"]), active.append(run.encoder.active_layers)) if "loss" in m else None
+    train(run, TrainState())
+    assert losses[-1] < 0.7 * losses[0]
+    assert active == [0] * 6 + [1] * 6
+    assert run.encoder.layers[0].mlp.down_proj.weight.abs().sum() > 0
+
+
+def test_a_time_limit_ends_with_a_checkpoint(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "training.max_time_s=1e-9", "training.log_every_steps=2")
+    saved: list[int] = []
+    state = train(new_run(config, lambda run, state, is_best: saved.append(state.step)), TrainState())
+    assert state.step == 2
+    assert saved == [2]
+    assert "validation_ndcg@10" in state.metrics
+
+
+def test_ranking_metrics_by_hand() -> None:
+    anchors = torch.eye(3)
+    positives = torch.tensor([[1.0, 0, 0], [0, 0, 1.0], [0, 0.6, 0.8]])  # ranks 1, 2.5 (a tie), 2
+    metrics = ranking_metrics(anchors, positives, temperature=1.0)
+    scores = anchors @ positives.T
+    assert metrics["recall@1"] == pytest.approx(1 / 3)
+    assert metrics["ndcg@10"] == pytest.approx((1 + 1 / math.log2(3.5) + 1 / math.log2(3)) / 3)
+    assert metrics["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(scores, torch.arange(3))))
+
+
+def test_vectors_that_are_all_alike_score_badly() -> None:
+    alike = torch.ones(100, 4) / 2
+    assert ranking_metrics(alike, alike, temperature=0.05)["ndcg@10"] == 0
+
+
+def test_schedule() -> None:
+    schedule = Schedule(total_steps=100, warmup_fraction=0.1, table_steps=50)
+    assert [round(schedule.scale(s), 3) for s in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]
+    assert schedule.scale(99) == pytest.approx(FLOOR, abs=0.02)
+    assert schedule.scale(50, joined_at=50) == pytest.approx(0.1)
+    assert schedule.scale(99, joined_at=50) == schedule.scale(99)
+    assert schedule.scale(10, joined_at=50) == 0
+
+
+def test_decay_is_on_matrices_of_layers_alone() -> None:
+    optimizer = build_optimizer(Encoder(SHAPE), learning_rate=1e-3, table_learning_rate=2e-3, weight_decay=0.1)
+    decayed = [p.shape for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]]
+    assert len(decayed) == 7
+    assert all(len(shape) == 2 for shape in decayed)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(Encoder(SHAPE).parameters()))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run folder with checkpoints of steps 4, 8 and 12."""
+    config = config_of(tmp_path, "checkpointing.every_steps=4")
+    train(new_run(config, saver(tmp_path / "run")), TrainState())
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "missing", "no state"])
+def test_a_damaged_checkpoint_is_passed_over_by_name(damage: str, run_dir: Path) -> None:
+    newest = run_dir / "attempt-001" / step_folder(12)
+    weights = newest / "model.safetensors"
+    content = weights.read_bytes()
+    if damage == "truncate":
+        weights.write_bytes(content[:-1])
+    elif damage == "flip":
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "empty":
+        weights.write_bytes(b"")
+    elif damage == "missing":
+        (newest / "optimizer.pt").unlink()
+    else:
+        (newest / "state.json").write_text("{")
+    found, passed_over = newest_valid(run_dir)
+    assert found == run_dir / "attempt-001" / step_folder(8)
+    assert len(passed_over) == 1
+    assert str(newest) in passed_over[0]
+
+
+def test_a_planted_pickle_is_not_run(run_dir: Path) -> None:
+    planted = run_dir / "planted"
+
+    class Payload:
+        def __reduce__(self):  # type: ignore[no-untyped-def]
+            return (Path.touch, (planted,))
+
+    checkpoint = run_dir / "attempt-001" / step_folder(12)
+    (checkpoint / "optimizer.pt").write_bytes(pickle.dumps(Payload(), protocol=2))
+    with pytest.raises(pickle.UnpicklingError):
+        load_optimizer(checkpoint, torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]), torch.device("cpu"))
+    assert not planted.exists()
+
+
+def test_best_is_one_whole_folder_and_outlives_the_attempt(run_dir: Path) -> None:
+    best = best_checkpoint(run_dir)
+    assert best is not None
+    assert best.parent == run_dir / "best"
+    assert [f.name for f in (run_dir / "best").iterdir()] == [best.name]
+    prune(run_dir, keep=None)
+    assert best_checkpoint(run_dir) == best
+    assert read_state(best).metrics["validation_ndcg@10"] == read_state(best).best_metric
+
+
+def test_prune_keeps_what_a_run_resumes_from(run_dir: Path) -> None:
+    newest, _ = newest_valid(run_dir)
+    assert next_attempt(run_dir) == "attempt-002"
+    prune(run_dir, keep=newest)
+    assert [f.name for f in sorted((run_dir / "attempt-001").iterdir())] == [step_folder(12)]
+    assert newest_valid(run_dir)[0] == newest
+
+
+def test_texts_of_a_slice() -> None:
+    texts = batch().texts(2, 4)
+    assert len(texts) == 4
+    assert texts.ids.tolist() == [
+        *batch().anchors.slice(2, 4).ids.tolist(),
+        *batch().positives.slice(2, 4).ids.tolist(),
+    ]
+    assert pack([[1]]).ids.dtype == texts.ids.dtype
