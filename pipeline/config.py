@@ -200,10 +200,10 @@ class Training(Section):
     """Gradients are clipped to this norm."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after so many optimizer steps."""
-    max_epochs: float = Field(3.0, gt=0)
-    """Stop after so many passes over the training split."""
+    max_epochs: float | None = Field(None, gt=0)
+    """Stop after so many passes over the training split; 3 where max_steps is not set either."""
     max_time_s: float | None = Field(None, gt=0)
-    """Stop after so many seconds of training in this start, with a checkpoint."""
+    """Stop after so many seconds of training, all starts of the run together, with a checkpoint."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast where the GPU has it, else fp32."""
     strategy: Literal["ddp"] = "ddp"

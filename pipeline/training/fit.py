@@ -24,6 +24,7 @@ from pipeline.training.run_folder import claim_run_folder
 if TYPE_CHECKING:
     from pipeline.training.loop import Run
 
+DEFAULT_EPOCHS = 3
 MAX_FAILURES = 3  # restarts of the worker group before the run gives up
 
 
@@ -50,9 +51,14 @@ class Task:
 
 
 def steps_of(config: Config, plan: Plan) -> int:
-    """Optimizer steps of the whole run."""
-    by_epochs = max(1, math.ceil(config.training.max_epochs * plan.batches_per_epoch))
-    return min(by_epochs, config.training.max_steps or by_epochs)
+    """Optimizer steps of the whole run: whichever limit comes first."""
+    steps, epochs = config.training.max_steps, config.training.max_epochs
+    if epochs is None:
+        if steps is not None:
+            return steps
+        epochs = DEFAULT_EPOCHS
+    by_epochs = max(1, math.ceil(epochs * plan.batches_per_epoch))
+    return min(by_epochs, steps or by_epochs)
 
 
 def is_finished(config: Config, plan: Plan, state: TrainState) -> bool:

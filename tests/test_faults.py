@@ -1,0 +1,244 @@
+"""Whole jobs as processes: stopped, killed, submitted. Run by `make test-slow`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import psutil
+import pytest
+
+from tests.conftest import make_pairs, write_jsonl
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+ROOT = Path(__file__).parents[1]
+WAIT_S = 300
+
+
+def write_config(folder: Path, pairs: int = 4000, **training: Any) -> Path:
+    config = {
+        "storage": {"root": str(folder / "store"), "run": "r"},
+        "data": {"sources": [{"name": "pages", "type": "json", "path": str(folder / "pairs.jsonl")}]},
+        "tokenizer": {"vocab_size": 800, "max_length": 24},
+        "model": {"d_model": 64, "d_ff": 64},
+        "training": {"global_batch_size": 64, "max_steps": 300, "validate_every_steps": 50, **training},
+        "checkpointing": {"every_steps": 25},
+        "logging": {"level": "DEBUG"},
+        "evaluation": {"held_out_queries": 20},
+    }
+    write_jsonl(folder / "pairs.jsonl", make_pairs(pairs))
+    (folder / "c.yaml").write_text(json.dumps(config))
+    return folder / "c.yaml"
+
+
+class JobProcess:
+    """A job run as a user runs it, in a process of its own."""
+
+    def __init__(self, name: str, config: Path, *args: str) -> None:
+        self.log = config.parent / f"{name}-{time.monotonic_ns()}.err"
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PIPELINE_"))}
+        with self.log.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, f"jobs/{name}.py", "--config", str(config), *args],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+        self.children: set[psutil.Process] = set()
+
+    def wait_for(self, text: str) -> None:
+        """Until the log says so; fails where the job ends first."""
+        deadline = time.monotonic() + WAIT_S
+        while text not in self.log.read_text():
+            assert self.process.poll() is None, f"ended before {text!r}:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, f"no {text!r}:\n{self.log.read_text()}"
+            time.sleep(0.1)
+        self.children |= set(psutil.Process(self.process.pid).children(recursive=True))
+
+    def end(self) -> tuple[int, dict[str, Any]]:
+        out, _ = self.process.communicate(timeout=WAIT_S)
+        assert "Traceback" not in self.log.read_text()
+        return self.process.returncode, json.loads(out.splitlines()[-1])
+
+    def leftovers(self) -> list[str]:
+        """Processes of the job's that outlive it by more than a moment."""
+        _, alive = psutil.wait_procs(list(self.children), timeout=15)
+        return [str(p) for p in alive]
+
+
+def run(name: str, config: Path, *args: str) -> dict[str, Any]:
+    job = JobProcess(name, config, *args)
+    code, last = job.end()
+    assert code == 0, job.log.read_text()
+    return last
+
+
+def rows_and_ids(folder: Path) -> tuple[int, int]:
+    db = lancedb.connect(str(folder / "store" / "lancedb"))
+    ids = db.open_table(db.list_tables().tables[0]).to_arrow()["id"].to_pylist()
+    return len(ids), len(set(ids))
+
+
+def weights(folder: Path) -> bytes:
+    (newest,) = folder.glob("store/runs/r/attempt-*/step-00000300/model.safetensors")
+    return newest.read_bytes()
+
+
+def temporary_folders() -> set[str]:
+    return {p.name for p in Path("/tmp").iterdir() if p.name.startswith(("checkpoint-", "tmp"))}
+
+
+def test_ctrl_c_in_each_stage_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    config, before = write_config(tmp_path), temporary_folders()
+    stages = [
+        "prepare: read, judge, deduplicate: begins",
+        "prepare: tokenize: begins",
+        "train: begins",
+        "train: step 50:",
+        "embed: begins",
+        "evaluate: encode held-out: begins",
+    ]
+    for stage in stages:
+        job = JobProcess("run", config)
+        job.wait_for(stage)
+        job.process.send_signal(signal.SIGINT)
+        code, last = job.end()
+        assert (code, last["status"]) == (130, "stopped"), job.log.read_text()
+        assert "stopped by SIGINT" in job.log.read_text()
+        assert job.leftovers() == []
+    finished = run("run", config)
+    assert finished["metrics"]["train"]["step"] == 300
+    assert rows_and_ids(tmp_path) == (finished["metrics"]["prepare"]["rows_kept"],) * 2
+    assert "on from step" in (tmp_path / "store" / "runs" / "r" / "training.log").read_text()
+    assert temporary_folders() <= before
+
+
+def test_sigterm_exits_143(tmp_path: Path) -> None:
+    job = JobProcess("train", write_config(tmp_path))
+    job.wait_for("train: begins")
+    job.process.send_signal(signal.SIGTERM)
+    code, last = job.end()
+    assert (code, last["status"]) == (143, "stopped")
+    assert job.leftovers() == []
+
+
+def test_a_killed_worker_and_a_killed_driver_change_no_bit_of_the_weights(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run("train", write_config(whole, table_warmup_fraction=0.4))
+
+    config = write_config(killed, table_warmup_fraction=0.4)
+    job = JobProcess("train", config)
+    job.wait_for("train: step 50:")
+    workers = [p for p in job.children if "RayTrainWorker" in " ".join(p.cmdline())]
+    assert len(workers) == 2
+    workers[1].kill()
+    job.wait_for("train: step 150:")
+    job.process.kill()  # the driver; its Ray session ends with it
+    job.process.wait()
+    assert job.leftovers() == []
+    last = run("train", config)
+    assert last["metrics"]["step"] == 300
+    assert weights(killed) == weights(whole)
+
+
+def test_embedding_killed_and_run_again_leaves_one_vector_each(tmp_path: Path) -> None:
+    config = write_config(tmp_path, pairs=40_000)
+    run("train", config, "training.max_steps=10")
+    job = JobProcess("embed", config, "training.max_steps=10")
+    job.wait_for("embed: begins")
+    table = tmp_path / "store" / "lancedb"
+    deadline = time.monotonic() + WAIT_S
+    while not any(table.rglob("data/*.lance")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.process.kill()
+    job.process.wait()
+    assert job.leftovers() == []
+    part = rows_and_ids(tmp_path)[0]
+    last = run("embed", config, "training.max_steps=10")
+    kept = last["metrics"]["rows"]
+    assert last["metrics"]["embedded"] == kept - part
+    assert rows_and_ids(tmp_path) == (kept, kept)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.fixture
+def head_node(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """`ray start --head` on loopback with token authentication. Yields the environment to submit from."""
+    port, dashboard, client, agent = free_ports(4)
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef" * 4)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PIPELINE_"))} | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # bind to 127.0.0.1
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PIPELINE_STORAGE": str(tmp_path / "store"),
+    }
+    command = ["ray", "start", "--head", "--block", "--port", str(port), "--num-cpus", "2", "--disable-usage-stats"]
+    command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
+    command += ["--ray-client-server-port", str(client), "--dashboard-agent-listen-port", str(agent)]
+    with (tmp_path / "head.log").open("w") as log:
+        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + WAIT_S
+        while "Ray runtime started" not in (tmp_path / "head.log").read_text():
+            assert head.poll() is None, (tmp_path / "head.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    finally:
+        children = psutil.Process(head.pid).children(recursive=True)
+        head.terminate()
+        head.wait(timeout=120)
+        for child in psutil.wait_procs(children, timeout=30)[1]:
+            child.kill()
+
+
+def test_a_submitted_job_trains_under_storage_root_and_resumes(head_node: dict[str, str], tmp_path: Path) -> None:
+    config = write_config(tmp_path, max_steps=50)
+    content = json.loads(config.read_text())
+    del content["storage"]["root"]  # PIPELINE_STORAGE of the cluster says where
+    config.write_text(json.dumps(content))
+
+    def submit() -> str:
+        command = [
+            "ray",
+            "job",
+            "submit",
+            "--working-dir",
+            ".",
+            "--",
+            "python",
+            "jobs/train.py",
+            "--config",
+            str(config),
+        ]
+        done = subprocess.run(command, cwd=ROOT, env=head_node, capture_output=True, text=True, timeout=WAIT_S)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    first = submit()
+    assert "succeeded" in first
+    assert (tmp_path / "store" / "runs" / "r" / "best").is_dir()
+    assert '"step": 50' in first
+    assert "train: nothing to do, the run is at its end, step 50" in submit()

@@ -1,0 +1,221 @@
+"""The jobs as a user runs them, in one process that shares the tests' Ray session, on small data."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.runtime.job import run_job
+from tests.conftest import make_pairs, write_jsonl
+
+
+class Job:
+    """Runs jobs on one config; returns (exit code, last line, all of stdout, stderr)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "store"
+        self.config = folder / "c.yaml"
+        self.pairs = write_jsonl(folder / "pairs.jsonl", make_pairs(800))
+        self.config.write_text(
+            json.dumps(
+                {
+                    "storage": {"root": str(self.root), "run": "small"},
+                    "data": {
+                        "sources": [{"name": "pages", "type": "json", "path": str(self.pairs), "metadata": ["line"]}],
+                        "validation_fraction": 0.1,
+                    },
+                    "tokenizer": {"vocab_size": 800, "max_length": 24},
+                    "model": {"d_model": 64, "d_ff": 64},
+                    "training": {
+                        "global_batch_size": 64,
+                        "learning_rate": 1e-2,
+                        "max_steps": 60,
+                        "table_warmup_fraction": 0.5,
+                        "validate_every_steps": 20,
+                        "gradient_accumulation_steps": 2,
+                    },
+                    "checkpointing": {"every_steps": 20, "max_checkpoints": 2},
+                    "evaluation": {"held_out_queries": 50},
+                }
+            )
+        )
+
+    def __call__(self, capsys: pytest.CaptureFixture[str], name: str, *args: str) -> tuple[int, Any, str, str]:
+        job = importlib.import_module(f"jobs.{name}")
+        arguments = job.arguments() if hasattr(job, "arguments") else None
+        code = run_job(name, job.__doc__, job.main, arguments, ["--config", str(self.config), *args])
+        out, err = capsys.readouterr()
+        return code, json.loads(out.splitlines()[-1]), out, err
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return Job(tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_other_storage() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PIPELINE_STORAGE", raising=False)
+        yield
+
+
+@pytest.mark.usefixtures("ray_cluster")
+class TestWholeJob:
+    """In this order: each test goes on from the one before."""
+
+    def test_search_before_anything_says_what_to_run(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        code, last, _, err = job(capsys, "search", "merge the invoice")
+        assert (code, last["status"]) == (1, "failed")
+        assert "python jobs/train.py makes one" in err
+
+    def test_too_few_cpus_are_refused_before_training(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        code, _, _, err = job(capsys, "train", "scaling.cpus_per_worker=4", "storage.run=refused")
+        assert code == 2
+        assert "2 workers of 4 CPUs and 2 CPUs" in err
+        assert "allowed are 0 workers of 4, or scaling.cpus_per_worker=0.5" in err
+        assert not list(job.root.glob("runs/refused/attempt-*"))
+
+    def test_run_does_all_stages(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        code, last, _, err = job(capsys, "run")
+        assert (code, last["status"], last["job"]) == (0, "ok", "run"), err
+        metrics = last["metrics"]
+        assert metrics["train"]["step"] == 60
+        assert metrics["embed"]["rows"] == metrics["prepare"]["rows_kept"]
+        held_out = metrics["evaluate"]["held-out"]
+        assert held_out["queries"] == 50
+        assert held_out["model"]["ndcg@10"] > 0.5  # by chance: 0.01
+        assert held_out["bm25"]["ndcg@10"] > 0.9  # a rare word settles it
+        for what in ("manifest", "model", "history", "store", "scores"):
+            assert Path(last["paths"][what]).exists()
+        assert "ndcg@10" in err
+
+    def test_the_history_falls_and_the_run_is_described(self, job: Job) -> None:
+        run = job.root / "runs" / "small"
+        history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses = [row["loss"] for row in history if "loss" in row]
+        assert len(losses) == 6
+        assert losses[-1] < 0.5 * losses[0]
+        assert sum("validation_ndcg@10" in row for row in history) == 3
+        assert json.loads((run / "run.json").read_text())["data_fingerprint"]
+        assert "max_steps: 60" in (run / "config.resolved.yaml").read_text()
+        assert "train: 60 steps" in (run / "training.log").read_text()
+
+    def test_checkpoints_are_the_newest_and_the_best(self, job: Job) -> None:
+        run = job.root / "runs" / "small"
+        assert sorted(p.name for p in run.glob("attempt-001/step-*")) == ["step-00000060"]
+        (best,) = (run / "best").iterdir()
+        state = json.loads((best / "state.json").read_text())
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert state["best_metric"] == max(row.get("validation_ndcg@10", 0) for row in rows)
+
+    def test_every_record_is_embedded_once_with_its_own_vector(self, job: Job) -> None:
+        from pipeline.embedding.encode import TextEncoder
+
+        (best,) = (job.root / "runs" / "small" / "best").iterdir()
+        db = lancedb.connect(str(job.root / "lancedb"))
+        rows = db.open_table(db.list_tables().tables[0]).to_arrow().to_pylist()
+        records = pq.read_table(next((job.root / "prepared").iterdir()) / "records").to_pylist()
+        assert sorted(row["id"] for row in rows) == sorted(record["id"] for record in records)
+        by_id = {row["id"]: row for row in rows}
+        encoder = TextEncoder(best, batch_tokens=10**9)
+        for record in records[:20]:
+            row = by_id[record["id"]]
+            assert row["text"] == record["positive"]
+            np.testing.assert_allclose(row["vector"], encoder.encode([record["positive"]])[0], atol=1e-5)
+
+    def test_a_rerun_skips_everything_without_ray(
+        self, job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def no_ray(config: object) -> None:
+            raise AssertionError("Ray was asked for")
+
+        monkeypatch.setattr("pipeline.stages.ray_session", no_ray)
+        code, last, _, err = job(capsys, "run")
+        assert code == 0, err
+        assert err.count("nothing to do") == 4
+        assert last["metrics"]["evaluate"]["held-out"]["queries"] == 50
+
+    def test_embedding_again_fills_in_just_what_is_missing(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        db = lancedb.connect(str(job.root / "lancedb"))
+        table = db.open_table(db.list_tables().tables[0])
+        gone = [row["id"] for row in table.search().limit(7).to_arrow().to_pylist()]
+        before = table.count_rows()
+        table.delete(f"id IN ({', '.join(repr(i) for i in gone)})")
+        code, last, _, err = job(capsys, "embed")
+        assert code == 0, err
+        assert last["metrics"] == {"embedded": 7, "rows": before}
+        table.checkout_latest()
+        assert len(set(table.to_arrow()["id"].to_pylist())) == table.count_rows() == before
+
+    def test_search_finds_the_page(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        row = make_pairs(800)[17]
+        code, last, _, _ = job(capsys, "search", str(row["anchor"]), "--json")
+        assert code == 0
+        assert [result["rank"] for result in last] == list(range(1, 11))
+        assert set(last[0]) == {"rank", "score", "id", "source_id", "text", "metadata"}
+        assert [result["score"] for result in last] == sorted((r["score"] for r in last), reverse=True)
+        assert row["positive"] in [result["text"] for result in last]
+        assert all("line" in result["metadata"] for result in last)
+        code, last, out, _ = job(capsys, "search", "training.max_steps=60", str(row["anchor"]), "--limit", "2")
+        assert (code, last["metrics"]["results"]) == (0, 2)
+        assert out.startswith(" 1  0.")
+
+    @pytest.mark.parametrize(("query", "found"), [("", "nothing"), (" \n", "nothing"), ("x" * 100_000, "100,000")])
+    def test_search_refuses_queries_that_are_none(
+        self, query: str, found: str, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code, _, _, err = job(capsys, "search", query)
+        assert code == 2
+        assert f"query: found {found}" in err
+
+    def test_evaluate_scores_a_beir_folder(self, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        rows = make_pairs(60, seed=9)
+        write_jsonl(tmp_path / "corpus.jsonl", [{"_id": r["id"], "title": "", "text": r["positive"]} for r in rows])
+        write_jsonl(tmp_path / "queries.jsonl", [{"_id": f"q{r['id']}", "text": r["anchor"]} for r in rows[:20]])
+        (tmp_path / "qrels").mkdir()
+        judged = "".join(f"q{r['id']}\t{r['id']}\t1\n" for r in rows[:20])
+        (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+        code, last, _, err = job(capsys, "evaluate", f"evaluation.beir_dir={tmp_path}", "evaluation.held_out_queries=0")
+        assert code == 0, err
+        (scores,) = last["metrics"].values()
+        assert (scores["queries"], scores["documents"]) == (20, 60)
+        assert scores["model"]["recall@100"] == 1
+
+    def test_a_run_folder_of_another_config_is_refused(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        code, _, _, err = job(capsys, "train", "training.learning_rate=0.5", "model.d_model=32")
+        assert code == 2
+        assert "training.learning_rate (then 0.01, now 0.5)" in err
+        assert "model.d_model (then 64, now 32)" in err
+        assert "storage.run=NAME" in err
+
+    def test_a_run_folder_of_other_data_is_refused(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        code, _, _, err = job(capsys, "train", "data.min_chars=12")
+        assert code == 0, err  # the same records, so the same data
+        code, _, _, err = job(capsys, "train", "tokenizer.max_length=20")
+        assert code == 2
+        assert "the prepared data" in err
+
+    def test_a_missing_table_is_made_anew(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        db = lancedb.connect(str(job.root / "lancedb"))
+        db.drop_table(db.list_tables().tables[0])
+        code, _, _, err = job(capsys, "search", "merge the invoice")
+        assert code == 1
+        assert "python jobs/embed.py makes one" in err
+        code, last, _, _ = job(capsys, "embed")
+        assert code == 0
+        assert last["metrics"]["embedded"] == last["metrics"]["rows"]
+
+    def test_a_folder_of_text_files(self, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for row in make_pairs(30):
+            (tmp_path / f"{row['id']}.txt").write_text(f"{row['anchor']}\n\n{row['positive']}\n")
+        code, last, _, err = job(capsys, "prepare", "--local_data_dir", str(tmp_path))
+        assert code == 0, err
+        assert last["metrics"]["rows_in"] == 30
