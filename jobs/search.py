@@ -32,8 +32,8 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     query = checked(args.query)
     if args.limit < 1:
         raise ConfigError(f"--limit: found {args.limit}; allowed is 1 or more")
-    from pipeline.embedding.embed import open_store
     from pipeline.embedding.encode import TextEncoder
+    from pipeline.embedding.store import open_store
     from pipeline.model.folder import model_fingerprint, model_width
     from pipeline.stages import model_folder
 

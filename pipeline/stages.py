@@ -18,13 +18,14 @@ from pipeline.data.manifest import Manifest, write_atomically
 from pipeline.data.prepare import prepare
 from pipeline.runtime.console import Stage, log, table
 from pipeline.runtime.job import JobError, Result
-from pipeline.runtime.session import Board, ray_session
+from pipeline.runtime.session import Board, ray_session, set_environment
 
 
 class Session:
     """A job's Ray session, started on first use."""
 
     def __init__(self, config: Config) -> None:
+        set_environment()
         self.config = config
         self._stack = ExitStack()
         self._board: Board | None = None
@@ -88,7 +89,7 @@ def train_stage(config: Config, session: Session) -> Result:
 def embed_stage(config: Config, session: Session) -> Result:
     """Every prepared record in the store, once."""
     folder, manifest = session.prepared()
-    from pipeline.embedding.embed import embed, is_embedded, open_store
+    from pipeline.embedding.store import is_embedded, open_store
     from pipeline.model.folder import model_fingerprint, model_width
 
     model = model_folder(config)
@@ -97,6 +98,8 @@ def embed_stage(config: Config, session: Session) -> Result:
     if is_embedded(config, manifest, store):
         log.info("embed: nothing to do, %s records are in %s", f"{store.count():,}", store.name)
     else:
+        from pipeline.embedding.embed import embed
+
         written = embed(config, folder, manifest, model, store, session.board())
     return Result({"embedded": written, "rows": store.count()}, {"store": store.uri, "table": store.name})
 

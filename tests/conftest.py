@@ -45,11 +45,10 @@ def pairs_file(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Two CPUs, whatever the machine has."""
-    from pipeline.runtime.session import ENVIRONMENT, _quiet_ray_data
+    from pipeline.runtime.session import _quiet_ray_data, set_environment
 
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     os.environ.pop("RAY_ADDRESS", None)
+    set_environment()
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)

@@ -8,7 +8,6 @@ upserts and become visible as they are made: a job that is killed and run again 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ import pyarrow.parquet as pq
 from ray.data import ActorPoolStrategy, Dataset, Datasink
 
 from pipeline.config import Config, ConfigError
-from pipeline.data.manifest import Manifest, write_atomically
+from pipeline.data.manifest import Manifest
 from pipeline.embedding.lancedb_store import LanceStore
+from pipeline.embedding.store import mark_embedded
 from pipeline.runtime.session import Board, cluster_capacity
 
 ENCODE_ROWS = 1024  # a call of an encoder: seconds of work
@@ -104,14 +104,8 @@ def embed(config: Config, folder: Path, manifest: Manifest, model: Path, store: 
             LanceSink(store), concurrency=1, ray_remote_args={"num_cpus": 0.5}
         )
     store.compact()
-    write_atomically(_marker(config, store), json.dumps(_complete(manifest, store)).encode())
+    mark_embedded(config, manifest, store)
     return store.count() - before
-
-
-def is_embedded(config: Config, manifest: Manifest, store: LanceStore) -> bool:
-    """Whether an earlier embedding of this data set into this table ran to its end."""
-    marker = _marker(config, store)
-    return marker.is_file() and store.exists() and json.loads(marker.read_text()) == _complete(manifest, store)
 
 
 def missing_rows(file: Path, field: str, store: LanceStore) -> Iterator[pa.Table]:
@@ -132,17 +126,3 @@ def embedded_field(config: Config, manifest: Manifest) -> str:
     if field not in there:
         raise ConfigError(f"embedding.field: found {wanted!r}; allowed here are {', '.join(there)}")
     return field
-
-
-def open_store(config: Config, model_fingerprint: str, width: int) -> LanceStore:
-    """The table of a run's records under a model."""
-    uri = str(config.root / config.embedding.uri)
-    return LanceStore(uri, f"{config.storage.run}-{model_fingerprint[:12]}", width)
-
-
-def _marker(config: Config, store: LanceStore) -> Path:
-    return config.run_dir / "embedded" / f"{store.name}.json"
-
-
-def _complete(manifest: Manifest, store: LanceStore) -> dict[str, Any]:
-    return {"data": manifest.fingerprint, "rows": store.count()}

@@ -36,6 +36,11 @@ class LogFile(logging.FileHandler):
     def setFormatter(self, fmt: logging.Formatter | None) -> None:
         return
 
+    def write_traceback(self, error: Exception) -> None:
+        """What a person at the console is spared."""
+        trace = (type(error), error, error.__traceback__)
+        self.emit(log.makeRecord(log.name, logging.ERROR, __file__, 0, "the job failed", (), trace))
+
 
 def start_logging(folder: Path, level: str, line_format: str) -> LogFile:
     """Send our own messages to the console and to `folder/training.log`. Returns the file's handler, for Ray's."""

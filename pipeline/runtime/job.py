@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import re
 import signal
 import sys
@@ -112,14 +111,14 @@ def run_job(
     argv: Sequence[str] | None = None,
 ) -> int:
     """Parse, load the config, run `main`, report. Returns the exit code."""
-    started, config = time.monotonic(), None
+    started, config, log_file = time.monotonic(), None, None
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signals.install()
     status, code, result, sentence = "ok", 0, Result(), ""
     try:
         args = parse(arguments or parser(name, description), argv)
         config = load_config(args)
-        start_logging(config.log_dir, config.logging.level, config.logging.format)
+        log_file = start_logging(config.log_dir, config.logging.level, config.logging.format)
         result = main(config, args)
     except ConfigError as error:
         status, code, sentence = "failed", 2, str(error)
@@ -130,8 +129,8 @@ def run_job(
         sentence = f"stopped by {signal.Signals(signals.number).name}; the same command goes on from here"
     except Exception as error:
         status, code, sentence = "failed", 1, f"{type(error).__name__}: {error}"
-        log.debug("the job failed", exc_info=True)
-        logging.getLogger("pipeline.traceback").error("the job failed", exc_info=True)
+        if log_file:
+            log_file.write_traceback(error)
     signals.ignore()
     if sentence:
         _say(f"{name}: {sentence}")

@@ -26,7 +26,7 @@ from pipeline.runtime.job import signals
 
 POLL_S = 0.5
 
-# Read by Ray when it is imported or started. Tokens are asked for knowingly: RAY_AUTH_MODE, where it is set, is kept.
+# Read by Ray when it is imported. Tokens are asked for knowingly: RAY_AUTH_MODE, where it is set, is kept.
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_COLOR_PREFIX": "0",
@@ -120,15 +120,21 @@ class Board:
                 done.set()
 
 
+def set_environment() -> None:
+    """Settings for Ray that are not set yet. Must come before the first import of it."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local session listens on 127.0.0.1 alone
+
+
 @contextmanager
 def ray_session(config: Config) -> Iterator[Board]:
     """Connect to Ray, or start it here, with its output in training.log; leave nothing running at the end."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local session listens on 127.0.0.1 alone
+    set_environment()
     import ray
+
+    address = os.environ.get("RAY_ADDRESS")
 
     file = next((handler for handler in log.handlers if isinstance(handler, LogFile)), None)
     _route_output(file)
