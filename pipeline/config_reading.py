@@ -1,0 +1,180 @@
+"""Reading a config's YAML, and saying in one sentence what is wrong with it.
+
+The tree itself is in `config`; this file knows only that it is made of pydantic models.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+
+class ConfigError(Exception):
+    """A config, an argument or a request that cannot be met as written; jobs exit 2 with its one sentence."""
+
+
+OLDER_NAMES = {
+    "mixed_precision": "training.precision",
+    "batch_size": "training.global_batch_size",
+    "epochs": "training.max_epochs",
+    "num_epochs": "training.max_epochs",
+    "lr": "training.learning_rate",
+    "max_seq_length": "tokenizer.max_length",
+    "save_total_limit": "checkpointing.max_checkpoints",
+    "save_steps": "checkpointing.every_steps",
+    "output_dir": "storage.root",
+}
+"""Names that people bring from elsewhere, told apart in the error that refuses them."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which `1e-3` is a number, as in YAML 1.2, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, str) and key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
+            seen.add(key if isinstance(key, str) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: byte {error.start} is not UTF-8; allowed is YAML text in UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror or error}; allowed is a readable YAML file") from None
+    return _mapping(text, str(file))
+
+
+def _mapping(text: str, where: str) -> dict[str, Any]:
+    try:
+        tree = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        raise ConfigError(f"{where}: {_yaml_problem(error)}; allowed is plain YAML") from None
+    if tree is None:
+        raise ConfigError(f"{where}: found an empty file; allowed is a mapping of sections such as `training: {{}}`")
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where}: found {kind_of(tree)}; allowed is a mapping of sections such as `training: {{}}`")
+    return tree
+
+
+def _yaml_problem(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).splitlines()[0]
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else f"not YAML: {problem}"
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)+", key):
+        raise ConfigError(f"argument {override!r}: allowed are section.key=value and the options that --help lists")
+    try:
+        return key, yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        raise ConfigError(f"argument {override!r}: {_yaml_problem(error)}; allowed is a YAML value") from None
+
+
+def explain(error: ValidationError, file: Path, arguments: list[str], root: type[BaseModel]) -> str:
+    """The first error as one sentence, and how many more there are. `root` is the whole tree's class."""
+    details = error.errors(include_url=False)
+    first = details[0]
+    location = [part for part in first["loc"] if not _is_union_tag(part)]
+    key = ".".join(str(part) for part in location)
+    where = f"argument {key}" if any(key == a or key.startswith(a + ".") for a in arguments) else f"{file}: {key}"
+    places = {tuple(p for p in d["loc"] if not _is_union_tag(p)) for d in details}
+    more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key; {_suggest(location, root)}{more}"
+    if first["type"] == "missing":
+        return f"{where}: found no such key; allowed is a value of your own{more}"
+    allowed = " or ".join(
+        dict.fromkeys(_allowed(d) for d in details if [p for p in d["loc"] if not _is_union_tag(p)] == location)
+    )
+    return f"{where}: found {kind_of(first['input'])}; allowed is {allowed}{more}"
+
+
+def _is_union_tag(part: object) -> bool:
+    """Pydantic names the member of a union, a constraint or a mapping's key in an error's location."""
+    return isinstance(part, str) and bool(re.search(r"[\[(]|^(int|float|str|bool|none)$", part))
+
+
+_PREFIXES = {
+    "Input should be ": "",
+    "Value error, ": "",
+    "String should have ": "text with ",
+    "String should ": "text that should ",
+    "List should have ": "a list with ",
+}
+
+
+def _allowed(detail: Any) -> str:
+    message = str(detail["msg"])
+    for prefix, instead in _PREFIXES.items():
+        if message.startswith(prefix):
+            message = instead + message.removeprefix(prefix)
+    if detail["type"] == "model_type":
+        message = "a mapping of keys"
+    return message[0].lower() + message[1:]
+
+
+def kind_of(value: Any) -> str:
+    names: dict[type, str] = {dict: "a mapping", list: "a list", str: "text", bool: "a truth value"}
+    if value is None:
+        return "null"
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return f"{shown} ({names[type(value)]})" if type(value) in names else shown
+
+
+def _suggest(location: Sequence[Any], root: type[BaseModel]) -> str:
+    """The nearest key: the same name elsewhere in the tree, an older name, or a like spelling in this section."""
+    unknown, parent = str(location[-1]), [p for p in location[:-1] if not isinstance(p, int)]
+    elsewhere = [path for path in _paths(root) if path.split(".")[-1].removesuffix("[]") == unknown]
+    if unknown in OLDER_NAMES:
+        return f"its name here is {OLDER_NAMES[unknown]}"
+    if elsewhere:
+        return f"{unknown} stands at {' and '.join(elsewhere)}"
+    section: Any = root
+    for part in parent:
+        section = _inner(section.model_fields[part].annotation) if hasattr(section, "model_fields") else None
+    known = list(section.model_fields) if hasattr(section, "model_fields") else []
+    near = difflib.get_close_matches(unknown, known, 1) or difflib.get_close_matches(unknown, _leaves(root), 1, 0.8)
+    return f"did you mean {near[0]}?" if near else f"allowed are {', '.join(known) or 'no keys'}"
+
+
+def _inner(annotation: Any) -> Any:
+    """The section inside `X`, `list[X]` or `X | None`, else None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (list, Union, UnionType, Annotated):
+        return next((found for arg in get_args(annotation) if (found := _inner(arg))), None)
+    return None
+
+
+def _paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        inner = _inner(field.annotation)
+        many = "[]" if get_origin(field.annotation) is list and inner else ""
+        yield f"{prefix}{name}{many}"
+        if inner:
+            yield from _paths(inner, f"{prefix}{name}{many}.")
+
+
+def _leaves(root: type[BaseModel]) -> list[str]:
+    return [path.split(".")[-1] for path in _paths(root)]

@@ -1,0 +1,73 @@
+"""Arrows point one way: a module imports only from the folders that its own may know, and some know no Ray."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+MAY_IMPORT = {
+    "config_reading": set(),
+    "config": {"config_reading"},
+    "text": set(),
+    "runtime": {"config"},
+    "model": set(),
+    "objectives": {"model"},
+    "data": {"config", "runtime", "text"},
+    "embedding": {"config", "runtime", "data", "model", "text"},
+    "evaluation": {"config", "runtime", "data", "model", "text", "embedding"},
+    "training": {"config", "runtime", "data", "model", "objectives", "evaluation"},
+    "stages": {"config", "runtime", "data", "model", "embedding", "evaluation", "training"},
+}
+WITHOUT_RAY = {"config", "config_reading", "text", "model", "objectives"}
+WITHOUT_TORCH = {"config", "config_reading", "text", "runtime", "data"}
+RAYLESS_MODULES = {"training/loop.py", "training/step.py", "training/checkpoints.py", "embedding/store.py"}
+
+
+def modules() -> list[Path]:
+    return sorted((ROOT / "pipeline").rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "pipeline").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports(path: Path) -> None:
+    own, found = room(path), list(imports(path))
+    if own == "__init__":
+        assert not found
+        return
+    ours = {name.split(".")[1] for name in found if name.startswith("pipeline.")}
+    assert ours <= MAY_IMPORT[own] | {own}
+    packages = {name.split(".")[0] for name in found}
+    if own in WITHOUT_RAY or str(path.relative_to(ROOT / "pipeline")) in RAYLESS_MODULES:
+        assert "ray" not in packages
+    if own in WITHOUT_TORCH:
+        assert "torch" not in packages
+    assert "pipeline" not in {name for name in found if name.startswith("jobs")}
+
+
+def test_the_table_has_no_cycle() -> None:
+    done: set[str] = set()
+    while len(done) < len(MAY_IMPORT):
+        ready = {name for name, needs in MAY_IMPORT.items() if name not in done and needs <= done}
+        assert ready, f"a cycle among {set(MAY_IMPORT) - done}"
+        done |= ready
+
+
+def test_files_are_of_a_size_to_read() -> None:
+    for path in [*modules(), *(ROOT / "jobs").glob("*.py")]:
+        assert len(path.read_text("utf-8").splitlines()) <= (130 if path.parent.name == "jobs" else 500), path

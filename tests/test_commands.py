@@ -1,0 +1,66 @@
+"""Commands from outside: help, exit codes, and the files people start from."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
+
+
+def python(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_has_examples_and_imports_neither_ray_nor_torch(job: str) -> None:
+    done = python("-X", "importtime", f"jobs/{job}.py", "--help")
+    assert done.returncode == 0
+    assert "--config" in done.stdout
+    assert f"python jobs/{job}.py" in done.stdout.split("examples:")[1]
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "pydantic" in imported
+    assert imported.isdisjoint({"ray", "torch", "pyarrow", "lancedb"})
+
+
+def test_a_wrong_key_exits_2_from_a_shell(tmp_path: Path) -> None:
+    done = python("jobs/train.py", "training.learning_rat=1")
+    assert done.returncode == 2
+    assert "did you mean learning_rate?" in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["status"] == "failed"
+
+
+def test_the_cluster_file_passes_rays_own_validation() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(yaml.safe_load((ROOT / "ray_cluster.yaml").read_text()))
+    validate_config(config)
+    types = config["available_node_types"]
+    assert all(types[name]["node_config"]["InstanceMarketOptions"] for name in ("cpu_worker", "gpu_worker"))
+    assert types["gpu_worker"]["min_workers"] == 0
+
+
+def test_make_installs_from_the_constraints() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert "-c constraints.txt" in makefile
+    pins = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
+    )
+    assert pins["torch"] == "2.13.0"
+    assert not [name for name in pins if name.startswith(("nvidia", "triton", "cuda"))]
+
+
+def test_commands_in_the_readme_name_what_there_is() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    named = set(re.findall(r"(?:jobs|configs|benchmarks)/\w+\.(?:py|yaml)", readme))
+    assert named
+    assert [path for path in named if not (ROOT / path).exists()] == []
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`make ([a-z-]+)", readme)) <= targets
