@@ -71,9 +71,15 @@ class JobProcess:
         assert "Traceback" not in self.log.read_text()
         return self.process.returncode, json.loads(out.splitlines()[-1])
 
-    def leftovers(self) -> list[str]:
+    def kill(self) -> None:
+        """SIGKILL, and wait until Ray's own processes have noticed, which takes them up to a minute."""
+        self.process.kill()
+        self.process.wait()
+        assert self.leftovers(WAIT_S) == []
+
+    def leftovers(self, timeout_s: float = 15) -> list[str]:
         """Processes of the job's that outlive it by more than a moment."""
-        _, alive = psutil.wait_procs(list(self.children), timeout=15)
+        _, alive = psutil.wait_procs(list(self.children), timeout=timeout_s)
         return [str(p) for p in alive]
 
 
@@ -144,9 +150,7 @@ def test_a_killed_worker_and_a_killed_driver_change_no_bit_of_the_weights(tmp_pa
     assert len(workers) == 2
     workers[1].kill()
     job.wait_for("train: step 150:")
-    job.process.kill()  # the driver; its Ray session ends with it
-    job.process.wait()
-    assert job.leftovers() == []
+    job.kill()
     last = run("train", config)
     assert last["metrics"]["step"] == 300
     assert weights(killed) == weights(whole)
@@ -161,9 +165,7 @@ def test_embedding_killed_and_run_again_leaves_one_vector_each(tmp_path: Path) -
     deadline = time.monotonic() + WAIT_S
     while not any(table.rglob("data/*.lance")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    job.process.kill()
-    job.process.wait()
-    assert job.leftovers() == []
+    job.kill()
     part = rows_and_ids(tmp_path)[0]
     last = run("embed", config, "training.max_steps=10")
     kept = last["metrics"]["rows"]

@@ -81,6 +81,7 @@ class Stage:
         )
         self.total, self.start, self.done, self.shown = total, start, start, ""
         self.started = self.last_line = time.monotonic()
+        self.last_done = start
 
     def __enter__(self) -> Stage:
         log.debug("%s: begins", self.name)
@@ -94,12 +95,13 @@ class Stage:
             self.bar.set_postfix_str(self.shown, refresh=False)
             self.bar.update(amount)
         elif time.monotonic() - self.last_line >= LINE_EVERY_S:
-            self.last_line = time.monotonic()
             log.info("%s: %s", self.name, self._progress())
 
     def _progress(self) -> str:
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        rate = (self.done - self.start) / seconds
+        """What is done, the rate since the last such line, and the time left at that rate."""
+        now = time.monotonic()
+        rate = (self.done - self.last_done) / (now - self.last_line)
+        self.last_line, self.last_done = now, self.done
         text = f"{self.done:,}" + (f"/{self.total:,}" if self.total else "") + f" {self.unit}, {rate:,.1f}/s"
         if self.total and rate:
             text += f", {max(self.total - self.done, 0) / rate:,.0f} s left"

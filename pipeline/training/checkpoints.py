@@ -39,6 +39,11 @@ def step_folder(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def incoming_folder(run_dir: Path) -> Path:
+    """Where a checkpoint is put together before Ray takes it to the attempt's folder."""
+    return run_dir / "incoming"
+
+
 def save_checkpoint(
     folder: Path,
     encoder: Encoder,
@@ -116,6 +121,7 @@ def next_attempt(run_dir: Path) -> str:
 
 def prune(run_dir: Path, keep: Path | None) -> None:
     """Drop every attempt's leavings but the attempt that holds `keep`, and there every other checkpoint."""
+    shutil.rmtree(incoming_folder(run_dir), ignore_errors=True)
     for attempt in run_dir.glob("attempt-[0-9]*"):
         if keep is None or keep.parent != attempt:
             shutil.rmtree(attempt, ignore_errors=True)

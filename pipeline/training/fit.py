@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,16 +231,17 @@ def _saver(task: Task, rank: int, tokenizer_json: str) -> Callable[[Run, TrainSt
     """Rank 0 writes; Ray carries the checkpoint to storage; every rank reports, which is a barrier."""
     import ray.train
 
-    from pipeline.training.checkpoints import keep_best, save_checkpoint, step_folder
+    from pipeline.training.checkpoints import incoming_folder, keep_best, save_checkpoint, step_folder
 
     def save(run: Run, state: TrainState, is_best: bool) -> None:
         name = step_folder(state.step)
         if rank:
             ray.train.report(state.metrics, checkpoint_dir_name=name)
             return
-        folder = Path(tempfile.mkdtemp(prefix="checkpoint-")) / name
+        folder = incoming_folder(task.config.run_dir) / name
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        folder.mkdir(parents=True)
         try:
-            folder.mkdir()
             save_checkpoint(
                 folder,
                 run.encoder,
