@@ -142,55 +142,53 @@ def _relative(path: Path | str, base: Path) -> str:
     return Path(path).relative_to(base).as_posix() if Path(path).is_relative_to(base) else Path(path).name
 
 
-def _decoded(path: str, native_id: str) -> tuple[str, RawRecord | None]:
-    """A file's text, or the record that says why there is none."""
-    try:
-        data = Path(path).read_bytes()
-        return data.decode("utf-8"), None
-    except UnicodeDecodeError:
-        return "", RawRecord(native_id, reason="invalid_utf8", excerpt=data[:200].decode("utf-8", "replace"))
-    except OSError as error:
-        return "", RawRecord(native_id, reason="unreadable_file", excerpt=str(error.strerror))
+def _whole_files(task: ReadTask, base: Path, parse: Callable[[str, str], Iterator[RawRecord]]) -> Iterator[RawRecord]:
+    """`parse(name, text)` of each of a task's files; a record with a reason for a file that is no text."""
+    for path in task.paths:
+        name = _relative(path, base)
+        try:
+            data = Path(path).read_bytes()
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            yield RawRecord(name, reason="invalid_utf8", excerpt=data[:200].decode("utf-8", "replace"))
+        except OSError as error:
+            yield RawRecord(name, reason="unreadable_file", excerpt=str(error.strerror))
+        else:
+            yield from parse(name, text)
 
 
 def _read_python(task: ReadTask, source: Source, base: Path) -> Iterator[RawRecord]:
-    for path in task.paths:
-        file = _relative(path, base)
-        text, broken = _decoded(path, file)
-        if broken:
-            yield broken
-            continue
-        try:
-            found = list(docstrings.pairs(text.replace("\r\n", "\n").removeprefix("\ufeff")))
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            yield RawRecord(file, reason="broken_python", excerpt=str(error)[:200])
-            continue
-        for pair in found:
-            metadata = {"file": file, "line": pair.line, "name": pair.name}
-            yield RawRecord(
-                f"{file}:{pair.line}:{pair.name}", {"anchor": pair.docstring, "positive": pair.code}, metadata
-            )
+    return _whole_files(task, base, _parse_python)
+
+
+def _parse_python(name: str, text: str) -> Iterator[RawRecord]:
+    try:
+        found = list(docstrings.pairs(text.replace("\r\n", "\n")))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        yield RawRecord(name, reason="broken_python", excerpt=str(error)[:200])
+        return
+    for pair in found:
+        fields = {"anchor": pair.docstring, "positive": pair.code}
+        yield RawRecord(f"{name}:{pair.line}:{pair.name}", fields, {"file": name, "line": pair.line, "name": pair.name})
 
 
 _MARKUP_LINE = re.compile(r"^\s*(\.\. .*|:\w+:.*|<!--.*|[^\w\s]*)\s*$")
 
 
 def _read_text(task: ReadTask, source: Source, base: Path) -> Iterator[RawRecord]:
+    return _whole_files(task, base, _parse_text)
+
+
+def _parse_text(name: str, text: str) -> Iterator[RawRecord]:
     """One file a record: its title, else its first line → the rest. Comments and underlines are no titles."""
-    for path in task.paths:
-        file = _relative(path, base)
-        text, broken = _decoded(path, file)
-        if broken:
-            yield broken
-            continue
-        lines = text.splitlines()
-        first = next((i for i, line in enumerate(lines) if not _MARKUP_LINE.match(line)), None)
-        if first is None:
-            yield RawRecord(file, reason="empty", excerpt=text[:200])
-            continue
-        title = re.sub(r"^(#+|=+|\*+|title:)\s*", "", lines[first].strip(), flags=re.IGNORECASE)
-        metadata = {"file": file, "line": first + 1}
-        yield RawRecord(file, {"anchor": title, "positive": "\n".join(lines[first + 1 :])}, metadata)
+    lines = text.splitlines()
+    first = next((i for i, line in enumerate(lines) if not _MARKUP_LINE.match(line)), None)
+    if first is None:
+        yield RawRecord(name, reason="empty", excerpt=text[:200])
+        return
+    title = re.sub(r"^(#+|=+|\*+|title:)\s*", "", lines[first].strip(), flags=re.IGNORECASE)
+    fields = {"anchor": title, "positive": "\n".join(lines[first + 1 :])}
+    yield RawRecord(name, fields, {"file": name, "line": first + 1})
 
 
 def _read_json(task: ReadTask, source: Source, base: Path) -> Iterator[RawRecord]:

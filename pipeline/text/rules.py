@@ -16,7 +16,6 @@ _BIDI_OVERRIDES = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _CONTROLS = "".join(chr(c) for c in (*range(32), *range(0x7F, 0xA0)) if chr(c) not in "\n\t")
 _REMOVED = re.compile("[" + re.escape(_ZERO_WIDTH + _BIDI_OVERRIDES + _CONTROLS) + "]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_TRAILING_SPACE = re.compile(r"[ \t]+$", re.MULTILINE)
 _REPLACEMENT = "\ufffd"
 
 
@@ -26,7 +25,7 @@ def normalise(text: str) -> str:
     Indentation is kept: it is meaning in code.
     """
     text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return _TRAILING_SPACE.sub("", _REMOVED.sub("", text)).strip()
+    return "\n".join(line.rstrip(" \t") for line in _REMOVED.sub("", text).split("\n")).strip()
 
 
 def verdict(raw: str, *, min_chars: int, max_chars: int, max_nonprintable: float) -> str | None:
