@@ -12,13 +12,14 @@ allowed. Nothing here imports Ray or torch, so that a wrong key costs a second a
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.config_reading import ConfigError, explain, kind_of, parse_override, read_yaml
 
@@ -197,7 +198,8 @@ class Training(Section):
     max_epochs: float | None = Field(None, gt=0)
     """Stop after so many passes over the training split; 3 where max_steps is not set either."""
     max_time_s: float | None = Field(None, gt=0)
-    """Stop after so many seconds of training, all starts of the run together, with a checkpoint."""
+    """Stop after so many seconds of training, all starts of the run together, with a checkpoint. Looked at every
+    `log_every_steps`."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast where the GPU has it, else fp32."""
     strategy: Literal["ddp"] = "ddp"
@@ -221,11 +223,20 @@ class Checkpointing(Section):
 
 class Logging(Section):
     save_dir: PathStr | None = None
-    """Folder of training.log and metrics.jsonl; relative to storage.root. Default: the run's folder."""
+    """Folder of training.log; relative to storage.root. Default: the run's folder."""
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severe messages written, to the console and to the file."""
     format: str = Field("%(asctime)s %(levelname)-7s %(message)s", min_length=1)
     """Of lines in training.log, in the style of Python's logging."""
+
+    @field_validator("format")
+    @classmethod
+    def _formats(cls, value: str) -> str:
+        try:
+            logging.Formatter(value).format(logging.makeLogRecord({"msg": "a line"}))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"a format of Python's logging such as '%(asctime)s %(message)s' ({error})") from None
+        return value
 
 
 class Embedding(Section):
@@ -310,8 +321,16 @@ class Config(Section):
         return self.model_dump(mode="json")
 
 
-def load(path: str | os.PathLike[str], overrides: Sequence[str] = (), environ: dict[str, str] | None = None) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, and validate. Raises ConfigError."""
+def load(
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    environ: dict[str, str] | None = None,
+    sources: list[dict[str, Any]] | None = None,
+) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, and validate. Raises ConfigError.
+
+    `sources` take the place of `data.sources`.
+    """
     environ = dict(os.environ) if environ is None else environ
     file = Path(path)
     tree = read_yaml(file)
@@ -320,6 +339,8 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = (), environ: d
         key, value = parse_override(override)
         _assign(tree, key.split("."), value, override)
         from_arguments[key] = override
+    if sources is not None:
+        _assign(tree, ["data", "sources"], sources, "sources")
     _apply_environment(tree, from_arguments, environ)
     try:
         return Config.model_validate(tree)
@@ -351,4 +372,4 @@ def _apply_environment(tree: dict[str, Any], from_arguments: dict[str, str], env
             f"storage.root: found {storage['root']!r}; allowed is a local folder (buckets are still to come)"
         )
     if isinstance(storage["root"], str) and storage["root"]:
-        storage["root"] = os.path.abspath(os.path.expanduser(storage["root"]))
+        storage["root"] = os.path.abspath(os.path.expandvars(os.path.expanduser(storage["root"])))

@@ -65,7 +65,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 def _mapping(text: str, where: str) -> dict[str, Any]:
     try:
         tree = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+    except Exception as error:  # PyYAML's constructors raise whatever they run into
         raise ConfigError(f"{where}: {_yaml_problem(error)}; allowed is plain YAML") from None
     if tree is None:
         raise ConfigError(f"{where}: found an empty file; allowed is a mapping of sections such as `training: {{}}`")
@@ -76,7 +76,11 @@ def _mapping(text: str, where: str) -> dict[str, Any]:
 
 def _yaml_problem(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).splitlines()[0]
+    problem = (
+        getattr(error, "problem", None)
+        or getattr(error, "reason", None)
+        or f"{type(error).__name__} {error}".splitlines()[0]
+    )
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else f"not YAML: {problem}"
 
 
@@ -86,7 +90,7 @@ def parse_override(override: str) -> tuple[str, Any]:
         raise ConfigError(f"argument {override!r}: allowed are section.key=value and the options that --help lists")
     try:
         return key, yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+    except Exception as error:
         raise ConfigError(f"argument {override!r}: {_yaml_problem(error)}; allowed is a YAML value") from None
 
 
@@ -94,7 +98,9 @@ def explain(error: ValidationError, file: Path, arguments: list[str], root: type
     """The first error as one sentence, and how many more there are. `root` is the whole tree's class."""
     details = error.errors(include_url=False)
     first = details[0]
-    location = [part for part in first["loc"] if not _is_union_tag(part)]
+    location = [part for part in first["loc"][:-1] if not _is_union_tag(part)]
+    if first["type"] == "extra_forbidden" or not _is_union_tag(first["loc"][-1]):
+        location.append(first["loc"][-1])
     key = ".".join(str(part) for part in location)
     where = f"argument {key}" if any(key == a or key.startswith(a + ".") for a in arguments) else f"{file}: {key}"
     places = {tuple(p for p in d["loc"] if not _is_union_tag(p)) for d in details}
@@ -145,7 +151,7 @@ def kind_of(value: Any) -> str:
 def _suggest(location: Sequence[Any], root: type[BaseModel]) -> str:
     """The nearest key: the same name elsewhere in the tree, an older name, or a like spelling in this section."""
     unknown, parent = str(location[-1]), [p for p in location[:-1] if not isinstance(p, int)]
-    elsewhere = [path for path in _paths(root) if path.split(".")[-1].removesuffix("[]") == unknown]
+    elsewhere = [p for p in _paths(root) if "." in p and p.split(".")[-1].removesuffix("[]") == unknown]
     if unknown in OLDER_NAMES:
         return f"its name here is {OLDER_NAMES[unknown]}"
     if elsewhere:

@@ -1,7 +1,7 @@
 """The stages that jobs are made of: each brings one thing up to date, or finds that it is.
 
 A stage takes a `Session`, which starts Ray when the first stage that has work asks for it, so that a rerun of finished
-work costs neither Ray nor torch.
+work does without.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.manifest import Manifest, write_atomically
 from pipeline.data.prepare import prepare
 from pipeline.runtime.console import Stage, log, table
-from pipeline.runtime.job import JobError, Result
+from pipeline.runtime.job import JobError, Result, alone_in
 from pipeline.runtime.session import Board, ray_session, set_environment
 
 
@@ -39,7 +39,7 @@ class Session:
 
     def board(self) -> Board:
         if self._board is None:
-            self._board = self._stack.enter_context(ray_session(self.config))
+            self._board = self._stack.enter_context(ray_session())
         return self._board
 
     def __enter__(self) -> Session:
@@ -79,10 +79,12 @@ def train_stage(config: Config, session: Session) -> Result:
     if state:
         log.info("train: nothing to do, the run is at its end, step %s", f"{state.step:,}")
     else:
-        state = fit(config, folder, manifest, session.board())
+        board = session.board()
+        with alone_in(config.run_dir):
+            state = fit(config, folder, manifest, board)
     model = model_folder(config)
     metrics = {"step": state.step, "train_seconds": round(state.train_seconds, 1), **state.metrics}
-    paths = {"model": str(model), "history": str(config.log_dir / "metrics.jsonl")}
+    paths = {"model": str(model), "history": str(config.run_dir / "metrics.jsonl")}
     return Result(metrics, paths)
 
 
@@ -92,7 +94,7 @@ def embed_stage(config: Config, session: Session) -> Result:
     from pipeline.embedding.store import is_embedded, open_store
     from pipeline.model.folder import model_fingerprint, model_width
 
-    model = model_folder(config)
+    model = _model_of(config, manifest)
     store = open_store(config, model_fingerprint(model), model_width(model))
     written = 0
     if is_embedded(config, manifest, store):
@@ -109,11 +111,12 @@ def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
     folder, manifest = session.prepared()
     from pipeline.model.folder import model_fingerprint
 
-    model, path = model_folder(config), config.run_dir / "evaluation.json"
+    model, path = _model_of(config, manifest), config.run_dir / "evaluation.json"
     key = {
         "model": model_fingerprint(model),
         "data": manifest.fingerprint,
         "evaluation": config.evaluation.model_dump(mode="json"),
+        "beir": _changes(config.evaluation.beir_dir),
     }
     earlier = json.loads(path.read_text()) if path.is_file() else {}
     if earlier.get("of") == key and not again:
@@ -122,6 +125,22 @@ def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
     scores = _score_tasks(config, session, folder, manifest, model)
     write_atomically(path, json.dumps({"of": key, "scores": scores}, indent=2).encode())
     return Result(scores, {"scores": str(path)})
+
+
+def _changes(folder: str | None) -> list[tuple[str, int, int]]:
+    """Name, size and time of change (ns) of the files in a folder."""
+    files = sorted(Path(folder).rglob("*.*")) if folder else []
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+def _model_of(config: Config, manifest: Manifest) -> Path:
+    """The model to use with a data set: a run's own model goes with the data that it was trained on."""
+    from pipeline.training.run_folder import refuse_other_run
+
+    model = model_folder(config)
+    if config.embedding.model is None:
+        refuse_other_run(config, manifest.fingerprint, data_alone=True)
+    return model
 
 
 def _score_tasks(config: Config, session: Session, folder: Path, manifest: Manifest, model: Path) -> dict[str, Any]:
@@ -138,6 +157,9 @@ def _score_tasks(config: Config, session: Session, folder: Path, manifest: Manif
     encoder, scores = TextEncoder(model, config.embedding.batch_tokens, "cpu"), {}
     for make in tasks:
         task = make()
+        if not task.queries:
+            log.warning("evaluate: %s is left out, it has no queries", task.name)
+            continue
         ids, vectors = encode_documents(task, model, config, session.board())
         with Stage(f"evaluate: rank {task.name}, BM25 beside", len(task.queries), "queries") as stage:
             scores[task.name] = score(task, encoder, ids, vectors)

@@ -59,7 +59,7 @@ def test_make_installs_from_the_constraints() -> None:
 
 def test_commands_in_the_readme_name_what_there_is() -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
-    named = set(re.findall(r"(?:jobs|configs|benchmarks)/\w+\.(?:py|yaml)", readme))
+    named = set(re.findall(r"(?:jobs|configs|benchmarks|tests)/\w+\.(?:py|yaml|md)", readme))
     assert named
     assert [path for path in named if not (ROOT / path).exists()] == []
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

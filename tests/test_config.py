@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import Config, ConfigError, load
-from pipeline.runtime.job import Result, run_job
+from pipeline.runtime.job import JobError, Result, alone_in, run_job
 
 SECTIONS = list(Config.model_fields)
 NUMBERS = {  # key → values out of its range
@@ -59,6 +59,13 @@ def wrong_configs() -> list[tuple[str, bytes, list[str]]]:
         ("python object", b"training: !!python/object/apply:os.system ['touch /tmp/x']\n", ["line 1"]),
         ("python name", b"!!python/name:os.system\n", ["line 1"]),
         ("bad date", b"training: 2024-13-45\n", ["plain YAML"]),
+        ("a tag without a value", b"training: !!int ''\n", ["plain YAML"]),
+        ("a tag that does not fit", b"training: !!bool foo\n", ["plain YAML"]),
+        ("a key like a type", b"str: 1\n", ["str", "unknown key"]),
+        ("a key like a type, inside", b"training: {int: 1}\n", ["training.int", "unknown key"]),
+        ("a key with brackets", b"training: {'lr[ms]': 1}\n", ["training.lr[ms]", "unknown key"]),
+        ("no format", b"logging: {format: abc}\n", ["logging.format", "abc"]),
+        ("a format of nothing", b"logging: {format: '%(nope)s'}\n", ["logging.format", "nope"]),
         ("nan", b"training: {learning_rate: .nan}\n", ["training.learning_rate", "nan"]),
         ("infinite", b"training: {learning_rate: .inf}\n", ["training.learning_rate", "inf"]),
         ("unset variable", b"logging: {save_dir: $NO_SUCH_VARIABLE_1/logs}\n", ["logging.save_dir", "NO_SUCH_VARIABLE_1"]),
@@ -154,6 +161,31 @@ def test_precedence(tmp_path: Path) -> None:
     assert overridden.get("training.seed") == 7
     assert overridden.get("training.learning_rate") == 0.001  # YAML 1.1 would read 1e-3 as text
     assert overridden.get("training.max_grad_norm") == 1.0  # a default
+
+
+def test_variables_in_the_root_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOMEWHERE", str(tmp_path))
+    file = tmp_path / "c.yaml"
+    file.write_text("storage: {root: $SOMEWHERE/store}\n")
+    assert load(file, environ={}).storage.root == str(tmp_path / "store")
+    file.write_text("storage: {root: $NO_SUCH_VARIABLE_3/store}\n")
+    with pytest.raises(ConfigError, match="NO_SUCH_VARIABLE_3"):
+        load(file, environ={})
+
+
+def test_a_last_line_without_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"storage: {{root: '{tmp_path}'}}\n")
+    metrics = {"loss": float("nan"), "all": [{"x": float("inf")}]}
+    assert run_job("train", "", lambda config, args: Result(metrics), argv=["--config", str(file)]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"] == {"loss": None, "all": [{"x": None}]}
+
+
+def test_a_job_holds_its_folder_alone(tmp_path: Path) -> None:
+    with alone_in(tmp_path), pytest.raises(JobError, match="another job is at work"), alone_in(tmp_path):
+        pass
+    with alone_in(tmp_path):
+        pass
 
 
 def test_dotted_read_of_nothing_names_it(tmp_path: Path) -> None:

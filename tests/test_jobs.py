@@ -80,7 +80,7 @@ class TestWholeJob:
         code, _, _, err = job(capsys, "train", "scaling.cpus_per_worker=4", "storage.run=refused")
         assert code == 2
         assert "2 workers of 4 CPUs and 2 CPUs" in err
-        assert "allowed are 0 workers of 4, or scaling.cpus_per_worker=0.5" in err
+        assert "allowed is scaling.cpus_per_worker=0.5" in err
         assert not list(job.root.glob("runs/refused/attempt-*"))
 
     def test_run_does_all_stages(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +134,7 @@ class TestWholeJob:
     def test_a_rerun_skips_everything_without_ray(
         self, job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def no_ray(config: object) -> None:
+        def no_ray() -> None:
             raise AssertionError("Ray was asked for")
 
         monkeypatch.setattr("pipeline.stages.ray_session", no_ray)
@@ -219,3 +219,25 @@ class TestWholeJob:
         code, last, _, err = job(capsys, "prepare", "--local_data_dir", str(tmp_path))
         assert code == 0, err
         assert last["metrics"]["rows_in"] == 30
+
+    def test_small_data_and_following_the_advice_given(
+        self, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = tmp_path / "nötes 📝"
+        folder.mkdir()
+        for row in make_pairs(40):
+            (folder / f"{row['id']}.txt").write_text(f"{row['anchor']}\n\n{row['positive']}\n")
+        small = ["--local_data_dir", str(folder), "storage.run=notes"]
+        code, _, _, err = job(capsys, "train", *small)
+        assert code == 2
+        assert "training.global_batch_size: found 64; allowed is at most the " in err
+        code, _, _, err = job(capsys, "train", *small, "training.global_batch_size=8", "data.validation_fraction=1e-6")
+        assert code == 2
+        assert "data.validation_fraction: it holds out 0 of 40 records" in err
+        small += ["training.global_batch_size=8", "training.max_steps=4", "data.validation_fraction=0.2"]
+        code, last, _, err = job(capsys, "run", *small)
+        assert code == 0, err
+        assert last["metrics"]["embed"]["embedded"] == 40
+        code, _, _, err = job(capsys, "embed", "storage.run=notes", "training.global_batch_size=8")
+        assert code == 2  # the notes' model, but other data
+        assert "the prepared data" in err

@@ -147,6 +147,32 @@ def test_finished_stages_are_not_done_again(messy_file: Path, tmp_path: Path) ->
     assert read_manifest(folder) == manifest
 
 
+def test_names_and_ids_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": "\\ud800", "line": "\\udfff", "anchor": "an anchor", "positive": "a positive text"}\n')
+    folder, _ = prepare(config_of(tmp_path, path), Board)
+    (row,) = pq.read_table(folder / "records").to_pylist()
+    assert (row["source_id"], row["metadata"]) == ("s:?", '{"line": "?"}')
+
+
+def test_of_equal_records_the_same_one_stays_in_any_order(tmp_path: Path) -> None:
+    rows = [{"id": "x", "line": i, "anchor": "an anchor", "positive": "a positive text"} for i in range(5)]
+    kept = []
+    for name, order in (("1", rows), ("2", rows[::-1])):
+        folder, _ = prepare(config_of(tmp_path / name, write_jsonl(tmp_path / name / "a.jsonl", order)), Board)
+        kept.append(pq.read_table(folder / "records").to_pylist())
+    assert kept[0] == kept[1]
+
+
+def test_a_tokenizers_padding_is_not_trained_on(messy_file: Path, tmp_path: Path) -> None:
+    folder, _ = prepare(config_of(tmp_path, messy_file), Board)
+    own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    own.enable_padding(length=14)
+    own.save(str(tmp_path / "own.json"))
+    other, _ = prepare(config_of(tmp_path / "2", messy_file, f"tokenizer.load_path={tmp_path / 'own.json'}"), Board)
+    assert contents(other / "train") == contents(folder / "train")
+
+
 def test_a_tokenizer_of_ones_own(messy_file: Path, tmp_path: Path) -> None:
     folder, _ = prepare(config_of(tmp_path, messy_file), Board)
     own = tmp_path / "own.json"

@@ -55,6 +55,20 @@ def test_tasks_of_any_size_read_each_line_once(size: int, json_source: Source, m
     assert [record.native_id for record in all_records(json_source)] == whole
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path: Path) -> None:
+    line = json.dumps({"anchor": "one", "positive": "two", "score": float("nan")})
+    (tmp_path / "a.jsonl").write_text(f"\ufeff{line}\n{line}\n", encoding="utf-8")
+    source = Source(name="s", type="json", path=str(tmp_path), metadata=["score"])
+    assert [(r.reason, r.metadata) for r in all_records(source)] == [(None, {"score": None})] * 2
+
+
+def test_line_ends_of_every_kind_in_python(tmp_path: Path) -> None:
+    code = 'def f(x):\r    """Add one."""\r    return x + 1\r\n\r\ndef g():\n    "Two."\n    return 2\n'
+    (tmp_path / "a.py").write_bytes(code.encode())
+    found = all_records(Source(name="p", type="python_packages", path=str(tmp_path)))
+    assert [r.fields["positive"] for r in found] == ["def f(x):\n    return x + 1", "def g():\n    return 2"]
+
+
 def test_a_wrong_field_map_is_refused_naming_the_fields_there(json_source: Source) -> None:
     wrong = json_source.model_copy(update={"fields": {"anchor": "headline", "positive": "body.text"}})
     with pytest.raises(ConfigError, match=r"'headline'; it has id, title, body, year"):

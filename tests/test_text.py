@@ -41,11 +41,15 @@ def test_normalise() -> None:
     assert normalise("a\r\nb\rc") == "a\nb\nc"
     assert normalise("a\u200b\u202eb\x00\x07") == "ab"
     assert normalise("def f():  \n    return 1\t\n") == "def f():\n    return 1"
+    assert normalise("\n    a = 1\n      b = 2\n") == "a = 1\n  b = 2"
+    assert normalise("e\u200b\u0301") == "\u00e9"  # composed once what stood between is gone
+    assert normalise("end.\x0cStart\x85more") == "end.\nStart\nmore"
 
 
 def test_normalise_is_idempotent_on_real_text() -> None:
-    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-d]*.py")):
-        once = normalise(file.read_text("utf-8"))
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-d]*.py"))
+    for text in [*(file.read_text("utf-8") for file in files), "e\u200b\u0301 \u200b\n \x0c \x85", "  a\n\n\tb "]:
+        once = normalise(text)
         assert normalise(once) == once
         assert unicodedata.is_normalized("NFC", once)
 

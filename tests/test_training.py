@@ -192,6 +192,18 @@ def test_vectors_that_are_all_alike_score_badly() -> None:
     assert ranking_metrics(alike, alike, temperature=0.05)["ndcg@10"] == 0
 
 
+def test_vectors_that_are_no_numbers_score_nothing() -> None:
+    vectors = torch.full((20, 4), torch.nan)
+    assert ranking_metrics(vectors, vectors, temperature=0.05)["ndcg@10"] == 0
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_the_step(tmp_path: Path) -> None:
+    run = new_run(config_of(tmp_path, "training.log_every_steps=2"))
+    run.encoder.embed_tokens.weight.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="step 2: the loss is nan"):
+        train(run, TrainState())
+
+
 def test_schedule() -> None:
     schedule = Schedule(total_steps=100, warmup_fraction=0.1, table_steps=50)
     assert [round(schedule.scale(s), 3) for s in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]

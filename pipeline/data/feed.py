@@ -25,20 +25,27 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 READ_AHEAD_BATCHES = 2
+MIN_VALIDATION = 2  # pairs that can be told from each other
 
 
 def training_plan(folder: Path, manifest: Manifest, global_batch_size: int, seed: int) -> Plan:
-    """The plan of a prepared data set's training split. Raises ConfigError where it is too small for a batch."""
+    """The plan of a prepared data set's training split. Raises ConfigError where a split is too small."""
     groups = tuple(
         RowGroup(shard.path, index, rows)
         for shard in manifest.of_split("train")
         for index, rows in enumerate(shard.row_groups)
+        if rows
     )
     plan = Plan(str(folder), groups, global_batch_size, seed)
     if plan.batches_per_epoch == 0:
         raise ConfigError(
             f"training.global_batch_size: found {global_batch_size}; "
             f"allowed is at most the {plan.rows} records of the training split"
+        )
+    if manifest.splits["validation"] < MIN_VALIDATION:
+        raise ConfigError(
+            f"data.validation_fraction: it holds out {manifest.splits['validation']} of "
+            f"{sum(manifest.splits.values())} records; allowed is a share that holds out {MIN_VALIDATION} or more"
         )
     return plan
 
@@ -106,10 +113,4 @@ def validation_rows(folder: Path, manifest: Manifest, limit: int) -> pa.Table:
         tables.append(pq.read_table(folder / shard.path))
         if sum(map(len, tables)) >= limit:
             break
-    table = pa.concat_tables(tables).slice(0, limit) if tables else pa.table({"id": []})
-    if len(table) < 2:
-        raise ConfigError(
-            f"data.validation_fraction: found too few held-out records ({len(table)}) in {folder}; "
-            "allowed is a share that holds out two or more"
-        )
-    return table
+    return pa.concat_tables(tables).slice(0, limit)

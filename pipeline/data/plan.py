@@ -65,7 +65,7 @@ class Plan:
     @property
     def steps_per_chunk(self) -> int:
         """Steps read at once: about as many as one row group feeds a lane."""
-        return max(1, self.row_groups[0].rows // (self.global_batch_size // self.lanes))
+        return max(1, max(group.rows for group in self.row_groups) // (self.global_batch_size // self.lanes))
 
     def chunks(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Steps `start` to `stop` cut into reads that do not cross an epoch."""

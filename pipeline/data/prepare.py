@@ -22,9 +22,9 @@ from typing import Any
 from pipeline.config import Config, ConfigError, Source
 from pipeline.data.manifest import Manifest, Shard, SourceCount, read_manifest, write_atomically, write_manifest
 from pipeline.data.sources import Plan, check_fields, plan_source, text_fields
-from pipeline.data.tokenizing import ROW_GROUP_ROWS
+from pipeline.data.tokenizing import ROW_GROUP_ROWS, length_summary, load_tokenizer, tokenize_file, train_bpe
 from pipeline.runtime.console import Stage, log, table
-from pipeline.runtime.job import JobError
+from pipeline.runtime.job import JobError, alone_in
 from pipeline.runtime.session import Board
 
 FORMAT = 1  # of prepared data; a change of what the stages write makes all earlier folders stale
@@ -34,13 +34,15 @@ BAD_REASONS = ("invalid_utf8", "broken_json", "broken_python", "missing_field", 
 
 
 class Inputs:
-    """What would be prepared under a config: the tasks, and the folder they lead to. Reads directories, not files."""
+    """What would be prepared under a config: the tasks, and the folder they lead to. Raises ConfigError."""
 
     def __init__(self, config: Config) -> None:
         self.fields = _common_fields(config)
         self.plans: list[tuple[Source, Plan]] = [(source, plan_source(source)) for source in config.data.sources]
         for source in config.data.sources:
             check_fields(source)
+        if config.tokenizer.load_path:
+            load_tokenizer(Path(config.tokenizer.load_path))
         self.shards = max(1, min(MAX_SHARDS, sum(_shards(source, plan) for source, plan in self.plans)))
         self.folder = config.root / "prepared" / self._key(config)
 
@@ -64,12 +66,12 @@ def prepare(config: Config, board: Callable[[], Board]) -> tuple[Path, Manifest]
     if manifest:
         log.info("prepare: nothing to do, %s is up to date", folder)
         return folder, manifest
-    folder.mkdir(parents=True, exist_ok=True)
-    sources = _records(inputs, config, board(), folder)
-    files = sorted((folder / "records").glob("*.parquet"))
-    _tokenizer(config, folder, files, inputs.fields)
-    manifest = _shards_of(config, board(), folder, files, inputs.fields, sources)
-    write_manifest(folder, manifest)
+    with alone_in(folder):
+        sources = _records(inputs, config, board(), folder)
+        files = sorted((folder / "records").glob("*.parquet"))
+        _tokenizer(config, folder, files, inputs.fields)
+        manifest = _shards_of(config, board(), folder, files, inputs.fields, sources)
+        write_manifest(folder, manifest)
     log.info("%s", _counts(manifest))
     return folder, manifest
 
@@ -154,7 +156,6 @@ def _tokenizer(config: Config, folder: Path, files: list[Path], fields: list[str
     import ray
 
     from pipeline.data.records import record_texts
-    from pipeline.data.tokenizing import load_tokenizer, train_bpe
 
     target, wanted = folder / "tokenizer.json", config.tokenizer
     if target.is_file():
@@ -180,8 +181,6 @@ def _shards_of(
 ) -> Manifest:
     """Tokenize every record file and describe the result."""
     import ray.data
-
-    from pipeline.data.tokenizing import length_summary, load_tokenizer, tokenize_file
 
     handle, wanted, fraction = board.handle, config.tokenizer, config.data.validation_fraction
 

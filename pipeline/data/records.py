@@ -45,7 +45,7 @@ def judge_task(task: ReadTask, source: Source, data: Data, shards: int) -> Itera
 
 
 def _judge(raw: RawRecord, source: str, data: Data, shards: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"source": source, "source_id": f"{source}:{raw.native_id}"}
+    row: dict[str, Any] = {"source": source, "source_id": _writable(f"{source}:{raw.native_id}")}
     reason = raw.reason
     for name, text in raw.fields.items():
         reason = reason or verdict(
@@ -54,10 +54,10 @@ def _judge(raw: RawRecord, source: str, data: Data, shards: int) -> dict[str, An
         row[name] = normalise(text) if reason is None else None
     if reason is None:
         row["id"] = content_id([row[name] for name in TEXT_FIELDS if name in row])
-        row["metadata"] = json.dumps(raw.metadata, ensure_ascii=True)
+        row["metadata"] = _writable(json.dumps(raw.metadata, ensure_ascii=False, default=str))
     else:
         excerpt = raw.excerpt or " | ".join(text[:EXCERPT_CHARS] for text in raw.fields.values())
-        row = {"source": source, "source_id": _writable(row["source_id"]), "reason": reason}
+        row = {"source": source, "source_id": row["source_id"], "reason": reason}
         row["excerpt"] = _writable(excerpt[:EXCERPT_CHARS])
         row["id"] = content_id([row["source_id"], row["excerpt"]])
     row["shard"] = shard_of(row["id"], shards)
@@ -77,7 +77,8 @@ def write_shard(judged: pa.Table, folder: Path) -> pa.Table:
     shard = judged["shard"][0].as_py()
     tallies = judged.filter(pc.is_valid(judged["tally"]))
     records = judged.filter(pc.is_null(judged["tally"]))
-    records = records.sort_by([("id", "ascending"), ("source_id", "ascending"), ("reason", "ascending")])
+    keys = ("id", "source_id", "reason", "metadata", "excerpt")
+    records = records.sort_by([(key, "ascending") for key in keys])
     kept, rejected = _without_duplicates(records)
     _write(kept.select(RECORD_SCHEMA.names).cast(RECORD_SCHEMA), folder / "records" / f"{shard:05d}.parquet")
     _write(rejected.select(REJECTED_SCHEMA.names).cast(REJECTED_SCHEMA), folder / "rejected" / f"{shard:05d}.parquet")

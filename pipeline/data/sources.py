@@ -8,6 +8,7 @@ What cannot be read is a record with a reason, not an exception. python_packages
 
 from __future__ import annotations
 
+import codecs
 import glob
 import json
 import re
@@ -97,15 +98,14 @@ def text_fields(source: Source) -> list[str]:
 
 
 def check_fields(source: Source) -> None:
-    """Raise ConfigError where the first readable record of a json source lacks a mapped field."""
+    """Raise ConfigError where all of a json source's first records lack a mapped field."""
     if source.type != "json":
         return
-    for path in _files(source, Path(source.path or "")):
-        for raw in islice(_read_json(ReadTask((str(path),)), source, path.parent), 100):
-            if raw.reason == "missing_field":
-                raise ConfigError(f"data.sources {source.name}: {path} line 1 lacks {raw.excerpt}")
-            if raw.reason is None:
-                return
+    paths = _files(source, Path(source.path or ""))
+    first = list(islice(_read_json(ReadTask(tuple(map(str, paths))), source, paths[0].parent), 100))
+    lacking = [raw for raw in first if raw.reason == "missing_field"]
+    if lacking and not any(raw.reason is None for raw in first):
+        raise ConfigError(f"data.sources {source.name}: the first records of {paths[0]} lack {lacking[0].excerpt}")
 
 
 def _files(source: Source, root: Path) -> list[Path]:
@@ -163,7 +163,7 @@ def _read_python(task: ReadTask, source: Source, base: Path) -> Iterator[RawReco
 
 def _parse_python(name: str, text: str) -> Iterator[RawRecord]:
     try:
-        found = list(docstrings.pairs(text.replace("\r\n", "\n")))
+        found = list(docstrings.pairs(text.replace("\r\n", "\n").replace("\r", "\n")))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         yield RawRecord(name, reason="broken_python", excerpt=str(error)[:200])
         return
@@ -199,6 +199,8 @@ def _read_json(task: ReadTask, source: Source, base: Path) -> Iterator[RawRecord
                 if task.start:  # a line belongs to the task in which it begins
                     file.seek(task.start - 1)
                     file.readline()
+                elif file.read(3) != codecs.BOM_UTF8:
+                    file.seek(0)
                 while (task.stop is None or file.tell() < task.stop) and (line := file.readline()):
                     if line.strip():
                         yield _parse_line(line, f"{name}:{file.tell() - len(line)}", source)
@@ -209,7 +211,7 @@ def _read_json(task: ReadTask, source: Source, base: Path) -> Iterator[RawRecord
 def _parse_line(line: bytes, position: str, source: Source) -> RawRecord:
     """`position` (file and byte offset) stands in where the source has no id of its own."""
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), parse_constant=lambda constant: None)
     except UnicodeDecodeError:
         return RawRecord(position, reason="invalid_utf8", excerpt=line[:200].decode("utf-8", "replace"))
     except (ValueError, RecursionError):

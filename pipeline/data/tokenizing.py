@@ -27,9 +27,12 @@ ENCODE_ROWS = 1024
 def load_tokenizer(path: Path) -> Tokenizer:
     """Read a tokenizer.json. Raises ConfigError where it is none."""
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception for a missing or broken file alike
         raise ConfigError(f"tokenizer.load_path: {path} is no tokenizer.json: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int, lowercase: bool) -> Tokenizer:

@@ -99,13 +99,13 @@ def embed(config: Config, folder: Path, manifest: Manifest, model: Path, store: 
     dataset = ray.data.range(len(files), override_num_blocks=len(files)).map_batches(
         missing, batch_size=1, num_cpus=0.5
     )
-    with board.stage("embed", max(total - before, 0), "records", counter="embedded"):
+    with board.stage("embed", max(total - before, 0), "records", counter="embedded") as stage:
         encoded(dataset, model, config, board).write_datasink(
             LanceSink(store), concurrency=1, ray_remote_args={"num_cpus": 0.5}
         )
     store.compact()
     mark_embedded(config, manifest, store)
-    return store.count() - before
+    return stage.done
 
 
 def missing_rows(file: Path, field: str, store: LanceStore) -> Iterator[pa.Table]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 
 class LanceStore:
-    """One table. It is made by the first `open(create=True)`."""
+    """One table, which `create` makes where it is not there."""
 
     def __init__(self, uri: str, name: str, width: int) -> None:
         self.uri, self.name, self.width = uri, name, width
@@ -59,11 +59,6 @@ class LanceStore:
         merge = self.table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
         merge.execute(rows.select(self.schema.names).cast(self.schema))
 
-    def delete(self, ids: list[str]) -> None:
-        if ids:
-            listed = ", ".join(f"'{record_id}'" for record_id in ids)
-            self.table.delete(f"id IN ({listed})")
-
     def query(self, vector: np.ndarray, k: int) -> list[dict[str, Any]]:
         """The k nearest records, best first; `score` is the cosine."""
         found = self.table.search(vector).metric("cosine").limit(k).to_arrow().drop_columns(["vector"])
@@ -73,6 +68,3 @@ class LanceStore:
     def compact(self) -> None:
         """Join the small files that many writes leave."""
         self.table.optimize()
-
-    def describe(self) -> dict[str, Any]:
-        return {"store": "lancedb", "uri": self.uri, "table": self.name, "rows": self.count(), "width": self.width}

@@ -12,9 +12,10 @@ from pipeline.embedding.lancedb_store import LanceStore
 
 
 def open_store(config: Config, model_fingerprint: str, width: int) -> LanceStore:
-    """The table of a run's records under a model: another model's vectors are in another table."""
-    uri = str(config.root / config.embedding.uri)
-    return LanceStore(uri, f"{config.storage.run}-{model_fingerprint[:12]}", width)
+    """The table of a run's records under a model: another model's vectors, or another field's, are in another table."""
+    uri, field = str(config.root / config.embedding.uri), config.embedding.field
+    suffix = "" if field == "auto" else f"-{field}"
+    return LanceStore(uri, f"{config.storage.run}-{model_fingerprint[:12]}{suffix}", width)
 
 
 def is_embedded(config: Config, manifest: Manifest, store: LanceStore) -> bool:

@@ -62,8 +62,11 @@ def bm25_ranking(
     query_ids: list[str], queries: list[str], document_ids: list[str], documents: list[str], k: int = DEPTH
 ) -> Ranking:
     """BM25 by bm25s at its defaults (k1 1.5, b 0.75, English stop words, no stemming)."""
+    words = bm25s.tokenize(documents, stopwords="en", show_progress=False)
+    if not any(words.ids):
+        return {query_id: {} for query_id in query_ids}
     index = bm25s.BM25()
-    index.index(bm25s.tokenize(documents, stopwords="en", show_progress=False), show_progress=False)
+    index.index(words, show_progress=False)
     tokens = bm25s.tokenize(queries, stopwords="en", show_progress=False)
     found, scores = index.retrieve(tokens, k=min(k, len(documents)), show_progress=False)
     return {

@@ -36,7 +36,7 @@ class LogFile(logging.FileHandler):
     def setFormatter(self, fmt: logging.Formatter | None) -> None:
         return
 
-    def write_traceback(self, error: Exception) -> None:
+    def write_traceback(self, error: BaseException) -> None:
         """What a person at the console is spared."""
         trace = (type(error), error, error.__traceback__)
         self.emit(log.makeRecord(log.name, logging.ERROR, __file__, 0, "the job failed", (), trace))

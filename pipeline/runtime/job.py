@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
 
 from pipeline.config import Config, ConfigError, load
 from pipeline.runtime.console import log, start_logging, stop_logging
@@ -29,6 +33,21 @@ DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 class JobError(Exception):
     """A run that failed for a reason one sentence can say; jobs exit 1 with it."""
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder for this job. Raises JobError where another one does; a killed job's hold ends with it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise JobError(f"another job is at work in {folder}; wait for it, or name another run") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass
@@ -127,7 +146,10 @@ def run_job(
     except KeyboardInterrupt:
         status, code = "stopped", 128 + signals.number
         sentence = f"stopped by {signal.Signals(signals.number).name}; the same command goes on from here"
-    except Exception as error:
+    except SystemExit as error:  # what Ray makes of SIGTERM while it starts
+        signals.number = signal.SIGTERM if error.code == signal.SIGTERM else signal.SIGINT
+        status, code, sentence = "stopped", 128 + signals.number, "stopped while Ray was starting"
+    except BaseException as error:  # a panic in a Rust library is no Exception
         status, code, sentence = "failed", 1, f"{type(error).__name__}: {error}"
         if log_file:
             log_file.write_traceback(error)
@@ -143,7 +165,8 @@ def run_job(
         "paths": result.paths,
         "seconds": round(time.monotonic() - started, 1),
     }
-    print(json.dumps(result.reply if status == "ok" and result.reply is not None else last), flush=True)
+    reply = result.reply if status == "ok" and result.reply is not None else last
+    print(json.dumps(_finite(reply), allow_nan=False), flush=True)
     for number, handler in before.items():
         signal.signal(number, handler)
     return code
@@ -151,14 +174,22 @@ def run_job(
 
 def load_config(args: argparse.Namespace) -> Config:
     """The config that the arguments describe."""
-    config = load(args.config, args.overrides)
     if args.local_data_dir is None:
-        return config
+        return load(args.config, args.overrides)
     folder = Path(args.local_data_dir)
     if not folder.is_dir():
         raise ConfigError(f"--local_data_dir: found no folder at {folder}; allowed is a folder of text files")
-    source = f"data.sources=[{{name: local, type: text, path: {json.dumps(str(folder.resolve()))}}}]"
-    return load(args.config, [*args.overrides, source])
+    source = {"name": "local", "type": "text", "path": str(folder.resolve())}
+    return load(args.config, args.overrides, sources=[source])
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null in its place."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _say(sentence: str) -> None:

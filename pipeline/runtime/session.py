@@ -3,7 +3,7 @@
 Ray's chatter, its workers' output included, goes to training.log. Tasks and workers tell the driver how far they are
 through a `Board`, a small actor that the driver polls.
 
-    with ray_session(config) as board:
+    with ray_session() as board:
         with board.stage("prepare: read", 12, "tasks", counter="read"):
             ray.get([read.remote(board.handle) for _ in range(12)])      # each calls board.add.remote("read", 1)
 """
@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import Config
 from pipeline.runtime.console import LogFile, Stage, log
 from pipeline.runtime.job import signals
 
 POLL_S = 0.5
+POLL_TIMEOUT_S = 60  # a starved machine answers late
 
 # Read by Ray when it is imported. Tokens are asked for knowingly: RAY_AUTH_MODE, where it is set, is kept.
 ENVIRONMENT = {
@@ -48,6 +48,7 @@ class _BoardActor:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.messages: list[dict[str, Any]] = []
+        self.forgotten = 0
 
     def add(self, counter: str, amount: int) -> None:
         self.counts[counter] += amount
@@ -58,9 +59,11 @@ class _BoardActor:
     def post(self, message: dict[str, Any]) -> None:
         self.messages.append(message)
 
-    def drain(self) -> tuple[dict[str, int], list[dict[str, Any]]]:
-        messages, self.messages = self.messages, []
-        return dict(self.counts), messages
+    def read(self, seen: int) -> tuple[dict[str, int], list[dict[str, Any]]]:
+        """The counters, and the messages after the first `seen`; those are forgotten."""
+        self.messages = self.messages[seen - self.forgotten :]
+        self.forgotten = seen
+        return dict(self.counts), self.messages
 
 
 class Board:
@@ -70,6 +73,7 @@ class Board:
         import ray
 
         self.handle = ray.remote(num_cpus=0, max_concurrency=1)(_BoardActor).remote()
+        self.seen = 0
 
     @contextmanager
     def stage(
@@ -93,7 +97,8 @@ class Board:
         with Stage(name, total, unit, start) as stage:
 
             def poll() -> None:
-                counts, messages = ray.get(self.handle.drain.remote(), timeout=10)
+                counts, messages = ray.get(self.handle.read.remote(self.seen), timeout=POLL_TIMEOUT_S)
+                self.seen += len(messages)
                 for message in messages:
                     if receive:
                         receive(message)
@@ -106,7 +111,9 @@ class Board:
                 while not done.wait(POLL_S):
                     try:
                         poll()
-                    except Exception:  # the session is going down: its end is reported elsewhere
+                    except ray.exceptions.GetTimeoutError:
+                        log.debug("%s: the board did not answer in %s s", name, POLL_TIMEOUT_S)
+                    except ray.exceptions.RayError:  # the session is going down: its end is reported elsewhere
                         return
 
             thread = threading.Thread(target=follow, daemon=True)
@@ -129,7 +136,7 @@ def set_environment() -> None:
 
 
 @contextmanager
-def ray_session(config: Config) -> Iterator[Board]:
+def ray_session() -> Iterator[Board]:
     """Connect to Ray, or start it here, with its output in training.log; leave nothing running at the end."""
     set_environment()
     import ray
@@ -142,7 +149,7 @@ def ray_session(config: Config) -> Iterator[Board]:
         yield Board()
         return
     log.info("ray: %s", f"connects to {address}" if address else "starts on this machine")
-    local = {} if address else {"address": "local", "include_dashboard": False}
+    local = {} if address else {"address": "local", "include_dashboard": False, "num_cpus": max(2, os.cpu_count() or 2)}
     with _native_stderr_to(file):
         try:
             ray.init(**local, logging_level=logging.INFO)

@@ -9,12 +9,14 @@
 from __future__ import annotations
 
 import re
+import textwrap
 import unicodedata
 
 _ZERO_WIDTH = "\u200b\u2060\ufeff\u00ad"
 _BIDI_OVERRIDES = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _CONTROLS = "".join(chr(c) for c in (*range(32), *range(0x7F, 0xA0)) if chr(c) not in "\n\t")
 _REMOVED = re.compile("[" + re.escape(_ZERO_WIDTH + _BIDI_OVERRIDES + _CONTROLS) + "]+")
+_LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _REPLACEMENT = "\ufffd"
 
@@ -22,10 +24,11 @@ _REPLACEMENT = "\ufffd"
 def normalise(text: str) -> str:
     """NFC, one kind of line end, no control, zero-width or direction-override characters, no trailing blanks.
 
-    Indentation is kept: it is meaning in code.
+    Lines keep their indentation against each other: it is meaning in code.
     """
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return "\n".join(line.rstrip(" \t") for line in _REMOVED.sub("", text).split("\n")).strip()
+    text = _REMOVED.sub("", _LINE_ENDS.sub("\n", text))
+    lines = unicodedata.normalize("NFC", text).split("\n")
+    return textwrap.dedent("\n".join(line.rstrip() for line in lines)).strip("\n")
 
 
 def verdict(raw: str, *, min_chars: int, max_chars: int, max_nonprintable: float) -> str | None:

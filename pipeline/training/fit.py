@@ -18,12 +18,13 @@ from pipeline.runtime.job import JobError
 from pipeline.runtime.session import Board, cluster_capacity
 from pipeline.training.checkpoints import TrainState, newest_valid, next_attempt, prune, read_state
 from pipeline.training.history import History
-from pipeline.training.run_folder import claim_run_folder
+from pipeline.training.run_folder import claim_run_folder, refuse_other_run
 
 if TYPE_CHECKING:
     from pipeline.training.loop import Run
 
 DEFAULT_EPOCHS = 3
+DEFAULT_CPU_WORKERS = 2
 MAX_FAILURES = 3  # restarts of the worker group before the run gives up
 
 
@@ -75,7 +76,7 @@ def resume_point(config: Config) -> tuple[Path | None, TrainState]:
 
 def finished_state(config: Config, folder: Path, manifest: Manifest) -> TrainState | None:
     """The state of a run that has nothing left to do. Refuses a run folder of another config or data set."""
-    claim_run_folder(config, manifest.fingerprint)
+    refuse_other_run(config, manifest.fingerprint)
     _, state = resume_point(config)
     plan = training_plan(folder, manifest, config.training.global_batch_size, config.training.seed)
     return state if state.step and is_finished(config, plan, state) else None
@@ -88,9 +89,9 @@ def fit(config: Config, folder: Path, manifest: Manifest, board: Board) -> Train
 
     plan = training_plan(folder, manifest, config.training.global_batch_size, config.training.seed)
     workers, threads = _workers(config, plan)
+    claim_run_folder(config, manifest.fingerprint)
     total_steps = steps_of(config, plan)
     checkpoint, state = resume_point(config)
-    prune(config.run_dir, keep=checkpoint)
     log.info(
         "train: %s steps of %s pairs on %d workers of %g CPUs and %g GPUs%s",
         f"{total_steps:,}",
@@ -120,7 +121,8 @@ def fit(config: Config, folder: Path, manifest: Manifest, board: Board) -> Train
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpointing.max_checkpoints),
         ),
     )
-    history = History(config.log_dir / "metrics.jsonl", state.step)
+    prune(config.run_dir, keep=checkpoint)
+    history = History(config.run_dir / "metrics.jsonl", state.step)
     with board.stage("train", total_steps, "steps", counter="steps", start=state.step, receive=history.write):
         _fit(trainer)
     checkpoint, state = resume_point(config)
@@ -136,8 +138,10 @@ def _fit(trainer: Any) -> None:
     except TrainingFailedError as error:
         log.debug("training failed", exc_info=True)
         reasons = getattr(error, "worker_failures", None) or {0: error}
-        first = str(next(iter(reasons.values()))).strip().splitlines()[-1]
-        raise JobError(f"training failed: {first}; training.log has the workers' own words") from error
+        lines = str(next(iter(reasons.values()))).strip().splitlines()
+        raise JobError(
+            f"training failed: {lines[-1] if lines else type(error).__name__}; training.log has the workers' own words"
+        ) from error
 
 
 def _workers(config: Config, plan: Plan) -> tuple[Workers, int]:
@@ -146,7 +150,7 @@ def _workers(config: Config, plan: Plan) -> tuple[Workers, int]:
     cpus, gpus = capacity.cpus, capacity.gpus
     gpu_share = (1.0 if gpus else 0.0) if wanted.gpus_per_worker == "auto" else wanted.gpus_per_worker
     if wanted.num_workers == "auto":
-        most = max(1, int(gpus / gpu_share)) if gpu_share else 2
+        most = max(1, int(gpus / gpu_share)) if gpu_share else DEFAULT_CPU_WORKERS
         number = max(n for n in range(1, most + 1) if plan.lanes % n == 0)
     else:
         number = wanted.num_workers
@@ -155,8 +159,9 @@ def _workers(config: Config, plan: Plan) -> tuple[Workers, int]:
     if workers.number * workers.cpus > cpus - 1:
         raise ConfigError(
             f"scaling: found {workers.number} workers of {workers.cpus:g} CPUs and {cpus:g} CPUs in all, of which "
-            f"reading data takes 1; allowed are {fitting} workers of {workers.cpus:g}, or scaling.cpus_per_worker="
-            f"{(cpus - 1) / workers.number:g}"
+            f"reading data takes 1; allowed "
+            + (f"are {fitting} workers of {workers.cpus:g}, or " if fitting else "is ")
+            + f"scaling.cpus_per_worker={(cpus - 1) / workers.number:g}"
         )
     if workers.number * workers.gpus > gpus:
         raise ConfigError(

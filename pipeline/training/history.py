@@ -6,15 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.manifest import write_atomically
+
 
 class History:
     """Keeps the lines up to the step a run goes on from, and appends."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= resumed_step]
-        path.write_text("".join(kept))
+        write_atomically(path, "".join(kept).encode())
 
     def write(self, message: dict[str, Any]) -> None:
         """Append a worker's message's `metrics`, if it has some."""

@@ -129,6 +129,11 @@ class _Meter:
         own = [*(float(metrics[name]) for name in names), seconds, self.pairs, self.tokens]
         shared = _mean(torch.tensor(own, dtype=torch.float64, device=self.run.device)).tolist()
         values = dict(zip(names, shared, strict=False))
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            raise FloatingPointError(
+                f"step {self.state.step}: the loss is {values['loss']} and the gradient's norm {values['grad_norm']}; "
+                "a lower training.learning_rate may keep them finite"
+            )
         seconds, pairs, tokens = shared[len(names) :]
         self.pairs = self.tokens = 0
         self.state.train_seconds += seconds
@@ -163,7 +168,7 @@ def _validate(run: Run, state: TrainState) -> bool:
 
 @torch.no_grad()
 def _encode_shared(run: Run, texts: Packed) -> Tensor:
-    """(N, D) vectors of all texts, each worker encoding its share. The last share is filled up with empty texts."""
+    """(N, D) vectors of all texts, each worker encoding its share. The last share is filled up with zeros."""
     share = math.ceil(len(texts) / _world_size())
     begin, end = _rank() * share, min((_rank() + 1) * share, len(texts))
     vectors = [
@@ -184,8 +189,9 @@ def ranking_metrics(anchors: Tensor, positives: Tensor, temperature: float) -> d
         scores = anchors[rows] @ positives.T
         losses.append(nn.functional.cross_entropy(scores / temperature, rows, reduction="sum"))
         own_score = scores.gather(1, rows[:, None])
-        ties = (scores == own_score).sum(dim=1) - 1  # shared out, or vectors that are all alike would win
-        ranks.append((scores > own_score).sum(dim=1) + 1 + ties / 2)
+        ahead = (~(scores <= own_score)).sum(dim=1)  # so written, a score that is not a number comes last
+        ties = ((scores == own_score).sum(dim=1) - 1).clamp(min=0)  # shared out, or vectors all alike would win
+        ranks.append(1 + ahead + ties / 2)
     rank = torch.cat(ranks).double()
     gain = torch.where(rank <= 10, 1 / torch.log2(rank + 1), 0.0)
     return {

@@ -24,7 +24,8 @@ FREE_KEYS = ("training.max_time_s", "training.log_every_steps")
 
 
 def claim_run_folder(config: Config, data_fingerprint: str) -> None:
-    """Write a new run's description, or check an old one's. Raises ConfigError naming what differs."""
+    """Write what a run is started with. Raises ConfigError where its folder holds another one."""
+    refuse_other_run(config, data_fingerprint)
     folder = config.run_dir
     described = {
         "data_fingerprint": data_fingerprint,
@@ -33,20 +34,22 @@ def claim_run_folder(config: Config, data_fingerprint: str) -> None:
         "python": platform.python_version(),
         "fixed": _fixed(config),
     }
-    if (folder / "run.json").is_file():
-        _refuse_other(json.loads((folder / "run.json").read_text()), described, config)
-    else:
-        write_atomically(folder / "run.json", json.dumps(described, indent=2).encode())
+    write_atomically(folder / "run.json", json.dumps(described, indent=2).encode())
     write_atomically(folder / "config.resolved.yaml", yaml.safe_dump(config.dump(), sort_keys=False).encode())
 
 
-def _refuse_other(then: dict[str, Any], now: dict[str, Any], config: Config) -> None:
+def refuse_other_run(config: Config, data_fingerprint: str, *, data_alone: bool = False) -> None:
+    """Raise ConfigError naming what differs from what the run's folder was started with, if it was."""
+    path = config.run_dir / "run.json"
+    if not path.is_file():
+        return
+    then = json.loads(path.read_text())
     differing = [
         f"{key} (then {then['fixed'].get(key)!r}, now {value!r})"
-        for key, value in now["fixed"].items()
+        for key, value in ({} if data_alone else _fixed(config)).items()
         if then["fixed"].get(key) != value
     ]
-    if then["data_fingerprint"] != now["data_fingerprint"]:
+    if then["data_fingerprint"] != data_fingerprint:
         differing.append("the prepared data")
     if differing:
         raise ConfigError(
