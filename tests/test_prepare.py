@@ -149,14 +149,14 @@ def test_finished_stages_are_not_done_again(messy_file: Path, tmp_path: Path) ->
 
 def test_names_and_ids_that_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"id": "\\ud800", "line": "\\udfff", "anchor": "an anchor", "positive": "a positive text"}\n')
+    path.write_text('{"id": "\\ud800", "line": "\\udfff", "anchor": "an anchor text", "positive": "a positive text"}\n')
     folder, _ = prepare(config_of(tmp_path, path), Board)
     (row,) = pq.read_table(folder / "records").to_pylist()
     assert (row["source_id"], row["metadata"]) == ("s:?", '{"line": "?"}')
 
 
 def test_of_equal_records_the_same_one_stays_in_any_order(tmp_path: Path) -> None:
-    rows = [{"id": "x", "line": i, "anchor": "an anchor", "positive": "a positive text"} for i in range(5)]
+    rows = [{"id": "x", "line": i, "anchor": "an anchor text", "positive": "a positive text"} for i in range(5)]
     kept = []
     for name, order in (("1", rows), ("2", rows[::-1])):
         folder, _ = prepare(config_of(tmp_path / name, write_jsonl(tmp_path / name / "a.jsonl", order)), Board)

@@ -190,7 +190,7 @@ def _shards_of(
         for index in batch["id"].tolist():
             described = tokenize_file(files[index], folder, fields, tokenizer, fraction)
             handle.add.remote("tokenized", sum(shard["rows"] for shard in described))
-            yield {"shards": [json.dumps(shard, default=lambda array: array.tolist()) for shard in described]}
+            yield {"shards": [json.dumps(shard) for shard in described]}
 
     dataset = ray.data.range(len(files), override_num_blocks=len(files)).map_batches(tokenize, batch_size=1)
     rows = sum(source.rows_kept for source in sources)

@@ -83,15 +83,15 @@ def _write_split(parts: list[pa.Table], folder: Path, split: str, name: str, fie
         "rows": len(table),
         "row_groups": [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)],
         "sha256": sha256(path),
-        "lengths": {field: np.bincount(counts) for field, counts in lengths.items()},
+        "lengths": {field: np.bincount(counts).tolist() for field, counts in lengths.items()},
     }
 
 
-def length_summary(histograms: list[np.ndarray]) -> dict[str, float]:
+def length_summary(histograms: list[list[int]]) -> dict[str, float]:
     """Mean, median, 95th percentile and maximum of token counts, from histograms of them."""
     total = np.zeros(max(map(len, histograms)), dtype=np.int64)
     for histogram in histograms:
-        total[: len(histogram)] += histogram
+        total[: len(histogram)] += np.asarray(histogram, dtype=np.int64)
     share = total.cumsum() / max(total.sum(), 1)
     return {
         "mean": round(float((total * np.arange(len(total))).sum() / max(total.sum(), 1)), 2),

@@ -147,6 +147,8 @@ def run_job(
         status, code = "stopped", 128 + signals.number
         sentence = f"stopped by {signal.Signals(signals.number).name}; the same command goes on from here"
     except SystemExit as error:  # what Ray makes of SIGTERM while it starts
+        if log_file is None:
+            raise  # --help
         signals.number = signal.SIGTERM if error.code == signal.SIGTERM else signal.SIGINT
         status, code, sentence = "stopped", 128 + signals.number, "stopped while Ray was starting"
     except BaseException as error:  # a panic in a Rust library is no Exception
