@@ -217,6 +217,8 @@ class Training(Section):
 class Checkpointing(Section):
     every_steps: int = Field(200, ge=1)
     """Steps between checkpoints; one is also written at the end."""
+    every_minutes: float | None = Field(None, gt=0)
+    """Also after so many minutes of training without one; looked at every `training.log_every_steps`."""
     max_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints kept; the best by validation NDCG@10 is kept beside them."""
 

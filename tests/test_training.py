@@ -177,6 +177,17 @@ def test_a_time_limit_ends_with_a_checkpoint(tmp_path: Path) -> None:
     assert "validation_ndcg@10" in state.metrics
 
 
+def test_checkpoints_by_steps_and_by_minutes(tmp_path: Path) -> None:
+    saved: list[int] = []
+    plain = ["training.log_every_steps=3", "training.validate_every_steps=100", "checkpointing.every_steps=5"]
+    train(new_run(config_of(tmp_path, *plain), lambda run, state, is_best: saved.append(state.step)), TrainState())
+    assert saved == [5, 10, 12]
+    saved.clear()
+    often = config_of(tmp_path, *plain, "checkpointing.every_minutes=1e-9")
+    train(new_run(often, lambda run, state, is_best: saved.append(state.step)), TrainState())
+    assert saved == [3, 5, 6, 9, 10, 12]
+
+
 def test_ranking_metrics_by_hand() -> None:
     anchors = torch.eye(3)
     positives = torch.tensor([[1.0, 0, 0], [0, 0, 1.0], [0, 0.6, 0.8]])  # ranks 1, 2.5 (a tie), 2

@@ -120,11 +120,10 @@ class Board:
             thread.start()
             try:
                 yield stage
-                done.set()
-                thread.join()
-                poll()
             finally:
                 done.set()
+                thread.join(timeout=5)  # not into a session that is going down
+            poll()
 
 
 def set_environment() -> None:
@@ -142,7 +141,6 @@ def ray_session() -> Iterator[Board]:
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
-
     file = next((handler for handler in log.handlers if isinstance(handler, LogFile)), None)
     _route_output(file)
     if ray.is_initialized():  # the tests share one session

@@ -75,7 +75,7 @@ def train(run: Run, state: TrainState) -> TrainState:
     """Train from `state` to the end of the run, or to its time limit. Ends with a validation and a checkpoint."""
     settings, checkpointing = run.config.training, run.config.checkpointing
     model = _parallel(run, state.step)
-    meter = _Meter(run, state)
+    meter, saved_at = _Meter(run, state), state.train_seconds
     for rows in run.batches(state.step, run.total_steps):
         if state.step == run.table_steps:
             model = _parallel(run, state.step)
@@ -91,8 +91,10 @@ def train(run: Run, state: TrainState) -> TrainState:
         out_of_time = meter.count(batch, metrics)
         ended = out_of_time or state.step == run.total_steps
         is_best = (ended or state.step % settings.validate_every_steps == 0) and _validate(run, state)
-        if ended or is_best or state.step % checkpointing.every_steps == 0:
+        overdue = state.train_seconds - saved_at >= 60 * (checkpointing.every_minutes or math.inf)
+        if ended or is_best or overdue or state.step % checkpointing.every_steps == 0:
             run.save(run, state, is_best)
+            saved_at = state.train_seconds
         if ended:
             break
     return state
