@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.runtime.session import set_environment
+
+os.environ.pop("RAY_ADDRESS", None)
+set_environment()  # before anything imports Ray
+
 TOPICS = ["invoice", "kernel", "violin", "glacier", "pepper", "satellite", "carpet", "enzyme", "lantern", "harbour"]
 VERBS = ["open", "merge", "count", "rotate", "compress", "validate", "sort", "translate", "archive", "measure"]
 
@@ -37,19 +42,12 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
-@pytest.fixture
-def pairs_file(tmp_path: Path) -> Path:
-    return write_jsonl(tmp_path / "pairs.jsonl", make_pairs(600))
-
-
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Two CPUs, whatever the machine has."""
-    from pipeline.runtime.session import _quiet_ray_data, set_environment
-
-    os.environ.pop("RAY_ADDRESS", None)
-    set_environment()
     import ray
+
+    from pipeline.runtime.session import _quiet_ray_data
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     _quiet_ray_data(None)
