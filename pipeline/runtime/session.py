@@ -127,9 +127,11 @@ class Board:
 
 
 def set_environment() -> None:
-    """Settings for Ray that are not set yet. Must come before the first import of it."""
+    """Settings for Ray and torch that are not set yet. Must come before the first import of either."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # torch makes this folder whether it compiles or not, by default among the temporary ones
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/torchinductor"))
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local session listens on 127.0.0.1 alone
 
