@@ -351,14 +351,19 @@ def load(
 
 
 def _assign(tree: dict[str, Any], parts: list[str], value: Any, override: str) -> None:
-    for depth, part in enumerate(parts[:-1], 1):
-        child: Any = tree.setdefault(part, {})
-        if not isinstance(child, dict):
-            raise ConfigError(
-                f"argument {override!r}: {'.'.join(parts[:depth])} holds {kind_of(child)}; allowed is a mapping"
-            )
-        tree = child
-    tree[parts[-1]] = value
+    """Set a dotted key; a number picks an item of a list that is there."""
+    place: Any = tree
+    for depth, part in enumerate(parts):
+        key: str | int = part
+        if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+            key = int(part)
+        elif not isinstance(place, dict):
+            holder = ".".join(parts[:depth])
+            raise ConfigError(f"argument {override!r}: {holder} holds {kind_of(place)}; allowed is a key that is there")
+        if depth == len(parts) - 1:
+            place[key] = value
+        else:
+            place = place.setdefault(key, {}) if isinstance(place, dict) else place[key]
 
 
 def _apply_environment(tree: dict[str, Any], from_arguments: dict[str, str], environ: dict[str, str]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.config import Config, ConfigError
 from pipeline.data.manifest import Manifest, write_atomically
 from pipeline.data.prepare import prepare
+from pipeline.evaluation.beir import check_beir
 from pipeline.runtime.console import Stage, log, table
 from pipeline.runtime.job import JobError, Result, alone_in
 from pipeline.runtime.session import Board, ray_session, set_environment
@@ -26,6 +27,7 @@ class Session:
 
     def __init__(self, config: Config) -> None:
         set_environment()
+        check_folders(config)
         self.config = config
         self._stack = ExitStack()
         self._board: Board | None = None
@@ -49,6 +51,16 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+
+
+def check_folders(config: Config) -> None:
+    """Raise ConfigError for a folder that a later stage would miss, before an earlier one has worked for hours."""
+    if config.evaluation.beir_dir:
+        check_beir(Path(config.evaluation.beir_dir))
+    if config.embedding.model and not (Path(config.embedding.model) / "model.safetensors").is_file():
+        raise ConfigError(
+            f"embedding.model: found no model.safetensors in {config.embedding.model}; allowed is a checkpoint folder"
+        )
 
 
 def prepare_stage(config: Config, session: Session) -> Result:
@@ -185,12 +197,8 @@ def model_folder(config: Config) -> Path:
     from pipeline.training.checkpoints import best_checkpoint
 
     if config.embedding.model:
-        folder = Path(config.embedding.model)
-        if not (folder / "model.safetensors").is_file():
-            raise ConfigError(
-                f"embedding.model: found no model.safetensors in {folder}; allowed is a checkpoint folder"
-            )
-        return folder
+        check_folders(config)
+        return Path(config.embedding.model)
     folder_or_none = best_checkpoint(config.run_dir)
     if folder_or_none is None:
         raise JobError(f"no trained model in {config.run_dir}; python jobs/train.py makes one")

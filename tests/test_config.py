@@ -188,6 +188,15 @@ def test_a_job_holds_its_folder_alone(tmp_path: Path) -> None:
         pass
 
 
+def test_an_argument_can_change_an_item_of_a_list(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("data: {sources: [{name: a, type: json, path: x}]}\n")
+    assert load(file, ["data.sources.0.path=y"]).data.sources[0].path == "y"
+    for wrong in ("data.sources.1.path=y", "data.sources.path=y", "data.sources.0.path.z=y"):
+        with pytest.raises(ConfigError, match="allowed is a key that is there"):
+            load(file, [wrong])
+
+
 def test_dotted_read_of_nothing_names_it(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("training: {}\n")

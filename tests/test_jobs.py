@@ -176,6 +176,13 @@ class TestWholeJob:
         assert code == 2
         assert f"query: found {found}" in err
 
+    def test_missing_folders_are_found_before_any_work(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        for key in ("evaluation.beir_dir", "embedding.model"):
+            code, _, _, err = job(capsys, "run", f"{key}=nowhere", "storage.run=other")
+            assert code == 2
+            assert f"{key}: found no " in err
+            assert "prepare" not in err
+
     def test_evaluate_scores_a_beir_folder(self, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         rows = make_pairs(60, seed=9)
         write_jsonl(tmp_path / "corpus.jsonl", [{"_id": r["id"], "title": "", "text": r["positive"]} for r in rows])

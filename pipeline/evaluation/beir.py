@@ -10,10 +10,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ConfigError
-from pipeline.evaluation.metrics import Qrels
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.metrics import Qrels  # whose libraries a check of the folder need not pay for
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,13 @@ class RetrievalTask:
     queries: dict[str, str]
     documents: dict[str, str]
     qrels: Qrels
+
+
+def check_beir(folder: Path) -> None:
+    """Raise ConfigError where a file of the three is missing."""
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"evaluation.beir_dir: found no {name} in {folder}; allowed is a folder in BEIR's format")
 
 
 def read_beir(folder: Path) -> RetrievalTask:

@@ -77,8 +77,9 @@ def parser(name: str, description: str, query: bool = False) -> argparse.Argumen
         "--local_data_dir", metavar="DIR", help="a folder of text files, in place of data.sources: title → the rest"
     )
     meaning = "config values that beat the file's"
+    own.epilog = "Every key of the config, with its unit and default: pipeline/config.py"
     if query:
-        own.add_argument("overrides", nargs="+", metavar="QUERY | section.key=value", help=f"the query; {meaning}")
+        own.add_argument("overrides", nargs="*", metavar="QUERY | section.key=value", help=f"the query; {meaning}")
     else:
         own.add_argument("overrides", nargs="*", metavar="section.key=value", help=meaning)
     own.set_defaults(query="" if query else None)
@@ -178,6 +179,8 @@ def load_config(args: argparse.Namespace) -> Config:
     """The config that the arguments describe."""
     if args.local_data_dir is None:
         return load(args.config, args.overrides)
+    if any(override.startswith("data.sources") for override in args.overrides):
+        raise ConfigError("--local_data_dir: found data.sources beside it; allowed is one of the two")
     folder = Path(args.local_data_dir)
     if not folder.is_dir():
         raise ConfigError(f"--local_data_dir: found no folder at {folder}; allowed is a folder of text files")
