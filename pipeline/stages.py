@@ -139,10 +139,10 @@ def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
     return Result(scores, {"scores": str(path)})
 
 
-def _changes(folder: str | None) -> list[tuple[str, int, int]]:
+def _changes(folder: str | None) -> list[list[str | int]]:
     """Name, size and time of change (ns) of the files in a folder."""
     files = sorted(Path(folder).rglob("*.*")) if folder else []
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def _model_of(config: Config, manifest: Manifest) -> Path:

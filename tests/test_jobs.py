@@ -110,7 +110,7 @@ class TestWholeJob:
 
     def test_checkpoints_are_the_newest_and_the_best(self, job: Job) -> None:
         run = job.root / "runs" / "small"
-        assert sorted(p.name for p in run.glob("attempt-001/step-*")) == ["step-00000060"]
+        assert sorted(p.name for p in run.glob("attempt-001/step-*")) == ["step-00000040", "step-00000060"]
         (best,) = (run / "best").iterdir()
         state = json.loads((best / "state.json").read_text())
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -195,6 +195,11 @@ class TestWholeJob:
         (scores,) = last["metrics"].values()
         assert (scores["queries"], scores["documents"]) == (20, 60)
         assert scores["model"]["recall@100"] == 1
+        again = [f"evaluation.beir_dir={tmp_path}", "evaluation.held_out_queries=0"]
+        assert "evaluate: nothing to do" in job(capsys, "run", *again)[3]
+        with (tmp_path / "qrels" / "test.tsv").open("a") as file:
+            file.write("qdoc1\tdoc2\t1\n")
+        assert "evaluate: nothing to do" not in job(capsys, "run", *again)[3]
 
     def test_a_run_folder_of_another_config_is_refused(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         code, _, _, err = job(capsys, "train", "training.learning_rate=0.5", "model.d_model=32")

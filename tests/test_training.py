@@ -280,17 +280,22 @@ def test_best_is_one_whole_folder_and_outlives_the_attempt(run_dir: Path) -> Non
     assert best is not None
     assert best.parent == run_dir / "best"
     assert [f.name for f in (run_dir / "best").iterdir()] == [best.name]
-    prune(run_dir, keep=None)
+    prune(run_dir, keep=0)
+    assert not list(run_dir.glob("attempt-*"))
     assert best_checkpoint(run_dir) == best
     assert read_state(best).metrics["validation_ndcg@10"] == read_state(best).best_metric
 
 
-def test_prune_keeps_what_a_run_resumes_from(run_dir: Path) -> None:
-    newest, _ = newest_valid(run_dir)
+def test_prune_keeps_the_newest_whole_ones_of_all_attempts(run_dir: Path) -> None:
     assert next_attempt(run_dir) == "attempt-002"
-    prune(run_dir, keep=newest)
-    assert [f.name for f in sorted((run_dir / "attempt-001").iterdir())] == [step_folder(12)]
-    assert newest_valid(run_dir)[0] == newest
+    (run_dir / "attempt-002").mkdir()
+    (run_dir / "attempt-001" / step_folder(8)).rename(run_dir / "attempt-002" / step_folder(8))
+    (run_dir / "attempt-002" / step_folder(16)).mkdir()  # empty: it was never finished
+    (run_dir / "attempt-003").mkdir()
+    prune(run_dir, keep=2)
+    left = sorted(str(f.relative_to(run_dir)) for f in run_dir.glob("attempt-*/*"))
+    assert left == [f"attempt-001/{step_folder(12)}", f"attempt-002/{step_folder(8)}"]
+    assert not (run_dir / "attempt-003").exists()
 
 
 def test_texts_of_a_slice() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,7 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, device: torch
 def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint furthest on whose files are whole, and a sentence for each one that was passed over."""
     passed_over: list[str] = []
-    for folder in sorted(_all(run_dir), key=lambda f: (f.name, f.parent.name), reverse=True):
+    for folder in _newest_first(run_dir):
         try:
             read_state(folder)
             return folder, passed_over
@@ -119,20 +118,26 @@ def next_attempt(run_dir: Path) -> str:
     return f"attempt-{max(taken, default=0) + 1:03d}"
 
 
-def prune(run_dir: Path, keep: Path | None) -> None:
-    """Drop every attempt's leavings but the attempt that holds `keep`, and there every other checkpoint."""
+def prune(run_dir: Path, keep: int) -> None:
+    """Keep the newest `keep` whole checkpoints over all attempts; drop the rest, and what attempts leave behind.
+
+    Not while an attempt is under way: Ray must find the checkpoints that it knows of.
+    """
     shutil.rmtree(incoming_folder(run_dir), ignore_errors=True)
-    for attempt in run_dir.glob("attempt-[0-9]*"):
-        if keep is None or keep.parent != attempt:
-            shutil.rmtree(attempt, ignore_errors=True)
+    kept: list[Path] = []
+    for folder in _newest_first(run_dir):
+        if len(kept) < keep and _is_valid(folder):
+            kept.append(folder)
         else:
-            for folder in attempt.glob("step-*"):
-                if folder != keep:
-                    shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+    for attempt in run_dir.glob("attempt-[0-9]*"):
+        if attempt not in {folder.parent for folder in kept}:
+            shutil.rmtree(attempt, ignore_errors=True)
 
 
-def _all(run_dir: Path) -> Iterator[Path]:
-    return run_dir.glob("attempt-[0-9]*/step-[0-9]*")
+def _newest_first(run_dir: Path) -> list[Path]:
+    folders = run_dir.glob("attempt-[0-9]*/step-[0-9]*")
+    return sorted(folders, key=lambda folder: (folder.name, folder.parent.name), reverse=True)
 
 
 def _is_valid(folder: Path) -> bool:

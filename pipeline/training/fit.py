@@ -91,7 +91,7 @@ def fit(config: Config, folder: Path, manifest: Manifest, board: Board) -> Train
     workers, threads = _workers(config, plan)
     claim_run_folder(config, manifest.fingerprint)
     total_steps = steps_of(config, plan)
-    checkpoint, state = resume_point(config)
+    _, state = resume_point(config)
     log.info(
         "train: %s steps of %s pairs on %d workers of %g CPUs and %g GPUs%s",
         f"{total_steps:,}",
@@ -121,13 +121,12 @@ def fit(config: Config, folder: Path, manifest: Manifest, board: Board) -> Train
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpointing.max_checkpoints),
         ),
     )
-    prune(config.run_dir, keep=checkpoint)
+    prune(config.run_dir, config.checkpointing.max_checkpoints)
     history = History(config.run_dir / "metrics.jsonl", state.step)
     with board.stage("train", total_steps, "steps", counter="steps", start=state.step, receive=history.write):
         _fit(trainer)
-    checkpoint, state = resume_point(config)
-    prune(config.run_dir, keep=checkpoint) if is_finished(config, plan, state) else None
-    return state
+    prune(config.run_dir, config.checkpointing.max_checkpoints)
+    return resume_point(config)[1]
 
 
 def _fit(trainer: Any) -> None:
