@@ -19,7 +19,7 @@ from pipeline.runtime.job import Result, run_job
 def main(config: Config, args: Namespace) -> Result:
     from pipeline.stages import Session, embed_stage
 
-    with Session(config) as session:
+    with Session(config, args.rehash) as session:
         return embed_stage(config, session)
 
 

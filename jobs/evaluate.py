@@ -20,7 +20,7 @@ from pipeline.runtime.job import Result, run_job
 def main(config: Config, args: Namespace) -> Result:
     from pipeline.stages import Session, evaluate_stage, score_table
 
-    with Session(config) as session:
+    with Session(config, args.rehash) as session:
         result = evaluate_stage(config, session, again=True)
     log.info("%s", score_table(result.metrics))
     return result

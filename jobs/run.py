@@ -20,7 +20,7 @@ from pipeline.runtime.job import Result, run_job
 def main(config: Config, args: Namespace) -> Result:
     from pipeline.stages import Session, embed_stage, evaluate_stage, prepare_stage, score_table, train_stage
 
-    with Session(config) as session:
+    with Session(config, args.rehash) as session:
         results = {
             "prepare": prepare_stage(config, session),
             "train": train_stage(config, session),

@@ -41,7 +41,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     store = open_store(config, model_fingerprint(model), model_width(model))
     if not store.exists():
         raise JobError(f"no index yet for the model in {model}; python jobs/embed.py makes one")
-    found = store.query(TextEncoder(model, device="cpu").encode([query])[0], args.limit)
+    found = store.query(TextEncoder(model, device="cpu").encode([config.data.prompt("anchor") + query])[0], args.limit)
     results = [
         {"rank": rank, **{key: row[key] for key in ("score", "id", "source_id", "text")}, "metadata": row["metadata"]}
         for rank, row in enumerate(found, 1)

@@ -20,7 +20,7 @@ from pipeline.runtime.job import Result, run_job
 def main(config: Config, args: Namespace) -> Result:
     from pipeline.stages import Session, train_stage
 
-    with Session(config) as session:
+    with Session(config, args.rehash) as session:
         return train_stage(config, session)
 
 

@@ -25,10 +25,10 @@ from pipeline.runtime.session import Board, ray_session, set_environment
 class Session:
     """A job's Ray session, started on first use."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, rehash: bool = False) -> None:
         set_environment()
         check_folders(config)
-        self.config = config
+        self.config, self.rehash = config, rehash
         self._stack = ExitStack()
         self._board: Board | None = None
         self._prepared: tuple[Path, Manifest] | None = None
@@ -36,7 +36,7 @@ class Session:
     def prepared(self) -> tuple[Path, Manifest]:
         """The prepared data set, brought up to date on first use."""
         if self._prepared is None:
-            self._prepared = prepare(self.config, self.board)
+            self._prepared = prepare(self.config, self.board, self.rehash)
         return self._prepared
 
     def board(self) -> Board:
@@ -66,11 +66,10 @@ def check_folders(config: Config) -> None:
 def prepare_stage(config: Config, session: Session) -> Result:
     """Token shards of the config's sources."""
     folder, manifest = session.prepared()
-    kept = sum(source.rows_kept for source in manifest.sources)
     metrics = {
         "rows_in": sum(source.rows_in for source in manifest.sources),
-        "rows_kept": kept,
-        "tokens": round(sum(kept * length["mean"] for length in manifest.lengths.values())),
+        "rows_kept": sum(source.rows_kept for source in manifest.sources),
+        "tokens": sum(int(length["tokens"]) for length in manifest.lengths.values()),
         "splits": manifest.splits,
         "fingerprint": manifest.fingerprint,
     }
@@ -80,7 +79,7 @@ def prepare_stage(config: Config, session: Session) -> Result:
 def train_stage(config: Config, session: Session) -> Result:
     """A trained model; prepares first where the token shards are missing or stale."""
     folder, manifest = session.prepared()
-    if manifest.text_fields != ["anchor", "positive"]:
+    if not manifest.holds_pairs:
         raise ConfigError(
             f"objective.contrastive: found prepared records of {', '.join(manifest.text_fields)} alone; "
             "allowed are sources that give anchor and positive"
@@ -164,7 +163,7 @@ def _score_tasks(config: Config, session: Session, folder: Path, manifest: Manif
     if config.evaluation.beir_dir:
         beir = read_beir(Path(config.evaluation.beir_dir))
         tasks.append(lambda: beir)
-    if config.evaluation.held_out_queries and manifest.text_fields == ["anchor", "positive"]:
+    if config.evaluation.held_out_queries and manifest.holds_pairs:
         tasks.append(lambda: held_out_task(config, folder, manifest))
     encoder, scores = TextEncoder(model, config.embedding.batch_tokens, "cpu"), {}
     for make in tasks:
@@ -174,7 +173,7 @@ def _score_tasks(config: Config, session: Session, folder: Path, manifest: Manif
             continue
         ids, vectors = encode_documents(task, model, config, session.board())
         with Stage(f"evaluate: rank {task.name}, BM25 beside", len(task.queries), "queries") as stage:
-            scores[task.name] = score(task, encoder, ids, vectors)
+            scores[task.name] = score(task, encoder, config.data.prompt("anchor"), ids, vectors)
             stage.advance(len(task.queries))
     return scores
 

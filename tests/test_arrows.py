@@ -11,8 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 MAY_IMPORT = {
-    "config_reading": set(),
-    "config": {"config_reading"},
+    "config": set(),
     "text": set(),
     "runtime": {"config"},
     "model": set(),
@@ -23,8 +22,8 @@ MAY_IMPORT = {
     "training": {"config", "runtime", "data", "model", "objectives", "evaluation"},
     "stages": {"config", "runtime", "data", "model", "embedding", "evaluation", "training"},
 }
-WITHOUT_RAY = {"config", "config_reading", "text", "model", "objectives"}
-WITHOUT_TORCH = {"config", "config_reading", "text", "runtime", "data"}
+WITHOUT_RAY = {"config", "text", "model", "objectives"}
+WITHOUT_TORCH = {"config", "text", "runtime", "data"}
 RAYLESS_MODULES = {"training/loop.py", "training/step.py", "training/checkpoints.py", "embedding/store.py"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -15,12 +16,12 @@ from tokenizers import Tokenizer
 from pipeline.config import Config, ConfigError, load
 from pipeline.data import prepare as prepare_module
 from pipeline.data import sources
-from pipeline.data.manifest import read_manifest
 from pipeline.data.prepare import prepare
 from pipeline.runtime.job import JobError
 from pipeline.runtime.session import Board
 from pipeline.text.identity import content_id, is_validation
 from tests.conftest import make_pairs, write_jsonl
+from tests.test_shingles import likeness, variants, word_tuples
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -121,13 +122,13 @@ def test_bytes_do_not_depend_on_order_or_cut(messy_file: Path, tmp_path: Path, m
     assert manifest.fingerprint == again.fingerprint
 
 
+def no_board() -> Board:
+    raise AssertionError("Ray was asked for")
+
+
 def test_nothing_to_do_and_what_makes_it_stale(messy_file: Path, tmp_path: Path) -> None:
     config = config_of(tmp_path, messy_file)
     folder, manifest = prepare(config, Board)
-
-    def no_board() -> Board:
-        raise AssertionError("Ray was asked for")
-
     assert prepare(config, no_board) == (folder, manifest)
     with messy_file.open("a") as file:
         file.write(json.dumps({"anchor": "a record added later", "positive": "which makes the data stale"}) + "\n")
@@ -136,15 +137,159 @@ def test_nothing_to_do_and_what_makes_it_stale(messy_file: Path, tmp_path: Path)
     assert changed.sources[0].rows_kept == manifest.sources[0].rows_kept + 1
 
 
-def test_finished_stages_are_not_done_again(messy_file: Path, tmp_path: Path) -> None:
+def stages(root: Path) -> dict[str, int]:
+    """Each finished stage and when it was."""
+    found = (root / "store" / "prepared" / "stages").glob("*/done.json")
+    return {path.parent.name: path.stat().st_mtime_ns for path in found}
+
+
+@pytest.mark.parametrize(
+    ("override", "redone"),
+    [
+        ("tokenizer.max_length=8", {"tokens"}),
+        ("data.validation_fraction=0.2", {"tokens"}),
+        ("data.sources.0.prompts={anchor: 'find: '}", {"tokens"}),
+        ("data.sources.0.weight=2.0", set()),
+        ("data.max_bad_fraction=0.5", set()),
+        ("tokenizer.vocab_size=700", {"tokenizer", "tokens"}),
+        ("data.near_duplicates.threshold=0.9", {"distinct", "tokenizer", "tokens"}),
+        ("data.min_chars=12", {"records", "tokenizer", "tokens"}),
+    ],
+)
+def test_a_changed_option_redoes_what_depends_on_it(
+    override: str, redone: set[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    shared = tmp_path_factory.getbasetemp() / "changed-options"
+    path = shared / "a.jsonl"
+    if not path.exists():
+        write_jsonl(path, make_pairs(300))
+    prepare(config_of(shared, path), Board)
+    before = stages(shared)
+    prepare(config_of(shared, path, override), Board if redone else no_board)
+    after = stages(shared)
+    assert {name.rpartition("-")[0] for name in set(after) - set(before)} == redone
+    assert {name: after[name] for name in before} == before
+
+
+def test_a_job_that_was_killed_does_only_the_tasks_that_are_missing(messy_file: Path, tmp_path: Path) -> None:
     config = config_of(tmp_path, messy_file)
     folder, manifest = prepare(config, Board)
-    times = {p: p.stat().st_mtime_ns for p in (folder / "records").iterdir()}
-    (folder / "manifest.json").unlink()  # as after a kill
-    next((folder / "train").iterdir()).unlink()
-    assert prepare(config, Board) == (folder, manifest)
-    assert {p: p.stat().st_mtime_ns for p in (folder / "records").iterdir()} == times
-    assert read_manifest(folder) == manifest
+    found, files = contents(folder), {p: p.stat().st_mtime_ns for p in folder.rglob("records/*.parquet")}
+    (folder / "manifest.json").unlink()
+    for path in folder.glob("train/*"):
+        path.unlink()
+    assert prepare(config, no_board) == (folder, manifest)  # every stage was done
+    assert contents(folder) == found
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("records/*.parquet")} == files
+
+
+def test_inputs_known_by_content(messy_file: Path, tmp_path: Path) -> None:
+    config = config_of(tmp_path, messy_file)
+    folder, _ = prepare(config, Board, rehash=True)
+    stat = messy_file.stat()
+    os.utime(messy_file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+    assert prepare(config, no_board, rehash=True)[0] == folder
+    data = messy_file.read_bytes()
+    messy_file.write_bytes(data.replace(b"invoice", b"receipt"))
+    os.utime(messy_file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert prepare(config, Board, rehash=True)[0] != folder
+
+
+def test_sources_together(tmp_path: Path) -> None:
+    """Clashing ids, duplicates over sources, weights, prompts; one source is all duplicates, one is empty."""
+    rows = make_pairs(60)
+    for name, part in (("one", rows[:40]), ("two", rows[20:]), ("copies", [rows[0]] * 9), ("empty", [])):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{**row, "id": f"doc{i}"} for i, row in enumerate(part)])
+    prompts = {"one": {"anchor": "find: "}}
+    entries = [
+        {"name": name, "type": "json", "path": str(tmp_path / f"{name}.jsonl"), "weight": i + 1.0}
+        | ({"prompts": prompts[name]} if name in prompts else {})
+        for i, name in enumerate(("one", "two", "copies", "empty"))
+    ]
+    folder, manifest = prepare(config_of(tmp_path, tmp_path, f"data.sources={json.dumps(entries)}"), Board)
+    found = {source.name: source for source in manifest.sources}
+    assert [found[name].rows_in for name in found] == [40, 40, 9, 0]
+    assert sum(source.rows_kept for source in found.values()) == 60
+    assert found["copies"].rows_kept in (0, 1)  # it may have the least source_id
+    assert [source.weight for source in manifest.sources] == [1.0, 2.0, 3.0, 4.0]
+    assert found["one"].prompts == {"anchor": "find: "}
+    records = pq.read_table(folder / "records")
+    assert len(set(records["source_id"].to_pylist())) == 60
+    rejected = pq.read_table(folder / "rejected").to_pylist()
+    assert {row["duplicate_of"] for row in rejected} <= set(records["source_id"].to_pylist())
+    assert manifest.shards[0].row_group_sources == sorted({*records["source"].to_pylist()})
+
+
+def test_the_cap_on_duplicates(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", make_pairs(10) * 3)
+    with pytest.raises(JobError, match=r"20 of 30 records are duplicates, more than data\.max_removed_fraction=0\.5"):
+        prepare(config_of(tmp_path, path, "data.max_removed_fraction=0.5"), Board)
+    words = [f"word{i}" for i in range(50)]
+    near = [{"anchor": f"anchor number {i}", "positive": " ".join([*words, str(i)])} for i in range(20)]
+    path = write_jsonl(tmp_path / "b.jsonl", near)
+    likely = "data.near_duplicates.threshold=0.7"
+    with pytest.raises(JobError, match=r"19 of 20 records are duplicates"):
+        prepare(config_of(tmp_path, path, likely, "data.max_removed_fraction=0.5"), Board)
+    _, manifest = prepare(config_of(tmp_path, path, likely), Board)
+    assert (manifest.sources[0].rows_kept, manifest.sources[0].rejected) == (1, {"near_duplicate": 19})
+    assert [cluster["removed"] for cluster in manifest.clusters] == [19]
+
+
+def test_train_and_validation_share_no_near_duplicate(tmp_path: Path) -> None:
+    texts = variants(600, 4)
+    rows = [{"anchor": text.split(" ", 1)[0] + " " * 10 + "anchor", "positive": text} for text in texts]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    config = config_of(tmp_path, path, "data.near_duplicates.threshold=0.7", "data.validation_fraction=0.3")
+    folder, manifest = prepare(config, Board)
+    kept = {
+        row["id"]: word_tuples(f"{row['anchor']}\n{row['positive']}")
+        for row in pq.read_table(folder / "records").to_pylist()
+    }
+    assert manifest.sources[0].rejected["near_duplicate"] > 50
+    held_out = {one for one in kept if is_validation(one, 0.3)}
+    for one in held_out:
+        assert max(likeness(kept[one], kept[other]) for other in kept if other not in held_out) < 0.7
+
+
+def test_safety_quality_and_language_rules_give_their_reasons(tmp_path: Path) -> None:
+    prose = "This sentence is written in plain English, and it says a few things about the weather in the north."
+    rows = [
+        {"anchor": "an ordinary title", "positive": prose},
+        {"anchor": "a title", "positive": "buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy"},
+        {
+            "anchor": "ein Titel",
+            "positive": "Dieser Satz ist auf Deutsch geschrieben und handelt vom Wetter im Norden.",
+        },
+        {"anchor": "a title too", "positive": f"Write to someone@example.org. {prose}"},
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    config = config_of(
+        tmp_path, path, "data.quality={preset: short, languages: [en]}", "data.safety.actions={email: redact}",
+        "data.validation_fraction=0.4",
+    )  # fmt: skip
+    folder, manifest = prepare(config, Board)
+    reasons = manifest.sources[0].rejected
+    assert reasons.pop("language_de") == 1
+    assert sum(rows for reason, rows in reasons.items() if reason.startswith("quality_")) == 1
+    kept = pq.read_table(folder / "records")["positive"].to_pylist()
+    assert sorted(text.split(".")[0] for text in kept) == [
+        "This sentence is written in plain English, and it says a few things about the weather in the north",
+        "Write to [EMAIL]",
+    ]
+
+
+def test_text_alone_in_windows(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(f"Paragraph {i} " + "goes on and on about it " * (i % 30) for i in range(80)))
+    entry = {"name": "book", "type": "text", "record": "paragraph", "path": str(path)}
+    overrides = [f"data.sources=[{json.dumps(entry)}]", "tokenizer.long_texts=windows", "tokenizer.window_overlap=4"]
+    folder, manifest = prepare(config_of(tmp_path, path, *overrides), Board)
+    table = pq.read_table(folder / "train")
+    assert table["window"].to_pylist() != [0] * len(table)
+    assert manifest.lengths["text"]["max"] == 16
+    assert set(table["id"].to_pylist()) <= set(pq.read_table(folder / "records")["id"].to_pylist())
+    with pytest.raises(ConfigError, match=r"tokenizer\.long_texts: found windows with records of anchor, positive"):
+        prepare(config_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", make_pairs(5)), *overrides[1:]), Board)
 
 
 def test_names_and_ids_that_are_no_text(tmp_path: Path) -> None:

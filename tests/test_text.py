@@ -11,18 +11,17 @@ import pytest
 
 from pipeline.text.docstrings import pairs
 from pipeline.text.identity import content_id, is_validation, shard_of
-from pipeline.text.rules import nonprintable_share, normalise, verdict
+from pipeline.text.sanitize import Sanitizer, nonprintable_share, unreadable
 
-LIMITS = {"min_chars": 3, "max_chars": 20, "max_nonprintable": 0.25}
+CODE = Sanitizer(collapse=False)
+PROSE = Sanitizer()
 
 
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [
         ("abc", None),
-        ("ab", "too_short"),
-        ("  a \n ", "too_short"),
-        ("", "too_short"),
+        ("", None),
         ("x" * 20, None),
         ("x" * 21, "too_long"),
         ("abc\ud800", "invalid_utf8"),
@@ -32,25 +31,64 @@ LIMITS = {"min_chars": 3, "max_chars": 20, "max_nonprintable": 0.25}
         ("def f():\n\treturn 1", None),  # newlines and tabs are no fault of code's
     ],
 )
-def test_verdict_at_its_thresholds(raw: str, expected: str | None) -> None:
-    assert verdict(raw, **LIMITS) == expected  # type: ignore[arg-type]
+def test_unreadable_at_its_thresholds(raw: str, expected: str | None) -> None:
+    assert unreadable(raw, max_chars=20, max_nonprintable=0.25) == expected
 
 
-def test_normalise() -> None:
-    assert normalise("e\u0301") == "\u00e9"
-    assert normalise("a\r\nb\rc") == "a\nb\nc"
-    assert normalise("a\u200b\u202eb\x00\x07") == "ab"
-    assert normalise("def f():  \n    return 1\t\n") == "def f():\n    return 1"
-    assert normalise("\n    a = 1\n      b = 2\n") == "a = 1\n  b = 2"
-    assert normalise("e\u200b\u0301") == "\u00e9"  # composed once what stood between is gone
-    assert normalise("end.\x0cStart\x85more") == "end.\nStart\nmore"
+def normalise(text: str, sanitizer: Sanitizer) -> str:
+    return sanitizer.tidy(sanitizer.reveal(text))
 
 
-def test_normalise_is_idempotent_on_real_text() -> None:
+@pytest.mark.parametrize(
+    ("raw", "code", "prose"),
+    [
+        ("e\u0301", "\u00e9", "\u00e9"),
+        ("a\r\nb\rc", "a\nb\nc", "a\nb\nc"),
+        ("a\u200b\u202eb\x00\x07", "ab", "ab"),
+        ("def f():  \n    return 1\t\n", "def f():\n    return 1", "def f():\nreturn 1"),
+        ("\n    a =  1\n      b = 2\n\n\n\nc", "    a =  1\n      b = 2\n\n\n\nc", "a = 1\nb = 2\n\nc"),
+        ("e\u200b\u0301", "\u00e9", "\u00e9"),  # composed once what stood between is gone
+        ("end.\x0cStart\u2028more", "end.\nStart\nmore", "end.\nStart\nmore"),
+        ("sch\u00c3\u00b6n", "schön", "schön"),
+        ("na\u00efve caf\u00e9 \u2013 \u201cfine\u201d", None, None),
+        ("\U0001f468\u200d\U0001f469\u200d\U0001f467", None, None),  # a family, joined
+        ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", None, None),  # Persian, with a non-joiner
+        ("a\u00a0b", "a\u00a0b", "a b"),
+    ],
+)
+def test_normalise(raw: str, code: str | None, prose: str | None) -> None:
+    """None: as it was."""
+    assert normalise(raw, CODE) == (raw if code is None else code)
+    assert normalise(raw, PROSE) == (raw if prose is None else prose)
+
+
+@pytest.mark.parametrize(
+    ("switch", "raw", "with_it", "without"),
+    [
+        ("nfc", "e\u0301", "\u00e9", "e\u0301"),
+        ("repair_mojibake", "sch\u00c3\u00b6n", "schön", "sch\u00c3\u00b6n"),
+        ("remove_controls", "a\x00\x1bb", "ab", "a\x00\x1bb"),
+        ("remove_zero_width", "a\u200b\ufeffb", "ab", "a\u200b\ufeffb"),
+        ("remove_bidi_overrides", "a\u202eb", "ab", "a\u202eb"),
+        ("lowercase", "ÀB", "àb", "ÀB"),
+        ("collapse", "a  b", "a b", "a  b"),
+    ],
+)
+def test_each_step_is_a_switch(switch: str, raw: str, with_it: str, without: str) -> None:
+    assert normalise(raw, Sanitizer(**{switch: True})) == with_it  # type: ignore[arg-type]
+    assert normalise(raw, Sanitizer(**{switch: False})) == without  # type: ignore[arg-type]
+
+
+def test_allowed_characters() -> None:
+    assert normalise("Größe: 5 €!", Sanitizer(allowed_characters=r"\p{L}\p{N}\s")) == "Größe 5"
+
+
+@pytest.mark.parametrize("sanitizer", [CODE, PROSE])
+def test_normalise_is_idempotent_on_real_text(sanitizer: Sanitizer) -> None:
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-d]*.py"))
     for text in [*(file.read_text("utf-8") for file in files), "e\u200b\u0301 \u200b\n \x0c \x85", "  a\n\n\tb "]:
-        once = normalise(text)
-        assert normalise(once) == once
+        once = normalise(text, sanitizer)
+        assert normalise(once, sanitizer) == once
         assert unicodedata.is_normalized("NFC", once)
 
 

@@ -3,23 +3,29 @@
 <root>/prepared/<fingerprint>/
     tokenizer.json
     records/00000.parquet             kept records, text and metadata, by hash of id
-    rejected/00000.parquet            what was refused: id, source, source_id, reason, excerpt
-    train/00000.parquet               token shards: id, anchor, positive (or text) as lists of token ids
+    rejected/00000.parquet            what was refused: id, source, source_id, reason, excerpt, duplicate_of, similarity
+    train/00000.parquet               token shards: id, source, and the text fields as lists of token ids
     validation/00000.parquet
-    manifest.json                     {fingerprint, sources, splits, shards, lengths, versions}
+    lengths.png                       how long the texts are, in tokens
+    manifest.json                     {fingerprint, sources, splits, shards, lengths, clusters, versions}
+
+The files are second names (hard links) of those in the folders of the stages that made them, <root>/prepared/stages/.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 SPLITS = ("train", "validation")
+EXCERPT_CHARS = 200
 
 RECORD_SCHEMA = pa.schema(
     [
@@ -33,8 +39,14 @@ RECORD_SCHEMA = pa.schema(
         ("metadata", pa.string()),  # a JSON object of the columns that ride along
     ]
 )
-REJECTED_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "source", "source_id", "reason", "excerpt")])
-TEXT_FIELDS = ("anchor", "positive", "text")
+REJECTED_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("id", "source", "source_id", "reason", "excerpt")),
+        ("duplicate_of", pa.string()),  # source_id of the record that stays in its place, or the evaluation text's id
+        ("similarity", pa.float64()),  # Jaccard, to a record that it nearly equals
+    ]
+)
+TEXT_FIELDS = ("anchor", "positive", "negatives", "text")
 
 
 @dataclass(frozen=True)
@@ -45,16 +57,19 @@ class SourceCount:
     rows_in: int
     rows_kept: int
     rejected: dict[str, int]
+    weight: float | None = None  # its share of training batches, against the other sources' weights
+    prompts: dict[str, str] = field(default_factory=dict)  # by text field: already in the token shards
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of one split, with the rows of each of its row groups."""
+    """A file of one split, with the rows of each of its row groups and, in train, the one source they come from."""
 
     path: str  # relative to the data set's folder
     split: str
     rows: int
     row_groups: list[int]
+    row_group_sources: list[str | None]
     sha256: str
 
 
@@ -64,11 +79,16 @@ class Manifest:
     sources: list[SourceCount]
     splits: dict[str, int]
     shards: list[Shard]
-    lengths: dict[str, dict[str, float]]
+    lengths: dict[str, dict[str, float]]  # by text field: see tokenizing.LengthStatistics
+    clusters: list[dict[str, Any]]  # the records that stand for the most near-duplicates
     versions: dict[str, str]
 
     def of_split(self, split: str) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]
+
+    @property
+    def holds_pairs(self) -> bool:
+        return "anchor" in self.lengths
 
     @property
     def text_fields(self) -> list[str]:
@@ -88,6 +108,24 @@ def read_manifest(folder: Path) -> Manifest | None:
         return Manifest(**content)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def rejections(rows: pa.Table, reason: str, similarity: pa.Array | None) -> pa.Table:
+    """Rows as REJECTED_SCHEMA has them: `reason` where they have none yet, an excerpt, who stands for them."""
+    excerpt = pc.utf8_slice_codeunits(pc.coalesce(rows["anchor"], rows["text"]), 0, EXCERPT_CHARS)
+    columns = {name: rows[name] for name in ("id", "source", "source_id")}
+    columns["reason"] = pc.fill_null(rows["reason"], reason) if "reason" in rows.column_names else [reason] * len(rows)
+    columns["excerpt"] = pc.coalesce(rows["excerpt"], excerpt) if "excerpt" in rows.column_names else excerpt
+    columns["duplicate_of"] = rows["duplicate_of"]
+    columns["similarity"] = pa.nulls(len(rows), pa.float64()) if similarity is None else similarity
+    return pa.table(columns).cast(REJECTED_SCHEMA)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(table.combine_chunks(), temporary, compression="zstd", row_group_size=8192)
+    temporary.rename(path)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -1,11 +1,13 @@
-"""Raw text to token shards, through Ray Data.
+"""Raw text to token shards, in stages that Ray Data spreads over the cluster.
 
-    read + judge ──► shuffle by hash of id ──► dedup, records/ ──► tokenizer ──► token shards ──► manifest
-    a task a few MB    a group a shard          a file a shard      one task      a task a file     last
+    records ──────────────► distinct ───────────────► tokenizer ──► tokens ──────► manifest
+    read, judge,            near-duplicates and       one task      a task a file  last
+    exact duplicates        evaluation texts out
 
-Every file's rows follow from content alone, so the shards are byte-identical for any number of workers. A prepared
-data set lies in a folder named by the hash of its config and its inputs' paths, sizes and times: where that folder has
-a manifest there is nothing to do, and after a crash the stages whose marker is there are not done again.
+Every file's rows follow from content alone, so the shards are byte-identical for any number of workers. A stage lies in
+a folder named by the hash of what goes into it (work.Stage), so a changed option redoes the stages that depend on it,
+and a killed job goes on with the tasks that were not done. A prepared data set lies in a folder named by all of that:
+where it has a manifest there is nothing to do.
 """
 
 from __future__ import annotations
@@ -15,215 +17,292 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, ConfigError, Source
-from pipeline.data.manifest import Manifest, Shard, SourceCount, read_manifest, write_atomically, write_manifest
+from pipeline.data import contamination, near_duplicates
+from pipeline.data.judging import Judge
+from pipeline.data.lengths import LengthCounts, draw
+from pipeline.data.manifest import Manifest, Shard, SourceCount, read_manifest, sha256, write_atomically, write_manifest
+from pipeline.data.records import make_records, record_texts
+from pipeline.data.report import check_duplicates, check_sources, log_clusters, summary_table, warn_of_bad_input
 from pipeline.data.sources import Plan, check_fields, plan_source, text_fields
-from pipeline.data.tokenizing import ROW_GROUP_ROWS, length_summary, load_tokenizer, tokenize_file, train_bpe
-from pipeline.runtime.console import Stage, log, table
-from pipeline.runtime.job import JobError, alone_in
+from pipeline.data.tokenizing import ROW_GROUP_ROWS, Recipe, tokenize_file
+from pipeline.data.vocabulary import load_tokenizer, tokenizer_file, train_tokenizer
+from pipeline.data.work import Report, Stage, Task, place, run_tasks
+from pipeline.runtime.console import Stage as ConsoleStage
+from pipeline.runtime.console import log
+from pipeline.runtime.job import alone_in
 from pipeline.runtime.session import Board
+from pipeline.text.augment import Augmentation
 
-FORMAT = 1  # of prepared data; a change of what the stages write makes all earlier folders stale
-SHARD_BYTES = 16 << 20  # input a shard stands for: a core tokenizes it in seconds
+FORMAT = 2  # of prepared data; a change of what the stages write makes all earlier folders stale
+SHARD_BYTES = 8 << 20  # text a shard stands for: a core tokenizes it in seconds
 MAX_SHARDS = 4096
-BAD_REASONS = ("invalid_utf8", "broken_json", "broken_python", "missing_field", "wrong_type", "unreadable_file")
+_RECORD_KEYS = {"min_chars", "max_chars", "max_nonprintable", "sanitize", "safety", "quality"}
 
 
 class Inputs:
-    """What would be prepared under a config: the tasks, and the folder they lead to. Raises ConfigError."""
+    """What would be prepared under a config: the tasks, the stages and the folder they lead to. Raises ConfigError."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, rehash: bool = False) -> None:
         self.fields = _common_fields(config)
+        if config.tokenizer.long_texts == "windows" and self.fields != ["text"]:
+            raise ConfigError(
+                f"tokenizer.long_texts: found windows with records of {', '.join(self.fields)}; "
+                "allowed is windows with records of text alone"
+            )
         self.plans: list[tuple[Source, Plan]] = [(source, plan_source(source)) for source in config.data.sources]
         for source in config.data.sources:
             check_fields(source)
+            Judge(source, config.data)
         if config.tokenizer.load_path:
             load_tokenizer(Path(config.tokenizer.load_path))
+        self.work = [(source, task) for source, plan in self.plans for task in plan.tasks]
         self.shards = max(1, min(MAX_SHARDS, sum(_shards(source, plan) for source, plan in self.plans)))
-        self.folder = config.root / "prepared" / self._key(config)
+        self._name_stages(config)
 
-    def _key(self, config: Config) -> str:
-        load_path = config.tokenizer.load_path
-        described = {
-            "format": FORMAT,
-            "data": config.data.model_dump(mode="json"),
-            "tokenizer": config.tokenizer.model_dump(mode="json"),
-            "inputs": [[source.name, plan.inputs] for source, plan in self.plans],
-            "tokenizer_file": _file_hash(Path(load_path)) if load_path else None,
-        }
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+    def _name_stages(self, config: Config) -> None:
+        data, tokenizer, root = config.data, config.tokenizer, config.root / "prepared" / "stages"
+        unread = {"weight", "prompts"}
+        self.records = Stage(
+            root,
+            "records",
+            {
+                "format": FORMAT,
+                "sources": [source.model_dump(mode="json", exclude=unread) for source in data.sources],
+                "rules": data.model_dump(mode="json", include=_RECORD_KEYS),
+                "safety": sha256(Path(data.safety.rules)) if data.safety.rules else None,
+                "inputs": [[source.name, plan.inputs] for source, plan in self.plans],
+                "cut": [len(self.work), self.shards],
+            },
+        )
+        self.distinct: Stage | None = None
+        if data.near_duplicates.threshold is not None or data.decontaminate:
+            evaluation = contamination.check_folders(data.decontaminate)
+            near = data.near_duplicates.model_dump(mode="json")
+            self.distinct = Stage(root, "distinct", [self.records.key, near, evaluation, data.decontaminate_threshold])
+        source_of_texts = (self.distinct or self.records).key
+        self.tokenizer: Stage | None = None
+        if tokenizer.load_path is None:
+            trained = tokenizer.model_dump(mode="json", include={"type", "vocab_size", "lowercase", "train_mb"})
+            self.tokenizer = Stage(root, "tokenizer", [source_of_texts, trained, self.fields])
+            tokenizer_key = self.tokenizer.key
+        else:
+            tokenizer_key = sha256(tokenizer_file(Path(tokenizer.load_path)))
+        self.recipe = Recipe(
+            fields=self.fields,
+            max_length=tokenizer.max_length,
+            validation_fraction=data.validation_fraction,
+            seed=data.seed,
+            window_overlap=tokenizer.window_overlap if tokenizer.long_texts == "windows" else None,
+            prompts={source.name: source.model_dump()["prompts"] for source in data.sources if source.prompts},
+            augmentation=Augmentation(**data.augment.model_dump()),
+        )
+        recipe = {**vars(self.recipe), "augmentation": vars(self.recipe.augmentation)}
+        self.tokens = Stage(root, "tokens", [source_of_texts, tokenizer_key, recipe])
+        whole = [self.tokens.key, data.model_dump(mode="json"), tokenizer.model_dump(mode="json")]
+        self.folder = config.root / "prepared" / hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
 
 
-def prepare(config: Config, board: Callable[[], Board]) -> tuple[Path, Manifest]:
-    """Bring the prepared data up to date. Returns its folder and manifest; asks for the `board` if there is work."""
-    inputs = Inputs(config)
+def prepare(config: Config, board: Callable[[], Board], rehash: bool = False) -> tuple[Path, Manifest]:
+    """Bring the prepared data up to date. Returns its folder and manifest; asks for the `board` if there is work.
+
+    With `rehash`, inputs are known by their content rather than by their times of change.
+    """
+    inputs = Inputs(config, rehash)
     folder = inputs.folder
     manifest = read_manifest(folder)
     if manifest:
         log.info("prepare: nothing to do, %s is up to date", folder)
         return folder, manifest
     with alone_in(folder):
-        sources = _records(inputs, config, board(), folder)
-        files = sorted((folder / "records").glob("*.parquet"))
-        _tokenizer(config, folder, files, inputs.fields)
-        manifest = _shards_of(config, board(), folder, files, inputs.fields, sources)
-        write_manifest(folder, manifest)
-    log.info("%s", _counts(manifest))
+        sources, clusters = _distinct(inputs, config, board, _records(inputs, config, board))
+        _tokenizer(inputs, config, board)
+        described = _tokens(inputs, config, board)
+        manifest = _assemble(inputs, config, sources, clusters, described)
+    log_clusters(clusters)
+    seconds = {stage.name: (stage.summary or {}).get("seconds", 0.0) for stage in _stages(inputs)}
+    log.info("%s", summary_table(manifest, seconds))
     return folder, manifest
 
 
-def _counts(manifest: Manifest) -> str:
-    rows: list[tuple[str, str]] = []
-    for source in manifest.sources:
-        rows.append((f"{source.name}: records in", f"{source.rows_in:,}"))
-        rows.append(("  kept", f"{source.rows_kept:,}"))
-        rows += [(f"  {reason}", f"{count:,}") for reason, count in source.rejected.items()]
-    rows += [(f"tokens a text, mean: {field}", f"{length['mean']}") for field, length in manifest.lengths.items()]
-    return table(rows, ("prepared", ""))
+def _stages(inputs: Inputs) -> list[Stage]:
+    return [stage for stage in (inputs.records, inputs.distinct, inputs.tokenizer, inputs.tokens) if stage]
 
 
-def _records(inputs: Inputs, config: Config, board: Board, folder: Path) -> list[SourceCount]:
+def _record_files(inputs: Inputs) -> list[Path]:
+    return [(inputs.distinct or inputs.records).folder / "records" / f"{i:05d}.parquet" for i in range(inputs.shards)]
+
+
+def _skip(stage: Stage) -> dict[str, Any] | None:
+    """The summary of a stage that an earlier job has finished."""
+    summary = stage.summary
+    if summary is not None:
+        log.info("prepare: %s are there from an earlier job", stage.name)
+    return summary
+
+
+def _records(inputs: Inputs, config: Config, board: Callable[[], Board]) -> list[SourceCount]:
     """Read, judge and deduplicate every source. Returns what became of each, checked."""
-    marker = folder / "records.json"
-    if marker.is_file():
-        log.info("prepare: records are there from an earlier run")
-        return [SourceCount(**source) for source in json.loads(marker.read_text())]
-    counts = _run_records(inputs, config, board, folder)
-    sources = [_source_count(source.name, counts) for source in config.data.sources]
-    for source in sources:
-        _check(source, config)
-    write_atomically(marker, json.dumps([vars(source) for source in sources]).encode())
-    return sources
+    stage = inputs.records
+    summary = _skip(stage)
+    if summary is None:
+        with stage.open():
+            found = make_records(stage, board(), inputs.work, config.data, inputs.shards)
+            check_sources(found, config.data, stage.folder)
+            stage.finish({"sources": [vars(source) for source in found]})
+    else:
+        found = [SourceCount(**source) for source in summary["sources"]]
+        check_sources(found, config.data, stage.folder)
+    warn_of_bad_input(found, stage.folder)
+    check_duplicates(found, config.data.max_removed_fraction)
+    return found
 
 
-def _run_records(inputs: Inputs, config: Config, board: Board, folder: Path) -> Counter[tuple[str, str]]:
-    import pyarrow as pa
-    import ray.data
-
-    from pipeline.data.records import judge_task, write_shard
-
-    work = [(source, task) for source, plan in inputs.plans for task in plan.tasks]
-    handle, data, shards = board.handle, config.data, inputs.shards
-
-    def judge(batch: dict[str, Any]) -> Any:
-        for index in batch["id"].tolist():
-            source, task = work[index]
-            yield from judge_task(task, source, data, shards)
-            handle.add.remote("judged", 1)
-
-    def write(group: pa.Table) -> pa.Table:
-        return write_shard(group, folder)
-
-    dataset = ray.data.range(len(work), override_num_blocks=len(work)).map_batches(judge, batch_size=1)
-    dataset = dataset.groupby("shard").map_groups(write, batch_format="pyarrow")
-    with board.stage("prepare: read, judge, deduplicate", len(work), "tasks", counter="judged"):
-        rows = dataset.take_all()
-    counts: Counter[tuple[str, str]] = Counter()
-    for row in rows:
-        counts[row["source"], row["outcome"]] += row["rows"]
-    return counts
+def _distinct(
+    inputs: Inputs, config: Config, board: Callable[[], Board], sources: list[SourceCount]
+) -> tuple[list[SourceCount], list[dict[str, Any]]]:
+    """Take near-duplicates and evaluation texts out. Returns what became of each source, and the largest clusters."""
+    stage = inputs.distinct
+    if stage is None:
+        return sources, []
+    summary = _skip(stage)
+    if summary is None:
+        files = [inputs.records.folder / "records" / f"{i:05d}.parquet" for i in range(inputs.shards)]
+        with stage.open():
+            near = near_duplicates.find(stage, board(), files, config.data)
+            check_duplicates(sources, config.data.max_removed_fraction, near)
+            removed = near_duplicates.write_distinct(stage, board(), files)
+            summary = {"removed": removed, "clusters": near_duplicates.largest_clusters(stage)}
+            stage.finish(summary)
+    found = [_less(source, Counter(summary["removed"].get(source.name, {}))) for source in sources]
+    check_duplicates(found, config.data.max_removed_fraction)
+    check_sources(found, config.data, stage.folder)
+    return found, summary["clusters"]
 
 
-def _source_count(name: str, counts: Counter[tuple[str, str]]) -> SourceCount:
-    outcomes = {outcome: rows for (source, outcome), rows in counts.items() if source == name}
-    rows_in, rows_kept = outcomes.pop("in", 0), outcomes.pop("kept", 0)
-    return SourceCount(name, rows_in, rows_kept, dict(sorted(outcomes.items())))
+def _less(source: SourceCount, removed: Counter[str]) -> SourceCount:
+    rejected = dict(sorted((Counter(source.rejected) + removed).items()))
+    return replace(source, rows_kept=source.rows_kept - removed.total(), rejected=rejected)
 
 
-def _check(source: SourceCount, config: Config) -> None:
-    """The books must balance, and no more may be broken than the user allows."""
-    found = source.rows_kept + sum(source.rejected.values())
-    if source.rows_in != found:
-        raise JobError(f"source {source.name}: {source.rows_in} records were read but {found} accounted for")
-    bad = {reason: rows for reason, rows in source.rejected.items() if reason in BAD_REASONS}
-    if sum(bad.values()) > config.data.max_bad_fraction * source.rows_in:
-        listed = ", ".join(f"{rows} {reason}" for reason, rows in bad.items())
-        raise JobError(
-            f"source {source.name}: {listed} of {source.rows_in} records are more than "
-            f"data.max_bad_fraction={config.data.max_bad_fraction} allows"
-        )
-    if source.rows_kept == 0:
-        listed = ", ".join(f"{rows} {reason}" for reason, rows in source.rejected.items()) or "it is empty"
-        raise JobError(f"source {source.name}: none of its {source.rows_in} records was kept ({listed})")
-
-
-def _tokenizer(config: Config, folder: Path, files: list[Path], fields: list[str]) -> None:
-    """Put `tokenizer.json` in place: the one that was asked for, else one trained on the records."""
+def _tokenizer(inputs: Inputs, config: Config, board: Callable[[], Board]) -> None:
+    """Train a tokenizer where none was given."""
+    stage, wanted = inputs.tokenizer, config.tokenizer
+    if stage is None or _skip(stage) is not None:
+        return
+    board()
     import ray
 
-    from pipeline.data.records import record_texts
+    files, fields = _record_files(inputs), inputs.fields
 
-    target, wanted = folder / "tokenizer.json", config.tokenizer
-    if target.is_file():
-        return
-    if wanted.load_path:
-        text = load_tokenizer(Path(wanted.load_path)).to_str()
-    else:
-        train = ray.remote(num_cpus=1)(
-            lambda: train_bpe(
-                record_texts(files, fields, wanted.train_mb << 20),
-                vocab_size=wanted.vocab_size,
-                lowercase=wanted.lowercase,
-            ).to_str()
-        )
-        with Stage("prepare: train the tokenizer", wanted.vocab_size, "tokens") as stage:
-            text = ray.get(train.remote())
-            stage.advance(wanted.vocab_size)
-    write_atomically(target, text.encode())
+    def train() -> str:
+        texts = record_texts(files, fields, wanted.train_mb << 20)
+        trained = train_tokenizer(texts, kind=wanted.type, vocab_size=wanted.vocab_size, lowercase=wanted.lowercase)
+        return str(trained.to_str())
+
+    with stage.open(), ConsoleStage("prepare: train the tokenizer", wanted.vocab_size, "tokens") as shown:
+        write_atomically(stage.folder / "tokenizer.json", ray.get(ray.remote(num_cpus=1)(train).remote()).encode())
+        shown.advance(wanted.vocab_size)
+        stage.finish({})
 
 
-def _shards_of(
-    config: Config, board: Board, folder: Path, files: list[Path], fields: list[str], sources: list[SourceCount]
+def _tokenizer_path(inputs: Inputs, config: Config) -> Path:
+    if inputs.tokenizer:
+        return inputs.tokenizer.folder / "tokenizer.json"
+    assert config.tokenizer.load_path
+    return tokenizer_file(Path(config.tokenizer.load_path))
+
+
+def _tokens(inputs: Inputs, config: Config, board: Callable[[], Board]) -> dict[str, Any]:
+    """Tokenize every record file. Returns the shards' descriptions and the counts of lengths."""
+    stage = inputs.tokens
+    summary = _skip(stage)
+    if summary is not None:
+        return summary
+    files, recipe, path = _record_files(inputs), inputs.recipe, _tokenizer_path(inputs, config)
+    described = [stage.scratch / "described" / f"{file.stem}.json" for file in files]
+    sizes = [file.stat().st_size for file in files]
+
+    def tokenize(index: int, report: Report) -> None:
+        found = tokenize_file(files[index], stage.folder, recipe, load_tokenizer(path))
+        write_atomically(described[index], json.dumps(found).encode())
+        report({"bytes": sizes[index], "records": sum(shard["rows"] for shard in found["shards"])})
+
+    with stage.open():
+        tasks = [Task(size, output) for size, output in zip(sizes, described, strict=True)]
+        run_tasks(board(), "prepare: tokenize", tasks, tokenize)
+        found = [json.loads(output.read_text()) for output in described]
+        shards = sorted((shard for part in found for shard in part["shards"]), key=lambda shard: shard["path"])
+        lengths = {field: _merged([part["lengths"][field] for part in found]) for field in inputs.fields}
+        draw(lengths, recipe.max_length, stage.folder / "lengths.png")
+        summary = {"shards": shards, "lengths": {field: count.summary() for field, count in lengths.items()}}
+        stage.finish(summary)
+    return summary
+
+
+def _merged(counts: list[dict[str, Any]]) -> LengthCounts:
+    total = LengthCounts()
+    for count in counts:
+        total.merge(count)
+    return total
+
+
+def _assemble(
+    inputs: Inputs,
+    config: Config,
+    sources: list[SourceCount],
+    clusters: list[dict[str, Any]],
+    described: dict[str, Any],
 ) -> Manifest:
-    """Tokenize every record file and describe the result."""
-    import ray.data
-
-    handle, wanted, fraction = board.handle, config.tokenizer, config.data.validation_fraction
-
-    def tokenize(batch: dict[str, Any]) -> Any:
-        tokenizer = load_tokenizer(folder / "tokenizer.json")
-        tokenizer.enable_truncation(wanted.max_length)
-        for index in batch["id"].tolist():
-            described = tokenize_file(files[index], folder, fields, tokenizer, fraction)
-            handle.add.remote("tokenized", sum(shard["rows"] for shard in described))
-            yield {"shards": [json.dumps(shard) for shard in described]}
-
-    dataset = ray.data.range(len(files), override_num_blocks=len(files)).map_batches(tokenize, batch_size=1)
-    rows = sum(source.rows_kept for source in sources)
-    with board.stage("prepare: tokenize", rows, "records", counter="tokenized"):
-        described = [json.loads(row["shards"]) for row in dataset.take_all()]
-    described.sort(key=lambda shard: shard["path"])
-    shards = [Shard(**{key: shard[key] for key in Shard.__dataclass_fields__}) for shard in described]
-    lengths = {field: length_summary([shard["lengths"][field] for shard in described]) for field in fields}
-    splits = {split: sum(s.rows for s in shards if s.split == split) for split in ("train", "validation")}
-    content = [config.data.validation_fraction, wanted.max_length, _file_hash(folder / "tokenizer.json")]
-    fingerprint = hashlib.sha256(json.dumps([content, [s.sha256 for s in shards]]).encode()).hexdigest()
-    versions = {name: version(name) for name in ("ray", "tokenizers", "pyarrow")}
-    return Manifest(fingerprint, sources, splits, shards, lengths, versions)
+    """Give the stages' files their names in the prepared folder, the manifest last."""
+    folder, tokens = inputs.folder, inputs.tokens.folder
+    tokenizer = _tokenizer_path(inputs, config)
+    place(tokenizer, folder / "tokenizer.json")
+    place(tokens / "lengths.png", folder / "lengths.png")
+    shards = [Shard(**shard) for shard in described["shards"]]
+    for shard in shards:
+        place(tokens / shard.path, folder / shard.path)
+    for path in _record_files(inputs):
+        place(path, folder / "records" / path.name)
+    for stage in filter(None, (inputs.records, inputs.distinct)):
+        for path in (stage.folder / "rejected").glob("*.parquet"):
+            place(path, folder / "rejected" / f"{stage.name}-{path.name}")
+    ways = {source.name: source for source in config.data.sources}
+    sources = [
+        replace(source, weight=ways[source.name].weight, prompts=ways[source.name].model_dump()["prompts"])
+        for source in sources
+    ]
+    splits = {split: sum(shard.rows for shard in shards if shard.split == split) for split in ("train", "validation")}
+    weights = {source.name: source.weight for source in sources if source.weight is not None}
+    recipe = [config.data.validation_fraction, config.tokenizer.max_length, sha256(tokenizer), weights]
+    content = [recipe, [shard.sha256 for shard in shards]]
+    manifest = Manifest(
+        fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+        sources=sources,
+        splits=splits,
+        shards=shards,
+        lengths=described["lengths"],
+        clusters=clusters,
+        versions={name: version(name) for name in ("ray", "tokenizers", "pyarrow", "rensa")},
+    )
+    write_manifest(folder, manifest)
+    return manifest
 
 
 def _common_fields(config: Config) -> list[str]:
-    """The text fields that all sources give; one prepared set has one shape."""
-    shapes = {source.name: tuple(text_fields(source)) for source in config.data.sources}
-    if len(set(shapes.values())) > 1:
+    """The text fields that all sources give; one prepared set has one shape, negatives or not."""
+    shapes = {source.name: text_fields(source) for source in config.data.sources}
+    if len({fields[0] for fields in shapes.values()}) > 1:
         listed = "; ".join(f"{name} gives {' and '.join(fields)}" for name, fields in shapes.items())
         raise ConfigError(f"data.sources: {listed}; allowed are sources of one shape")
-    return list(next(iter(shapes.values())))
+    return max(shapes.values(), key=len)
 
 
 def _shards(source: Source, plan: Plan) -> int:
-    by_bytes = math.ceil(plan.total_bytes / SHARD_BYTES)
-    return (
-        min(by_bytes, math.ceil((source.max_samples or math.inf) / ROW_GROUP_ROWS)) if source.max_samples else by_bytes
-    )
-
-
-def _file_hash(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise ConfigError(f"tokenizer.load_path: found {path}: {error.strerror}; allowed is a tokenizer.json") from None
+    by_text = math.ceil(plan.text_bytes / SHARD_BYTES)
+    return min(by_text, math.ceil(source.max_samples / ROW_GROUP_ROWS)) if source.max_samples else by_text

@@ -1,15 +1,18 @@
-"""From raw records to kept and rejected ones: the verdict on each, and what a shard of them becomes.
+"""From sources to records: every record of the input leaves as one row, kept or rejected with its reason.
 
-Every record of the input leaves as one row, kept or rejected with its reason, and every task adds a tally row with the
-number it read, so that `rows_in == rows_kept + rejected` is a check and not a definition: tallies are counted where
-records are read, verdicts where shards are written, on the far side of the shuffle.
+    read + judge ──► exchange by hash of id ──► exact dedup ──► records/00000.parquet, rejected/00000.parquet
+    a task a few MB                             a task a shard
+
+Rows are counted twice, where they are read and where they are written, on either side of the exchange: that
+`rows_in == rows_kept + rejected` is a check and not a definition. A shard's rows are sorted by content, and of equal
+records the one with the least source_id stays, so no file depends on the order in which rows arrive.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,106 +21,118 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import Data, Source
-from pipeline.data.manifest import RECORD_SCHEMA, REJECTED_SCHEMA, TEXT_FIELDS
-from pipeline.data.sources import RawRecord, ReadTask, read
-from pipeline.text.identity import content_id, shard_of
-from pipeline.text.rules import normalise, verdict
+from pipeline.data.exchange import read_part, write_parts
+from pipeline.data.judging import JUDGED_SCHEMA, Judge
+from pipeline.data.manifest import RECORD_SCHEMA, SourceCount, rejections, write_atomically, write_table
+from pipeline.data.sources import ReadTask, read
+from pipeline.data.work import Report, Stage, Task, run_tasks
+from pipeline.runtime.session import Board
+from pipeline.text.identity import shard_of
 
-EXCERPT_CHARS = 200
-BATCH_ROWS = 4096
-JUDGED_SCHEMA = pa.schema(
-    [*RECORD_SCHEMA, ("shard", pa.int32()), ("reason", pa.string()), ("excerpt", pa.string()), ("tally", pa.int64())]
-)
-
-
-def judge_task(task: ReadTask, source: Source, data: Data, shards: int) -> Iterator[pa.Table]:
-    """Tables of JUDGED_SCHEMA: the task's records with their verdicts, and one tally row."""
-    read_count = 0
-    rows: list[dict[str, Any]] = []
-    for raw in read(task, source):
-        read_count += 1
-        rows.append(_judge(raw, source.name, data, shards))
-        if len(rows) == BATCH_ROWS:
-            yield pa.Table.from_pylist(rows, JUDGED_SCHEMA)
-            rows = []
-    rows.append({"id": "", "source": source.name, "shard": 0, "tally": read_count})
-    yield pa.Table.from_pylist(rows, JUDGED_SCHEMA)
+PART_CHARS = 8 << 20  # of text that a read task holds before it writes it out
 
 
-def _judge(raw: RawRecord, source: str, data: Data, shards: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"source": source, "source_id": _writable(f"{source}:{raw.native_id}")}
-    reason = raw.reason
-    for name, text in raw.fields.items():
-        reason = reason or verdict(
-            text, min_chars=data.min_chars, max_chars=data.max_chars, max_nonprintable=data.max_nonprintable
+def make_records(
+    stage: Stage, board: Board, work: Sequence[tuple[Source, ReadTask]], data: Data, shards: int
+) -> list[SourceCount]:
+    """Fill the stage's `records/` and `rejected/`. Returns what became of each source's records, not yet checked."""
+    scratch, tallies = stage.scratch, [stage.scratch / "read" / f"{i:06d}.json" for i in range(len(work))]
+
+    def judge(index: int, report: Report) -> None:
+        source, task = work[index]
+        _judge_task(task, source, data, shards, tallies[index], report)
+
+    tasks = [Task(task.bytes, tally) for (_, task), tally in zip(work, tallies, strict=True)]
+    run_tasks(board, "prepare: read and judge", tasks, judge)
+
+    read_in: Counter[str] = Counter()
+    parts: list[Path] = []
+    for (source, _), tally in zip(work, map(_read_json, tallies), strict=True):
+        read_in[source.name] += tally["rows_in"]
+        parts += [scratch / "read" / name for name in tally["parts"]]
+    counts = [scratch / "counts" / f"{shard:05d}.json" for shard in range(shards)]
+    size = sum(path.stat().st_size for path in parts) // shards
+
+    def write(shard: int, report: Report) -> None:
+        outcome = _write_shard(read_part(parts, shard), stage.folder, shard) if parts else {}
+        write_atomically(counts[shard], json.dumps(outcome).encode())
+        report({"bytes": size})
+
+    run_tasks(board, "prepare: remove exact duplicates", [Task(size, path) for path in counts], write)
+    return _merge(dict.fromkeys((source.name for source, _ in work), 0) | read_in, map(_read_json, counts))
+
+
+def _judge_task(task: ReadTask, source: Source, data: Data, shards: int, tally: Path, report: Report) -> None:
+    """Write the task's judged rows in parts of PART_CHARS, then what was read and written."""
+    judge, count = Judge(source, data), 0
+    parts: list[str] = []
+    for rows in _in_parts(map(judge, read(task, source))):
+        path = tally.with_name(f"{tally.stem}-{len(parts)}.arrow")
+        write_parts(
+            pa.Table.from_pylist(rows, JUDGED_SCHEMA), [shard_of(row["id"], shards) for row in rows], shards, path
         )
-        row[name] = normalise(text) if reason is None else None
-    if reason is None:
-        row["id"] = content_id([row[name] for name in TEXT_FIELDS if name in row])
-        row["metadata"] = _writable(json.dumps(raw.metadata, ensure_ascii=False, default=str))
-    else:
-        excerpt = raw.excerpt or " | ".join(text[:EXCERPT_CHARS] for text in raw.fields.values())
-        row = {"source": source, "source_id": row["source_id"], "reason": reason}
-        row["excerpt"] = _writable(excerpt[:EXCERPT_CHARS])
-        row["id"] = content_id([row["source_id"], row["excerpt"]])
-    row["shard"] = shard_of(row["id"], shards)
-    return row
+        parts.append(path.name)
+        count += len(rows)
+        report({"records": len(rows), "rejected": sum("reason" in row for row in rows)})
+    write_atomically(tally, json.dumps({"rows_in": count, "parts": parts}).encode())
+    report({"bytes": task.bytes})
 
 
-def _writable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")
+def _in_parts(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    part: list[dict[str, Any]] = []
+    chars = 0
+    for row in rows:
+        part.append(row)
+        chars += 100 + sum(len(value) for value in row.values())
+        if chars >= PART_CHARS:
+            yield part
+            part, chars = [], 0
+    if part:
+        yield part
 
 
-def write_shard(judged: pa.Table, folder: Path) -> pa.Table:
-    """Drop exact duplicates, write `records/` and `rejected/` files of one shard, return its counts by source.
-
-    Rows are sorted by content alone, and of equal records the one with the least source_id stays, so the files do not
-    depend on the order in which rows arrive. Counts are a table of source, outcome (`in`, `kept` or a reason), rows.
-    """
-    shard = judged["shard"][0].as_py()
-    tallies = judged.filter(pc.is_valid(judged["tally"]))
-    records = judged.filter(pc.is_null(judged["tally"]))
+def _write_shard(judged: pa.Table, folder: Path, shard: int) -> dict[str, dict[str, int]]:
+    """Drop exact duplicates and write one shard. Returns source → outcome (`kept` or a reason) → rows."""
     keys = ("id", "source_id", "reason", "metadata", "excerpt")
-    records = records.sort_by([(key, "ascending") for key in keys])
-    kept, rejected = _without_duplicates(records)
-    _write(kept.select(RECORD_SCHEMA.names).cast(RECORD_SCHEMA), folder / "records" / f"{shard:05d}.parquet")
-    _write(rejected.select(REJECTED_SCHEMA.names).cast(REJECTED_SCHEMA), folder / "rejected" / f"{shard:05d}.parquet")
-    counts: Counter[tuple[str, str]] = Counter()
-    for source, tally in zip(tallies["source"].to_pylist(), tallies["tally"].to_pylist(), strict=True):
-        counts[source, "in"] += tally
-    counts.update((source, "kept") for source in kept["source"].to_pylist())
-    counts.update(zip(rejected["source"].to_pylist(), rejected["reason"].to_pylist(), strict=True))
-    return pa.table(
-        {
-            "source": pa.array([source for source, _ in counts], pa.string()),
-            "outcome": pa.array([outcome for _, outcome in counts], pa.string()),
-            "rows": pa.array(list(counts.values()), pa.int64()),
-        }
-    )
+    judged = judged.sort_by([(key, "ascending") for key in keys])
+    kept, rejected = _without_duplicates(judged)
+    write_table(kept.select(RECORD_SCHEMA.names).cast(RECORD_SCHEMA), folder / "records" / f"{shard:05d}.parquet")
+    write_table(rejected, folder / "rejected" / f"{shard:05d}.parquet")
+    counts: dict[str, Counter[str]] = {source: Counter() for source in judged["source"].unique().to_pylist()}
+    for source in kept["source"].to_pylist():
+        counts[source]["kept"] += 1
+    for source, reason in zip(rejected["source"].to_pylist(), rejected["reason"].to_pylist(), strict=True):
+        counts[source][reason] += 1
+    return {source: dict(found) for source, found in counts.items()}
 
 
-def _without_duplicates(records: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Rows to keep, and rejected ones, duplicates among them; `records` are sorted by id."""
-    ids, reasons = records["id"].to_pylist(), records["reason"].to_pylist()
-    outcome: list[str | None] = []
+def _without_duplicates(judged: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Rows to keep, and rejected ones in REJECTED_SCHEMA, duplicates among them; `judged` is sorted by id."""
+    ids, reasons = judged["id"].to_pylist(), judged["reason"].to_pylist()
+    source_ids = judged["source_id"].to_pylist()
+    stands_for: list[str | None] = []
     for i, reason in enumerate(reasons):
         repeated = i > 0 and ids[i] == ids[i - 1] and reason is None and reasons[i - 1] is None
-        outcome.append("duplicate" if repeated else reason)
-    keep = pa.array([reason is None for reason in outcome], pa.bool_())
-    rejected = records.filter(pc.invert(keep))
-    text = pc.coalesce(rejected["excerpt"], rejected["anchor"], rejected["text"])
-    rejected = rejected.set_column(
-        rejected.schema.get_field_index("excerpt"), "excerpt", pc.utf8_slice_codeunits(text, 0, EXCERPT_CHARS)
-    )
-    reason_column = pa.array([reason for reason in outcome if reason is not None], pa.string())
-    return records.filter(keep), rejected.set_column(rejected.schema.get_field_index("reason"), "reason", reason_column)
+        stands_for.append((stands_for[-1] or source_ids[i - 1]) if repeated else None)
+    survivor = pa.array(stands_for, pa.string())
+    keep = pc.and_(pc.is_null(judged["reason"]), pc.is_null(survivor))
+    gone = judged.append_column("duplicate_of", survivor).filter(pc.invert(keep))
+    return judged.filter(keep), rejections(gone, "duplicate", None)
 
 
-def _write(table: pa.Table, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(table.combine_chunks(), temporary, compression="zstd", row_group_size=8192)
-    temporary.rename(path)
+def _merge(read_in: dict[str, int], counts: Iterable[dict[str, dict[str, int]]]) -> list[SourceCount]:
+    outcomes: dict[str, Counter[str]] = {name: Counter() for name in read_in}
+    for shard in counts:
+        for name, outcome in shard.items():
+            outcomes[name].update(outcome)
+    return [
+        SourceCount(name, rows, outcomes[name].pop("kept", 0), dict(sorted(outcomes[name].items())))
+        for name, rows in read_in.items()
+    ]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()))
 
 
 def record_texts(files: Iterable[Path], fields: list[str], max_bytes: int) -> Iterator[str]:

@@ -1,57 +1,83 @@
 """Reading sources: a source is cut into tasks that can run anywhere, and a task is read record by record.
 
-    tasks = plan_source(source)                   # [ReadTask(source='packages', paths=(…), …), …]
-    for raw in read(tasks[0], source): ...        # RawRecord, or a RawRecord whose `reason` says why it is none
+    plan = plan_source(source)                    # lists files, reads none but the footers of large Parquet files
+    plan.tasks[0]                                 # ReadTask(base='/data', paths=('a.jsonl',), start=0, stop=4194304, …)
+    for raw in read(plan.tasks[0], source): ...   # RawRecord, or a RawRecord whose `reason` says why it is none
 
-What cannot be read is a record with a reason, not an exception. python_packages reads 2 MB/s a core, all of it `ast`.
+What cannot be read is a record with a reason, not an exception; a bucket or hub that fails on the way is a JobError,
+for the next try may read what this one could not. Whatever the tasks' size, they give the same records.
 """
 
 from __future__ import annotations
 
-import codecs
-import glob
-import json
-import re
+import math
 import sysconfig
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline.config import ConfigError, Source
-from pipeline.text import docstrings
+from pipeline.data import hub
+from pipeline.data.fields import FieldMap, RawRecord, Row, broken, has, own_fields, required_fields, text_fields
+from pipeline.data.filesystem import (
+    File,
+    cause,
+    is_compressed,
+    is_unreachable,
+    list_files,
+    open_random,
+    open_stream,
+    refusal,
+)
+from pipeline.data.readers import csv_rows, json_rows, package_rows, table_rows, text_rows
+from pipeline.runtime.job import JobError
+
+__all__ = ["Plan", "RawRecord", "ReadTask", "check_fields", "plan_source", "read", "text_fields"]
 
 TASK_BYTES = 4 << 20  # input a task reads: about a second of work, so that a lost task costs little
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org")
+MAX_TASKS = 2_000  # of a source: Ray's scheduler and the driver's list of tasks stay small at 10 TB
+CHECKED_ROWS = 100
+PLANNING_THREADS = 16  # that wait for footers of files in a bucket
+
+SUFFIXES = {
+    "json": json_rows.SUFFIXES,
+    "csv": csv_rows.SUFFIXES,
+    "parquet": table_rows.PARQUET_SUFFIXES,
+    "arrow": table_rows.ARROW_SUFFIXES,
+    "text": text_rows.SUFFIXES,
+    "python_packages": package_rows.SUFFIXES,
+}
+_WITH_COLUMNS = ("csv", "parquet", "arrow", "huggingface")
+_UNREADABLE = (OSError, EOFError, zlib.error, pa.ArrowException)
 
 
 @dataclass(frozen=True)
 class ReadTask:
-    """Files of a source, or the lines that begin in bytes `start` to `stop` of one file."""
+    """Files of a source, by names relative to `base`; or of one file the lines that begin in bytes `start` to `stop`,
+    or those row groups of a Parquet file; or those shards of a Hugging Face data set. `bytes`: of input, for progress.
+    """
 
+    base: str
     paths: tuple[str, ...]
     start: int = 0
     stop: int | None = None
-
-
-@dataclass
-class RawRecord:
-    """A record as its source has it. `fields` are raw text; `reason` is set where it could not be read."""
-
-    native_id: str
-    fields: dict[str, str] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
-    reason: str | None = None
-    excerpt: str = ""
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A source's tasks, and what identifies its input: each file's relative path, size and time of change (ns)."""
+    """A source's tasks; what identifies its input, each file's relative path, size and time of change (ns); and an
+    estimate of its text in bytes, decompressed.
+    """
 
     tasks: list[ReadTask]
     inputs: list[tuple[str, int, int]]
+    text_bytes: int
 
     @property
     def total_bytes(self) -> int:
@@ -59,183 +85,166 @@ class Plan:
 
 
 def plan_source(source: Source) -> Plan:
-    """List a source's files and cut them into tasks. Raises ConfigError for a path with nothing to read."""
-    root = Path(source.path or sysconfig.get_path("purelib"))
-    files = _files(source, root)
-    sizes = [(path, path.stat()) for path in files]
-    base = root if root.is_dir() else root.parent
-    inputs = [(_relative(path, base), stat.st_size, stat.st_mtime_ns) for path, stat in sizes]
+    """List a source's files and cut them into tasks. Raises ConfigError where there is nothing to read, or no way."""
+    if source.type == "huggingface":
+        return _plan_hub(source)
+    base, files = _files(source)
+    total = sum(file.size for file in files)
     if source.max_samples is not None:  # the first so many in the source's order: one reader knows when to stop
-        return Plan([ReadTask(tuple(map(str, files)))], inputs)
-    if source.type == "json":
-        tasks = [
-            ReadTask((str(path),), start, min(start + TASK_BYTES, stat.st_size))
-            for path, stat in sizes
-            for start in range(0, stat.st_size, TASK_BYTES)
-        ]
+        tasks = [ReadTask(base, tuple(file.name for file in files), bytes=total)]
     else:
-        tasks = [ReadTask(tuple(group)) for group in _groups([(str(path), stat.st_size) for path, stat in sizes])]
-    return Plan(tasks, inputs)
+        tasks = list(_tasks(source, base, files, max(TASK_BYTES, total // MAX_TASKS)))
+    inputs = [(file.name, file.size, file.mtime_ns) for file in files]
+    return Plan(tasks, inputs, sum(text_bytes(file.name, file.size) for file in files))
+
+
+def _plan_hub(source: Source) -> Plan:
+    found = hub.find(source)
+    total = sum(found.sizes.values())
+    step = found.shards if source.max_samples is not None else math.ceil(found.shards / MAX_TASKS)
+    tasks = [
+        ReadTask(found.path, (found.revision,), start, stop, total * (stop - start) // found.shards)
+        for start in range(0, found.shards, step)
+        for stop in [min(start + step, found.shards)]
+    ]
+    return Plan(tasks, found.inputs, sum(text_bytes(name, size) for name, size in found.sizes.items()))
 
 
 def read(task: ReadTask, source: Source) -> Iterator[RawRecord]:
     """The records of a task, in the source's order."""
-    readers: dict[str, Callable[[ReadTask, Source, Path], Iterator[RawRecord]]] = {
-        "json": _read_json,
-        "text": _read_text,
-        "python_packages": _read_python,
-    }
-    root = Path(source.path or sysconfig.get_path("purelib"))
-    records = readers[source.type](task, source, root if root.is_dir() else root.parent)
-    return islice(records, source.max_samples)
-
-
-def text_fields(source: Source) -> list[str]:
-    """The record fields a source gives: `["anchor", "positive"]` or `["text"]`."""
-    if source.type == "json":
-        return [name for name in ("anchor", "positive", "text") if name in source.fields] or ["anchor", "positive"]
-    return ["anchor", "positive"]
+    return islice(map(FieldMap(source), _rows(task, source)), source.max_samples)
 
 
 def check_fields(source: Source) -> None:
-    """Raise ConfigError where all of a json source's first records lack a mapped field."""
-    if source.type != "json":
-        return
-    paths = _files(source, Path(source.path or ""))
-    first = list(islice(_read_json(ReadTask(tuple(map(str, paths))), source, paths[0].parent), 100))
-    lacking = [raw for raw in first if raw.reason == "missing_field"]
-    if lacking and not any(raw.reason is None for raw in first):
-        raise ConfigError(f"data.sources {source.name}: the first records of {paths[0]} lack {lacking[0].excerpt}")
+    """Raise ConfigError where all of a source's first rows lack a mapped field, or its header is ambiguous."""
+    required = required_fields(source) + (source.metadata if source.type in _WITH_COLUMNS else [])
+    fixed = {"text": text_rows.NAMES[source.record], "python_packages": package_rows.NAMES}.get(source.type)
+    rows = [Row("", dict.fromkeys(fixed, ""))] if fixed else _first_rows(source)
+    if source.type == "csv" and rows and (problem := csv_rows.header_problem(rows[0].names)):
+        raise ConfigError(f"data.sources {source.name}: found {problem}; allowed is a header of distinct names")
+    lacking = [path for path in required if rows and not any(has(row.values, path) for row in rows)]
+    if lacking:
+        there = ", ".join(dict.fromkeys(name for row in rows for name in _names(row))) or "none"
+        raise ConfigError(
+            f"data.sources {source.name}: found no field {', '.join(map(repr, lacking))} in its first {len(rows)} "
+            f"records; it has {there[:1000]}; allowed is a map of `fields` onto those"
+        )
 
 
-def _files(source: Source, root: Path) -> list[Path]:
-    """The files of a path, a folder or a glob, sorted by name."""
-    suffixes = {"json": (".jsonl", ".json", ".ndjson"), "text": TEXT_SUFFIXES, "python_packages": (".py",)}[source.type]
-    if root.is_file():
-        return [root]
-    if root.is_dir():
-        files = sorted(path for path in root.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
-        allowed = f"a folder with {', '.join(suffixes)} files in it"
-    else:
-        files = sorted(Path(name) for name in glob.glob(str(root), recursive=True) if Path(name).is_file())
-        allowed = "a file, a folder or a glob that matches some"
-    if not files:
-        raise ConfigError(f"data.sources {source.name}: found nothing to read at {root}; allowed is {allowed}")
-    return files
+def text_bytes(name: str, size: int) -> int:
+    """About how much text a file holds: gzip and zstd make a fourth of it, Parquet a third (ours)."""
+    return size * (4 if is_compressed(name) else 3 if name.lower().endswith(table_rows.PARQUET_SUFFIXES) else 1)
 
 
-def _groups(files: list[tuple[str, int]]) -> Iterator[list[str]]:
-    """Runs of neighbouring files of about TASK_BYTES."""
-    group: list[str] = []
-    total = 0
-    for path, size in files:
-        if group and total + size > TASK_BYTES:
-            yield group
-            group, total = [], 0
-        group.append(path)
-        total += size
-    if group:
-        yield group
+def _files(source: Source) -> tuple[str, list[File]]:
+    return list_files(source.name, source.path or sysconfig.get_path("purelib"), SUFFIXES[source.type])
 
 
-def _relative(path: Path | str, base: Path) -> str:
-    return Path(path).relative_to(base).as_posix() if Path(path).is_relative_to(base) else Path(path).name
-
-
-def _whole_files(task: ReadTask, base: Path, parse: Callable[[str, str], Iterator[RawRecord]]) -> Iterator[RawRecord]:
-    """`parse(name, text)` of each of a task's files; a record with a reason for a file that is no text."""
-    for path in task.paths:
-        name = _relative(path, base)
-        try:
-            data = Path(path).read_bytes()
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            yield RawRecord(name, reason="invalid_utf8", excerpt=data[:200].decode("utf-8", "replace"))
-        except OSError as error:
-            yield RawRecord(name, reason="unreadable_file", excerpt=str(error.strerror))
+def _tasks(source: Source, base: str, files: list[File], task_bytes: int) -> Iterator[ReadTask]:
+    """Large files in pieces where that is possible, runs of neighbouring small ones together."""
+    large = [file for file in files if file.size > task_bytes and not is_compressed(file.name)]
+    with ThreadPoolExecutor(PLANNING_THREADS) as pool:
+        pieces = dict(zip(large, pool.map(lambda file: _pieces(source, base, file, task_bytes), large), strict=True))
+    group: list[File] = []
+    size = 0
+    for file in files:
+        if group and (file in pieces or size + file.size > task_bytes):
+            yield _whole(base, group)
+            group, size = [], 0
+        if pieces.get(file):
+            yield from pieces[file]
         else:
-            yield from parse(name, text)
+            group.append(file)
+            size += file.size
+    if group:
+        yield _whole(base, group)
 
 
-def _read_python(task: ReadTask, source: Source, base: Path) -> Iterator[RawRecord]:
-    return _whole_files(task, base, _parse_python)
+def _whole(base: str, files: Iterable[File]) -> ReadTask:
+    return ReadTask(base, tuple(file.name for file in files), bytes=sum(file.size for file in files))
 
 
-def _parse_python(name: str, text: str) -> Iterator[RawRecord]:
+def _pieces(source: Source, base: str, file: File, task_bytes: int) -> list[ReadTask]:
+    """Tasks of about `task_bytes` that make up a file; none where it has to be read from its beginning."""
     try:
-        found = list(docstrings.pairs(text.replace("\r\n", "\n").replace("\r", "\n")))
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        yield RawRecord(name, reason="broken_python", excerpt=str(error)[:200])
+        if source.type == "parquet":
+            with open_random(base, file.name) as opened:
+                return list(_runs(base, file.name, table_rows.row_group_bytes(opened), task_bytes))
+        if not _is_lines(source, base, file.name):
+            return []
+    except _UNREADABLE as error:
+        if is_unreachable(error):
+            raise ConfigError(refusal(source.name, base, error)) from None
+        return []  # whoever reads it finds the same, and counts it
+    return [
+        ReadTask(base, (file.name,), start, stop, stop - start)
+        for start in range(0, file.size, task_bytes)
+        for stop in [min(start + task_bytes, file.size)]
+    ]
+
+
+def _is_lines(source: Source, base: str, name: str) -> bool:
+    if source.type == "json" and not name.lower().endswith(json_rows.LINE_SUFFIXES):
+        with open_stream(base, name) as opened:
+            return json_rows.shape(opened, name) == "lines"
+    return source.type == "json" or (source.type == "text" and source.record == "line")
+
+
+def _runs(base: str, name: str, group_bytes: list[int], task_bytes: int) -> Iterator[ReadTask]:
+    """Runs of row groups of about `task_bytes`, at least one each."""
+    start = size = 0
+    for group, more in enumerate(group_bytes):
+        if group > start and size + more > task_bytes:
+            yield ReadTask(base, (name,), start, group, size)
+            start, size = group, 0
+        size += more
+    if group_bytes:
+        yield ReadTask(base, (name,), start, len(group_bytes), size)
+
+
+def _rows(task: ReadTask, source: Source) -> Iterator[Row]:
+    if source.type == "huggingface":
+        yield from hub.rows(source, task.base, task.paths[0], task.start, task.stop or 0)
         return
-    for pair in found:
-        fields = {"anchor": pair.docstring, "positive": pair.code}
-        yield RawRecord(f"{name}:{pair.line}:{pair.name}", fields, {"file": name, "line": pair.line, "name": pair.name})
-
-
-_MARKUP_LINE = re.compile(r"^\s*(\.\. .*|:\w+:.*|<!--.*|[^\w\s]*)\s*$")
-
-
-def _read_text(task: ReadTask, source: Source, base: Path) -> Iterator[RawRecord]:
-    return _whole_files(task, base, _parse_text)
-
-
-def _parse_text(name: str, text: str) -> Iterator[RawRecord]:
-    """One file a record: its title, else its first line → the rest. Comments and underlines are no titles."""
-    lines = text.splitlines()
-    first = next((i for i, line in enumerate(lines) if not _MARKUP_LINE.match(line)), None)
-    if first is None:
-        yield RawRecord(name, reason="empty", excerpt=text[:200])
-        return
-    title = re.sub(r"^(#+|=+|\*+|title:)\s*", "", lines[first].strip(), flags=re.IGNORECASE)
-    fields = {"anchor": title, "positive": "\n".join(lines[first + 1 :])}
-    yield RawRecord(name, fields, {"file": name, "line": first + 1})
-
-
-def _read_json(task: ReadTask, source: Source, base: Path) -> Iterator[RawRecord]:
-    for path in task.paths:
-        name = _relative(path, base)
+    columns = own_fields(source)
+    for name in task.paths:
         try:
-            with open(path, "rb") as file:
-                if task.start:  # a line belongs to the task in which it begins
-                    file.seek(task.start - 1)
-                    file.readline()
-                elif file.read(3) != codecs.BOM_UTF8:
-                    file.seek(0)
-                while (task.stop is None or file.tell() < task.stop) and (line := file.readline()):
-                    if line.strip():
-                        yield _parse_line(line, f"{name}:{file.tell() - len(line)}", source)
-        except OSError as error:
-            yield RawRecord(name, reason="unreadable_file", excerpt=str(error.strerror))
+            with (open_random if source.type == "parquet" else open_stream)(task.base, name) as file:
+                yield from _rows_of(file, name, task, source, columns)
+        except _UNREADABLE as error:
+            if is_unreachable(error):
+                raise JobError(f"source {source.name}: {name} could not be fetched: {cause(error)}") from None
+            yield broken(f"{name}:{task.start}" if task.start else name, "unreadable_file", cause(error))
 
 
-def _parse_line(line: bytes, position: str, source: Source) -> RawRecord:
-    """`position` (file and byte offset) stands in where the source has no id of its own."""
+def _rows_of(file: Any, name: str, task: ReadTask, source: Source, columns: list[str]) -> Iterator[Row]:
+    match source.type:
+        case "json":
+            return json_rows.rows(file, name, task.start, task.stop)
+        case "csv":
+            return csv_rows.rows(file, name, source.delimiter)
+        case "parquet":
+            return table_rows.parquet_rows(file, name, columns, task.start, task.stop)
+        case "arrow":
+            return table_rows.arrow_rows(file, name, columns)
+        case "text":
+            return text_rows.rows(file, name, source.record, task.start, task.stop)
+        case _:
+            return package_rows.rows(file, name)
+
+
+def _first_rows(source: Source) -> list[Row]:
+    """The first rows that can be read."""
+    task = _plan_hub(source).tasks[0] if source.type == "huggingface" else _whole(*_files(source))
+    rows = _rows(task, source)
     try:
-        row = json.loads(line.decode("utf-8"), parse_constant=lambda constant: None)
-    except UnicodeDecodeError:
-        return RawRecord(position, reason="invalid_utf8", excerpt=line[:200].decode("utf-8", "replace"))
-    except (ValueError, RecursionError):
-        return RawRecord(position, reason="broken_json", excerpt=line[:200].decode("utf-8", "replace"))
-    if not isinstance(row, dict):
-        return RawRecord(position, reason="broken_json", excerpt=f"found a {type(row).__name__}, not an object")
-    fields: dict[str, str] = {}
-    for record_field in text_fields(source):
-        own_field = source.fields.get(record_field, record_field)
-        value = _dotted(row, own_field)
-        if value is None:
-            found = ", ".join(map(str, row)) or "none"
-            return RawRecord(position, reason="missing_field", excerpt=f"the field {own_field!r}; it has {found}"[:200])
-        if not isinstance(value, str):
-            return RawRecord(position, reason="wrong_type", excerpt=f"{own_field} is {value!r}"[:200])
-        fields[record_field] = value
-    native = _dotted(row, source.fields.get("id", "id"))
-    metadata = {name: _dotted(row, name) for name in source.metadata}
-    return RawRecord(str(native) if isinstance(native, str | int) else position, fields, metadata)
+        return [row for row in islice(rows, CHECKED_ROWS) if row.reason is None]
+    except JobError as error:
+        raise ConfigError(f"data.sources: found that {error}; allowed is a source that can be read") from None
 
 
-def _dotted(row: Any, path: str) -> Any:
-    if isinstance(row, dict) and path in row:
-        return row[path]
-    for part in path.split("."):
-        row = row.get(part) if isinstance(row, dict) else None
-    return row
+def _names(row: Row) -> Iterator[str]:
+    """Names of a row's fields, those one level down with dots."""
+    for name in row.names or row.values:
+        value = row.values.get(name)
+        yield from (f"{name}.{inner}" for inner in value) if isinstance(value, dict) and value else [name]

@@ -45,26 +45,30 @@ class LanceSink(Datasink[None]):
 
 
 class Encode:
-    """An actor that holds a model: adds `vector` to tables with a `text` column."""
+    """An actor that holds a model: adds `vector` to tables of `text`, and of `source` where there are prompts."""
 
-    def __init__(self, folder: str, batch_tokens: int, threads: int, board: Any) -> None:
+    def __init__(self, folder: str, batch_tokens: int, threads: int, prompts: dict[str, str], board: Any) -> None:
         import torch
 
         from pipeline.embedding.encode import TextEncoder
 
         torch.set_num_threads(threads)
         self.encoder = TextEncoder(Path(folder), batch_tokens)
-        self.board = board
+        self.prompts, self.board = prompts, board
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        vectors = self.encoder.encode(rows["text"].to_pylist())
+        texts = rows["text"].to_pylist()
+        if self.prompts:
+            sources = rows["source"].to_pylist()
+            texts = [self.prompts.get(source, "") + text for source, text in zip(sources, texts, strict=True)]
+        vectors = self.encoder.encode(texts)
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
         self.board.add.remote("embedded", len(rows))
         return rows.append_column("vector", column)
 
 
-def encoded(dataset: Dataset, model: Path, config: Config, board: Board) -> Dataset:
-    """The dataset's `text` column embedded by a pool of actors, one a GPU, else one a CPU."""
+def encoded(dataset: Dataset, model: Path, config: Config, board: Board, prompts: dict[str, str]) -> Dataset:
+    """The dataset's `text`, after its source's prompt, embedded by a pool of actors: one a GPU, else one a CPU."""
     capacity = cluster_capacity()
     cpus, gpus = capacity.cpus, int(capacity.gpus)
     most = config.embedding.max_workers or gpus or int(cpus)
@@ -74,7 +78,7 @@ def encoded(dataset: Dataset, model: Path, config: Config, board: Board) -> Data
     threads = max(1, int(capacity.cpus_there) // now)
     return dataset.map_batches(
         Encode,
-        fn_constructor_args=(str(model), config.embedding.batch_tokens, threads, board.handle),
+        fn_constructor_args=(str(model), config.embedding.batch_tokens, threads, prompts, board.handle),
         batch_size=ENCODE_ROWS,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=now),
@@ -90,6 +94,7 @@ def embed(config: Config, folder: Path, manifest: Manifest, model: Path, store: 
     store.create()
     field = embedded_field(config, manifest)
     files = sorted((folder / "records").glob("*.parquet"))
+    prompts = {source.name: source.prompts[field] for source in manifest.sources if field in source.prompts}
     before, total = store.count(), sum(source.rows_kept for source in manifest.sources)
 
     def missing(batch: dict[str, Any]) -> Iterator[pa.Table]:
@@ -100,7 +105,7 @@ def embed(config: Config, folder: Path, manifest: Manifest, model: Path, store: 
         missing, batch_size=1, num_cpus=0.5
     )
     with board.stage("embed", max(total - before, 0), "records", counter="embedded") as stage:
-        encoded(dataset, model, config, board).write_datasink(
+        encoded(dataset, model, config, board, prompts).write_datasink(
             LanceSink(store), concurrency=1, ray_remote_args={"num_cpus": 0.5}
         )
     store.compact()

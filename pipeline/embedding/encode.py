@@ -34,7 +34,7 @@ class TextEncoder:
     @torch.inference_mode()
     def encode(self, texts: list[str]) -> np.ndarray:
         """(N, D) float32 unit vectors; a text without tokens gives the zero vector."""
-        sequences = [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        sequences = [e.ids for e in self.tokenizer.encode_batch_fast(texts)]
         vectors = np.zeros((len(texts), self.width), dtype=np.float32)
         for indices in self._batches([len(s) for s in sequences]):
             batch = pack([sequences[i] for i in indices]).to(self.device)

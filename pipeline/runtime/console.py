@@ -74,7 +74,8 @@ class Stage:
             total=total,
             initial=start,
             desc=name,
-            unit=f" {unit}",
+            unit=unit if unit == "B" else f" {unit}",
+            unit_scale=unit == "B",
             file=sys.stderr,
             disable=not sys.stderr.isatty(),
             leave=False,
@@ -102,7 +103,8 @@ class Stage:
         now = time.monotonic()
         rate = (self.done - self.last_done) / (now - self.last_line)
         self.last_line, self.last_done = now, self.done
-        text = f"{self.done:,}" + (f"/{self.total:,}" if self.total else "") + f" {self.unit}, {rate:,.1f}/s"
+        total = f"/{self._amount(self.total)}" if self.total else ""
+        text = f"{self._amount(self.done)}{total} {self._unit}, {self._amount(rate, 1)}/s"
         if self.total and rate:
             text += f", {max(self.total - self.done, 0) / rate:,.0f} s left"
         return f"{text}  {self.shown}".rstrip()
@@ -111,9 +113,16 @@ class Stage:
         self.bar.close()
         if kind is None:
             seconds = time.monotonic() - self.started
-            log.info(
-                "%s: %s %s in %.1f s  %s", self.name, f"{self.done - self.start:,}", self.unit, seconds, self.shown
-            )
+            done = self._amount(self.done - self.start)
+            log.info("%s: %s %s in %.1f s  %s", self.name, done, self._unit, seconds, self.shown)
+
+    @property
+    def _unit(self) -> str:
+        return "MB" if self.unit == "B" else self.unit
+
+    def _amount(self, amount: float, digits: int = 0) -> str:
+        """A number of units; bytes in MB."""
+        return f"{amount / 1e6:,.1f}" if self.unit == "B" else f"{amount:,.{digits}f}"
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:

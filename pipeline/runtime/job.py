@@ -78,6 +78,10 @@ def parser(name: str, description: str, query: bool = False) -> argparse.Argumen
     )
     meaning = "config values that beat the file's"
     own.epilog = "Every key of the config, with its unit and default: pipeline/config.py"
+    if not query:
+        own.add_argument(
+            "--rehash", action="store_true", help="know input files by their content, not their times of change"
+        )
     if query:
         own.add_argument("overrides", nargs="*", metavar="QUERY | section.key=value", help=f"the query; {meaning}")
     else:

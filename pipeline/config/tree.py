@@ -14,41 +14,15 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from pipeline.config_reading import ConfigError, explain, kind_of, parse_override, read_yaml
-
-__all__ = ["Config", "ConfigError", "Data", "Source", "load"]
-
-
-def _expand(path: str) -> str:
-    expanded = os.path.expandvars(os.path.expanduser(path))
-    if unset := re.search(r"\$\{?(\w+)\}?", expanded):
-        raise ValueError(f"a path whose environment variables are set ({unset[1]} is not)")
-    return expanded
-
-
-PathStr = Annotated[str, Field(min_length=1), AfterValidator(_expand)]
-"""A path in which `~` and `$VARIABLES` are expanded; an unset variable is refused."""
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        validate_default=True,
-    )
-
+from pipeline.config.data import Data, Tokenizer
+from pipeline.config.reading import ConfigError, explain, kind_of, parse_override, read_yaml
+from pipeline.config.section import Name, PathStr, Section
 
 DEFAULT_ROOT = "~/.cache/text-embedding-pipeline"
 
@@ -58,72 +32,6 @@ class Storage(Section):
     """Folder for runs, prepared data and tables. Default: $PIPELINE_STORAGE, else ~/.cache/text-embedding-pipeline."""
     run: Name = "default"
     """Name of the run: its folder is `<root>/runs/<run>`; training in it again resumes it."""
-
-
-class Source(Section):
-    name: Name
-    """Name of the source, in the manifest and in each record's `source_id`."""
-    type: Literal["json", "text", "python_packages"]
-    """json: JSON Lines. text: one file a record, its title or first line the anchor, the rest the positive.
-    python_packages: the functions and classes of the installed packages, docstring → code."""
-    path: PathStr | None = None
-    """A file, a folder or a glob. python_packages: a folder of packages, by default this Python's site-packages."""
-    fields: dict[str, str] = {}
-    """Record field → the source's own field, dots for nested ones. json alone; {} stands for fields so named."""
-    metadata: list[str] = []
-    """Further fields of the source that ride along with each record."""
-    max_samples: int | None = Field(None, ge=1)
-    """Read at most so many records: those first in the source's own order."""
-
-    @model_validator(mode="after")
-    def _path_where_needed(self) -> Source:
-        if self.path is None and self.type != "python_packages":
-            raise ValueError(f"a source of type {self.type} with a `path`")
-        mapped = set(self.fields) - {"id"}
-        if unknown := mapped - {"anchor", "positive", "text"}:
-            raise ValueError(f"`fields` whose keys are anchor, positive, text or id, not {', '.join(sorted(unknown))}")
-        if mapped and mapped != {"text"} and mapped != {"anchor", "positive"}:
-            raise ValueError("`fields` that map either `text`, or `anchor` and `positive`")
-        if self.type != "json" and (self.fields or self.metadata):
-            raise ValueError("`fields` and `metadata` on sources of type json alone")
-        return self
-
-
-class Data(Section):
-    sources: list[Source] = Field([Source(name="packages", type="python_packages")], min_length=1)
-    """Where records come from."""
-    max_bad_fraction: float = Field(0.05, ge=0, le=1)
-    """Stop when a larger share of a source's records cannot be read (broken lines, missing fields, bad bytes)."""
-    validation_fraction: float = Field(0.02, gt=0, lt=0.5)
-    """Share of records held out, chosen by hash of id."""
-    min_chars: int = Field(10, ge=1)
-    """Records with a shorter field, in characters, are rejected: 10 drops docstrings such as "See base." (ours)."""
-    max_chars: int = Field(1_000_000, ge=1)
-    """Records with a longer field, in characters, are rejected."""
-    max_nonprintable: float = Field(0.1, ge=0, le=1)
-    """Records with a field of a larger share of non-printable characters are rejected (ours: binary is > 0.3)."""
-
-    @model_validator(mode="after")
-    def _distinct_names(self) -> Data:
-        names = [source.name for source in self.sources]
-        if len(set(names)) < len(names):
-            raise ValueError(f"sources with distinct names, not {', '.join(names)}")
-        return self
-
-
-class Tokenizer(Section):
-    load_path: PathStr | None = None
-    """A tokenizer.json to use as it is. Without one, one is trained once and kept with the prepared data."""
-    type: Literal["bpe"] = "bpe"
-    """Byte-level BPE: it trains to the same file every time."""
-    vocab_size: int = Field(16_000, ge=512, le=1_000_000)
-    """Tokens in a trained vocabulary."""
-    lowercase: bool = True
-    """Lower-case before tokenizing: small data sees each word more often (debian: +0.01 NDCG@10, ours)."""
-    max_length: int = Field(128, ge=2, le=131_072)
-    """Tokens kept of each text."""
-    train_mb: int = Field(64, ge=1)
-    """Text the vocabulary is trained on, in MB: the records first by hash."""
 
 
 SIZES: dict[str, dict[str, int]] = {

@@ -1,0 +1,19 @@
+"""The one config tree, from a YAML file, the environment and `section.key=value` arguments."""
+
+from pipeline.config.data import Augment, Data, NearDuplicates, Quality, Safety, Sanitize, Source, Tokenizer
+from pipeline.config.reading import ConfigError
+from pipeline.config.tree import Config, load
+
+__all__ = [
+    "Augment",
+    "Config",
+    "ConfigError",
+    "Data",
+    "NearDuplicates",
+    "Quality",
+    "Safety",
+    "Sanitize",
+    "Source",
+    "Tokenizer",
+    "load",
+]

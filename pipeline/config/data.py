@@ -1,0 +1,210 @@
+"""The sections `data` and `tokenizer`: where records come from, what becomes of them, and how they turn into tokens."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import regex
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.section import Name, PathStr, Section, Share
+
+TextField = Literal["text", "anchor", "positive", "negatives"]
+SHAPES = ({"text"}, {"anchor", "positive"}, {"anchor", "positive", "negatives"})
+QualityPreset = Literal["none", "web", "short", "code"]
+
+
+class Source(Section):
+    name: Name
+    """Name of the source, in the manifest and in each record's `source_id`."""
+    type: Literal["text", "json", "csv", "parquet", "arrow", "huggingface", "python_packages"]
+    """text: see `record`. json: JSON Lines, or a file that holds one JSON value, of objects. csv: with a header line;
+    tab-separated where the name says .tsv. arrow: files, streams and Feather. huggingface: a data set of the hub, or a
+    folder of one. python_packages: the functions and classes of the installed packages.
+    Files ending in .gz or .zst are decompressed on the way."""
+    path: PathStr | None = None
+    """A file, a folder or a glob, on local disk, s3:// or gs:// (their options as in `?region=eu-west-1`).
+    huggingface: the data set's name. python_packages: a folder of packages, by default this Python's site-packages."""
+    record: Literal["file", "paragraph", "line"] = "file"
+    """What a text source's record is. A file has the fields `title` (its title or first line), `body` (the rest) and
+    `text` (all); a paragraph and a line have `text`."""
+    delimiter: str | None = Field(None, min_length=1, max_length=1)
+    """Between a csv source's cells; by default a tab in .tsv files, else a comma."""
+    config: str | None = None
+    """huggingface: the data set's configuration."""
+    split: str = "train"
+    """huggingface: the data set's split."""
+    revision: str | None = None
+    """huggingface: the commit or tag; pin it, or the data changes when its owner changes it."""
+    fields: dict[TextField | Literal["id"], str] = {}
+    """Record field → the source's own field, dots for nested ones. By default fields of the same name; of text files
+    `title` → `body`, of python_packages `docstring` → `code`. A list of texts is joined by blank lines."""
+    metadata: list[str] = []
+    """Further fields of the source that ride along with each record."""
+    prompts: dict[TextField, str] = {}
+    """Record field → what is put before it when it is tokenized, such as {anchor: "query: "}. Not part of the id.
+    Queries of a search and of evaluation get the anchor's prompt where all sources have the same."""
+    weight: float | None = Field(None, gt=0)
+    """Share of training batches, against the other sources' weights. By default in proportion to rows."""
+    max_samples: int | None = Field(None, ge=1)
+    """Read at most so many records: those first in the source's own order."""
+    quality: QualityPreset | None = None
+    """This source's own preset, in place of `data.quality.preset`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Source:
+        if re.match(r"\w+://[^/]*@", self.path or ""):
+            raise ValueError("a `path` without keys in it: credentials are read from the environment")
+        if self.path is None and self.type != "python_packages":
+            raise ValueError(f"a source of type {self.type} with a `path`")
+        mapped = set(self.fields) - {"id"}
+        if mapped and mapped not in SHAPES:
+            raise ValueError("`fields` that map either `text`, or `anchor` and `positive`, with `negatives` or without")
+        for key, types in (("record", ["text"]), ("delimiter", ["csv"]), *((k, ["huggingface"]) for k in _HUB_KEYS)):
+            if getattr(self, key) != type(self).model_fields[key].default and self.type not in types:
+                raise ValueError(f"`{key}` on sources of type {types[0]} alone, not {self.type}")
+        return self
+
+
+_HUB_KEYS = ("config", "split", "revision")
+
+
+class Sanitize(Section):
+    nfc: bool = True
+    """Compose characters (Unicode NFC)."""
+    repair_mojibake: bool = True
+    """Undo text that was decoded with the wrong encoding: "schÃ¶n" becomes "schön" (ftfy)."""
+    remove_controls: bool = True
+    """Remove control characters other than newline and tab."""
+    remove_zero_width: bool = True
+    """Remove zero-width spaces, soft hyphens and byte order marks; joiners, which scripts and emoji need, stay."""
+    remove_bidi_overrides: bool = True
+    """Remove characters that reverse what is shown against what is written."""
+    whitespace: Literal["auto", "collapse", "keep"] = "auto"
+    """collapse: one blank where there are several, one empty line at most. keep: indentation and blanks inside lines
+    stay. auto: keep where the quality preset is `code` and of python_packages, else collapse."""
+    lowercase: bool = False
+    """Lower-case the records themselves; `tokenizer.lowercase` leaves them as they are and lower-cases tokens."""
+    allowed_characters: str | None = None
+    """A character class in regex's syntax such as '\\p{L}\\p{N}\\p{P}\\s'; characters outside it are removed."""
+
+    @field_validator("allowed_characters")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        try:
+            if value is not None:
+                regex.compile(f"[^{value}]")
+        except regex.error as error:
+            raise ValueError(f"the inside of a character class such as '\\p{{L}}\\p{{N}}\\s' ({error})") from None
+        return value
+
+
+class Safety(Section):
+    rules: PathStr | None = None
+    """A YAML file of rules of your own; by default those of pipeline/text/safety_rules.yaml."""
+    actions: dict[str, Literal["keep", "redact", "reject"]] = {}
+    """Rule or category → what to do with what it finds, in place of the rule's own action: `{email: redact}`."""
+
+
+class Quality(Section):
+    preset: QualityPreset = "none"
+    """web: Gopher, C4 and FineWeb rules, for pages. short: for titles, descriptions and questions. code: for programs.
+    Judged is the field that is searched (`positive`, else `text`)."""
+    thresholds: dict[str, float] = {}
+    """Thresholds in place of the preset's; pipeline/text/quality.py lists them with their sources."""
+    languages: list[str] = []
+    """Keep records in these languages alone (ISO 639-1 codes such as en); [] keeps all."""
+    min_language_score: Share = 0.65
+    """Probability that the identified language must reach (FineWeb, section 3.3)."""
+
+
+class NearDuplicates(Section):
+    threshold: float | None = Field(None, gt=0, le=1)
+    """Jaccard similarity over 5-word shingles from which a record is a near-duplicate; null removes exact ones alone.
+    0.8 is the usual choice (Lee et al. 2022, section 4.2)."""
+    permutations: int = Field(256, ge=16, le=1024)
+    """Length of a MinHash signature. Bands are cut from it so that a pair at the threshold is found 99 times in 100."""
+
+
+class Augment(Section):
+    word_dropout: Share = 0.0
+    """Share of an anchor's words that are left out."""
+    span_masking: Share = 0.0
+    """Share of an anchor's words that are replaced by [MASK], in spans of three on average (SpanBERT, section 3.1)."""
+    truncation: Share = 0.0
+    """Largest share of an anchor's words that is cut off its end."""
+
+
+class Data(Section):
+    sources: list[Source] = Field([Source(name="packages", type="python_packages")], min_length=1)
+    """Where records come from."""
+    max_bad_fraction: Share = 0.05
+    """Stop when a larger share of a source's records cannot be read (broken lines, missing fields, bad bytes)."""
+    min_chars: int = Field(10, ge=1)
+    """Records with a shorter field, in characters, are rejected: 10 drops docstrings such as "See base." (ours)."""
+    max_chars: int = Field(1_000_000, ge=1)
+    """Records with a longer field, in characters, are rejected."""
+    max_nonprintable: Share = 0.1
+    """Records with a field of a larger share of non-printable characters are rejected (ours: binary is > 0.3)."""
+    sanitize: Sanitize = Sanitize()
+    """How texts are normalised."""
+    safety: Safety = Safety()
+    """What is done with suspicious patterns and personal data."""
+    quality: Quality = Quality()
+    """Which texts are worth keeping."""
+    near_duplicates: NearDuplicates = NearDuplicates()
+    """Removal of records that are nearly equal to others, over all sources."""
+    max_removed_fraction: Share = 1.0
+    """Stop when duplicates, exact and near, are a larger share of the records that passed the rules."""
+    decontaminate: list[PathStr] = []
+    """BEIR folders: records that equal or nearly equal one of their documents or queries are removed."""
+    decontaminate_threshold: float = Field(0.8, gt=0, le=1)
+    """Jaccard similarity from which a record nearly equals an evaluation text."""
+    validation_fraction: float = Field(0.02, gt=0, lt=0.5)
+    """Share of records held out, chosen by hash of id."""
+    augment: Augment = Augment()
+    """Changes to the anchors of training pairs, the same on every run."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the order of rows in shards and of augmentation."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Data:
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"sources with distinct names, not {', '.join(names)}")
+        if len({source.weight is None for source in self.sources}) > 1:
+            raise ValueError("sources that all have a `weight`, or none")
+        return self
+
+    def prompt(self, *fields: TextField) -> str:
+        """The prompt that all sources put before the first of `fields` they have one for; "" where they differ."""
+        found = {next((s.prompts[name] for name in fields if name in s.prompts), "") for s in self.sources}
+        return found.pop() if len(found) == 1 else ""
+
+
+class Tokenizer(Section):
+    load_path: PathStr | None = None
+    """A tokenizer.json, or a pretrained tokenizer's folder. Without one, one is trained once and kept with the data."""
+    type: Literal["bpe", "wordpiece", "unigram"] = "bpe"
+    """What is trained. Byte-level BPE trains to the same file every time; the other two do not (tokenizers 0.23)."""
+    vocab_size: int = Field(16_000, ge=512, le=1_000_000)
+    """Tokens in a trained vocabulary."""
+    lowercase: bool = True
+    """Lower-case before tokenizing: small data sees each word more often (debian: +0.01 NDCG@10, ours)."""
+    max_length: int = Field(128, ge=2, le=131_072)
+    """Tokens of a text that a model sees, special ones included."""
+    long_texts: Literal["truncate", "windows"] = "truncate"
+    """What becomes of longer texts. windows: rows of `max_length` tokens each, with their parent's id; text alone."""
+    window_overlap: int = Field(16, ge=0)
+    """Tokens that neighbouring windows share."""
+    train_mb: int = Field(64, ge=1)
+    """Text the vocabulary is trained on, in MB: the records first by hash."""
+
+    @model_validator(mode="after")
+    def _windows_move(self) -> Tokenizer:
+        if self.long_texts == "windows" and self.window_overlap >= self.max_length - 2:
+            raise ValueError(
+                f"a window_overlap below max_length - 2 = {self.max_length - 2}, not {self.window_overlap}"
+            )
+        return self

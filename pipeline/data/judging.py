@@ -1,0 +1,90 @@
+"""The verdict on a record: its normalised fields, or the reason for refusing it.
+
+    judge = Judge(source, config.data)
+    judge(RawRecord("a.jsonl:0", {"anchor": "…", "positive": "…"}))       # a row of JUDGED_SCHEMA
+
+Every rule looks at a field in the state in which it can see what it looks for: length and bytes as they came, patterns
+once nothing hides them but before terminal escapes lose their first character, quality on the text as it is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config import ConfigError, Data, Source
+from pipeline.data.fields import RawRecord
+from pipeline.data.manifest import EXCERPT_CHARS, RECORD_SCHEMA
+from pipeline.text import language, quality, safety
+from pipeline.text.identity import content_id
+from pipeline.text.sanitize import Sanitizer, unreadable
+
+JUDGED_SCHEMA = pa.schema([*RECORD_SCHEMA, ("reason", pa.string()), ("excerpt", pa.string())])
+
+
+class Judge:
+    """The rules of one source. Raises ConfigError for rules or thresholds that are none."""
+
+    def __init__(self, source: Source, data: Data) -> None:
+        preset = source.quality or data.quality.preset
+        self.source, self.data = source.name, data
+        collapse = {"collapse": True, "keep": False, "auto": not (preset == "code" or source.type == "python_packages")}
+        switches = data.sanitize.model_dump(exclude={"whitespace"})
+        self.sanitizer = Sanitizer(**switches, collapse=collapse[data.sanitize.whitespace])
+        try:
+            self.safety = safety.load_rules(Path(data.safety.rules) if data.safety.rules else None, data.safety.actions)
+            self.quality = quality.with_thresholds(preset, data.quality.thresholds)
+        except ValueError as error:
+            raise ConfigError(f"data: {error}") from None
+
+    def __call__(self, raw: RawRecord) -> dict[str, Any]:
+        """A row of JUDGED_SCHEMA, without the fields that are null."""
+        reason = raw.reason
+        fields: dict[str, str | list[str]] = {}
+        for name, value in raw.fields.items():
+            if isinstance(value, list):
+                fields[name] = [text for text, problem in map(self._text, value) if problem is None]
+            elif reason is None:
+                fields[name], reason = self._text(value)
+        reason = reason or self._worth(fields)
+        source_id = _writable(f"{self.source}:{raw.native_id}")
+        if reason is None:
+            metadata = _writable(json.dumps(raw.metadata, ensure_ascii=False, default=str))
+            return {"id": _id(fields), "source": self.source, "source_id": source_id, **fields, "metadata": metadata}
+        excerpt = raw.excerpt or " | ".join(text[:EXCERPT_CHARS] for text in raw.fields.values() if type(text) is str)
+        excerpt = _writable(excerpt[:EXCERPT_CHARS])
+        identity = content_id([source_id, excerpt])
+        return {"id": identity, "source": self.source, "source_id": source_id, "reason": reason, "excerpt": excerpt}
+
+    def _text(self, raw: str) -> tuple[str, str | None]:
+        """A field as it is kept, and what is wrong with it. Negatives with something wrong are left out."""
+        data = self.data
+        if reason := unreadable(raw, max_chars=data.max_chars, max_nonprintable=data.max_nonprintable):
+            return "", reason
+        found = self.safety.apply(self.sanitizer.reveal(raw))
+        text = self.sanitizer.tidy(found.text)
+        return text, found.reason or ("too_short" if len(text) < data.min_chars else None)
+
+    def _worth(self, fields: dict[str, Any]) -> str | None:
+        """What is wrong with the text that is searched."""
+        text, wanted = fields["positive"] if "positive" in fields else fields["text"], self.data.quality
+        if reason := quality.quality_verdict(text, self.quality):
+            return reason
+        if wanted.languages:
+            code, score = language.identify(text)
+            if code not in wanted.languages or score < wanted.min_language_score:
+                return f"language_{code}" if code not in wanted.languages else "language_unsure"
+        return None
+
+
+def _id(fields: dict[str, Any]) -> str:
+    """Of the text fields in a fixed order, negatives last."""
+    texts = [fields[name] for name in ("anchor", "positive", "text") if name in fields]
+    return content_id(texts + fields.get("negatives", []))
+
+
+def _writable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,260 @@
+"""Near-duplicates and evaluation texts, found over all sources and taken out of the records.
+
+    records/ ──► signatures ──► bands ──► components ──► exchange by component ──► thin out ──► records/, rejected/
+    a file       a task a file   a task a band  one task    a task a file            a task a part   a task a file
+
+MinHash bands only propose; who goes is decided by exact Jaccard. Records that share a band, directly or through
+others, are a component, and inside it one goes only if it is alike to one that stays (see text.shingles.thin_out): of
+those alike, the one with the most shingles stays, ties by id. So chains of likeness take nothing along that is
+different, and no order or division of the work has a say. Evaluation texts come first: a record that equals or nearly
+equals one of theirs goes, and takes no other along.
+
+A record is known by its place in all the files, one after the other. Memory: one band of all records (24 bytes a
+record) in one task, a component's shingles (8 bytes a word) in another.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from pipeline.config import Data
+from pipeline.data.contamination import contamination
+from pipeline.data.exchange import read_part, write_parts
+from pipeline.data.manifest import rejections, write_atomically, write_table
+from pipeline.data.work import Report, Stage, Task, run_tasks
+from pipeline.runtime.session import Board
+from pipeline.text.shingles import Shingles, band_keys, bands_of, shingle_sets, thin_out
+
+Ints = npt.NDArray[np.int64]
+
+CLUSTERS_REPORTED = 10
+BATCH_ROWS = 4096
+KEYS_A_TASK = 1_000_000  # seconds of work; bands are sorted together up to that many keys
+ALONE = -1  # the component of a record that is like no other
+_CANDIDATES = pa.schema(
+    [
+        *((name, pa.int64()) for name in ("component", "record")),
+        *((name, pa.string()) for name in ("id", "source_id")),
+        ("shingles", pa.list_(pa.uint64())),
+    ]
+)
+_GONE = pa.schema(
+    [
+        *((name, pa.int64()) for name in ("record", "survivor")),
+        ("duplicate_of", pa.string()),
+        ("similarity", pa.float64()),
+    ]
+)
+
+
+def find(stage: Stage, board: Board, files: Sequence[Path], data: Data) -> int:
+    """Find what has to go, in the stage's scratch folder. Returns the number of near-duplicates."""
+    scratch, threshold = stage.scratch, data.near_duplicates.threshold
+    sizes = [file.stat().st_size for file in files]
+    offsets = _offsets(files)
+    keys = [scratch / "keys" / f"{file.stem}.npy" for file in files]
+    bands = bands_of(threshold, data.near_duplicates.permutations)[0] if threshold else 0
+
+    def sign(index: int, report: Report) -> None:
+        _sign(files[index], scratch, data)
+        report({"bytes": sizes[index]})
+
+    run_tasks(board, "prepare: signatures", [Task(*of) for of in zip(sizes, keys, strict=True)], sign)
+    if threshold is None:
+        write_table(_GONE.empty_table(), scratch / "gone.parquet")
+        return 0
+
+    band_bytes, together = 8 * int(offsets[-1]), max(1, KEYS_A_TASK // int(offsets[-1] or 1))
+    runs = [range(first, min(first + together, bands)) for first in range(0, bands, together)]
+    links = [scratch / "links" / f"{run[0]:04d}.npy" for run in runs]
+
+    def link(index: int, report: Report) -> None:
+        found = [_links(np.concatenate([np.load(path, mmap_mode="r")[band] for path in keys])) for band in runs[index]]
+        _save(np.concatenate(found, axis=1), links[index])
+        report({"bytes": band_bytes * len(runs[index])})
+
+    tasks = [Task(band_bytes * len(run), path) for run, path in zip(runs, links, strict=True)]
+    run_tasks(board, "prepare: likely pairs", tasks, link)
+    components = scratch / "components.npy"
+
+    def join(index: int, report: Report) -> None:
+        _save(_components(links, int(offsets[-1])), components)
+        report({"bytes": band_bytes})
+
+    run_tasks(board, "prepare: join the pairs", [Task(band_bytes, components)], join)
+    candidates = [scratch / "candidates" / f"{file.stem}.arrow" for file in files]
+
+    def collect(index: int, report: Report) -> None:
+        component = np.load(components, mmap_mode="r")[offsets[index] : offsets[index + 1]]
+        table = _candidates(files[index], component, int(offsets[index]))
+        write_parts(table, table["component"].to_numpy() % len(files), len(files), candidates[index])
+        report({"bytes": sizes[index]})
+
+    run_tasks(board, "prepare: collect the alike", [Task(*of) for of in zip(sizes, candidates, strict=True)], collect)
+    gone = [scratch / "gone" / f"{part:05d}.parquet" for part in range(len(files))]
+    part_bytes = sum(path.stat().st_size for path in candidates) // len(files)
+
+    def thin(part: int, report: Report) -> None:
+        write_table(_thin_out(read_part(candidates, part), threshold), gone[part])
+        report({"bytes": part_bytes})
+
+    run_tasks(board, "prepare: compare them", [Task(part_bytes, path) for path in gone], thin)
+    found = pa.concat_tables([pq.read_table(path) for path in gone]).sort_by("record")
+    write_table(found, scratch / "gone.parquet")
+    return len(found)
+
+
+def write_distinct(stage: Stage, board: Board, files: Sequence[Path]) -> dict[str, Counter[str]]:
+    """Write `records/` without what has to go, and that to `rejected/`. Returns source → reason → rows."""
+    scratch, folder, offsets = stage.scratch, stage.folder, _offsets(files)
+    sizes = [file.stat().st_size for file in files]
+    counts = [scratch / "counts" / f"{file.stem}.json" for file in files]
+
+    def write(index: int, report: Report) -> None:
+        file, first, last = files[index], int(offsets[index]), int(offsets[index + 1])
+        gone = pq.read_table(scratch / "gone.parquet", filters=[("record", ">=", first), ("record", "<", last)])
+        hits = json.loads((scratch / "hits" / f"{file.stem}.json").read_text())
+        kept, rejected = _split(
+            pq.read_table(file), gone.set_column(0, "record", pc.subtract(gone["record"], first)), hits
+        )
+        write_table(kept, folder / "records" / file.name)
+        write_table(rejected, folder / "rejected" / file.name)
+        outcome: dict[str, Counter[str]] = {}
+        for source, reason in zip(rejected["source"].to_pylist(), rejected["reason"].to_pylist(), strict=True):
+            outcome.setdefault(source, Counter())[reason] += 1
+        write_atomically(counts[index], json.dumps(outcome).encode())
+        report({"bytes": sizes[index], "records": len(kept) + len(rejected), "rejected": len(rejected)})
+
+    run_tasks(board, "prepare: write what stays", [Task(*of) for of in zip(sizes, counts, strict=True)], write)
+    total: dict[str, Counter[str]] = {}
+    for path in counts:
+        for source, outcome in json.loads(path.read_text()).items():
+            total.setdefault(source, Counter()).update(outcome)
+    return total
+
+
+def largest_clusters(stage: Stage) -> list[dict[str, Any]]:
+    """The records that stand for the most near-duplicates: source_id and how many went for it."""
+    gone = pq.read_table(stage.scratch / "gone.parquet", columns=["duplicate_of"])
+    sizes = gone.group_by("duplicate_of").aggregate([([], "count_all")])
+    largest = sizes.sort_by([("count_all", "descending"), ("duplicate_of", "ascending")]).slice(0, CLUSTERS_REPORTED)
+    return [{"source_id": row["duplicate_of"], "removed": row["count_all"]} for row in largest.to_pylist()]
+
+
+def _offsets(files: Sequence[Path]) -> Ints:
+    """The place of each file's first record, and the number of all."""
+    return np.cumsum([0, *(pq.read_metadata(file).num_rows for file in files)])
+
+
+def _texts(file: Path) -> Iterator[list[list[str]]]:
+    """Batches of records, each its text fields that are searched or searched with."""
+    for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=["anchor", "positive", "text"]):
+        yield [[text for text in row.values() if text is not None] for row in batch.to_pylist()]
+
+
+def _sign(file: Path, scratch: Path, data: Data) -> None:
+    """The band keys of a file's records, (bands, records), and which of them an evaluation set knows."""
+    near = data.near_duplicates
+    known = contamination(tuple(data.decontaminate), data.decontaminate_threshold) if data.decontaminate else None
+    hits: dict[int, tuple[str, float]] = {}
+    bands = bands_of(near.threshold, near.permutations)[0] if near.threshold else 0
+    keys = [np.zeros((bands, 0), dtype=np.uint64)]
+    count = 0
+    for batch in _texts(file):
+        found = [known.of(texts) if known else None for texts in batch]
+        hits.update({count + place: hit for place, hit in enumerate(found) if hit})
+        count += len(batch)
+        if near.threshold:
+            sets = shingle_sets(["" if hit else "\n".join(texts) for texts, hit in zip(batch, found, strict=True)])
+            keys.append(band_keys(sets, near.threshold, near.permutations).T)
+    write_atomically(scratch / "hits" / f"{file.stem}.json", json.dumps(hits).encode())
+    _save(np.concatenate(keys, axis=1), scratch / "keys" / f"{file.stem}.npy")
+
+
+def _links(keys: npt.NDArray[np.uint64]) -> Ints:
+    """(2, n): pairs that hold together all records of equal key, each with the one before it."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    same = np.flatnonzero((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0))
+    return np.stack([order[same], order[same + 1]])
+
+
+def _components(links: Sequence[Path], records: int) -> Ints:
+    """Each record's component, ALONE where it has no link."""
+    labels = np.arange(records)
+    for path in links:  # one band at a time: only one band's pairs are in memory
+        a, b = labels[np.load(path)]
+        graph = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(records, records))
+        labels = connected_components(graph, directed=False)[1].astype(np.int64)[labels]
+    return np.where(np.bincount(labels, minlength=records)[labels] > 1, labels, ALONE)
+
+
+def _candidates(file: Path, component: Ints, offset: int) -> pa.Table:
+    """The file's records that are in a component of more than one, with their shingles."""
+    chosen = np.flatnonzero(component != ALONE)
+    if not len(chosen):
+        return _CANDIDATES.empty_table()
+    keys = pq.read_table(file, columns=["id", "source_id"]).take(chosen)
+    sets: list[Shingles] = []
+    first = 0
+    for batch in _texts(file):
+        here = chosen[(chosen >= first) & (chosen < first + len(batch))] - first
+        sets += shingle_sets(["\n".join(batch[place]) for place in here.tolist()])
+        first += len(batch)
+    columns = [component[chosen], chosen + offset, keys["id"], keys["source_id"], pa.array(sets, pa.list_(pa.uint64()))]
+    return pa.table(columns, schema=_CANDIDATES)
+
+
+def _thin_out(candidates: pa.Table, threshold: float) -> pa.Table:
+    """What goes of some components' records, by _GONE."""
+    if not len(candidates):
+        return _GONE.empty_table()
+    candidates = candidates.sort_by([("component", "ascending"), ("id", "ascending")]).combine_chunks()
+    component, record = candidates["component"].to_numpy(), candidates["record"].to_numpy()
+    source_ids, lists = candidates["source_id"], candidates["shingles"].chunk(0)
+    flat, bounds = lists.flatten().to_numpy(), lists.offsets.to_numpy() - lists.offsets[0].as_py()
+    sets = [flat[start:stop] for start, stop in itertools.pairwise(bounds)]
+    rows: list[tuple[int, int, str, float]] = []
+    for places in np.split(np.arange(len(sets)), np.flatnonzero(np.diff(component)) + 1):
+        order = sorted(places.tolist(), key=lambda place: (-len(sets[place]), place))
+        for place, (survivor, similarity) in thin_out(sets, order, threshold).items():
+            rows.append((record[place], record[survivor], source_ids[survivor].as_py(), similarity))
+    return pa.table([list(column) for column in zip(*rows, strict=True)], schema=_GONE) if rows else _GONE.empty_table()
+
+
+def _split(records: pa.Table, gone: pa.Table, hits: dict[str, tuple[str, float]]) -> tuple[pa.Table, pa.Table]:
+    """The records that stay, and the rejected ones; `gone` and `hits` name rows of this file."""
+    contaminated = np.array([int(place) for place in hits], dtype=np.int64)
+    near = gone["record"].to_numpy()
+    stay = np.ones(len(records), dtype=bool)
+    stay[near] = stay[contaminated] = False
+    duplicates = records.take(near).append_column("duplicate_of", gone["duplicate_of"])
+    known = records.take(contaminated).append_column(
+        "duplicate_of", pa.array([name for name, _ in hits.values()], pa.string())
+    )
+    rejected = [
+        rejections(duplicates, "near_duplicate", gone["similarity"]),
+        rejections(known, "contaminated", pa.array([similarity for _, similarity in hits.values()], pa.float64())),
+    ]
+    return records.filter(pa.array(stay)), pa.concat_tables(rejected)
+
+
+def _save(array: npt.NDArray[Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.save(file, array)
+    temporary.rename(path)

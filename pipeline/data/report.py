@@ -1,0 +1,105 @@
+"""What is said about prepared data: what is wrong with it, and the table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as ds
+
+from pipeline.config import Data
+from pipeline.data.manifest import Manifest, SourceCount
+from pipeline.runtime.console import log, table
+from pipeline.runtime.job import JobError
+
+BAD_REASONS = ("invalid_utf8", "broken_json", "broken_python", "missing_field", "wrong_type", "unreadable_file")
+DUPLICATES = ("duplicate", "near_duplicate")
+NOT_ITS_FAULT = (*DUPLICATES, "contaminated")  # a source may lose all its records to these
+EXAMPLES = 3
+
+
+def check_sources(sources: Sequence[SourceCount], data: Data, folder: Path) -> None:
+    """The books must balance, no more may be broken than the user allows, and something must be kept."""
+    for source in sources:
+        found = source.rows_kept + sum(source.rejected.values())
+        if source.rows_in != found:
+            raise JobError(f"source {source.name}: {source.rows_in} records were read but {found} accounted for")
+        bad = {reason: rows for reason, rows in source.rejected.items() if reason in BAD_REASONS}
+        if sum(bad.values()) > data.max_bad_fraction * source.rows_in:
+            raise JobError(
+                f"source {source.name}: {_listed(bad)} of {source.rows_in} records are more than "
+                f"data.max_bad_fraction={data.max_bad_fraction} allows; {folder / 'rejected'} names them"
+            )
+        spared = sum(source.rejected.get(reason, 0) for reason in NOT_ITS_FAULT)
+        if source.rows_in and source.rows_kept + spared == 0:
+            raise JobError(
+                f"source {source.name}: none of its {source.rows_in} records was kept ({_listed(source.rejected)}); "
+                f"{folder / 'rejected'} holds them with their reasons"
+            )
+    if not any(source.rows_kept for source in sources):
+        what = "; ".join(f"{source.name}: {_listed(source.rejected) or 'it is empty'}" for source in sources)
+        raise JobError(f"data.sources: no record was kept ({what})")
+
+
+def check_duplicates(sources: Sequence[SourceCount], allowed: float, more: int = 0) -> None:
+    """Raise JobError where duplicates, `more` not counted yet, are too large a share of what passed the rules."""
+    duplicates = sum(source.rejected.get(reason, 0) for source in sources for reason in DUPLICATES)
+    passed = sum(source.rows_kept for source in sources) + duplicates
+    if (duplicates + more) > allowed * passed:
+        raise JobError(
+            f"{duplicates + more} of {passed} records are duplicates, "
+            f"more than data.max_removed_fraction={allowed} allows; nothing was removed"
+        )
+
+
+def warn_of_bad_input(sources: Sequence[SourceCount], folder: Path) -> None:
+    """Say which sources are empty, and name some of what could not be read."""
+    for source in sources:
+        if not source.rows_in:
+            log.warning("source %s: it is empty", source.name)
+        for reason in BAD_REASONS:
+            if rows := source.rejected.get(reason, 0):
+                where = (ds.field("source") == source.name) & (ds.field("reason") == reason)
+                found = ds.dataset(folder / "rejected").head(EXAMPLES, columns=["source_id"], filter=where)
+                examples = ", ".join(found["source_id"].to_pylist())
+                log.warning("source %s: %s %s, such as %s", source.name, f"{rows:,}", reason, examples)
+
+
+def log_clusters(clusters: Sequence[dict[str, Any]]) -> None:
+    """The records that stand for the most near-duplicates."""
+    if clusters:
+        listed = ", ".join(f"{cluster['source_id']} ({cluster['removed']:,})" for cluster in clusters)
+        log.info("prepare: the most near-duplicates went for %s", listed)
+
+
+def summary_table(manifest: Manifest, seconds: dict[str, float]) -> str:
+    """What came in, what was kept, and why the rest was not; tokens; the time of each stage."""
+    reasons = sorted({reason for source in manifest.sources for reason in source.rejected})
+    rows = [
+        [source.name, source.rows_in, source.rows_kept, *(source.rejected.get(reason, 0) for reason in reasons)]
+        for source in manifest.sources
+    ]
+    if len(rows) > 1:
+        rows.append(["all", *(sum(cells) for cells in list(zip(*rows, strict=True))[1:])])
+    counts = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows]
+    tokens = [
+        [
+            name,
+            *(f"{length[key]:,.0f}" for key in ("rows", "tokens", "mean", "p50", "p95", "max")),
+            f"{length['truncation_rate']:.1%}",
+            f"{length['unknown_rate']:.2%}",
+        ]
+        for name, length in manifest.lengths.items()
+    ]
+    return "\n\n".join(
+        [
+            table(counts, ("source", "in", "kept", *reasons)),
+            table(tokens, ("field", "rows", "tokens", "mean", "p50", "p95", "max", "longer", "unknown")),
+            table([[name, f"{value:,.1f}"] for name, value in seconds.items()], ("stage", "seconds")),
+        ]
+    )
+
+
+def _listed(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{rows} {reason}" for reason, rows in reasons.items())

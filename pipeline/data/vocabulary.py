@@ -1,0 +1,73 @@
+"""The tokenizer: one that is there, or one trained on the records.
+
+Byte-level BPE trains to the same file every time; WordPiece and Unigram do not (tokenizers 0.23). Whichever it is, the
+file is an input from then on, kept with the prepared data and never trained again on resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from pipeline.config import ConfigError
+
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def tokenizer_file(path: Path) -> Path:
+    """The tokenizer.json that a path stands for: itself, or the one in a pretrained tokenizer's folder."""
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a tokenizer.json or a pretrained tokenizer's folder. Raises ConfigError where it is none."""
+    file = tokenizer_file(path)
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception for a missing or broken file alike
+        raise ConfigError(f"tokenizer.load_path: {file} is no tokenizer.json: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], *, kind: str, vocab_size: int, lowercase: bool) -> Tokenizer:
+    """Train a `bpe`, `wordpiece` or `unigram` vocabulary."""
+    makers = {"bpe": _byte_level_bpe, "wordpiece": _wordpiece, "unigram": _unigram}
+    tokenizer, trainer = makers[kind](vocab_size)
+    steps = [normalizers.NFC(), normalizers.Lowercase()] if lowercase else [normalizers.NFC()]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _byte_level_bpe(vocab_size: int) -> tuple[Tokenizer, trainers.BpeTrainer]:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+
+def _wordpiece(vocab_size: int) -> tuple[Tokenizer, trainers.WordPieceTrainer]:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer, trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False
+    )
+
+
+def _unigram(vocab_size: int) -> tuple[Tokenizer, trainers.UnigramTrainer]:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer, trainers.UnigramTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, unk_token="[UNK]", show_progress=False
+    )

@@ -1,0 +1,115 @@
+"""Stages of work that can be killed anywhere: a folder named by what goes into it, a file a task, a marker last.
+
+    stage = Stage(root, "records", {"sources": …})            # <root>/records-3f9c2a…/
+    if stage.summary is None:
+        with stage.open():
+            run_tasks(board, "prepare: read", tasks, …)        # only those whose output is not there yet
+            stage.finish({"rows": 1200})
+
+Whatever changes the result is in the name, so a folder with a marker is never stale, and a task's file, which appears
+whole or not at all, is never done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.manifest import write_atomically
+from pipeline.runtime.job import JobError, alone_in
+from pipeline.runtime.session import Board
+
+
+class Stage:
+    """One stage's folder: results, `scratch/` while it is under way, and `done.json` at its end."""
+
+    def __init__(self, root: Path, name: str, inputs: Any) -> None:
+        self.name = name
+        self.key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = root / f"{name}-{self.key}"
+        self.scratch = self.folder / "scratch"
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What `finish` was told; None while the stage is not done."""
+        try:
+            return dict(json.loads((self.folder / "done.json").read_text()))
+        except (OSError, ValueError):
+            return None
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Hold the folder while working in it. Raises JobError where another job does."""
+        with alone_in(self.folder):
+            self._began = time.monotonic()
+            yield
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Mark the stage as done, with what is known about it and the seconds that the last start of it took."""
+        seconds = round(time.monotonic() - self._began, 1)
+        write_atomically(self.folder / "done.json", json.dumps({**summary, "seconds": seconds}).encode())
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A part of a stage: the bytes of input it stands for, and the file that is there when it is done."""
+
+    bytes: int
+    output: Path
+
+
+Report = Callable[[dict[str, int]], object]
+
+
+def run_tasks(board: Board, name: str, tasks: Sequence[Task], work: Callable[[int, Report], None]) -> None:
+    """Run `work(index, report)` through Ray Data for each task whose output is missing.
+
+    `work` reports amounts of `bytes` (in all those of the task), `records` and `rejected` as it goes.
+    """
+    import ray.data
+
+    todo = [index for index, task in enumerate(tasks) if not task.output.exists()]
+    if not todo:
+        return
+    handle = board.handle
+
+    def run(batch: dict[str, Any]) -> dict[str, list[str]]:
+        try:
+            for place in batch["id"].tolist():
+                work(todo[place], handle.add_all.remote)
+        except Exception as error:  # as data: what Ray would raise in its place has lost the cause
+            traceback.print_exc()  # to the log
+            return {"error": [str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"]}
+        return {"error": []}
+
+    dataset = ray.data.range(len(todo), override_num_blocks=len(todo)).map_batches(run, batch_size=1)
+    total = sum(tasks[index].bytes for index in todo)
+    with board.stage(name, total, "B", counter="bytes", describe=_describe):
+        for row in dataset.iter_rows():  # leaving the loop ends what is still under way
+            raise JobError(f"{name}: {row['error']}")
+
+
+def _describe(counts: dict[str, int]) -> str:
+    records, rejected = counts.get("records", 0), counts.get("rejected", 0)
+    return f"{records:,} records, {rejected / records:.1%} rejected" if records else ""
+
+
+def place(source: Path, target: Path) -> None:
+    """Give a file a second name, or a copy of it where the file system knows no links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    temporary.replace(target)

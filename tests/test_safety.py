@@ -1,0 +1,196 @@
+"""Safety rules: against labelled lines (the oracle), and each action, override and error."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.text.safety import SHIPPED, Rules, load_rules
+
+LINES = [
+    line.split("\t") for line in (Path(__file__).parent / "data" / "safety_lines.tsv").read_text().splitlines()[1:]
+]
+TEXTS = [(label, split, json.loads(text)) for label, split, text in LINES]
+SHIPPED_RULES = load_rules(None, {}).rules
+CATEGORY = {rule.name: rule.category for rule in SHIPPED_RULES}
+CATEGORIES = sorted(set(CATEGORY.values()))
+Write = Callable[[str], Path]
+
+# Precision and recall with all rules on: a little under what benchmarks/safety.py measures, both splits together.
+FLOORS = {
+    "sql_injection": (0.88, 0.95),
+    "script_injection": (0.83, 0.92),
+    "template_injection": (0.92, 0.95),
+    "terminal_escape": (0.99, 0.99),
+    "prompt_injection": (0.88, 0.93),
+    "personal_data": (0.97, 0.93),
+    "secret": (0.97, 0.95),
+}
+
+
+@pytest.fixture(scope="module")
+def default() -> Rules:
+    return load_rules(None, {})
+
+
+@pytest.fixture(scope="module")
+def everything() -> Rules:
+    return load_rules(None, dict.fromkeys(CATEGORIES, "redact"))
+
+
+@pytest.fixture(scope="module")
+def found() -> list[tuple[str, set[str]]]:
+    """Label and categories found, a pair for each line."""
+    rules = load_rules(None, dict.fromkeys(CATEGORIES, "reject"))
+    return [(label, {CATEGORY[name] for name in rules.apply(text).found}) for label, _, text in TEXTS]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write(content: str) -> Path:
+        path = tmp_path / "rules.yaml"
+        path.write_text(content)
+        return path
+
+    return write
+
+
+def test_the_labelled_lines_cover_every_category_in_both_splits() -> None:
+    assert len(TEXTS) >= 300
+    assert {(label, split) for label, split, _ in TEXTS} == {
+        (label, split) for label in ("clean", *CATEGORIES) for split in ("dev", "held_out")
+    }
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_precision_and_recall_hold(category: str, found: list[tuple[str, set[str]]]) -> None:
+    hits = sum(label == category and category in names for label, names in found)
+    precision, recall = FLOORS[category]
+    assert hits / sum(category in names for _, names in found) >= precision
+    assert hits / sum(label == category for label, _ in found) >= recall
+
+
+def test_defaults_reject_no_clean_line_and_change_few(default: Rules) -> None:
+    verdicts = [(text, default.apply(text)) for label, _, text in TEXTS if label == "clean"]
+    assert [text for text, verdict in verdicts if verdict.reason] == []
+    assert sum(verdict.text != text for text, verdict in verdicts) <= 0.02 * len(verdicts)
+
+
+def test_defaults_leave_no_escape_and_no_secret(default: Rules) -> None:
+    for label, _, text in TEXTS:
+        verdict = default.apply(text)
+        if label == "terminal_escape":
+            assert "\x1b" not in verdict.text
+            assert "\x9b" not in verdict.text
+        if label == "personal_data":
+            assert verdict == (text, None, ())
+    secrets = [text for label, _, text in TEXTS if label == "secret"]
+    assert sum(default.apply(text).text != text for text in secrets) >= 0.85 * len(secrets)
+
+
+def test_redaction_leaves_the_rest_of_the_text() -> None:
+    rules = load_rules(None, {"personal_data": "redact"})
+    text = "Grüße 😀\x00 to ann@example.org,bob@example.org from 198.51.100.7 198.51.100.8 198.51.100.9.\n"
+    verdict = rules.apply(text)
+    assert verdict.text == "Grüße 😀\x00 to [EMAIL],[EMAIL] from [IP] [IP] [IP].\n"
+    assert verdict == (verdict.text, None, ("email", "ipv4"))
+
+
+def test_a_terminal_escape_goes_with_its_tail(default: Rules) -> None:
+    assert default.apply("a\x1b[1;31mred\x1b[0m \x1b]0;title\x07b").text == "ared b"
+
+
+def test_what_an_escape_splits_is_found(default: Rules) -> None:
+    verdict = default.apply("' OR\x1b[0m 1=1 --")
+    assert verdict.reason == "unsafe_sql_injection"
+    assert verdict.found[0] == "terminal_escape"
+
+
+def test_a_text_built_to_survive_redaction_is_rejected(default: Rules) -> None:
+    assert default.apply("\x1b[" * 50 + "0m" * 50).reason == "unsafe_terminal_escape"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\x00", "a\x00b", "\ud800", "x\udfff \x1b[1m\ud83d", "😀" * 1000, "é" * 1_000_000]
+)
+def test_no_text_raises(everything: Rules, text: str) -> None:
+    verdict = everything.apply(text)
+    assert verdict.text == text.replace("\x1b[1m", "")
+    assert verdict.reason is None
+
+
+def test_redacting_twice_is_redacting_once(everything: Rules) -> None:
+    for _, _, text in TEXTS:
+        once = everything.apply(text)
+        assert once.reason is None
+        assert everything.apply(once.text) == (once.text, None, ())
+
+
+@pytest.mark.parametrize(
+    ("actions", "text", "expected"),
+    [
+        ({}, "ann@example.org", ("ann@example.org", None, ())),
+        ({"email": "redact"}, "ann@example.org", ("[EMAIL]", None, ("email",))),
+        ({"email": "reject"}, "ann@example.org", ("ann@example.org", "unsafe_personal_data", ("email",))),
+        ({"personal_data": "redact", "email": "keep"}, "ann@example.org", ("ann@example.org", None, ())),
+        ({"sql_injection": "keep"}, "' OR 1=1 --", ("' OR 1=1 --", None, ())),
+        ({"terminal_escape": "keep"}, "\x1b[0mx", ("\x1b[0mx", None, ())),
+        (dict.fromkeys(CATEGORIES, "keep"), "' OR 1=1 --", ("' OR 1=1 --", None, ())),
+    ],
+)
+def test_actions(actions: dict[str, str], text: str, expected: tuple[str, str | None, tuple[str, ...]]) -> None:
+    assert load_rules(None, actions).apply(text) == expected
+
+
+def test_rules_of_the_users_own(write: Write) -> None:
+    path = write(
+        "fragments: {digit: '[0-9]', four: ['{digit}{4}', 'none']}\n"
+        "rules:\n"
+        "- {name: badge, category: house, pattern: 'badge ({four})', action: redact, replacement: '#'}\n"
+        "- {name: draft, category: house, pattern: ['(?i)\\ba draft\\b', 'TODO'], action: reject}\n"
+    )
+    rules = load_rules(path, {})
+    assert rules.apply("badge 1234, badge none, badge 12") == ("badge #, badge #, badge 12", None, ("badge",))
+    assert rules.apply("badge 1234, a Draft") == ("badge 1234, a Draft", "unsafe_house", ("badge", "draft"))
+    assert load_rules(path, {"draft": "redact"}).apply("TODO").text == "[DRAFT]"
+
+
+RULE = "- {{name: n, category: c, pattern: '{pattern}', action: {action}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("rules: [", "cannot be read: while parsing"),
+        ("[]", "must be a mapping with a list `rules`"),
+        ("rules: [{name: n}]", "lacks one of name, category, pattern, action"),
+        ("rules:\n" + RULE.format(pattern="(a", action="keep"), r"rule 'n' .* RE2 refuses: missing \): "),
+        ("rules:\n" + RULE.format(pattern="(?=a)", action="keep"), "rule 'n' .* RE2 refuses: invalid perl operator"),
+        ("rules:\n" + RULE.format(pattern="a*", action="keep"), "rule 'n' .* matches the empty text"),
+        ("rules:\n" + RULE.format(pattern="a", action="drop"), "rule 'n' .* action 'drop', which is none of keep"),
+        ("rules:\n" + RULE.format(pattern="{quote}a", action="keep"), "rule 'n' .* fragment 'quote'"),
+        (
+            "rules:\n" + RULE.format(pattern="N", action="redact"),
+            "rule 'n' would write '\\[N\\]', which its own pattern",
+        ),
+        ("rules:\n" + RULE.format(pattern="a", action="keep") * 2, "use the name 'n' for two rules"),
+    ],
+)
+def test_a_wrong_file_is_one_sentence(write: Write, content: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        load_rules(write(content), {})
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_wrong_actions(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.yaml cannot be read: .*No such file"):
+        load_rules(tmp_path / "none.yaml", {})
+    with pytest.raises(ValueError, match="safety action 'drop' of 'email' is none of keep, redact, reject"):
+        load_rules(None, {"email": "drop"})
+    with pytest.raises(ValueError, match=r"name 'mail', which .* categories are personal_data, .* rules .*email, "):
+        load_rules(None, {"mail": "keep"})
+
+
+def test_every_shipped_rule_says_why() -> None:
+    assert SHIPPED.read_text().count("    why: ") == len(SHIPPED_RULES)

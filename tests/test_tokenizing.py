@@ -1,0 +1,213 @@
+"""Token shards without Ray: cutting, windows, order, lengths, augmentation, and the exchange between tasks."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import xxhash
+from tokenizers import Tokenizer, processors
+
+from pipeline.config import ConfigError
+from pipeline.data.exchange import read_part, write_parts
+from pipeline.data.lengths import LengthCounts, draw
+from pipeline.data.manifest import RECORD_SCHEMA
+from pipeline.data.tokenizing import Recipe, tokenize_file
+from pipeline.data.vocabulary import load_tokenizer, train_tokenizer
+from pipeline.text.augment import MASK, Augmentation
+from pipeline.text.identity import content_id, is_validation
+
+WORDS = [f"word{i}" for i in range(50)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer([" ".join(WORDS)] * 5, kind="bpe", vocab_size=600, lowercase=True)
+
+
+def records(folder: Path, count: int = 300, **extra: Any) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """A record file of pairs from two sources, and its rows by id."""
+    chance = random.Random(0)
+    rows = []
+    for i in range(count):
+        anchor, positive = (" ".join(chance.choices(WORDS, k=chance.randrange(2, 20))) for _ in range(2))
+        source = "ab"[chance.random() < 0.3]
+        row = {"source": source, "source_id": f"{source}:{i}", "anchor": anchor, "positive": positive, **extra}
+        rows.append({"id": content_id([anchor, positive]), **row})
+    rows.sort(key=lambda row: str(row["id"]))
+    path = folder / "records" / "00000.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows, RECORD_SCHEMA), path)
+    return path, {str(row["id"]): row for row in rows}
+
+
+PAIRS = ["anchor", "positive"]
+
+
+def test_rows_are_in_canonical_order_and_row_groups_hold_one_source(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path, rows = records(tmp_path, 4000)
+    found = tokenize_file(path, tmp_path, Recipe(PAIRS, 16, 0.1, seed=7), tokenizer)
+    train, validation = found["shards"]
+    order = [(row["source"], xxhash.xxh3_64_intdigest(one.encode(), seed=7), one) for one, row in rows.items()]
+    held_out = {one for one in rows if is_validation(one, 0.1)}
+    assert pq.read_table(tmp_path / train["path"])["id"].to_pylist() == [
+        one for _, _, one in sorted(order) if one not in held_out
+    ]
+    assert pq.read_table(tmp_path / validation["path"])["id"].to_pylist() == [
+        one for _, _, one in sorted(order, key=lambda key: key[1:]) if one in held_out
+    ]
+    file = pq.ParquetFile(tmp_path / train["path"])
+    for index, (size, source) in enumerate(zip(train["row_groups"], train["row_group_sources"], strict=True)):
+        assert file.read_row_group(index)["source"].to_pylist() == [source] * size
+    assert max(train["row_groups"]) == 1024
+    assert len(set(train["row_group_sources"])) == 2
+
+
+def test_texts_are_cut_and_special_tokens_stay(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    own = Tokenizer.from_str(tokenizer.to_str())
+    own.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    path, rows = records(tmp_path)
+    tokenize_file(path, tmp_path, Recipe(PAIRS, 9, 0.1), own)
+    own.enable_truncation(9)
+    for row in pq.read_table(tmp_path / "train").to_pylist():
+        assert row["anchor"] == own.encode(rows[row["id"]]["anchor"]).ids
+
+
+@pytest.mark.parametrize(("max_length", "overlap"), [(10, 3), (7, 0), (5, 2)])
+def test_windows_cover_their_parent_and_overlap(
+    max_length: int, overlap: int, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    texts = {content_id([text]): text for text in (" ".join(WORDS[:count]) for count in range(1, 40))}
+    path = tmp_path / "records" / "00000.parquet"
+    path.parent.mkdir()
+    rows = [{"id": one, "source": "s", "source_id": "s:1", "text": text} for one, text in texts.items()]
+    pq.write_table(pa.Table.from_pylist(rows, RECORD_SCHEMA), path)
+    recipe = Recipe(["text"], max_length, 0.2, window_overlap=overlap)
+    found = tokenize_file(path, tmp_path, recipe, tokenizer)
+    table = pa.concat_tables([pq.read_table(tmp_path / shard["path"]) for shard in found["shards"]])
+    windows: dict[str, list[list[int]]] = {}
+    for row in sorted(table.to_pylist(), key=lambda row: row["window"]):
+        windows.setdefault(row["id"], []).append(row["text"])
+    assert set(windows) == set(texts)
+    for one, parts in windows.items():
+        whole = tokenizer.encode(texts[one]).ids
+        assert parts[0] + [token for part in parts[1:] for token in part[overlap:]] == whole
+        assert all(len(part) == max_length for part in parts[:-1])
+        assert all(len(part) > overlap for part in parts[1:])
+
+
+def test_prompts_and_negatives(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path, rows = records(tmp_path, negatives=["word1 word2", "word3"])
+    recipe = Recipe([*PAIRS, "negatives"], 32, 0.1, prompts={"a": {"anchor": "query: "}})
+    found = tokenize_file(path, tmp_path, recipe, tokenizer)
+    for row in pq.read_table(tmp_path / "train").to_pylist():
+        prompt = "query: " if row["source"] == "a" else ""
+        assert row["anchor"] == tokenizer.encode(prompt + rows[row["id"]]["anchor"]).ids[:32]
+        assert row["positive"] == tokenizer.encode(rows[row["id"]]["positive"]).ids[:32]
+        assert row["negatives"] == [tokenizer.encode(text).ids for text in ("word1 word2", "word3")]
+    assert sum(found["lengths"]["negatives"]["whole"].values()) == 2 * len(rows)
+
+
+def test_anchors_of_the_training_split_alone_are_augmented(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path, rows = records(tmp_path)
+    change = Augmentation(word_dropout=0.5)
+    tokenize_file(path, tmp_path, Recipe(PAIRS, 256, 0.2, seed=3, augmentation=change), tokenizer)
+    for split in ("train", "validation"):
+        for row in pq.read_table(tmp_path / split).to_pylist():
+            whole = rows[row["id"]]
+            anchor = change.apply(whole["anchor"], row["id"], 3) if split == "train" else whole["anchor"]
+            assert row["anchor"] == tokenizer.encode(anchor).ids
+            assert row["positive"] == tokenizer.encode(whole["positive"]).ids
+
+
+def test_augmentation_is_a_function_of_id_and_seed() -> None:
+    text = " ".join(WORDS)
+    change = Augmentation(word_dropout=0.2, span_masking=0.2, truncation=0.5)
+    assert change.apply(text, "a", 0) == change.apply(text, "a", 0)
+    assert len({change.apply(text, one, seed) for one in "abc" for seed in range(3)}) == 9
+    masked = [Augmentation(span_masking=0.3).apply(text, str(i), 0).split() for i in range(50)]
+    assert all(words.count(MASK) == 15 and len(words) == 50 for words in masked)
+    kept = [len(Augmentation(word_dropout=0.3).apply(text, str(i), 0).split()) for i in range(200)]
+    assert 0.67 < np.mean(kept) / 50 < 0.73
+    shortest = min(len(Augmentation(truncation=0.4).apply(text, str(i), 0).split()) for i in range(200))
+    assert 30 <= shortest <= 31
+    assert Augmentation(word_dropout=1.0).apply(text, "a", 0) == "word0"
+    assert Augmentation().apply("  as   it was", "a", 0) == "  as   it was"
+
+
+def test_length_figures_against_numpy() -> None:
+    chance = np.random.default_rng(0)
+    lengths = chance.geometric(0.02, 1000)
+    halves = [LengthCounts(), LengthCounts()]
+    for i, length in enumerate(lengths.tolist()):
+        ids = [1] * (length - 1) + [0]
+        halves[i % 2].add(ids, [ids[:64]], 64, 0)
+    total = LengthCounts()
+    for half in halves:
+        total.merge(half.to_json())
+    summary, cut = total.summary(), np.minimum(lengths, 64)
+    assert summary["mean"] == round(cut.mean(), 2)
+    assert summary["std"] == round(cut.std(), 2)
+    assert (summary["min"], summary["max"]) == (cut.min(), 64)
+    for p in (50, 90, 95, 99):
+        assert summary[f"p{p}"] == np.percentile(cut, p, method="inverted_cdf")
+    assert (summary["whole_max"], summary["tokens"]) == (lengths.max(), cut.sum())
+    assert summary["truncation_rate"] == round((lengths > 64).mean(), 6)
+    assert summary["unknown_rate"] == round(1000 / lengths.sum(), 6)
+
+
+def test_the_picture_is_drawn_whatever_there_is(tmp_path: Path) -> None:
+    one = LengthCounts()
+    one.add([1, 2, 3], [[1, 2, 3]], 8, None)
+    draw({"anchor": one, "negatives": LengthCounts()}, 8, tmp_path / "lengths.png")
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
+def test_each_kind_of_vocabulary_encodes_and_decodes(kind: str) -> None:
+    texts = ["The quick brown fox", "jumps over the lazy dog", "and then the fox naps"] * 20
+    own = train_tokenizer(texts, kind=kind, vocab_size=600, lowercase=True)
+    again = Tokenizer.from_str(own.to_str())
+    encoded = again.encode("The lazy fox jumps")
+    assert again.decode(encoded.ids).strip() == "the lazy fox jumps"
+    assert [again.token_to_id(t) for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")] == [0, 1, 2, 3, 4]
+    assert again.encode("fox " + MASK).ids[-1] == 4
+
+
+def test_byte_level_bpe_trains_to_the_same_file() -> None:
+    texts = [" ".join(random.Random(i).choices(WORDS, k=9)) for i in range(500)]
+    made = {
+        train_tokenizer(some, kind="bpe", vocab_size=700, lowercase=False).to_str() for some in (texts, texts[::-1])
+    }
+    assert len(made) == 1
+
+
+def test_a_pretrained_tokenizers_folder(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).to_str() == load_tokenizer(tmp_path / "tokenizer.json").to_str()
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_an_exchange_gives_each_partition_its_rows(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    expected: dict[int, Counter[int]] = {part: Counter() for part in range(5)}
+    files = []
+    for number in range(4):
+        values = [chance.randrange(1000) for _ in range(number * 30)]
+        parts = [value % 4 for value in values]  # partition 4 stays empty
+        for value, part in zip(values, parts, strict=True):
+            expected[part][value] += 1
+        files.append(tmp_path / f"{number}.arrow")
+        write_parts(pa.table({"value": pa.array(values, pa.int64())}), parts, 5, files[-1])
+    for part, found in expected.items():
+        assert Counter(read_part(files, part)["value"].to_pylist()) == found
