@@ -14,10 +14,11 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.config import Config, ConfigError
-from pipeline.data.manifest import Manifest, write_atomically
+from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import prepare
 from pipeline.evaluation.beir import check_beir
 from pipeline.runtime.console import Stage, log, table
+from pipeline.runtime.files import write_atomically
 from pipeline.runtime.job import JobError, Result, alone_in
 from pipeline.runtime.session import Board, ray_session, set_environment
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -108,7 +109,7 @@ def weights(folder: Path) -> bytes:
 def test_ctrl_c_in_each_stage_and_the_next_run_goes_on(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     stages = [
-        "prepare: read, judge, deduplicate: begins",
+        "prepare: read and judge: begins",
         "prepare: tokenize: begins",
         "train: begins",
         "train: step 50:",
@@ -128,6 +129,56 @@ def test_ctrl_c_in_each_stage_and_the_next_run_goes_on(tmp_path: Path) -> None:
     assert rows_and_ids(tmp_path) == (finished["metrics"]["prepare"]["rows_kept"],) * 2
     assert "on from step" in (tmp_path / "store" / "runs" / "r" / "training.log").read_text()
     assert [p.name for p in TEMPORARY.iterdir() if p.name != "ray"] == []
+
+
+def prepared_bytes(folder: Path) -> dict[str, str]:
+    (manifest,) = folder.glob("store/prepared/*/manifest.json")
+    return {
+        str(path.relative_to(manifest.parent)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(manifest.parent.rglob("*"))
+        if path.suffix in (".parquet", ".json") and path.name != "manifest.json"
+    }
+
+
+def test_the_same_bytes_on_1_2_and_4_workers_and_killed_in_each_stage(tmp_path: Path) -> None:
+    """Kills are SIGKILL, each once the stage has some of its files; the next start does not wait for the dead."""
+    path = write_jsonl(tmp_path / "pairs.jsonl", make_pairs(100_000))
+    overrides = ["data.near_duplicates.threshold=0.8", f"data.sources.0.path={path}"]
+    found = []
+    for workers in (1, 2, 4):
+        config = write_config(tmp_path / str(workers), pairs=1)
+        script = (
+            "import sys; from pipeline.runtime.session import Board, set_environment; set_environment(); "
+            "from pipeline.config import load; from pipeline.data.prepare import prepare; import ray; "
+            f"ray.init(address='local', num_cpus={workers}, include_dashboard=False, log_to_driver=False); "
+            "prepare(load(sys.argv[1], sys.argv[2:]), Board)"
+        )
+        command = [sys.executable, "-c", script, str(config), *overrides]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=WAIT_S)
+        found.append(prepared_bytes(tmp_path / str(workers)))
+    assert found[0] == found[1] == found[2]
+    assert sum(name.startswith("train/") for name in found[0]) > 2
+
+    killed = tmp_path / "killed"
+    config = write_config(killed, pairs=1)
+    done: dict[str, int] = {}
+    for output in ("read/*.json", "counts/*.json", "keys/*.npy", "gone/*.parquet", "described/*.json"):
+        job = JobProcess("prepare", config, *overrides)
+        deadline = time.monotonic() + WAIT_S
+        while not list(killed.glob(f"store/prepared/stages/*/scratch/{output}")):
+            assert job.process.poll() is None, f"ended before {output}:\n{job.log.read_text()}"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        job.wait_for("prepare")
+        job.process.kill()
+        job.process.wait()
+        finished = {str(p): p.stat().st_mtime_ns for p in killed.glob("store/prepared/stages/*/done.json")}
+        assert done.items() <= finished.items()  # nothing that was done is done again
+        done = finished
+    run("prepare", config, *overrides)
+    assert len(done) == 3
+    assert prepared_bytes(killed) == found[0]
+    assert job.leftovers(WAIT_S) == []
 
 
 def test_sigterm_exits_143(tmp_path: Path) -> None:

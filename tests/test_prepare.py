@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from pipeline.config import Config, ConfigError, load
 from pipeline.data import prepare as prepare_module
 from pipeline.data import sources
 from pipeline.data.prepare import prepare
+from pipeline.data.work import Report, Task, run_tasks
 from pipeline.runtime.job import JobError
 from pipeline.runtime.session import Board
 from pipeline.text.identity import content_id, is_validation
@@ -181,6 +183,14 @@ def test_a_job_that_was_killed_does_only_the_tasks_that_are_missing(messy_file: 
     assert prepare(config, no_board) == (folder, manifest)  # every stage was done
     assert contents(folder) == found
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("records/*.parquet")} == files
+
+
+def test_what_goes_wrong_in_a_task_is_said_in_one_sentence(tmp_path: Path) -> None:
+    def work(index: int, report: Report) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "records/00000.parquet")
+
+    with pytest.raises(JobError, match=r"^prepare: x: \[Errno 28\] No space left on device: 'records/00000\.parquet'$"):
+        run_tasks(Board(), "prepare: x", [Task(1, tmp_path / "none")], work)
 
 
 def test_inputs_known_by_content(messy_file: Path, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.runtime.files import replacing
+
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
@@ -25,13 +27,10 @@ def write_parts(table: pa.Table, partition: Sequence[int] | npt.NDArray[np.int64
     order = np.argsort(partition, kind="stable")
     bounds = np.searchsorted(np.asarray(partition)[order], np.arange(parts + 1))
     table = table.take(order).combine_chunks()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, table.schema, options=_OPTIONS) as writer:
+    with replacing(path) as temporary, pa.ipc.new_file(str(temporary), table.schema, options=_OPTIONS) as writer:
         for start, stop in itertools.pairwise(bounds):
             rows = table.slice(start, stop - start)
             writer.write_batch(rows.to_batches()[0] if len(rows) else pa.RecordBatch.from_pylist([], table.schema))
-    temporary.rename(path)
 
 
 def read_part(files: Iterable[Path], partition: int) -> pa.Table:

@@ -24,6 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.runtime.files import replacing, write_atomically
+
 SPLITS = ("train", "validation")
 EXCERPT_CHARS = 200
 
@@ -122,17 +124,8 @@ def rejections(rows: pa.Table, reason: str, similarity: pa.Array | None) -> pa.T
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(table.combine_chunks(), temporary, compression="zstd", row_group_size=8192)
-    temporary.rename(path)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.rename(path)
+    with replacing(path) as temporary:
+        pq.write_table(table.combine_chunks(), temporary, compression="zstd", row_group_size=8192)
 
 
 def sha256(path: Path) -> str:

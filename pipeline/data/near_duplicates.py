@@ -33,8 +33,9 @@ from scipy.sparse.csgraph import connected_components
 from pipeline.config import Data
 from pipeline.data.contamination import contamination
 from pipeline.data.exchange import read_part, write_parts
-from pipeline.data.manifest import rejections, write_atomically, write_table
+from pipeline.data.manifest import rejections, write_table
 from pipeline.data.work import Report, Stage, Task, run_tasks
+from pipeline.runtime.files import replacing, write_atomically
 from pipeline.runtime.session import Board
 from pipeline.text.shingles import Shingles, band_keys, bands_of, shingle_sets, thin_out
 
@@ -253,8 +254,5 @@ def _split(records: pa.Table, gone: pa.Table, hits: dict[str, tuple[str, float]]
 
 
 def _save(array: npt.NDArray[Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, array)
-    temporary.rename(path)

@@ -26,7 +26,7 @@ from pipeline.config import Config, ConfigError, Source
 from pipeline.data import contamination, near_duplicates
 from pipeline.data.judging import Judge
 from pipeline.data.lengths import LengthCounts, draw
-from pipeline.data.manifest import Manifest, Shard, SourceCount, read_manifest, sha256, write_atomically, write_manifest
+from pipeline.data.manifest import Manifest, Shard, SourceCount, read_manifest, sha256, write_manifest
 from pipeline.data.records import make_records, record_texts
 from pipeline.data.report import check_duplicates, check_sources, log_clusters, summary_table, warn_of_bad_input
 from pipeline.data.sources import Plan, check_fields, plan_source, text_fields
@@ -35,6 +35,7 @@ from pipeline.data.vocabulary import load_tokenizer, tokenizer_file, train_token
 from pipeline.data.work import Report, Stage, Task, place, run_tasks
 from pipeline.runtime.console import Stage as ConsoleStage
 from pipeline.runtime.console import log
+from pipeline.runtime.files import write_atomically
 from pipeline.runtime.job import alone_in
 from pipeline.runtime.session import Board
 from pipeline.text.augment import Augmentation

@@ -23,9 +23,10 @@ import pyarrow.parquet as pq
 from pipeline.config import Data, Source
 from pipeline.data.exchange import read_part, write_parts
 from pipeline.data.judging import JUDGED_SCHEMA, Judge
-from pipeline.data.manifest import RECORD_SCHEMA, SourceCount, rejections, write_atomically, write_table
+from pipeline.data.manifest import RECORD_SCHEMA, SourceCount, rejections, write_table
 from pipeline.data.sources import ReadTask, read
 from pipeline.data.work import Report, Stage, Task, run_tasks
+from pipeline.runtime.files import write_atomically
 from pipeline.runtime.session import Board
 from pipeline.text.identity import shard_of
 

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 
 from pipeline.data.lengths import LengthCounts
 from pipeline.data.manifest import SPLITS, sha256
+from pipeline.runtime.files import replacing
 from pipeline.text.augment import Augmentation
 from pipeline.text.identity import is_validation
 
@@ -156,17 +157,14 @@ def _write_split(table: pa.Table, path: Path, split: str, recipe: Recipe) -> dic
     keys = [(key, "ascending") for key in ("hash", "id", "window") if key == "hash" or key in table.column_names]
     by_source = [("source", "ascending")] if split == "train" else []
     table = table.append_column("hash", pa.array(hashes, pa.uint64())).sort_by(by_source + keys).drop_columns("hash")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     groups: list[int] = []
     of: list[str | None] = []
-    with pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer:
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer:
         for source, rows in _runs(table, split):
             for start in range(0, len(rows), ROW_GROUP_ROWS):
                 writer.write_table(rows.slice(start, ROW_GROUP_ROWS).combine_chunks())
                 groups.append(min(ROW_GROUP_ROWS, len(rows) - start))
                 of.append(source)
-    temporary.rename(path)
     return {
         "path": f"{split}/{path.name}",
         "split": split,

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.manifest import write_atomically
+from pipeline.runtime.files import SUFFIX, replacing, write_atomically
 from pipeline.runtime.job import JobError, alone_in
 from pipeline.runtime.session import Board
 
@@ -57,6 +57,8 @@ class Stage:
         seconds = round(time.monotonic() - self._began, 1)
         write_atomically(self.folder / "done.json", json.dumps({**summary, "seconds": seconds}).encode())
         shutil.rmtree(self.scratch, ignore_errors=True)
+        for left_by_a_kill in self.folder.rglob(f"*{SUFFIX}"):
+            left_by_a_kill.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,8 @@ def _describe(counts: dict[str, int]) -> str:
 
 def place(source: Path, target: Path) -> None:
     """Give a file a second name, or a copy of it where the file system knows no links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        temporary.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    temporary.replace(target)
+    with replacing(target) as temporary:
+        try:
+            temporary.hardlink_to(source)
+        except OSError:
+            shutil.copyfile(source, temporary)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.data.manifest import Manifest, write_atomically
+from pipeline.data.manifest import Manifest
 from pipeline.embedding.lancedb_store import LanceStore
+from pipeline.runtime.files import write_atomically
 
 
 def open_store(config: Config, model_fingerprint: str, width: int) -> LanceStore:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.manifest import write_atomically
+from pipeline.runtime.files import write_atomically
 
 
 class History:

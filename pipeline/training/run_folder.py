@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from pipeline.config import Config, ConfigError
-from pipeline.data.manifest import write_atomically
+from pipeline.runtime.files import write_atomically
 
 FIXED_SECTIONS = ("model", "objective", "training")
 FREE_KEYS = ("training.max_time_s", "training.log_every_steps")
