@@ -11,7 +11,7 @@ to end; `right` that of the removed ones whose named survivor stayed and reaches
 pairs of which both stayed.
 
 Of linux-doc these are paragraphs of 20 words or more. The 5,000 are not drawn evenly, which would leave hardly any pair
-of wordnet's: first, in the order of ids, every record with another at 0.5 or above, together with that one, then others.
+of wordnet's: first come, in the order of ids, records that have others at 0.5 or above, with those, then the rest.
 """
 
 import argparse

@@ -1,67 +1,45 @@
-"""A small stand-in for Google Cloud Storage on 127.0.0.1: the JSON API by which objects are looked up, listed and read.
+"""A small stand-in for Google Cloud Storage: the JSON API by which pyarrow looks objects up, lists and reads them.
 
-with gcs({"corpus": {"a/one.jsonl": b"…"}}) as address:
-    list_files("s", f"gs://anonymous@corpus/a?scheme=http&endpoint_override={address}", (".jsonl",))
+    python -m tests.gcs_server FOLDER      # prints its address; the folders in FOLDER are buckets
+
+It is a process of its own, for pyarrow asks a stream whether it is open, which waits for the server, under the GIL.
 """
 
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-Buckets = dict[str, dict[str, bytes]]
 CHANGED = "2024-05-01T12:00:00Z"
 
 
-@contextmanager
-def gcs(buckets: Buckets) -> Iterator[str]:
-    handler = type("Handler", (_Handler,), {"buckets": buckets})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    buckets: Buckets
+class Handler(BaseHTTPRequestHandler):
+    root: Path
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
-        import sys
-
-        print(self.path, self.headers.get("Range"), file=sys.stderr)
-        parts = url.path.strip("/").split("/")
-        if parts[:3] == ["storage", "v1", "b"]:
-            return self.api(unquote(parts[3]), parts[4:], query)
-        return self.missing()
-
-    def api(self, bucket: str, rest: list[str], query: dict[str, str]) -> None:
-        objects = self.buckets.get(bucket)
-        if objects is None:
+        bucket, _, rest = url.path.removeprefix("/storage/v1/b/").partition("/")
+        folder = self.root / unquote(bucket)
+        if not folder.is_dir():
             return self.missing()
         if not rest:
             return self.json({"kind": "storage#bucket", "name": bucket, "id": bucket})
-        if len(rest) == 1:
-            names = [name for name in sorted(objects) if name.startswith(query.get("prefix", ""))]
-            items = [described(bucket, name, objects[name]) for name in names]
-            return self.json({"kind": "storage#objects", "items": items})
-        name = unquote("/".join(rest[1:]))
-        if name not in objects:
+        if rest == "o":
+            return self.json({"kind": "storage#objects", "items": self.listed(folder, query.get("prefix", ""))})
+        file = folder / unquote(rest.removeprefix("o/"))
+        if not file.is_file():
             return self.missing()
-        if query.get("alt") == "media":
-            return self.media(objects[name])
-        return self.json(described(bucket, name, objects[name]))
+        return self.media(file.read_bytes()) if query.get("alt") == "media" else self.json(described(folder, file))
+
+    def listed(self, folder: Path, prefix: str) -> list[dict[str, Any]]:
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        return [described(folder, file) for file in files if file.relative_to(folder).as_posix().startswith(prefix)]
 
     def media(self, data: bytes) -> None:
         first, _, last = (self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")
@@ -77,9 +55,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, status: int, data: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for name, value in headers.items():
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 
@@ -87,14 +64,14 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def described(bucket: str, name: str, data: bytes) -> dict[str, Any]:
-    return {
-        "kind": "storage#object",
-        "bucket": bucket,
-        "name": name,
-        "id": f"{bucket}/{name}/1",
-        "size": str(len(data)),
-        "generation": "1",
-        "updated": CHANGED,
-        "timeCreated": CHANGED,
-    }
+def described(folder: Path, file: Path) -> dict[str, Any]:
+    name, size = file.relative_to(folder).as_posix(), str(file.stat().st_size)
+    common = {"kind": "storage#object", "bucket": folder.name, "name": name, "id": f"{folder.name}/{name}/1"}
+    return {**common, "size": size, "generation": "1", "updated": CHANGED, "timeCreated": CHANGED}
+
+
+if __name__ == "__main__":
+    Handler.root = Path(sys.argv[1])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    print(f"127.0.0.1:{server.server_address[1]}", flush=True)  # noqa: T201
+    server.serve_forever()

@@ -187,9 +187,9 @@ def test_a_job_that_was_killed_does_only_the_tasks_that_are_missing(messy_file: 
 
 def test_what_goes_wrong_in_a_task_is_said_in_one_sentence(tmp_path: Path) -> None:
     def work(index: int, report: Report) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "records/00000.parquet")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(JobError, match=r"^prepare: x: \[Errno 28\] No space left on device: 'records/00000\.parquet'$"):
+    with pytest.raises(JobError, match=r"^prepare: x: the disk that holds .* is full; free some space .*$"):
         run_tasks(Board(), "prepare: x", [Task(1, tmp_path / "none")], work)
 
 
@@ -265,12 +265,12 @@ def test_safety_quality_and_language_rules_give_their_reasons(tmp_path: Path) ->
     prose = "This sentence is written in plain English, and it says a few things about the weather in the north."
     rows = [
         {"anchor": "an ordinary title", "positive": prose},
-        {"anchor": "a title", "positive": "buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy"},
+        {"anchor": "a title of sorts", "positive": "buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy"},
         {
-            "anchor": "ein Titel",
+            "anchor": "ein deutscher Titel",
             "positive": "Dieser Satz ist auf Deutsch geschrieben und handelt vom Wetter im Norden.",
         },
-        {"anchor": "a title too", "positive": f"Write to someone@example.org. {prose}"},
+        {"anchor": "another title", "positive": f"Write to someone@example.org. {prose}"},
     ]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     config = config_of(

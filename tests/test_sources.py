@@ -1,19 +1,195 @@
-"""Reading sources: every record or the reason why it is none, however a file is cut into tasks."""
+"""Reading sources: every record or the reason why it is none, however a source is cut into tasks."""
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import ConfigError, Source
 from pipeline.data import sources
-from pipeline.data.sources import check_fields, plan_source, read
+from pipeline.data.sources import RawRecord, check_fields, plan_source, read
 
 
-def all_records(source: Source) -> list[sources.RawRecord]:
+def all_records(source: Source) -> list[RawRecord]:
     return [record for task in plan_source(source).tasks for record in read(task, source)]
+
+
+def compressed(data: bytes, suffix: str) -> bytes:
+    if suffix == ".gz":
+        return gzip.compress(data)
+    if suffix == ".zst":
+        return bytes(pa.compress(data, "zstd", asbytes=True))
+    return data
+
+
+ROWS = [{"id": f"r{i}", "anchor": f"title {i} é", "positive": f"line one of {i}\nline two, {i}"} for i in range(40)]
+
+
+def as_csv(rows: list[dict[str, str]], delimiter: str = ",") -> bytes:
+    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
+    return "".join(delimiter.join(f'"{cell}"' for cell in row) + "\r\n" for row in cells).encode()
+
+
+def as_parquet(rows: list[dict[str, Any]], row_group_size: int = 7) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=row_group_size)
+    return file.getvalue()
+
+
+def as_arrow(rows: list[dict[str, Any]], writer: Callable[..., Any]) -> bytes:
+    file, table = io.BytesIO(), pa.Table.from_pylist(rows)
+    with writer(file, table.schema) as sink:
+        sink.write_table(table, max_chunksize=7)
+    return file.getvalue()
+
+
+def as_feather(rows: list[dict[str, Any]]) -> bytes:
+    file = io.BytesIO()
+    pyarrow.feather.write_feather(pa.Table.from_pylist(rows), file)
+    return file.getvalue()
+
+
+def as_lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+FORMATS = {
+    "a.jsonl": ("json", as_lines(ROWS)),
+    "lines.json": ("json", as_lines(ROWS)),
+    "array.json": ("json", json.dumps(ROWS, ensure_ascii=False).encode()),
+    "pretty_array.json": ("json", json.dumps(ROWS, ensure_ascii=False, indent=2).encode()),
+    "pretty_objects.json": ("json", "\n".join(json.dumps(row, ensure_ascii=False, indent=2) for row in ROWS).encode()),
+    "a.csv": ("csv", as_csv(ROWS)),
+    "a.tsv": ("csv", as_csv(ROWS, "\t")),
+    "a.parquet": ("parquet", as_parquet(ROWS)),
+    "a.arrow": ("arrow", as_arrow(ROWS, pa.ipc.new_file)),
+    "stream.arrow": ("arrow", as_arrow(ROWS, pa.ipc.new_stream)),
+    "a.feather": ("arrow", as_feather(ROWS)),
+}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_records(name: str, suffix: str, tmp_path: Path) -> None:
+    kind, data = FORMATS[name]
+    (tmp_path / f"{name}{suffix}").write_bytes(compressed(data, suffix))
+    for path in (tmp_path, tmp_path / f"{name}{suffix}"):
+        found = all_records(Source(name="s", type=kind, path=str(path)))
+        assert [record.reason for record in found] == [None] * len(ROWS)
+        assert [{"id": record.native_id, **record.fields} for record in found] == ROWS
+        check_fields(Source(name="s", type=kind, path=str(path)))
+
+
+TEXT = b"\xef\xbb\xbfFirst line\nsecond line\n\n\n  \nThird \xc3\xa9\r\n\nlast"
+BY_RECORD = {
+    "file": [("a.txt", {"anchor": "First line", "positive": "second line\n\n\n  \nThird é\n\nlast"}, 1)],
+    "paragraph": [
+        ("a.txt:0", {"text": "First line\nsecond line"}, 1),
+        ("a.txt:31", {"text": "Third é"}, 6),
+        ("a.txt:42", {"text": "last"}, 8),
+    ],
+    "line": [
+        ("a.txt:0", {"text": "First line"}, None),
+        ("a.txt:14", {"text": "second line"}, None),
+        ("a.txt:31", {"text": "Third é"}, None),
+        ("a.txt:42", {"text": "last"}, None),
+    ],
+}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("record", BY_RECORD)
+def test_text_is_a_record_a_file_a_paragraph_or_a_line(record: str, suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"a.txt{suffix}").write_bytes(compressed(TEXT, suffix))
+    found = all_records(Source(name="s", type="text", path=str(tmp_path), record=record))
+    assert [(raw.native_id.replace(suffix, ""), raw.fields, raw.metadata.get("line")) for raw in found] == BY_RECORD[
+        record
+    ]
+    assert {raw.metadata["file"] for raw in found} == {f"a.txt{suffix}"}
+
+
+def test_text_files_have_title_body_and_text(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("# Kites\nA kite is a bird.")
+    for mapped, expected in (
+        ({"text": "text"}, {"text": "# Kites\nA kite is a bird."}),
+        ({"anchor": "title", "positive": "text"}, {"anchor": "Kites", "positive": "# Kites\nA kite is a bird."}),
+    ):
+        assert all_records(Source(name="s", type="text", path=str(tmp_path), fields=mapped))[0].fields == expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 50, 120, 1000, 100_000])
+@pytest.mark.parametrize("name", ["a.jsonl", "lines.json", "a.parquet", "a.csv", "array.json"])
+def test_tasks_of_any_size_read_each_row_once(
+    name: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, data = FORMATS[name]
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(data)
+    source = Source(name="s", type=kind, path=str(tmp_path), fields={"id": "no", "anchor": "anchor", "positive": "id"})
+    whole = [record.native_id for record in all_records(source)]
+    assert len(whole) == len(set(whole)) == 2 * len(ROWS)
+    monkeypatch.setattr(sources, "TASK_BYTES", size)
+    plan = plan_source(source)
+    assert sum(task.bytes for task in plan.tasks) == pytest.approx(plan.total_bytes, rel=0.6)
+    assert [record.native_id for record in all_records(source)] == whole
+    if size == 1 and name in ("a.jsonl", "a.parquet"):
+        assert len(plan.tasks) >= 12
+
+
+@pytest.mark.parametrize("size", [1, 3, 10, 33])
+def test_lines_of_text_are_cut_into_tasks(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_bytes(TEXT)
+    source = Source(name="s", type="text", path=str(tmp_path), record="line")
+    monkeypatch.setattr(sources, "TASK_BYTES", size)
+    assert [(raw.native_id, raw.fields) for raw in all_records(source)] == [row[:2] for row in BY_RECORD["line"]]
+
+
+def test_a_source_has_a_bounded_number_of_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "TASK_BYTES", 1)
+    monkeypatch.setattr(sources, "MAX_TASKS", 10)
+    for i in range(50):
+        (tmp_path / f"{i:02}.jsonl").write_bytes(as_lines(ROWS[:3]))
+    (tmp_path / "large.jsonl").write_bytes(as_lines(ROWS * 10))
+    tasks = plan_source(Source(name="s", type="json", path=str(tmp_path))).tasks
+    assert 5 <= len(tasks) <= 20
+    assert sum(task.bytes for task in tasks) == sum(file.stat().st_size for file in tmp_path.iterdir())
+
+
+def test_what_identifies_the_input_does_not_depend_on_where_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "here/sub").mkdir(parents=True)
+    (tmp_path / "here/sub/a.jsonl").write_bytes(as_lines(ROWS))
+    (tmp_path / "here/b.jsonl.gz").write_bytes(gzip.compress(as_lines(ROWS)))
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    plans = [plan_source(Source(name="s", type="json", path=str(tmp_path / name))) for name in ("here", "there")]
+    assert plans[0].inputs == plans[1].inputs
+    assert [name for name, _, _ in plans[0].inputs] == ["b.jsonl.gz", "sub/a.jsonl"]
+    sizes = {name: size for name, size, _ in plans[0].inputs}
+    assert plans[0].text_bytes == 4 * sizes["b.jsonl.gz"] + sizes["sub/a.jsonl"]
+    assert (
+        plan_source(Source(name="s", type="json", path=str(tmp_path / "*/b.jsonl.gz"))).inputs[0][0]
+        == "here/b.jsonl.gz"
+    )
+
+
+def test_a_relative_path_is_read_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_bytes(as_lines(ROWS))
+    monkeypatch.chdir(tmp_path)
+    source = Source(name="s", type="json", path="a.jsonl")
+    task = plan_source(source).tasks[0]
+    monkeypatch.chdir("/")
+    assert len(list(read(task, source))) == len(ROWS)
 
 
 LINES = [
@@ -24,6 +200,7 @@ LINES = [
     b'{"title": 7, "body": {"text": "x"}}',
     b'{"title": "bad \xff byte", "body": {"text": "x"}}',
     b"[1]",
+    b'{"title": null, "body": {"text": "x"}}',
     '{"title": "ünï", "body": {"text": "last"}}'.encode(),
 ]
 MAPPED = {"anchor": "title", "positive": "body.text"}
@@ -35,10 +212,14 @@ def json_source(tmp_path: Path) -> Source:
     return Source(name="s", type="json", path=str(tmp_path / "a.jsonl"), fields=MAPPED, metadata=["year"])
 
 
-def test_json_lines_give_a_record_or_a_reason_each(json_source: Source) -> None:
+@pytest.mark.parametrize("size", [1, 30, 100_000])
+def test_json_lines_give_a_record_or_a_reason_each(
+    size: int, json_source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "TASK_BYTES", size)
     found = all_records(json_source)
     assert [record.reason for record in found] == [
-        None, "broken_json", "missing_field", "wrong_type", "invalid_utf8", "broken_json", None,
+        None, "broken_json", "missing_field", "wrong_type", "invalid_utf8", "broken_json", "null_field", None,
     ]  # fmt: skip
     assert found[0].fields == {"anchor": "one", "positive": "first"}
     assert (found[0].native_id, found[0].metadata) == ("a", {"year": 1999})
@@ -47,19 +228,13 @@ def test_json_lines_give_a_record_or_a_reason_each(json_source: Source) -> None:
     assert "title" in found[2].excerpt
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 50, 120, 1000])
-def test_tasks_of_any_size_read_each_line_once(size: int, json_source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = [record.native_id for record in all_records(json_source)]
-    monkeypatch.setattr(sources, "TASK_BYTES", size)
-    assert len(plan_source(json_source).tasks) >= 1
-    assert [record.native_id for record in all_records(json_source)] == whole
-
-
 def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path: Path) -> None:
     line = json.dumps({"anchor": "one", "positive": "two", "score": float("nan")})
     (tmp_path / "a.jsonl").write_text(f"\ufeff{line}\n{line}\n", encoding="utf-8")
     source = Source(name="s", type="json", path=str(tmp_path), metadata=["score"])
     assert [(r.reason, r.metadata) for r in all_records(source)] == [(None, {"score": None})] * 2
+    (tmp_path / "a.jsonl").write_text("\ufeff")
+    assert all_records(source) == []
 
 
 def test_line_ends_of_every_kind_in_python(tmp_path: Path) -> None:
@@ -69,34 +244,99 @@ def test_line_ends_of_every_kind_in_python(tmp_path: Path) -> None:
     assert [r.fields["positive"] for r in found] == ["def f(x):\n    return x + 1", "def g():\n    return 2"]
 
 
-def test_a_wrong_field_map_is_refused_naming_the_fields_there(json_source: Source) -> None:
-    wrong = json_source.model_copy(update={"fields": {"anchor": "headline", "positive": "body.text"}})
-    with pytest.raises(ConfigError, match=r"'headline'; it has id, title, body, year"):
-        check_fields(wrong)
-    check_fields(json_source)
-
-
-def test_a_path_with_nothing_in_it_is_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "nothing.jsonl", tmp_path, tmp_path / "*.json"):
-        with pytest.raises(ConfigError, match="found nothing to read"):
-            plan_source(Source(name="s", type="json", path=str(path)))
-
-
 def test_folders_and_globs_are_read_in_order_of_name(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl", "ignored.csv"):
+    for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl", "sub/deep/d.ndjson.gz", "ignored.csv", ".hidden/e.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(json.dumps({"anchor": name, "positive": name}) + "\n")
+        line = json.dumps({"anchor": name, "positive": name}).encode() + b"\n"
+        (tmp_path / name).write_bytes(compressed(line, Path(name).suffix))
+    (tmp_path / "sub/circle").symlink_to(tmp_path)
     for path, expected in (
-        (tmp_path, ["a.jsonl", "b.jsonl", "sub/c.jsonl"]),
+        (tmp_path, ["a.jsonl", "b.jsonl", "sub/c.jsonl", "sub/deep/d.ndjson.gz"]),
         (tmp_path / "*.jsonl", ["a.jsonl", "b.jsonl"]),
+        (tmp_path / "s*/*.jsonl", ["sub/c.jsonl"]),
+        (tmp_path / "[ab].jsonl", ["a.jsonl", "b.jsonl"]),
     ):
         found = all_records(Source(name="s", type="json", path=str(path)))
         assert [record.fields["anchor"] for record in found] == expected
 
 
-def test_max_samples_takes_the_first(json_source: Source) -> None:
+def test_max_samples_takes_the_first(json_source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "TASK_BYTES", 10)
     capped = json_source.model_copy(update={"max_samples": 3})
+    assert len(plan_source(capped).tasks) == 1
     assert [r.native_id for r in all_records(capped)] == [r.native_id for r in all_records(json_source)][:3]
+    (tmp_path / "a.parquet").write_bytes(FORMATS["a.parquet"][1])
+    parquet = Source(name="s", type="parquet", path=str(tmp_path), max_samples=9)
+    assert [r.native_id for r in all_records(parquet)] == [f"r{i}" for i in range(9)]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_wrong_field_map_is_refused_naming_the_fields_there(name: str, tmp_path: Path) -> None:
+    kind, data = FORMATS[name]
+    (tmp_path / name).write_bytes(data)
+    source = Source(name="s", type=kind, path=str(tmp_path), fields={"anchor": "headline", "positive": "body"})
+    with pytest.raises(
+        ConfigError, match=r"sources s: found no field 'headline', 'body' .* it has id, anchor, positive;"
+    ):
+        check_fields(source)
+
+
+def test_a_wrong_nested_field_is_refused_naming_its_neighbours(json_source: Source) -> None:
+    wrong = json_source.model_copy(update={"fields": {"anchor": "title", "positive": "body.txt"}})
+    with pytest.raises(ConfigError, match=r"'body\.txt' .* it has id, title, body\.text, year;"):
+        check_fields(wrong)
+    check_fields(json_source)
+
+
+@pytest.mark.parametrize("key", ["title", "code", "text"])
+def test_fields_that_a_type_never_has_are_refused(key: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Title\nbody")
+    source = Source(name="s", type="text", path=str(tmp_path), record="line", fields={"text": key})
+    if key == "text":
+        return check_fields(source)
+    with pytest.raises(ConfigError, match="it has text, file;"):
+        check_fields(source)
+
+
+@pytest.mark.parametrize(
+    ("header", "refused"), [("id,id,anchor,positive", "'id'"), ("anchor,,positive", "without a name")]
+)
+def test_an_ambiguous_header_is_refused(header: str, refused: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"{header}\n{','.join('abcd'[: header.count(',') + 1])}\n")
+    source = Source(name="s", type="csv", path=str(tmp_path))
+    with pytest.raises(ConfigError, match=refused):
+        check_fields(source)
+    (tmp_path / "a.csv").write_text(",anchor,positive\n0,a,b\n")  # a table with its index
+    check_fields(source)
+
+
+def test_a_path_with_nothing_in_it_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "nothing.jsonl", tmp_path, tmp_path / "*.json", tmp_path / "no/*/[a].json"):
+        with pytest.raises(
+            ConfigError, match="data.sources s: found nothing to read at .*; allowed is a file, a folder"
+        ):
+            plan_source(Source(name="s", type="json", path=str(path)))
+    with pytest.raises(ConfigError, match="found http:// at http://x; allowed is .* local disk, s3:// or gs://"):
+        plan_source(Source(name="s", type="json", path="http://x"))
+
+
+def test_an_empty_source_has_no_fields_to_check(tmp_path: Path) -> None:
+    for kind, name in (("json", "a.jsonl"), ("csv", "a.csv"), ("json", "b.json.gz"), ("arrow", "a.arrow")):
+        (tmp_path / name).write_bytes(b"")
+        source = Source(name="s", type=kind, path=str(tmp_path / name))
+        assert all_records(source) == []
+        assert len(plan_source(source).tasks) == 1
+        check_fields(source)
+
+
+def test_a_file_that_may_not_be_read_is_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(as_lines(ROWS))
+    source = Source(name="s", type="json", path=str(tmp_path))
+    task = plan_source(source).tasks[0]
+    os.unlink(tmp_path / "a.jsonl")
+    assert [(r.native_id, r.reason, r.excerpt) for r in read(task, source)] == [
+        ("a.jsonl", "unreadable_file", "No such file or directory")
+    ]
 
 
 TEXTS = {

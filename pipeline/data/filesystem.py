@@ -115,7 +115,8 @@ def cause(error: BaseException) -> str:
 def refusal(source: str, path: str, error: Exception) -> str:
     """The sentence of a ConfigError on a path of a source that cannot be listed or opened."""
     if not is_unreachable(error):
-        return f"data.sources {source}: found {_shown(path)}: {cause(error)}; allowed is a path that can be listed"
+        allowed = "a file, a folder or a glob that can be read, on local disk, s3:// or gs://"
+        return f"data.sources {source}: found {cause(error)} at {_shown(path)}; allowed is {allowed}"
     return (
         f"data.sources {source}: found no way into {_shown(path)} ({cause(error)}); allowed is a bucket that this "
         "machine reaches, with its region and its credentials in the environment"
@@ -140,7 +141,7 @@ def _place(path: str) -> _Place:
     if scheme == "file":
         return _Place("", os.path.abspath(unquote(rest)), "")
     if scheme not in ("s3", "gs", "gcs"):
-        raise OSError(None, f"{scheme}:// is none of local disk, s3:// and gs://")
+        raise OSError(None, f"{scheme}://")
     location, _, query = rest.partition("?")
     netloc, slash, key = location.partition("/")
     login, at, bucket = netloc.rpartition("@")
@@ -163,7 +164,7 @@ def _open(base: str, name: str) -> Any:
     place = _place(base)
     if not place.root:
         return open(os.path.join(place.path, name), "rb", buffering=0)
-    return _BucketFile(_filesystem(place).open_input_file(f"{place.path}/{name}"))
+    return _filesystem(place).open_input_file(f"{place.path}/{name}")
 
 
 def _on_disk(path: str, suffixes: tuple[str, ...]) -> tuple[str, list[File]]:
@@ -196,9 +197,9 @@ def _in_bucket(place: _Place, suffixes: tuple[str, ...]) -> tuple[str, list[File
 
     filesystem, path = _filesystem(place), place.path
     bucket = path.partition("/")[0]
-    if filesystem.get_file_info(bucket).type == pafs.FileType.NotFound:
-        raise FileNotFoundError(2, f"there is no bucket {bucket}")
     info = filesystem.get_file_info(path)
+    if info.type == pafs.FileType.NotFound and filesystem.get_file_info(bucket).type == pafs.FileType.NotFound:
+        raise FileNotFoundError(2, f"no bucket {bucket}")
     if info.type == pafs.FileType.File:
         folder, found = path.rpartition("/")[0], [info]
     elif info.type == pafs.FileType.Directory:
@@ -230,34 +231,6 @@ def _split_glob(pattern: str) -> tuple[str, str]:
 def _shown(path: str) -> str:
     """A path without the keys and options that a bucket's URI may hold."""
     return re.sub(r"://[^/@]*@", "://", path.partition("?")[0]) if "://" in path else path
-
-
-class _BucketFile(io.RawIOBase):
-    """An object of a bucket, a request a read. Arrow's own files keep a stream open, and on GCS close it at its end."""
-
-    def __init__(self, file: Any) -> None:
-        self._file, self._size, self._at = file, file.size(), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        size = min(len(buffer), self._size - self._at)
-        if size <= 0:
-            return 0
-        buffer[:size] = self._file.read_at(size, self._at)
-        self._at += size
-        return size
 
 
 class _Decompressed(io.RawIOBase):

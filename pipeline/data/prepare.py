@@ -24,6 +24,7 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError, Source
 from pipeline.data import contamination, near_duplicates
+from pipeline.data.content import inputs_by_content
 from pipeline.data.judging import Judge
 from pipeline.data.lengths import LengthCounts, draw
 from pipeline.data.manifest import Manifest, Shard, SourceCount, read_manifest, sha256, write_manifest
@@ -64,9 +65,9 @@ class Inputs:
             load_tokenizer(Path(config.tokenizer.load_path))
         self.work = [(source, task) for source, plan in self.plans for task in plan.tasks]
         self.shards = max(1, min(MAX_SHARDS, sum(_shards(source, plan) for source, plan in self.plans)))
-        self._name_stages(config)
+        self._name_stages(config, rehash)
 
-    def _name_stages(self, config: Config) -> None:
+    def _name_stages(self, config: Config, rehash: bool) -> None:
         data, tokenizer, root = config.data, config.tokenizer, config.root / "prepared" / "stages"
         unread = {"weight", "prompts"}
         self.records = Stage(
@@ -77,7 +78,10 @@ class Inputs:
                 "sources": [source.model_dump(mode="json", exclude=unread) for source in data.sources],
                 "rules": data.model_dump(mode="json", include=_RECORD_KEYS),
                 "safety": sha256(Path(data.safety.rules)) if data.safety.rules else None,
-                "inputs": [[source.name, plan.inputs] for source, plan in self.plans],
+                "inputs": [
+                    [source.name, inputs_by_content(source, plan) if rehash else plan.inputs]
+                    for source, plan in self.plans
+                ],
                 "cut": [len(self.work), self.shards],
             },
         )

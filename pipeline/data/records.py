@@ -31,6 +31,7 @@ from pipeline.runtime.session import Board
 from pipeline.text.identity import shard_of
 
 PART_CHARS = 8 << 20  # of text that a read task holds before it writes it out
+MAX_PARTS = 20_000  # beyond that, parts are larger: each is opened by every task on the other side
 
 
 def make_records(
@@ -39,9 +40,11 @@ def make_records(
     """Fill the stage's `records/` and `rejected/`. Returns what became of each source's records, not yet checked."""
     scratch, tallies = stage.scratch, [stage.scratch / "read" / f"{i:06d}.json" for i in range(len(work))]
 
+    part_chars = max(PART_CHARS, sum(task.bytes for _, task in work) // MAX_PARTS)
+
     def judge(index: int, report: Report) -> None:
         source, task = work[index]
-        _judge_task(task, source, data, shards, tallies[index], report)
+        _judge_task(task, source, data, shards, part_chars, tallies[index], report)
 
     tasks = [Task(task.bytes, tally) for (_, task), tally in zip(work, tallies, strict=True)]
     run_tasks(board, "prepare: read and judge", tasks, judge)
@@ -63,11 +66,13 @@ def make_records(
     return _merge(dict.fromkeys((source.name for source, _ in work), 0) | read_in, map(_read_json, counts))
 
 
-def _judge_task(task: ReadTask, source: Source, data: Data, shards: int, tally: Path, report: Report) -> None:
-    """Write the task's judged rows in parts of PART_CHARS, then what was read and written."""
+def _judge_task(
+    task: ReadTask, source: Source, data: Data, shards: int, part_chars: int, tally: Path, report: Report
+) -> None:
+    """Write the task's judged rows in parts, then what was read and written."""
     judge, count = Judge(source, data), 0
     parts: list[str] = []
-    for rows in _in_parts(map(judge, read(task, source))):
+    for rows in _in_parts(map(judge, read(task, source)), part_chars):
         path = tally.with_name(f"{tally.stem}-{len(parts)}.arrow")
         write_parts(
             pa.Table.from_pylist(rows, JUDGED_SCHEMA), [shard_of(row["id"], shards) for row in rows], shards, path
@@ -79,13 +84,13 @@ def _judge_task(task: ReadTask, source: Source, data: Data, shards: int, tally: 
     report({"bytes": task.bytes})
 
 
-def _in_parts(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def _in_parts(rows: Iterable[dict[str, Any]], part_chars: int) -> Iterator[list[dict[str, Any]]]:
     part: list[dict[str, Any]] = []
     chars = 0
     for row in rows:
         part.append(row)
         chars += 100 + sum(len(value) for value in row.values())
-        if chars >= PART_CHARS:
+        if chars >= part_chars:
             yield part
             part, chars = [], 0
     if part:

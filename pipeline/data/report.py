@@ -75,14 +75,16 @@ def log_clusters(clusters: Sequence[dict[str, Any]]) -> None:
 
 def summary_table(manifest: Manifest, seconds: dict[str, float]) -> str:
     """What came in, what was kept, and why the rest was not; tokens; the time of each stage."""
-    reasons = sorted({reason for source in manifest.sources for reason in source.rejected})
-    rows = [
-        [source.name, source.rows_in, source.rows_kept, *(source.rejected.get(reason, 0) for reason in reasons)]
-        for source in manifest.sources
+    sources = manifest.sources
+    reasons = sorted({reason for source in sources for reason in source.rejected})
+    rows: list[tuple[str, list[int]]] = [
+        ("in", [source.rows_in for source in sources]),
+        ("kept", [source.rows_kept for source in sources]),
+        *((reason, [source.rejected.get(reason, 0) for source in sources]) for reason in reasons),
     ]
-    if len(rows) > 1:
-        rows.append(["all", *(sum(cells) for cells in list(zip(*rows, strict=True))[1:])])
-    counts = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows]
+    sums = [[name, *cells, sum(cells)] if len(sources) > 1 else [name, *cells] for name, cells in rows]
+    counts = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in sums]
+    header = ("records", *(source.name for source in sources), *(["all"] if len(sources) > 1 else []))
     tokens = [
         [
             name,
@@ -94,7 +96,7 @@ def summary_table(manifest: Manifest, seconds: dict[str, float]) -> str:
     ]
     return "\n\n".join(
         [
-            table(counts, ("source", "in", "kept", *reasons)),
+            table(counts, header),
             table(tokens, ("field", "rows", "tokens", "mean", "p50", "p95", "max", "longer", "unknown")),
             table([[name, f"{value:,.1f}"] for name, value in seconds.items()], ("stage", "seconds")),
         ]

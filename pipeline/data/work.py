@@ -12,6 +12,7 @@ whole or not at all, is never done again.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -82,7 +83,7 @@ def run_tasks(board: Board, name: str, tasks: Sequence[Task], work: Callable[[in
     todo = [index for index, task in enumerate(tasks) if not task.output.exists()]
     if not todo:
         return
-    handle = board.handle
+    handle, folder = board.handle, str(tasks[0].output.parent)
 
     def run(batch: dict[str, Any]) -> dict[str, list[str]]:
         try:
@@ -90,7 +91,7 @@ def run_tasks(board: Board, name: str, tasks: Sequence[Task], work: Callable[[in
                 work(todo[place], handle.add_all.remote)
         except Exception as error:  # as data: what Ray would raise in its place has lost the cause
             traceback.print_exc()  # to the log
-            return {"error": [str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"]}
+            return {"error": [_sentence(error, folder)]}
         return {"error": []}
 
     dataset = ray.data.range(len(todo), override_num_blocks=len(todo)).map_batches(run, batch_size=1)
@@ -98,6 +99,12 @@ def run_tasks(board: Board, name: str, tasks: Sequence[Task], work: Callable[[in
     with board.stage(name, total, "B", counter="bytes", describe=_describe):
         for row in dataset.iter_rows():  # leaving the loop ends what is still under way
             raise JobError(f"{name}: {row['error']}")
+
+
+def _sentence(error: Exception, folder: str) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk that holds {folder} is full; free some space and run the same command again"
+    return str(error) if isinstance(error, OSError | JobError) else f"{type(error).__name__}: {error}"
 
 
 def _describe(counts: dict[str, int]) -> str:

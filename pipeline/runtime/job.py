@@ -162,7 +162,7 @@ def run_job(
             log_file.write_traceback(error)
     signals.ignore()
     if sentence:
-        _say(f"{name}: {sentence}")
+        _say(sentence if sentence.startswith(f"{name}: ") else f"{name}: {sentence}")
     stop_logging()
     last = {
         "job": name,

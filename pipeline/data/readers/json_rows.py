@@ -9,18 +9,21 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import re
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
-import ijson
-
-from pipeline.data.fields import Row, broken
-from pipeline.data.filesystem import without_compression
+from pipeline.data.fields import EXCERPT_CHARS, Row, broken
+from pipeline.data.filesystem import BUFFER_BYTES, without_compression
 from pipeline.data.readers.lines import MAX_LINE_BYTES, is_too_long, lines
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 SUFFIXES = (*LINE_SUFFIXES, ".json")
 
+_OPENING = re.compile(r"\s*\[")
+_BETWEEN = re.compile(r"[\s,]*")
+_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 _DECODER = json.JSONDecoder(parse_constant=lambda constant: None)  # NaN and infinity are no JSON, but are written
 
 
@@ -30,7 +33,7 @@ def rows(file: io.BufferedReader, name: str, start: int = 0, stop: int | None = 
     if kind == "lines":
         found = lines(file, start, stop)
         return (_row(line, f"{name}:{offset}") for offset, line in found if line and not line.isspace())
-    return _values(file, name, "item" if kind == "array" else "")
+    return _values(file, name, kind == "array")
 
 
 def shape(file: io.BufferedReader, name: str) -> str:
@@ -63,36 +66,76 @@ def _object(values: Any, position: str) -> Row:
     return Row(position, values)
 
 
-def _values(file: io.BufferedReader, name: str, prefix: str) -> Iterator[Row]:
-    """The values of an array (`item`), or those that the file holds one after another; positions count them."""
-    if file.peek().startswith(codecs.BOM_UTF8):
-        file.read(len(codecs.BOM_UTF8))
-    bounded, index = _Bounded(file), 0
-    try:
-        for values in ijson.items(bounded, prefix, use_float=True, multiple_values=not prefix):
-            yield _object(values, f"{name}:{index}")
-            bounded.left = MAX_LINE_BYTES
-            index += 1
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        yield broken(f"{name}:{index}", "broken_json", " ".join(str(error).split()))
-    except _TooLongError:
-        yield broken(f"{name}:{index}", "line_too_long", f"a value of more than {MAX_LINE_BYTES:,} bytes")
+def _values(file: io.BufferedReader, name: str, is_array: bool) -> Iterator[Row]:
+    """The values of an array, or those that the file holds one after another; positions count them."""
+    held, index = _Held(file), 0
+    held.grow()
+    held.skip(_OPENING if is_array else _BETWEEN)
+    while held.rest() or held.grow():
+        held.skip(_BETWEEN)
+        position = f"{name}:{index}"
+        if is_array and held.text.startswith("]", held.at):
+            if held.text[held.at + 1 :].strip():
+                yield broken(position, "broken_json", "more follows the end of the array")
+            return
+        if not held.rest():
+            continue
+        try:
+            values, end = _DECODER.raw_decode(held.text, held.at)
+        except (ValueError, RecursionError) as error:
+            if held.may_go_on(error) and held.rest() <= MAX_LINE_BYTES and held.grow():
+                continue
+            reason = "line_too_long" if held.rest() > MAX_LINE_BYTES and held.may_go_on(error) else "broken_json"
+            yield broken(position, reason, held.excerpt())
+            return
+        yield (
+            broken(position, "invalid_utf8", held.excerpt()) if held.is_undecodable(end) else _object(values, position)
+        )
+        held.at, index = end, index + 1
+    if is_array:
+        yield broken(f"{name}:{index}", "broken_json", "the array has no end")
 
 
-class _TooLongError(Exception):
-    pass
-
-
-class _Bounded:
-    """A file of which no more than MAX_LINE_BYTES are read for one value."""
+class _Held:
+    """The part of a file that is held: `text` from `at` on. Bytes that are not UTF-8 are lone surrogates in it."""
 
     def __init__(self, file: io.BufferedReader) -> None:
-        self._file = file
-        self.left = MAX_LINE_BYTES
+        self._read1 = file.read1
+        self._failure: Exception | None = None
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+        self.text, self.at = "", 0
 
-    def read(self, size: int = -1) -> bytes:
-        if self.left <= 0:
-            raise _TooLongError
-        data = self._file.read(size)
-        self.left -= len(data)
-        return data
+    def rest(self) -> int:
+        return len(self.text) - self.at
+
+    def grow(self) -> bool:
+        """Hold twice as much, so that a long value is not parsed too often. False at the end of the file.
+
+        Raises what reading raises, but only once all that was read before is used.
+        """
+        if self._failure:
+            raise self._failure
+        wanted, data = max(BUFFER_BYTES, self.rest()), bytearray()
+        try:
+            while len(data) < wanted and (piece := self._read1(wanted)):
+                data += piece
+        except (OSError, EOFError, zlib.error) as error:
+            self._failure = error
+        self.text, self.at = self.text[self.at :] + self._decode(data, not data), 0
+        return bool(data or self._failure)
+
+    def skip(self, pattern: re.Pattern[str]) -> None:
+        if found := pattern.match(self.text, self.at):
+            self.at = found.end()
+
+    def may_go_on(self, error: Exception) -> bool:
+        """Whether what is broken may be a value of which more follows."""
+        if not isinstance(error, json.JSONDecodeError):
+            return False
+        return error.msg.startswith("Unterminated string") or error.pos > len(self.text) - len("\\ud83d\\ude00")
+
+    def is_undecodable(self, end: int) -> bool:
+        return not self.text.isascii() and bool(_ESCAPED_BYTE.search(self.text, self.at, end))
+
+    def excerpt(self) -> bytes:
+        return self.text[self.at : self.at + EXCERPT_CHARS].encode("utf-8", "surrogateescape")

@@ -1,0 +1,323 @@
+"""Bad input is data: what cannot be read is counted with a reason, what can be read beside it is read."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config import Source
+from pipeline.data import sources
+from pipeline.data.readers import csv_rows, json_rows, lines, text_rows
+from tests.test_sources import ROWS, all_records, as_arrow, as_csv, as_lines, as_parquet, compressed
+
+OUTCOMES = dict[str | None, int]
+
+
+def outcomes(kind: str, path: Path, **settings: Any) -> OUTCOMES:
+    return dict(
+        Counter(record.reason for record in all_records(Source(name="s", type=kind, path=str(path), **settings)))
+    )
+
+
+@pytest.fixture
+def short_lines(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Lines of more than 1,000 bytes are too long."""
+    for module in (lines, json_rows, text_rows):
+        monkeypatch.setattr(module, "MAX_LINE_BYTES", 1000)
+    return 1000
+
+
+MANY = [{"id": f"r{i}", "anchor": f"{i * i}", "positive": hashlib.sha256(b"%d" % i).hexdigest()} for i in range(20_000)]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize(
+    ("kind", "name", "plain"),
+    [
+        ("json", "a.jsonl", as_lines(MANY)),
+        ("json", "a.json", json.dumps(MANY).encode()),
+        ("csv", "a.csv", as_csv(MANY)),
+        ("text", "a.txt", as_lines(MANY)),
+        ("arrow", "a.arrow", as_arrow(MANY, pa.ipc.new_stream)),
+    ],
+)
+def test_a_truncated_file_gives_what_lies_before_the_cut(
+    kind: str, name: str, plain: bytes, suffix: str, tmp_path: Path
+) -> None:
+    data = compressed(plain, suffix)
+    (tmp_path / f"{name}{suffix}").write_bytes(data[: len(data) * 2 // 3])
+    settings = {"record": "line"} if kind == "text" else {}
+    found = all_records(Source(name="s", type=kind, path=str(tmp_path), **settings))
+    assert 0.6 * len(MANY) < len(found) < 0.7 * len(MANY)
+    assert {record.reason for record in found[:-1]} == {None}
+    assert found[-1].reason == "unreadable_file"
+    assert "ended before" in found[-1].excerpt or "Truncated" in found[-1].excerpt
+
+
+def test_gzip_loses_nothing_before_the_cut(tmp_path: Path) -> None:
+    data = gzip.compress(as_lines(ROWS))
+    (tmp_path / "a.jsonl.gz").write_bytes(data[:-4])  # of the checksum
+    assert outcomes("json", tmp_path) == {None: len(ROWS), "unreadable_file": 1}
+
+
+ZEROS = {
+    "a.jsonl": ("json", {}, "broken_json"),
+    "a.json": ("json", {}, "broken_json"),
+    "a.csv": ("csv", {}, "broken_csv"),
+    "a.parquet": ("parquet", {}, "unreadable_file"),
+    "a.arrow": ("arrow", {}, "unreadable_file"),
+    "a.jsonl.gz": ("json", {}, "unreadable_file"),
+    "a.csv.zst": ("csv", {}, "unreadable_file"),
+    "a.txt": ("text", {"record": "line"}, None),  # characters that the rules over text refuse
+    "b.txt": ("text", {"record": "paragraph"}, None),
+    "c.txt": ("text", {}, None),
+}
+
+
+@pytest.mark.parametrize("name", ZEROS)
+@pytest.mark.parametrize("task_bytes", [4 << 20, 1000])
+def test_a_file_of_zeros_is_one_record(
+    name: str, task_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, settings, reason = ZEROS[name]
+    monkeypatch.setattr(sources, "TASK_BYTES", task_bytes)
+    (tmp_path / name).write_bytes(bytes(100_000))
+    assert outcomes(kind, tmp_path, **settings) == {reason: 1}
+
+
+def test_a_file_of_zeros_longer_than_a_line_may_be(short_lines: int, tmp_path: Path) -> None:
+    for name, kind, settings, reason in (
+        ("a.jsonl", "json", {}, "line_too_long"),
+        ("a.csv", "csv", {}, "line_too_long"),
+        ("b.txt", "text", {"record": "line"}, "line_too_long"),
+        ("b.txt", "text", {"record": "paragraph"}, "paragraph_too_long"),
+        ("b.txt", "text", {}, "file_too_long"),
+        ("a.py", "python_packages", {}, "file_too_long"),
+    ):
+        (tmp_path / name).write_bytes(bytes(100_000))
+        assert outcomes(kind, tmp_path / name, **settings) == {reason: 1}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("task_bytes", [4 << 20, 700])
+def test_a_line_that_is_too_long_is_passed_over(
+    suffix: str, task_bytes: int, short_lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "TASK_BYTES", task_bytes)
+    long = json.dumps({"anchor": "x" * 5_000, "positive": "y"}).encode() + b"\n"
+    good = as_lines(ROWS[:3])
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(compressed(good + long + good + long[:-1], suffix))
+    found = all_records(Source(name="s", type="json", path=str(tmp_path)))
+    assert [record.reason for record in found] == [None] * 3 + ["line_too_long"] + [None] * 3 + ["line_too_long"]
+    assert all(len(record.excerpt) <= 200 for record in found)
+
+
+def test_lines_and_paragraphs_of_text_that_are_too_long(short_lines: int, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\n" + b"x" * 3_000 + b"\n\n" + b"short\n" * 500 + b"\nlast\n")
+    assert outcomes("text", tmp_path, record="line") == {None: 502, "line_too_long": 1}
+    assert outcomes("text", tmp_path, record="paragraph") == {None: 1, "paragraph_too_long": 2}
+    assert outcomes("text", tmp_path) == {"file_too_long": 1}
+
+
+def test_a_long_row_of_csv_and_a_long_value_of_an_array(
+    short_lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_rows, "BUFFER_BYTES", 100)
+    long = {"id": "x", "anchor": "x" * 100_000, "positive": "y"}
+    (tmp_path / "a.csv").write_bytes(as_csv([*ROWS[:3], long, *ROWS[:3]]))
+    assert outcomes("csv", tmp_path)["line_too_long"] == 1
+    (tmp_path / "a.json").write_text(json.dumps([*ROWS[:3], long, *ROWS[:3]]))
+    assert outcomes("json", tmp_path) == {None: 3, "line_too_long": 1}
+
+
+def read_apart(kind: str, path: Path) -> tuple[OUTCOMES, int]:
+    """The outcomes, and the KiB by which the memory of a process grew that did nothing but read."""
+    code = f"""
+import json, resource
+from collections import Counter
+from pipeline.config import Source
+from pipeline.data.sources import plan_source, read
+source = Source(name="s", type={kind!r}, path={str(path)!r})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+reasons = Counter(record.reason for task in plan_source(source).tasks for record in read(task, source))
+print(json.dumps([list(reasons.items()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    reasons, grown_kb = json.loads(result.stdout)
+    return dict(reasons), grown_kb
+
+
+def test_a_line_of_200_mb_is_not_held(tmp_path: Path) -> None:
+    with open(tmp_path / "a.jsonl", "wb") as file:
+        file.write(as_lines(ROWS[:1]) + b'{"anchor": "')
+        for _ in range(200):
+            file.write(b"x" * (1 << 20))
+        file.write(b'"}\n' + as_lines(ROWS[1:]))
+    reasons, grown_kb = read_apart("json", tmp_path)
+    assert reasons == {None: len(ROWS), "line_too_long": 1}
+    assert grown_kb < 160_000  # MAX_LINE_BYTES, twice while it is put together, and change
+
+
+def test_memory_does_not_grow_with_a_row_group(tmp_path: Path) -> None:
+    texts = [f"{i} " + "words " * 200 for i in range(100_000)]
+    table = pa.table({"anchor": texts, "positive": texts})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1 << 20, compression="none", use_dictionary=False)
+    assert (tmp_path / "a.parquet").stat().st_size > 200_000_000
+    reasons, grown_kb = read_apart("parquet", tmp_path)
+    assert reasons == {None: len(texts)}
+    assert grown_kb < 60_000
+
+
+def test_wrong_encodings(tmp_path: Path) -> None:
+    latin, text = tmp_path / "latin", '{"anchor": "caf\xe9", "positive": "x"}\n'
+    latin.mkdir()
+    (latin / "a.jsonl").write_bytes(text.encode("latin-1") * 3 + as_lines(ROWS))
+    assert outcomes("json", latin) == {None: len(ROWS), "invalid_utf8": 3}
+    (latin / "b.csv").write_bytes(as_csv(ROWS) + "x,caf\xe9,z\r\n".encode("latin-1"))
+    assert outcomes("csv", latin) == {None: len(ROWS), "invalid_utf8": 1}
+    (latin / "c.txt").write_bytes("caf\xe9\n\nall right".encode("latin-1"))
+    assert outcomes("text", latin, record="paragraph") == {None: 1, "invalid_utf8": 1}
+    assert outcomes("text", latin) == {"invalid_utf8": 1}
+    utf16 = tmp_path / "utf16"
+    utf16.mkdir()
+    (utf16 / "a.jsonl").write_bytes(as_lines(ROWS).decode().encode("utf-16"))
+    assert set(outcomes("json", utf16)) <= {"invalid_utf8", "broken_json"}
+    (utf16 / "b.csv").write_bytes(as_csv(ROWS).decode().encode("utf-16"))
+    assert set(outcomes("csv", utf16)) <= {"invalid_utf8", "broken_csv"}
+
+
+def test_csv_rows_with_too_many_or_too_few_cells(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('anchor,positive\na,b\na\na,b,c\n\n"a\n1",b\n"a"x,b\na,b\n')
+    found = all_records(Source(name="s", type="csv", path=str(tmp_path)))
+    assert [record.reason for record in found] == [
+        None,
+        "wrong_cell_count",
+        "wrong_cell_count",
+        None,
+        "broken_csv",
+        None,
+    ]
+    assert [record.native_id for record in found] == [f"a.csv:{line}" for line in (2, 3, 4, 6, 8, 9)]
+    assert found[1].excerpt == "1 cells under 2 names: a"
+    assert found[3].fields["anchor"] == "a\n1"
+
+
+def test_a_quote_that_is_never_closed_takes_a_bounded_part_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(csv_rows, "MAX_CELL_CHARS", 500)
+    row = "some words,some more words\n"
+    (tmp_path / "a.csv").write_text(f'anchor,positive\n{row}"never closed,x\n{row * 1000}')
+    found = outcomes("csv", tmp_path)
+    assert found["broken_csv"] == 1
+    assert found[None] >= 980
+    (tmp_path / "a.csv").write_text(f'anchor,positive\n{row}a,"never closed\n')
+    assert outcomes("csv", tmp_path) == {None: 1, "broken_csv": 1}
+
+
+def test_a_delimiter_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("anchor;positive\na;b\n")
+    assert outcomes("csv", tmp_path, delimiter=";") == {None: 1}
+
+
+@pytest.mark.parametrize("data", [b"", as_parquet(ROWS)[:-200], as_parquet(ROWS)[:300], b"PAR1" * 10, bytes(1000)])
+def test_a_parquet_file_that_cannot_be_opened_is_one_record(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(as_parquet(ROWS))
+    (tmp_path / "b.parquet").write_bytes(data)
+    assert outcomes("parquet", tmp_path) == {None: len(ROWS), "unreadable_file": 1}
+    assert outcomes("parquet", tmp_path / "b.parquet") == {"unreadable_file": 1}
+
+
+@pytest.mark.parametrize("task_bytes", [4 << 20, 1])
+def test_each_row_of_a_broken_row_group_is_counted(
+    task_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "TASK_BYTES", task_bytes)
+    data = bytearray(as_parquet(ROWS, row_group_size=15))
+    column = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(1).column(2)
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + column.total_compressed_size] = b"\xa5" * column.total_compressed_size
+    (tmp_path / "a.parquet").write_bytes(data)
+    found = all_records(Source(name="s", type="parquet", path=str(tmp_path), fields={"id": "no", "text": "positive"}))
+    assert [record.reason for record in found] == [None] * 15 + ["unreadable_row_group"] * 15 + [None] * 10
+    assert [record.native_id for record in found] == [f"a.parquet:{i}" for i in range(40)]
+
+
+@pytest.mark.parametrize("cut", [-200, -1, 1500, 9, 3])
+def test_an_arrow_file_that_is_cut_gives_what_lies_before_the_cut(cut: int, tmp_path: Path) -> None:
+    (tmp_path / "a.arrow").write_bytes(as_arrow(ROWS, pa.ipc.new_file)[:cut])
+    found = outcomes("arrow", tmp_path)
+    assert found["unreadable_file"] == 1
+    assert set(found) <= {None, "unreadable_file"}
+    assert cut > 0 or found[None] == len(ROWS)
+
+
+def test_values_that_are_no_text(tmp_path: Path) -> None:
+    undecodable = pa.Array.from_buffers(pa.string(), 3, pa.array([b"fine", b"\xff\xfe", b"fine"]).buffers())
+    table = pa.table(
+        {
+            "anchor": undecodable,
+            "positive": pa.array([b"bytes \xc3\xa9", b"x", b"\xff"], pa.binary()),
+            "number": [1.5, 2.5, None],
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = all_records(Source(name="s", type="parquet", path=str(tmp_path)))
+    assert [record.reason for record in found] == [None, "invalid_utf8", "invalid_utf8"]
+    assert found[0].fields == {"anchor": "fine", "positive": "bytes é"}
+    assert outcomes("parquet", tmp_path, fields={"text": "number"}) == {"wrong_type": 2, "null_field": 1}
+    mixed = [
+        {"anchor": "a", "positive": value} for value in ("x", 1, True, None, {"a": "b"}, ["x", "y"], ["x", 2], [None])
+    ]
+    (tmp_path / "a.jsonl").write_bytes(as_lines([*mixed, {"anchor": "a"}]))
+    found = all_records(Source(name="s", type="json", path=str(tmp_path)))
+    assert [record.reason for record in found] == [
+        None, "wrong_type", "wrong_type", "null_field", "wrong_type", None, "wrong_type", "null_field", "missing_field",
+    ]  # fmt: skip
+    assert found[5].fields["positive"] == "x\n\ny"
+    assert found[8].excerpt == "no field 'positive'; it has anchor"
+
+
+def test_lone_surrogates_are_json_and_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"anchor": "\\ud800 x", "positive": "\\ud83d\\ude00"}\n')
+    assert all_records(Source(name="s", type="json", path=str(tmp_path)))[0].fields == {
+        "anchor": "\ud800 x",
+        "positive": "\U0001f600",
+    }
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ('[{"anchor": "a", "positive": "b"}, {"anchor": "a"', {None: 1, "broken_json": 1}),
+        ('[{"anchor": "a", "positive": "b"}, 7, [], {"anchor": "a", "positive": "b"}]', {None: 2, "broken_json": 2}),
+        ('[{"anchor": "a", "positive": "b"}] trailing', {None: 1, "broken_json": 1}),
+        ("[]", {}),
+        ('{\n  "anchor": "a",\n  "positive": "b"\n', {"broken_json": 1}),
+        ('{\n  "anchor": "a",\n  "positive": "b"\n}', {None: 1}),
+        ('{"anchor": "a", "positive": "b"}', {None: 1}),
+        ("[" * 100_000, {"broken_json": 1}),
+        ("   \n", {}),
+    ],
+)
+def test_json_files_that_hold_one_value(data: str, expected: OUTCOMES, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(data)
+    assert outcomes("json", tmp_path) == expected
+    (tmp_path / "a.json").write_text("\ufeff" + data)
+    assert outcomes("json", tmp_path) == expected
+
+
+def test_deep_json_and_giant_numbers_are_broken_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("[" * 100_000 + "\n" + '{"anchor": ' + "1" * 10_000 + "}\n")
+    assert outcomes("json", tmp_path) == {"broken_json": 2}
