@@ -53,7 +53,8 @@ SUFFIXES = {
     "python_packages": package_rows.SUFFIXES,
 }
 _WITH_COLUMNS = ("csv", "parquet", "arrow", "huggingface")
-_UNREADABLE = (OSError, EOFError, zlib.error, pa.ArrowException)
+_DAMAGED = (pa.ArrowException, MemoryError, UnicodeDecodeError)  # the last two: lengths and names of damaged columns
+_UNREADABLE = (OSError, EOFError, zlib.error, *_DAMAGED)
 
 
 @dataclass(frozen=True)

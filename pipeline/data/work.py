@@ -108,8 +108,9 @@ def _sentence(error: Exception, folder: str) -> str:
 
 
 def _describe(counts: dict[str, int]) -> str:
-    records, rejected = counts.get("records", 0), counts.get("rejected", 0)
-    return f"{records:,} records, {rejected / records:.1%} rejected" if records else ""
+    records, rejected = counts.get("records", 0), counts.get("rejected")
+    share = f", {rejected / records:.1%} rejected" if records and rejected is not None else ""
+    return f"{records:,} records{share}" if records else ""
 
 
 def place(source: Path, target: Path) -> None:

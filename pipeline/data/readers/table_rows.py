@@ -82,20 +82,23 @@ def _asked_for(columns: Sequence[str], names: Sequence[str]) -> list[int]:
 
 
 def batch_rows(batch: pa.RecordBatch, name: str, first: int, names: Sequence[str]) -> Iterator[Row]:
-    """A batch's rows. Where one has a value that Python cannot hold, that one is broken and the others are not."""
+    """A batch's rows. Where one has a value that cannot be read, that one is broken and the others are not."""
     positions = [f"{name}:{i}" for i in range(first, first + batch.num_rows)]
     try:
+        batch.validate(full=True)  # or a damaged Arrow file would have its offsets followed to anywhere in memory
         values = batch.to_pylist()
-    except (ValueError, OverflowError, pa.ArrowException):
+    except _NO_VALUE:
         yield from (_one_row(batch.slice(i, 1), position, names) for i, position in enumerate(positions))
         return
     yield from (Row(position, row, names) for position, row in zip(positions, values, strict=True))
 
 
+_NO_VALUE = (ValueError, OverflowError, pa.ArrowException)  # the first two of times that Python has no type for
+
+
 def _one_row(row: pa.RecordBatch, position: str, names: Sequence[str]) -> Row:
     try:
+        row.validate(full=True)
         return Row(position, row.to_pylist()[0], names)
-    except UnicodeDecodeError as error:
-        return broken(position, "invalid_utf8", error.object)
-    except (ValueError, OverflowError, pa.ArrowException) as error:
-        return broken(position, "wrong_type", cause(error))
+    except _NO_VALUE as error:
+        return broken(position, "invalid_utf8" if "UTF8" in str(error) else "unreadable_value", cause(error))
