@@ -247,7 +247,7 @@ def test_the_cap_on_duplicates(tmp_path: Path) -> None:
 
 def test_train_and_validation_share_no_near_duplicate(tmp_path: Path) -> None:
     texts = variants(600, 4)
-    rows = [{"anchor": text.split(" ", 1)[0] + " " * 10 + "anchor", "positive": text} for text in texts]
+    rows = [{"anchor": text.split(" ", 1)[0] + " as an anchor", "positive": text} for text in texts]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     config = config_of(tmp_path, path, "data.near_duplicates.threshold=0.7", "data.validation_fraction=0.3")
     folder, manifest = prepare(config, Board)
@@ -265,7 +265,10 @@ def test_safety_quality_and_language_rules_give_their_reasons(tmp_path: Path) ->
     prose = "This sentence is written in plain English, and it says a few things about the weather in the north."
     rows = [
         {"anchor": "an ordinary title", "positive": prose},
-        {"anchor": "a title of sorts", "positive": "buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy"},
+        {
+            "anchor": "a title of sorts",
+            "positive": "buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy",
+        },
         {
             "anchor": "ein deutscher Titel",
             "positive": "Dieser Satz ist auf Deutsch geschrieben und handelt vom Wetter im Norden.",
@@ -282,10 +285,7 @@ def test_safety_quality_and_language_rules_give_their_reasons(tmp_path: Path) ->
     assert reasons.pop("language_de") == 1
     assert sum(rows for reason, rows in reasons.items() if reason.startswith("quality_")) == 1
     kept = pq.read_table(folder / "records")["positive"].to_pylist()
-    assert sorted(text.split(".")[0] for text in kept) == [
-        "This sentence is written in plain English, and it says a few things about the weather in the north",
-        "Write to [EMAIL]",
-    ]
+    assert sorted(kept) == [prose, f"Write to [EMAIL]. {prose}"]
 
 
 def test_text_alone_in_windows(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import IO, Any, NamedTuple, cast
-from urllib.parse import unquote
+from urllib.parse import parse_qsl, unquote, urlencode
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -52,7 +52,7 @@ def list_files(source: str, path: str, suffixes: tuple[str, ...]) -> tuple[str, 
     """
     try:
         place = _place(path)
-        folder, files = _in_bucket(place, suffixes) if place.root else _on_disk(place.path, suffixes)
+        folder, files = _in_bucket(place, suffixes) if place.scheme else _on_disk(place.path, suffixes)
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(refusal(source, path, error)) from None
     if not files:
@@ -124,14 +124,14 @@ def refusal(source: str, path: str, error: Exception) -> str:
 
 
 class _Place(NamedTuple):
-    """`s3://key:secret@bucket/a/b?region=x` in parts: what comes before the bucket, bucket and path, options."""
+    """`s3://bucket/a/b?region=x` in parts: scheme, bucket and path, options."""
 
-    root: str  # "" on local disk
+    scheme: str  # "" on local disk
     path: str
     query: str
 
     def __str__(self) -> str:
-        return self.root + self.path + (f"?{self.query}" if self.query else "")
+        return (f"{self.scheme}://" if self.scheme else "") + self.path + (f"?{self.query}" if self.query else "")
 
 
 def _place(path: str) -> _Place:
@@ -143,26 +143,31 @@ def _place(path: str) -> _Place:
     if scheme not in ("s3", "gs", "gcs"):
         raise OSError(None, f"{scheme}://")
     location, _, query = rest.partition("?")
-    netloc, slash, key = location.partition("/")
-    login, at, bucket = netloc.rpartition("@")
-    return _Place(f"{scheme}://{login}{at}", (bucket + slash + key).rstrip("/"), query)
+    return _Place(scheme, location.rstrip("/"), query)
 
 
 @lru_cache(maxsize=32)
-def _connect(root: str, bucket: str, query: str) -> Any:
-    if not root.startswith("s3:") and "retry_limit_seconds" not in query:
-        query = "&".join(filter(None, [query, f"retry_limit_seconds={GCS_RETRY_S}"]))
-    filesystem, _ = pafs.FileSystem.from_uri(str(_Place(root, bucket, query)))
-    return filesystem
+def _connect(scheme: str, bucket: str, query: str) -> Any:
+    """The filesystem that a bucket is in. Options are those of pyarrow's URIs, and `anonymous=true` for public data."""
+    options = dict(parse_qsl(query))
+    anonymous = options.pop("anonymous", "false") == "true"
+    if scheme == "s3" and anonymous:  # which pyarrow cannot read from a URI
+        if "endpoint_override" not in options and "region" not in options:
+            options["region"] = pafs.resolve_s3_region(bucket)
+        return pafs.S3FileSystem(anonymous=True, **options)
+    if scheme != "s3":
+        options.setdefault("retry_limit_seconds", str(GCS_RETRY_S))
+    login = "anonymous@" if anonymous else ""
+    return pafs.FileSystem.from_uri(f"{scheme}://{login}{bucket}?{urlencode(options)}")[0]
 
 
 def _filesystem(place: _Place) -> Any:
-    return _connect(place.root, place.path.partition("/")[0], place.query)
+    return _connect(place.scheme, place.path.partition("/")[0], place.query)
 
 
 def _open(base: str, name: str) -> Any:
     place = _place(base)
-    if not place.root:
+    if not place.scheme:
         return open(os.path.join(place.path, name), "rb", buffering=0)
     return _filesystem(place).open_input_file(f"{place.path}/{name}")
 
@@ -229,8 +234,8 @@ def _split_glob(pattern: str) -> tuple[str, str]:
 
 
 def _shown(path: str) -> str:
-    """A path without the keys and options that a bucket's URI may hold."""
-    return re.sub(r"://[^/@]*@", "://", path.partition("?")[0]) if "://" in path else path
+    """A path without a bucket's options."""
+    return path.partition("?")[0] if "://" in path else path
 
 
 class _Decompressed(io.RawIOBase):
