@@ -51,9 +51,9 @@ def s3() -> Iterator[str]:
     server.start()
     host, port = server.get_host_and_port()
     client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-    client.create_bucket(Bucket="corpus")
+    client.create_bucket(Bucket="corpus", ACL="public-read")
     for key, data in OBJECTS.items():
-        client.put_object(Bucket="corpus", Key=key, Body=data)
+        client.put_object(Bucket="corpus", Key=key, Body=data, ACL="public-read")
     try:
         yield f"?region=us-east-1&scheme=http&endpoint_override={host}:{port}"
     finally:

@@ -56,9 +56,10 @@ def list_files(source: str, path: str, suffixes: tuple[str, ...]) -> tuple[str, 
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(refusal(source, path, error)) from None
     if not files:
+        kinds = f" ({', '.join(suffixes)}, or these with .gz or .zst)" if any(suffixes) else ""
         raise ConfigError(
             f"data.sources {source}: found nothing to read at {_shown(path)}; allowed is a file, a folder with files "
-            f"in it ({', '.join(suffixes)}, or these with .gz or .zst) or a glob that matches some"
+            f"in it{kinds} or a glob that matches some"
         )
     return str(place._replace(path=folder)), sorted(files, key=lambda file: file.name)
 

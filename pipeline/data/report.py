@@ -13,7 +13,11 @@ from pipeline.data.manifest import Manifest, SourceCount
 from pipeline.runtime.console import log, table
 from pipeline.runtime.job import JobError
 
-BAD_REASONS = ("invalid_utf8", "broken_json", "broken_python", "missing_field", "wrong_type", "unreadable_file")
+BAD_REASONS = (  # what cannot be read, as against what is not wanted; counted by data.max_bad_fraction
+    *("broken_csv", "broken_json", "broken_python", "invalid_utf8", "wrong_cell_count"),
+    *("file_too_long", "line_too_long", "unreadable_file", "unreadable_row_group", "unreadable_value"),
+    *("missing_field", "null_field", "wrong_type"),
+)
 DUPLICATES = ("duplicate", "near_duplicate")
 NOT_ITS_FAULT = (*DUPLICATES, "contaminated")  # a source may lose all its records to these
 EXAMPLES = 3

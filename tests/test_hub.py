@@ -1,0 +1,250 @@
+"""Sources of type huggingface: the real libraries against a hub on 127.0.0.1, and folders of data sets.
+
+The libraries read HF_ENDPOINT when they are imported, so what asks the hub is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import ConfigError, Source
+from pipeline.data.sources import check_fields, plan_source, read
+from tests.hub_server import hub
+from tests.test_sources import all_records, as_lines, as_parquet
+
+ROOT = Path(__file__).parents[1]
+OLD, NEW, PARQUET = "b" * 40, "a" * 40, "refs/convert/parquet"
+OPENWEBTEXT, PUBMED_QA = "b4325f019c648b1641a1784748667e8b74e5e064", "9001f2853fb87cab8d220904e0de81ac6973b318"
+
+CARD = """---
+configs:
+{}---
+# A data set
+"""
+CONFIG = """- config_name: {0}
+  data_files:
+  - split: {1}
+    path: {0}/{1}-*
+"""
+
+
+def pairs(first: int, last: int) -> list[dict[str, Any]]:
+    return [{"question": f"q{i}", "long_answer": f"a{i}", "pubid": i} for i in range(first, last)]
+
+
+def pubmed_qa(count: int) -> list[dict[str, Any]]:
+    context = {"contexts": ["Aims.", "Methods."], "labels": ["A", "B"], "meshes": ["Humans"]}
+    return [{**row, "context": context, "final_decision": "yes"} for row in pairs(0, count)]
+
+
+REPOS = {
+    "owner/pairs": {
+        OLD: {"data/train-0.parquet": as_parquet(pairs(0, 2))},
+        NEW: {
+            "README.md": CARD.format(CONFIG.format("one", "train") + CONFIG.format("two", "train")).encode(),
+            "one/train-00000-of-00003.parquet": as_parquet(pairs(0, 20)),
+            "one/train-00001-of-00003.parquet": as_parquet(pairs(20, 45)),
+            "one/train-00002-of-00003.parquet": as_parquet(pairs(45, 50)),
+            "two/train-00000-of-00001.parquet": as_parquet(pairs(90, 92)),
+        },
+    },
+    "owner/script": {
+        PARQUET: {"default/train/0000.parquet": as_parquet(pairs(0, 3))},
+        NEW: {"README.md": b"# Loaded by a script", "script.py": b"raise SystemExit"},
+    },
+    "owner/broken": {
+        NEW: {"a.parquet": as_parquet(pairs(0, 3)), "b.parquet": as_parquet(pairs(3, 6))[:-50] + bytes(50)}
+    },
+    "Skylion007/openwebtext": {
+        OPENWEBTEXT: {
+            "README.md": CARD.format(CONFIG.format("plain_text", "train")).encode(),
+            "plain_text/train-00000-of-00002.parquet": as_parquet([{"text": f"page {i}"} for i in range(10)]),
+            "plain_text/train-00001-of-00002.parquet": as_parquet([{"text": f"page {i}"} for i in range(10, 15)]),
+        }
+    },
+    "qiaojin/PubMedQA": {
+        PUBMED_QA: {
+            "README.md": CARD.format(
+                "".join(CONFIG.format(f"pqa_{name}", "train") for name in ("artificial", "labeled", "unlabeled"))
+            ).encode(),
+            **{
+                f"pqa_{name}/train-00000-of-00001.parquet": as_parquet(pubmed_qa(count))
+                for name, count in (("artificial", 9), ("labeled", 2), ("unlabeled", 4))
+            },
+        }
+    },
+}
+
+READ = """
+import json, sys
+from pipeline.config import ConfigError, Source, load
+from pipeline.data.sources import check_fields, plan_source, read
+
+def described(source):
+    try:
+        plan = plan_source(source)
+        check_fields(source)
+    except ConfigError as error:
+        return {"error": str(error)}
+    records = [[[r.native_id, r.fields, r.metadata, r.reason] for r in read(task, source)] for task in plan.tasks]
+    sizes = [task.bytes for task in plan.tasks]
+    return {"tasks": records, "inputs": plan.inputs, "text_bytes": plan.text_bytes, "bytes": sizes}
+
+for line in sys.stdin:
+    asked = json.loads(line)
+    found = load(asked["file"]).data.sources if "file" in asked else [Source(name="s", type="huggingface", **asked)]
+    print(json.dumps([described(source) for source in found]), flush=True)
+"""
+
+
+class Reader:
+    """A process that reads sources and describes what came."""
+
+    def __init__(self, endpoint: str, home: Path) -> None:
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
+        environment.pop("HF_HUB_OFFLINE", None)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", READ],
+            env=environment,
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, **asked: Any) -> list[dict[str, Any]]:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def online(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Reader, list[str]]]:
+    with hub(REPOS) as (endpoint, requests):
+        reader = Reader(endpoint, tmp_path_factory.mktemp("hub"))
+        yield reader, requests
+        reader.process.terminate()
+        reader.process.communicate()
+
+
+MAPPED = {"id": "pubid", "anchor": "question", "positive": "long_answer"}
+EXPECTED = [[str(i), {"anchor": f"q{i}", "positive": f"a{i}"}, {}, None] for i in range(50)]
+
+
+def test_a_data_set_is_streamed_a_shard_a_task(online: tuple[Reader, list[str]]) -> None:
+    (found,) = online[0](path="owner/pairs", config="one", fields=MAPPED)
+    assert found["tasks"] == [EXPECTED[:20], EXPECTED[20:45], EXPECTED[45:]]
+    size = sum(len(data) for name, data in REPOS["owner/pairs"][NEW].items() if name.startswith("one/"))
+    assert found["inputs"] == [[f"owner/pairs@{NEW}:one:train", size, 0]]
+    assert found["text_bytes"] == 3 * size
+    assert sum(found["bytes"]) == pytest.approx(size, abs=3)
+    assert any("one/train-00002" in request for request in online[1])
+    assert not any("two/train" in request and "GET" in request for request in online[1])
+
+
+def test_a_revision_is_what_it_says(online: tuple[Reader, list[str]]) -> None:
+    (found,) = online[0](path="owner/pairs", revision=OLD, fields=MAPPED)
+    assert found["tasks"] == [EXPECTED[:2]]
+    assert found["inputs"][0][0] == f"owner/pairs@{OLD}::train"
+    (converted,) = online[0](path="owner/script", revision=PARQUET, fields=MAPPED)
+    assert converted["tasks"] == [EXPECTED[:3]]
+
+
+def test_max_samples_are_the_first_in_one_task(online: tuple[Reader, list[str]]) -> None:
+    (found,) = online[0](path="owner/pairs", config="one", fields={"text": "question"}, max_samples=22)
+    assert found["tasks"] == [
+        [[f"train:{int(i >= 20)}:{i % 20}", {"text": f"q{i}"}, {}, None] for i in range(22)],
+    ]
+
+
+def test_a_broken_shard_is_a_record(online: tuple[Reader, list[str]]) -> None:
+    (found,) = online[0](path="owner/broken", fields=MAPPED)
+    assert [[record[3] for record in task] for task in found["tasks"]] == [[None] * 3, ["unreadable_file"]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"path": "owner/pairs", "config": "three"}, "'three' not found. Available: ['one', 'two']; allowed is"),
+        ({"path": "owner/pairs"}, "Please pick one among the available configs: ['one', 'two']; allowed is"),
+        ({"path": "owner/pairs", "config": "one", "split": "test"}, "Bad split: test. Available splits: ['train'];"),
+        ({"path": "owner/pairs", "revision": "v9"}, "found no revision v9; allowed is a commit, tag or branch"),
+        ({"path": "owner/nothing"}, "found no data set of that name on the hub, or a private one and no HF_TOKEN"),
+        ({"path": "owner/script"}, "`revision: refs/convert/parquet` is the hub's own copy of many as Parquet"),
+        ({"path": "owner/pairs", "config": "one", "fields": {"text": "body"}}, "it has question, long_answer, pubid;"),
+        ({"path": "no name"}, "data.sources s: no name: found Repo id must"),
+        ({"path": "./nothing"}, "data.sources s: ./nothing: found there is no such folder; allowed is"),
+    ],
+)
+def test_what_is_not_there_is_refused(asked: dict[str, Any], message: str, online: tuple[Reader, list[str]]) -> None:
+    (found,) = online[0](**{"fields": MAPPED, **asked})
+    assert found["error"].startswith("data.sources s: ")
+    assert message in found["error"]
+    assert "\n" not in found["error"]
+
+
+def test_presets_name_data_as_the_hub_has_it(online: tuple[Reader, list[str]]) -> None:
+    (pages,) = online[0](file="configs/openwebtext.yaml")
+    assert [record[1] for record in pages["tasks"][0]] == [{"text": f"page {i}"} for i in range(15)]
+    artificial, unlabeled = online[0](file="configs/pubmed_qa.yaml")
+    assert (artificial["tasks"], unlabeled["tasks"]) == ([EXPECTED[:9]], [EXPECTED[:4]])
+    contexts, _ = online[0](file="configs/pubmed_qa_contexts.yaml")
+    assert contexts["tasks"][0][0] == ["0", {"text": "Aims.\n\nMethods."}, {"context.meshes": ["Humans"]}, None]
+
+
+def test_a_hub_out_of_reach_is_refused(tmp_path: Path) -> None:
+    reader = Reader("http://127.0.0.1:1", tmp_path)
+    (found,) = reader(path="owner/pairs")
+    reader.process.communicate()
+    assert "found no way to the hub ([Errno 111] Connection refused); allowed is a machine that" in found["error"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "set").mkdir()
+    for name, rows in (("train-0", pairs(0, 7)), ("train-1", pairs(7, 12)), ("test-0", pairs(20, 22))):
+        (tmp_path / "set" / f"{name}.parquet").write_bytes(as_parquet(rows))
+    return tmp_path / "set"
+
+
+def test_a_folder_is_a_data_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    source = Source(name="s", type="huggingface", path="set", fields=MAPPED)
+    check_fields(source)
+    plan = plan_source(source)
+    assert [name for name, _, _ in plan.inputs] == ["test-0.parquet", "train-0.parquet", "train-1.parquet"]
+    monkeypatch.chdir("/")
+    found = [[record.native_id for record in read(task, source)] for task in plan.tasks]
+    assert found == [[str(i) for i in range(7)], [str(i) for i in range(7, 12)]]
+    test = source.model_copy(update={"split": "test", "path": str(folder)})
+    assert [record.fields["anchor"] for record in all_records(test)] == ["q20", "q21"]
+
+
+def test_a_changed_folder_is_read_afresh(folder: Path) -> None:
+    source = Source(name="s", type="huggingface", path=str(folder), fields=MAPPED)
+    before = plan_source(source)
+    (folder / "train-2.parquet").write_bytes(as_parquet(pairs(30, 33)))
+    assert len(all_records(source)) == 15
+    assert plan_source(source).inputs != before.inputs
+
+
+def test_folders_of_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/train.jsonl").write_bytes(as_lines(pairs(0, 5)))
+    source = Source(name="s", type="huggingface", path=str(tmp_path / "set"), fields=MAPPED)
+    assert [record.native_id for record in all_records(source)] == list("01234")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ConfigError, match=r"data.sources s: found nothing to read"):
+        plan_source(source.model_copy(update={"path": str(tmp_path / "none")}))
