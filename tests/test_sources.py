@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -175,6 +176,7 @@ def test_what_identifies_the_input_does_not_depend_on_where_it_lies(tmp_path: Pa
     plans = [plan_source(Source(name="s", type="json", path=str(tmp_path / name))) for name in ("here", "there")]
     assert plans[0].inputs == plans[1].inputs
     assert [name for name, _, _ in plans[0].inputs] == ["b.jsonl.gz", "sub/a.jsonl"]
+    assert pickle.loads(pickle.dumps(plans[0].tasks)) == plans[0].tasks
     sizes = {name: size for name, size, _ in plans[0].inputs}
     assert plans[0].text_bytes == 4 * sizes["b.jsonl.gz"] + sizes["sub/a.jsonl"]
     assert (

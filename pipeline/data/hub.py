@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face hub, streamed: nothing but their cards is kept on disk. A folder of one works too.
 
     found = find(source)                    # HubData(path='qiaojin/PubMedQA', revision='9001f285…', shards=1, …)
-    for row in rows(source, found.path, found.revision, start=0, stop=1): ...
+    for row in rows(source, found.path, found.revision, ['question'], start=0, stop=1): ...
 
 A branch is resolved to its commit once, so all workers read the same data. A shard is a file of the data set, and a
 row's position is split, shard and row: the same however many workers there are. Private data wants HF_TOKEN.
@@ -10,7 +10,7 @@ row's position is split, shard and row: the same however many workers there are.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,7 +20,7 @@ import pyarrow as pa
 from pipeline.config import ConfigError, Source
 from pipeline.data.fields import Row, broken
 from pipeline.data.filesystem import cause, list_files
-from pipeline.data.readers.table_rows import BATCH_ROWS, batch_rows
+from pipeline.data.readers.table_rows import BATCH_ROWS, asked_for, batch_rows
 from pipeline.runtime.job import JobError
 
 LOOKUP_TIMEOUT_S = 30.0
@@ -58,7 +58,7 @@ def find(source: Source) -> HubData:
     return HubData(path, commit, shards, inputs, sizes)
 
 
-def rows(source: Source, path: str, revision: str, start: int, stop: int) -> Iterator[Row]:
+def rows(source: Source, path: str, revision: str, columns: Sequence[str], start: int, stop: int) -> Iterator[Row]:
     """Rows of the shards `start` to `stop`. Raises JobError where the hub fails on the way."""
     try:
         data = _dataset(path, source.config, source.split, revision)
@@ -67,18 +67,19 @@ def rows(source: Source, path: str, revision: str, start: int, stop: int) -> Ite
     for shard in range(start, stop):
         name = f"{source.split}:{shard}"
         try:
-            yield from _shard_rows(data.shard(num_shards=data.num_shards, index=shard), name)
+            yield from _shard_rows(data.shard(num_shards=data.num_shards, index=shard), name, columns)
         except _errors() as error:
             if _is_network(error):
                 raise JobError(f"source {source.name}: shard {shard} could not be fetched: {cause(error)}") from None
             yield broken(name, "unreadable_file", cause(error))
 
 
-def _shard_rows(shard: Any, name: str) -> Iterator[Row]:
+def _shard_rows(shard: Any, name: str, columns: Sequence[str]) -> Iterator[Row]:
     first = 0
     for table in shard.with_format("arrow").iter(BATCH_ROWS):
-        for batch in table.to_batches():
-            yield from batch_rows(batch, name, first, table.column_names)
+        names = table.column_names
+        for batch in table.select(asked_for(columns, names)).to_batches():
+            yield from batch_rows(batch, name, first, names)
             first += batch.num_rows
 
 

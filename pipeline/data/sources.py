@@ -204,10 +204,10 @@ def _runs(base: str, name: str, group_bytes: list[int], task_bytes: int) -> Iter
 
 
 def _rows(task: ReadTask, source: Source) -> Iterator[Row]:
-    if source.type == "huggingface":
-        yield from hub.rows(source, task.base, task.paths[0], task.start, task.stop or 0)
-        return
     columns = own_fields(source)
+    if source.type == "huggingface":
+        yield from hub.rows(source, task.base, task.paths[0], columns, task.start, task.stop or 0)
+        return
     for name in task.paths:
         try:
             with (open_random if source.type == "parquet" else open_stream)(task.base, name) as file:
@@ -241,7 +241,8 @@ def _first_rows(source: Source) -> list[Row]:
     try:
         return [row for row in islice(rows, CHECKED_ROWS) if row.reason is None]
     except JobError as error:
-        raise ConfigError(f"data.sources: found that {error}; allowed is a source that can be read") from None
+        found = str(error).partition(": ")[2]
+        raise ConfigError(f"data.sources {source.name}: found that {found}; allowed is data that can be read") from None
 
 
 def _names(row: Row) -> Iterator[str]:

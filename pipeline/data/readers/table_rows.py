@@ -66,17 +66,17 @@ def arrow_rows(file: io.BufferedReader, name: str, columns: Sequence[str]) -> It
     first = 0
     with pa.ipc.open_stream(file) as stream:
         names = stream.schema.names
-        asked_for = _asked_for(columns, names)
+        wanted = asked_for(columns, names)
         for batch in stream:
             for i in range(0, batch.num_rows, BATCH_ROWS):
                 rows = batch.slice(i, BATCH_ROWS)
-                yield from batch_rows(rows.select(asked_for), name, first + i, names)
+                yield from batch_rows(rows.select(wanted), name, first + i, names)
             first += batch.num_rows
         if is_file and not file.read().endswith(_FILE_MAGIC):
             raise pa.ArrowInvalid("the file ends before its footer")
 
 
-def _asked_for(columns: Sequence[str], names: Sequence[str]) -> list[int]:
+def asked_for(columns: Sequence[str], names: Sequence[str]) -> list[int]:
     """Indices of the columns that the paths begin with."""
     return [i for i, name in enumerate(names) if any(path == name or path.startswith(f"{name}.") for path in columns)]
 
