@@ -104,10 +104,10 @@ def test_packing() -> None:
 
 
 def test_folder_round_trip(tmp_path: Path) -> None:
-    from pipeline.data.tokenizing import train_bpe
+    from pipeline.data.vocabulary import train_tokenizer
 
     encoder = random_encoder(EncoderShape(**{**vars(SHAPE), "vocab_size": 600}))
-    tokenizer = train_bpe(["some words to train on"] * 10, vocab_size=600, lowercase=True)
+    tokenizer = train_tokenizer(["some words to train on"] * 10, kind="bpe", vocab_size=600, lowercase=True)
     save_encoder(tmp_path, encoder, tokenizer.to_str(), max_length=3)
     loaded, loaded_tokenizer = load_encoder(tmp_path)
     torch.testing.assert_close(loaded(pack(TEXTS)), encoder(pack(TEXTS)))

@@ -15,7 +15,14 @@ from pipeline.runtime.job import JobError
 
 BAD_REASONS = (  # what cannot be read, as against what is not wanted; counted by data.max_bad_fraction
     *("broken_csv", "broken_json", "broken_python", "invalid_utf8", "wrong_cell_count"),
-    *("file_too_long", "line_too_long", "unreadable_file", "unreadable_row_group", "unreadable_value"),
+    *(
+        "file_too_long",
+        "line_too_long",
+        "paragraph_too_long",
+        "unreadable_file",
+        "unreadable_row_group",
+        "unreadable_value",
+    ),
     *("missing_field", "null_field", "wrong_type"),
 )
 DUPLICATES = ("duplicate", "near_duplicate")
