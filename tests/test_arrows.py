@@ -16,14 +16,15 @@ MAY_IMPORT = {
     "runtime": {"config"},
     "model": set(),
     "objectives": {"model"},
-    "data": {"config", "runtime", "text"},
+    "sources": {"config", "runtime", "text"},
+    "data": {"config", "runtime", "text", "sources"},
     "embedding": {"config", "runtime", "data", "model", "text"},
     "evaluation": {"config", "runtime", "data", "model", "text", "embedding"},
     "training": {"config", "runtime", "data", "model", "objectives", "evaluation"},
     "stages": {"config", "runtime", "data", "model", "embedding", "evaluation", "training"},
 }
-WITHOUT_RAY = {"config", "text", "model", "objectives"}
-WITHOUT_TORCH = {"config", "text", "runtime", "data"}
+WITHOUT_RAY = {"config", "text", "sources", "model", "objectives"}
+WITHOUT_TORCH = {"config", "text", "runtime", "sources", "data"}
 RAYLESS_MODULES = {"training/loop.py", "training/step.py", "training/checkpoints.py", "embedding/store.py"}
 
 

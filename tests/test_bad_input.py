@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import Source
-from pipeline.data import sources
-from pipeline.data.readers import csv_rows, json_rows, lines, text_rows
+from pipeline.sources import source as sources
+from pipeline.sources.readers import csv_rows, json_rows, lines, text_rows
 from tests.test_sources import ROWS, all_records, as_arrow, as_csv, as_lines, as_parquet, compressed
 
 OUTCOMES = dict[str | None, int]
@@ -147,7 +147,7 @@ def read_apart(kind: str, path: Path) -> tuple[OUTCOMES, int]:
 import json, resource
 from collections import Counter
 from pipeline.config import Source
-from pipeline.data.sources import plan_source, read
+from pipeline.sources.source import plan_source, read
 source = Source(name="s", type={kind!r}, path={str(path)!r})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 reasons = Counter(record.reason for task in plan_source(source).tasks for record in read(task, source))

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ConfigError, Source
-from pipeline.data import filesystem, sources
-from pipeline.data.sources import check_fields, plan_source, read
 from pipeline.runtime.job import JobError
+from pipeline.sources import filesystem
+from pipeline.sources import source as sources
+from pipeline.sources.source import check_fields, plan_source, read
 from tests.test_sources import FORMATS, ROWS, all_records, as_csv, as_lines, as_parquet, compressed
 
 OBJECTS = {

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import Source
-from pipeline.data.fields import FieldMap, RawRecord, Row, broken, own_fields, required_fields, text_fields
+from pipeline.sources.fields import FieldMap, RawRecord, Row, broken, own_fields, required_fields, text_fields
 
 
 def source(kind: str = "json", **settings: Any) -> Source:

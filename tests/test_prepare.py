@@ -16,11 +16,11 @@ from tokenizers import Tokenizer
 
 from pipeline.config import Config, ConfigError, load
 from pipeline.data import prepare as prepare_module
-from pipeline.data import sources
 from pipeline.data.prepare import prepare
 from pipeline.data.work import Report, Task, run_tasks
 from pipeline.runtime.job import JobError
 from pipeline.runtime.session import Board
+from pipeline.sources import source as sources
 from pipeline.text.identity import content_id, is_validation
 from tests.conftest import make_pairs, write_jsonl
 from tests.test_shingles import likeness, variants, word_tuples

@@ -24,7 +24,7 @@ class Source(Section):
     folder of one. python_packages: the functions and classes of the installed packages.
     Files ending in .gz or .zst are decompressed on the way."""
     path: PathStr | None = None
-    """A file, a folder or a glob, on local disk, s3:// or gs:// (their options as in `?region=eu-west-1`).
+    """A file, a folder or a glob, on local disk, s3:// or gs:// (options as in `?region=eu-west-1`, `?anonymous=true`).
     huggingface: the data set's name. python_packages: a folder of packages, by default this Python's site-packages."""
     record: Literal["file", "paragraph", "line"] = "file"
     """What a text source's record is. A file has the fields `title` (its title or first line), `body` (the rest) and

@@ -24,13 +24,11 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError, Source
 from pipeline.data import contamination, near_duplicates
-from pipeline.data.content import inputs_by_content
 from pipeline.data.judging import Judge
 from pipeline.data.lengths import LengthCounts, draw
 from pipeline.data.manifest import Manifest, Shard, SourceCount, read_manifest, sha256, write_manifest
 from pipeline.data.records import make_records, record_texts
 from pipeline.data.report import check_duplicates, check_sources, log_clusters, summary_table, warn_of_bad_input
-from pipeline.data.sources import Plan, check_fields, plan_source, text_fields
 from pipeline.data.tokenizing import ROW_GROUP_ROWS, Recipe, tokenize_file
 from pipeline.data.vocabulary import load_tokenizer, tokenizer_file, train_tokenizer
 from pipeline.data.work import Report, Stage, Task, place, run_tasks
@@ -39,6 +37,8 @@ from pipeline.runtime.console import log
 from pipeline.runtime.files import write_atomically
 from pipeline.runtime.job import alone_in
 from pipeline.runtime.session import Board
+from pipeline.sources.content import inputs_by_content
+from pipeline.sources.source import Plan, check_fields, plan_source, text_fields
 from pipeline.text.augment import Augmentation
 
 FORMAT = 2  # of prepared data; a change of what the stages write makes all earlier folders stale

@@ -24,10 +24,10 @@ from pipeline.config import Data, Source
 from pipeline.data.exchange import read_part, write_parts
 from pipeline.data.judging import JUDGED_SCHEMA, Judge
 from pipeline.data.manifest import RECORD_SCHEMA, SourceCount, rejections, write_table
-from pipeline.data.sources import ReadTask, read
 from pipeline.data.work import Report, Stage, Task, run_tasks
 from pipeline.runtime.files import write_atomically
 from pipeline.runtime.session import Board
+from pipeline.sources.source import ReadTask, read
 from pipeline.text.identity import shard_of
 
 PART_CHARS = 8 << 20  # of text that a read task holds before it writes it out

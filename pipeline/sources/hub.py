@@ -18,10 +18,10 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import ConfigError, Source
-from pipeline.data.fields import Row, broken
-from pipeline.data.filesystem import cause, list_files
-from pipeline.data.readers.table_rows import BATCH_ROWS, asked_for, batch_rows
 from pipeline.runtime.job import JobError
+from pipeline.sources.fields import Row, broken
+from pipeline.sources.filesystem import cause, list_files
+from pipeline.sources.readers.table_rows import BATCH_ROWS, asked_for, batch_rows
 
 LOOKUP_TIMEOUT_S = 30.0
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 
-from pipeline.data.fields import Row, broken
-from pipeline.data.readers.text_rows import whole_text
+from pipeline.sources.fields import Row, broken
+from pipeline.sources.readers.text_rows import whole_text
 from pipeline.text import docstrings
 
 SUFFIXES = (".py",)

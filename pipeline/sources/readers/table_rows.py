@@ -13,8 +13,8 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.fields import Row, broken
-from pipeline.data.filesystem import BUFFER_BYTES, cause, is_unreachable
+from pipeline.sources.fields import Row, broken
+from pipeline.sources.filesystem import BUFFER_BYTES, cause, is_unreachable
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
 ARROW_SUFFIXES = (".arrow", ".arrows", ".ipc", ".feather")

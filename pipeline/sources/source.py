@@ -22,9 +22,10 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import ConfigError, Source
-from pipeline.data import hub
-from pipeline.data.fields import FieldMap, RawRecord, Row, broken, has, own_fields, required_fields, text_fields
-from pipeline.data.filesystem import (
+from pipeline.runtime.job import JobError
+from pipeline.sources import hub
+from pipeline.sources.fields import FieldMap, RawRecord, Row, broken, has, own_fields, required_fields, text_fields
+from pipeline.sources.filesystem import (
     File,
     cause,
     is_compressed,
@@ -34,8 +35,7 @@ from pipeline.data.filesystem import (
     open_stream,
     refusal,
 )
-from pipeline.data.readers import csv_rows, json_rows, package_rows, table_rows, text_rows
-from pipeline.runtime.job import JobError
+from pipeline.sources.readers import csv_rows, json_rows, package_rows, table_rows, text_rows
 
 __all__ = ["Plan", "RawRecord", "ReadTask", "check_fields", "plan_source", "read", "text_fields"]
 
