@@ -43,7 +43,7 @@ from pipeline.text.augment import Augmentation
 
 FORMAT = 2  # of prepared data; a change of what the stages write makes all earlier folders stale
 SHARD_BYTES = 8 << 20  # text a shard stands for: a core tokenizes it in seconds
-MAX_SHARDS = 4096
+MAX_SHARDS = 16_384
 _RECORD_KEYS = {"min_chars", "max_chars", "max_nonprintable", "sanitize", "safety", "quality"}
 
 
