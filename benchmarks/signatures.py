@@ -43,7 +43,7 @@ def by_rensa(sets: Sequence[Shingles]) -> Signatures:
 
 def by_datasketch(scheme: str) -> Callable[[Sequence[Shingles]], Signatures]:
     """`affine32`, datasketch's default, sees the lower half of a hash; `affine64` all of it."""
-    from datasketch import MinHash  # type: ignore[import-untyped]
+    from datasketch import MinHash
 
     empty = MinHash(num_perm=PERMUTATIONS, hashfunc=int, scheme=scheme)  # permutations are drawn once
     bits = np.uint64(0xFFFFFFFF if scheme == "affine32" else 0xFFFFFFFFFFFFFFFF)
