@@ -200,7 +200,7 @@ def test_a_server_that_goes_away_stops_the_run(credentials: None) -> None:
     with s3() as options:
         source = source_at(("s3://corpus", options), "/pages/a.jsonl")
         task = plan_source(source).tasks[0]
-    with pytest.raises(JobError, match=r"^source s: a.jsonl could not be fetched: AWS Error NETWORK_CONNECTION"):
+    with pytest.raises(JobError, match=r"^source s: a.jsonl could not be read: AWS Error NETWORK_CONNECTION"):
         list(read(task, source))
 
 

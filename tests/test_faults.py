@@ -165,14 +165,14 @@ def test_the_same_bytes_on_1_2_and_4_workers_and_killed_in_each_stage(tmp_path: 
     for output in ("read/*.json", "counts/*.json", "keys/*.npy", "gone/*.parquet", "described/*.json"):
         job = JobProcess("prepare", config, *overrides)
         deadline = time.monotonic() + WAIT_S
-        while not list(killed.glob(f"store/prepared/stages/*/scratch/{output}")):
+        while not list(killed.glob(f"store/stages/*/scratch/{output}")):
             assert job.process.poll() is None, f"ended before {output}:\n{job.log.read_text()}"
             assert time.monotonic() < deadline
             time.sleep(0.01)
         job.wait_for("prepare")
         job.process.kill()
         job.process.wait()
-        finished = {str(p): p.stat().st_mtime_ns for p in killed.glob("store/prepared/stages/*/done.json")}
+        finished = {str(p): p.stat().st_mtime_ns for p in killed.glob("store/stages/*/done.json")}
         assert done.items() <= finished.items()  # nothing that was done is done again
         done = finished
     run("prepare", config, *overrides)

@@ -141,7 +141,7 @@ def test_nothing_to_do_and_what_makes_it_stale(messy_file: Path, tmp_path: Path)
 
 def stages(root: Path) -> dict[str, int]:
     """Each finished stage and when it was."""
-    found = (root / "store" / "prepared" / "stages").glob("*/done.json")
+    found = (root / "store" / "stages").glob("*/done.json")
     return {path.parent.name: path.stat().st_mtime_ns for path in found}
 
 
@@ -228,6 +228,24 @@ def test_sources_together(tmp_path: Path) -> None:
     rejected = pq.read_table(folder / "rejected").to_pylist()
     assert {row["duplicate_of"] for row in rejected} <= set(records["source_id"].to_pylist())
     assert manifest.shards[0].row_group_sources == sorted({*records["source"].to_pylist()})
+
+
+def test_sources_with_and_without_negatives(tmp_path: Path) -> None:
+    rows = make_pairs(60)
+    for row in rows[:30]:
+        row["negatives"] = ["nothing to do with it at all", "nor has this one"]
+    entries = [
+        {"name": name, "type": "json", "path": str(write_jsonl(tmp_path / f"{name}.jsonl", part)), "fields": fields}
+        for name, part, fields in (
+            ("with", rows[:30], {"anchor": "anchor", "positive": "positive", "negatives": "negatives"}),
+            ("without", rows[30:], {"anchor": "anchor", "positive": "positive"}),
+        )
+    ]
+    folder, manifest = prepare(config_of(tmp_path, tmp_path, f"data.sources={json.dumps(entries)}"), Board)
+    negatives = {row["source"]: row["negatives"] for row in pq.read_table(folder / "train").to_pylist()}
+    assert len(negatives["with"]) == 2
+    assert negatives["without"] == []
+    assert manifest.lengths["negatives"]["rows"] == 60
 
 
 def test_the_cap_on_duplicates(tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config import Data, Source
+from pipeline.data.judging import Judge
+from pipeline.sources.fields import RawRecord
 from pipeline.text.safety import SHIPPED, Rules, load_rules
 
 LINES = [
@@ -194,3 +197,22 @@ def test_a_missing_file_and_wrong_actions(tmp_path: Path) -> None:
 
 def test_every_shipped_rule_says_why() -> None:
     assert SHIPPED.read_text().count("    why: ") == len(SHIPPED_RULES)
+
+
+@pytest.mark.parametrize("hidden", ["\x01", "\u200b", "\u202e"])
+def test_a_character_that_is_taken_out_hides_nothing(hidden: str) -> None:
+    judge = Judge(
+        Source(name="s", type="json", path="none"), Data.model_validate({"safety": {"actions": {"email": "redact"}}})
+    )
+    text = f"For help with any of this, please do write to ann@exam{hidden}ple.org today."
+    kept = judge(RawRecord("0", {"anchor": "Where to get help", "positive": text}))
+    assert kept["positive"] == "For help with any of this, please do write to [EMAIL] today."
+
+
+def test_metadata_that_is_too_deep_is_a_reason() -> None:
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    judge = Judge(Source(name="s", type="json", path="none"), Data())
+    found = judge(RawRecord("0", {"anchor": "Where to get help", "positive": "Here, of course."}, {"deep": deep}))
+    assert found["reason"] == "unreadable_value"

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import ConfigError, Source
+from pipeline.runtime.job import JobError
 from pipeline.sources import source as sources
 from pipeline.sources.source import RawRecord, check_fields, plan_source, read
 
@@ -332,14 +333,13 @@ def test_an_empty_source_has_no_fields_to_check(tmp_path: Path) -> None:
         check_fields(source)
 
 
-def test_a_file_that_may_not_be_read_is_a_reason(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_opened_stops_the_job(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(as_lines(ROWS))
     source = Source(name="s", type="json", path=str(tmp_path))
     task = plan_source(source).tasks[0]
     os.unlink(tmp_path / "a.jsonl")
-    assert [(r.native_id, r.reason, r.excerpt) for r in read(task, source)] == [
-        ("a.jsonl", "unreadable_file", "No such file or directory")
-    ]
+    with pytest.raises(JobError, match=r"^source s: a.jsonl could not be read: No such file or directory$"):
+        list(read(task, source))
 
 
 TEXTS = {

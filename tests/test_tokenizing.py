@@ -18,7 +18,7 @@ from pipeline.config import ConfigError
 from pipeline.data.exchange import read_part, write_parts
 from pipeline.data.lengths import LengthCounts, draw
 from pipeline.data.manifest import RECORD_SCHEMA
-from pipeline.data.tokenizing import Recipe, tokenize_file
+from pipeline.data.tokenizing import Cutter, Recipe, tokenize_file
 from pipeline.data.vocabulary import load_tokenizer, train_tokenizer
 from pipeline.text.augment import MASK, Augmentation
 from pipeline.text.identity import content_id, is_validation
@@ -141,6 +141,31 @@ def test_augmentation_is_a_function_of_id_and_seed() -> None:
     assert 30 <= shortest <= 31
     assert Augmentation(word_dropout=1.0).apply(text, "a", 0) == "word0"
     assert Augmentation().apply("  as   it was", "a", 0) == "  as   it was"
+
+
+def test_masks_that_the_text_has_already() -> None:
+    change = Augmentation(span_masking=0.5)
+    assert change.apply(f"{MASK} {MASK} word", "id", 0) == f"{MASK} {MASK} {MASK}"
+    assert change.apply(f"{MASK} {MASK}", "id", 0) == f"{MASK} {MASK}"
+
+
+def test_no_room_beside_the_special_tokens(tokenizer: Tokenizer) -> None:
+    framed = Tokenizer.from_str(tokenizer.to_str())
+    framed.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    Cutter(framed, Recipe(PAIRS, 3, 0.1))
+    with pytest.raises(ConfigError, match="leave no room beside the 2 special tokens"):
+        Cutter(framed, Recipe(PAIRS, 2, 0.1))
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+def test_unknown_tokens_are_counted_by_the_models_own_id(kind: str, tmp_path: Path) -> None:
+    trained = train_tokenizer([" ".join(WORDS)] * 5, kind=kind, vocab_size=120, lowercase=True)
+    renamed = Tokenizer.from_str(trained.to_str().replace("[UNK]", "<unk>"))
+    path, _ = records(tmp_path, 20, anchor="word1 漢 word2 漢")
+    found = tokenize_file(path, tmp_path / "out", Recipe(PAIRS, 64, 0.1), renamed)
+    assert found["lengths"]["anchor"]["unknown"] == 2 * 20
 
 
 def test_length_figures_against_numpy() -> None:

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pipeline.config import ConfigError
+from pipeline.data.manifest import sha256
 from pipeline.text.shingles import Survivors, shingles
 
 FILES = {"corpus.jsonl": "document", "queries.jsonl": "query"}
@@ -43,26 +44,31 @@ def contamination(folders: tuple[str, ...], threshold: float) -> Contamination:
     return Contamination(folders, threshold)
 
 
-def check_folders(folders: Iterable[str]) -> list[tuple[str, int, int]]:
-    """Each file's path, size and time of change (ns). Raises ConfigError for a folder without the files."""
+def check_folders(folders: Iterable[str], rehash: bool = False) -> list[tuple[str, int | str]]:
+    """Each file's path and time of change (ns), or the hash of its content to `rehash`.
+
+    Raises ConfigError for a folder without the files.
+    """
     found = []
     for folder in folders:
         for name in FILES:
             path = Path(folder) / name
             if not path.is_file():
                 raise ConfigError(f"data.decontaminate: found no {name} in {folder}; allowed are BEIR folders")
-            found.append((str(path), path.stat().st_size, path.stat().st_mtime_ns))
+            found.append((str(path), sha256(path) if rehash else path.stat().st_mtime_ns))
     return found
 
 
 def _texts(folder: Path) -> Iterator[tuple[str, str]]:
     for file, kind in FILES.items():
-        with (folder / file).open(encoding="utf-8") as lines:
+        with (folder / file).open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
                     row = json.loads(line)
                     name, text, title = f"{folder.name}: {kind} {row['_id']}", row["text"], row.get("title")
-                except (ValueError, KeyError, TypeError):
+                    if not isinstance(text, str):
+                        raise TypeError
+                except (ValueError, KeyError, TypeError, RecursionError):
                     raise ConfigError(
                         f"data.decontaminate: line {number} of {folder / file} has no _id and text; "
                         "allowed are lines of JSON objects with both"

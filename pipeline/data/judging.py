@@ -50,14 +50,16 @@ class Judge:
             elif reason is None:
                 fields[name], reason = self._text(value)
         reason = reason or self._worth(fields)
-        source_id = _writable(f"{self.source}:{raw.native_id}")
+        origin = {"source": self.source, "source_id": _writable(f"{self.source}:{raw.native_id}")}
         if reason is None:
-            metadata = _writable(json.dumps(raw.metadata, ensure_ascii=False, default=str))
-            return {"id": _id(fields), "source": self.source, "source_id": source_id, **fields, "metadata": metadata}
+            try:
+                metadata = _writable(json.dumps(raw.metadata, ensure_ascii=False, default=str))
+                return {"id": _id(fields), **origin, **fields, "metadata": metadata}
+            except RecursionError:  # lists in lists in lists, deeper than Python's stack
+                reason = "unreadable_value"
         excerpt = raw.excerpt or " | ".join(text[:EXCERPT_CHARS] for text in raw.fields.values() if type(text) is str)
         excerpt = _writable(excerpt[:EXCERPT_CHARS])
-        identity = content_id([source_id, excerpt])
-        return {"id": identity, "source": self.source, "source_id": source_id, "reason": reason, "excerpt": excerpt}
+        return {"id": content_id([origin["source_id"], excerpt]), **origin, "reason": reason, "excerpt": excerpt}
 
     def _text(self, raw: str) -> tuple[str, str | None]:
         """A field as it is kept, and what is wrong with it. Negatives with something wrong are left out."""
@@ -66,6 +68,9 @@ class Judge:
             return "", reason
         found = self.safety.apply(self.sanitizer.reveal(raw))
         text = self.sanitizer.tidy(found.text)
+        if found.reason is None and text != found.text:  # a control character may have split what a rule looks for
+            found = self.safety.apply(text)
+            text = self.sanitizer.tidy(found.text)
         return text, found.reason or ("too_short" if len(text) < data.min_chars else None)
 
     def _worth(self, fields: dict[str, Any]) -> str | None:

@@ -9,7 +9,7 @@
     lengths.png                       how long the texts are, in tokens
     manifest.json                     {fingerprint, sources, splits, shards, lengths, clusters, versions}
 
-The files are second names (hard links) of those in the folders of the stages that made them, <root>/prepared/stages/.
+The files are second names (hard links) of those in the folders of the stages that made them, <root>/stages/.
 """
 
 from __future__ import annotations

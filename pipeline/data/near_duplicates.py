@@ -119,7 +119,7 @@ def find(stage: Stage, board: Board, files: Sequence[Path], data: Data) -> int:
 
 
 def write_distinct(stage: Stage, board: Board, files: Sequence[Path]) -> dict[str, Counter[str]]:
-    """Write `records/` without what has to go, and that to `rejected/`. Returns source → reason → rows."""
+    """Write `records/` without what has to go, and that to `rejected/`. Returns source → `kept` or a reason → rows."""
     scratch, folder, offsets = stage.scratch, stage.folder, _offsets(files)
     sizes = [file.stat().st_size for file in files]
     counts = [scratch / "counts" / f"{file.stem}.json" for file in files]
@@ -133,7 +133,7 @@ def write_distinct(stage: Stage, board: Board, files: Sequence[Path]) -> dict[st
         )
         write_table(kept, folder / "records" / file.name)
         write_table(rejected, folder / "rejected" / file.name)
-        outcome: dict[str, Counter[str]] = {}
+        outcome = {source: Counter(kept=rows) for source, rows in Counter(kept["source"].to_pylist()).items()}
         for source, reason in zip(rejected["source"].to_pylist(), rejected["reason"].to_pylist(), strict=True):
             outcome.setdefault(source, Counter())[reason] += 1
         write_atomically(counts[index], json.dumps(outcome).encode())
@@ -226,14 +226,22 @@ def _thin_out(candidates: pa.Table, threshold: float) -> pa.Table:
     candidates = candidates.sort_by([("component", "ascending"), ("id", "ascending")]).combine_chunks()
     component, record = candidates["component"].to_numpy(), candidates["record"].to_numpy()
     source_ids, lists = candidates["source_id"], candidates["shingles"].chunk(0)
-    flat, bounds = lists.flatten().to_numpy(), lists.offsets.to_numpy() - lists.offsets[0].as_py()
-    sets = [flat[start:stop] for start, stop in itertools.pairwise(bounds)]
+    flat, bounds = _rarest_first(lists.flatten().to_numpy()), lists.offsets.to_numpy() - lists.offsets[0].as_py()
+    sets = [np.sort(flat[start:stop]) for start, stop in itertools.pairwise(bounds)]
     rows: list[tuple[int, int, str, float]] = []
     for places in np.split(np.arange(len(sets)), np.flatnonzero(np.diff(component)) + 1):
         order = sorted(places.tolist(), key=lambda place: (-len(sets[place]), place))
         for place, (survivor, similarity) in thin_out(sets, order, threshold).items():
             rows.append((record[place], record[survivor], source_ids[survivor].as_py(), similarity))
     return pa.table([list(column) for column in zip(*rows, strict=True)], schema=_GONE) if rows else _GONE.empty_table()
+
+
+def _rarest_first(shingles: Shingles) -> Shingles:
+    """Other numbers for the same shingles, small where few texts have them: a set's first ones then tell most."""
+    _, place, texts = np.unique(shingles, return_inverse=True, return_counts=True)
+    rank = np.empty(len(texts), dtype=np.uint64)
+    rank[np.argsort(texts, kind="stable")] = np.arange(len(texts), dtype=np.uint64)
+    return rank[place]
 
 
 def _split(records: pa.Table, gone: pa.Table, hits: dict[str, tuple[str, float]]) -> tuple[pa.Table, pa.Table]:

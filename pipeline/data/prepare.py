@@ -29,10 +29,9 @@ from pipeline.data.lengths import LengthCounts, draw
 from pipeline.data.manifest import Manifest, Shard, SourceCount, read_manifest, sha256, write_manifest
 from pipeline.data.records import make_records, record_texts
 from pipeline.data.report import check_duplicates, check_sources, log_clusters, summary_table, warn_of_bad_input
-from pipeline.data.tokenizing import ROW_GROUP_ROWS, Recipe, tokenize_file
+from pipeline.data.tokenizing import ROW_GROUP_ROWS, Cutter, Recipe, tokenize_file
 from pipeline.data.vocabulary import load_tokenizer, tokenizer_file, train_tokenizer
 from pipeline.data.work import Report, Stage, Task, place, run_tasks
-from pipeline.runtime.console import Stage as ConsoleStage
 from pipeline.runtime.console import log
 from pipeline.runtime.files import write_atomically
 from pipeline.runtime.job import alone_in
@@ -57,18 +56,32 @@ class Inputs:
                 f"tokenizer.long_texts: found windows with records of {', '.join(self.fields)}; "
                 "allowed is windows with records of text alone"
             )
+        self.recipe = self._recipe(config)
         self.plans: list[tuple[Source, Plan]] = [(source, plan_source(source)) for source in config.data.sources]
         for source in config.data.sources:
             check_fields(source)
             Judge(source, config.data)
-        if config.tokenizer.load_path:
-            load_tokenizer(Path(config.tokenizer.load_path))
         self.work = [(source, task) for source, plan in self.plans for task in plan.tasks]
         self.shards = max(1, min(MAX_SHARDS, sum(_shards(source, plan) for source, plan in self.plans)))
         self._name_stages(config, rehash)
 
+    def _recipe(self, config: Config) -> Recipe:
+        data, tokenizer = config.data, config.tokenizer
+        recipe = Recipe(
+            fields=self.fields,
+            max_length=tokenizer.max_length,
+            validation_fraction=data.validation_fraction,
+            seed=data.seed,
+            window_overlap=tokenizer.window_overlap if tokenizer.long_texts == "windows" else None,
+            prompts={source.name: source.model_dump()["prompts"] for source in data.sources if source.prompts},
+            augmentation=Augmentation(**data.augment.model_dump()),
+        )
+        if tokenizer.load_path is not None:
+            Cutter(load_tokenizer(Path(tokenizer.load_path)), recipe)
+        return recipe
+
     def _name_stages(self, config: Config, rehash: bool) -> None:
-        data, tokenizer, root = config.data, config.tokenizer, config.root / "prepared" / "stages"
+        data, tokenizer, root = config.data, config.tokenizer, config.root / "stages"
         unread = {"weight", "prompts"}
         self.records = Stage(
             root,
@@ -87,7 +100,7 @@ class Inputs:
         )
         self.distinct: Stage | None = None
         if data.near_duplicates.threshold is not None or data.decontaminate:
-            evaluation = contamination.check_folders(data.decontaminate)
+            evaluation = contamination.check_folders(data.decontaminate, rehash)
             near = data.near_duplicates.model_dump(mode="json")
             self.distinct = Stage(root, "distinct", [self.records.key, near, evaluation, data.decontaminate_threshold])
         source_of_texts = (self.distinct or self.records).key
@@ -98,15 +111,6 @@ class Inputs:
             tokenizer_key = self.tokenizer.key
         else:
             tokenizer_key = sha256(tokenizer_file(Path(tokenizer.load_path)))
-        self.recipe = Recipe(
-            fields=self.fields,
-            max_length=tokenizer.max_length,
-            validation_fraction=data.validation_fraction,
-            seed=data.seed,
-            window_overlap=tokenizer.window_overlap if tokenizer.long_texts == "windows" else None,
-            prompts={source.name: source.model_dump()["prompts"] for source in data.sources if source.prompts},
-            augmentation=Augmentation(**data.augment.model_dump()),
-        )
         recipe = {**vars(self.recipe), "augmentation": vars(self.recipe.augmentation)}
         self.tokens = Stage(root, "tokens", [source_of_texts, tokenizer_key, recipe])
         whole = [self.tokens.key, data.model_dump(mode="json"), tokenizer.model_dump(mode="json")]
@@ -181,18 +185,19 @@ def _distinct(
         with stage.open():
             near = near_duplicates.find(stage, board(), files, config.data)
             check_duplicates(sources, config.data.max_removed_fraction, near)
-            removed = near_duplicates.write_distinct(stage, board(), files)
-            summary = {"removed": removed, "clusters": near_duplicates.largest_clusters(stage)}
+            outcomes = near_duplicates.write_distinct(stage, board(), files)
+            summary = {"outcomes": outcomes, "clusters": near_duplicates.largest_clusters(stage)}
             stage.finish(summary)
-    found = [_less(source, Counter(summary["removed"].get(source.name, {}))) for source in sources]
+    found = [_after(source, Counter(summary["outcomes"].get(source.name, {}))) for source in sources]
     check_duplicates(found, config.data.max_removed_fraction)
     check_sources(found, config.data, stage.folder)
     return found, summary["clusters"]
 
 
-def _less(source: SourceCount, removed: Counter[str]) -> SourceCount:
-    rejected = dict(sorted((Counter(source.rejected) + removed).items()))
-    return replace(source, rows_kept=source.rows_kept - removed.total(), rejected=rejected)
+def _after(source: SourceCount, outcome: Counter[str]) -> SourceCount:
+    """A source's count after a stage that took more of its records out."""
+    kept = outcome.pop("kept", 0)
+    return replace(source, rows_kept=kept, rejected=dict(sorted((Counter(source.rejected) + outcome).items())))
 
 
 def _tokenizer(inputs: Inputs, config: Config, board: Callable[[], Board]) -> None:
@@ -200,19 +205,17 @@ def _tokenizer(inputs: Inputs, config: Config, board: Callable[[], Board]) -> No
     stage, wanted = inputs.tokenizer, config.tokenizer
     if stage is None or _skip(stage) is not None:
         return
-    board()
-    import ray
+    files, fields, output = _record_files(inputs), inputs.fields, stage.folder / "tokenizer.json"
+    sample = min(sum(file.stat().st_size for file in files), wanted.train_mb << 20)
 
-    files, fields = _record_files(inputs), inputs.fields
-
-    def train() -> str:
+    def train(_: int, report: Report) -> None:
         texts = record_texts(files, fields, wanted.train_mb << 20)
         trained = train_tokenizer(texts, kind=wanted.type, vocab_size=wanted.vocab_size, lowercase=wanted.lowercase)
-        return str(trained.to_str())
+        write_atomically(output, trained.to_str().encode())
+        report({"bytes": sample})
 
-    with stage.open(), ConsoleStage("prepare: train the tokenizer", wanted.vocab_size, "tokens") as shown:
-        write_atomically(stage.folder / "tokenizer.json", ray.get(ray.remote(num_cpus=1)(train).remote()).encode())
-        shown.advance(wanted.vocab_size)
+    with stage.open():
+        run_tasks(board(), "prepare: train the tokenizer", [Task(sample, output)], train)
         stage.finish({})
 
 

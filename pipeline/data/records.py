@@ -10,6 +10,7 @@ records the one with the least source_id stays, so no file depends on the order 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -89,7 +90,7 @@ def _in_parts(rows: Iterable[dict[str, Any]], part_chars: int) -> Iterator[list[
     chars = 0
     for row in rows:
         part.append(row)
-        chars += 100 + sum(len(value) for value in row.values())
+        chars += 100 + sum(len(text) for value in row.values() for text in _each(value))
         if chars >= part_chars:
             yield part
             part, chars = [], 0
@@ -147,8 +148,13 @@ def record_texts(files: Iterable[Path], fields: list[str], max_bytes: int) -> It
     for file in files:
         for batch in pq.ParquetFile(file).iter_batches(1024, columns=fields):
             for row in batch.to_pylist():
-                for text in row.values():
-                    total += len(text)
+                for text in itertools.chain.from_iterable(map(_each, row.values())):
+                    total += len(text.encode())
                     yield text
             if total > max_bytes:
                 return
+
+
+def _each(value: str | list[str] | None) -> Sequence[str]:
+    """The texts of a field: one, several negatives, or none."""
+    return [value] if isinstance(value, str) else value or []

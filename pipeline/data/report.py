@@ -66,13 +66,14 @@ def check_duplicates(sources: Sequence[SourceCount], allowed: float, more: int =
 
 def warn_of_bad_input(sources: Sequence[SourceCount], folder: Path) -> None:
     """Say which sources are empty, and name some of what could not be read."""
+    files = sorted((folder / "rejected").glob("*.parquet"))  # none that a killed worker left unfinished
     for source in sources:
         if not source.rows_in:
             log.warning("source %s: it is empty", source.name)
         for reason in BAD_REASONS:
             if rows := source.rejected.get(reason, 0):
                 where = (ds.field("source") == source.name) & (ds.field("reason") == reason)
-                found = ds.dataset(folder / "rejected").head(EXAMPLES, columns=["source_id"], filter=where)
+                found = ds.dataset(files).head(EXAMPLES, columns=["source_id"], filter=where)
                 examples = ", ".join(found["source_id"].to_pylist())
                 log.warning("source %s: %s %s, such as %s", source.name, f"{rows:,}", reason, examples)
 

@@ -23,8 +23,10 @@ import pyarrow.parquet as pq
 import xxhash
 from tokenizers import Tokenizer
 
+from pipeline.config import ConfigError
 from pipeline.data.lengths import LengthCounts
 from pipeline.data.manifest import SPLITS, sha256
+from pipeline.data.vocabulary import unknown_token_id
 from pipeline.runtime.files import replacing
 from pipeline.text.augment import Augmentation
 from pipeline.text.identity import is_validation
@@ -48,8 +50,8 @@ class Recipe:
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
-class _Cutter:
-    """Cuts token ids to length and puts a tokenizer's special tokens round them."""
+class Cutter:
+    """Cuts token ids to length and puts a tokenizer's special tokens round them. Raises ConfigError without room."""
 
     def __init__(self, tokenizer: Tokenizer, recipe: Recipe) -> None:
         bare, whole = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
@@ -57,7 +59,13 @@ class _Cutter:
         self.prefix, self.suffix = whole[:before], whole[before + len(bare) :] if bare else []
         self.room = recipe.max_length - len(self.prefix) - len(self.suffix)
         self.step = None if recipe.window_overlap is None else self.room - recipe.window_overlap
-        self.unknown = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "[UNK]")
+        self.unknown = unknown_token_id(tokenizer)
+        if self.room < 1 or (self.step is not None and self.step < 1):
+            raise ConfigError(
+                f"tokenizer: found max_length {recipe.max_length} and window_overlap {recipe.window_overlap}, which "
+                f"leave no room beside the {len(self.prefix) + len(self.suffix)} special tokens; allowed is a longer "
+                "max_length or a smaller overlap"
+            )
 
     def cut(self, ids: list[int]) -> list[list[int]]:
         """The windows of a text; without windows, its beginning alone."""
@@ -67,7 +75,7 @@ class _Cutter:
 
 def tokenize_file(records: Path, folder: Path, recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Any]:
     """Write one record file's token shards, one a split. Returns their descriptions and the counts of lengths."""
-    cutter = _Cutter(tokenizer, recipe)
+    cutter = Cutter(tokenizer, recipe)
     counts = {name: LengthCounts() for name in recipe.fields}
     tables = [
         _encode(batch, recipe, tokenizer, cutter, counts)
@@ -83,7 +91,7 @@ def tokenize_file(records: Path, folder: Path, recipe: Recipe, tokenizer: Tokeni
 
 
 def _encode(
-    batch: pa.RecordBatch, recipe: Recipe, tokenizer: Tokenizer, cutter: _Cutter, counts: dict[str, LengthCounts]
+    batch: pa.RecordBatch, recipe: Recipe, tokenizer: Tokenizer, cutter: Cutter, counts: dict[str, LengthCounts]
 ) -> pa.Table:
     """Rows of token ids, with the split that each belongs to."""
     ids, sources = batch["id"].to_pylist(), batch["source"].to_pylist()
@@ -120,7 +128,7 @@ def _encode_texts(
     sources: list[str],
     recipe: Recipe,
     tokenizer: Tokenizer,
-    cutter: _Cutter,
+    cutter: Cutter,
     count: LengthCounts,
 ) -> Iterator[list[list[int]]]:
     """Each text's rows of token ids."""
@@ -139,7 +147,7 @@ def _encode_lists(
     sources: list[str],
     recipe: Recipe,
     tokenizer: Tokenizer,
-    cutter: _Cutter,
+    cutter: Cutter,
     count: LengthCounts,
 ) -> pa.Array:
     """Negatives: a list of token lists a record."""

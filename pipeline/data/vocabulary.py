@@ -6,6 +6,7 @@ file is an input from then on, kept with the prepared data and never trained aga
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,6 +32,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def unknown_token_id(tokenizer: Tokenizer) -> int | None:
+    """The id that stands for what is not in the vocabulary; None where everything is, as in bytes."""
+    model = json.loads(tokenizer.to_str())["model"] if isinstance(tokenizer.model, models.Unigram) else {}
+    if model.get("unk_id") is not None:
+        return int(model["unk_id"])
+    return tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "[UNK]")
 
 
 def train_tokenizer(texts: Iterable[str], *, kind: str, vocab_size: int, lowercase: bool) -> Tokenizer:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import ConfigError
 from pipeline.runtime.files import SUFFIX, replacing, write_atomically
 from pipeline.runtime.job import JobError, alone_in
 from pipeline.runtime.session import Board
@@ -104,7 +105,7 @@ def run_tasks(board: Board, name: str, tasks: Sequence[Task], work: Callable[[in
 def _sentence(error: Exception, folder: str) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk that holds {folder} is full; free some space and run the same command again"
-    return str(error) if isinstance(error, OSError | JobError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, OSError | JobError | ConfigError) else f"{type(error).__name__}: {error}"
 
 
 def _describe(counts: dict[str, int]) -> str:

@@ -6,7 +6,7 @@ with replacing(Path("counts.json")) as temporary:
 
 from __future__ import annotations
 
-import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +18,10 @@ SUFFIX = ".tmp"
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write that then takes `path`'s place.
 
-    Its name is this process's own: after a kill, a worker that has not noticed yet may write the same file once more.
+    Its name is its own: after a kill, a worker that has not noticed yet may write the same file once more.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{SUFFIX}")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{SUFFIX}")
     try:
         yield temporary
         temporary.replace(path)

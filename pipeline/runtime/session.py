@@ -117,12 +117,16 @@ class Board:
                     shown.append(describe(counts))
                 stage.advance(counts.get(counter, 0) - stage.done, shown[-1] if shown else "")
 
+            def try_to_poll() -> None:
+                try:
+                    poll()
+                except ray.exceptions.GetTimeoutError:
+                    log.debug("%s: the board did not answer in %s s", name, POLL_TIMEOUT_S)
+
             def follow() -> None:
                 while not done.wait(POLL_S):
                     try:
-                        poll()
-                    except ray.exceptions.GetTimeoutError:
-                        log.debug("%s: the board did not answer in %s s", name, POLL_TIMEOUT_S)
+                        try_to_poll()
                     except ray.exceptions.RayError:  # the session is going down: its end is reported elsewhere
                         return
 
@@ -133,7 +137,7 @@ class Board:
             finally:
                 done.set()
                 thread.join(timeout=5)  # not into a session that is going down
-            poll()
+            try_to_poll()
 
 
 def set_environment() -> None:

@@ -11,6 +11,7 @@ wherever the data lies. Listing a folder of a bucket costs a request per 1,000 f
 
 from __future__ import annotations
 
+import errno
 import glob
 import gzip
 import io
@@ -100,8 +101,15 @@ def without_compression(name: str) -> str:
 _SERVICE_ERROR = re.compile(r"AWS Error|google::cloud")
 
 
-def is_unreachable(error: BaseException) -> bool:
-    """Whether a bucket or the way to it failed, and not the file: a reason to stop, for another try may succeed."""
+def may_pass(error: BaseException) -> bool:
+    """Whether a bucket, the way to it or this machine failed, and not the file: a reason to stop, not to count it.
+
+    NOTE: libraries give no errno with what they find wrong in a file, but EINVAL comes of damaged offsets into it.
+    """
+    return _is_of_service(error) or getattr(error, "errno", None) not in (None, errno.EINVAL)
+
+
+def _is_of_service(error: BaseException) -> bool:
     return bool(_SERVICE_ERROR.search(str(error)))
 
 
@@ -115,7 +123,7 @@ def cause(error: BaseException) -> str:
 
 def refusal(source: str, path: str, error: Exception) -> str:
     """The sentence of a ConfigError on a path of a source that cannot be listed or opened."""
-    if not is_unreachable(error):
+    if not _is_of_service(error):
         allowed = "a file, a folder or a glob that can be read, on local disk, s3:// or gs://"
         return f"data.sources {source}: found {cause(error)} at {_shown(path)}; allowed is {allowed}"
     return (

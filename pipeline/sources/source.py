@@ -29,8 +29,8 @@ from pipeline.sources.filesystem import (
     File,
     cause,
     is_compressed,
-    is_unreachable,
     list_files,
+    may_pass,
     open_random,
     open_stream,
     refusal,
@@ -174,7 +174,7 @@ def _pieces(source: Source, base: str, file: File, task_bytes: int) -> list[Read
         if not _is_lines(source, base, file.name):
             return []
     except _UNREADABLE as error:
-        if is_unreachable(error):
+        if may_pass(error):
             raise ConfigError(refusal(source.name, base, error)) from None
         return []  # whoever reads it finds the same, and counts it
     return [
@@ -213,8 +213,8 @@ def _rows(task: ReadTask, source: Source) -> Iterator[Row]:
             with (open_random if source.type == "parquet" else open_stream)(task.base, name) as file:
                 yield from _rows_of(file, name, task, source, columns)
         except _UNREADABLE as error:
-            if is_unreachable(error):
-                raise JobError(f"source {source.name}: {name} could not be fetched: {cause(error)}") from None
+            if may_pass(error):
+                raise JobError(f"source {source.name}: {name} could not be read: {cause(error)}") from None
             yield broken(f"{name}:{task.start}" if task.start else name, "unreadable_file", cause(error))
 
 

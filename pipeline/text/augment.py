@@ -39,7 +39,8 @@ class Augmentation:
 
 def _with_spans_masked(words: list[str], share: float, chance: random.Random) -> list[str]:
     """`share` of the words replaced, one mask a word, in spans of geometric length."""
-    words, left = list(words), round(len(words) * share)
+    words = list(words)
+    left = min(round(len(words) * share), sum(word != MASK for word in words))
     while left > 0:
         length = 1
         while length < left and chance.random() > 1 / MEAN_SPAN_WORDS:

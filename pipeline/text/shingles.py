@@ -28,13 +28,16 @@ _SEED = 1
 _WORD = re.compile(r"\w+")
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: multiplying by it loses nothing
 _WORD_HASHES_KEPT = 1_000_000
+_LONGEST_WORD_KEPT = 32  # characters; longer ones seldom come again
 
 
 class _WordHashes(dict[str, int]):
     def __missing__(self, word: str) -> int:
-        if len(self) >= _WORD_HASHES_KEPT:
-            self.clear()
-        self[word] = value = xxhash.xxh3_64_intdigest(word.encode("utf-8", "surrogatepass"))
+        value = xxhash.xxh3_64_intdigest(word.encode("utf-8", "surrogatepass"))
+        if len(word) <= _LONGEST_WORD_KEPT:
+            if len(self) >= _WORD_HASHES_KEPT:
+                self.clear()
+            self[word] = value
         return value
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.sources.fields import Row, broken
-from pipeline.sources.filesystem import BUFFER_BYTES, cause, is_unreachable
+from pipeline.sources.filesystem import BUFFER_BYTES, cause, may_pass
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
 ARROW_SUFFIXES = (".arrow", ".arrows", ".ipc", ".feather")
@@ -39,7 +39,7 @@ def parquet_rows(
                 yield from batch_rows(batch, name, row, names)
                 row += batch.num_rows
         except (OSError, pa.ArrowException) as error:
-            if is_unreachable(error):
+            if may_pass(error):
                 raise
             excerpt = f"row group {group}: {cause(error)}"
             yield from (broken(f"{name}:{lost}", "unreadable_row_group", excerpt) for lost in range(row, end))
