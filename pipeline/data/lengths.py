@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.integer]
 
 
 @dataclass
@@ -20,13 +23,14 @@ class LengthCounts:
     unknown: int = 0  # tokens outside the vocabulary
     tokens: int = 0  # of whole texts
 
-    def add(self, ids: list[int], rows: list[list[int]], room: int, unknown: int | None) -> None:
-        self.stored.update(map(len, rows))
-        self.whole[len(ids)] += 1
-        self.too_long += len(ids) > room
-        self.tokens += len(ids)
-        if unknown is not None:
-            self.unknown += ids.count(unknown)
+    def add(self, whole: Ints, stored: Ints, room: int, unknown: int) -> None:
+        """Count texts by their lengths, the rows that they became by theirs, and the unknown tokens of the texts."""
+        for counter, lengths in ((self.whole, whole), (self.stored, stored)):
+            values, texts = np.unique(lengths, return_counts=True)
+            counter.update(dict(zip(values.tolist(), texts.tolist(), strict=True)))
+        self.too_long += int(np.count_nonzero(whole > room))
+        self.tokens += int(whole.sum())
+        self.unknown += unknown
 
     def merge(self, other: dict[str, Any]) -> None:
         """Add counts that `to_json` gave."""

@@ -35,6 +35,7 @@ ROW_GROUP_ROWS = 1024  # of token ids, about half a megabyte: small enough to sh
 ENCODE_ROWS = 1024
 
 Tokens = npt.NDArray[np.int32]
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,37 @@ class Cutter:
                 "max_length or a smaller overlap"
             )
 
-    def cut(self, ids: list[int]) -> list[list[int]]:
-        """The windows of a text; without windows, its beginning alone."""
-        starts = [0] if self.step is None else range(0, max(len(ids) - self.room, 0) + self.step, self.step)
-        return [self.prefix + ids[start : start + self.room] + self.suffix for start in starts]
+    def cut(self, lengths: Ints) -> tuple[Ints, Ints, Ints]:
+        """The rows that texts of so many tokens become: each row's text, and the tokens from where to where."""
+        if self.step is None:
+            return np.arange(len(lengths)), np.zeros_like(lengths), np.minimum(lengths, self.room)
+        windows = 1 - np.maximum(lengths - self.room, 0) // -self.step  # rounded up
+        text = np.repeat(np.arange(len(lengths)), windows)
+        start = _count_up(windows) * self.step
+        return text, start, np.minimum(start + self.room, lengths[text])
+
+    def frame(self, tokens: Tokens, begin: Ints, end: Ints) -> pa.Array:
+        """Lists of `tokens[begin:end]` between the special tokens."""
+        sizes = end - begin
+        body = tokens[np.repeat(begin, sizes) + _count_up(sizes)]
+        before, after = len(self.prefix), len(self.suffix)
+        offsets = np.concatenate([[0], np.cumsum(sizes + before + after)])
+        if before or after:
+            framed = np.empty(offsets[-1], dtype=np.int32)
+            special = np.zeros(offsets[-1], dtype=bool)
+            for places, ids in (
+                (offsets[:-1, None] + np.arange(before), self.prefix),
+                (offsets[1:, None] - after + np.arange(after), self.suffix),
+            ):
+                framed[places], special[places] = ids, True
+            framed[~special] = body
+            body = framed
+        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(body, pa.int32()))
+
+
+def _count_up(lengths: Ints) -> Ints:
+    """0 1 2, 0 1 for lengths 3, 2."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
 def tokenize_file(records: Path, folder: Path, recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -97,27 +125,25 @@ def _encode(
     ids, sources = batch["id"].to_pylist(), batch["source"].to_pylist()
     held_out = [is_validation(one, recipe.validation_fraction) for one in ids]
     columns: dict[str, Any] = {}
-    parents = list(range(len(ids)))
-    windows = [0] * len(ids)
+    parents = np.arange(len(ids))
+    windows: Ints | None = None
     for name in recipe.fields:
-        if name == "negatives":
-            columns[name] = _encode_lists(batch[name].to_pylist(), sources, recipe, tokenizer, cutter, counts[name])
-            continue
         texts = batch[name].to_pylist()
+        if name == "negatives":
+            columns[name] = _encode_lists(texts, sources, recipe, tokenizer, cutter, counts[name])
+            continue
         if name == "anchor" and recipe.augmentation:
             pairs = zip(texts, ids, held_out, strict=True)
             texts = [text if out else recipe.augmentation.apply(text, one, recipe.seed) for text, one, out in pairs]
-        cut = list(_encode_texts(texts, name, sources, recipe, tokenizer, cutter, counts[name]))
+        columns[name], of, start = _encode_texts(texts, name, sources, recipe, tokenizer, cutter, counts[name])
         if cutter.step is not None:
-            parents = [parent for parent, rows in enumerate(cut) for _ in rows]
-            windows = [window for rows in cut for window in range(len(rows))]
-        columns[name] = pa.array([row for rows in cut for row in rows], pa.list_(pa.int32()))
+            parents, windows = of, start // cutter.step
     leading: dict[str, Any] = {
-        "id": pa.array([ids[parent] for parent in parents], pa.string()),
-        "source": pa.array([sources[parent] for parent in parents], pa.string()),
-        "split": [SPLITS[held_out[parent]] for parent in parents],
+        "id": batch["id"].take(pa.array(parents)),
+        "source": batch["source"].take(pa.array(parents)),
+        "split": pa.array([SPLITS[out] for out in held_out]).take(pa.array(parents)),
     }
-    if cutter.step is not None:
+    if windows is not None:
         leading["window"] = pa.array(windows, pa.int32())
     return pa.table(leading | columns)
 
@@ -130,16 +156,20 @@ def _encode_texts(
     tokenizer: Tokenizer,
     cutter: Cutter,
     count: LengthCounts,
-) -> Iterator[list[list[int]]]:
-    """Each text's rows of token ids."""
-    prompted = [
-        recipe.prompts.get(source, {}).get(name, "") + text for source, text in zip(sources, texts, strict=True)
-    ]
-    for encoding in tokenizer.encode_batch_fast(prompted, add_special_tokens=False):
-        ids = encoding.ids
-        rows = cutter.cut(ids)
-        count.add(ids, rows, cutter.room, cutter.unknown)
-        yield rows
+) -> tuple[pa.Array, Ints, Ints]:
+    """Rows of token ids, and for each the text that it is of and the token that it begins with."""
+    if recipe.prompts:
+        prompts = [recipe.prompts.get(source, {}).get(name, "") for source in sources]
+        texts = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    lists = pa.array([encoding.ids for encoding in encodings], pa.list_(pa.int32()))
+    tokens, bounds = lists.values.to_numpy(), lists.offsets.to_numpy().astype(np.int64)
+    lengths = np.diff(bounds)
+    text, start, stop = cutter.cut(lengths)
+    rows = cutter.frame(tokens, bounds[text] + start, bounds[text] + stop)
+    unknown = 0 if cutter.unknown is None else int(np.count_nonzero(tokens == cutter.unknown))
+    count.add(lengths, np.diff(rows.offsets.to_numpy()), cutter.room, unknown)
+    return rows, text, start
 
 
 def _encode_lists(
@@ -153,8 +183,9 @@ def _encode_lists(
     """Negatives: a list of token lists a record."""
     flat = [text for texts in lists for text in texts or []]
     of = [source for source, texts in zip(sources, lists, strict=True) for _ in texts or []]
-    rows = _encode_texts(flat, "negatives", of, recipe, tokenizer, cutter, count)
-    return pa.array([[next(rows)[0] for _ in texts or []] for texts in lists], pa.list_(pa.list_(pa.int32())))
+    rows, _, _ = _encode_texts(flat, "negatives", of, recipe, tokenizer, cutter, count)
+    offsets = np.cumsum([0, *(len(texts or []) for texts in lists)])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), rows)
 
 
 def _write_split(table: pa.Table, path: Path, split: str, recipe: Recipe) -> dict[str, Any]:
