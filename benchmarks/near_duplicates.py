@@ -44,9 +44,9 @@ def ours(rows: list[Record], folder: Path, threshold: float) -> dict[str, Any]:
     with ray_session() as board, stage.open():
         began = time.perf_counter()
         near_duplicates.find(stage, board, files, data)
-        removed = near_duplicates.write_distinct(stage, board, files)
+        counts = near_duplicates.write_distinct(stage, board, files)
         seconds = time.perf_counter() - began
-    return {"seconds": seconds, "kept": len(rows) - sum(reasons.total() for reasons in removed.values())}
+    return {"seconds": seconds, "kept": sum(count["kept"] for count in counts.values())}
 
 
 def peer(rows: list[Record], folder: Path, python: str, words: str) -> dict[str, Any]:
