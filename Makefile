@@ -31,9 +31,15 @@ lint: .venv/.installed
 	$(BIN)/ruff format .
 	$(BIN)/mypy
 
-# make bench DATA=folder-with-debian: the tables in benchmarks/README.md
+# make bench DATA=folder-with-debian-linux-doc-and-wordnet: the tables in benchmarks/README.md, an hour of them
 bench: .venv/.installed
 	$(BIN)/python benchmarks/retrieval.py --data $(DATA)
+	$(BIN)/python benchmarks/near_duplicates.py --data $(DATA)
+	$(BIN)/python benchmarks/near_duplicates_accuracy.py --data $(DATA)
+	$(BIN)/python benchmarks/signatures.py --data $(DATA)
+	$(BIN)/python benchmarks/tokenizing.py --data $(DATA)
+	$(BIN)/python benchmarks/memory.py --data $(DATA)
+	$(BIN)/python benchmarks/safety.py --data $(DATA)/linux-doc
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -4,7 +4,8 @@
   python benchmarks/memory.py --data data --small 10 --large 40         # to try it
 
 Prints a line a size: the most that any one Ray worker had, the most that the driver had, and the job's seconds; then
-how many times as much the large input took. Memory is resident memory less what is shared (`rss - shared` of
+how many times as much the large input took, and the peaks by stage (a worker keeps what it had in an earlier one).
+Memory is resident memory less what is shared (`rss - shared` of
 /proc/PID/statm): neither Ray's object store nor mapped files count. Every process is looked at five times a second.
 
 The input is JSON Lines: linux-doc's paragraphs and debian's descriptions over and over, each time with another word
@@ -15,11 +16,12 @@ near-duplicates are removed at 0.8, and their share is the same at any size.
 import argparse
 import itertools
 import json
+import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from benchmarks.corpora import machine, records
 from pipeline.runtime.console import table
 
 EVERY_S = 0.2
+STAGE_END = re.compile(r"prepare: (.+?): .* in [\d.]+ s\b")
 
 
 def write_input(data: Path, path: Path, megabytes: int) -> None:
@@ -59,22 +62,39 @@ def own_bytes(process: psutil.Process) -> tuple[str, int]:
 
 
 def watch(command: list[str]) -> dict[str, Any]:
-    """Run a job. Returns its last line, and peaks in MB."""
-    peaks: defaultdict[int, int] = defaultdict(int)  # by process id
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as job:
+    """Run a job. Returns its last line, and the peaks in MB: the driver's, and the largest worker's by stage."""
+    driver_peak, ends = 0, []
+    samples: list[tuple[float, int]] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        assert job.stdout
+        assert job.stderr
+        errors = job.stderr
+
+        def follow() -> None:
+            for line in errors:
+                sys.stderr.write(line)
+                if found := STAGE_END.match(line):
+                    ends.append((time.monotonic(), found[1]))
+
+        thread = threading.Thread(target=follow)
+        thread.start()
         driver = psutil.Process(job.pid)
         while job.poll() is None:
-            for process in driver.children(recursive=True):
-                name, amount = own_bytes(process)
-                if name.startswith("ray::"):
-                    peaks[process.pid] = max(peaks[process.pid], amount)
-            peaks[job.pid] = max(peaks[job.pid], own_bytes(driver)[1])
+            sizes = [own_bytes(process) for process in driver.children(recursive=True)]
+            samples.append(
+                (time.monotonic(), max((size for name, size in sizes if name.startswith("ray::")), default=0))
+            )
+            driver_peak = max(driver_peak, own_bytes(driver)[1])
             time.sleep(EVERY_S)
-        assert job.stdout
+        thread.join()
         last = dict(json.loads(job.stdout.read().splitlines()[-1]))
     if last["status"] != "ok":
         raise SystemExit(f"the job ended as {last['status']}; its own sentence stands above")
-    return {"last": last, "driver": peaks.pop(job.pid) / 1e6, "worker": max(peaks.values()) / 1e6}
+    stages: dict[str, float] = {}
+    for at, size in samples:
+        stage = next((name for end, name in ends if at <= end), ends[-1][1])
+        stages[stage] = max(stages.get(stage, 0), size / 1e6)
+    return {"last": last, "driver": driver_peak / 1e6, "stages": stages, "worker": max(stages.values())}
 
 
 def prepare(data: Path, megabytes: int) -> dict[str, Any]:
@@ -110,7 +130,9 @@ def main() -> None:
     seconds = f"{large['last']['seconds'] / small['last']['seconds']:.2f}"
     lines.append([f"{args.large / args.small:g} times", "", "", *times, seconds])
     header = ["input MB", "records", "kept", "peak worker MB", "peak driver MB", "seconds"]
-    print(f"\n{machine()}\n\n{table(lines, header)}")
+    stages = [[name, *(f"{one['stages'].get(name, 0):.0f}" for one in (small, large))] for name in large["stages"]]
+    by_stage = table(stages, ["peak worker MB by stage", *(f"{size} MB" for size in found)])
+    print(f"\n{machine()}\n\n{table(lines, header)}\n\n{by_stage}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from pipeline.data.manifest import Manifest, Shard, SourceCount, read_manifest, 
 from pipeline.data.records import make_records, record_texts
 from pipeline.data.report import check_duplicates, check_sources, log_clusters, summary_table, warn_of_bad_input
 from pipeline.data.tokenizing import ROW_GROUP_ROWS, Cutter, Recipe, tokenize_file
-from pipeline.data.vocabulary import load_tokenizer, tokenizer_file, train_tokenizer
+from pipeline.data.vocabulary import load_tokenizer, loaded_tokenizer, tokenizer_file, train_tokenizer
 from pipeline.data.work import Report, Stage, Task, place, run_tasks
 from pipeline.runtime.console import log
 from pipeline.runtime.files import write_atomically
@@ -234,10 +234,10 @@ def _tokens(inputs: Inputs, config: Config, board: Callable[[], Board]) -> dict[
         return summary
     files, recipe, path = _record_files(inputs), inputs.recipe, _tokenizer_path(inputs, config)
     described = [stage.scratch / "described" / f"{file.stem}.json" for file in files]
-    sizes = [file.stat().st_size for file in files]
+    sizes, changed_ns = [file.stat().st_size for file in files], path.stat().st_mtime_ns
 
     def tokenize(index: int, report: Report) -> None:
-        found = tokenize_file(files[index], stage.folder, recipe, load_tokenizer(path))
+        found = tokenize_file(files[index], stage.folder, recipe, loaded_tokenizer(path, changed_ns))
         write_atomically(described[index], json.dumps(found).encode())
         report({"bytes": sizes[index], "records": sum(shard["rows"] for shard in found["shards"])})
 

@@ -27,7 +27,7 @@ BAND_RECALL = 0.99  # probability that a pair at the threshold shares a band
 _SEED = 1
 _WORD = re.compile(r"\w+")
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: multiplying by it loses nothing
-_WORD_HASHES_KEPT = 1_000_000
+_WORD_HASHES_KEPT = 200_000  # 25 MB
 _LONGEST_WORD_KEPT = 32  # characters; longer ones seldom come again
 
 
