@@ -81,7 +81,7 @@ class Manifest:
     sources: list[SourceCount]
     splits: dict[str, int]
     shards: list[Shard]
-    lengths: dict[str, dict[str, float]]  # by text field: see tokenizing.LengthStatistics
+    lengths: dict[str, dict[str, float]]  # by text field: see lengths.LengthCounts.summary
     clusters: list[dict[str, Any]]  # the records that stand for the most near-duplicates
     versions: dict[str, str]
 
