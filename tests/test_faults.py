@@ -142,7 +142,7 @@ def prepared_bytes(folder: Path) -> dict[str, str]:
 
 def test_the_same_bytes_on_1_2_and_4_workers_and_killed_in_each_stage(tmp_path: Path) -> None:
     """Kills are SIGKILL, each once the stage has some of its files; the next start does not wait for the dead."""
-    path = write_jsonl(tmp_path / "pairs.jsonl", make_pairs(100_000))
+    path = write_jsonl(tmp_path / "pairs.jsonl", make_pairs(150_000))
     overrides = ["data.near_duplicates.threshold=0.8", f"data.sources.0.path={path}"]
     found = []
     for workers in (1, 2, 4):
