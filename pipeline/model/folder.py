@@ -1,44 +1,78 @@
-"""A model on disk: `model.safetensors`, `model.json` (its shape), `tokenizer.json`. No pickle.
+"""A model on disk: `model.safetensors`, `model.json` (what it is), `tokenizer.json`. No pickle.
 
-save_encoder(folder, encoder, tokenizer_json, max_length)
-encoder, tokenizer = load_encoder(folder)
+save_model(folder, model, tokenizer_json, max_length)
+model, tokenizer = load_model(folder)
 model_fingerprint(folder)                     # '9f0c…': names the vectors that this model gives
+read_card(folder).head.prompt("query")        # what is known without loading the weights
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from pipeline.model.embedding_model import EmbeddingModel, Head
 from pipeline.model.transformer import Encoder, EncoderShape
 
 FILES = ("model.safetensors", "model.json", "tokenizer.json")
 
 
-def save_encoder(folder: Path, encoder: Encoder, tokenizer_json: str, max_length: int) -> None:
-    """Write the three files. `max_length` is in tokens; longer texts are cut."""
-    state = {name: tensor.detach().contiguous() for name, tensor in encoder.state_dict().items()}
+@dataclass(frozen=True)
+class Card:
+    """`model.json`: which backbone, what fixes its parameters, how its states become vectors."""
+
+    architecture: str  # unified, or pretrained
+    shape: dict[str, Any]  # an EncoderShape's fields, or a config of transformers
+    head: Head
+    width: int
+    max_length: int  # tokens; longer texts are cut
+
+
+def save_model(folder: Path, model: EmbeddingModel, tokenizer_json: str, max_length: int) -> None:
+    """Write the three files. `max_length` is in tokens."""
+    backbone: Any = model.backbone
+    state = {name: tensor.detach().contiguous() for name, tensor in backbone.state_dict().items()}
     save_file(state, folder / "model.safetensors")
-    description = {"architecture": "unified-encoder", "max_length": max_length, **asdict(encoder.shape)}
-    (folder / "model.json").write_text(json.dumps(description, indent=2, sort_keys=True))
+    card = Card(backbone.architecture, backbone.describe(), model.head, model.width, max_length)
+    (folder / "model.json").write_text(json.dumps(asdict(card), indent=2, sort_keys=True))
     (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
 
 
-def load_encoder(folder: Path) -> tuple[Encoder, Tokenizer]:
-    """The encoder in evaluation mode, and its tokenizer set to cut at `max_length`. Raises OSError or ValueError."""
-    description = json.loads((folder / "model.json").read_text())
-    max_length = description.pop("max_length")
-    description.pop("architecture")
-    encoder = Encoder(EncoderShape(**description))
-    encoder.load_state_dict(load_file(folder / "model.safetensors"))
+def read_card(folder: Path) -> Card:
+    """Raises OSError or ValueError where the folder holds no model of ours."""
+    content = json.loads((folder / "model.json").read_text())
+    try:
+        head = content["head"]
+        head["dimensions"] = tuple(head["dimensions"])
+        head["prompts"] = tuple((name, prompt) for name, prompt in head["prompts"])
+        return Card(**content | {"head": Head(**head)})
+    except (TypeError, KeyError):
+        raise ValueError(f"{folder / 'model.json'} does not describe a model of this version") from None
+
+
+def load_model(folder: Path) -> tuple[EmbeddingModel, Tokenizer]:
+    """The model in evaluation mode, and its tokenizer set to cut at `max_length`. Raises OSError or ValueError."""
+    card = read_card(folder)
+    with torch.device("meta"):
+        model = EmbeddingModel(_backbone(card), card.head)
+    model.backbone.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_truncation(max_length)
-    return encoder.eval(), tokenizer
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(card.max_length)
+    return model.eval(), tokenizer
+
+
+def _backbone(card: Card) -> torch.nn.Module:
+    if card.architecture == "unified":
+        return Encoder(EncoderShape(**card.shape))
+    raise ValueError(f"architecture {card.architecture!r} is not known")
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -48,8 +82,3 @@ def model_fingerprint(folder: Path) -> str:
         digest.update(name.encode())
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()
-
-
-def model_width(folder: Path) -> int:
-    """Numbers in each of the model's vectors."""
-    return int(json.loads((folder / "model.json").read_text())["d_model"])

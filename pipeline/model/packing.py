@@ -61,6 +61,7 @@ def join(first: Packed, second: Packed) -> Packed:
 class Layout:
     """Where each packed token sits: its sequence, its position there, and the (N, L) mask of real tokens."""
 
+    lengths: Tensor  # (N,)
     sequence: Tensor  # (T,)
     position: Tensor  # (T,)
     mask: Tensor  # (N, L) bool
@@ -72,7 +73,7 @@ class Layout:
         position = torch.arange(len(batch.ids), device=lengths.device) - batch.offsets[:-1][sequence]
         longest = int(lengths.max()) if len(batch) else 0
         mask = torch.arange(longest, device=lengths.device)[None, :] < lengths[:, None]
-        return cls(sequence, position, mask)
+        return cls(lengths, sequence, position, mask)
 
     def pad(self, x: Tensor) -> Tensor:
         """(T, ...) → (N, L, ...), zeros where there is no token."""

@@ -6,7 +6,8 @@ which is what lets training warm the table up alone, at many times the speed, be
 (`Encoder.active_layers`).
 
     encoder = Encoder(EncoderShape(vocab_size=16000, d_model=256, num_layers=1, num_heads=4, d_ff=768))
-    vectors = encoder(pack([[5, 6, 7], [8]]))        # (2, 256), unit length
+    batch = pack([[5, 6, 7], [8]])
+    states = encoder.hidden(batch, Layout.of(batch))            # (4, 256)
 
 Cost: 2 x parameters x tokens multiply-adds in the layers; attention pads inside itself alone (see `packing`).
 """
@@ -14,12 +15,14 @@ Cost: 2 x parameters x tokens multiply-adds in the layers; attention pads inside
 # Shapes: T packed tokens, N sequences, L longest sequence, D model width, H heads, K head width, F feed-forward width.
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.model.attention import attend
 from pipeline.model.packing import Layout, Packed
 
 INIT_STD = 0.02  # BERT, section A.2, and every encoder since
@@ -87,15 +90,8 @@ class Attention(nn.Module):
         q = rotate(self.q_proj(x_TD).view(heads), cos, sin)
         k = rotate(self.k_proj(x_TD).view(heads), cos, sin)
         v = self.v_proj(x_TD).view(heads)
-        q_NHLK, k_NHLK, v_NHLK = (layout.pad(t).transpose(1, 2) for t in (q, k, v))
-        mixed = F.scaled_dot_product_attention(
-            q_NHLK,
-            k_NHLK,
-            v_NHLK,
-            attn_mask=layout.mask[:, None, None, :],
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        return self.o_proj(layout.unpad(mixed.transpose(1, 2)).flatten(1))
+        mixed = attend(q, k, v, layout, layout, dropout=self.dropout if self.training else 0.0)
+        return self.o_proj(mixed.flatten(1))
 
 
 class FeedForward(nn.Module):
@@ -127,11 +123,13 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Packed token ids in, unit vectors out.
+    """Packed token ids in, a state for each out.
 
     `active_layers` is how many layers run: training's warm-up sets it to 0 while the residual branches are still
     zero, where skipping them changes nothing.
     """
+
+    architecture = "unified"
 
     def __init__(self, shape: EncoderShape) -> None:
         super().__init__()
@@ -142,6 +140,17 @@ class Encoder(nn.Module):
         self.active_layers = shape.num_layers
         _initialise(self.embed_tokens)
 
+    @property
+    def width(self) -> int:
+        return self.shape.d_model
+
+    @property
+    def token_table(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def describe(self) -> dict[str, Any]:
+        return asdict(self.shape)
+
     def hidden(self, batch: Packed, layout: Layout) -> Tensor:
         """The last layer's normalised states, (T, D)."""
         x_TD = self.embed_tokens(batch.ids)
@@ -150,17 +159,6 @@ class Encoder(nn.Module):
             for layer in self.layers[: self.active_layers]:
                 x_TD = layer(x_TD, layout, cos, sin)
         return self.norm(x_TD)
-
-    def forward(self, batch: Packed) -> Tensor:
-        """Mean-pooled, unit-length vectors, (N, D) in float32; a sequence without tokens gives the zero vector."""
-        layout = Layout.of(batch)
-        return F.normalize(mean_pool(self.hidden(batch, layout).float(), layout, batch.lengths), dim=-1)
-
-
-def mean_pool(x_TD: Tensor, layout: Layout, lengths: Tensor) -> Tensor:
-    """The mean of each sequence's rows, (N, D)."""
-    total = x_TD.new_zeros(len(lengths), x_TD.shape[-1]).index_add_(0, layout.sequence, x_TD)
-    return total / lengths.clamp(min=1)[:, None]
 
 
 def _initialise(module: nn.Module) -> None:

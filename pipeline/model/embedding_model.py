@@ -1,0 +1,102 @@
+"""Token ids in, vectors out: a backbone's states, pooled, normalised and cut to a size.
+
+    model = EmbeddingModel(Encoder(shape), Head(pooling="mean"))
+    vectors = model(pack([[5, 6, 7], [8]]))                      # (2, D) float32, unit length
+    shorten(vectors, 64)                                         # (2, 64), unit length again
+
+A backbone is any module with a `width`, `hidden(batch, layout)`, the states of packed tokens, and a `token_table`: our
+`Encoder`, or a `PretrainedEncoder`. The head has no parameters, so a model's weights are its backbone's.
+"""
+
+# Shapes: T packed tokens, N sequences, D width.
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.model.packing import Layout, Packed
+
+Pooling = Literal["mean", "cls", "last", "weighted"]
+
+
+class Backbone(Protocol):
+    """What turns packed token ids into states."""
+
+    @property
+    def width(self) -> int:
+        """D, the numbers in a state."""
+
+    @property
+    def token_table(self) -> nn.Embedding: ...
+
+    def hidden(self, batch: Packed, layout: Layout) -> Tensor:
+        """(T, D) states of the batch's tokens, in their order."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """How states become a vector.
+
+    mean: of all tokens. cls: the first token's. last: the last token's. weighted: a mean in which the i-th token, from
+    1, weighs i (SGPT, section 3.1.2).
+    """
+
+    pooling: Pooling = "mean"
+    normalize: bool = True
+    dimensions: tuple[int, ...] = ()
+    """Sizes below D that vectors are trained to be cut to (Matryoshka), largest first."""
+    prompts: tuple[tuple[str, str], ...] = ()
+    """Names, `query` and `document`, and what such texts are led by."""
+
+    def __call__(self, states_TD: Tensor, layout: Layout) -> Tensor:
+        vectors = pool(states_TD.float() if states_TD.dtype != torch.float64 else states_TD, layout, self.pooling)
+        return F.normalize(vectors, dim=-1) if self.normalize else vectors
+
+    def prompt(self, name: str) -> str:
+        return dict(self.prompts).get(name, "")
+
+
+class EmbeddingModel(nn.Module):
+    """A backbone and the head on it."""
+
+    def __init__(self, backbone: nn.Module, head: Head | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head or Head()
+
+    @property
+    def width(self) -> int:
+        return int(self.backbone.width)  # type: ignore[arg-type]
+
+    def hidden(self, batch: Packed, layout: Layout) -> Tensor:
+        return self.backbone.hidden(batch, layout)  # type: ignore[operator, no-any-return]
+
+    def forward(self, batch: Packed) -> Tensor:
+        """(N, D) in float32; a sequence without tokens gives the zero vector."""
+        layout = Layout.of(batch)
+        return self.head(self.hidden(batch, layout), layout)
+
+
+def pool(states_TD: Tensor, layout: Layout, pooling: Pooling) -> Tensor:
+    """(N, D): one row a sequence, zeros for a sequence without tokens."""
+    lengths = layout.lengths
+    if pooling in ("cls", "last"):
+        end = lengths.cumsum(0)
+        rows = (end - lengths if pooling == "cls" else end - 1).clamp(0, max(len(states_TD) - 1, 0))
+        picked = states_TD[rows] if len(states_TD) else states_TD.new_zeros(len(lengths), states_TD.shape[-1])
+        return torch.where(lengths[:, None] > 0, picked, 0.0)
+    total = lengths
+    if pooling == "weighted":
+        states_TD = states_TD * (layout.position + 1)[:, None]
+        total = lengths * (lengths + 1) // 2
+    summed = states_TD.new_zeros(len(lengths), states_TD.shape[-1]).index_add_(0, layout.sequence, states_TD)
+    return summed / total.clamp(min=1)[:, None]
+
+
+def shorten(vectors: Tensor, dimensions: int) -> Tensor:
+    """The first `dimensions` numbers of each vector, at unit length again (Matryoshka, Kusupati et al. 2022)."""
+    return F.normalize(vectors[..., :dimensions], dim=-1)
