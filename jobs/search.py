@@ -34,14 +34,14 @@ def main(config: Config, args: argparse.Namespace) -> Result:
         raise ConfigError(f"--limit: found {args.limit}; allowed is 1 or more")
     from pipeline.embedding.encode import TextEncoder
     from pipeline.embedding.store import open_store
-    from pipeline.model.folder import model_fingerprint, model_width
     from pipeline.stages import model_folder
 
     model = model_folder(config)
-    store = open_store(config, model_fingerprint(model), model_width(model))
+    store = open_store(config, model)
     if not store.exists():
         raise JobError(f"no index yet for the model in {model}; python jobs/embed.py makes one")
-    found = store.query(TextEncoder(model, device="cpu").encode([config.data.prompt("anchor") + query])[0], args.limit)
+    encoder = TextEncoder(model, device="cpu", dimensions=config.embedding.dimensions)
+    found = store.query(encoder.encode([query], "query")[0], args.limit)
     results = [
         {"rank": rank, **{key: row[key] for key in ("score", "id", "source_id", "text")}, "metadata": row["metadata"]}
         for rank, row in enumerate(found, 1)

@@ -104,10 +104,9 @@ def embed_stage(config: Config, session: Session) -> Result:
     """Every prepared record in the store, once."""
     folder, manifest = session.prepared()
     from pipeline.embedding.store import is_embedded, open_store
-    from pipeline.model.folder import model_fingerprint, model_width
 
     model = _model_of(config, manifest)
-    store = open_store(config, model_fingerprint(model), model_width(model))
+    store = open_store(config, model)
     written = 0
     if is_embedded(config, manifest, store):
         log.info("embed: nothing to do, %s records are in %s", f"{store.count():,}", store.name)
@@ -166,7 +165,8 @@ def _score_tasks(config: Config, session: Session, folder: Path, manifest: Manif
         tasks.append(lambda: beir)
     if config.evaluation.held_out_queries and manifest.holds_pairs:
         tasks.append(lambda: held_out_task(config, folder, manifest))
-    encoder, scores = TextEncoder(model, config.embedding.batch_tokens, "cpu"), {}
+    encoder = TextEncoder(model, config.embedding.batch_tokens, "cpu", config.embedding.dimensions)
+    scores = {}
     for make in tasks:
         task = make()
         if not task.queries:
@@ -174,7 +174,7 @@ def _score_tasks(config: Config, session: Session, folder: Path, manifest: Manif
             continue
         ids, vectors = encode_documents(task, model, config, session.board())
         with Stage(f"evaluate: rank {task.name}, BM25 beside", len(task.queries), "queries") as stage:
-            scores[task.name] = score(task, encoder, config.data.prompt("anchor"), ids, vectors)
+            scores[task.name] = score(task, encoder, ids, vectors)
             stage.advance(len(task.queries))
     return scores
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -10,69 +11,163 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import torch.nn.functional as F
 
-from pipeline.objectives.contrastive import contrastive_loss
+from pipeline.objectives.contrastive import Contrast, Rows, contrastive_loss
+
+B, M, D = 8, 2, 6
 
 
-def plain(anchors: torch.Tensor, positives: torch.Tensor, temperature: float, symmetric: bool) -> torch.Tensor:
-    scores = anchors @ positives.T / temperature
-    loss = F.cross_entropy(scores, torch.arange(len(scores)))
-    return (loss + F.cross_entropy(scores.T, torch.arange(len(scores)))) / 2 if symmetric else loss
+def rows_of(anchors: torch.Tensor, positives: torch.Tensor) -> Rows:
+    """Rows without hard negatives, in which all texts differ."""
+    n = len(anchors)
+    keys = torch.arange(1, 3 * n + 1).view(3, n).T
+    return Rows(anchors, positives, anchors.new_zeros(n, 0, anchors.shape[1]), keys)
+
+
+def plain(rows: Rows, contrast: Contrast, scale: float) -> torch.Tensor:
+    """The formula, row by row and candidate by candidate."""
+    n, total = len(rows.anchors), torch.tensor(0.0, dtype=rows.anchors.dtype)
+    sizes = [rows.anchors.shape[1], *contrast.dimensions]
+    keys = rows.keys.tolist()
+
+    def cosine(x: torch.Tensor, y: torch.Tensor, size: int) -> torch.Tensor:
+        return x[:size] @ y[:size] / x[:size].norm() / y[:size].norm()
+
+    def same(i: int, j: int) -> bool:
+        return any(keys[i][column] == keys[j][column] for column in range(3))
+
+    for size, i in itertools.product(sizes, range(n)):
+        own = cosine(rows.anchors[i], rows.positives[i], size)
+        limit = cosine(rows.anchors[i], rows.positives[i], sizes[0]) + (contrast.margin or 0.0)
+        others = [rows.positives[j] for j in range(n) if not same(i, j)]
+        others += [
+            rows.negatives[j, m]
+            for j in range(n)
+            for m in range(rows.negatives.shape[1])
+            if keys[j][3 + m] not in (0, keys[i][2])
+        ]
+        if contrast.margin is not None:
+            others = [other for other in others if cosine(rows.anchors[i], other, sizes[0]) <= limit]
+        wrong = [cosine(rows.anchors[i], other, size) for other in others]
+        loss = -torch.log_softmax(torch.stack([own, *wrong]) * scale, dim=0)[0]
+        if contrast.symmetric:
+            back = [cosine(rows.positives[i], rows.anchors[j], size) for j in range(n) if not same(i, j)]
+            loss = (loss - torch.log_softmax(torch.stack([own, *back]) * scale, dim=0)[0]) / 2
+        total = total + loss
+    return total / n / len(sizes)
+
+
+def data(weight: torch.Tensor, share: slice = slice(None)) -> Rows:
+    """Eight rows with two negatives each. Some texts are met twice and some negatives are missing."""
+    chance = torch.Generator().manual_seed(1)
+    x = torch.randn(B, 2 + M, D, generator=chance, dtype=torch.float64)
+    keys = torch.arange(1, B * (3 + M) + 1).view(B, 3 + M).clone()
+    keys[5, 1] = keys[2, 1]  # an anchor asked twice
+    keys[6, 2] = keys[1, 2]  # a text that answers two anchors
+    keys[7, 0] = keys[0, 0]  # two windows of one record
+    keys[3, 4] = keys[4, 2]  # a negative that is another row's positive
+    keys[2, 3] = 0  # a row with one negative
+    vectors = x[share] @ weight
+    return Rows(vectors[:, 0], vectors[:, 1], vectors[:, 2:], keys[share])
+
+
+def start_weight() -> torch.Tensor:
+    chance = torch.Generator().manual_seed(2)
+    return torch.randn(D, 5, generator=chance, dtype=torch.float64).requires_grad_()
+
+
+CONTRASTS = [
+    Contrast(symmetric=False),
+    Contrast(symmetric=True),
+    Contrast(symmetric=True, margin=0.1, dimensions=(3, 2)),
+]
 
 
 def test_literal_value() -> None:
     """Two orthogonal pairs: each is told from the other by e^(1/t) against 1."""
     vectors = torch.eye(2)
-    loss, metrics = contrastive_loss(vectors, vectors, temperature=0.5, symmetric=True)
+    loss, metrics = contrastive_loss(rows_of(vectors, vectors), Contrast(), scale=2.0)
     torch.testing.assert_close(loss, torch.log1p(torch.exp(torch.tensor(-2.0))))
-    assert metrics["accuracy"] == 1
-    swapped, metrics = contrastive_loss(vectors, vectors.flip(0), temperature=0.5, symmetric=False)
+    assert (metrics["accuracy"], metrics["mrr"]) == (1, 1)
+    swapped, metrics = contrastive_loss(rows_of(vectors, vectors.flip(0)), Contrast(symmetric=False), scale=2.0)
     torch.testing.assert_close(swapped, 2 + torch.log1p(torch.exp(torch.tensor(-2.0))))
+    assert (metrics["accuracy"], metrics["mrr"]) == (0, 0.5)
+
+
+def test_vectors_all_alike_find_nothing() -> None:
+    _, metrics = contrastive_loss(rows_of(torch.ones(4, 3), torch.ones(4, 3)), Contrast(), scale=1.0)
     assert metrics["accuracy"] == 0
+    assert metrics["mrr"] == pytest.approx(1 / 2.5)
 
 
-def test_equals_sentence_transformers() -> None:
-    from sentence_transformers import util
-
-    torch.manual_seed(0)
-    a, p = (F.normalize(torch.randn(12, 8), dim=1) for _ in range(2))
-    scores = util.cos_sim(a, p) * 20.0  # MultipleNegativesRankingLoss at its default scale
-    loss, _ = contrastive_loss(a, p, temperature=0.05, symmetric=False)
-    torch.testing.assert_close(loss, F.cross_entropy(scores, torch.arange(12)), atol=1e-6, rtol=0)
-
-
-def _data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((8, 6), (8, 6), (6, 5)))  # type: ignore[return-value]
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_loss_and_gradient_are_those_of_the_formula(contrast: Contrast) -> None:
+    ours, oracle = start_weight(), start_weight()
+    loss, _ = contrastive_loss(data(ours), contrast, scale=10.0)
+    expected = plain(data(oracle), contrast, 10.0)
+    torch.testing.assert_close(loss, expected, atol=1e-12, rtol=0)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, oracle.grad, atol=1e-10, rtol=0)
 
 
-def _worker(rank: int, world_size: int, symmetric: bool, folder: str) -> None:
+def test_each_mask_changes_the_loss() -> None:
+    """Or the data above would test nothing."""
+    rows = data(start_weight().detach())
+    masked, _ = contrastive_loss(rows, CONTRASTS[1], 1.0)
+    for place in [(5, 1), (6, 2), (7, 0), (3, 4), (2, 3)]:
+        keys = rows.keys.clone()
+        keys[place] = 1000
+        other, _ = contrastive_loss(Rows(rows.anchors, rows.positives, rows.negatives, keys), CONTRASTS[1], 1.0)
+        assert abs(other - masked) > 1e-6, place
+    with_margin, _ = contrastive_loss(rows, Contrast(margin=0.1), 1.0)
+    assert with_margin < masked
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_equals_sentence_transformers(symmetric: bool) -> None:
+    """MultipleNegativesRankingLoss on the same vectors, with a hard negative each."""
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    chance = torch.Generator().manual_seed(0)
+    a, p, n = torch.randn(3, 12, 8, generator=chance)
+    directions = ("query_to_doc", "doc_to_query") if symmetric else ("query_to_doc",)
+    theirs = MultipleNegativesRankingLoss(
+        torch.nn.Identity(), scale=20.0, directions=directions, partition_mode="per_direction"
+    )
+    expected = theirs.compute_loss_from_embeddings([a, p, n], None)
+    keys = torch.arange(1, 12 * 4 + 1).view(12, 4)
+    loss, _ = contrastive_loss(Rows(a, p, n[:, None], keys), Contrast(symmetric=symmetric), scale=20.0)
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
+
+
+def _worker(rank: int, world_size: int, contrast: Contrast, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    a, p, weight = _data()
-    weight.requires_grad_()
-    share = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
-    vectors = [F.normalize(x[share] @ weight, dim=1) for x in (a, p)]
-    loss, _ = contrastive_loss(*vectors, temperature=0.1, symmetric=symmetric)
+    weight = start_weight()
+    log_scale = torch.tensor(10.0, dtype=torch.float64).log().requires_grad_()
+    rows = data(weight, slice(rank * B // world_size, (rank + 1) * B // world_size))
+    loss, _ = contrastive_loss(rows, contrast, log_scale.exp())
     loss.backward()
-    assert weight.grad is not None
-    dist.all_reduce(weight.grad)  # what DDP does
-    mean = loss.detach().clone()
-    dist.all_reduce(mean)
+    result = {"weight": weight.grad, "scale": log_scale.grad, "loss": loss.detach()}
+    for value in result.values():
+        assert value is not None
+        dist.all_reduce(value)  # what DDP does
+        value /= world_size
     if rank == 0:
-        torch.save({"grad": weight.grad / world_size, "loss": mean / world_size}, Path(folder) / "result.pt")
+        torch.save(result, Path(folder) / "result.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("world_size", "symmetric"), [(2, True), (4, True), (2, False)])
-def test_workers_give_the_single_process_gradient(world_size: int, symmetric: bool) -> None:
+@pytest.mark.parametrize(("world_size", "contrast"), [(2, CONTRASTS[0]), (2, CONTRASTS[2]), (4, CONTRASTS[2])])
+def test_workers_give_the_single_process_gradient(world_size: int, contrast: Contrast) -> None:
+    """With hard negatives, masks, a learned temperature and Matryoshka; the plain formula is the oracle."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (world_size, symmetric, folder), nprocs=world_size)
+        mp.spawn(_worker, (world_size, contrast, folder), nprocs=world_size)
         result = torch.load(Path(folder) / "result.pt", weights_only=True)
-    a, p, weight = _data()
-    weight.requires_grad_()
-    loss = plain(F.normalize(a @ weight, dim=1), F.normalize(p @ weight, dim=1), 0.1, symmetric)
+    weight, log_scale = start_weight(), torch.tensor(10.0, dtype=torch.float64).log().requires_grad_()
+    loss = plain(data(weight), contrast, log_scale.exp())  # type: ignore[arg-type]
     loss.backward()
     torch.testing.assert_close(result["loss"], loss.detach(), atol=1e-12, rtol=0)
-    torch.testing.assert_close(result["grad"], weight.grad, atol=1e-10, rtol=0)
+    torch.testing.assert_close(result["weight"], weight.grad, atol=1e-10, rtol=0)
+    torch.testing.assert_close(result["scale"], log_scale.grad, atol=1e-10, rtol=0)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.data import ActorPoolStrategy, Dataset, Datasink
 
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, Embedding
 from pipeline.data.manifest import Manifest
 from pipeline.embedding.lancedb_store import LanceStore
 from pipeline.embedding.store import mark_embedded
@@ -45,30 +45,40 @@ class LanceSink(Datasink[None]):
 
 
 class Encode:
-    """An actor that holds a model: adds `vector` to tables of `text`, and of `source` where there are prompts."""
+    """An actor that holds a model: adds `vector` to tables of `text`, and of `source` where sources have prompts.
 
-    def __init__(self, folder: str, batch_tokens: int, threads: int, prompts: dict[str, str], board: Any) -> None:
+    A text is led by its source's prompt, else by the model's own of that name.
+    """
+
+    def __init__(
+        self, folder: str, settings: Embedding, threads: int, prompt: str, prompts: dict[str, str], board: Any
+    ) -> None:
         import torch
 
         from pipeline.embedding.encode import TextEncoder
 
         torch.set_num_threads(threads)
-        self.encoder = TextEncoder(Path(folder), batch_tokens)
-        self.prompts, self.board = prompts, board
+        self.encoder = TextEncoder(Path(folder), settings.batch_tokens, dimensions=settings.dimensions)
+        self.prompt, self.prompts, self.board = prompt, prompts, board
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         texts = rows["text"].to_pylist()
         if self.prompts:
-            sources = rows["source"].to_pylist()
-            texts = [self.prompts.get(source, "") + text for source, text in zip(sources, texts, strict=True)]
-        vectors = self.encoder.encode(texts)
+            own, sources = self.encoder.model.head.prompt(self.prompt), rows["source"].to_pylist()
+            texts = [self.prompts.get(source, own) + text for source, text in zip(sources, texts, strict=True)]
+        vectors = self.encoder.encode(texts, "" if self.prompts else self.prompt)
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
         self.board.add.remote("embedded", len(rows))
         return rows.append_column("vector", column)
 
 
-def encoded(dataset: Dataset, model: Path, config: Config, board: Board, prompts: dict[str, str]) -> Dataset:
-    """The dataset's `text`, after its source's prompt, embedded by a pool of actors: one a GPU, else one a CPU."""
+def encoded(
+    dataset: Dataset, model: Path, config: Config, board: Board, prompt: str, prompts: dict[str, str]
+) -> Dataset:
+    """The dataset's `text`, after its prompt, embedded by a pool of actors: one a GPU, else one a CPU.
+
+    `prompt` names one of the model's own, which yields to the prompt of a text's source.
+    """
     capacity = cluster_capacity()
     cpus, gpus = capacity.cpus, int(capacity.gpus)
     most = config.embedding.max_workers or gpus or int(cpus)
@@ -78,7 +88,7 @@ def encoded(dataset: Dataset, model: Path, config: Config, board: Board, prompts
     threads = max(1, int(capacity.cpus_there) // now)
     return dataset.map_batches(
         Encode,
-        fn_constructor_args=(str(model), config.embedding.batch_tokens, threads, prompts, board.handle),
+        fn_constructor_args=(str(model), config.embedding, threads, prompt, prompts, board.handle),
         batch_size=ENCODE_ROWS,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=now),
@@ -105,7 +115,7 @@ def embed(config: Config, folder: Path, manifest: Manifest, model: Path, store: 
         missing, batch_size=1, num_cpus=0.5
     )
     with board.stage("embed", max(total - before, 0), "records", counter="embedded") as stage:
-        encoded(dataset, model, config, board, prompts).write_datasink(
+        encoded(dataset, model, config, board, prompt_name(field), prompts).write_datasink(
             LanceSink(store), concurrency=1, ray_remote_args={"num_cpus": 0.5}
         )
     store.compact()
@@ -122,6 +132,11 @@ def missing_rows(file: Path, field: str, store: LanceStore) -> Iterator[pa.Table
         keep = pa.array(np.array([i not in there for i in ids], dtype=bool))
         rows = pa.Table.from_batches([batch]).rename_columns({field: "text"} if field != "text" else columns)
         yield rows.filter(keep)
+
+
+def prompt_name(field: str) -> str:
+    """Anchors are what one looks with, everything else what one finds."""
+    return "query" if field == "anchor" else "document"
 
 
 def embedded_field(config: Config, manifest: Manifest) -> str:

@@ -1,4 +1,4 @@
-"""Which store and table a config's vectors are in, and whether they are all there. Imports neither Ray nor torch."""
+"""Which store and table a config's vectors are in, and whether they are all there. Imports no Ray."""
 
 from __future__ import annotations
 
@@ -6,17 +6,27 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError
 from pipeline.data.manifest import Manifest
 from pipeline.embedding.lancedb_store import LanceStore
 from pipeline.runtime.files import write_atomically
 
 
-def open_store(config: Config, model_fingerprint: str, width: int) -> LanceStore:
-    """The table of a run's records under a model: another model's vectors, or another field's, are in another table."""
-    uri, field = str(config.root / config.embedding.uri), config.embedding.field
-    suffix = "" if field == "auto" else f"-{field}"
-    return LanceStore(uri, f"{config.storage.run}-{model_fingerprint[:12]}{suffix}", width)
+def open_store(config: Config, model: Path) -> LanceStore:
+    """The table of a run's records under the model of a folder.
+
+    Another model's vectors, another field's, or vectors cut to another size are in another table.
+    """
+    from pipeline.model.folder import model_fingerprint, read_card
+
+    wanted, card = config.embedding, read_card(model)
+    if wanted.dimensions and wanted.dimensions not in (card.width, *card.head.dimensions):
+        allowed = ", ".join(map(str, (card.width, *card.head.dimensions)))
+        raise ConfigError(f"embedding.dimensions: found {wanted.dimensions}; allowed with this model are {allowed}")
+    parts = [config.storage.run, model_fingerprint(model)[:12]]
+    parts += [wanted.field] if wanted.field != "auto" else []
+    parts += [str(wanted.dimensions)] if wanted.dimensions else []
+    return LanceStore(str(config.root / wanted.uri), "-".join(parts), wanted.dimensions or card.width)
 
 
 def is_embedded(config: Config, manifest: Manifest, store: LanceStore) -> bool:

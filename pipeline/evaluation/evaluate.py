@@ -58,23 +58,19 @@ def encode_documents(task: RetrievalTask, model: Path, config: Config, board: Bo
 
     from pipeline.embedding.embed import ENCODE_ROWS, encoded
 
-    prompt = config.data.prompt("positive", "text")
-    texts = [prompt + text for text in task.documents.values()]
-    table = pa.table({"id": list(task.documents), "text": texts})
+    table = pa.table({"id": list(task.documents), "text": list(task.documents.values())})
     blocks = [table.slice(start, ENCODE_ROWS) for start in range(0, len(table), ENCODE_ROWS)]
     with board.stage(f"evaluate: encode {task.name}", len(table), "documents", counter="embedded"):
-        vectors = encoded(ray.data.from_arrow(blocks), model, config, board, {})
+        vectors = encoded(ray.data.from_arrow(blocks), model, config, board, "document", {})
         rows = list(vectors.iter_batches(batch_size=None, batch_format="pyarrow"))
     ids = [record_id for block in rows for record_id in block["id"].to_pylist()]
     parts = [block["vector"].combine_chunks().flatten().to_numpy().reshape(len(block), -1) for block in rows]
     return ids, np.concatenate(parts)
 
 
-def score(
-    task: RetrievalTask, encoder: TextEncoder, prompt: str, document_ids: list[str], documents: np.ndarray
-) -> dict[str, Any]:
-    """`model` and `bm25`: the metrics of each on a task whose documents are embedded; `prompt` leads the queries."""
-    queries = encoder.encode([prompt + query for query in task.queries.values()])
+def score(task: RetrievalTask, encoder: TextEncoder, document_ids: list[str], documents: np.ndarray) -> dict[str, Any]:
+    """`model` and `bm25`: the metrics of each on a task whose documents are embedded."""
+    queries = encoder.encode(list(task.queries.values()), "query")
     own: Ranking = nearest(list(task.queries), queries, document_ids, documents)
     lexical = bm25_ranking(
         list(task.queries), list(task.queries.values()), list(task.documents), list(task.documents.values())

@@ -1,56 +1,116 @@
-"""InfoNCE over the global batch: every anchor is classified among the positives of all workers.
+"""InfoNCE over the global batch: every anchor is classified among the positives and hard negatives of all workers.
 
-Worker r holds rows [r * B/W, (r + 1) * B/W) of the global batch. It gathers all rows, scores its own anchors against
-all positives (and, if symmetric, its own positives against all anchors), and averages over its own rows. The mean of
-that over workers is the single-process loss, and `gather`'s backward pass carries each worker's share of the gradient
-back to the rows' owner, so averaging parameter gradients over workers gives the single-process gradient.
+Worker r holds b = B / W rows of the global batch. It gathers the candidates of all, scores its own anchors against
+them (and, if symmetric, its own positives against all anchors), and averages over its own rows. The mean of that over
+workers is the single-process loss, and `gather`'s backward pass carries each worker's share of the gradient back to
+the rows' owner, so averaging parameter gradients over workers gives the single-process gradient.
 
-    loss, metrics = contrastive_loss(anchors, positives, temperature=0.05, symmetric=True)   # (B/W, D) each
+    rows = Rows(anchors, positives, negatives, keys)                # (b, D), (b, D), (b, M, D), (b, 3 + M)
+    loss, metrics = contrastive_loss(rows, Contrast(symmetric=True), scale=1 / 0.05)
+
+A candidate that is as good an answer as the positive must not count as wrong. Whether it is one follows from `keys`,
+hashes of each row's record and texts: equal records, equal texts, and answers to an equal anchor are masked.
+Cost: b x B x (1 + M) products of D numbers, once a direction and size.
 """
 
+# Shapes: b rows of this worker, B of all, M hard negatives a row at most, C = B * (1 + M) candidates, D width.
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.objectives.collectives import gather, rank
 
-class _Gather(torch.autograd.Function):
-    """All workers' rows, in rank order; backward sums over workers the gradients of this worker's rows."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:
-        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
-        total = grads[0].contiguous()
-        dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
+ID, ANCHOR, POSITIVE, NEGATIVES = 0, 1, 2, 3  # columns of `keys`
 
 
-def gather(rows: Tensor) -> Tensor:
-    """(B/W, D) on each of W workers → (B, D), differentiable. Each worker must bring equally many rows."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return rows
-    return _Gather.apply(rows)  # type: ignore[no-any-return, no-untyped-call]
+@dataclass(frozen=True)
+class Rows:
+    """This worker's rows. `keys` are int64 hashes: of the record, its anchor, its positive, and each of its negatives.
 
-
-def contrastive_loss(
-    anchors: Tensor, positives: Tensor, *, temperature: float, symmetric: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """This worker's mean loss, and `accuracy`: the share of its anchors whose own positive scores highest.
-
-    `anchors` and `positives` are unit vectors, (B/W, D); row i of one belongs to row i of the other.
+    A negative that is not there has key 0, as has nothing else, and any vector.
     """
-    all_positives = gather(positives)
-    first = dist.get_rank() * len(anchors) if len(all_positives) > len(anchors) else 0
-    own = torch.arange(first, first + len(anchors), device=anchors.device)
-    scores = anchors @ all_positives.T / temperature
-    loss = F.cross_entropy(scores, own)
-    if symmetric:
-        loss = (loss + F.cross_entropy(positives @ gather(anchors).T / temperature, own)) / 2
-    return loss, {"accuracy": (scores.detach().argmax(dim=1) == own).float().mean()}
+
+    anchors: Tensor  # (b, D)
+    positives: Tensor  # (b, D)
+    negatives: Tensor  # (b, M, D)
+    keys: Tensor  # (b, 3 + M)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """What is asked of each row."""
+
+    symmetric: bool = True
+    """Also look for each positive's anchor among all anchors."""
+    margin: float | None = None
+    """Candidates whose cosine to the anchor is so much above the positive's are masked too (Qwen3 Embedding, eq. 1)."""
+    dimensions: tuple[int, ...] = ()
+    """Further sizes that the vectors are cut to; the loss is the mean over them and the full size (Matryoshka)."""
+
+
+def contrastive_loss(rows: Rows, contrast: Contrast, scale: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
+    """This worker's mean loss, and over its anchors `accuracy`, the share whose own positive scores highest, and `mrr`.
+
+    `scale` is one over the temperature. Vectors need not be of unit length.
+    """
+    everyone = _everyone(rows)
+    width, first = rows.anchors.shape[1], rank() * len(rows.anchors)
+    own = torch.arange(first, first + len(rows.anchors), device=rows.anchors.device)
+    candidates = torch.cat([everyone.positives, everyone.negatives.flatten(0, 1)])
+    wrong_pairs = _wrong_pairs(rows.keys, everyone.keys)
+    wrong = torch.cat([wrong_pairs, _wrong_negatives(rows.keys, everyone.keys)], dim=1)
+    if contrast.margin is not None:
+        with torch.no_grad():
+            cosines = _cosines(rows.anchors, candidates, width)
+            wrong = wrong & (cosines <= cosines.gather(1, own[:, None]) + contrast.margin)
+    losses, metrics = [], {}
+    for size in (width, *contrast.dimensions):
+        scores = _masked(_cosines(rows.anchors, candidates, size) * scale, wrong, own)
+        loss = F.cross_entropy(scores, own)
+        if contrast.symmetric:
+            back = _masked(_cosines(rows.positives, everyone.anchors, size) * scale, wrong_pairs, own)
+            loss = (loss + F.cross_entropy(back, own)) / 2
+        losses.append(loss)
+        metrics = metrics or _ranks(scores.detach(), own)
+    return torch.stack(losses).mean(), metrics
+
+
+def _cosines(left: Tensor, right: Tensor, size: int) -> Tensor:
+    return F.normalize(left[:, :size], dim=-1) @ F.normalize(right[:, :size], dim=-1).T
+
+
+def _masked(scores: Tensor, wrong: Tensor, own: Tensor) -> Tensor:
+    """Scores where a candidate is the right one or a wrong one; minus infinity where it is neither."""
+    return scores.masked_fill(~wrong.scatter(1, own[:, None], True), -torch.inf)
+
+
+def _wrong_pairs(keys: Tensor, all_keys: Tensor) -> Tensor:
+    """(b, B): whether column j's pair is no answer to row i: it is of another record, anchor and positive."""
+    alike = torch.zeros(len(keys), len(all_keys), dtype=torch.bool, device=keys.device)
+    for column in (ID, ANCHOR, POSITIVE):
+        alike |= keys[:, column, None] == all_keys[None, :, column]
+    return ~alike
+
+
+def _wrong_negatives(keys: Tensor, all_keys: Tensor) -> Tensor:
+    """(b, B * M): whether a negative is there, and is not the text of the row's own positive."""
+    negatives = all_keys[:, NEGATIVES:].flatten()[None, :]
+    return (negatives != 0) & (negatives != keys[:, POSITIVE, None])
+
+
+def _ranks(scores: Tensor, own: Tensor) -> dict[str, Tensor]:
+    """A tie counts half: vectors that are all alike find nothing."""
+    mine = scores.gather(1, own[:, None])
+    rank = 1 + (scores > mine).sum(dim=1) + ((scores == mine).sum(dim=1) - 1) / 2
+    return {"accuracy": (rank == 1).float().mean(), "mrr": (1 / rank).mean()}
+
+
+def _everyone(rows: Rows) -> Rows:
+    """The rows of all workers, in rank order."""
+    with torch.no_grad():
+        keys = gather(rows.keys)
+    return Rows(gather(rows.anchors), gather(rows.positives), gather(rows.negatives), keys)
