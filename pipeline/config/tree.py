@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from pipeline.config.data import Data, Tokenizer
+from pipeline.config.model import Model
+from pipeline.config.objective import Objective
 from pipeline.config.reading import ConfigError, explain, kind_of, parse_override, read_yaml
 from pipeline.config.section import Name, PathStr, Section
 
@@ -32,56 +34,6 @@ class Storage(Section):
     """Folder for runs, prepared data and tables. Default: $PIPELINE_STORAGE, else ~/.cache/text-embedding-pipeline."""
     run: Name = "default"
     """Name of the run: its folder is `<root>/runs/<run>`; training in it again resumes it."""
-
-
-SIZES: dict[str, dict[str, int]] = {
-    "tiny": {"d_model": 256, "num_layers": 1, "num_heads": 4, "d_ff": 768},
-    "small": {"d_model": 384, "num_layers": 6, "num_heads": 6, "d_ff": 1024},
-    "base": {"d_model": 768, "num_layers": 12, "num_heads": 12, "d_ff": 2048},
-}
-
-
-class Model(Section):
-    size: Literal["tiny", "small", "base"] = "tiny"
-    """One dial for width, depth and heads; each can be overridden below."""
-    d_model: int | None = Field(None, ge=8)
-    """Width of the token states and of the vectors."""
-    num_layers: int | None = Field(None, ge=0)
-    """Transformer layers; 0 is a table of token embeddings."""
-    num_heads: int | None = Field(None, ge=1)
-    """Attention heads a layer; d_model must be an even multiple of it."""
-    d_ff: int | None = Field(None, ge=8)
-    """Width of the feed-forward's hidden layer."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of residual-branch outputs dropped in training."""
-    norm_eps: float = Field(1.0, gt=0)
-    """Epsilon of RMSNorm. Far above a state's mean square it keeps token weights (see model/transformer.py)."""
-
-    def dimensions(self) -> dict[str, int]:
-        """d_model, num_layers, num_heads and d_ff, overrides applied."""
-        own = {key: getattr(self, key) for key in SIZES[self.size]}
-        return SIZES[self.size] | {key: value for key, value in own.items() if value is not None}
-
-    @model_validator(mode="after")
-    def _even_heads(self) -> Model:
-        d_model, num_heads = self.dimensions()["d_model"], self.dimensions()["num_heads"]
-        if d_model % (2 * num_heads):
-            raise ValueError(f"a d_model that is an even multiple of num_heads, not {d_model} over {num_heads}")
-        return self
-
-
-class Contrastive(Section):
-    weight: float = Field(1.0, gt=0)
-    """Weight in the sum of objectives."""
-    temperature: float = Field(0.05, gt=0, le=10)
-    """Similarities are divided by it (SimCSE, section 6)."""
-    symmetric: bool = True
-    """Also classify each positive's anchor among all anchors."""
-
-
-class Objective(Section):
-    contrastive: Contrastive = Contrastive()
-    """InfoNCE with in-batch negatives from all workers."""
 
 
 class Training(Section):
@@ -108,6 +60,8 @@ class Training(Section):
     max_time_s: float | None = Field(None, gt=0)
     """Stop after so many seconds of training, all starts of the run together, with a checkpoint. Looked at every
     `log_every_steps`."""
+    compile: bool = False
+    """Compile the model with torch.compile: minutes before the first step, faster steps after it."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast where the GPU has it, else fp32."""
     strategy: Literal["ddp"] = "ddp"
@@ -115,7 +69,9 @@ class Training(Section):
     validate_every_steps: int = Field(200, ge=1)
     """Steps between validations."""
     validation_pairs: int = Field(2048, ge=2)
-    """At most so many validation pairs are ranked against each other."""
+    """At most so many validation records are scored: pairs are ranked against each other."""
+    generated_texts: int = Field(64, ge=0)
+    """At most so many validation texts are generated for BLEU and ROUGE, where an objective trains a decoder."""
     log_every_steps: int = Field(10, ge=1)
     """Steps between two lines in metrics.jsonl."""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -128,7 +84,7 @@ class Checkpointing(Section):
     every_minutes: float | None = Field(None, gt=0)
     """Also after so many minutes of training without one; looked at every `training.log_every_steps`."""
     max_checkpoints: int = Field(2, ge=1)
-    """Newest checkpoints kept; the best by validation NDCG@10 is kept beside them."""
+    """Newest checkpoints kept; the best by validation is kept beside them: by NDCG@10, else by the loss."""
 
 
 class Logging(Section):
@@ -158,6 +114,8 @@ class Embedding(Section):
     """Where vectors are written."""
     uri: PathStr = "lancedb"
     """LanceDB's folder; relative to storage.root."""
+    dimensions: int | None = Field(None, ge=1)
+    """Cut vectors to this size, one of the model's `matryoshka_dims`; by default its width."""
     batch_tokens: int = Field(8_192, ge=16)
     """Tokens encoded in one forward pass."""
     max_workers: int | None = Field(None, ge=1)

@@ -1,0 +1,87 @@
+"""The `model` section: what is trained, from one dial down to single widths."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.section import Section
+
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"d_model": 256, "num_layers": 1, "num_heads": 4, "num_kv_heads": 4, "d_ff": 768},
+    "small": {"d_model": 384, "num_layers": 6, "num_heads": 6, "num_kv_heads": 6, "d_ff": 1024},
+    "base": {"d_model": 768, "num_layers": 12, "num_heads": 12, "num_kv_heads": 12, "d_ff": 2048},
+    "large": {"d_model": 1024, "num_layers": 24, "num_heads": 16, "num_kv_heads": 16, "d_ff": 2816},
+    "1b": {"d_model": 2048, "num_layers": 20, "num_heads": 16, "num_kv_heads": 4, "d_ff": 5632},
+    "7b": {"d_model": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "d_ff": 14336},
+    "30b": {"d_model": 7168, "num_layers": 54, "num_heads": 56, "num_kv_heads": 8, "d_ff": 20480},
+}
+"""From large on, names are the encoder's parameters with 32,000 tokens; the proportions are Llama's and Yi's."""
+TABLE_NORM_EPS, NORM_EPS = 1.0, 1e-5
+
+
+class Model(Section):
+    pretrained: str | None = Field(None, min_length=1)
+    """A pretrained encoder of transformers: its folder, or its name on the hub. Takes the place of `size`, and of the
+    keys that shape our own encoder; `tokenizer.load_path` is then the encoder's own by default."""
+    size: Literal["tiny", "small", "base", "large", "1b", "7b", "30b"] = "tiny"
+    """One dial for width, depth and heads; each can be overridden below."""
+    d_model: int | None = Field(None, ge=8)
+    """Width of the token states and of the vectors."""
+    num_layers: int | None = Field(None, ge=0)
+    """Transformer layers; 0 is a table of token embeddings."""
+    num_heads: int | None = Field(None, ge=1)
+    """Attention heads a layer; d_model must be an even multiple of it."""
+    num_kv_heads: int | None = Field(None, ge=1)
+    """Heads of keys and values, each shared by a group of heads; by default the size's, or `num_heads`."""
+    d_ff: int | None = Field(None, ge=8)
+    """Width of the feed-forward's hidden layer."""
+    decoder_layers: int | None = Field(None, ge=1)
+    """Layers of the decoder that generative objectives train beside the encoder; by default as many as it has."""
+    positions: Literal["rotary", "learned"] = "rotary"
+    """How the encoder knows the order of tokens. A model with learned positions cannot be exported."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of residual-branch outputs dropped in training."""
+    norm_eps: float | None = Field(None, gt=0)
+    """Epsilon of RMSNorm. By default 1 for `tiny`, which keeps token weights (see model/transformer.py), else 1e-5."""
+    tie_embeddings: bool = True
+    """The decoder reads and predicts tokens with the encoder's own table."""
+    gradient_checkpointing: bool = False
+    """Compute a layer's states again in the backward pass instead of keeping them: less memory, a third more time."""
+    pooling: Literal["mean", "cls", "last", "weighted"] = "mean"
+    """How token states become a vector: their mean, the first token's, the last's, or a mean weighted by position."""
+    normalize: bool = True
+    """Vectors have unit length."""
+    matryoshka_dims: list[Annotated[int, Field(ge=1)]] = []
+    """Sizes, beside the full one, that vectors are trained to be cut to."""
+
+    def dimensions(self) -> dict[str, int]:
+        """d_model, num_layers, num_heads, num_kv_heads and d_ff, overrides applied."""
+        chosen = {key: getattr(self, key) for key in SIZES[self.size] if getattr(self, key) is not None}
+        if "num_heads" in chosen:
+            chosen.setdefault("num_kv_heads", chosen["num_heads"])
+        return SIZES[self.size] | chosen
+
+    @property
+    def epsilon(self) -> float:
+        return self.norm_eps or (TABLE_NORM_EPS if self.size == "tiny" else NORM_EPS)
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Model:
+        shape = self.dimensions()
+        d_model, num_heads, num_kv_heads = shape["d_model"], shape["num_heads"], shape["num_kv_heads"]
+        if d_model % (2 * num_heads):
+            raise ValueError(f"a d_model that is an even multiple of num_heads, not {d_model} over {num_heads}")
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_heads that are a multiple of num_kv_heads, not {num_heads} over {num_kv_heads}")
+        if not self.pretrained and max(self.matryoshka_dims, default=0) >= d_model:
+            raise ValueError(f"matryoshka_dims below d_model, {d_model}, not {self.matryoshka_dims}")
+        if self.pretrained and self.positions == "learned":
+            raise ValueError("positions=learned for our own encoder alone, not with pretrained")
+        return self
+
+    @field_validator("matryoshka_dims")
+    @classmethod
+    def _falling(cls, sizes: list[int]) -> list[int]:
+        return sorted(set(sizes), reverse=True)

@@ -1,0 +1,91 @@
+"""The `objective` section: what the model learns from, a weighted sum."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.section import Section
+
+
+class Contrastive(Section):
+    weight: float = Field(1.0, gt=0)
+    """Weight in the sum of objectives."""
+    temperature: float = Field(0.05, gt=0, le=10)
+    """Similarities are divided by it (SimCSE, section 6)."""
+    learn_temperature: bool = False
+    """`temperature` is where it starts, and it is trained with the weights, down to 0.01 (CLIP, section 2.5)."""
+    symmetric: bool = True
+    """Also classify each positive's anchor among all anchors."""
+    hard_negatives: int = Field(1, ge=0)
+    """At most so many of a record's negatives stand beside the positives of the batch."""
+    false_negative_margin: float | None = Field(None, ge=0, le=2)
+    """Candidates whose cosine to the anchor exceeds the positive's by more are left out (Qwen3 Embedding: 0.1)."""
+
+
+class Generative(Section):
+    weight: float = Field(1.0, gt=0)
+    """Weight in the sum of objectives. A loss is the mean over the tokens of the global batch."""
+
+
+class Seq2Seq(Generative):
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each target's probability spread over the vocabulary."""
+
+
+class Denoising(Generative):
+    corruption: Literal["deletion", "spans"] = "deletion"
+    """deletion: tokens are left out and the decoder sees the text's vector alone (TSDAE). spans: runs of tokens are
+    masked and the decoder writes them, seeing all states (T5)."""
+    ratio: float | None = Field(None, gt=0, lt=1)
+    """Share of tokens that go; by default 0.6 for deletion (TSDAE, section 5), 0.15 for spans (T5, section 3.1.4)."""
+    mean_span: float = Field(3.0, ge=1)
+    """Mean length of a span in tokens (T5, section 3.3.4)."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each target's probability spread over the vocabulary."""
+
+
+class MaskedLanguageModel(Generative):
+    ratio: float = Field(0.3, gt=0, lt=1)
+    """Share of tokens that are to be predicted (Wettig et al. 2023; ModernBERT)."""
+
+
+class Causal(Generative):
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each target's probability spread over the vocabulary."""
+
+
+class Objective(Section):
+    """A weighted sum of what is named here; contrastive alone where nothing is."""
+
+    contrastive: Contrastive | None = None
+    """InfoNCE on pairs, with negatives from all workers."""
+    seq2seq: Seq2Seq | None = None
+    """The decoder writes the positive, seeing the anchor's states."""
+    denoising: Denoising | None = None
+    """The decoder restores a corrupted text, `text` or `positive`."""
+    mlm: MaskedLanguageModel | None = None
+    """The encoder restores masked tokens of `text` or `positive`."""
+    causal: Causal | None = None
+    """The decoder predicts each next token of `text` or `positive`, seeing no states."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default(cls, given: Any) -> Any:
+        nothing = isinstance(given, dict) and all(value is None for value in given.values())
+        return {"contrastive": {}} if nothing else given
+
+    @property
+    def named(self) -> dict[str, Section]:
+        """Those that are asked for, by name."""
+        sections = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: section for name, section in sections.items() if section is not None}
+
+    @property
+    def needs_pairs(self) -> bool:
+        return bool({"contrastive", "seq2seq"} & self.named.keys())
+
+    @property
+    def needs_decoder(self) -> bool:
+        return bool({"seq2seq", "denoising", "causal"} & self.named.keys())
