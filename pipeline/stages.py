@@ -17,6 +17,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import prepare
 from pipeline.evaluation.beir import check_beir
+from pipeline.evaluation.sts import read_sts
 from pipeline.runtime.console import Stage, log, table
 from pipeline.runtime.files import write_atomically
 from pipeline.runtime.job import JobError, Result, alone_in
@@ -58,6 +59,8 @@ def check_folders(config: Config) -> None:
     """Raise ConfigError for a folder that a later stage would miss, before an earlier one has worked for hours."""
     if config.evaluation.beir_dir:
         check_beir(Path(config.evaluation.beir_dir))
+    if config.evaluation.sts_file:
+        read_sts(Path(config.evaluation.sts_file))
     if config.embedding.model and not (Path(config.embedding.model) / "model.safetensors").is_file():
         raise ConfigError(
             f"embedding.model: found no model.safetensors in {config.embedding.model}; allowed is a checkpoint folder"
@@ -80,10 +83,10 @@ def prepare_stage(config: Config, session: Session) -> Result:
 def train_stage(config: Config, session: Session) -> Result:
     """A trained model; prepares first where the token shards are missing or stale."""
     folder, manifest = session.prepared()
-    if not manifest.holds_pairs:
+    if config.objective.needs_pairs and not manifest.holds_pairs:
         raise ConfigError(
-            f"objective.contrastive: found prepared records of {', '.join(manifest.text_fields)} alone; "
-            "allowed are sources that give anchor and positive"
+            f"objective: found prepared records of {', '.join(manifest.text_fields)} alone; allowed with contrastive "
+            "and seq2seq are sources that give anchor and positive, and without pairs denoising, mlm and causal"
         )
     from pipeline.training.fit import finished_state, fit
 
@@ -127,7 +130,7 @@ def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
         "model": model_fingerprint(model),
         "data": manifest.fingerprint,
         "evaluation": config.evaluation.model_dump(mode="json"),
-        "beir": _changes(config.evaluation.beir_dir),
+        "files": [*_changes(config.evaluation.beir_dir), *_changes(config.evaluation.sts_file)],
     }
     earlier = json.loads(path.read_text()) if path.is_file() else {}
     if earlier.get("of") == key and not again:
@@ -138,9 +141,9 @@ def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
     return Result(scores, {"scores": str(path)})
 
 
-def _changes(folder: str | None) -> list[list[str | int]]:
-    """Name, size and time of change (ns) of the files in a folder."""
-    files = sorted(Path(folder).rglob("*.*")) if folder else []
+def _changes(path: str | None) -> list[list[str | int]]:
+    """Name, size and time of change (ns) of a file, or of the files in a folder."""
+    files = [] if path is None else [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("*.*"))
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
@@ -157,7 +160,7 @@ def _model_of(config: Config, manifest: Manifest) -> Path:
 def _score_tasks(config: Config, session: Session, folder: Path, manifest: Manifest, model: Path) -> dict[str, Any]:
     from pipeline.embedding.encode import TextEncoder
     from pipeline.evaluation.beir import RetrievalTask, read_beir
-    from pipeline.evaluation.evaluate import encode_documents, held_out_task, score
+    from pipeline.evaluation.evaluate import encode_documents, held_out_task, score, score_sts
 
     tasks: list[Callable[[], RetrievalTask]] = []
     if config.evaluation.beir_dir:
@@ -176,20 +179,32 @@ def _score_tasks(config: Config, session: Session, folder: Path, manifest: Manif
         with Stage(f"evaluate: rank {task.name}, BM25 beside", len(task.queries), "queries") as stage:
             scores[task.name] = score(task, encoder, ids, vectors)
             stage.advance(len(task.queries))
+    if config.evaluation.sts_file:
+        pairs = read_sts(Path(config.evaluation.sts_file))
+        with Stage(f"evaluate: {pairs.name}", len(pairs.scores), "pairs") as stage:
+            scores[pairs.name] = score_sts(pairs, encoder)
+            stage.advance(len(pairs.scores))
     return scores
 
 
 def score_table(scores: dict[str, Any]) -> str:
-    """A line a model and task."""
+    """A line a model and task, and a line a file of sentence pairs."""
     from pipeline.evaluation.metrics import METRICS
 
     rows = [
         [f"{name} ({result['queries']:,} queries, {result['documents']:,} documents)", system]
         + [f"{result[system][metric]:.4f}" for metric in METRICS]
         for name, result in scores.items()
+        if "queries" in result
         for system in ("model", "bm25")
     ]
-    return table(rows, ("task", "", *METRICS))
+    retrieval = [table(rows, ("task", "", *METRICS))] if rows else []
+    similarity = [
+        f"{name} ({result['pairs']:,} pairs): Spearman {result['model']['spearman']:.4f}"
+        for name, result in scores.items()
+        if "pairs" in result
+    ]
+    return "\n".join(retrieval + similarity)
 
 
 def model_folder(config: Config) -> Path:

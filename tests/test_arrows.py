@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "text": set(),
     "runtime": {"config"},
     "model": set(),
-    "objectives": {"model"},
+    "objectives": {"config", "model"},
     "sources": {"config", "runtime", "text"},
     "data": {"config", "runtime", "text", "sources"},
     "embedding": {"config", "runtime", "data", "model", "text"},
@@ -25,7 +25,14 @@ MAY_IMPORT = {
 }
 WITHOUT_RAY = {"config", "text", "sources", "model", "objectives"}
 WITHOUT_TORCH = {"config", "text", "runtime", "sources", "data"}
-RAYLESS_MODULES = {"training/loop.py", "training/step.py", "training/checkpoints.py", "embedding/store.py"}
+RAYLESS_MODULES = {
+    "training/loop.py",
+    "training/step.py",
+    "training/build.py",
+    "training/validation.py",
+    "training/checkpoints.py",
+    "embedding/store.py",
+}
 
 
 def modules() -> list[Path]:

@@ -12,14 +12,16 @@ import pytest
 import torch
 
 from pipeline.config import Config, load
-from pipeline.model.packing import pack
+from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.training.batch import PairBatch, pair_batch
+from pipeline.objectives.learner import Learner
+from pipeline.training.batch import to_batch
 from pipeline.training.checkpoints import (
     TrainState,
     best_checkpoint,
     keep_best,
     load_optimizer,
+    load_weights,
     newest_valid,
     next_attempt,
     prune,
@@ -27,11 +29,11 @@ from pipeline.training.checkpoints import (
     save_checkpoint,
     step_folder,
 )
-from pipeline.training.loop import Run, ranking_metrics, train
+from pipeline.training.loop import Run, train
 from pipeline.training.optimizer import FLOOR, Schedule, build_optimizer
-from pipeline.training.step import backward
+from pipeline.training.validation import Validation, ranking_metrics
 
-SHAPE = EncoderShape(vocab_size=64, d_model=16, num_layers=1, num_heads=2, d_ff=24, dropout=0.2)
+SHAPE = EncoderShape(vocab_size=64, d_model=16, num_layers=1, num_heads=2, d_ff=24, dropout=0.2, norm_eps=1.0)
 
 
 def config_of(tmp_path: Path, *overrides: str) -> Config:
@@ -58,76 +60,36 @@ def rows(start: int, stop: int) -> Iterator[pa.Table]:
         )
 
 
-def batch() -> PairBatch:
-    return pair_batch(next(rows(0, 1)))
+def new_learner(config: Config) -> Learner:
+    torch.manual_seed(0)
+    encoder = Encoder(SHAPE)
+    encoder.zero_residual_branches()
+    return Learner(EmbeddingModel(encoder), config.objective)
 
 
 def new_run(config: Config, save: object = lambda run, state, is_best: None, stop: int = 12) -> Run:
-    torch.manual_seed(0)
-    return Run(Encoder(SHAPE), config, lambda a, b: rows(a, min(b, stop)), batch(), 12, save, lambda metrics: None)  # type: ignore[arg-type]
+    validation = Validation(to_batch(next(rows(0, 1))), lambda ids: [str(each) for each in ids])
+    return Run(
+        new_learner(config),
+        config,
+        lambda a, b: rows(a, min(b, stop)),
+        validation,
+        12,
+        save,  # type: ignore[arg-type]
+        lambda metrics: None,
+    )
 
 
-def gradients(micro_batches: int, run: Run) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    torch.manual_seed(5)
-    run.encoder.train()
-    metrics = backward(run.encoder, batch(), run.loss, micro_batches, None)
-    return metrics["loss"], [p.grad for p in run.encoder.parameters() if p.grad is not None]
-
-
-def wide_run(tmp_path: Path, dropout: float) -> Run:
-    torch.set_default_dtype(torch.float64)
-    try:
-        torch.manual_seed(0)
-        encoder = Encoder(EncoderShape(**{**vars(SHAPE), "dropout": dropout}))
-        for parameter in encoder.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    encoder.forward = _double(encoder)  # type: ignore[method-assign]
-    return Run(encoder, config_of(tmp_path), rows, batch(), 12, lambda *a: None, lambda m: None)
-
-
-def _double(encoder: Encoder):  # type: ignore[no-untyped-def]
-    """The forward pass without its cast to float32, so that gradients can be compared closely."""
-    from pipeline.model.packing import Layout
-    from pipeline.model.transformer import mean_pool
-
-    def forward(texts):  # type: ignore[no-untyped-def]
-        layout = Layout.of(texts)
-        return torch.nn.functional.normalize(mean_pool(encoder.hidden(texts, layout), layout, texts.lengths), dim=-1)
-
-    return forward
-
-
-@pytest.mark.parametrize("micro_batches", [2, 4, 8])
-def test_accumulation_gives_the_whole_batch_gradient(micro_batches: int, tmp_path: Path) -> None:
-    whole_loss, whole = gradients(1, wide_run(tmp_path, 0.0))
-    loss, parts = gradients(micro_batches, wide_run(tmp_path, 0.0))
-    torch.testing.assert_close(loss, whole_loss, atol=1e-12, rtol=0)
-    assert len(parts) == len(whole)
-    for a, b in zip(parts, whole, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
-
-
-def test_cached_gradients_replay_dropout(tmp_path: Path) -> None:
-    """With dropout the cached gradient must be that of the very masks the first pass drew: autograd is the oracle."""
-    run = wide_run(tmp_path, 0.3)
-    _, cached = gradients(2, run)
-    cached = [g.clone() for g in cached]
-    run.encoder.zero_grad()
-    torch.manual_seed(5)
-    halves = [run.encoder(batch().texts(0, 4)).chunk(2), run.encoder(batch().texts(4, 8)).chunk(2)]
-    loss, _ = run.loss(torch.cat([h[0] for h in halves]), torch.cat([h[1] for h in halves]))
-    loss.backward()
-    for a, b in zip(cached, [p.grad for p in run.encoder.parameters()], strict=True):
-        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+def encoder_of(run: Run) -> Encoder:
+    assert isinstance(run.learner.model.backbone, Encoder)
+    return run.learner.model.backbone
 
 
 def saver(folder: Path):  # type: ignore[no-untyped-def]
     def save(run: Run, state: TrainState, is_best: bool) -> None:
         target = folder / "attempt-001" / step_folder(state.step)
         target.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(target, run.encoder, run.optimizer, state, tokenizer_json="{}", max_length=8)
+        save_checkpoint(target, run.learner, run.optimizer, state, tokenizer_json="{}", max_length=8)
         if is_best:
             keep_best(target, folder)
 
@@ -145,27 +107,31 @@ def test_resumed_weights_are_bit_identical(killed_at: int, tmp_path: Path) -> No
     checkpoint, _ = newest_valid(tmp_path / "killed")
     assert checkpoint is not None
     resumed = new_run(config)
-    from safetensors.torch import load_file
-
-    resumed.encoder.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    load_weights(checkpoint, resumed.learner)
     load_optimizer(checkpoint, resumed.optimizer, torch.device("cpu"))
     start = read_state(checkpoint)
     assert killed_at - 4 < start.step <= killed_at
     assert train(resumed, start).step == 12
-    for name, tensor in whole.encoder.state_dict().items():
-        assert torch.equal(tensor, resumed.encoder.state_dict()[name]), name
+    for name, tensor in whole.learner.state_dict().items():
+        assert torch.equal(tensor, resumed.learner.state_dict()[name]), name
 
 
 def test_the_loss_falls_and_layers_join(tmp_path: Path) -> None:
-    config = config_of(tmp_path, "training.table_warmup_fraction=0.5", "training.log_every_steps=1")
-    losses: list[float] = []
-    active: list[int] = []
-    run = new_run(config)
-    run.report = lambda m: (losses.append(m["loss"]), active.append(run.encoder.active_layers)) if "loss" in m else None
+    """On one batch, again and again."""
+    seen: list[tuple[float, int]] = []
+    run = new_run(config_of(tmp_path, "training.table_warmup_fraction=0.5", "training.log_every_steps=1"))
+    run.batches = lambda start, stop: (next(rows(0, 1)) for _ in range(start, stop))
+
+    def note(metrics: dict[str, float]) -> None:
+        if "loss" in metrics:
+            seen.append((metrics["loss"], encoder_of(run).active_layers))
+
+    run.report = note
     train(run, TrainState())
-    assert losses[-1] < 0.7 * losses[0]
-    assert active == [0] * 6 + [1] * 6
-    assert run.encoder.layers[0].mlp.down_proj.weight.abs().sum() > 0
+    losses, active = zip(*seen, strict=True)
+    assert losses[-1] < 0.3 * losses[0]
+    assert active == (0,) * 6 + (1,) * 6
+    assert encoder_of(run).layers[0].mlp.down_proj.weight.abs().sum() > 0
 
 
 def test_a_time_limit_ends_with_a_checkpoint(tmp_path: Path) -> None:
@@ -191,7 +157,7 @@ def test_checkpoints_by_steps_and_by_minutes(tmp_path: Path) -> None:
 def test_ranking_metrics_by_hand() -> None:
     anchors = torch.eye(3)
     positives = torch.tensor([[1.0, 0, 0], [0, 0, 1.0], [0, 0.6, 0.8]])  # ranks 1, 2.5 (a tie), 2
-    metrics = ranking_metrics(anchors, positives, temperature=1.0)
+    metrics = ranking_metrics(anchors, positives, scale=1.0)
     scores = anchors @ positives.T
     assert metrics["recall@1"] == pytest.approx(1 / 3)
     assert metrics["ndcg@10"] == pytest.approx((1 + 1 / math.log2(3.5) + 1 / math.log2(3)) / 3)
@@ -200,17 +166,17 @@ def test_ranking_metrics_by_hand() -> None:
 
 def test_vectors_that_are_all_alike_score_badly() -> None:
     alike = torch.ones(100, 4) / 2
-    assert ranking_metrics(alike, alike, temperature=0.05)["ndcg@10"] == 0
+    assert ranking_metrics(alike, alike, scale=20.0)["ndcg@10"] == 0
 
 
 def test_vectors_that_are_no_numbers_score_nothing() -> None:
     vectors = torch.full((20, 4), torch.nan)
-    assert ranking_metrics(vectors, vectors, temperature=0.05)["ndcg@10"] == 0
+    assert ranking_metrics(vectors, vectors, scale=20.0)["ndcg@10"] == 0
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_the_step(tmp_path: Path) -> None:
     run = new_run(config_of(tmp_path, "training.log_every_steps=2"))
-    run.encoder.embed_tokens.weight.data.fill_(torch.nan)
+    encoder_of(run).embed_tokens.weight.data.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="step 2: the loss is nan"):
         train(run, TrainState())
 
@@ -224,12 +190,13 @@ def test_schedule() -> None:
     assert schedule.scale(10, joined_at=50) == 0
 
 
-def test_decay_is_on_matrices_of_layers_alone() -> None:
-    optimizer = build_optimizer(Encoder(SHAPE), learning_rate=1e-3, table_learning_rate=2e-3, weight_decay=0.1)
+def test_decay_is_on_matrices_of_layers_alone(tmp_path: Path) -> None:
+    learner = new_learner(config_of(tmp_path))
+    optimizer = build_optimizer(learner, learning_rate=1e-3, table_learning_rate=2e-3, weight_decay=0.1)
     decayed = [p.shape for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]]
     assert len(decayed) == 7
     assert all(len(shape) == 2 for shape in decayed)
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(Encoder(SHAPE).parameters()))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(learner.parameters()))
 
 
 @pytest.fixture
@@ -296,13 +263,3 @@ def test_prune_keeps_the_newest_whole_ones_of_all_attempts(run_dir: Path) -> Non
     left = sorted(str(f.relative_to(run_dir)) for f in run_dir.glob("attempt-*/*"))
     assert left == [f"attempt-001/{step_folder(12)}", f"attempt-002/{step_folder(8)}"]
     assert not (run_dir / "attempt-003").exists()
-
-
-def test_texts_of_a_slice() -> None:
-    texts = batch().texts(2, 4)
-    assert len(texts) == 4
-    assert texts.ids.tolist() == [
-        *batch().anchors.slice(2, 4).ids.tolist(),
-        *batch().positives.slice(2, 4).ids.tolist(),
-    ]
-    assert pack([[1]]).ids.dtype == texts.ids.dtype

@@ -2,7 +2,7 @@
 
 from pipeline.config.data import Augment, Data, NearDuplicates, Quality, Safety, Sanitize, Source, Tokenizer
 from pipeline.config.model import Model
-from pipeline.config.objective import Objective
+from pipeline.config.objective import Objective, Writing
 from pipeline.config.reading import ConfigError
 from pipeline.config.tree import Config, Embedding, load
 
@@ -20,5 +20,6 @@ __all__ = [
     "Sanitize",
     "Source",
     "Tokenizer",
+    "Writing",
     "load",
 ]

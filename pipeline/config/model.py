@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.section import Section
+from pipeline.config.section import PathStr, Section
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"d_model": 256, "num_layers": 1, "num_heads": 4, "num_kv_heads": 4, "d_ff": 768},
@@ -22,7 +22,7 @@ TABLE_NORM_EPS, NORM_EPS = 1.0, 1e-5
 
 
 class Model(Section):
-    pretrained: str | None = Field(None, min_length=1)
+    pretrained: PathStr | None = None
     """A pretrained encoder of transformers: its folder, or its name on the hub. Takes the place of `size`, and of the
     keys that shape our own encoder; `tokenizer.load_path` is then the encoder's own by default."""
     size: Literal["tiny", "small", "base", "large", "1b", "7b", "30b"] = "tiny"

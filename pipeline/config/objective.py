@@ -26,34 +26,29 @@ class Contrastive(Section):
 
 class Generative(Section):
     weight: float = Field(1.0, gt=0)
-    """Weight in the sum of objectives. A loss is the mean over the tokens of the global batch."""
+    """Weight in the sum of objectives. The loss is the mean over the target tokens of the global batch."""
 
 
-class Seq2Seq(Generative):
+class Writing(Generative):
+    """Keys of the objectives that train a decoder."""
+
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Share of each target's probability spread over the vocabulary."""
+    """Share of each target's probability that is spread over the vocabulary (Vaswani et al. 2017: 0.1)."""
 
 
-class Denoising(Generative):
+class Denoising(Writing):
     corruption: Literal["deletion", "spans"] = "deletion"
     """deletion: tokens are left out and the decoder sees the text's vector alone (TSDAE). spans: runs of tokens are
     masked and the decoder writes them, seeing all states (T5)."""
-    ratio: float | None = Field(None, gt=0, lt=1)
-    """Share of tokens that go; by default 0.6 for deletion (TSDAE, section 5), 0.15 for spans (T5, section 3.1.4)."""
+    ratio: float = Field(0.6, gt=0, lt=1)
+    """Share of tokens that go: 0.6 in TSDAE (Wang et al. 2021, section 3); T5's spans take 0.15."""
     mean_span: float = Field(3.0, ge=1)
-    """Mean length of a span in tokens (T5, section 3.3.4)."""
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Share of each target's probability spread over the vocabulary."""
+    """Mean length of a span, in tokens (Raffel et al. 2020, section 3.3.4)."""
 
 
 class MaskedLanguageModel(Generative):
     ratio: float = Field(0.3, gt=0, lt=1)
-    """Share of tokens that are to be predicted (Wettig et al. 2023; ModernBERT)."""
-
-
-class Causal(Generative):
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Share of each target's probability spread over the vocabulary."""
+    """Share of tokens that are to be guessed (ModernBERT, Warner et al. 2024)."""
 
 
 class Objective(Section):
@@ -61,13 +56,13 @@ class Objective(Section):
 
     contrastive: Contrastive | None = None
     """InfoNCE on pairs, with negatives from all workers."""
-    seq2seq: Seq2Seq | None = None
+    seq2seq: Writing | None = None
     """The decoder writes the positive, seeing the anchor's states."""
     denoising: Denoising | None = None
     """The decoder restores a corrupted text, `text` or `positive`."""
     mlm: MaskedLanguageModel | None = None
     """The encoder restores masked tokens of `text` or `positive`."""
-    causal: Causal | None = None
+    causal: Writing | None = None
     """The decoder predicts each next token of `text` or `positive`, seeing no states."""
 
     @model_validator(mode="before")

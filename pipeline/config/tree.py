@@ -129,6 +129,8 @@ class Pinecone(Section):
 class Evaluation(Section):
     beir_dir: PathStr | None = None
     """A BEIR folder to score as well: corpus.jsonl, queries.jsonl, qrels/test.tsv."""
+    sts_file: PathStr | None = None
+    """A TSV of score, sentence1, sentence2 under a header: Spearman's correlation, also at each validation."""
     held_out_queries: int = Field(1000, ge=0)
     """Anchors of the validation split that are looked up; 0 for none."""
     held_out_documents: int = Field(10_000, ge=1)
@@ -210,6 +212,7 @@ def load(
     if sources is not None:
         _assign(tree, ["data", "sources"], sources, "sources")
     _apply_environment(tree, from_arguments, environ)
+    _take_pretrained_tokenizer(tree)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -246,3 +249,10 @@ def _apply_environment(tree: dict[str, Any], from_arguments: dict[str, str], env
         )
     if isinstance(storage["root"], str) and storage["root"]:
         storage["root"] = os.path.abspath(os.path.expandvars(os.path.expanduser(storage["root"])))
+
+
+def _take_pretrained_tokenizer(tree: dict[str, Any]) -> None:
+    """A pretrained model reads with its own tokenizer, unless told otherwise."""
+    model, tokenizer = tree.get("model"), tree.setdefault("tokenizer", {})
+    if isinstance(model, dict) and isinstance(tokenizer, dict) and model.get("pretrained"):
+        tokenizer.setdefault("load_path", model["pretrained"])

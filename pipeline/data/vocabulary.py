@@ -7,7 +7,9 @@ file is an input from then on, kept with the prepared data and never trained aga
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,11 +18,32 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from pipeline.config import ConfigError
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+START_NAMES = ("[CLS]", "<s>", "<|begin_of_text|>", "<bos>")
+END_NAMES = ("[SEP]", "</s>", "<|end_of_text|>", "<eos>")
+MASK_NAMES = ("[MASK]", "<mask>", "<|mask|>")
 
 
 def tokenizer_file(path: Path) -> Path:
-    """The tokenizer.json that a path stands for: itself, or the one in a pretrained tokenizer's folder."""
-    return path / "tokenizer.json" if path.is_dir() else path
+    """The tokenizer.json that a path stands for: itself, a pretrained tokenizer folder's, or a hub repository's."""
+    if path.is_dir():
+        return path / "tokenizer.json"
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        return _from_hub(str(path))
+    return path
+
+
+def _from_hub(repository: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, "tokenizer.json"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"tokenizer.load_path: found neither a folder {repository} nor a tokenizer.json on the hub under that name "
+            f"({reason}); allowed is a tokenizer.json, or a pretrained tokenizer's folder or hub name"
+        ) from None
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -47,6 +70,32 @@ def unknown_token_id(tokenizer: Tokenizer) -> int | None:
     if model.get("unk_id") is not None:
         return int(model["unk_id"])
     return tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "[UNK]")
+
+
+@dataclass(frozen=True)
+class Framing:
+    """Token ids that are no text: what sequences begin and end with, what hides a token, and all of their kind."""
+
+    start: int | None
+    end: int | None
+    mask: int | None
+    special: frozenset[int]
+
+
+def framing(tokenizer: Tokenizer) -> Framing:
+    """A tokenizer's special tokens, by what it puts round a text, else by their usual names."""
+    special = frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+    framed = tokenizer.encode("a").ids
+
+    def named(names: tuple[str, ...]) -> int | None:
+        return next((id for name in names if (id := tokenizer.token_to_id(name)) is not None), None)
+
+    return Framing(
+        framed[0] if framed and framed[0] in special else named(START_NAMES),
+        framed[-1] if framed and framed[-1] in special else named(END_NAMES),
+        named(MASK_NAMES),
+        special,
+    )
 
 
 def train_tokenizer(texts: Iterable[str], *, kind: str, vocab_size: int, lowercase: bool) -> Tokenizer:

@@ -15,6 +15,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.embedding.encode import TextEncoder
 from pipeline.evaluation.beir import RetrievalTask
 from pipeline.evaluation.metrics import Ranking, bm25_ranking, nearest, retrieval_metrics
+from pipeline.evaluation.sts import StsTask, spearman
 from pipeline.text.identity import content_id, is_validation
 
 if TYPE_CHECKING:
@@ -81,3 +82,11 @@ def score(task: RetrievalTask, encoder: TextEncoder, document_ids: list[str], do
         "model": retrieval_metrics(task.qrels, own),
         "bm25": retrieval_metrics(task.qrels, lexical),
     }
+
+
+def score_sts(task: StsTask, encoder: TextEncoder) -> dict[str, Any]:
+    """Spearman's correlation of the vectors' cosines with the scores that people gave."""
+    first, second = (encoder.encode(texts) for texts in (task.first, task.second))
+    lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    cosines = (first * second).sum(axis=1) / np.maximum(lengths, 1e-12)
+    return {"pairs": len(task.scores), "model": {"spearman": round(spearman(task.scores, cosines.tolist()), 4)}}

@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
-from pipeline.model.packing import Packed, join
+from pipeline.model.packing import Packed
+from pipeline.objectives.batch import EMPTY, Batch
+
+FIELDS = ("anchor", "positive", "text")
 
 
-@dataclass(frozen=True)
-class PairBatch:
-    """This worker's n pairs of the global batch; `ids` are their records'."""
-
-    anchors: Packed
-    positives: Packed
-    ids: list[str]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def texts(self, start: int = 0, stop: int | None = None) -> Packed:
-        """Anchors, then positives, of pairs `start` to `stop`, as one packed batch for one forward pass."""
-        stop = len(self) if stop is None else stop
-        return join(self.anchors.slice(start, stop), self.positives.slice(start, stop))
-
-    @property
-    def tokens(self) -> int:
-        return len(self.anchors.ids) + len(self.positives.ids)
-
-    def to(self, device: torch.device) -> PairBatch:
-        return PairBatch(self.anchors.to(device), self.positives.to(device), self.ids)
-
-
-def pair_batch(rows: pa.Table) -> PairBatch:
-    """A table of `id`, `anchor` and `positive` token ids as a batch."""
-    return PairBatch(packed(rows["anchor"]), packed(rows["positive"]), rows["id"].to_pylist())
+def to_batch(rows: pa.Table, hard_negatives: int = 0) -> Batch:
+    """A table of `id` and token ids as a batch, with at most so many of each row's `negatives`, the first ones."""
+    fields = {name: packed(rows[name]) for name in FIELDS if name in rows.column_names}
+    ids = rows["id"].to_pylist()
+    if not hard_negatives or "negatives" not in rows.column_names:
+        return Batch(ids, fields, EMPTY, [0] * len(ids))
+    lists = pc.list_slice(rows["negatives"].combine_chunks(), 0, hard_negatives)
+    counts = pc.fill_null(pc.list_value_length(lists), 0).to_pylist()
+    return Batch(ids, fields, packed(pa.chunked_array([lists.drop_null().flatten()])), counts)
 
 
 def packed(column: pa.ChunkedArray) -> Packed:

@@ -1,11 +1,12 @@
-"""Checkpoints: a model folder, the optimizer, and `state.json` with the step, the metrics and every file's hash.
+"""Checkpoints: a model folder, what was trained beside the model, the optimizer, and `state.json`, written last.
 
-`state.json` is written last, so a folder without one, or with a file that does not match it, is passed over.
-`newest_valid` says which those were. Ray's rotation keeps the newest K of one start of the driver; `newest_valid` looks
-over all starts (`attempt-*`), and the best by validation lies outside Ray's list, in `best/`, because Ray's rotation
-cannot keep both the newest and the best.
+`state.json` holds the step, the metrics and every file's hash, so a folder without it, or with a file that does not
+match it, is passed over; `newest_valid` says which those were. Ray's rotation keeps the newest K of one start of the
+driver; `newest_valid` looks over all starts (`attempt-*`), and the best by validation lies outside Ray's list, in
+`best/`, because Ray's rotation cannot keep both the newest and the best.
 
-    <run>/attempt-001/step-00000200/{model.safetensors, model.json, tokenizer.json, optimizer.pt, state.json}
+    <run>/attempt-001/step-00000200/{model.safetensors, model.json, tokenizer.json, partners.safetensors, optimizer.pt,
+                                     state.json}
     <run>/best/step-00000200/…
 """
 
@@ -19,9 +20,12 @@ from typing import Any
 
 import torch
 import xxhash
+from safetensors.torch import load_file, save_file
 
-from pipeline.model.folder import save_encoder
-from pipeline.model.transformer import Encoder
+from pipeline.model.folder import save_model
+from pipeline.objectives.learner import Learner
+
+PARTNERS = "partners.safetensors"  # a decoder, a prediction head, a learned temperature
 
 
 @dataclass
@@ -45,7 +49,7 @@ def incoming_folder(run_dir: Path) -> Path:
 
 def save_checkpoint(
     folder: Path,
-    encoder: Encoder,
+    learner: Learner,
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     *,
@@ -53,7 +57,10 @@ def save_checkpoint(
     max_length: int,
 ) -> None:
     """Write a checkpoint into an empty folder, `state.json` last."""
-    save_encoder(folder, encoder, tokenizer_json, max_length)
+    save_model(folder, learner.model, tokenizer_json, max_length)
+    partners = {name: tensor.contiguous() for name, tensor in learner.state_dict().items() if not _is_model(name)}
+    if partners:
+        save_file(partners, folder / PARTNERS)
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
     hashes = {path.name: _hash(path) for path in sorted(folder.iterdir())}
     temporary = folder / "state.json.tmp"
@@ -74,6 +81,19 @@ def read_state(folder: Path) -> TrainState:
         if not path.is_file() or _hash(path) != expected:
             raise ValueError(f"its {name} is missing or broken")
     return state
+
+
+def load_weights(folder: Path, learner: Learner) -> None:
+    """The model, and what is trained beside it."""
+    learner.model.backbone.load_state_dict(load_file(folder / "model.safetensors"))
+    partners = load_file(folder / PARTNERS) if (folder / PARTNERS).is_file() else {}
+    missing, unexpected = learner.load_state_dict(partners, strict=False)
+    assert not unexpected
+    assert all(_is_model(name) for name in missing)
+
+
+def _is_model(name: str) -> bool:
+    return name.startswith("model.")
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:

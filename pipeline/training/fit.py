@@ -21,7 +21,10 @@ from pipeline.training.history import History
 from pipeline.training.run_folder import claim_run_folder, refuse_other_run
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from pipeline.training.loop import Run
+    from pipeline.training.validation import Validation
 
 DEFAULT_EPOCHS = 3
 DEFAULT_CPU_WORKERS = 2
@@ -184,10 +187,10 @@ def train_worker(sent: dict[str, Any]) -> None:
     """One training worker: set up torch, build the run, take up the newest checkpoint, loop."""
     import ray.train
     import torch
+    from tokenizers import Tokenizer
 
-    from pipeline.model.transformer import Encoder, EncoderShape
-    from pipeline.training.batch import pair_batch
-    from pipeline.training.checkpoints import load_optimizer
+    from pipeline.training.build import build_learner, describe
+    from pipeline.training.checkpoints import load_optimizer, load_weights
     from pipeline.training.loop import Run, train
 
     task: Task = sent["task"]
@@ -197,18 +200,15 @@ def train_worker(sent: dict[str, Any]) -> None:
     torch.set_num_threads(task.threads)
     torch.manual_seed(config.training.seed)
     tokenizer_json = (task.folder / "tokenizer.json").read_text(encoding="utf-8")
-    shape = EncoderShape(
-        vocab_size=_vocabulary(tokenizer_json),
-        dropout=config.model.dropout,
-        norm_eps=config.model.norm_eps,
-        **config.model.dimensions(),
-    )
-    rows = validation_rows(task.folder, task.manifest, config.training.validation_pairs)
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    learner = build_learner(config, tokenizer)
+    if rank == 0:
+        task.board.post.remote({"log": f"train: {describe(learner)}"})
     run = Run(
-        encoder=Encoder(shape),
+        learner=learner,
         config=config,
         batches=RayFeed(task.plan, rank, world_size).batches,
-        validation=pair_batch(rows),
+        validation=_validation(task, tokenizer),
         total_steps=task.total_steps,
         save=_saver(task, rank, tokenizer_json),
         report=_reporter(task.board),
@@ -216,19 +216,31 @@ def train_worker(sent: dict[str, Any]) -> None:
     )
     state, checkpoint = TrainState(), newest_valid(config.run_dir)[0]
     if checkpoint:
-        from safetensors.torch import load_file
-
         state = read_state(checkpoint)
-        run.encoder.load_state_dict(load_file(checkpoint / "model.safetensors"))
+        load_weights(checkpoint, learner)
         load_optimizer(checkpoint, run.optimizer, run.device)
     if not is_finished(config, task.plan, state):
         train(run, state)
 
 
-def _vocabulary(tokenizer_json: str) -> int:
-    from tokenizers import Tokenizer
+def _validation(task: Task, tokenizer: Tokenizer) -> Validation:
+    """Held-out rows, and an STS file where there is one."""
+    from pipeline.evaluation.sts import read_sts
+    from pipeline.model.packing import pack
+    from pipeline.training.batch import to_batch
+    from pipeline.training.validation import StsPairs, Validation
 
-    return int(Tokenizer.from_str(tokenizer_json).get_vocab_size())
+    config, sts = task.config, None
+    rows = validation_rows(task.folder, task.manifest, config.training.validation_pairs)
+    if config.evaluation.sts_file:
+        pairs = read_sts(Path(config.evaluation.sts_file))
+        tokenizer.enable_truncation(config.tokenizer.max_length)
+        first, second = (
+            pack([encoding.ids for encoding in tokenizer.encode_batch_fast(texts)])
+            for texts in (pairs.first, pairs.second)
+        )
+        sts = StsPairs(first, second, pairs.scores)
+    return Validation(to_batch(rows), tokenizer.decode_batch, config.training.generated_texts, sts)
 
 
 def _saver(task: Task, rank: int, tokenizer_json: str) -> Callable[[Run, TrainState, bool], None]:
@@ -248,7 +260,7 @@ def _saver(task: Task, rank: int, tokenizer_json: str) -> Callable[[Run, TrainSt
         try:
             save_checkpoint(
                 folder,
-                run.encoder,
+                run.learner,
                 run.optimizer,
                 state,
                 tokenizer_json=tokenizer_json,

@@ -1,6 +1,6 @@
 """The training loop: batches in, metrics and checkpoints out. It knows torch.distributed, and nothing of Ray.
 
-    run = Run(encoder, config, feed.batches, validation, total_steps, save=save, report=print)
+    run = Run(learner, config, feed.batches, validation, total_steps, save=save, report=print)
     state = train(run, TrainState())               # from the first step, or from a checkpoint's
 
 Every choice that depends on chance or time is made alike on all workers: seeds follow from (seed, step, rank), and the
@@ -17,32 +17,30 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import Config
-from pipeline.model.packing import Packed
 from pipeline.model.transformer import Encoder
-from pipeline.objectives.contrastive import contrastive_loss, gather
-from pipeline.training.batch import PairBatch, pair_batch
+from pipeline.objectives.batch import Batch
+from pipeline.objectives.collectives import rank, total, world_size
+from pipeline.objectives.learner import Learner
+from pipeline.training.batch import to_batch
 from pipeline.training.checkpoints import TrainState
 from pipeline.training.optimizer import Schedule, build_optimizer
 from pipeline.training.step import backward
-
-BEST_METRIC = "validation_ndcg@10"
-VALIDATION_TEXTS = 256  # encoded at once
+from pipeline.training.validation import Validation, validate, with_perplexity
 
 
 @dataclass
 class Run:
     """What a run is made of."""
 
-    encoder: Encoder
+    learner: Learner
     config: Config
     batches: Callable[[int, int], Iterator[pa.Table]]
     """This worker's rows of steps `start` to `stop`, a table a step."""
-    validation: PairBatch
+    validation: Validation
     total_steps: int
     save: Callable[[Run, TrainState, bool], None]
     """Called on every worker with this run, its state, and whether it is the best so far."""
@@ -52,23 +50,19 @@ class Run:
 
     def __post_init__(self) -> None:
         settings = self.config.training
-        self.encoder.to(self.device)
+        self.learner.to(self.device)
         self.table_steps = round(settings.table_warmup_fraction * self.total_steps)
         self.schedule = Schedule(self.total_steps, settings.warmup_fraction, self.table_steps)
         self.optimizer = build_optimizer(
-            self.encoder,
+            self.learner,
             learning_rate=settings.learning_rate,
             table_learning_rate=settings.table_learning_rate or settings.learning_rate,
             weight_decay=settings.weight_decay,
         )
         self.autocast = autocast_type(settings.precision, self.device)
 
-    def loss(self, anchors: Tensor, positives: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        objective = self.config.objective.contrastive
-        loss, metrics = contrastive_loss(
-            anchors, positives, temperature=objective.temperature, symmetric=objective.symmetric
-        )
-        return objective.weight * loss, metrics
+    def batch(self, rows: pa.Table) -> Batch:
+        return to_batch(rows, self.learner.hard_negatives)
 
 
 def train(run: Run, state: TrainState) -> TrainState:
@@ -79,12 +73,20 @@ def train(run: Run, state: TrainState) -> TrainState:
     for rows in run.batches(state.step, run.total_steps):
         if state.step == run.table_steps:
             model = _parallel(run, state.step)
-        batch = pair_batch(rows).to(run.device)
-        _seed(settings.seed, state.step)
+        batch = run.batch(rows)
+        chance = _seed(settings.seed, state.step)
         run.schedule.apply(run.optimizer, state.step)
         run.optimizer.zero_grad(set_to_none=True)
-        metrics = backward(model, batch, run.loss, settings.gradient_accumulation_steps, run.autocast)
-        metrics["grad_norm"] = nn.utils.clip_grad_norm_(run.encoder.parameters(), settings.max_grad_norm)
+        metrics = backward(
+            run.learner,
+            model,
+            batch,
+            seed=chance,
+            micro_batches=settings.gradient_accumulation_steps,
+            autocast=run.autocast,
+            device=run.device,
+        )
+        metrics["grad_norm"] = nn.utils.clip_grad_norm_(run.learner.parameters(), settings.max_grad_norm)
         run.optimizer.step()
         state.step += 1
 
@@ -102,13 +104,15 @@ def train(run: Run, state: TrainState) -> TrainState:
 
 def _parallel(run: Run, step: int) -> nn.Module:
     """What to call at `step`: the table alone while it warms up, then all layers; gradients averaged over workers."""
-    layers_join = step >= run.table_steps
-    run.encoder.active_layers = run.encoder.shape.num_layers if layers_join else 0
-    run.encoder.layers.requires_grad_(layers_join)
-    run.encoder.train()
-    if _world_size() == 1:
-        return run.encoder
-    return DistributedDataParallel(run.encoder, device_ids=[run.device] if run.device.type == "cuda" else None)
+    encoder = run.learner.model.backbone
+    if isinstance(encoder, Encoder):
+        layers_join = step >= run.table_steps
+        encoder.active_layers = encoder.shape.num_layers if layers_join else 0
+        encoder.layers.requires_grad_(layers_join)
+    run.learner.train()
+    if world_size() == 1:
+        return run.learner
+    return DistributedDataParallel(run.learner, device_ids=[run.device] if run.device.type == "cuda" else None)
 
 
 class _Meter:
@@ -119,7 +123,7 @@ class _Meter:
         self.pairs = self.tokens = 0
         self.last = time.monotonic()
 
-    def count(self, batch: PairBatch, metrics: dict[str, Tensor]) -> bool:
+    def count(self, batch: Batch, metrics: dict[str, Tensor]) -> bool:
         """Take a step into account; on a reporting step, report. Returns whether the time limit has passed."""
         self.pairs += len(batch)
         self.tokens += batch.tokens
@@ -129,7 +133,7 @@ class _Meter:
         seconds, self.last = now - self.last, now
         names = sorted(metrics)
         own = [*(float(metrics[name]) for name in names), seconds, self.pairs, self.tokens]
-        shared = _mean(torch.tensor(own, dtype=torch.float64, device=self.run.device)).tolist()
+        shared = (total(torch.tensor(own, dtype=torch.float64, device=self.run.device)) / world_size()).tolist()
         values = dict(zip(names, shared, strict=False))
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             raise FloatingPointError(
@@ -139,68 +143,29 @@ class _Meter:
         seconds, pairs, tokens = shared[len(names) :]
         self.pairs = self.tokens = 0
         self.state.train_seconds += seconds
-        rates = {"pairs_per_s": pairs * _world_size() / seconds, "tokens_per_s": tokens * _world_size() / seconds}
+        rates = {"pairs_per_s": pairs * world_size() / seconds, "tokens_per_s": tokens * world_size() / seconds}
         rate = self.run.optimizer.param_groups[0]["lr"]
-        self._report({"step": self.state.step, **values, "learning_rate": rate, **rates})
+        self._report({"step": self.state.step, **with_perplexity(values), "learning_rate": rate, **rates})
         limit = self.run.config.training.max_time_s
         return limit is not None and self.state.train_seconds >= limit
 
     def _report(self, metrics: dict[str, float]) -> None:
-        if _rank() == 0:
+        if rank() == 0:
             self.run.report({**metrics, "train_seconds": round(self.state.train_seconds, 2)})
 
 
 def _validate(run: Run, state: TrainState) -> bool:
-    """Rank held-out pairs against each other; note the metrics. Returns whether they are the best so far."""
-    run.encoder.eval()
-    anchors, positives = (_encode_shared(run, t) for t in (run.validation.anchors, run.validation.positives))
-    run.encoder.train()
-    metrics = ranking_metrics(anchors, positives, run.config.objective.contrastive.temperature)
-    values = torch.tensor([metrics[name] for name in sorted(metrics)], dtype=torch.float64, device=run.device)
-    if _world_size() > 1:
-        dist.broadcast(values, 0)
-    state.metrics = {f"validation_{name}": float(v) for name, v in zip(sorted(metrics), values, strict=True)}
-    if _rank() == 0:
+    """Score held-out records; note the metrics. Returns whether they are the best so far."""
+    run.learner.eval()
+    metrics, score = validate(run.learner, run.validation, run.device)
+    run.learner.train()
+    state.metrics = {f"validation_{name}": value for name, value in metrics.items()}
+    if rank() == 0:
         run.report({"step": state.step, **state.metrics})
-    is_best = state.best_metric is None or state.metrics[BEST_METRIC] > state.best_metric
+    is_best = state.best_metric is None or score > state.best_metric
     if is_best:
-        state.best_metric = state.metrics[BEST_METRIC]
+        state.best_metric = score
     return is_best
-
-
-@torch.no_grad()
-def _encode_shared(run: Run, texts: Packed) -> Tensor:
-    """(N, D) vectors of all texts, each worker encoding its share. The last share is filled up with zeros."""
-    share = math.ceil(len(texts) / _world_size())
-    begin, end = _rank() * share, min((_rank() + 1) * share, len(texts))
-    vectors = [
-        run.encoder(texts.slice(i, min(i + VALIDATION_TEXTS, end)).to(run.device))
-        for i in range(begin, end, VALIDATION_TEXTS)
-    ]
-    own = torch.zeros(share, run.encoder.shape.d_model, device=run.device)
-    if vectors:
-        own[: max(end - begin, 0)] = torch.cat(vectors)
-    return gather(own)[: len(texts)]
-
-
-def ranking_metrics(anchors: Tensor, positives: Tensor, temperature: float) -> dict[str, float]:
-    """`loss`, `ndcg@10` and `recall@1` when anchor i looks for positive i among all positives; (N, D) unit vectors."""
-    losses, ranks = [], []
-    own = torch.arange(len(anchors), device=anchors.device)
-    for rows in own.split(1024):
-        scores = anchors[rows] @ positives.T
-        losses.append(nn.functional.cross_entropy(scores / temperature, rows, reduction="sum"))
-        own_score = scores.gather(1, rows[:, None])
-        ahead = (~(scores <= own_score)).sum(dim=1)  # so written, a score that is not a number comes last
-        ties = ((scores == own_score).sum(dim=1) - 1).clamp(min=0)  # shared out, or vectors all alike would win
-        ranks.append(1 + ahead + ties / 2)
-    rank = torch.cat(ranks).double()
-    gain = torch.where(rank <= 10, 1 / torch.log2(rank + 1), 0.0)
-    return {
-        "loss": float(torch.stack(losses).sum()) / len(anchors),
-        "ndcg@10": float(gain.mean()),
-        "recall@1": float((rank == 1).double().mean()),
-    }
 
 
 def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
@@ -209,19 +174,8 @@ def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if precision == "bf16" or (precision == "auto" and capable) else None
 
 
-def _seed(seed: int, step: int) -> None:
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, _rank()]).generate_state(1)[0]))
-
-
-def _mean(values: Tensor) -> Tensor:
-    if _world_size() > 1:
-        dist.all_reduce(values)
-    return values / _world_size()
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+def _seed(seed: int, step: int) -> int:
+    """Seed dropout for this worker and step. Returns a seed for what must be alike on all workers."""
+    alike, own = (np.random.SeedSequence([seed, step, *who]).generate_state(1)[0] for who in ((), (rank(),)))
+    torch.manual_seed(int(own))
+    return int(alike)

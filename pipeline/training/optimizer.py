@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from pipeline.model.transformer import Encoder
+from pipeline.objectives.learner import Learner
+
 FLOOR = 0.05  # share of the peak rate that the schedule ends on
 
 
@@ -35,32 +38,26 @@ class Schedule:
 
 
 def build_optimizer(
-    model: nn.Module, *, learning_rate: float, table_learning_rate: float, weight_decay: float
+    learner: Learner, *, learning_rate: float, table_learning_rate: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW with decay on the layers' matrices alone; the token table and norms take none.
+    """AdamW with decay on matrices alone; the encoder's token table, norms and biases take none.
 
     Betas are (0.9, 0.98), as RoBERTa trains (section 3.1): a rare token's second moment should not be forgotten slower
     than it occurs.
     """
-    groups: dict[str, list[nn.Parameter]] = {"table": [], "matrices": [], "vectors": [], "norm": []}
-    for name, parameter in model.named_parameters():
-        if name.startswith("embed_tokens"):
-            groups["table"].append(parameter)
-        elif not name.startswith("layers"):
-            groups["norm"].append(parameter)
-        else:
-            groups["matrices" if parameter.ndim > 1 else "vectors"].append(parameter)
-    settings = {
-        "table": (table_learning_rate, 0.0, False),
-        "norm": (learning_rate, 0.0, False),
-        "matrices": (learning_rate, weight_decay, True),
-        "vectors": (learning_rate, 0.0, True),
-    }
+    backbone = learner.model.backbone
+    table, joining = backbone.token_table.weight, set()
+    if isinstance(backbone, Encoder):
+        joining = set(backbone.layers.parameters())
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for parameter in filter(lambda p: p.requires_grad, learner.parameters()):
+        peak = table_learning_rate if parameter is table else learning_rate
+        decay = weight_decay if parameter.ndim > 1 and parameter is not table else 0.0
+        groups.setdefault((peak, decay, parameter in joining), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": groups[name], "lr": peak, "peak": peak, "weight_decay": decay, "layers": layers}
-            for name, (peak, decay, layers) in settings.items()
-            if groups[name]
+            {"params": members, "lr": peak, "peak": peak, "weight_decay": decay, "layers": layers}
+            for (peak, decay, layers), members in groups.items()
         ],
         betas=(0.9, 0.98),
         fused=True,

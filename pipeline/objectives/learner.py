@@ -1,0 +1,225 @@
+"""What is trained: the embedding model and, beside it, what its objectives need. Their weighted sum is the hybrid.
+
+    learner = Learner(model, objective, special, decoder)
+    part = learner.prepare(batch, seed=step)          # corrupted texts, shifted targets; on the CPU
+    vectors, losses = learner(part)                   # of pairs, for `contrast`; sums over tokens, by objective
+
+Generative losses are sums: over how many tokens of all workers the mean is, only the whole step knows. Texts are
+corrupted by their record and the seed, so that a record is corrupted alike on any worker.
+"""
+
+# Shapes: n rows of a part, M slots for negatives, N texts, D width.
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Objective, Writing
+from pipeline.model.decoder import Decoder, Memory
+from pipeline.model.embedding_model import EmbeddingModel
+from pipeline.model.packing import Layout, Packed
+from pipeline.objectives.batch import Batch, hashes
+from pipeline.objectives.contrastive import Contrast, Rows, contrastive_loss
+from pipeline.objectives.corruption import Tokens, delete_tokens, mask_spans, mask_tokens
+from pipeline.objectives.generative import MaskedHead, TokenLoss, masked_loss, shift, token_loss
+
+MAX_SCALE = 100.0  # of a learned temperature's inverse (CLIP, section 2.5)
+
+
+Sees = Literal["states", "vectors", "nothing"]
+
+
+@dataclass(frozen=True)
+class Special:
+    """Token ids with a part to play. `start` and `end` frame what the decoder writes; `kept` are never corrupted."""
+
+    start: int
+    end: int
+    mask: int
+    kept: frozenset[int]
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """A generative objective's inputs and labels.
+
+    The encoder reads `source`, and the decoder `inputs` while it sees of the source its states, its vectors or nothing.
+    Without `inputs` the labels are those of the source's tokens at `positions`.
+    """
+
+    labels: Tensor
+    source: Packed | None = None
+    sees: Sees = "nothing"
+    inputs: Packed | None = None
+    positions: Tensor | None = None
+    label_smoothing: float = 0.0
+
+    def to(self, device: torch.device | str) -> Task:
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Packed)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a worker's batch, ready for one forward pass."""
+
+    rows: int
+    pairs: Packed | None  # anchors, positives and hard negatives end to end
+    filled: Tensor  # (n, M) the slots that the negatives take
+    keys: Tensor  # (n, 3 + M)
+    tasks: dict[str, Task]
+
+    def to(self, device: torch.device | str) -> Part:
+        return Part(
+            self.rows,
+            self.pairs and self.pairs.to(device),
+            self.filled.to(device),
+            self.keys.to(device),
+            {name: task.to(device) for name, task in self.tasks.items()},
+        )
+
+
+class Learner(nn.Module):
+    """The model under training. `decoder` is there where an objective writes, `special` where one is generative."""
+
+    def __init__(
+        self,
+        model: EmbeddingModel,
+        objective: Objective,
+        special: Special | None = None,
+        decoder: Decoder | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.objective, self.special, self.decoder = model, objective, special, decoder
+        self.masked_head = MaskedHead(model.width) if objective.mlm else None
+        self.weights = {name: float(section.weight) for name, section in objective.named.items()}  # type: ignore[attr-defined]
+        contrastive = objective.contrastive
+        self.contrasts = contrastive is not None
+        self.hard_negatives = contrastive.hard_negatives if contrastive else 0
+        if contrastive:
+            start = torch.tensor(-math.log(contrastive.temperature))
+            self.log_scale = nn.Parameter(start) if contrastive.learn_temperature else start
+            self.contrasted = Contrast(contrastive.symmetric, contrastive.false_negative_margin, model.head.dimensions)
+        if list(objective.named) == ["causal"]:
+            model.requires_grad_(False)  # the decoder alone learns, and the table, if it is the encoder's
+            table = model.backbone.token_table
+            table.requires_grad_(decoder is not None and decoder.token_table is table)
+
+    @property
+    def scale(self) -> Tensor:
+        """One over the temperature."""
+        return self.log_scale.exp().clamp(max=MAX_SCALE)
+
+    @property
+    def generative(self) -> list[str]:
+        return [name for name in self.weights if name != "contrastive"]
+
+    @property
+    def writing(self) -> list[str]:
+        """Objectives whose decoder writes a text that can be compared with another."""
+        return [name for name in ("seq2seq", "denoising") if name in self.weights]
+
+    def prepare(self, batch: Batch, seed: int) -> Part:
+        """What a forward pass over these rows needs."""
+        pairs = batch.pairs() if self.contrasts else None
+        keys = batch.keys(self.hard_negatives) if self.contrasts else torch.zeros(len(batch), 0, dtype=torch.int64)
+        tasks = {name: self._task(name, batch, seed) for name in self.generative}
+        return Part(len(batch), pairs, batch.filled_slots(self.hard_negatives), keys, tasks)
+
+    def forward(self, part: Part) -> tuple[Tensor | None, dict[str, TokenLoss]]:
+        """Vectors of the part's pairs, where they are contrasted, and the losses of its tasks."""
+        vectors = self.embed(part) if part.pairs is not None else None
+        return vectors, {name: self.loss(task) for name, task in part.tasks.items()}
+
+    def embed(self, part: Part) -> Tensor:
+        """(N, D): anchors, positives, hard negatives."""
+        assert part.pairs is not None
+        return self.model(part.pairs)  # type: ignore[no-any-return]
+
+    def contrast(self, parts: list[Part], vectors: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted contrastive loss of this worker's rows, given their vectors, and its metrics."""
+        cut = [
+            each.split([part.rows, part.rows, len(each) - 2 * part.rows])
+            for part, each in zip(parts, vectors, strict=True)
+        ]
+        anchors, positives, negatives = (torch.cat(column) for column in zip(*cut, strict=True))
+        filled = torch.cat([part.filled for part in parts])
+        slots = negatives.new_zeros(*filled.shape, negatives.shape[-1]).masked_scatter(filled[..., None], negatives)
+        rows = Rows(anchors, positives, slots, torch.cat([part.keys for part in parts]))
+        loss, metrics = contrastive_loss(rows, self.contrasted, self.scale)
+        return self.weights["contrastive"] * loss, metrics
+
+    def loss(self, task: Task) -> TokenLoss:
+        """The loss of a generative task, summed over its labels."""
+        if task.inputs is None:
+            assert self.masked_head is not None
+            assert task.source is not None
+            assert task.positions is not None
+            states = self.model.hidden(task.source, Layout.of(task.source))
+            table = self.model.backbone.token_table.weight
+            return masked_loss(self.masked_head, states, table, task.positions, task.labels)
+        assert self.decoder is not None
+        states = self.decoder.hidden(task.inputs, self._memory(task))
+        return token_loss(states, self.decoder.output_table, task.labels, label_smoothing=task.label_smoothing)
+
+    def write(self, task: Task, max_new_tokens: int) -> list[list[int]]:
+        """What the decoder writes for each of a task's texts, greedily."""
+        assert self.decoder is not None
+        assert self.special is not None
+        return self.decoder.generate(self._memory(task), self.special.start, self.special.end, max_new_tokens)
+
+    def _memory(self, task: Task) -> Memory | None:
+        if task.source is None:
+            return None
+        layout = Layout.of(task.source)
+        states = self.model.hidden(task.source, layout)
+        return Memory(states, layout) if task.sees == "states" else Memory.of_vectors(self.model.head(states, layout))
+
+    def _task(self, name: str, batch: Batch, seed: int) -> Task:
+        if name == "seq2seq":
+            assert self.objective.seq2seq
+            return self._written(batch.fields["positive"], batch.fields["anchor"], "states", self.objective.seq2seq)
+        if name == "causal":
+            assert self.objective.causal
+            return self._written(batch.text, None, "nothing", self.objective.causal)
+        text, keys = batch.text, np.array(hashes(batch.text), dtype=np.uint64)
+        tokens = Tokens(text.ids.numpy(), text.offsets.numpy())
+        assert self.special is not None
+        special, mask, kept = self.special, self.special.mask, self.special.kept
+        if name == "mlm":
+            assert self.objective.mlm
+            masked = mask_tokens(
+                tokens,
+                keys,
+                seed,
+                mask_id=mask,
+                vocab_size=special.vocab_size,
+                special=kept,
+                ratio=self.objective.mlm.ratio,
+            )
+            labels, positions = (torch.from_numpy(each) for each in (masked.labels, masked.positions))
+            return Task(labels, _packed(masked.tokens), positions=positions)
+        denoising = self.objective.denoising
+        assert denoising
+        if denoising.corruption == "deletion":
+            left = delete_tokens(tokens, keys, seed, special=kept, ratio=denoising.ratio)
+            return self._written(text, _packed(left), "vectors", denoising)
+        spans = mask_spans(
+            tokens, keys, seed, mask_id=mask, special=kept, density=denoising.ratio, mean_span=denoising.mean_span
+        )
+        return self._written(_packed(spans.targets), _packed(spans.inputs), "states", denoising)
+
+    def _written(self, target: Packed, source: Packed | None, sees: Sees, section: Writing) -> Task:
+        assert self.special is not None
+        inputs, labels = shift(target, self.special.start, self.special.end)
+        return Task(labels, source, sees, inputs, label_smoothing=section.label_smoothing)
+
+
+def _packed(tokens: Tokens) -> Packed:
+    return Packed(torch.from_numpy(tokens.ids), torch.from_numpy(tokens.offsets))

@@ -1,0 +1,124 @@
+"""From a config and a tokenizer to what is trained."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer
+
+from pipeline.config import Config, ConfigError
+from pipeline.data.vocabulary import framing
+from pipeline.model.decoder import Decoder, DecoderShape
+from pipeline.model.embedding_model import EmbeddingModel, Head
+from pipeline.model.pretrained import PretrainedEncoder, load_pretrained
+from pipeline.model.transformer import Encoder, EncoderShape, parameter_count
+from pipeline.objectives.learner import Learner, Special
+
+
+def build_learner(config: Config, tokenizer: Tokenizer) -> Learner:
+    """A fresh model, or a pretrained one, and the partners that the objectives need. Seed torch before."""
+    backbone = _pretrained(config, tokenizer) if config.model.pretrained else _unified(config, tokenizer)
+    prompts = {"query": config.data.prompt("anchor"), "document": config.data.prompt("positive", "text")}
+    head = Head(
+        config.model.pooling,
+        config.model.normalize,
+        tuple(config.model.matryoshka_dims),
+        tuple((name, prompt) for name, prompt in prompts.items() if prompt),
+    )
+    wanted = config.objective
+    decoder = _decoder(config, backbone, tokenizer) if wanted.needs_decoder else None
+    special = _special(tokenizer) if wanted.needs_decoder or wanted.mlm else None
+    return Learner(EmbeddingModel(backbone, head), wanted, special, decoder)
+
+
+def describe(learner: Learner) -> str:
+    """How many parameters there are, and where."""
+    counts = {"encoder": parameter_count(learner.model)}
+    if learner.decoder is not None:
+        counts["decoder"] = parameter_count(learner.decoder)
+    listed = ", ".join(f"{count:,} in the {name}" for name, count in counts.items())
+    return f"{parameter_count(learner):,} parameters: {listed}"
+
+
+def _unified(config: Config, tokenizer: Tokenizer) -> Encoder:
+    wanted = config.model
+    encoder = Encoder(
+        EncoderShape(
+            vocab_size=tokenizer.get_vocab_size(),
+            dropout=wanted.dropout,
+            norm_eps=wanted.epsilon,
+            positions=wanted.positions,
+            max_positions=config.tokenizer.max_length if wanted.positions == "learned" else None,
+            **wanted.dimensions(),
+        )
+    )
+    encoder.gradient_checkpointing = wanted.gradient_checkpointing
+    if config.training.table_warmup_fraction:
+        encoder.zero_residual_branches()
+    return encoder
+
+
+def _pretrained(config: Config, tokenizer: Tokenizer) -> PretrainedEncoder:
+    name = str(config.model.pretrained)
+    try:
+        backbone = load_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.pretrained: {error}") from None
+    check_fits(config, tokenizer, backbone)
+    if config.model.gradient_checkpointing:
+        backbone.checkpoint_gradients()
+    return backbone
+
+
+def check_fits(config: Config, tokenizer: Tokenizer, backbone: PretrainedEncoder) -> None:
+    """Raise ConfigError where texts, tokens or sizes of the config do not fit a pretrained encoder."""
+    table, longest = len(backbone.token_table.weight), config.tokenizer.max_length
+    if longest > backbone.max_positions:
+        raise ConfigError(
+            f"tokenizer.max_length: found {longest}; allowed with model.pretrained={config.model.pretrained} are at "
+            f"most {backbone.max_positions}"
+        )
+    if tokenizer.get_vocab_size() > table:
+        raise ConfigError(
+            f"tokenizer.load_path: found {tokenizer.get_vocab_size():,} tokens, and {table:,} rows in the table of "
+            f"model.pretrained={config.model.pretrained}; allowed is that model's own tokenizer"
+        )
+    if max(config.model.matryoshka_dims, default=0) >= backbone.width:
+        raise ConfigError(
+            f"model.matryoshka_dims: found {config.model.matryoshka_dims}; allowed are sizes below {backbone.width}"
+        )
+
+
+def _decoder(config: Config, backbone: Encoder | PretrainedEncoder, tokenizer: Tokenizer) -> Decoder:
+    """A decoder of the encoder's width, so that they can share a token table."""
+    wanted, shape = config.model, config.model.dimensions()
+    if isinstance(backbone, PretrainedEncoder):
+        heads = backbone.num_heads
+        shape = {
+            "d_model": backbone.width,
+            "num_layers": len(backbone.layers),
+            "num_heads": heads,
+            "num_kv_heads": heads,
+            "d_ff": gated_width(backbone.width),
+        }
+    vocab_size = len(backbone.token_table.weight) if wanted.tie_embeddings else tokenizer.get_vocab_size()
+    layers = wanted.decoder_layers or max(shape["num_layers"], 1)
+    decoder = Decoder(
+        DecoderShape(
+            vocab_size=vocab_size,
+            dropout=wanted.dropout,
+            memory_width=backbone.width,
+            **shape | {"num_layers": layers},
+        ),
+        tie_to=backbone.token_table if wanted.tie_embeddings else None,
+    )
+    decoder.gradient_checkpointing = wanted.gradient_checkpointing
+    return decoder
+
+
+def _special(tokenizer: Tokenizer) -> Special:
+    found = framing(tokenizer)
+    if found.start is None or found.end is None or found.mask is None:
+        raise ConfigError(
+            "tokenizer.load_path: found no tokens such as [CLS], [SEP] and [MASK], with which texts are framed and "
+            "masked; allowed with seq2seq, denoising, mlm and causal objectives is a tokenizer that has them"
+        )
+    return Special(found.start, found.end, found.mask, found.special, tokenizer.get_vocab_size())

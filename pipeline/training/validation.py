@@ -1,0 +1,151 @@
+"""Scores on held-out records while a model trains, the same on every worker.
+
+contrastive objectives     loss, ndcg@10, recall@1 when anchors look for their positives; sts_spearman on an STS file
+generative objectives      nll and perplexity of a token; BLEU and ROUGE of texts that the decoder writes greedily
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.evaluation.generation import generation_metrics
+from pipeline.evaluation.sts import spearman
+from pipeline.model.packing import Packed
+from pipeline.objectives.batch import Batch
+from pipeline.objectives.collectives import gather, rank, total, world_size
+from pipeline.objectives.learner import Learner
+
+ROWS_AT_ONCE = 256
+CORRUPTION_SEED = 0  # of held-out texts: each validation sees the same ones
+
+
+@dataclass(frozen=True)
+class StsPairs:
+    """Pairs of sentences, and how alike people find them."""
+
+    first: Packed
+    second: Packed
+    scores: list[float]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a model is scored on. `decode` gives the texts of lists of token ids."""
+
+    batch: Batch
+    decode: Callable[[list[list[int]]], list[str]]
+    generated_texts: int = 0
+    sts: StsPairs | None = None
+
+
+@torch.no_grad()
+def validate(learner: Learner, validation: Validation, device: torch.device) -> tuple[dict[str, float], float]:
+    """Metrics, and the one number by which models are compared, higher for the better: NDCG@10, else minus the loss."""
+    metrics: dict[str, float] = {}
+    if learner.contrasts:
+        fields = validation.batch.fields
+        anchors, positives = (encode_shared(learner, fields[name], device) for name in ("anchor", "positive"))
+        metrics |= ranking_metrics(anchors, positives, float(learner.scale))
+    if validation.sts and learner.contrasts:
+        first, second = (encode_shared(learner, each, device) for each in (validation.sts.first, validation.sts.second))
+        metrics["sts_spearman"] = spearman(
+            validation.sts.scores, nn.functional.cosine_similarity(first, second).tolist()
+        )
+    metrics |= with_perplexity(_token_losses(learner, validation.batch, device))
+    if rank() == 0:
+        metrics |= _written(learner, validation, device)
+    metrics = _of_rank_0(metrics, device)
+    weighted = sum(weight * metrics.get(f"{name}_nll", 0.0) for name, weight in learner.weights.items())
+    return metrics, metrics["ndcg@10"] if learner.contrasts else -weighted
+
+
+def with_perplexity(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics, and beside each mean negative log likelihood of a token its exponential."""
+    perplexities = {
+        name.removesuffix("nll") + "perplexity": math.exp(min(value, 700.0))
+        for name, value in metrics.items()
+        if name.endswith("_nll")
+    }
+    return metrics | perplexities
+
+
+def _share(rows: int) -> tuple[int, int]:
+    """The rows that this worker scores: equally many each, but for the last ones."""
+    share = math.ceil(rows / world_size())
+    return min(rank() * share, rows), min((rank() + 1) * share, rows)
+
+
+def encode_shared(learner: Learner, texts: Packed, device: torch.device) -> Tensor:
+    """(N, D) vectors of all texts, each worker encoding its share. The last share is filled up with zeros."""
+    begin, end = _share(len(texts))
+    own = torch.zeros(math.ceil(len(texts) / world_size()), learner.model.width, device=device)
+    for start in range(begin, end, ROWS_AT_ONCE):
+        stop = min(start + ROWS_AT_ONCE, end)
+        own[start - begin : stop - begin] = learner.model(texts.slice(start, stop).to(device))
+    return gather(own)[: len(texts)]
+
+
+def _token_losses(learner: Learner, batch: Batch, device: torch.device) -> dict[str, float]:
+    """By generative objective, the mean over all target tokens."""
+    names = learner.generative
+    sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
+    begin, end = _share(len(batch))
+    for start in range(begin, end, ROWS_AT_ONCE) if names else ():
+        part = learner.prepare(batch.slice(start, min(start + ROWS_AT_ONCE, end)), CORRUPTION_SEED).to(device)
+        for row, name in enumerate(names):
+            loss = learner.loss(part.tasks[name])
+            sums[row] += torch.tensor([float(loss.nll), loss.count], dtype=torch.float64, device=device)
+    return {
+        f"{name}_nll": nll / max(count, 1.0) for name, (nll, count) in zip(names, total(sums).tolist(), strict=True)
+    }
+
+
+def _written(learner: Learner, validation: Validation, device: torch.device) -> dict[str, float]:
+    """BLEU and ROUGE, by objective that writes texts."""
+    few = validation.batch.slice(0, min(validation.generated_texts, len(validation.batch)))
+    if not len(few):
+        return {}
+    part, metrics = learner.prepare(few, CORRUPTION_SEED).to(device), {}
+    for name in learner.writing:
+        target = few.fields["positive"] if name == "seq2seq" else few.text
+        longest = int(target.lengths.max())
+        written = validation.decode(learner.write(part.tasks[name], longest))
+        references = validation.decode([target.slice(i, i + 1).ids.tolist() for i in range(len(target))])
+        metrics |= {f"{name}_{key}": value for key, value in generation_metrics(written, references).items()}
+    return metrics
+
+
+def _of_rank_0(metrics: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Rank 0's metrics, on every worker: names that it alone has, and the last bits of the others."""
+    if world_size() == 1:
+        return metrics
+    shared: list[dict[str, float]] = [metrics]
+    dist.broadcast_object_list(shared, device=device)
+    return shared[0]
+
+
+def ranking_metrics(anchors: Tensor, positives: Tensor, scale: float) -> dict[str, float]:
+    """`loss`, `ndcg@10` and `recall@1` when anchor i looks for positive i among all positives; (N, D) each."""
+    anchors, positives = (nn.functional.normalize(each, dim=-1) for each in (anchors, positives))
+    losses, ranks = [], []
+    own = torch.arange(len(anchors), device=anchors.device)
+    for rows in own.split(1024):
+        scores = anchors[rows] @ positives.T
+        losses.append(nn.functional.cross_entropy(scores * scale, rows, reduction="sum"))
+        own_score = scores.gather(1, rows[:, None])
+        ahead = (~(scores <= own_score)).sum(dim=1)  # so written, a score that is not a number comes last
+        ties = ((scores == own_score).sum(dim=1) - 1).clamp(min=0)  # shared out, or vectors all alike would win
+        ranks.append(1 + ahead + ties / 2)
+    position = torch.cat(ranks).double()
+    gain = torch.where(position <= 10, 1 / torch.log2(position + 1), 0.0)
+    return {
+        "loss": float(torch.stack(losses).sum()) / len(anchors),
+        "ndcg@10": float(gain.mean()),
+        "recall@1": float((position == 1).double().mean()),
+    }

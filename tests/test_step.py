@@ -1,0 +1,197 @@
+"""One step's gradients: of hybrid objectives, in micro-batches, on several workers; each against one plain pass."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.config import Objective
+from pipeline.model.decoder import Decoder, DecoderShape
+from pipeline.model.embedding_model import EmbeddingModel, Head
+from pipeline.model.packing import pack
+from pipeline.model.transformer import Encoder, EncoderShape
+from pipeline.objectives.batch import Batch
+from pipeline.objectives.learner import Learner, Special
+from pipeline.training.step import backward
+
+ROWS = 8
+PARTS: dict[str, Any] = {"vocab_size": 40, "d_model": 16, "num_layers": 2, "num_heads": 2, "d_ff": 24, "norm_eps": 1e-5}
+SPECIAL = Special(start=2, end=3, mask=4, kept=frozenset(range(5)), vocab_size=40)
+CONTRASTIVE = {"hard_negatives": 2, "learn_temperature": True, "temperature": 0.1, "false_negative_margin": 0.3}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "contrastive": {"contrastive": CONTRASTIVE},
+    "seq2seq": {"seq2seq": {"label_smoothing": 0.1}},
+    "hybrid": {
+        "contrastive": CONTRASTIVE,
+        "seq2seq": {"weight": 0.5},
+        "denoising": {"weight": 0.3},
+        "mlm": {"weight": 0.2},
+        "causal": {"weight": 0.1},
+    },
+    "spans": {"denoising": {"corruption": "spans", "ratio": 0.3}},
+}
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def learner_of(name: str, dropout: float = 0.0) -> Learner:
+    """A learner whose every parameter does something, in float64."""
+    objective = Objective.model_validate(OBJECTIVES[name])
+    torch.manual_seed(0)
+    with float64():
+        encoder = Encoder(EncoderShape(**PARTS, dropout=dropout))
+        shape = DecoderShape(**PARTS, dropout=dropout, memory_width=16)
+        decoder = Decoder(shape, encoder.token_table) if objective.needs_decoder else None
+        learner = Learner(EmbeddingModel(encoder, Head(dimensions=(8, 4))), objective, SPECIAL, decoder)
+        for parameter in learner.parameters():
+            if parameter.ndim:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return learner.train()
+
+
+def batch() -> Batch:
+    """Eight pairs of mixed length with none, one or two negatives; two rows share an anchor, two a positive."""
+    chance = torch.Generator().manual_seed(3)
+
+    def text() -> list[int]:
+        length = int(torch.randint(2, 9, (1,), generator=chance))
+        return torch.randint(5, 40, (length,), generator=chance).tolist()
+
+    anchors, positives = [text() for _ in range(ROWS)], [text() for _ in range(ROWS)]
+    anchors[5], positives[6] = anchors[2], positives[1]
+    counts = [row % 3 for row in range(ROWS)]
+    negatives = [text() for _ in range(sum(counts))]
+    fields = {"anchor": pack(anchors), "positive": pack(positives)}
+    return Batch([f"r{row}" for row in range(ROWS)], fields, pack(negatives), counts)
+
+
+def gradients(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in learner.named_parameters() if p.grad is not None}
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-10, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def whole_gradients(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Gradients and metrics of one pass over the whole batch in one process."""
+    learner = learner_of(name)
+    metrics = backward(learner, learner, batch(), seed=7)
+    return gradients(learner), metrics
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_parameter_gets_a_gradient(name: str) -> None:
+    """Or the tests below would compare nothing; DDP would wait for it too."""
+    found, metrics = whole_gradients(name)
+    assert set(found) == {n for n, p in learner_of(name).named_parameters() if p.requires_grad}
+    assert all(bool(gradient.abs().sum() > 0) for gradient in found.values())
+    assert bool(torch.isfinite(metrics["loss"]))
+
+
+def test_the_hybrid_is_the_weighted_sum() -> None:
+    total = 0.0
+    for name, section in OBJECTIVES["hybrid"].items():
+        alone = learner_of("hybrid")
+        alone.weights = {other: (1.0 if other == name else 0.0) for other in alone.weights}
+        total += section.get("weight", 1.0) * float(backward(alone, alone, batch(), seed=7)["loss"])
+    _, metrics = whole_gradients("hybrid")
+    assert float(metrics["loss"]) == pytest.approx(total, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("micro_batches", [2, 3, 8])
+def test_micro_batches_give_the_whole_batch_gradient(name: str, micro_batches: int) -> None:
+    expected, whole_metrics = whole_gradients(name)
+    learner = learner_of(name)
+    metrics = backward(learner, learner, batch(), seed=7, micro_batches=micro_batches)
+    assert_equal(gradients(learner), expected)
+    assert metrics.keys() == whole_metrics.keys()
+    for key in metrics:
+        assert float(metrics[key]) == pytest.approx(float(whole_metrics[key]), abs=1e-9), key
+
+
+@pytest.mark.parametrize("name", ["contrastive", "hybrid"])
+def test_cached_gradients_replay_dropout(name: str) -> None:
+    """The cached gradient must be that of the very masks the first pass drew: one graph over all parts is the oracle."""
+    learner = learner_of(name, dropout=0.3)
+    torch.manual_seed(5)
+    backward(learner, learner, batch(), seed=7, micro_batches=2)
+    found = gradients(learner)
+
+    learner.zero_grad()
+    parts = [learner.prepare(batch().slice(start, start + 4), 7) for start in (0, 4)]
+    torch.manual_seed(5)
+    states = []
+    with torch.no_grad():
+        for part in parts:
+            states.append(torch.get_rng_state())
+            learner.embed(part)
+    outputs = []
+    for part, state in zip(parts, states, strict=True):
+        torch.set_rng_state(state)
+        outputs.append(learner(part))
+    loss, _ = learner.contrast(parts, [vectors for vectors, _ in outputs])
+    for task in learner.generative:
+        losses = [tasks[task] for _, tasks in outputs]
+        loss = loss + learner.weights[task] * sum(each.sum for each in losses) / sum(each.count for each in losses)
+    loss.backward()
+    assert_equal(found, gradients(learner))
+
+
+def _worker(rank: int, world_size: int, name: str, micro_batches: int, folder: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    learner, reduced = learner_of(name), 0
+    parallel = DistributedDataParallel(learner)
+
+    def count(state, bucket):  # type: ignore[no-untyped-def]  # DDP looks at annotations, and refuses their text
+        nonlocal reduced
+        reduced += bucket.buffer().numel()
+        work = dist.all_reduce(bucket.buffer().div_(world_size), async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
+
+    parallel.register_comm_hook(None, count)
+    share = batch().slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
+    metrics = backward(learner, parallel, share, seed=7, micro_batches=micro_batches)
+    loss = metrics["loss"].clone()
+    dist.all_reduce(loss)
+    if rank == 0:
+        result = {"loss": loss / world_size, "reduced": torch.tensor(reduced), **gradients(learner)}
+        torch.save(result, Path(folder) / "result.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "name", "micro_batches"), [(2, "hybrid", 2), (4, "hybrid", 1), (4, "contrastive", 2)]
+)
+def test_workers_give_the_single_process_gradient_in_one_reduction(
+    world_size: int, name: str, micro_batches: int
+) -> None:
+    """With hard negatives, masks, a learned temperature, Matryoshka and all objectives; each element reduced once."""
+    expected, metrics = whole_gradients(name)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_worker, (world_size, name, micro_batches, folder), nprocs=world_size)
+        result = torch.load(Path(folder) / "result.pt", weights_only=True)
+    assert int(result.pop("reduced")) == sum(gradient.numel() for gradient in expected.values())
+    torch.testing.assert_close(result.pop("loss"), metrics["loss"], atol=1e-10, rtol=0)
+    assert_equal(result, expected)
