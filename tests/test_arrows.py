@@ -21,9 +21,10 @@ MAY_IMPORT = {
     "embedding": {"config", "runtime", "data", "model", "text"},
     "evaluation": {"config", "runtime", "data", "model", "text", "embedding"},
     "training": {"config", "runtime", "data", "model", "objectives", "evaluation"},
+    "export": {"config", "runtime", "data", "model"},
     "stages": {"config", "runtime", "data", "model", "embedding", "evaluation", "training"},
 }
-WITHOUT_RAY = {"config", "text", "sources", "model", "objectives"}
+WITHOUT_RAY = {"config", "text", "sources", "model", "objectives", "export"}
 WITHOUT_TORCH = {"config", "text", "runtime", "sources", "data"}
 RAYLESS_MODULES = {
     "training/loop.py",

@@ -7,6 +7,7 @@ store.query(vector, k=10)               # nearest first, with `score`, the cosin
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import lancedb
 import numpy as np
 import pyarrow as pa
+
+SCAN_ROWS = 8192  # a batch of a scan: 8 MB of vectors of 256 numbers
 
 
 class LanceStore:
@@ -53,6 +56,10 @@ class LanceStore:
         """Ids in the table from `first` to `last`, both included. They are hex digits, so quoting them is safe."""
         rows = self.table.search().where(f"id >= '{first}' AND id <= '{last}'").select(["id"]).to_arrow()
         return set(rows["id"].to_pylist())
+
+    def scan(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """These columns of every row, batch by batch, in no order to rely on."""
+        yield from self.table.search().select(list(columns)).to_batches(SCAN_ROWS)
 
     def upsert(self, rows: pa.Table) -> None:
         """Write rows; one whose id is there replaces it."""

@@ -1,0 +1,128 @@
+"""Vectors as a matrix for use inside another model: row i belongs to the i-th id.
+
+    embeddings.safetensors    `weight`, (N, D) float32 or float16
+    ids.parquet               row, id, source_id; rows in order of id, so the same vectors give the same files
+    embeddings.json           version, dtype, rows, width, the model's fingerprint, sha256 of the two files
+
+    save_embeddings_for_model(folder, store.scan, model=fingerprint, dtype="float16")
+    layer, ids = load_embeddings(folder)              # a torch.nn.Embedding whose row ids.index("9f0c…") is that text's
+
+Rows come in any order and go straight to their places in a file that is mapped into memory: what is held is the ids
+and one batch of vectors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import safe_open
+
+from pipeline.data.manifest import sha256
+from pipeline.export.destination import replacing_folder, write_marker
+
+VERSION = 1
+WEIGHTS, IDS, MARKER = "embeddings.safetensors", "ids.parquet", "embeddings.json"
+CHANGED = "the vectors changed while they were read; export them when nothing writes to them"
+SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16"}
+
+Scan = Callable[[Sequence[str]], Iterable[pa.RecordBatch]]
+"""Batches of the columns asked for, of `id`, `source_id` and `vector`: `LanceStore.scan`, or of a table in memory
+`lambda columns: table.select(columns).to_batches()`."""
+
+
+def save_embeddings_for_model(
+    folder: Path, scan: Scan, *, model: str, dtype: Literal["float32", "float16"] = "float32"
+) -> int:
+    """Write the three files as a folder that appears whole. Returns its rows.
+
+    `scan` is called twice, for the ids and for the vectors; ids are ASCII. `model` is the fingerprint of what made the
+    vectors. Raises ValueError where there are no rows, an id comes twice or the rows change between the two.
+    """
+    with replacing_folder(folder, MARKER) as temporary:
+        ids = _write_ids(temporary / IDS, scan)
+        width = _write_vectors(temporary / WEIGHTS, scan, ids, dtype)
+        described = {"version": VERSION, "dtype": dtype, "rows": len(ids), "width": width, "model": model}
+        hashes = {name: sha256(temporary / name) for name in (WEIGHTS, IDS)}
+        write_marker(temporary, MARKER, {**described, "files": hashes})
+    return len(ids)
+
+
+def load_embeddings(folder: Path) -> tuple[torch.nn.Embedding, list[str]]:
+    """The matrix as a frozen layer, and each row's id. Reads both files once to check them.
+
+    Raises ValueError for another version, or for a file that is missing or not as it was written.
+    """
+    try:
+        described: dict[str, Any] = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        version, hashes = described["version"], described["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder} holds no embedding matrix: its {MARKER} is missing or broken") from None
+    if version != VERSION:
+        raise ValueError(f"{folder / MARKER} is of version {version}; this reader knows version {VERSION}")
+    for name in (WEIGHTS, IDS):
+        if not (folder / name).is_file() or sha256(folder / name) != hashes.get(name):
+            raise ValueError(f"{folder / name} is missing, or not the file that {MARKER} describes; export it again")
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        weight = file.get_tensor("weight")
+    return torch.nn.Embedding.from_pretrained(weight), pq.read_table(folder / IDS, columns=["id"])["id"].to_pylist()
+
+
+def _write_ids(path: Path, scan: Scan) -> np.ndarray:
+    """The table of rows, by id. Returns the ids, (N,) bytes in order."""
+    batches = list(scan(["id", "source_id"]))
+    if not sum(len(batch) for batch in batches):
+        raise ValueError("there are no vectors to write")
+    table = pa.Table.from_batches(batches).sort_by("id")
+    ids = table["id"].to_numpy(zero_copy_only=False).astype(bytes)
+    twice = np.flatnonzero(ids[1:] == ids[:-1])
+    if len(twice):
+        raise ValueError(f"id {ids[twice[0]].decode()} comes twice among the vectors")
+    table = table.select(["id", "source_id"]).add_column(0, "row", pa.array(range(len(ids)), pa.int64()))
+    pq.write_table(table.combine_chunks(), path, compression="zstd")
+    return ids
+
+
+def _write_vectors(path: Path, scan: Scan, ids: np.ndarray, dtype: str) -> int:
+    """A safetensors file of one tensor. Returns its width."""
+    matrix, filled = None, 0
+    for batch_ids, vectors in _vectors(scan):
+        if matrix is None:
+            matrix = _new_matrix(path, (len(ids), vectors.shape[1]), dtype)
+        rows = np.searchsorted(ids, batch_ids).clip(max=len(ids) - 1)
+        if not (ids[rows] == batch_ids).all():
+            raise ValueError(CHANGED)
+        with np.errstate(over="ignore"):
+            matrix[rows] = vectors
+        if not np.isfinite(matrix[rows]).all():
+            raise ValueError(f"some vectors are not finite as {dtype}")
+        filled += len(rows)
+    if matrix is None or filled != len(ids):
+        raise ValueError(CHANGED)
+    matrix.flush()
+    return int(matrix.shape[1])
+
+
+def _vectors(scan: Scan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(n,) ids and (n, D) float32 vectors of each batch."""
+    for batch in scan(["id", "vector"]):
+        column = batch.column("vector")
+        vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(batch), column.type.list_size)
+        if len(batch):
+            yield batch.column("id").to_numpy(zero_copy_only=False).astype(bytes), vectors
+
+
+def _new_matrix(path: Path, shape: tuple[int, int], dtype: str) -> np.memmap:
+    """Rows to fill behind a header: its length in 8 bytes, then JSON with blanks up to a multiple of 8 bytes."""
+    size = shape[0] * shape[1] * np.dtype(dtype).itemsize
+    header = {"weight": {"dtype": SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [0, size]}}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    return np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r+", offset=8 + len(text), shape=shape)

@@ -1,0 +1,530 @@
+"""Exports against what others make of them: sentence-transformers, transformers and onnxruntime, off the network."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from pipeline.config import ConfigError, load
+from pipeline.data.manifest import Manifest, SourceCount, write_manifest
+from pipeline.data.vocabulary import train_tokenizer
+from pipeline.embedding.lancedb_store import LanceStore
+from pipeline.embedding.store import mark_embedded, open_store
+from pipeline.export.card import Extras, model_card, read_origin
+from pipeline.export.destination import refuse_foreign, replacing_folder, write_marker
+from pipeline.export.embedding_matrix import load_embeddings, save_embeddings_for_model
+from pipeline.export.folder import export_model, pad_token_id
+from pipeline.export.onnx import PaddedEmbedder, export_onnx
+from pipeline.model.embedding_model import EmbeddingModel, Head
+from pipeline.model.folder import load_model, model_fingerprint, read_card, save_model
+from pipeline.model.packing import pack
+from pipeline.model.transformer import Encoder, EncoderShape
+from pipeline.runtime.job import JobError, run_job
+from pipeline.text.docstrings import pairs
+
+WIDTH, VOCABULARY, MAX_LENGTH = 64, 1200, 48
+VARIANTS = {
+    "table": ({"num_layers": 0}, Head(), "bpe"),
+    "grouped": ({"num_layers": 2, "num_kv_heads": 2}, Head(dimensions=(16,)), "bpe"),
+    "cls": ({"num_layers": 1}, Head(pooling="cls"), "wordpiece"),
+    "last": ({"num_layers": 1}, Head(pooling="last"), "unigram"),
+    "weighted": (
+        {"num_layers": 2, "rope_theta": 500.0},
+        Head(pooling="weighted", normalize=False, prompts=(("query", "find: "), ("document", "text: "))),
+        "bpe",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """1,000 names, docstrings and functions of an installed package, 1 to some hundred tokens long."""
+    files = sorted((Path(np.__file__).parent / "lib").glob("*.py"))
+    found = [pair for file in files for pair in pairs(file.read_text("utf-8"))]
+    return [text for pair in found for text in (pair.name, pair.docstring, pair.code)][:1000]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Model folders of random encoders."""
+    kinds = {kind for _, _, kind in VARIANTS.values()}
+    tokenizers = {
+        kind: train_tokenizer(texts[:400], kind=kind, vocab_size=VOCABULARY, lowercase=kind != "bpe") for kind in kinds
+    }
+    return {
+        name: checkpoint(tmp_path_factory.mktemp(name), layers, head, tokenizers[kind])
+        for name, (layers, head, kind) in VARIANTS.items()
+    }
+
+
+def checkpoint(folder: Path, layers: dict[str, Any], head: Head, tokenizer: Tokenizer) -> Path:
+    torch.manual_seed(0)
+    shape = {"vocab_size": VOCABULARY, "d_model": WIDTH, "num_heads": 4, "d_ff": 96, "norm_eps": 1e-3}
+    encoder = Encoder(EncoderShape(**{**shape, **layers}))
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    save_model(folder, EmbeddingModel(encoder, head), tokenizer.to_str(), MAX_LENGTH)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exports(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {}
+    for name, source in checkpoints.items():
+        folders[name] = tmp_path_factory.mktemp(f"exported-{name}")
+        assert export_model(source, folders[name]) >= 0.9999
+    return folders
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    attempts: list[object] = []
+
+    def connect(self: socket.socket, address: object) -> None:
+        attempts.append(address)
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **rest: connect(None, args))  # type: ignore[arg-type]
+    yield
+    assert attempts == []
+
+
+@torch.inference_mode()
+def ours(source: Path, texts: list[str]) -> np.ndarray:
+    """(N, D), packed, 100 texts at a time."""
+    model, tokenizer = load_model(source)
+    sequences = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    return np.concatenate([model(pack(sequences[i : i + 100])).numpy() for i in range(0, len(sequences), 100)])
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+
+
+class TestFolder:
+    def test_the_texts_are_of_mixed_length(self, checkpoints: dict[str, Path], texts: list[str]) -> None:
+        lengths = [len(encoding.ids) for encoding in load_model(checkpoints["table"])[1].encode_batch(texts)]
+        assert (len(texts), min(lengths), max(lengths)) == (1000, 1, MAX_LENGTH)
+        assert len(set(lengths)) > 40
+
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_sentence_transformers_gives_our_vectors(
+        self, name: str, checkpoints: dict[str, Path], exports: dict[str, Path], texts: list[str]
+    ) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        model = SentenceTransformer(str(exports[name]), device="cpu")
+        theirs, own = model.encode(texts), ours(checkpoints[name], texts)
+        assert cosines(theirs, own).min() >= 0.9999
+        np.testing.assert_allclose(np.linalg.norm(theirs, axis=1), np.linalg.norm(own, axis=1), rtol=1e-3)
+        head = VARIANTS[name][1]
+        assert (model.max_seq_length, model.similarity_fn_name) == (MAX_LENGTH, "cosine")
+        assert model.prompts == {"query": head.prompt("query"), "document": head.prompt("document")}
+
+    def test_its_queries_and_documents_are_led_by_our_prompts(
+        self, checkpoints: dict[str, Path], exports: dict[str, Path], texts: list[str]
+    ) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        model, few = SentenceTransformer(str(exports["weighted"]), device="cpu"), texts[:20]
+        led = {"find: ": model.encode_query(few), "text: ": model.encode_document(few)}
+        for prompt, theirs in led.items():
+            assert cosines(theirs, ours(checkpoints["weighted"], [prompt + text for text in few])).min() >= 0.9999
+
+    def test_it_cuts_vectors_to_a_size_of_matryoshka(self, exports: dict[str, Path], texts: list[str]) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        whole = SentenceTransformer(str(exports["grouped"]), device="cpu").encode(texts[:20])
+        cut = SentenceTransformer(str(exports["grouped"]), device="cpu", truncate_dim=16)
+        own = torch.nn.functional.normalize(torch.from_numpy(whole[:, :16]), dim=1)
+        np.testing.assert_allclose(cut.encode(texts[:20], normalize_embeddings=True), own, atol=1e-5)
+
+    @torch.inference_mode()
+    @pytest.mark.parametrize("name", ["table", "grouped"])
+    def test_transformers_and_a_mean_by_hand_give_our_vectors(
+        self, name: str, checkpoints: dict[str, Path], exports: dict[str, Path], texts: list[str]
+    ) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        model, found = AutoModel.from_pretrained(exports[name], output_loading_info=True)
+        assert type(model).__name__ == "EuroBertModel"
+        assert not any(found.values())
+        tokenizer, theirs = AutoTokenizer.from_pretrained(exports[name]), []
+        for start in range(0, len(texts), 100):
+            batch = tokenizer(texts[start : start + 100], truncation=True, padding=True, return_tensors="pt")
+            states, mask = model(**batch).last_hidden_state, batch["attention_mask"][:, :, None]
+            theirs.append((states * mask).sum(1) / mask.sum(1))
+        assert cosines(torch.cat(theirs).numpy(), ours(checkpoints[name], texts)).min() >= 0.9999
+
+    @pytest.mark.parametrize("name", ["table", "cls", "last"])  # a tokenizer of each kind
+    def test_the_tokenizer_gives_our_ids(
+        self, name: str, checkpoints: dict[str, Path], exports: dict[str, Path], texts: list[str]
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        hard = ["", " ", "\n\n a\t b ", "[MASK] it [SEP]", "Ünï\u0301 İ 漢字 🙂", "x" * 500, "<s>", "\u200b\ufeff"]
+        theirs = AutoTokenizer.from_pretrained(exports[name])
+        own = load_model(checkpoints[name])[1]
+        assert theirs(texts + hard, truncation=True)["input_ids"] == [e.ids for e in own.encode_batch(texts + hard)]
+        assert (theirs.pad_token, theirs.pad_token_id, theirs.padding_side) == ("[PAD]", 0, "right")
+
+    def test_learned_positions_are_refused(self, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+        layers = {"num_layers": 1, "positions": "learned", "max_positions": MAX_LENGTH}
+        tokenizer = Tokenizer.from_file(str(checkpoints["table"] / "tokenizer.json"))
+        (tmp_path / "out").mkdir()
+        with pytest.raises(ConfigError, match=r"found learned; export needs model\.positions=rotary$"):
+            export_model(checkpoint(tmp_path, layers, Head(), tokenizer), tmp_path / "out")
+
+    def test_padding_takes_a_token_that_is_special_already(self, checkpoints: dict[str, Path]) -> None:
+        card, tokenizer = read_card(checkpoints["table"]), Tokenizer.from_str(train_bpe_without_specials())
+        with pytest.raises(ConfigError, match="no special token to pad with"):
+            pad_token_id(card, tokenizer)
+        tokenizer.add_special_tokens(["<s>", "<|endoftext|>"])
+        assert tokenizer.id_to_token(pad_token_id(card, tokenizer)) == "<|endoftext|>"
+        card.shape["pad_token_id"] = tokenizer.token_to_id("<s>")
+        assert tokenizer.id_to_token(pad_token_id(card, tokenizer)) == "<s>"
+
+    def test_an_export_that_gives_other_vectors_fails(
+        self, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from pipeline.export import folder
+
+        def wrong(*args: Any) -> dict[str, Any]:
+            return {**right(*args), "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
+
+        right = folder.eurobert_config
+        monkeypatch.setattr(folder, "eurobert_config", wrong)
+        with pytest.raises(JobError, match="a fault of the export"):
+            export_model(checkpoints["weighted"], tmp_path)
+
+
+def train_bpe_without_specials() -> str:
+    from tokenizers import models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.train_from_iterator(["a word"], trainers.BpeTrainer(show_progress=False))
+    return tokenizer.to_str()
+
+
+class TestOnnx:
+    @torch.inference_mode()
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_what_is_traced_pools_as_we_do(
+        self, name: str, checkpoints: dict[str, Path], exports: dict[str, Path], texts: list[str]
+    ) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        head = VARIANTS[name][1]
+        embedder = PaddedEmbedder(AutoModel.from_pretrained(exports[name]), head.pooling, head.normalize).eval()
+        tokenizer = AutoTokenizer.from_pretrained(exports[name])
+        batch = tokenizer([*texts[:100], ""], truncation=True, padding=True, return_tensors="pt")
+        vectors = embedder(**batch).numpy()
+        np.testing.assert_allclose(vectors[:100], ours(checkpoints[name], texts[:100]), atol=1e-3)
+        assert not vectors[100].any()
+
+    @pytest.mark.parametrize("name", ["table", "grouped"])
+    def test_onnxruntime_gives_our_vectors(
+        self, name: str, checkpoints: dict[str, Path], exports: dict[str, Path], texts: list[str], tmp_path: Path
+    ) -> None:
+        import onnxruntime
+
+        for file in exports[name].glob("*.*"):
+            (tmp_path / file.name).symlink_to(file)
+        head = VARIANTS[name][1]
+        assert export_onnx(tmp_path, pooling=head.pooling, normalize=head.normalize) >= 0.9999
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+        assert [(i.name, i.shape) for i in session.get_inputs()] == [
+            ("input_ids", ["batch", "length"]),
+            ("attention_mask", ["batch", "length"]),
+        ]
+        tokenizer, theirs = load_model(checkpoints[name])[1], []
+        tokenizer.enable_padding(pad_id=0)
+        for start, count in ((0, 1), (1, 2), (3, 97), (100, 200)):
+            encodings = tokenizer.encode_batch(texts[start : start + count])
+            inputs = {"input_ids": [e.ids for e in encodings], "attention_mask": [e.attention_mask for e in encodings]}
+            theirs += session.run(["sentence_embedding"], {key: np.array(value) for key, value in inputs.items()})
+        assert cosines(np.concatenate(theirs), ours(checkpoints[name], texts[:300])).min() >= 0.999
+
+
+def vectors_of(count: int, seed: int = 0) -> pa.Table:
+    """Rows as the store has them, in no order."""
+    chance = np.random.default_rng(seed)
+    vectors = chance.standard_normal((count, 6)).astype(np.float32)
+    order = np.random.default_rng(seed + 1).permutation(count)
+    columns = {
+        "id": [f"{i * 7919 % 65_536:04x}" for i in range(count)],
+        "source_id": [f"pages/{i}" for i in range(count)],
+        "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 6),
+    }
+    return pa.table(columns).take(order)
+
+
+def scan_of(table: pa.Table) -> Any:
+    return lambda columns: table.select(columns).to_batches(max_chunksize=7)
+
+
+class TestEmbeddingMatrix:
+    @pytest.mark.parametrize("dtype", ["float32", "float16"])
+    def test_rows_belong_to_their_ids(self, dtype: Any, tmp_path: Path) -> None:
+        table = vectors_of(50)
+        assert save_embeddings_for_model(tmp_path / "out", scan_of(table), model="9f0c", dtype=dtype) == 50
+        layer, ids = load_embeddings(tmp_path / "out")
+        expected = {row["id"]: row["vector"] for row in table.to_pylist()}
+        assert ids == sorted(expected)
+        assert (layer.weight.dtype, layer.weight.requires_grad) == (getattr(torch, dtype), False)
+        looked_up = layer(torch.arange(50)).float().numpy()
+        np.testing.assert_allclose(looked_up, [expected[i] for i in ids], rtol=0 if dtype == "float32" else 1e-3)
+        np.testing.assert_array_equal(load_file(tmp_path / "out" / "embeddings.safetensors")["weight"], layer.weight)
+        rows = pq.read_table(tmp_path / "out" / "ids.parquet").to_pylist()
+        assert [row["row"] for row in rows] == list(range(50))
+        assert {row["id"]: row["source_id"] for row in rows} == {r["id"]: r["source_id"] for r in table.to_pylist()}
+        described = json.loads((tmp_path / "out" / "embeddings.json").read_text())
+        assert {key: described[key] for key in ("version", "dtype", "rows", "width", "model")} == {
+            "version": 1,
+            "dtype": dtype,
+            "rows": 50,
+            "width": 6,
+            "model": "9f0c",
+        }
+
+    def test_the_order_of_the_rows_changes_no_byte(self, tmp_path: Path) -> None:
+        table = vectors_of(40)
+        for name, rows in (("a", table), ("b", table.take(list(range(40))[::-1]))):
+            save_embeddings_for_model(tmp_path / name, scan_of(rows), model="9f0c")
+        for file in (tmp_path / "a").iterdir():
+            assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+    def test_from_a_table_of_lancedb(self, tmp_path: Path) -> None:
+        store, rows = LanceStore(str(tmp_path / "lancedb"), "vectors", 6), vectors_of(30)
+        store.create()
+        for part in (rows.slice(0, 11), rows.slice(11), rows.slice(5, 9)):  # written in parts, some twice
+            store.upsert(with_all_columns(part))
+        save_embeddings_for_model(tmp_path / "stored", store.scan, model="9f0c")
+        save_embeddings_for_model(tmp_path / "direct", scan_of(rows), model="9f0c")
+        for file in (tmp_path / "direct").iterdir():
+            assert file.read_bytes() == (tmp_path / "stored" / file.name).read_bytes()
+
+    @pytest.mark.parametrize("name", ["embeddings.safetensors", "ids.parquet"])
+    def test_a_changed_file_is_refused(self, name: str, tmp_path: Path) -> None:
+        save_embeddings_for_model(tmp_path / "out", scan_of(vectors_of(9)), model="9f0c")
+        content = bytearray((tmp_path / "out" / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (tmp_path / "out" / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} is missing, or not the file that embeddings\.json describes"):
+            load_embeddings(tmp_path / "out")
+
+    def test_another_version_is_refused(self, tmp_path: Path) -> None:
+        save_embeddings_for_model(tmp_path / "out", scan_of(vectors_of(9)), model="9f0c")
+        marker = tmp_path / "out" / "embeddings.json"
+        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"version": 2}))
+        with pytest.raises(ValueError, match="is of version 2; this reader knows version 1"):
+            load_embeddings(tmp_path / "out")
+        marker.write_text("{}")
+        with pytest.raises(ValueError, match=r"its embeddings\.json is missing or broken"):
+            load_embeddings(tmp_path / "out")
+
+    def test_rows_that_make_no_matrix_are_refused(self, tmp_path: Path) -> None:
+        few, more = vectors_of(9), vectors_of(10)
+        refused = {
+            "there are no vectors": scan_of(few.slice(0, 0)),
+            "comes twice": scan_of(pa.concat_tables([few, few.slice(0, 1)])),
+            "changed while": lambda columns: (more if "vector" in columns else few).select(columns).to_batches(),
+            "changed while they": lambda columns: (few if "vector" in columns else more).select(columns).to_batches(),
+        }
+        for words, scan in refused.items():
+            with pytest.raises(ValueError, match=words):
+                save_embeddings_for_model(tmp_path / "out", scan, model="9f0c")
+        huge = few.set_column(2, "vector", pa.FixedSizeListArray.from_arrays(pa.array(np.full(54, 1e6, np.float32)), 6))
+        with pytest.raises(ValueError, match="not finite as float16"):
+            save_embeddings_for_model(tmp_path / "out", scan_of(huge), model="9f0c", dtype="float16")
+        assert list(tmp_path.iterdir()) == []
+
+
+def with_all_columns(rows: pa.Table) -> pa.Table:
+    for name in ("source", "text", "metadata"):
+        rows = rows.append_column(name, pa.array(["{}"] * len(rows)))
+    return rows
+
+
+class TestDestination:
+    def test_an_earlier_export_is_replaced_whole_and_nothing_else_is(self, tmp_path: Path) -> None:
+        folder = tmp_path / "new" / "out"
+        for name in ("first.txt", "second.txt"):
+            with replacing_folder(folder, "m.json") as temporary:
+                (temporary / "inner").mkdir()
+                (temporary / "inner" / name).write_text(name)
+                write_marker(temporary, "m.json", {"version": 1})
+            assert [p.name for p in (folder / "inner").iterdir()] == [name]
+        (folder / ".git").mkdir()
+        (folder / ".git" / "HEAD").write_text("ref")
+        with pytest.raises(ConfigError, match=r"holds \.git/HEAD, which no export wrote"):
+            refuse_foreign(folder, "m.json")
+        assert sorted(p.name for p in folder.parent.iterdir()) == ["out"]
+
+    def test_a_failure_leaves_the_earlier_one(self, tmp_path: Path) -> None:
+        folder = tmp_path / "out"
+        with replacing_folder(folder, "m.json") as temporary:
+            write_marker(temporary, "m.json", {})
+        with pytest.raises(FileNotFoundError), replacing_folder(folder, "m.json") as temporary:
+            (temporary / "no such folder" / "file").write_text("")
+        assert [p.name for p in folder.iterdir()] == ["m.json"]
+        assert list(tmp_path.iterdir()) == [folder]
+
+    def test_a_file_and_a_link_are_no_folders(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+        for name in ("file", "link"):
+            with pytest.raises(ConfigError, match="is no folder"):
+                refuse_foreign(tmp_path / name, "m.json")
+        (tmp_path / "empty").mkdir()
+        refuse_foreign(tmp_path / "empty", "m.json")
+
+
+@pytest.fixture
+def run(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
+    """storage.root of a run that trained the grouped model, embedded two records and was evaluated."""
+    root, run_dir = tmp_path / "secret-place", tmp_path / "secret-place" / "runs" / "small"
+    best = run_dir / "best" / "step-00000060"
+    best.mkdir(parents=True)
+    for file in checkpoints["grouped"].iterdir():
+        (best / file.name).write_bytes(file.read_bytes())
+    (best / "state.json").write_text(json.dumps({"step": 60, "train_seconds": 12.3, "metrics": {}, "files": {}}))
+    (run_dir / "run.json").write_text(json.dumps({"data_fingerprint": "d4", "versions": {"torch": "2.13.0"}}))
+    config = load(empty_config(tmp_path), [f"storage.root={root}", "storage.run=small"])
+    (run_dir / "config.resolved.yaml").write_text(yaml.safe_dump(config.dump()))
+    scores = {"held-out": {"queries": 50, "documents": 800, "model": {"ndcg@10": 0.75}, "bm25": {"ndcg@10": 0.5}}}
+    evaluated = {"of": {"model": model_fingerprint(best)}, "scores": scores}
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluated))
+    sources = [SourceCount("pages", 900, 800, {"duplicate": 100})]
+    manifest = Manifest("d4", sources, {"train": 700, "validation": 100}, [], {}, [], {})
+    write_manifest(root / "prepared" / "k", manifest)
+    return root
+
+
+def empty_config(folder: Path) -> Path:
+    file = folder / "c.yaml"
+    source = {"name": "pages", "type": "text", "path": str(folder)}
+    file.write_text(json.dumps({"data": {"sources": [source]}}))
+    return file
+
+
+class TestCard:
+    def test_it_says_what_is_known(self, run: Path) -> None:
+        best = run / "runs" / "small" / "best" / "step-00000060"
+        origin = read_origin(best, run / "runs" / "small" / "evaluation.json")
+        text = model_card(
+            read_card(best),
+            origin,
+            name="mine",
+            license_id="mit",
+            evaluate_command="python jobs/evaluate.py",
+            extras=Extras(onnx=True, embeddings=2),
+        )
+        front = yaml.safe_load(text.split("---")[1])
+        assert (front["license"], front["pipeline_tag"]) == ("mit", "sentence-similarity")
+        assert front["library_name"] in front["tags"]
+        for part in (
+            "| pages | 900 | 800 |",
+            "700 in train, 100 in validation",
+            "60 steps, 12 s of training, torch 2.13.0",
+            "| held-out (50 queries, 800 documents) | model | ndcg@10 0.7500 |",
+            "python jobs/evaluate.py",
+            "| num_kv_heads | 2 |",
+            "truncate_dim=16",
+            "model.onnx",
+            "2 vectors for use inside another model",
+            "global_batch_size",
+        ):
+            assert part in text
+        assert "secret-place" not in text
+
+    def test_it_leaves_out_what_is_not(self, checkpoints: dict[str, Path], run: Path) -> None:
+        origin = read_origin(checkpoints["table"], run / "runs" / "small" / "evaluation.json")
+        text = model_card(
+            read_card(checkpoints["table"]), origin, name="m", license_id=None, evaluate_command="", extras=Extras()
+        )
+        assert "license" not in text.split("---")[1]
+        headings = [line for line in text.splitlines() if line.startswith("## ")]
+        assert headings == ["## Use", "## Model", "## Limits"]
+
+
+class TestJob:
+    def job(self, capsys: pytest.CaptureFixture[str], folder: Path, *args: str) -> tuple[int, Any, str]:
+        job = importlib.import_module("jobs.export")
+        shared = ["--config", str(empty_config(folder)), f"storage.root={folder / 'secret-place'}", "storage.run=small"]
+        code = run_job("export", job.__doc__ or "", job.main, job.arguments(), [*shared, *args])
+        out, err = capsys.readouterr()
+        return code, json.loads(out.splitlines()[-1]), err
+
+    def test_a_run_becomes_a_folder(
+        self, run: Path, tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        best, to = run / "runs" / "small" / "best" / "step-00000060", tmp_path / "out"
+        config = load(empty_config(tmp_path), [f"storage.root={run}", "storage.run=small", f"embedding.model={best}"])
+        store, manifest = open_store(config, best), Manifest("d4", [], {}, [], {}, [], {})
+        arguments = ["--to", str(to), f"embedding.model={best}", "--embeddings", "float16", "--license", "mit"]
+        code, last, err = self.job(capsys, tmp_path, *arguments)
+        assert (code, last["status"]) == (1, "failed")
+        assert "python jobs/embed.py makes them" in err
+        assert not to.exists()
+        store.create()
+        vectors = ours(best, texts[:2])
+        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), WIDTH)
+        store.upsert(with_all_columns(pa.table({"id": ["b", "a"], "source_id": ["2", "1"], "vector": column})))
+        mark_embedded(config, manifest, store)
+        code, last, err = self.job(capsys, tmp_path, *arguments)
+        assert (code, last["paths"]["export"], last["metrics"]["embeddings"]) == (0, str(to), 2), err
+        assert last["metrics"]["cosine"] >= 0.9999
+        layer, ids = load_embeddings(to / "embeddings")
+        assert ids == ["a", "b"]
+        np.testing.assert_allclose(layer.weight, vectors[::-1], atol=1e-3)
+        assert "embedding.model=" in (to / "README.md").read_text()
+        code, _, err = self.job(capsys, tmp_path, "--to", str(to), f"embedding.model={best}")
+        assert code == 0, err
+        assert not (to / "embeddings").exists()
+
+    def test_arguments_that_cannot_be(
+        self,
+        run: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+        new = ["--to", str(tmp_path / "new")]
+        monkeypatch.setattr("pipeline.export.onnx.PACKAGES", ("onnx", "no_such_package"))
+        for arguments, words in (
+            ([], "the following arguments are required: --to"),
+            (["--to", str(tmp_path / "mine")], "holds thesis.txt, which no export wrote"),
+            ([*new, "--license", "MIT License"], "--license: found 'MIT License'"),
+            ([*new, "--embeddings", "int8"], "invalid choice: 'int8'"),
+            ([*new, "--onnx"], "--onnx: found no package no_such_package"),
+            ([*new, "model.sise=tiny"], "did you mean size?"),
+        ):
+            code, last, err = self.job(capsys, tmp_path, *arguments)
+            assert (code, last["status"]) == (2, "failed"), err
+            assert words in err + caplog.text  # pytest catches what is logged before the job's own log begins
+        assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+        assert not (tmp_path / "new").exists()
+
+    def test_a_run_without_a_model(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        code, _, err = self.job(capsys, tmp_path, "--to", str(tmp_path / "new"))
+        assert code == 1
+        assert "python jobs/train.py makes one" in err
