@@ -1,51 +1,102 @@
-"""The unified transformer's encoder: rotary positions, RMSNorm, scaled dot-product attention, gated GELU feed-forward.
+"""The unified transformer's parts, and its encoder: rotary positions, RMSNorm, grouped-query attention, gated GELU.
 
 The architecture is the one transformers ships as EuroBERT (`hidden_act: gelu`), so that its weights can be written in
-those names. Residual branches begin at zero: a fresh encoder of any depth is exactly its token table, mean-pooled,
-which is what lets training warm the table up alone, at many times the speed, before the layers join in
-(`Encoder.active_layers`).
+those names. `decoder` builds on the same parts.
 
     encoder = Encoder(EncoderShape(vocab_size=16000, d_model=256, num_layers=1, num_heads=4, d_ff=768))
     batch = pack([[5, 6, 7], [8]])
     states = encoder.hidden(batch, Layout.of(batch))            # (4, 256)
+    print(f"{parameter_count(encoder):,} parameters")           # 4,948,736 parameters
 
-Cost: 2 x parameters x tokens multiply-adds in the layers; attention pads inside itself alone (see `packing`).
+Weights begin at N(0, 0.02), and where a residual branch ends at 0.02 / sqrt(branches), so that a state's size does not
+grow with depth (GPT-2, Radford et al. 2019, section 2.3).
+
+Cost: 2 x parameters x tokens operations in the layers, and those of attention (see `attention`).
 """
 
-# Shapes: T packed tokens, N sequences, L longest sequence, D model width, H heads, K head width, F feed-forward width.
+# Shapes: T packed tokens, D model width, H heads, J key-value heads (H is a multiple of J), K head width,
+# S packed tokens of what is attended to.
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.model.attention import attend
-from pipeline.model.packing import Layout, Packed
+from pipeline.model.packing import Layout, Packed, put, take
 
 INIT_STD = 0.02  # BERT, section A.2, and every encoder since
 
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines, (T, 1, K) each."""
+
 
 @dataclass(frozen=True)
-class EncoderShape:
-    """The numbers that fix an encoder's parameters."""
+class StackShape:
+    """The numbers that fix the parameters of a token table and the layers on it."""
 
     vocab_size: int
     d_model: int
     num_layers: int
     num_heads: int
     d_ff: int
+    num_kv_heads: int | None = None
+    """Heads of keys and values, each shared by equally many query heads (Ainslie et al. 2023). None: `num_heads`."""
     dropout: float = 0.0
+    positions: Literal["rotary", "learned"] = "rotary"
+    """Angles that turn queries and keys (Su et al. 2021), or a table that is added to the tokens'."""
+    max_positions: int | None = None
+    """Longest sequence, in tokens; the length of the table of learned positions. None: no limit."""
     rope_theta: float = 10_000.0
-    norm_eps: float = 1.0
+    norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
         if self.d_model % self.num_heads or (self.d_model // self.num_heads) % 2:
             raise ValueError(
                 f"model.d_model={self.d_model} over model.num_heads={self.num_heads} must be a whole, even head width"
             )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"model.num_kv_heads={self.num_kv_heads} must divide model.num_heads={self.num_heads} without remainder"
+            )
+        if self.positions == "learned" and self.max_positions is None:
+            raise ValueError("model.positions=learned needs model.max_positions, the length of its table in tokens")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.d_model // self.num_heads
+
+    def position_table(self) -> nn.Embedding | None:
+        if self.positions == "rotary" or self.max_positions is None:
+            return None
+        return nn.Embedding(self.max_positions, self.d_model)
+
+    def rotation(self, position_T: Tensor) -> Rotation | None:
+        return rotary(position_T, self.head_width, self.rope_theta) if self.positions == "rotary" else None
+
+    def check_length(self, layout: Layout) -> None:
+        """Raises ValueError where a sequence is too long: on a GPU the table of positions would only crash."""
+        if self.max_positions is not None and layout.longest > self.max_positions:
+            raise ValueError(
+                f"a sequence has {layout.longest} tokens, more than the model's max_positions={self.max_positions}"
+            )
+
+
+@dataclass(frozen=True)
+class EncoderShape(StackShape):
+    """The numbers that fix an encoder's parameters, and the epsilon that suits token tables (see `RMSNorm`)."""
+
+    norm_eps: float = 1.0
 
 
 class RMSNorm(nn.Module):
@@ -64,7 +115,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
-def rotary(position: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary(position: Tensor, head_width: int, theta: float) -> Rotation:
     """Cosines and sines (T, 1, K) of each token's rotation angles, halves repeated as in Llama."""
     exponent = torch.arange(0, head_width, 2, device=position.device, dtype=torch.float32) / head_width
     angle = position.float()[:, None] * theta**-exponent
@@ -72,30 +123,46 @@ def rotary(position: Tensor, head_width: int, theta: float) -> tuple[Tensor, Ten
     return angle.cos(), angle.sin()
 
 
-def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x_THK: Tensor, rotation: Rotation | None) -> Tensor:
+    if rotation is None:
+        return x_THK
+    cos, sin = rotation
     low, high = x_THK.chunk(2, dim=-1)
     return (x_THK * cos + torch.cat([-high, low], dim=-1) * sin).to(x_THK.dtype)
 
 
 class Attention(nn.Module):
-    def __init__(self, shape: EncoderShape) -> None:
-        super().__init__()
-        self.num_heads, self.dropout = shape.num_heads, shape.dropout
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            nn.Linear(shape.d_model, shape.d_model, bias=False) for _ in range(4)
-        )
+    """Attention in three steps, so that a decoder can keep the keys and values of the second.
 
-    def forward(self, x_TD: Tensor, layout: Layout, cos: Tensor, sin: Tensor) -> Tensor:
-        heads = (len(x_TD), self.num_heads, -1)
-        q = rotate(self.q_proj(x_TD).view(heads), cos, sin)
-        k = rotate(self.k_proj(x_TD).view(heads), cos, sin)
-        v = self.v_proj(x_TD).view(heads)
-        mixed = attend(q, k, v, layout, layout, dropout=self.dropout if self.training else 0.0)
+    `source_width` is that of the states the keys and values are made of; by default the model's own.
+    """
+
+    def __init__(self, shape: StackShape, source_width: int | None = None) -> None:
+        super().__init__()
+        self.head_width, self.dropout = shape.head_width, shape.dropout
+        source_width, kv_width = source_width or shape.d_model, shape.kv_heads * shape.head_width
+        self.q_proj = nn.Linear(shape.d_model, shape.d_model, bias=False)
+        self.k_proj = nn.Linear(source_width, kv_width, bias=False)
+        self.v_proj = nn.Linear(source_width, kv_width, bias=False)
+        self.o_proj = nn.Linear(shape.d_model, shape.d_model, bias=False)
+
+    def queries(self, x_TD: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """(T, H, K)."""
+        return rotate(self.q_proj(x_TD).unflatten(-1, (-1, self.head_width)), rotation)
+
+    def keys_values(self, x_SD: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
+        """(S, J, K) each."""
+        heads = (-1, self.head_width)
+        return rotate(self.k_proj(x_SD).unflatten(-1, heads), rotation), self.v_proj(x_SD).unflatten(-1, heads)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, causal: bool = False) -> Tensor:
+        """(T, D)."""
+        mixed = attend(q, k, v, queries, keys, causal=causal, dropout=self.dropout if self.training else 0.0)
         return self.o_proj(mixed.flatten(1))
 
 
 class FeedForward(nn.Module):
-    def __init__(self, shape: EncoderShape) -> None:
+    def __init__(self, shape: StackShape) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(shape.d_model, shape.d_ff, bias=False)
         self.up_proj = nn.Linear(shape.d_model, shape.d_ff, bias=False)
@@ -106,19 +173,19 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, shape: EncoderShape) -> None:
+    def __init__(self, shape: StackShape) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(shape.d_model, shape.norm_eps)
         self.self_attn = Attention(shape)
         self.post_attention_layernorm = RMSNorm(shape.d_model, shape.norm_eps)
         self.mlp = FeedForward(shape)
         self.dropout = nn.Dropout(shape.dropout)
-        self.apply(_initialise)
-        nn.init.zeros_(self.self_attn.o_proj.weight)
-        nn.init.zeros_(self.mlp.down_proj.weight)
+        initialise(self, [self.self_attn.o_proj, self.mlp.down_proj], branches=2 * shape.num_layers)
 
-    def forward(self, x_TD: Tensor, layout: Layout, cos: Tensor, sin: Tensor) -> Tensor:
-        x_TD = x_TD + self.dropout(self.self_attn(self.input_layernorm(x_TD), layout, cos, sin))
+    def forward(self, x_TD: Tensor, layout: Layout, rotation: Rotation | None) -> Tensor:
+        states = self.input_layernorm(x_TD)
+        q, (k, v) = self.self_attn.queries(states, rotation), self.self_attn.keys_values(states, rotation)
+        x_TD = x_TD + self.dropout(self.self_attn(q, k, v, layout, layout))
         return x_TD + self.dropout(self.mlp(self.post_attention_layernorm(x_TD)))
 
 
@@ -126,7 +193,8 @@ class Encoder(nn.Module):
     """Packed token ids in, a state for each out.
 
     `active_layers` is how many layers run: training's warm-up sets it to 0 while the residual branches are still
-    zero, where skipping them changes nothing.
+    zero, where skipping them changes nothing. `gradient_checkpointing` keeps only what enters each layer for the
+    backward pass, which runs the layer again: a third more computation for a fraction of the memory (Chen et al. 2016).
     """
 
     architecture = "unified"
@@ -135,10 +203,13 @@ class Encoder(nn.Module):
         super().__init__()
         self.shape = shape
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.d_model)
+        self.embed_positions = shape.position_table()
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_layers))
         self.norm = RMSNorm(shape.d_model, shape.norm_eps)
         self.active_layers = shape.num_layers
-        _initialise(self.embed_tokens)
+        self.gradient_checkpointing = False
+        for table in filter(None, (self.embed_tokens, self.embed_positions)):
+            nn.init.normal_(table.weight, std=INIT_STD)
 
     @property
     def width(self) -> int:
@@ -151,16 +222,65 @@ class Encoder(nn.Module):
     def describe(self) -> dict[str, Any]:
         return asdict(self.shape)
 
+    def zero_residual_branches(self) -> None:
+        """Let the layers begin by adding nothing: an encoder of any depth is then exactly its token table.
+
+        This is what lets training warm the table up alone, at many times the speed, before the layers join in
+        (`active_layers`).
+        """
+        for module in self.modules():
+            if isinstance(module, Attention):
+                nn.init.zeros_(module.o_proj.weight)
+            elif isinstance(module, FeedForward):
+                nn.init.zeros_(module.down_proj.weight)
+
     def hidden(self, batch: Packed, layout: Layout) -> Tensor:
-        """The last layer's normalised states, (T, D)."""
+        """The last layer's normalised states, (T, D). Raises ValueError for a sequence beyond `max_positions`."""
+        self.shape.check_length(layout)
         x_TD = self.embed_tokens(batch.ids)
+        if self.embed_positions is not None:
+            x_TD = x_TD + self.embed_positions(layout.position)
         if self.active_layers:
-            cos, sin = rotary(layout.position, self.shape.d_model // self.shape.num_heads, self.shape.rope_theta)
-            for layer in self.layers[: self.active_layers]:
-                x_TD = layer(x_TD, layout, cos, sin)
+            x_TD = self._through_layers(x_TD, layout)
         return self.norm(x_TD)
 
+    def _through_layers(self, x_TD: Tensor, layout: Layout) -> Tensor:
+        rows = None
+        if layout.by_length is not None:
+            rows, layout = layout.by_length
+            x_TD = take(x_TD, rows)
+        rotation = self.shape.rotation(layout.position)
+        x_TD = run_layers(self.layers[: self.active_layers], self.gradient_checkpointing, x_TD, layout, rotation)
+        return x_TD if rows is None else put(x_TD, rows, len(x_TD))
 
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=INIT_STD)
+
+def run_layers(layers: Iterable[nn.Module], checkpointing: bool, x_TD: Tensor, *inputs: Any) -> Tensor:
+    """(T, D): through one layer after the other, each with the same `inputs`; checkpointing replays dropout exactly."""
+    for layer in layers:
+        if checkpointing and torch.is_grad_enabled():
+            x_TD = checkpoint(layer, x_TD, *inputs, use_reentrant=False)
+        else:
+            x_TD = layer(x_TD, *inputs)
+    return x_TD
+
+
+def initialise(layer: nn.Module, branch_ends: Iterable[nn.Linear], branches: int) -> None:
+    """N(0, 0.02), and N(0, 0.02 / sqrt(branches)) for the last matrix of each of the stack's residual branches."""
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=INIT_STD)
+    for end in branch_ends:
+        nn.init.normal_(end.weight, std=INIT_STD / math.sqrt(branches))
+
+
+def gated_width(d_model: int) -> int:
+    """8/3 of the width, at which a gated feed-forward has the parameters of an ungated one of 4 widths.
+
+    Shazeer 2020, section 3; rounded up to a multiple of 64, as matrix units work in tiles.
+    """
+    return -(-8 * d_model // (3 * 64)) * 64
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Numbers that are learned; a table that two parts share counts once."""
+    return sum(parameter.numel() for parameter in module.parameters())

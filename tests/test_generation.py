@@ -1,0 +1,61 @@
+"""BLEU and ROUGE on cases computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from pipeline.evaluation.generation import generation_metrics, perplexity
+
+
+def test_equal_texts() -> None:
+    texts = ["the cat sat on the mat", "rows are removed"]
+    assert generation_metrics(texts, texts) == {"bleu": 100.0, "rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0}
+
+
+def test_texts_without_a_word_in_common() -> None:
+    scores = generation_metrics(["alpha beta gamma delta"], ["one two three four"])
+    assert scores == {"bleu": 0.0, "rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
+
+
+def test_a_text_that_is_too_short() -> None:
+    """All of "the cat sat on" is in the reference, which has two words more."""
+    scores = generation_metrics(["the cat sat on"], ["the cat sat on the mat"])
+    assert scores["bleu"] == pytest.approx(100 * math.exp(1 - 6 / 4), abs=1e-4)  # all n-grams match; brevity penalty
+    assert scores["rouge1"] == scores["rougeL"] == pytest.approx(2 * (4 / 4) * (4 / 6) / (4 / 4 + 4 / 6), abs=1e-4)
+    assert scores["rouge2"] == pytest.approx(2 * (3 / 3) * (3 / 5) / (3 / 3 + 3 / 5), abs=1e-4)
+
+
+def test_words_in_another_order_count_for_rouge1_alone() -> None:
+    scores = generation_metrics(["mat the cat"], ["the cat mat"])
+    assert scores["rouge1"] == 1.0
+    assert scores["rouge2"] == 0.5  # "the cat", of two on each side
+    assert scores["rougeL"] == pytest.approx(2 / 3, abs=1e-4)  # "the cat" again, of three words
+
+
+def test_bleu_is_of_the_corpus_and_rouge_a_mean_and_stemmed() -> None:
+    """BLEU counts the n-grams of both texts before it divides."""
+    scores = generation_metrics(["a b c d e", "f g h i x"], ["a b c d e", "f g h y z"])
+    precisions = (5 + 3) / 10, (4 + 2) / 8, (3 + 1) / 6, (2 + 0) / 4
+    assert scores["bleu"] == pytest.approx(100 * math.prod(precisions) ** (1 / 4), abs=1e-4)
+    assert scores["rouge1"] == pytest.approx((1 + 3 / 5) / 2, abs=1e-4)
+    assert generation_metrics(["cats sitting"], ["cat sits"])["rouge1"] == 1.0
+
+
+def test_an_empty_text_scores_nothing() -> None:
+    assert set(generation_metrics([""], ["one two three four"]).values()) == {0.0}
+
+
+@pytest.mark.parametrize(("texts", "references"), [([], []), (["a"], []), (["a"], ["a", "b"])])
+def test_each_text_needs_a_reference(texts: list[str], references: list[str]) -> None:
+    with pytest.raises(ValueError, match="need one for each"):
+        generation_metrics(texts, references)
+
+
+def test_perplexity() -> None:
+    """Of tokens that are all given a chance of 1/5 it is 5."""
+    assert perplexity(3 * math.log(5), 3) == pytest.approx(5)
+    assert perplexity(1e6, 1) == math.inf
+    with pytest.raises(ValueError, match="no tokens"):
+        perplexity(0.0, 0)
