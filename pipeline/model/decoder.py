@@ -57,11 +57,13 @@ class Memory(NamedTuple):
     @classmethod
     def of_vectors(cls, vectors_NM: Tensor) -> Memory:
         """One row a sequence, as a sentence embedding is."""
-        return cls(vectors_NM, _layout_of(torch.ones(len(vectors_NM), dtype=torch.int64, device=vectors_NM.device)))
+        return cls(vectors_NM, _even_layout(len(vectors_NM), 1, vectors_NM.device))
 
     def select(self, chosen_N: Tensor) -> Memory:
         """The sequences where `chosen_N` is true."""
-        return Memory(self.states[chosen_N[self.layout.sequence]], _layout_of(self.layout.lengths[chosen_N]))
+        offsets = F.pad(self.layout.lengths[chosen_N].cumsum(0), (1, 0))
+        states = self.states[chosen_N[self.layout.sequence]]
+        return Memory(states, Layout(offsets, len(states)))
 
 
 @dataclass
@@ -217,8 +219,7 @@ class Decoder(nn.Module):
 
     def _next(self, tokens_N: Tensor, position: int, memory: Memory | None, caches: list[LayerCache]) -> Tensor:
         """The states, (N, D), of one token a sequence; all of them are at the same position."""
-        ones = torch.ones_like(tokens_N)
-        layout, seen = _layout_of(ones), _layout_of(ones * (position + 1))
+        layout, seen = (_even_layout(len(tokens_N), count, tokens_N.device) for count in (1, position + 1))
         positions = torch.full_like(tokens_N, position)
         x_ND, rotation = self._embed(tokens_N, positions), self.shape.rotation(positions)
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -239,7 +240,6 @@ class Decoder(nn.Module):
         return Memory(self.memory_norm(memory.states), memory.layout)
 
 
-def _layout_of(lengths: Tensor) -> Layout:
-    """Where the tokens of sequences of such lengths, (N,), sit."""
-    offsets = F.pad(lengths.cumsum(0), (1, 0))
-    return Layout.of(Packed(offsets.new_empty(int(offsets[-1])), offsets))
+def _even_layout(sequences: int, tokens: int, device: torch.device) -> Layout:
+    """Of sequences of `tokens` tokens each."""
+    return Layout(torch.arange(sequences + 1, device=device) * tokens, sequences * tokens)
