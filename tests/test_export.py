@@ -182,6 +182,23 @@ class TestFolder:
         assert theirs(texts + hard, truncation=True)["input_ids"] == [e.ids for e in own.encode_batch(texts + hard)]
         assert (theirs.pad_token, theirs.pad_token_id, theirs.padding_side) == ("[PAD]", 0, "right")
 
+    @pytest.mark.parametrize("family", ["bert", "xlm-roberta", "modernbert"])
+    def test_a_pretrained_encoder_keeps_its_own_config_and_frame(
+        self, family: str, texts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        source = pretrained_checkpoint(tmp_path / "source", family, texts)
+        (tmp_path / "out").mkdir()
+        assert export_model(source, tmp_path / "out") >= 0.9999
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert (config["model_type"], "auto_map" in config) == (family, False)
+        caplog.clear()
+        model = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+        assert "MISSING" not in caplog.text
+        assert model.tokenizer("a word")["input_ids"][0] == model.tokenizer.convert_tokens_to_ids("[CLS]")
+        assert cosines(model.encode(texts), ours(source, texts)).min() >= 0.9999
+
     def test_learned_positions_are_refused(self, checkpoints: dict[str, Path], tmp_path: Path) -> None:
         layers = {"num_layers": 1, "positions": "learned", "max_positions": MAX_LENGTH}
         tokenizer = Tokenizer.from_file(str(checkpoints["table"] / "tokenizer.json"))
@@ -210,6 +227,36 @@ class TestFolder:
         monkeypatch.setattr(folder, "eurobert_config", wrong)
         with pytest.raises(JobError, match="a fault of the export"):
             export_model(checkpoints["weighted"], tmp_path)
+
+
+def pretrained_checkpoint(folder: Path, family: str, texts: list[str]) -> Path:
+    """A random encoder of transformers with texts framed by [CLS] and [SEP], as a checkpoint of ours."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoConfig
+
+    from pipeline.model.pretrained import PretrainedEncoder
+
+    tokenizer = train_tokenizer(texts[:400], kind="wordpiece", vocab_size=VOCABULARY, lowercase=True)
+    frame = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=frame)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_LENGTH + 2,
+        pad_token_id=0,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 2),
+    )
+    torch.manual_seed(0)
+    encoder = PretrainedEncoder.from_description(json.loads(config.to_json_string(use_diff=False)))
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    folder.mkdir()
+    save_model(folder, EmbeddingModel(encoder, Head(pooling="cls")), tokenizer.to_str(), MAX_LENGTH)
+    return folder
 
 
 def train_bpe_without_specials() -> str:

@@ -17,6 +17,7 @@ Before it returns, `export_model` loads the folder with transformers and compare
 from __future__ import annotations
 
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def export_model(checkpoint: Path, folder: Path) -> float:
     whole.no_truncation()  # tokenizer_config.json says where to cut
     whole.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", tokenizer_config(card, tokenizer, pad_id))
-    _write_modules(card, folder)
+    _write_modules(card, folder, "add_pooling_layer" in signature(type(exported)).parameters)
     return check(model, tokenizer, folder)
 
 
@@ -143,8 +144,12 @@ def tokenizer_config(card: Card, tokenizer: Tokenizer, pad_id: int) -> dict[str,
     }
 
 
-def _write_modules(card: Card, folder: Path) -> None:
-    """What sentence-transformers reads beside the model of transformers."""
+def _write_modules(card: Card, folder: Path, may_have_pooler: bool) -> None:
+    """What sentence-transformers reads beside the model of transformers.
+
+    `may_have_pooler`: the class has a pooling layer of its own unless it is told not to. We leave it out, and untold it
+    would be made anew, at random and to no effect, under a warning.
+    """
     head = card.head
     names = ["Transformer", "Pooling", *(["Normalize"] if head.normalize else [])]
     paths = ["", *(f"{i}_{name}" for i, name in enumerate(names) if i)]
@@ -153,7 +158,9 @@ def _write_modules(card: Card, folder: Path) -> None:
         for i, (name, path) in enumerate(zip(names, paths, strict=True))
     ]
     write_json(folder / "modules.json", modules)
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": card.max_length, "do_lower_case": False})
+    loading = {"max_seq_length": card.max_length, "do_lower_case": False}
+    without_pooler = {"model_args": {"add_pooling_layer": False}} if may_have_pooler else {}
+    write_json(folder / "sentence_bert_config.json", {**loading, **without_pooler})
     prompts = {name: head.prompt(name) for name in ("query", "document")}
     settings = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
     write_json(folder / "config_sentence_transformers.json", settings)
