@@ -138,8 +138,8 @@ documents = model.encode_document(["def dedup(rows): return list(dict.fromkeys(r
 print(model.similarity(queries, documents))
 ```
 
-`AutoModel.from_pretrained("{name}")` gives the token states; the vector is {_pooling(card)}. No code but that of
-transformers is needed."""
+`AutoModel.from_pretrained("{name}")` gives the token states; the vector is {_pooling(card)}. Neither runs
+code from this folder."""
     prompts = "".join(f"\n- `{kind}`: `{lead!r}`" for kind, lead in card.head.prompts if lead)
     if prompts:
         text += f"\n\n`encode_query` and `encode_document` lead texts with what the model was trained with:\n{prompts}"

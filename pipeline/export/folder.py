@@ -60,6 +60,8 @@ def export_model(checkpoint: Path, folder: Path) -> float:
         write_json(folder / "config.json", eurobert_config(card, tokenizer, pad_id))
     state = {name: tensor.contiguous() for name, tensor in exported.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    # NOTE: safetensors gives the file to its owner alone, and an export is for others.
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
     whole = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     whole.no_padding()
     whole.no_truncation()  # tokenizer_config.json says where to cut

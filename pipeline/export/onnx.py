@@ -65,6 +65,7 @@ def export_onnx(folder: Path, *, pooling: Pooling, normalize: bool) -> float:
 
     Raises JobError where a vector is further off than MIN_COSINE.
     """
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass  # type: ignore[import-not-found, import-untyped]
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(folder, local_files_only=True, attn_implementation="eager").eval()
@@ -73,17 +74,18 @@ def export_onnx(folder: Path, *, pooling: Pooling, normalize: bool) -> float:
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     with warnings.catch_warnings(), _quiet_exporter():
         warnings.simplefilter("ignore")  # of torch's own deprecations and of axis names
-        torch.onnx.export(
+        program = torch.onnx.export(
             embedder,
             _example(model, rows=2, length=7),
-            path,
             dynamo=True,
             verbose=False,
             input_names=["input_ids", "attention_mask"],
             output_names=["sentence_embedding"],
             dynamic_shapes={"input_ids": axes, "attention_mask": axes},
-            external_data=size > MAX_FILE_BYTES,
         )
+    assert program is not None
+    ClearMetadataAndDocStringPass()(program.model)  # it names files and lines of this machine
+    program.save(path, external_data=size > MAX_FILE_BYTES)
     cosine = _check(embedder, path)
     if not cosine >= MIN_COSINE:
         raise JobError(
