@@ -60,8 +60,7 @@ def read_card(folder: Path) -> Card:
 def load_model(folder: Path) -> tuple[EmbeddingModel, Tokenizer]:
     """The model in evaluation mode, and its tokenizer set to cut at `max_length`. Raises OSError or ValueError."""
     card = read_card(folder)
-    with torch.device("meta"):
-        model = EmbeddingModel(_backbone(card), card.head)
+    model = EmbeddingModel(_backbone(card), card.head)
     model.backbone.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
@@ -70,8 +69,14 @@ def load_model(folder: Path) -> tuple[EmbeddingModel, Tokenizer]:
 
 
 def _backbone(card: Card) -> torch.nn.Module:
+    """Its parameters are not set: they wait for a state dict."""
     if card.architecture == "unified":
-        return Encoder(EncoderShape(**card.shape))
+        with torch.device("meta"):
+            return Encoder(EncoderShape(**card.shape))
+    if card.architecture == "pretrained":
+        from pipeline.model.pretrained import PretrainedEncoder  # imports transformers, which takes seconds
+
+        return PretrainedEncoder.from_description(card.shape)
     raise ValueError(f"architecture {card.architecture!r} is not known")
 
 

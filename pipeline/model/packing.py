@@ -1,18 +1,23 @@
 """Packed sequences: token rows laid end to end, with no padding between them.
 
 A batch of N sequences is one vector of T token ids and N+1 offsets; sequence i is `ids[offsets[i]:offsets[i + 1]]`.
-Linear layers and norms run on the T real tokens; only attention needs sequences side by side, so only there are
-they padded. Embedding three texts of 2, 5 and 1 tokens costs 8 token rows in the linear layers, not 15.
+Linear layers and norms run on the T real tokens. Embedding three texts of 2, 5 and 1 tokens costs 8 token rows in the
+linear layers, not 15.
 
     >>> pack([[7, 8], [9], []])
     Packed(ids=tensor([7, 8, 9]), offsets=tensor([0, 2, 3, 3]))
+
+Attention alone needs sequences side by side. It has nothing to move where those of one length follow each other, so a
+backbone runs its layers on the batch in that order (`Layout.by_length`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain, groupby
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -57,30 +62,141 @@ def join(first: Packed, second: Packed) -> Packed:
     return Packed(torch.cat([first.ids, second.ids]), offsets)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """Where each packed token sits: its sequence, its position there, and the (N, L) mask of real tokens."""
+    """Where each packed token sits. What is asked of it is found then and kept: a token table asks for little."""
 
-    lengths: Tensor  # (N,)
-    sequence: Tensor  # (T,)
-    position: Tensor  # (T,)
-    mask: Tensor  # (N, L) bool
+    offsets: Tensor  # (N + 1,)
+    num_tokens: int  # T
+    _groups: WeakKeyDictionary[Layout, Groups] = field(default_factory=WeakKeyDictionary, init=False, repr=False)
 
     @classmethod
     def of(cls, batch: Packed) -> Layout:
-        lengths = batch.lengths
-        sequence = torch.repeat_interleave(torch.arange(len(batch), device=lengths.device), lengths)
-        position = torch.arange(len(batch.ids), device=lengths.device) - batch.offsets[:-1][sequence]
-        longest = int(lengths.max()) if len(batch) else 0
-        mask = torch.arange(longest, device=lengths.device)[None, :] < lengths[:, None]
-        return cls(lengths, sequence, position, mask)
+        return cls(batch.offsets, len(batch.ids))
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(N,) tokens in each sequence."""
+        return self.offsets.diff()
+
+    @cached_property
+    def host_lengths(self) -> np.ndarray:
+        """`lengths` on the host; where they lie on a GPU, this waits for it."""
+        return self.lengths.cpu().numpy()
+
+    @cached_property
+    def longest(self) -> int:
+        """L, the longest sequence's tokens; 0 of an empty batch."""
+        return int(self.host_lengths.max(initial=0))
+
+    @cached_property
+    def sequence(self) -> Tensor:
+        """(T,) the sequence that each token is of."""
+        numbers = torch.arange(len(self.lengths), device=self.offsets.device)
+        return torch.repeat_interleave(numbers, self.lengths, output_size=self.num_tokens)
+
+    @cached_property
+    def position(self) -> Tensor:
+        """(T,) each token's place in its sequence, from 0."""
+        return torch.arange(self.num_tokens, device=self.offsets.device) - self.offsets[self.sequence]
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(N, L) bool: where `pad` puts a token."""
+        return torch.arange(self.longest, device=self.offsets.device)[None, :] < self.lengths[:, None]
+
+    @cached_property
+    def cells(self) -> Tensor:
+        """(T,) the row of each token among the N x L rows of padded sequences."""
+        return self.sequence * self.longest + self.position
 
     def pad(self, x: Tensor) -> Tensor:
         """(T, ...) → (N, L, ...), zeros where there is no token."""
-        padded = x.new_zeros(*self.mask.shape, *x.shape[1:])
-        padded[self.sequence, self.position] = x
-        return padded
+        shape = tuple(self.mask.shape)
+        return put(x, self.cells, shape[0] * shape[1]).unflatten(0, shape)
 
     def unpad(self, x: Tensor) -> Tensor:
         """(N, L, ...) → (T, ...)."""
-        return x[self.sequence, self.position]
+        return take(x.flatten(0, 1), self.cells)
+
+    @cached_property
+    def by_length(self) -> tuple[Tensor, Layout] | None:
+        """(T,) the rows that put shorter sequences first, and the layout they then have.
+
+        None where the batch has that order, and on a GPU, whose attention takes sequences in any.
+        """
+        lengths = self.host_lengths
+        if self.offsets.is_cuda or (np.diff(lengths) >= 0).all():
+            return None
+        order = np.argsort(lengths, kind="stable")
+        offsets = np.concatenate([[0], lengths[order].cumsum()])
+        return torch.from_numpy(_rows(lengths, order)), Layout(torch.from_numpy(offsets), self.num_tokens)
+
+    def groups(self, keys: Layout) -> Groups:
+        """The sequences grouped for attention from these queries to `keys`: found once a batch, not once a layer."""
+        if keys not in self._groups:
+            self._groups[keys] = Groups.of(self.host_lengths, keys.host_lengths)
+        return self._groups[keys]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Sequences of the same numbers of queries and of keys, laid next to each other."""
+
+    shapes: list[tuple[int, int, int]]
+    """Of each group: how many sequences, the queries in each, the keys in each."""
+    query_rows: Tensor | None
+    """(T,) the rows that bring groups together; None where the batch has that order."""
+    key_rows: Tensor | None
+
+    @classmethod
+    def of(cls, queries: np.ndarray, keys: np.ndarray) -> Groups:
+        """From the (N,) lengths of both."""
+        order = np.lexsort((keys, queries))
+        pairs = zip(queries[order].tolist(), keys[order].tolist(), strict=True)
+        shapes = [(len(list(same)), *pair) for pair, same in groupby(pairs)]
+        rows = (_rows(lengths, order) for lengths in (queries, keys))
+        return cls(shapes, *(None if (np.diff(r) == 1).all() else torch.from_numpy(r) for r in rows))
+
+
+def _rows(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """(T,) token rows of the sequences, taken in `order`: lengths [2, 1], order [1, 0] → [2, 0, 1]."""
+    starts, lengths = (lengths.cumsum() - lengths)[order], lengths[order]
+    return np.repeat(starts - (lengths.cumsum() - lengths), lengths) + np.arange(lengths.sum())
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """`x[rows]` for rows that differ: the gradient is put in place rather than added up, the same bits each time."""
+    return _Take.apply(x, rows)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def put(x: Tensor, rows: Tensor, size: int) -> Tensor:
+    """`size` rows, those of `x` in `rows`, which differ, and zeros in the others."""
+    return _Put.apply(x, rows, size)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _put(x: Tensor, rows: Tensor, size: int) -> Tensor:
+    return x.new_zeros(size, *x.shape[1:]).index_copy_(0, rows, x)
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(rows)
+        ctx.size = len(x)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
+        return _put(gradient, ctx.saved_tensors[0], ctx.size), None
+
+
+class _Put(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor, size: int) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(rows)
+        return _put(x, rows, size)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def, override]
+        return gradient.index_select(0, ctx.saved_tensors[0]), None, None

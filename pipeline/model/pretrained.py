@@ -1,0 +1,253 @@
+"""Encoders of transformers on packed tokens: the linear layers see the real tokens and nothing else.
+
+    backbone = load_pretrained("sentence-transformers/all-MiniLM-L6-v2")       # or a folder; safetensors only
+    batch = pack([[101, 7592, 102], [101, 2088, 999, 102]])
+    states = backbone.hidden(batch, Layout.of(batch))                          # (7, 384)
+
+transformers runs one row of T tokens with the positions we give it, and calls our attention, which keeps sequences
+apart. The states equal those of padded sequences; the tests hold that for each family in FAMILIES.
+"""
+
+# Shapes: T packed tokens, D width, H heads, J key-value heads, K head width.
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
+
+from pipeline.model.attention import attend
+from pipeline.model.packing import Layout, Packed, put
+
+FAMILIES = (
+    "bert",
+    "camembert",
+    "distilbert",
+    "electra",
+    "eurobert",
+    "gte",
+    "modernbert",
+    "nomic_bert",
+    "roberta",
+    "xlm-roberta",
+)
+POOLED = ("bert", "camembert", "gte", "nomic_bert", "roberta", "xlm-roberta")  # have a layer we leave out
+OFFSET = ("camembert", "roberta", "xlm-roberta")  # count positions from the padding token's id + 1, as fairseq does
+DECODER_KEYS = ("is_decoder", "is_causal", "add_cross_attention")
+ATTENTION = "packed"  # the name our attention goes by in transformers
+NOT_DESCRIBED = ("_name_or_path", "auto_map", "transformers_version")
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: Layout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: (1, H, T, K) queries, (1, J, T, K) keys and values → (1, T, H, K)."""
+    q_THK, k_TJK, v_TJK = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    # transformers counts the query's own position into the window.
+    window = sliding_window - 1 if sliding_window else None
+    mixed = attend(q_THK, k_TJK, v_TJK, layout, layout, window=window, dropout=dropout, scale=scaling)
+    return mixed.unsqueeze(0), None
+
+
+# NOTE: a name without a mask function makes transformers build no mask at all (masking_utils).
+AttentionInterface.register(ATTENTION, _attention)
+
+
+class PretrainedEncoder(nn.Module):
+    """A backbone made of a transformers model: packed token ids in, a state for each out."""
+
+    architecture = "pretrained"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> PretrainedEncoder:
+        """The model that `describe` told of, with parameters that wait for a state dict. Raises ValueError."""
+        config = _config(description, "model.json")
+        # NOTE: not on the meta device: buffers that are in no state dict, as rotary frequencies, are computed here.
+        with no_init_weights():
+            return cls(AutoModel.from_config(config, **_options(config)))
+
+    def describe(self) -> dict[str, Any]:
+        """The transformers config, JSON-able, without where and with which version it was read."""
+        described: dict[str, Any] = json.loads(self.model.config.to_json_string(use_diff=False))
+        return {key: value for key, value in described.items() if key not in NOT_DESCRIBED}
+
+    @property
+    def width(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    @property
+    def num_heads(self) -> int:
+        return int(self.model.config.num_attention_heads)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return nn.ModuleList(m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer))
+
+    @property
+    def token_table(self) -> nn.Embedding:
+        return self.model.get_input_embeddings()  # type: ignore[return-value]
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens of the longest text that the model has positions for."""
+        return int(self.model.config.max_position_embeddings) - self._first_position
+
+    @property
+    def _first_position(self) -> int:
+        config = self.model.config
+        return int(config.pad_token_id) + 1 if config.model_type in OFFSET else 0
+
+    def checkpoint_gradients(self) -> None:
+        """In training, keep only what enters each layer, and run the layer again for its gradient, dropout and all."""
+        self.model.activation_checkpointing_enable({"use_reentrant": False})
+
+    def hidden(self, batch: Packed, layout: Layout) -> Tensor:
+        """The last layer's states, (T, D)."""
+        if not layout.num_tokens:
+            return self.token_table(batch.ids)  # type: ignore[no-any-return]
+        if layout.by_length is None:
+            return self._states(batch.ids, layout)
+        rows, ordered = layout.by_length
+        return put(self._states(batch.ids[rows], ordered), rows, layout.num_tokens)
+
+    def _states(self, ids_T: Tensor, layout: Layout) -> Tensor:
+        positions_T = layout.position + self._first_position
+        output = self.model(
+            input_ids=ids_T.unsqueeze(0), position_ids=positions_T.unsqueeze(0), use_cache=False, layout=layout
+        )
+        return output.last_hidden_state.squeeze(0)  # type: ignore[no-any-return]
+
+
+def load_pretrained(name_or_dir: str | Path) -> PretrainedEncoder:
+    """A model of the Hugging Face hub, or of a folder, in float32 and evaluation mode.
+
+    Raises OSError where there is no such model or it cannot be read, ValueError where it is not of FAMILIES, not an
+    encoder or not whole.
+    """
+    folder = fetch(name_or_dir)
+    config = _config(_read_config(folder, name_or_dir), name_or_dir)
+    if not any(folder.glob("model*.safetensors")):
+        found = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "no weights at all"
+        raise OSError(
+            f"{name_or_dir}: found {found}, and no model.safetensors; other formats can run code when they are read, "
+            "so give a model that has safetensors, or convert it where you trust it"
+        )
+    try:
+        with _without_reports():
+            model, report = AutoModel.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported below
+                trust_remote_code=False,
+                output_loading_info=True,
+                **_options(config),
+            )
+    except SafetensorError as error:
+        raise OSError(f"{name_or_dir}: its safetensors cannot be read ({error}); fetch them anew") from None
+    unset = sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"])
+    if unset:
+        raise ValueError(
+            f"{name_or_dir}: its safetensors lack {len(unset)} weights of the {config.model_type} model of its "
+            f"config.json, or have them in other sizes, {unset[0]} for one; give a model that was saved whole"
+        )
+    return PretrainedEncoder(model).eval()
+
+
+def fetch(name_or_dir: str | Path) -> Path:
+    """The folder itself, or that of a hub's model once its config, tokenizer and safetensors are here.
+
+    Raises OSError where there is neither.
+    """
+    name, folder = str(name_or_dir), Path(name_or_dir).expanduser()
+    if folder.is_dir():
+        return folder
+    if not HUB_NAME.fullmatch(name):
+        raise OSError(f"{name}: there is no such folder, and models of the hub have names like owner/model")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors"]))
+    except (OSError, HTTPError) as error:
+        raise OSError(f"{name}: {_unfetched(error)}, or give the folder of a model") from None
+
+
+def _unfetched(error: Exception) -> str:
+    if isinstance(error, GatedRepoError):
+        return "a gated model of the hub; accept its terms and set HF_TOKEN in the environment"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such folder, and on the hub no such model without an HF_TOKEN; check the name"
+    words = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+    return f"there is no such folder, and the hub cannot be reached ({words}); use a machine that reaches it"
+
+
+def _read_config(folder: Path, name: str | Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OSError(f"{name}: found no config.json in it; give the folder of a transformers model") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: its config.json is not JSON ({error}); give a model that was saved whole") from None
+    return config if isinstance(config, dict) else {}
+
+
+def _config(described: dict[str, Any], name: str | Path) -> PretrainedConfig:
+    """The config of a model that packed and padded gives the same states; ValueError names another."""
+    family = described.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"{name}: found model_type {family!r}; models that can be packed are {', '.join(FAMILIES)}")
+    for key in DECODER_KEYS:
+        if described.get(key):
+            raise ValueError(f"{name}: found {key} true; of the {family} models, encoders can be packed, no decoders")
+    if str(described.get("position_embedding_type")).startswith("relative"):
+        raise ValueError(f"{name}: found relative positions, which transformers 5 no longer has; give another model")
+    try:
+        return AutoConfig.for_model(**described)  # type: ignore[no-any-return]
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+        words = " ".join(str(error).split())
+        raise ValueError(f"{name}: its config does not describe a {family} model: {words}") from None
+
+
+def _options(config: PretrainedConfig) -> dict[str, Any]:
+    """What a model is made with, beside its config."""
+    return {"attn_implementation": ATTENTION} | ({"add_pooling_layer": False} if config.model_type in POOLED else {})
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """transformers draws a bar, and lists weights that we leave out on purpose, such as the pooling layer's."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
