@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from pipeline.objectives.contrastive import Contrast, Rows, contrastive_loss
+from tests.gloo_workers import Result, run_workers
 
 B, M, D = 8, 2, 6
 
@@ -141,30 +138,26 @@ def test_equals_sentence_transformers(symmetric: bool) -> None:
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
 
 
-def _worker(rank: int, world_size: int, contrast: Contrast, folder: str) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+def _share(rank: int, world_size: int, contrast: Contrast) -> Result:
+    """Loss and gradients as DDP would leave them: averaged over workers."""
     weight = start_weight()
     log_scale = torch.tensor(10.0, dtype=torch.float64).log().requires_grad_()
     rows = data(weight, slice(rank * B // world_size, (rank + 1) * B // world_size))
     loss, _ = contrastive_loss(rows, contrast, log_scale.exp())
     loss.backward()
+    assert weight.grad is not None
+    assert log_scale.grad is not None
     result = {"weight": weight.grad, "scale": log_scale.grad, "loss": loss.detach()}
     for value in result.values():
-        assert value is not None
-        dist.all_reduce(value)  # what DDP does
+        dist.all_reduce(value)
         value /= world_size
-    if rank == 0:
-        torch.save(result, Path(folder) / "result.pt")
-    dist.destroy_process_group()
+    return result
 
 
 @pytest.mark.parametrize(("world_size", "contrast"), [(2, CONTRASTS[0]), (2, CONTRASTS[2]), (4, CONTRASTS[2])])
 def test_workers_give_the_single_process_gradient(world_size: int, contrast: Contrast) -> None:
     """With hard negatives, masks, a learned temperature and Matryoshka; the plain formula is the oracle."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (world_size, contrast, folder), nprocs=world_size)
-        result = torch.load(Path(folder) / "result.pt", weights_only=True)
+    result = run_workers(world_size, _share, contrast)
     weight, log_scale = start_weight(), torch.tensor(10.0, dtype=torch.float64).log().requires_grad_()
     loss = plain(data(weight), contrast, log_scale.exp())  # type: ignore[arg-type]
     loss.backward()

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pipeline.evaluation.generation import generation_metrics, perplexity
+from pipeline.evaluation.generation import generation_metrics
 
 
 def test_equal_texts() -> None:
@@ -51,11 +51,3 @@ def test_an_empty_text_scores_nothing() -> None:
 def test_each_text_needs_a_reference(texts: list[str], references: list[str]) -> None:
     with pytest.raises(ValueError, match="need one for each"):
         generation_metrics(texts, references)
-
-
-def test_perplexity() -> None:
-    """Of tokens that are all given a chance of 1/5 it is 5."""
-    assert perplexity(3 * math.log(5), 3) == pytest.approx(5)
-    assert perplexity(1e6, 1) == math.inf
-    with pytest.raises(ValueError, match="no tokens"):
-        perplexity(0.0, 0)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import Objective
@@ -23,6 +19,7 @@ from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.objectives.batch import Batch
 from pipeline.objectives.learner import Learner, Special
 from pipeline.training.step import backward
+from tests.gloo_workers import Result, run_workers
 
 ROWS = 8
 PARTS: dict[str, Any] = {"vocab_size": 40, "d_model": 16, "num_layers": 2, "num_heads": 2, "d_ff": 24, "norm_eps": 1e-5}
@@ -132,7 +129,7 @@ def test_micro_batches_give_the_whole_batch_gradient(name: str, micro_batches: i
 
 @pytest.mark.parametrize("name", ["contrastive", "hybrid"])
 def test_cached_gradients_replay_dropout(name: str) -> None:
-    """The cached gradient must be that of the very masks the first pass drew: one graph over all parts is the oracle."""
+    """The cached gradient must be that of the very masks the first pass drew: one graph over all parts tells it."""
     learner = learner_of(name, dropout=0.3)
     torch.manual_seed(5)
     backward(learner, learner, batch(), seed=7, micro_batches=2)
@@ -158,9 +155,8 @@ def test_cached_gradients_replay_dropout(name: str) -> None:
     assert_equal(found, gradients(learner))
 
 
-def _worker(rank: int, world_size: int, name: str, micro_batches: int, folder: str) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+def _share(rank: int, world_size: int, name: str, micro_batches: int) -> Result:
+    """Rank 0's gradients after DDP's reduction, and how many elements were reduced."""
     learner, reduced = learner_of(name), 0
     parallel = DistributedDataParallel(learner)
 
@@ -172,13 +168,9 @@ def _worker(rank: int, world_size: int, name: str, micro_batches: int, folder: s
 
     parallel.register_comm_hook(None, count)
     share = batch().slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
-    metrics = backward(learner, parallel, share, seed=7, micro_batches=micro_batches)
-    loss = metrics["loss"].clone()
+    loss = backward(learner, parallel, share, seed=7, micro_batches=micro_batches)["loss"].clone()
     dist.all_reduce(loss)
-    if rank == 0:
-        result = {"loss": loss / world_size, "reduced": torch.tensor(reduced), **gradients(learner)}
-        torch.save(result, Path(folder) / "result.pt")
-    dist.destroy_process_group()
+    return {"loss": loss / world_size, "reduced": torch.tensor(reduced), **gradients(learner)}
 
 
 @pytest.mark.parametrize(
@@ -189,9 +181,7 @@ def test_workers_give_the_single_process_gradient_in_one_reduction(
 ) -> None:
     """With hard negatives, masks, a learned temperature, Matryoshka and all objectives; each element reduced once."""
     expected, metrics = whole_gradients(name)
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (world_size, name, micro_batches, folder), nprocs=world_size)
-        result = torch.load(Path(folder) / "result.pt", weights_only=True)
+    result = run_workers(world_size, _share, name, micro_batches)
     assert int(result.pop("reduced")) == sum(gradient.numel() for gradient in expected.values())
     torch.testing.assert_close(result.pop("loss"), metrics["loss"], atol=1e-10, rtol=0)
     assert_equal(result, expected)

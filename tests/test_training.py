@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from pipeline.config import Config, load
+from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.objectives.learner import Learner
+from pipeline.objectives.learner import Learner, Special
 from pipeline.training.batch import to_batch
 from pipeline.training.checkpoints import (
     TrainState,
@@ -64,11 +65,15 @@ def new_learner(config: Config) -> Learner:
     torch.manual_seed(0)
     encoder = Encoder(SHAPE)
     encoder.zero_residual_branches()
-    return Learner(EmbeddingModel(encoder), config.objective)
+    decoder = None
+    if config.objective.needs_decoder:
+        decoder = Decoder(DecoderShape(64, 16, 1, 2, 24, dropout=0.2, memory_width=16), encoder.token_table)
+    special = Special(start=2, end=3, mask=4, kept=frozenset(range(5)), vocab_size=64)
+    return Learner(EmbeddingModel(encoder), config.objective, special, decoder)
 
 
 def new_run(config: Config, save: object = lambda run, state, is_best: None, stop: int = 12) -> Run:
-    validation = Validation(to_batch(next(rows(0, 1))), lambda ids: [str(each) for each in ids])
+    validation = Validation(to_batch(next(rows(0, 1))), lambda ids: [str(each) for each in ids], generated_texts=2)
     return Run(
         new_learner(config),
         config,
@@ -96,9 +101,17 @@ def saver(folder: Path):  # type: ignore[no-untyped-def]
     return save
 
 
-@pytest.mark.parametrize("killed_at", [3, 6, 7, 11])
-def test_resumed_weights_are_bit_identical(killed_at: int, tmp_path: Path) -> None:
-    config = config_of(tmp_path, "checkpointing.every_steps=3", "training.table_warmup_fraction=0.5")
+HYBRID = [
+    "objective.contrastive.learn_temperature=true",
+    "objective.denoising.weight=0.5",
+    "objective.mlm.weight=0.5",
+    "training.gradient_accumulation_steps=2",
+]
+
+
+@pytest.mark.parametrize(("killed_at", "options"), [(3, []), (6, []), (7, HYBRID), (11, [])])
+def test_resumed_weights_are_bit_identical(killed_at: int, options: list[str], tmp_path: Path) -> None:
+    config = config_of(tmp_path, "checkpointing.every_steps=3", "training.table_warmup_fraction=0.5", *options)
     whole = new_run(config, saver(tmp_path / "whole"))
     state = train(whole, TrainState())
     assert state.step == 12
@@ -132,6 +145,25 @@ def test_the_loss_falls_and_layers_join(tmp_path: Path) -> None:
     assert losses[-1] < 0.3 * losses[0]
     assert active == (0,) * 6 + (1,) * 6
     assert encoder_of(run).layers[0].mlp.down_proj.weight.abs().sum() > 0
+
+
+def test_validation_of_a_hybrid(tmp_path: Path) -> None:
+    config = config_of(tmp_path, *HYBRID, "objective.seq2seq.weight=1")
+    state = train(new_run(config), TrainState())
+    metrics = {name.removeprefix("validation_") for name in state.metrics}
+    assert metrics >= {"loss", "ndcg@10", "recall@1"}
+    for name in ("denoising", "seq2seq", "mlm"):
+        assert state.metrics[f"validation_{name}_perplexity"] == pytest.approx(
+            math.exp(state.metrics[f"validation_{name}_nll"])
+        )
+    assert metrics >= {f"{name}_{score}" for name in ("denoising", "seq2seq") for score in ("bleu", "rougeL")}
+    assert state.best_metric is not None
+
+
+def test_without_pairs_the_best_has_the_least_loss(tmp_path: Path) -> None:
+    state = train(new_run(config_of(tmp_path, "objective.mlm.weight=0.5")), TrainState())
+    assert state.best_metric == pytest.approx(-0.5 * state.metrics["validation_mlm_nll"], abs=0.1)
+    assert "validation_ndcg@10" not in state.metrics
 
 
 def test_a_time_limit_ends_with_a_checkpoint(tmp_path: Path) -> None:

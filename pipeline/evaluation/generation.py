@@ -1,14 +1,10 @@
-"""Scores of generated texts beside their references, and the perplexity of a decoder.
+"""Scores of generated texts beside their references.
 
 >>> generation_metrics(["the cat sat on the mat"], ["the cats sat on the mat"])
 {'bleu': 53.7285, 'rouge1': 1.0, 'rouge2': 1.0, 'rougeL': 1.0}
->>> perplexity(nll=6.0, count=3)
-7.38905609893065
 """
 
 from __future__ import annotations
-
-import math
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -20,7 +16,7 @@ def generation_metrics(hypotheses: list[str], references: list[str]) -> dict[str
     Google's rouge-score with Porter's stemmer: words are runs of a-z and 0-9 there, so it suits English. Raises
     ValueError where there are no texts, or not one reference for each.
     """
-    # Here, as nltk under rouge-score takes seconds to import, and training asks for the perplexity alone.
+    # Here, as nltk under rouge-score takes seconds to import, and few runs ask for scores.
     from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
     from sacrebleu import corpus_bleu
 
@@ -31,13 +27,3 @@ def generation_metrics(hypotheses: list[str], references: list[str]) -> dict[str
     rouge = {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in ROUGE}
     values = {"bleu": corpus_bleu(hypotheses, [references]).score} | rouge
     return {name: round(value, 4) for name, value in values.items()}
-
-
-def perplexity(nll: float, count: int) -> float:
-    """exp of the mean negative log-likelihood, of `count` tokens in all; infinite where that is beyond a float."""
-    if not count:
-        raise ValueError("found no tokens to take the perplexity of")
-    try:
-        return math.exp(nll / count)
-    except OverflowError:
-        return math.inf

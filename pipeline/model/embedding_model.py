@@ -72,6 +72,10 @@ class EmbeddingModel(nn.Module):
     def width(self) -> int:
         return int(self.backbone.width)  # type: ignore[arg-type]
 
+    @property
+    def token_table(self) -> nn.Embedding:
+        return self.backbone.token_table  # type: ignore[return-value]
+
     def hidden(self, batch: Packed, layout: Layout) -> Tensor:
         return self.backbone.hidden(batch, layout)  # type: ignore[operator, no-any-return]
 

@@ -67,7 +67,8 @@ def contrastive_loss(rows: Rows, contrast: Contrast, scale: Tensor | float) -> t
         with torch.no_grad():
             cosines = _cosines(rows.anchors, candidates, width)
             wrong = wrong & (cosines <= cosines.gather(1, own[:, None]) + contrast.margin)
-    losses, metrics = [], {}
+    losses: list[Tensor] = []
+    metrics: dict[str, Tensor] = {}
     for size in (width, *contrast.dimensions):
         scores = _masked(_cosines(rows.anchors, candidates, size) * scale, wrong, own)
         loss = F.cross_entropy(scores, own)

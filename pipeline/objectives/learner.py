@@ -61,8 +61,13 @@ class Task:
     label_smoothing: float = 0.0
 
     def to(self, device: torch.device | str) -> Task:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Packed)}
-        return replace(self, **moved)
+        return replace(
+            self,
+            labels=self.labels.to(device),
+            source=None if self.source is None else self.source.to(device),
+            inputs=None if self.inputs is None else self.inputs.to(device),
+            positions=None if self.positions is None else self.positions.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Part:
     def to(self, device: torch.device | str) -> Part:
         return Part(
             self.rows,
-            self.pairs and self.pairs.to(device),
+            None if self.pairs is None else self.pairs.to(device),
             self.filled.to(device),
             self.keys.to(device),
             {name: task.to(device) for name, task in self.tasks.items()},
@@ -108,7 +113,7 @@ class Learner(nn.Module):
             self.contrasted = Contrast(contrastive.symmetric, contrastive.false_negative_margin, model.head.dimensions)
         if list(objective.named) == ["causal"]:
             model.requires_grad_(False)  # the decoder alone learns, and the table, if it is the encoder's
-            table = model.backbone.token_table
+            table = model.token_table
             table.requires_grad_(decoder is not None and decoder.token_table is table)
 
     @property
@@ -162,7 +167,7 @@ class Learner(nn.Module):
             assert task.source is not None
             assert task.positions is not None
             states = self.model.hidden(task.source, Layout.of(task.source))
-            table = self.model.backbone.token_table.weight
+            table = self.model.token_table.weight
             return masked_loss(self.masked_head, states, table, task.positions, task.labels)
         assert self.decoder is not None
         states = self.decoder.hidden(task.inputs, self._memory(task))

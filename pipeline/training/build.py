@@ -9,7 +9,7 @@ from pipeline.data.vocabulary import framing
 from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel, Head
 from pipeline.model.pretrained import PretrainedEncoder, load_pretrained
-from pipeline.model.transformer import Encoder, EncoderShape, parameter_count
+from pipeline.model.transformer import Encoder, EncoderShape, gated_width, parameter_count
 from pipeline.objectives.learner import Learner, Special
 
 
@@ -88,25 +88,19 @@ def check_fits(config: Config, tokenizer: Tokenizer, backbone: PretrainedEncoder
 
 
 def _decoder(config: Config, backbone: Encoder | PretrainedEncoder, tokenizer: Tokenizer) -> Decoder:
-    """A decoder of the encoder's width, so that they can share a token table."""
+    """A decoder of the encoder's width and depth, so that they can share a token table."""
     wanted, shape = config.model, config.model.dimensions()
-    if isinstance(backbone, PretrainedEncoder):
-        heads = backbone.num_heads
-        shape = {
-            "d_model": backbone.width,
-            "num_layers": len(backbone.layers),
-            "num_heads": heads,
-            "num_kv_heads": heads,
-            "d_ff": gated_width(backbone.width),
-        }
-    vocab_size = len(backbone.token_table.weight) if wanted.tie_embeddings else tokenizer.get_vocab_size()
-    layers = wanted.decoder_layers or max(shape["num_layers"], 1)
+    pretrained = isinstance(backbone, PretrainedEncoder)
     decoder = Decoder(
         DecoderShape(
-            vocab_size=vocab_size,
+            vocab_size=len(backbone.token_table.weight) if wanted.tie_embeddings else tokenizer.get_vocab_size(),
+            d_model=backbone.width,
+            num_layers=wanted.decoder_layers or max(len(backbone.layers), 1),
+            num_heads=int(backbone.model.config.num_attention_heads) if pretrained else shape["num_heads"],
+            num_kv_heads=None if pretrained else shape["num_kv_heads"],
+            d_ff=gated_width(backbone.width) if pretrained else shape["d_ff"],
             dropout=wanted.dropout,
-            memory_width=backbone.width,
-            **shape | {"num_layers": layers},
+            memory_width=backbone.width if {"seq2seq", "denoising"} & config.objective.named.keys() else None,
         ),
         tie_to=backbone.token_table if wanted.tie_embeddings else None,
     )

@@ -46,7 +46,7 @@ def build_optimizer(
     than it occurs.
     """
     backbone = learner.model.backbone
-    table, joining = backbone.token_table.weight, set()
+    table, joining = learner.model.token_table.weight, set()
     if isinstance(backbone, Encoder):
         joining = set(backbone.layers.parameters())
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}

@@ -80,7 +80,9 @@ class _Cache:
 
     def term(self, i: int, vectors: Tensor) -> Tensor:
         """A number whose gradient is the cached one; every parameter of the loss takes part, as DDP wants it."""
-        return (vectors * self.vectors[i].grad).sum() + 0.0 * self.learner.scale
+        gradient = self.vectors[i].grad
+        assert gradient is not None
+        return (vectors * gradient).sum() + 0.0 * self.learner.scale
 
 
 def _shares(parts: list[Part], device: torch.device) -> dict[str, float]:

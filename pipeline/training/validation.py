@@ -111,7 +111,8 @@ def _written(learner: Learner, validation: Validation, device: torch.device) -> 
     few = validation.batch.slice(0, min(validation.generated_texts, len(validation.batch)))
     if not len(few):
         return {}
-    part, metrics = learner.prepare(few, CORRUPTION_SEED).to(device), {}
+    part = learner.prepare(few, CORRUPTION_SEED).to(device)
+    metrics: dict[str, float] = {}
     for name in learner.writing:
         target = few.fields["positive"] if name == "seq2seq" else few.text
         longest = int(target.lengths.max())
