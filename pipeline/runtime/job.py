@@ -77,7 +77,7 @@ def parser(name: str, description: str, query: bool = False) -> argparse.Argumen
         "--local_data_dir", metavar="DIR", help="a folder of text files, in place of data.sources: title → the rest"
     )
     meaning = "config values that beat the file's"
-    own.epilog = "Every key of the config, with its unit and default: pipeline/config.py"
+    own.epilog = "Every key of the config, with its unit and default: pipeline/config/"
     if not query:
         own.add_argument(
             "--rehash", action="store_true", help="know input files by their content, not their times of change"
