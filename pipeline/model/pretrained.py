@@ -29,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from pipeline.model.attention import attend
+from pipeline.model.linear import use_onednn
 from pipeline.model.packing import Layout, Packed, put
 
 FAMILIES = (
@@ -84,6 +85,7 @@ class PretrainedEncoder(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        use_onednn(model)
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> PretrainedEncoder:
