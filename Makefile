@@ -31,9 +31,11 @@ lint: .venv/.installed
 	$(BIN)/ruff format .
 	$(BIN)/mypy
 
-# make bench DATA=folder-with-debian-linux-doc-and-wordnet: the tables in benchmarks/README.md, an hour of them
+# make bench DATA=folder-with-debian-linux-doc-and-wordnet: the tables in benchmarks/README.md, three hours of them
 bench: .venv/.installed
 	$(BIN)/python benchmarks/retrieval.py --data $(DATA)
+	$(BIN)/python benchmarks/fine_tuning.py --data $(DATA)
+	$(BIN)/python benchmarks/denoising.py --data $(DATA)
 	$(BIN)/python benchmarks/near_duplicates.py --data $(DATA)
 	$(BIN)/python benchmarks/near_duplicates_accuracy.py --data $(DATA)
 	$(BIN)/python benchmarks/signatures.py --data $(DATA)

@@ -1,0 +1,124 @@
+"""A pretrained encoder through the whole job: long texts alone, denoising and masking, an STS file, an export."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import processors
+
+from pipeline.data.vocabulary import train_tokenizer
+from pipeline.runtime.job import run_job
+from tests.conftest import make_pairs
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    """A tiny BERT with random weights and a WordPiece tokenizer that frames texts."""
+    from transformers import BertConfig, BertModel
+
+    texts = [str(row["positive"]) for row in make_pairs(200)]
+    tokenizer = train_tokenizer(texts, kind="wordpiece", vocab_size=512, lowercase=True)
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    folder = tmp_path / "bert"
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    BertModel(BertConfig(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=40, **shape)).save_pretrained(
+        folder
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def run(config: Path, capsys: pytest.CaptureFixture[str], name: str, *args: str) -> tuple[int, Any, str]:
+    job = importlib.import_module(f"jobs.{name}")
+    arguments = job.arguments() if hasattr(job, "arguments") else None
+    code = run_job(name, job.__doc__, job.main, arguments, ["--config", str(config), *args])
+    out, err = capsys.readouterr()
+    return code, json.loads(out.splitlines()[-1]), err
+
+
+@pytest.fixture
+def config(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("PIPELINE_STORAGE", raising=False)
+    for number in range(30):
+        rows = make_pairs(12, seed=number)
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{number}.txt").write_text(" ".join(str(row["positive"]) for row in rows))
+    sts = [
+        f"{score}\ta page on {one}\ta page on {two}"
+        for score, one, two in [(5, "a", "a"), (1, "b", "c"), (0, "d", "e")]
+    ]
+    (tmp_path / "sts.tsv").write_text("\n".join(["score\tsentence1\tsentence2", *sts]) + "\n")
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        json.dumps(
+            {
+                "storage": {"root": str(tmp_path / "store"), "run": "texts"},
+                "data": {
+                    "sources": [
+                        {"name": "t", "type": "text", "path": str(tmp_path / "texts"), "fields": {"text": "all"}}
+                    ],
+                    "validation_fraction": 0.2,
+                },
+                "tokenizer": {"max_length": 32, "long_texts": "windows", "window_overlap": 4},
+                "model": {"pretrained": str(bert), "decoder_layers": 1, "matryoshka_dims": [16]},
+                "objective": {"denoising": {}, "mlm": {"weight": 0.5}},
+                "training": {"global_batch_size": 16, "max_steps": 4, "generated_texts": 4},
+                "embedding": {"dimensions": 16},
+                "evaluation": {"sts_file": str(tmp_path / "sts.tsv")},
+            }
+        )
+    )
+    return file
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_texts_alone_train_a_pretrained_encoder(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, last, err = run(config, capsys, "run")
+    assert code == 0, err
+    metrics = last["metrics"]
+    assert metrics["prepare"]["rows_kept"] == 30
+    assert metrics["prepare"]["splits"]["train"] > 100  # windows
+    assert metrics["train"].keys() >= {
+        f"validation_{name}"
+        for name in ("denoising_nll", "denoising_perplexity", "denoising_bleu", "denoising_rougeL", "mlm_perplexity")
+    }
+    assert "parameters:" in err
+    assert metrics["embed"]["rows"] == 30
+    assert metrics["evaluate"]["sts"]["pairs"] == 3
+    assert "Spearman" in err
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, last, err = run(config, capsys, "export", "--to", str(tmp_path / "exported"), "--embeddings", "float32")
+    assert code == 0, err
+    from sentence_transformers import SentenceTransformer
+
+    from pipeline.embedding.encode import TextEncoder
+
+    texts = [str(row["positive"]) for row in make_pairs(20)]
+    ours = TextEncoder(Path(last["paths"]["model"])).encode(texts)
+    theirs = SentenceTransformer(str(tmp_path / "exported"), device="cpu").encode(texts)
+    assert (ours * theirs).sum(axis=1).min() > 0.9999
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["objective={contrastive: {}}"], "objective: found prepared records of text alone"),
+        (["tokenizer.max_length=64"], "tokenizer.max_length: found 64; allowed with model.pretrained="),
+        (["model.pretrained=nowhere/at-all", "tokenizer.load_path=nowhere"], "nowhere"),
+        (["model.matryoshka_dims=[32]"], "model.matryoshka_dims: found [32]; allowed are sizes below 32"),
+        (["evaluation.sts_file=nowhere.tsv"], "evaluation.sts_file: nowhere.tsv: No such file"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(
+    options: list[str], sentence: str, config: Path, capsys: pytest.CaptureFixture[str], ray_cluster: None
+) -> None:
+    code, _, err = run(config, capsys, "train", *options)
+    assert code == 2, err
+    assert sentence in err
