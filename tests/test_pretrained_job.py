@@ -15,15 +15,15 @@ from pipeline.runtime.job import run_job
 from tests.conftest import make_pairs
 
 
-@pytest.fixture
-def bert(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny BERT with random weights and a WordPiece tokenizer that frames texts."""
     from transformers import BertConfig, BertModel
 
     texts = [str(row["positive"]) for row in make_pairs(200)]
     tokenizer = train_tokenizer(texts, kind="wordpiece", vocab_size=512, lowercase=True)
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    folder = tmp_path / "bert"
+    folder = tmp_path_factory.mktemp("pretrained") / "bert"
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     BertModel(BertConfig(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=40, **shape)).save_pretrained(
         folder
@@ -40,9 +40,14 @@ def run(config: Path, capsys: pytest.CaptureFixture[str], name: str, *args: str)
     return code, json.loads(out.splitlines()[-1]), err
 
 
-@pytest.fixture
-def config(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(autouse=True)
+def _no_other_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIPELINE_STORAGE", raising=False)
+
+
+@pytest.fixture(scope="module")
+def config(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp_path = tmp_path_factory.mktemp("texts")
     for number in range(30):
         rows = make_pairs(12, seed=number)
         (tmp_path / "texts").mkdir(exist_ok=True)
@@ -59,7 +64,7 @@ def config(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 "storage": {"root": str(tmp_path / "store"), "run": "texts"},
                 "data": {
                     "sources": [
-                        {"name": "t", "type": "text", "path": str(tmp_path / "texts"), "fields": {"text": "all"}}
+                        {"name": "t", "type": "text", "path": str(tmp_path / "texts"), "fields": {"text": "text"}}
                     ],
                     "validation_fraction": 0.2,
                 },
@@ -109,7 +114,7 @@ def test_texts_alone_train_a_pretrained_encoder(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["objective={contrastive: {}}"], "objective: found prepared records of text alone"),
+        (["objective.contrastive.weight=1"], "objective: found prepared records of text alone"),
         (["tokenizer.max_length=64"], "tokenizer.max_length: found 64; allowed with model.pretrained="),
         (["model.pretrained=nowhere/at-all", "tokenizer.load_path=nowhere"], "nowhere"),
         (["model.matryoshka_dims=[32]"], "model.matryoshka_dims: found [32]; allowed are sizes below 32"),

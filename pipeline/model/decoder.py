@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.model.linear import use_onednn
 from pipeline.model.packing import Layout, Packed
 from pipeline.model.transformer import (
     INIT_STD,
@@ -162,6 +163,7 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(shape.d_model, shape.vocab_size, bias=False)
             nn.init.normal_(self.lm_head.weight, std=INIT_STD)
         self.gradient_checkpointing = False
+        use_onednn(self)
 
     @property
     def token_table(self) -> nn.Embedding:

@@ -184,6 +184,13 @@ def load_pretrained(name_or_dir: str | Path) -> PretrainedEncoder:
     return PretrainedEncoder(model).eval()
 
 
+def shape_of(name_or_dir: str | Path) -> PretrainedEncoder:
+    """As `load_pretrained`, on the meta device: what is to be known without the weights. Raises as it does."""
+    config = _config(_read_config(fetch(name_or_dir), name_or_dir), name_or_dir)
+    with torch.device("meta"), no_init_weights():
+        return PretrainedEncoder(AutoModel.from_config(config, **_options(config)))
+
+
 def fetch(name_or_dir: str | Path) -> Path:
     """The folder itself, or that of a hub's model once its config, tokenizer and safetensors are here.
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.model.attention import attend
+from pipeline.model.linear import use_onednn
 from pipeline.model.packing import Layout, Packed, put, take
 
 INIT_STD = 0.02  # BERT, section A.2, and every encoder since
@@ -208,6 +209,7 @@ class Encoder(nn.Module):
         self.norm = RMSNorm(shape.d_model, shape.norm_eps)
         self.active_layers = shape.num_layers
         self.gradient_checkpointing = False
+        use_onednn(self)
         for table in filter(None, (self.embed_tokens, self.embed_positions)):
             nn.init.normal_(table.weight, std=INIT_STD)
 

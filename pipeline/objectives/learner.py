@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -120,6 +120,11 @@ class Learner(nn.Module):
     def scale(self) -> Tensor:
         """One over the temperature."""
         return self.log_scale.exp().clamp(max=MAX_SCALE)
+
+    @property
+    def stacks(self) -> list[Any]:
+        """What has `layers`: the encoder, and the decoder where there is one."""
+        return [self.model.backbone] + ([self.decoder] if self.decoder is not None else [])
 
     @property
     def generative(self) -> list[str]:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tokenizers import Tokenizer
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.vocabulary import framing
 from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel, Head
-from pipeline.model.pretrained import PretrainedEncoder, load_pretrained
 from pipeline.model.transformer import Encoder, EncoderShape, gated_width, parameter_count
 from pipeline.objectives.learner import Learner, Special
+
+if TYPE_CHECKING:
+    from pipeline.model.pretrained import PretrainedEncoder  # whose libraries our own encoder need not pay for
 
 
 def build_learner(config: Config, tokenizer: Tokenizer) -> Learner:
     """A fresh model, or a pretrained one, and the partners that the objectives need. Seed torch before."""
-    backbone = _pretrained(config, tokenizer) if config.model.pretrained else _unified(config, tokenizer)
+    backbone = _pretrained(config) if config.model.pretrained else _unified(config, tokenizer)
     prompts = {"query": config.data.prompt("anchor"), "document": config.data.prompt("positive", "text")}
     head = Head(
         config.model.pooling,
@@ -56,30 +60,37 @@ def _unified(config: Config, tokenizer: Tokenizer) -> Encoder:
     return encoder
 
 
-def _pretrained(config: Config, tokenizer: Tokenizer) -> PretrainedEncoder:
-    name = str(config.model.pretrained)
-    try:
-        backbone = load_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.pretrained: {error}") from None
-    check_fits(config, tokenizer, backbone)
+def _pretrained(config: Config) -> PretrainedEncoder:
+    from pipeline.model.pretrained import load_pretrained
+
+    backbone = load_pretrained(str(config.model.pretrained))
     if config.model.gradient_checkpointing:
         backbone.checkpoint_gradients()
     return backbone
 
 
-def check_fits(config: Config, tokenizer: Tokenizer, backbone: PretrainedEncoder) -> None:
-    """Raise ConfigError where texts, tokens or sizes of the config do not fit a pretrained encoder."""
-    table, longest = len(backbone.token_table.weight), config.tokenizer.max_length
+def check_model(config: Config, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError where a tokenizer's tokens, texts or sizes of the config do not fit the model."""
+    if config.objective.needs_decoder or config.objective.mlm:
+        _special(tokenizer)
+    if not config.model.pretrained:
+        return
+    from pipeline.model.pretrained import shape_of
+
+    try:
+        backbone = shape_of(config.model.pretrained)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.pretrained: {error}") from None
+    table, longest, name = len(backbone.token_table.weight), config.tokenizer.max_length, config.model.pretrained
     if longest > backbone.max_positions:
         raise ConfigError(
-            f"tokenizer.max_length: found {longest}; allowed with model.pretrained={config.model.pretrained} are at "
-            f"most {backbone.max_positions}"
+            f"tokenizer.max_length: found {longest}; allowed with model.pretrained={name} are at most "
+            f"{backbone.max_positions}"
         )
     if tokenizer.get_vocab_size() > table:
         raise ConfigError(
             f"tokenizer.load_path: found {tokenizer.get_vocab_size():,} tokens, and {table:,} rows in the table of "
-            f"model.pretrained={config.model.pretrained}; allowed is that model's own tokenizer"
+            f"model.pretrained={name}; allowed is that model's own tokenizer"
         )
     if max(config.model.matryoshka_dims, default=0) >= backbone.width:
         raise ConfigError(
@@ -90,13 +101,13 @@ def check_fits(config: Config, tokenizer: Tokenizer, backbone: PretrainedEncoder
 def _decoder(config: Config, backbone: Encoder | PretrainedEncoder, tokenizer: Tokenizer) -> Decoder:
     """A decoder of the encoder's width and depth, so that they can share a token table."""
     wanted, shape = config.model, config.model.dimensions()
-    pretrained = isinstance(backbone, PretrainedEncoder)
+    pretrained = not isinstance(backbone, Encoder)
     decoder = Decoder(
         DecoderShape(
             vocab_size=len(backbone.token_table.weight) if wanted.tie_embeddings else tokenizer.get_vocab_size(),
             d_model=backbone.width,
             num_layers=wanted.decoder_layers or max(len(backbone.layers), 1),
-            num_heads=int(backbone.model.config.num_attention_heads) if pretrained else shape["num_heads"],
+            num_heads=shape["num_heads"] if isinstance(backbone, Encoder) else backbone.num_heads,
             num_kv_heads=None if pretrained else shape["num_kv_heads"],
             d_ff=gated_width(backbone.width) if pretrained else shape["d_ff"],
             dropout=wanted.dropout,

@@ -89,8 +89,12 @@ def fit(config: Config, folder: Path, manifest: Manifest, board: Board) -> Train
     """Train, or go on training, to the end. Returns the final state."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+    from tokenizers import Tokenizer
+
+    from pipeline.training.build import check_model
 
     plan = training_plan(folder, manifest, config.training.global_batch_size, config.training.seed)
+    check_model(config, Tokenizer.from_file(str(folder / "tokenizer.json")))
     workers, threads = _workers(config, plan)
     claim_run_folder(config, manifest.fingerprint)
     total_steps = steps_of(config, plan)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import Config
+from pipeline.model.compiled import compile_layers
 from pipeline.model.transformer import Encoder
 from pipeline.objectives.batch import Batch
 from pipeline.objectives.collectives import rank, total, world_size
@@ -60,6 +61,9 @@ class Run:
             weight_decay=settings.weight_decay,
         )
         self.autocast = autocast_type(settings.precision, self.device)
+        if settings.compile:
+            for stack in self.learner.stacks:
+                compile_layers(stack)
 
     def batch(self, rows: pa.Table) -> Batch:
         return to_batch(rows, self.learner.hard_negatives)
