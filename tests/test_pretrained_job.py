@@ -124,6 +124,6 @@ def test_texts_alone_train_a_pretrained_encoder(
 def test_what_does_not_fit_is_refused_before_training(
     options: list[str], sentence: str, config: Path, capsys: pytest.CaptureFixture[str], ray_cluster: None
 ) -> None:
-    code, _, err = run(config, capsys, "train", *options)
+    code, _, err = run(config, capsys, "train", "storage.run=other", *options)
     assert code == 2, err
     assert sentence in err
