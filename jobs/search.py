@@ -32,6 +32,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     query = checked(args.query)
     if args.limit < 1:
         raise ConfigError(f"--limit: found {args.limit}; allowed is 1 or more")
+    from pipeline.data.judging import normaliser
     from pipeline.embedding.encode import TextEncoder
     from pipeline.embedding.store import open_store
     from pipeline.stages import model_folder
@@ -41,7 +42,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     if not store.exists():
         raise JobError(f"no index yet for the model in {model}; python jobs/embed.py makes one")
     encoder = TextEncoder(model, device="cpu", dimensions=config.embedding.dimensions)
-    found = store.query(encoder.encode([query], "query")[0], args.limit)
+    found = store.query(encoder.encode([normaliser(config.data)(query)], "query")[0], args.limit)
     results = [
         {"rank": rank, **{key: row[key] for key in ("score", "id", "source_id", "text")}, "metadata": row["metadata"]}
         for rank, row in enumerate(found, 1)

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.config import Config, ConfigError
+from pipeline.data.judging import normaliser
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import prepare
 from pipeline.evaluation.beir import check_beir
@@ -164,7 +165,7 @@ def _score_tasks(config: Config, session: Session, folder: Path, manifest: Manif
 
     tasks: list[Callable[[], RetrievalTask]] = []
     if config.evaluation.beir_dir:
-        beir = read_beir(Path(config.evaluation.beir_dir))
+        beir = read_beir(Path(config.evaluation.beir_dir)).normalised(normaliser(config.data))
         tasks.append(lambda: beir)
     if config.evaluation.held_out_queries and manifest.holds_pairs:
         tasks.append(lambda: held_out_task(config, folder, manifest))
@@ -182,7 +183,7 @@ def _score_tasks(config: Config, session: Session, folder: Path, manifest: Manif
     if config.evaluation.sts_file:
         pairs = read_sts(Path(config.evaluation.sts_file))
         with Stage(f"evaluate: {pairs.name}", len(pairs.scores), "pairs") as stage:
-            scores[pairs.name] = score_sts(pairs, encoder)
+            scores[pairs.name] = score_sts(pairs, encoder, normaliser(config.data))
             stage.advance(len(pairs.scores))
     return scores
 

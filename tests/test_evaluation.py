@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config import ConfigError
-from pipeline.evaluation.beir import read_beir
+from pipeline.config import ConfigError, Data, Sanitize, Source
+from pipeline.data.judging import Judge, normaliser
+from pipeline.evaluation.beir import RetrievalTask, read_beir
 from pipeline.evaluation.metrics import bm25_ranking, nearest, retrieval_metrics
+from pipeline.evaluation.sts import read_sts, spearman
+from pipeline.sources.fields import RawRecord
 
 
 def test_metrics_by_hand() -> None:
@@ -80,3 +83,42 @@ def test_a_broken_beir_folder_is_refused_by_file_and_line(
         read_beir(write_beir(tmp_path / "set", *parts))
     with pytest.raises(ConfigError, match="No such file"):
         read_beir(tmp_path)
+
+
+@pytest.mark.parametrize(("quality", "whitespace"), [("none", "auto"), ("code", "auto"), ("none", "keep")])
+def test_texts_from_elsewhere_become_what_records_are(quality: str, whitespace: str) -> None:
+    raw = "schÃ¶n\r\n    if a:\u200b  b   \n\n\n\n        c\n"
+    source = Source(name="s", type="json", path="x", quality=quality)  # type: ignore[arg-type]
+    data = Data(sources=[source], sanitize=Sanitize(whitespace=whitespace))  # type: ignore[arg-type]
+    record = Judge(source, data)(RawRecord("1", {"text": raw}))
+    assert normaliser(data)(raw) == record["text"] != raw
+    task = RetrievalTask("t", {"q": raw}, {"d": raw}, {"q": {"d": 1}}).normalised(normaliser(data))
+    assert (task.queries, task.documents) == ({"q": record["text"]}, {"d": record["text"]})
+
+
+def test_sts(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.tsv"
+    file.write_text('score\tsentence1\tsentence2\n1.5\ta "quoted\tb\n3\tc\td\n')
+    task = read_sts(file)
+    assert (task.name, task.first, task.second, task.scores) == ("pairs", ['a "quoted', "c"], ["b", "d"], [1.5, 3.0])
+    assert spearman([1, 2, 3, 4], [0.1, 0.2, 0.4, 0.3]) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
+    assert spearman([1, 2], [0.5, 0.5]) == 0
+    assert spearman([1, 2, 3], [0.1, math.nan, 0.2]) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("a\tb\tc\n", "line 1: a header of score, sentence1, sentence2 is wanted"),
+        ("", "a header of score, sentence1, sentence2 is wanted"),
+        ("score\tsentence1\tsentence2\nx\ta\tb\n", "line 2: could not convert"),
+        ("score\tsentence1\tsentence2\n1\ta\tb\n2\ta\n", "line 3: not enough values"),
+        ("score\tsentence1\tsentence2\nnan\ta\tb\n", "line 2: nan is no score"),
+        ("score\tsentence1\tsentence2\n1\ta\tb\n1\tc\td\n", "fewer than two scores"),
+    ],
+)
+def test_sts_files_that_are_none(content: str, sentence: str, tmp_path: Path) -> None:
+    file = tmp_path / "sts.tsv"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=sentence):
+        read_sts(file)

@@ -10,6 +10,7 @@ once nothing hides them but before terminal escapes lose their first character, 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,7 @@ class Judge:
     def __init__(self, source: Source, data: Data) -> None:
         preset = source.quality or data.quality.preset
         self.source, self.data = source.name, data
-        collapse = {"collapse": True, "keep": False, "auto": not (preset == "code" or source.type == "python_packages")}
-        switches = data.sanitize.model_dump(exclude={"whitespace"})
-        self.sanitizer = Sanitizer(**switches, collapse=collapse[data.sanitize.whitespace])
+        self.sanitizer = _sanitizer(data, collapse=_collapses(source, data))
         try:
             self.safety = safety.load_rules(Path(data.safety.rules) if data.safety.rules else None, data.safety.actions)
             self.quality = quality.with_thresholds(preset, data.quality.thresholds)
@@ -83,6 +82,22 @@ class Judge:
             if code not in wanted.languages or score < wanted.min_language_score:
                 return f"language_{code}" if code not in wanted.languages else "language_unsure"
         return None
+
+
+def normaliser(data: Data) -> Callable[[str], str]:
+    """What makes texts from elsewhere, queries and evaluation sets, look as the records that a model was trained on."""
+    sanitizer = _sanitizer(data, collapse=all(_collapses(source, data) for source in data.sources))
+    return lambda text: sanitizer.tidy(sanitizer.reveal(text))
+
+
+def _sanitizer(data: Data, *, collapse: bool) -> Sanitizer:
+    return Sanitizer(**data.sanitize.model_dump(exclude={"whitespace"}), collapse=collapse)
+
+
+def _collapses(source: Source, data: Data) -> bool:
+    """Whether blanks and empty lines mean nothing in a source's texts."""
+    code = (source.quality or data.quality.preset) == "code" or source.type == "python_packages"
+    return {"collapse": True, "keep": False, "auto": not code}[data.sanitize.whitespace]
 
 
 def _id(fields: dict[str, Any]) -> str:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,13 @@ class RetrievalTask:
     queries: dict[str, str]
     documents: dict[str, str]
     qrels: Qrels
+
+    def normalised(self, normalise: Callable[[str], str]) -> RetrievalTask:
+        """The task with its texts as the records are that a model was trained on."""
+        queries, documents = (
+            {key: normalise(text) for key, text in texts.items()} for texts in (self.queries, self.documents)
+        )
+        return replace(self, queries=queries, documents=documents)
 
 
 def check_beir(folder: Path) -> None:

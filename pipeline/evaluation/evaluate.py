@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,9 +84,9 @@ def score(task: RetrievalTask, encoder: TextEncoder, document_ids: list[str], do
     }
 
 
-def score_sts(task: StsTask, encoder: TextEncoder) -> dict[str, Any]:
+def score_sts(task: StsTask, encoder: TextEncoder, normalise: Callable[[str], str]) -> dict[str, Any]:
     """Spearman's correlation of the vectors' cosines with the scores that people gave."""
-    first, second = (encoder.encode(texts) for texts in (task.first, task.second))
+    first, second = (encoder.encode([normalise(text) for text in texts]) for texts in (task.first, task.second))
     lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
     cosines = (first * second).sum(axis=1) / np.maximum(lengths, 1e-12)
     return {"pairs": len(task.scores), "model": {"spearman": round(spearman(task.scores, cosines.tolist()), 4)}}

@@ -229,6 +229,7 @@ def train_worker(sent: dict[str, Any]) -> None:
 
 def _validation(task: Task, tokenizer: Tokenizer) -> Validation:
     """Held-out rows, and an STS file where there is one."""
+    from pipeline.data.judging import normaliser
     from pipeline.evaluation.sts import read_sts
     from pipeline.model.packing import pack
     from pipeline.training.batch import to_batch
@@ -237,10 +238,10 @@ def _validation(task: Task, tokenizer: Tokenizer) -> Validation:
     config, sts = task.config, None
     rows = validation_rows(task.folder, task.manifest, config.training.validation_pairs)
     if config.evaluation.sts_file:
-        pairs = read_sts(Path(config.evaluation.sts_file))
+        pairs, normalise = read_sts(Path(config.evaluation.sts_file)), normaliser(config.data)
         tokenizer.enable_truncation(config.tokenizer.max_length)
         first, second = (
-            pack([encoding.ids for encoding in tokenizer.encode_batch_fast(texts)])
+            pack([encoding.ids for encoding in tokenizer.encode_batch_fast([normalise(text) for text in texts])])
             for texts in (pairs.first, pairs.second)
         )
         sts = StsPairs(first, second, pairs.scores)
