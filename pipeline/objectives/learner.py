@@ -91,7 +91,10 @@ class Part:
 
 
 class Learner(nn.Module):
-    """The model under training. `decoder` is there where an objective writes, `special` where one is generative."""
+    """The model under training. `decoder` is there where an objective writes, `special` where one is generative.
+
+    `negatives` says whether records have some at all: without them no worker makes room for them.
+    """
 
     def __init__(
         self,
@@ -99,6 +102,8 @@ class Learner(nn.Module):
         objective: Objective,
         special: Special | None = None,
         decoder: Decoder | None = None,
+        *,
+        negatives: bool = True,
     ) -> None:
         super().__init__()
         self.model, self.objective, self.special, self.decoder = model, objective, special, decoder
@@ -106,10 +111,10 @@ class Learner(nn.Module):
         self.weights = {name: float(section.weight) for name, section in objective.named.items()}  # type: ignore[attr-defined]
         contrastive = objective.contrastive
         self.contrasts = contrastive is not None
-        self.hard_negatives = contrastive.hard_negatives if contrastive else 0
+        self.hard_negatives = contrastive.hard_negatives if contrastive and negatives else 0
         if contrastive:
-            start = torch.tensor(-math.log(contrastive.temperature))
-            self.log_scale = nn.Parameter(start) if contrastive.learn_temperature else start
+            if contrastive.learn_temperature:
+                self.log_scale = nn.Parameter(torch.tensor(-math.log(contrastive.temperature)))
             self.contrasted = Contrast(contrastive.symmetric, contrastive.false_negative_margin, model.head.dimensions)
         if list(objective.named) == ["causal"]:
             model.requires_grad_(False)  # the decoder alone learns, and the table, if it is the encoder's
@@ -117,9 +122,12 @@ class Learner(nn.Module):
             table.requires_grad_(decoder is not None and decoder.token_table is table)
 
     @property
-    def scale(self) -> Tensor:
-        """One over the temperature."""
-        return self.log_scale.exp().clamp(max=MAX_SCALE)
+    def scale(self) -> Tensor | float:
+        """One over the temperature of the contrastive objective."""
+        assert self.objective.contrastive
+        if self.objective.contrastive.learn_temperature:
+            return self.log_scale.exp().clamp(max=MAX_SCALE)
+        return 1 / self.objective.contrastive.temperature
 
     @property
     def stacks(self) -> list[Any]:

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from pipeline.model.pretrained import PretrainedEncoder  # whose libraries our own encoder need not pay for
 
 
-def build_learner(config: Config, tokenizer: Tokenizer) -> Learner:
-    """A fresh model, or a pretrained one, and the partners that the objectives need. Seed torch before."""
+def build_learner(config: Config, tokenizer: Tokenizer, *, negatives: bool) -> Learner:
+    """A fresh model, or a pretrained one, and the partners that the objectives need. Seed torch before.
+
+    `negatives`: whether the records have hard negatives.
+    """
     backbone = _pretrained(config) if config.model.pretrained else _unified(config, tokenizer)
     prompts = {"query": config.data.prompt("anchor"), "document": config.data.prompt("positive", "text")}
     head = Head(
@@ -30,16 +33,16 @@ def build_learner(config: Config, tokenizer: Tokenizer) -> Learner:
     wanted = config.objective
     decoder = _decoder(config, backbone, tokenizer) if wanted.needs_decoder else None
     special = _special(tokenizer) if wanted.needs_decoder or wanted.mlm else None
-    return Learner(EmbeddingModel(backbone, head), wanted, special, decoder)
+    return Learner(EmbeddingModel(backbone, head), wanted, special, decoder, negatives=negatives)
 
 
 def describe(learner: Learner) -> str:
     """How many parameters there are, and where."""
-    counts = {"encoder": parameter_count(learner.model)}
-    if learner.decoder is not None:
-        counts["decoder"] = parameter_count(learner.decoder)
-    listed = ", ".join(f"{count:,} in the {name}" for name, count in counts.items())
-    return f"{parameter_count(learner):,} parameters: {listed}"
+    whole, encoder = parameter_count(learner), parameter_count(learner.model)
+    decoder = parameter_count(learner.decoder) if learner.decoder is not None else 0
+    counts = {"encoder": encoder, "decoder": decoder, "heads": whole - encoder - decoder}
+    listed = ", ".join(f"{count:,} in the {name}" for name, count in counts.items() if count)
+    return f"{whole:,} parameters: {listed}"
 
 
 def _unified(config: Config, tokenizer: Tokenizer) -> Encoder:

@@ -205,7 +205,7 @@ def train_worker(sent: dict[str, Any]) -> None:
     torch.manual_seed(config.training.seed)
     tokenizer_json = (task.folder / "tokenizer.json").read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_str(tokenizer_json)
-    learner = build_learner(config, tokenizer)
+    learner = build_learner(config, tokenizer, negatives="negatives" in task.manifest.text_fields)
     if rank == 0:
         task.board.post.remote({"log": f"train: {describe(learner)}"})
     run = Run(
