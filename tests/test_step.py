@@ -185,3 +185,23 @@ def test_workers_give_the_single_process_gradient_in_one_reduction(
     assert int(result.pop("reduced")) == sum(gradient.numel() for gradient in expected.values())
     torch.testing.assert_close(result.pop("loss"), metrics["loss"], atol=1e-10, rtol=0)
     assert_equal(result, expected)
+
+
+def test_a_fixed_temperature_is_as_it_is_set_and_a_learned_one_is_bounded() -> None:
+    for learned, scale in ((False, 1000.0), (True, 100.0)):
+        contrastive = {"temperature": 0.001, "learn_temperature": learned}
+        objective = Objective.model_validate({"contrastive": contrastive})
+        learner = Learner(EmbeddingModel(Encoder(EncoderShape(**PARTS))), objective)
+        with torch.no_grad():
+            assert float(learner.scale) == pytest.approx(scale)
+
+
+def test_records_without_negatives_make_no_room_for_them() -> None:
+    model = EmbeddingModel(Encoder(EncoderShape(**PARTS)))
+    learner = Learner(model, Objective.model_validate(OBJECTIVES["contrastive"]), negatives=False)
+    fields = batch().fields
+    part = learner.prepare(Batch(batch().ids, fields, pack([]), [0] * ROWS), seed=1)
+    assert part.filled.shape == (ROWS, 0)
+    assert part.keys.shape == (ROWS, 3)
+    loss, _ = learner.contrast([part], [learner.embed(part)])
+    assert bool(torch.isfinite(loss))
