@@ -16,7 +16,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
@@ -25,6 +25,7 @@ from pipeline.config.model import Model
 from pipeline.config.objective import Objective
 from pipeline.config.reading import ConfigError, explain, kind_of, parse_override, read_yaml
 from pipeline.config.section import Name, PathStr, Section
+from pipeline.config.training import Checkpointing, Scaling, Training
 
 DEFAULT_ROOT = "~/.cache/text-embedding-pipeline"
 
@@ -36,57 +37,6 @@ class Storage(Section):
     """Name of the run: its folder is `<root>/runs/<run>`; training in it again resumes it."""
 
 
-class Training(Section):
-    global_batch_size: int = Field(256, ge=2)
-    """Pairs an optimizer step, over all workers."""
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    """Micro-batches a worker's share is cut into. Gradients are cached, so each anchor still meets all negatives."""
-    learning_rate: float = Field(1e-3, gt=0, le=10)
-    """AdamW's peak rate for the layers."""
-    table_learning_rate: float | None = Field(None, gt=0, le=10)
-    """Peak rate for the token table; by default `learning_rate`."""
-    weight_decay: float = Field(0.01, ge=0, le=1)
-    """AdamW's decoupled decay, on weight matrices alone."""
-    warmup_fraction: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps over which the rate rises from zero; it then falls linearly to 5% of its peak."""
-    table_warmup_fraction: float = Field(0.0, ge=0, le=1)
-    """Share of the steps in which the token table trains alone, before the layers join in (model/transformer.py)."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients are clipped to this norm."""
-    max_steps: int | None = Field(None, ge=1)
-    """Stop after so many optimizer steps."""
-    max_epochs: float | None = Field(None, gt=0)
-    """Stop after so many passes over the training split; 3 where max_steps is not set either."""
-    max_time_s: float | None = Field(None, gt=0)
-    """Stop after so many seconds of training, all starts of the run together, with a checkpoint. Looked at every
-    `log_every_steps`."""
-    compile: bool = False
-    """Compile the model with torch.compile: minutes before the first step, faster steps after it."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast where the GPU has it, else fp32."""
-    strategy: Literal["ddp"] = "ddp"
-    """How workers share the model: each holds a copy, gradients are averaged."""
-    validate_every_steps: int = Field(200, ge=1)
-    """Steps between validations."""
-    validation_pairs: int = Field(2048, ge=2)
-    """At most so many validation records are scored: pairs are ranked against each other."""
-    generated_texts: int = Field(64, ge=0)
-    """At most so many validation texts are generated for BLEU and ROUGE, where an objective trains a decoder."""
-    log_every_steps: int = Field(10, ge=1)
-    """Steps between two lines in metrics.jsonl."""
-    seed: int = Field(0, ge=0, lt=2**32)
-    """Seed of weights, data order and dropout."""
-
-
-class Checkpointing(Section):
-    every_steps: int = Field(200, ge=1)
-    """Steps between checkpoints; one is also written at the end."""
-    every_minutes: float | None = Field(None, gt=0)
-    """Also after so many minutes of training without one; looked at every `training.log_every_steps`."""
-    max_checkpoints: int = Field(2, ge=1)
-    """Newest checkpoints kept; the best by validation is kept beside them: by NDCG@10, else by the loss."""
-
-
 class Logging(Section):
     save_dir: PathStr | None = None
     """Folder of training.log; relative to storage.root. Default: the run's folder."""
@@ -94,6 +44,15 @@ class Logging(Section):
     """Least severe messages written, to the console and to the file."""
     format: str = Field("%(asctime)s %(levelname)-7s %(message)s", min_length=1)
     """Of lines in training.log, in the style of Python's logging."""
+    trackers: list[Literal["console", "jsonl", "tensorboard", "wandb", "ray"]] = ["console", "jsonl"]
+    """Where training's metrics go: the log, metrics.jsonl, TensorBoard's event files and Weights & Biases (offline
+    without WANDB_API_KEY) in the run's folder, Ray's metrics endpoint. metrics.jsonl is always written."""
+    wandb_project: str = Field("text-embedding-pipeline", min_length=1)
+    """Project of Weights & Biases; the run goes by `storage.run`."""
+    loss_spike_deviations: float = Field(6.0, gt=0)
+    """A loss so many standard deviations above the mean of the last 100 logged ones raises an alert. Ours, measured."""
+    memory_alert_fraction: float = Field(0.85, gt=0, le=1)
+    """Share of a GPU's memory beyond which an alert is raised."""
 
     @field_validator("format")
     @classmethod
@@ -139,15 +98,6 @@ class Evaluation(Section):
 
 class Tune(Section):
     """Takes no keys yet: sweeps are still to come."""
-
-
-class Scaling(Section):
-    num_workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Training workers. auto: one a GPU, else two."""
-    cpus_per_worker: float = Field(0.5, gt=0)
-    """CPUs a training worker reserves. Half a CPU each leaves Ray Data a whole one of two."""
-    gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
-    """GPUs a training worker reserves. auto: 1 where the cluster has GPUs, else 0."""
 
 
 class Config(Section):
