@@ -44,9 +44,9 @@ class Logging(Section):
     """Least severe messages written, to the console and to the file."""
     format: str = Field("%(asctime)s %(levelname)-7s %(message)s", min_length=1)
     """Of lines in training.log, in the style of Python's logging."""
-    trackers: list[Literal["console", "jsonl", "tensorboard", "wandb", "ray"]] = ["console", "jsonl"]
-    """Where training's metrics go: the log, metrics.jsonl, TensorBoard's event files and Weights & Biases (offline
-    without WANDB_API_KEY) in the run's folder, Ray's metrics endpoint. metrics.jsonl is always written."""
+    trackers: list[Literal["tensorboard", "wandb", "ray"]] = []
+    """Where training's metrics go beside the console and metrics.jsonl: TensorBoard's event files and Weights & Biases
+    (offline without WANDB_API_KEY) in the run's folder, and Ray's metrics endpoint."""
     wandb_project: str = Field("text-embedding-pipeline", min_length=1)
     """Project of Weights & Biases; the run goes by `storage.run`."""
     loss_spike_deviations: float = Field(6.0, gt=0)
