@@ -3,7 +3,7 @@
 A feed starts at any step for the price of opening its first row groups. The dataset is made inside the worker, with one
 read task a run of steps and its order preserved, so a worker that starts anew begins at its checkpoint's step.
 
-    for batch in RayFeed(plan, rank=0, world_size=2).batches(start=1200, stop=1400): ...   # a table of B / W rows each
+    for batch in RayFeed(plan, rank=0, world_size=2).batches(start=1200, stop=1400): ...   # a table of a step's rows
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -34,20 +34,31 @@ takes the interpreter from it: one dataset for a whole run halved the training s
 MIN_VALIDATION = 2  # pairs that can be told from each other
 
 
-def training_plan(folder: Path, manifest: Manifest, global_batch_size: int, seed: int) -> Plan:
-    """The plan of a prepared data set's training split. Raises ConfigError where a split is too small."""
+def training_plan(
+    folder: Path,
+    manifest: Manifest,
+    global_batch_size: int,
+    seed: int,
+    batching: Literal["mixed", "by_source"] = "mixed",
+) -> Plan:
+    """The plan of a prepared data set's training split, by its sources' weights where they have some.
+
+    Raises ConfigError where a split is too small, or a source for its share.
+    """
     groups = tuple(
-        RowGroup(shard.path, index, rows)
+        RowGroup(shard.path, index, rows, source)
         for shard in manifest.of_split("train")
-        for index, rows in enumerate(shard.row_groups)
+        for index, (rows, source) in enumerate(zip(shard.row_groups, shard.row_group_sources, strict=True))
         if rows
     )
-    plan = Plan(str(folder), groups, global_batch_size, seed)
+    weights = tuple((source.name, source.weight) for source in manifest.sources if source.weight is not None)
+    plan = Plan(str(folder), groups, global_batch_size, seed, batching, weights)
     if plan.batches_per_epoch == 0:
         raise ConfigError(
             f"training.global_batch_size: found {global_batch_size}; "
             f"allowed is at most the {plan.rows} records of the training split"
         )
+    plan.check_sources()
     if manifest.splits["validation"] < MIN_VALIDATION:
         raise ConfigError(
             f"data.validation_fraction: it holds out {manifest.splits['validation']} of "
@@ -89,11 +100,10 @@ class RayFeed:
     def _dataset(self, chunks: list[tuple[int, int]]) -> Dataset:
         import ray.data
 
-        plan, rank, world_size = self.plan, self.rank, self.world_size
+        selections = [self.plan.select(first, last, self.rank, self.world_size) for first, last in chunks]
 
         def read(batch: dict[str, Any]) -> pa.Table:
-            first, last = chunks[int(batch["id"][0])]
-            return plan.read(first, last, rank, world_size)
+            return selections[int(batch["id"][0])].read()
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False

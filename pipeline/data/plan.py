@@ -1,33 +1,54 @@
 """Which rows make up global batch k of epoch e: a function of the seed and the shards, and of nothing else.
 
-An epoch permutes the row groups, and the rows inside each, by (seed, epoch). The resulting order of N rows is cut into
-L lanes of N // L rows, and batch k takes the next B / L rows of every lane. A worker serves the lanes r, r + W, …, so
-that it reads only its own share, and the same records meet in batch k whatever W is. A position is one integer, the
-step; seeking costs nothing.
+A pass over rows permutes their row groups, and the rows inside each, by (seed, pass). The resulting order of N rows is
+cut into L lanes of N // L rows, which are dealt from in turn; a batch has the next B of those rows, lane by lane. Each
+of W workers trains on a run of a batch's rows, so that it reads little more than its own share, and end to end their
+shares are the same batch whatever W is. A position is one integer, the step; seeking costs nothing.
 
-    B = 4, L = 2, N = 10 rows in epoch order:   lane 0: a b c d e     lane 1: f g h i j
-    batch 0 = a b | f g      batch 1 = c d | h i      (e and j sit this epoch out)
-    with two workers, worker 0 trains on a b then c d, worker 1 on f g then h i
+    B = 4, L = 2, N = 10 rows in the pass's order:   lane 0: a b c d e     lane 1: f g h i j
+    batch 0 = a b f g      batch 1 = c d h i      (e and j sit this pass out)
+    with three workers, worker 0 trains on a then c, worker 1 on b then d, worker 2 on f g then h i
+
+Where sources have weights, or a batch comes from one source, each source has lanes and passes of its own: a small one
+of a high weight is gone through several times an epoch. An epoch is as many batches as all rows fill.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.config import ConfigError
+
 MAX_LANES = 32
+MAX_ROWS_A_LANE = 64
+"""Rows of a lane in a batch beyond which there are more than MAX_LANES lanes: a row group of 1024 rows then feeds a
+lane for 16 steps. Ours."""
+MIN_SOURCE_LANES = 8  # of a source with a small share: its batch has rows of so many row groups at least. Ours.
+GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, fill the unit interval evenly: Kronecker's sequence
+
+Ints = npt.NDArray[np.int64]
 
 
 def lanes_of(global_batch_size: int) -> int:
-    """The largest number of lanes up to MAX_LANES that deals a batch evenly."""
-    return max(lanes for lanes in range(1, MAX_LANES + 1) if global_batch_size % lanes == 0)
+    """Lanes that a batch is dealt from: up to 32, or one for 64 rows, and equally many rows of each where that can be.
+
+    A size that no number in the upper half of what is allowed divides has that many lanes, which give in turn a row
+    more and a row less.
+    """
+    most = min(global_batch_size, max(MAX_LANES, global_batch_size // MAX_ROWS_A_LANE))
+    return next((lanes for lanes in range(most, most // 2 - 1, -1) if lanes and global_batch_size % lanes == 0), most)
 
 
 @dataclass(frozen=True)
@@ -35,6 +56,53 @@ class RowGroup:
     path: str
     index: int
     rows: int
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some rows of a plan and where they lie: little to send to whoever reads them."""
+
+    folder: str
+    seed: int
+    groups: list[tuple[RowGroup, int, int]]
+    """Row groups, each with its number in the plan and the pass in whose order its rows are."""
+    rows: Ints
+    """Places among the rows of those groups, laid end to end."""
+    steps: Ints
+    """The step that each row is trained on in."""
+
+    def read(self) -> pa.Table:
+        """The rows in training order, with a `step` column."""
+        first, tables, order = 0, [], []
+        files = lru_cache(maxsize=None)(pq.ParquetFile)
+        for group, number, turn in self.groups:
+            tables.append(files(Path(self.folder) / group.path).read_row_group(group.index))
+            order.append(first + np.random.default_rng([self.seed, turn, number, 1]).permutation(group.rows))
+            first += group.rows
+        table = pa.concat_tables(tables).combine_chunks().take(np.concatenate(order)[self.rows])
+        return table.append_column("step", pa.array(self.steps))
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """Rows without end: all rows of some row groups, in another order in each pass."""
+
+    number: int
+    groups: Ints  # (G,) numbers in the plan
+    sizes: Ints  # (G,) rows of each
+    lanes: int
+    rows_per_pass: int
+
+    def find(self, turns: Ints, seed: int, turn: int) -> tuple[Ints, Ints]:
+        """Of rows of one pass, by when they are dealt: the row group that each lies in, and where in its order."""
+        order = np.random.default_rng([seed, turn, self.number, 0]).permutation(len(self.groups))
+        ends = self.sizes[order].cumsum()
+        per_lane = ends[-1] // self.lanes
+        dealt = turns % self.lanes * per_lane + turns // self.lanes
+        places = np.where(turns < self.lanes * per_lane, dealt, turns)
+        at = np.searchsorted(ends, places, side="right")
+        return self.groups[order[at]], places - ends[at] + self.sizes[order[at]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +113,9 @@ class Plan:
     row_groups: tuple[RowGroup, ...]
     global_batch_size: int
     seed: int
+    batching: Literal["mixed", "by_source"] = "mixed"
+    weights: tuple[tuple[str, float], ...] = ()
+    """Of sources, against each other. Without them sources have shares in proportion to their rows."""
 
     @property
     def lanes(self) -> int:
@@ -55,17 +126,13 @@ class Plan:
         return sum(group.rows for group in self.row_groups)
 
     @property
-    def rows_per_lane(self) -> int:
-        return self.rows // self.lanes
-
-    @property
     def batches_per_epoch(self) -> int:
-        return self.rows_per_lane // (self.global_batch_size // self.lanes)
+        return self.rows // self.global_batch_size
 
     @property
     def steps_per_chunk(self) -> int:
         """Steps read at once: about as many as one row group feeds a lane."""
-        return max(1, max(group.rows for group in self.row_groups) // (self.global_batch_size // self.lanes))
+        return max(1, max(group.rows for group in self.row_groups) * self.lanes // self.global_batch_size)
 
     def chunks(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Steps `start` to `stop` cut into reads that do not cross an epoch."""
@@ -75,40 +142,165 @@ class Plan:
             bounds.append(min(bounds[-1] + self.steps_per_chunk, epoch_end, stop))
         return list(itertools.pairwise(bounds))
 
-    def read(self, start: int, stop: int, rank: int, world_size: int) -> pa.Table:
+    def share(self, rank: int, world_size: int) -> int:
+        """Rows of a global batch that this worker trains on; workers differ by one at most."""
+        first, last = self._bounds(rank, world_size)
+        return last - first
+
+    def check_workers(self, world_size: int) -> None:
+        """Raise ConfigError for more workers than a batch has rows."""
+        if not 1 <= world_size <= self.global_batch_size:
+            raise ConfigError(
+                f"scaling.num_workers: found {world_size}; allowed with training.global_batch_size="
+                f"{self.global_batch_size} are 1 to {self.global_batch_size}, a row or more for each"
+            )
+
+    def check_sources(self) -> None:
+        """Raise ConfigError where a source has too few rows, or too small a share, for the batches asked of it."""
+        if self._as_they_come:
+            return
+        for unknown in dict(self.weights).keys() - self.shares.keys():
+            raise ConfigError(
+                f"data.sources: found a weight of {unknown}, which has no training record; allowed are weights of "
+                "sources that have some"
+            )
+        for (name, share), stream, quota in zip(self.shares.items(), self.streams, self.quotas, strict=True):
+            rows, needed = int(stream.sizes.sum()), self._rows_at_once(share)
+            if rows < needed:
+                raise ConfigError(
+                    f"data.sources: found {rows} training records of {name}, of which a batch takes {needed}; allowed "
+                    f"with training.batching={self.batching} are as many records as that, a smaller batch or weight"
+                )
+            if quota == 0:
+                raise ConfigError(
+                    f"data.sources: found {name} with {float(share):.2g} of the weights, which is none of "
+                    f"the {self.batches_per_epoch} batches of an epoch; allowed are weights that give it one or more"
+                )
+
+    def read(self, start: int, stop: int, rank: int = 0, world_size: int = 1) -> pa.Table:
         """This worker's rows of steps `start` to `stop` (one epoch), in training order, with a `step` column."""
+        return self.select(start, stop, rank, world_size).read()
+
+    def select(self, start: int, stop: int, rank: int = 0, world_size: int = 1) -> Selection:
+        """What `read` reads."""
         epoch, first = divmod(start, self.batches_per_epoch)
-        steps, share = stop - start, self.global_batch_size // self.lanes
-        order, offsets = _epoch_order(self, epoch)
-        read_group = lru_cache(maxsize=None)(lambda position: self._shuffled(order[position], epoch))
-        lanes = []
-        for lane in range(rank, self.lanes, world_size):
-            begin = lane * self.rows_per_lane + first * share
-            lanes.append(_rows(read_group, offsets, begin, begin + steps * share))
-        table = pa.concat_tables(lanes)
-        by_step = np.arange(len(table)).reshape(len(lanes), steps, share).transpose(1, 0, 2).ravel()
-        step = np.repeat(np.arange(start, stop), len(lanes) * share)
-        return table.take(by_step).append_column("step", pa.array(step))
+        number, starts, counts = self._draws(epoch, first, first + stop - start)
+        draw, turns = np.repeat(np.arange(len(counts)), counts), _ranges(starts, counts)
+        lanes, per_pass = (np.array(each)[number][draw] for each in zip(*map(_dealing, self.streams), strict=True))
+        passes, turns = np.divmod(turns, per_pass)
+        by_lane = np.argsort(draw * lanes.max() + turns % lanes, kind="stable")
+        own = by_lane.reshape(stop - start, -1)[:, slice(*self._bounds(rank, world_size))].ravel()
+        groups, rows = self._find(number[draw[own]], passes[own], turns[own])
+        used, place = np.unique(passes[own] * len(self.row_groups) + groups, return_inverse=True)
+        found = [
+            (self.row_groups[i], i, turn) for turn, i in (divmod(key, len(self.row_groups)) for key in used.tolist())
+        ]
+        begin = np.cumsum([0, *(group.rows for group, _, _ in found)])
+        steps = np.repeat(np.arange(start, stop), self.share(rank, world_size))
+        return Selection(self.folder, self.seed, found, begin[place] + rows, steps)
 
-    def _shuffled(self, index: int, epoch: int) -> pa.Table:
-        group = self.row_groups[index]
-        table = pq.ParquetFile(Path(self.folder) / group.path).read_row_group(group.index)
-        return table.take(np.random.default_rng([self.seed, epoch, index, 1]).permutation(group.rows))
+    @cached_property
+    def shares(self) -> dict[str | None, Fraction]:
+        """Each source's share of the rows that are trained on; they add up to one."""
+        counts: Counter[str | None] = Counter()
+        for group in self.row_groups:
+            counts[group.source] += group.rows
+        given = {name: Fraction(repr(weight)) for name, weight in self.weights}
+        parts = {name: given[str(name)] if given else Fraction(rows) for name, rows in sorted(counts.items(), key=str)}
+        return {name: part / sum(parts.values()) for name, part in parts.items()}
+
+    @cached_property
+    def streams(self) -> tuple[Stream, ...]:
+        """One of all rows, or one a source."""
+        sources = [group.source for group in self.row_groups]
+        if self._as_they_come:
+            return (self._stream(0, np.arange(len(sources)), Fraction(1)),)
+        return tuple(
+            self._stream(number, np.array([i for i, source in enumerate(sources) if source == name]), share)
+            for number, (name, share) in enumerate(self.shares.items())
+        )
+
+    @property
+    def quotas(self) -> tuple[int, ...]:
+        """What each stream gives to an epoch: batches where a batch has one source, else rows."""
+        if self.batching == "by_source":
+            return largest_remainder(self.batches_per_epoch, tuple(self.shares.values()))
+        return tuple(self._given[-1].tolist())
+
+    @property
+    def _as_they_come(self) -> bool:
+        return self.batching == "mixed" and not self.weights
+
+    def _rows_at_once(self, share: Fraction) -> int:
+        """Rows that a batch takes of a source at most."""
+        return self.global_batch_size if self.batching == "by_source" else -int(-self.global_batch_size * share // 1)
+
+    def _stream(self, number: int, groups: Ints, share: Fraction) -> Stream:
+        sizes = np.array([self.row_groups[i].rows for i in groups])
+        at_once = self._rows_at_once(share)
+        lanes = min(max(round(self.lanes * share), MIN_SOURCE_LANES), lanes_of(at_once))
+        whole = 1 if self.batching == "mixed" and self.weights else self.global_batch_size
+        return Stream(number, groups, sizes, lanes, int(sizes.sum()) // whole * whole)
+
+    def _bounds(self, rank: int, world_size: int) -> tuple[int, int]:
+        return self.global_batch_size * rank // world_size, self.global_batch_size * (rank + 1) // world_size
+
+    def _draws(self, epoch: int, first: int, last: int) -> tuple[Ints, Ints, Ints]:
+        """What batches `first` to `last` draw, batch by batch: from which stream, from which row on, how many rows."""
+        if self.batching == "by_source":
+            number, batch = _choices(self.quotas, self.seed, epoch)
+            number, batch = number[first:last], batch[first:last] + epoch * np.array(self.quotas)[number[first:last]]
+            return number, batch * self.global_batch_size, np.full(last - first, self.global_batch_size)
+        starts = epoch * self._given[-1] + self._given[first:last]
+        counts = np.diff(self._given[first : last + 1], axis=0)
+        return np.tile(np.arange(len(self.streams)), last - first), starts.ravel(), counts.ravel()
+
+    @cached_property
+    def _given(self) -> Ints:
+        """(K + 1, S) rows of each stream that the batches of a mixed epoch have had before batch k.
+
+        Each batch has the whole rows of B times a stream's share; what then lacks goes round among the fractions.
+        """
+        shares = [Fraction(1)] if self._as_they_come else list(self.shares.values())
+        exact = [self.global_batch_size * share for share in shares]
+        edges = np.cumsum([0.0, *(float(rows % 1) for rows in exact)])
+        edges[-1] = round(edges[-1])
+        turns = np.arange(self.batches_per_epoch)[:, None] * GOLDEN % 1
+        counts = np.diff(np.ceil(edges - turns), axis=1).astype(np.int64) + np.array([int(rows) for rows in exact])
+        return np.concatenate([np.zeros_like(counts[:1]), counts.cumsum(axis=0)])
+
+    def _find(self, number: Ints, passes: Ints, turns: Ints) -> tuple[Ints, Ints]:
+        """The row group that each row lies in, and where in its order."""
+        groups, rows = np.empty_like(turns), np.empty_like(turns)
+        for stream in np.unique(number):
+            for turn in np.unique(passes[number == stream]):
+                here = (number == stream) & (passes == turn)
+                groups[here], rows[here] = self.streams[stream].find(turns[here], self.seed, int(turn))
+        return groups, rows
 
 
-@lru_cache(maxsize=4)
-def _epoch_order(plan: Plan, epoch: int) -> tuple[Sequence[int], np.ndarray]:
-    """The epoch's row groups in order, and the row at which each begins (and the last ends)."""
-    order = np.random.default_rng([plan.seed, epoch, 0, 0]).permutation(len(plan.row_groups))
-    rows = np.array([plan.row_groups[i].rows for i in order])
-    return order.tolist(), np.concatenate([[0], rows.cumsum()])
+def largest_remainder(seats: int, shares: Sequence[Fraction]) -> tuple[int, ...]:
+    """`seats` in proportion to shares that add up to one: whole parts first, then one each to the largest rests."""
+    exact = [seats * share for share in shares]
+    rests = sorted(range(len(exact)), key=lambda i: (-(exact[i] % 1), i))
+    more = set(rests[: seats - sum(int(each) for each in exact)])
+    return tuple(int(each) + (i in more) for i, each in enumerate(exact))
 
 
-def _rows(read_group, offsets: np.ndarray, begin: int, end: int) -> pa.Table:  # type: ignore[no-untyped-def]
-    """Rows `begin` to `end` of the epoch's order."""
-    first, last = np.searchsorted(offsets, [begin, end - 1], side="right") - 1
-    parts = []
-    for position in range(first, last + 1):
-        start = max(begin, offsets[position])
-        parts.append(read_group(position).slice(start - offsets[position], min(end, offsets[position + 1]) - start))
-    return pa.concat_tables(parts)
+@lru_cache(maxsize=2)
+def _choices(quotas: tuple[int, ...], seed: int, epoch: int) -> tuple[Ints, Ints]:
+    """(K,) the stream of each batch of an epoch, and how many batches of it came before in the epoch."""
+    number = np.repeat(np.arange(len(quotas)), quotas)
+    np.random.default_rng([seed, epoch, 0, 2]).shuffle(number)
+    before = np.empty_like(number)
+    before[np.argsort(number, kind="stable")] = _ranges(np.zeros(len(quotas), np.int64), np.array(quotas))
+    return number, before
+
+
+def _dealing(stream: Stream) -> tuple[int, int]:
+    return stream.lanes, stream.rows_per_pass
+
+
+def _ranges(starts: Ints, counts: Ints) -> Ints:
+    """5 6 7, 0 1 for starts 5, 0 and counts 3, 2."""
+    return np.repeat(starts - counts.cumsum() + counts, counts) + np.arange(counts.sum())
