@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import Objective
 from pipeline.model.decoder import Decoder, DecoderShape
@@ -18,7 +18,9 @@ from pipeline.model.packing import pack
 from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.objectives.batch import Batch
 from pipeline.objectives.learner import Learner, Special
-from pipeline.training.step import backward
+from pipeline.training.reducer import MAX_FLAGS, _Bucket
+from pipeline.training.step import Outcome, backward, cut
+from pipeline.training.strategy import DataParallel
 from tests.gloo_workers import Result, run_workers
 
 ROWS = 8
@@ -90,41 +92,65 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 def whole_gradients(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Gradients and metrics of one pass over the whole batch in one process."""
+    """Gradients and metrics of the plain loss over the whole batch: one graph, one process, autograd alone."""
     learner = learner_of(name)
-    metrics = backward(learner, learner, batch(), seed=7)
-    return gradients(learner), metrics
+    part = learner.prepare(batch(), 7)
+    vectors, losses = learner(part)
+    terms = [learner.weights[task] * loss.sum / loss.count for task, loss in losses.items()]
+    metrics = {f"{task}_nll": loss.nll / loss.count for task, loss in losses.items()}
+    if vectors is not None:
+        contrast, found = learner.contrast([part], [vectors])
+        terms.append(contrast)
+        metrics |= found
+    loss = torch.stack(terms).sum()
+    loss.backward()
+    return gradients(learner), metrics | {"loss": loss.detach()}
+
+
+def step(learner: Learner, rows: Batch, micro_batches: int = 1, strategy: DataParallel | None = None) -> Outcome:
+    """A step as the loop makes it."""
+    strategy = strategy or DataParallel()
+    strategy.take(learner)
+    return backward(learner, strategy, [learner.prepare(rows.slice(*ends), 7) for ends in cut(rows, micro_batches)])
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_parameter_gets_a_gradient(name: str) -> None:
-    """Or the tests below would compare nothing; DDP would wait for it too."""
+    """Or the tests below would compare nothing."""
     found, metrics = whole_gradients(name)
     assert set(found) == {n for n, p in learner_of(name).named_parameters() if p.requires_grad}
     assert all(bool(gradient.abs().sum() > 0) for gradient in found.values())
     assert bool(torch.isfinite(metrics["loss"]))
 
 
-def test_the_hybrid_is_the_weighted_sum() -> None:
-    total = 0.0
-    for name, section in OBJECTIVES["hybrid"].items():
-        alone = learner_of("hybrid")
-        alone.weights = {other: (1.0 if other == name else 0.0) for other in alone.weights}
-        total += section.get("weight", 1.0) * float(backward(alone, alone, batch(), seed=7)["loss"])
-    _, metrics = whole_gradients("hybrid")
-    assert float(metrics["loss"]) == pytest.approx(total, abs=1e-12)
-
-
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("micro_batches", [2, 3, 8])
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 8])
 def test_micro_batches_give_the_whole_batch_gradient(name: str, micro_batches: int) -> None:
     expected, whole_metrics = whole_gradients(name)
     learner = learner_of(name)
-    metrics = backward(learner, learner, batch(), seed=7, micro_batches=micro_batches)
+    metrics = step(learner, batch(), micro_batches).metrics
     assert_equal(gradients(learner), expected)
     assert metrics.keys() == whole_metrics.keys()
     for key in metrics:
         assert float(metrics[key]) == pytest.approx(float(whole_metrics[key]), abs=1e-9), key
+
+
+def test_cuts() -> None:
+    rows = batch()
+    sizes = rows.row_tokens
+    assert sum(sizes) == rows.tokens
+    assert sizes[1] == len(rows.fields["anchor"].slice(1, 2).ids) + len(rows.fields["positive"].slice(1, 2).ids) + len(
+        rows.negatives.slice(0, 1).ids
+    )
+    assert cut(rows) == [(0, 8)]
+    assert cut(rows, 3) == [(0, 2), (2, 5), (5, 8)]
+    assert cut(rows, 2, halvings=1) == [(0, 2), (2, 4), (4, 6), (6, 8)]
+    assert cut(rows, 100) == [(i, i + 1) for i in range(8)]
+    most = max(sizes) + 5
+    for ranges in (cut(rows, most_tokens=most), cut(rows, 2, most, halvings=1)):
+        assert [row for ends in ranges for row in range(*ends)] == list(range(8))
+    assert all(sum(sizes[a:b]) <= most for a, b in cut(rows, most_tokens=most))
+    assert cut(rows, most_tokens=1) == [(i, i + 1) for i in range(8)]
 
 
 @pytest.mark.parametrize("name", ["contrastive", "hybrid"])
@@ -132,7 +158,7 @@ def test_cached_gradients_replay_dropout(name: str) -> None:
     """The cached gradient must be that of the very masks the first pass drew: one graph over all parts tells it."""
     learner = learner_of(name, dropout=0.3)
     torch.manual_seed(5)
-    backward(learner, learner, batch(), seed=7, micro_batches=2)
+    step(learner, batch(), 2)
     found = gradients(learner)
 
     learner.zero_grad()
@@ -156,34 +182,44 @@ def test_cached_gradients_replay_dropout(name: str) -> None:
 
 
 def _share(rank: int, world_size: int, name: str, micro_batches: int) -> Result:
-    """Rank 0's gradients after DDP's reduction, and how many elements were reduced."""
-    learner, reduced = learner_of(name), 0
-    parallel = DistributedDataParallel(learner)
+    """Rank 0's gradients after the reduction, and how many elements of gradients and flags were sent."""
+    learner, sent = learner_of(name), 0
+    send = _Bucket.send
 
-    def count(state, bucket):  # type: ignore[no-untyped-def]  # DDP looks at annotations, and refuses their text
-        nonlocal reduced
-        reduced += bucket.buffer().numel()
-        work = dist.all_reduce(bucket.buffer().div_(world_size), async_op=True)
-        return work.get_future().then(lambda future: future.value()[0])
+    def count(bucket: _Bucket) -> None:
+        nonlocal sent
+        sent += bucket.flat.numel()
+        send(bucket)
 
-    parallel.register_comm_hook(None, count)
-    share = batch().slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
-    loss = backward(learner, parallel, share, seed=7, micro_batches=micro_batches)["loss"].clone()
-    dist.all_reduce(loss)
-    return {"loss": loss / world_size, "reduced": torch.tensor(reduced), **gradients(learner)}
+    _Bucket.send = count  # type: ignore[method-assign]
+    bounds = [round(ROWS * share / sum(SHARES[world_size])) for share in (0, *accumulate(SHARES[world_size]))]
+    metrics = step(learner, batch().slice(bounds[rank], bounds[rank + 1]), micro_batches).metrics
+    means = {key: value.clone().double() for key, value in metrics.items()}
+    for value in means.values():
+        dist.all_reduce(value)
+    means = {f"metric {key}": value / world_size for key, value in means.items()}
+    return {"sent": torch.tensor(sent), **means, **gradients(learner)}
+
+
+SHARES = {2: (1, 1), 3: (2, 4, 2), 4: (1, 1, 1, 1)}
 
 
 @pytest.mark.parametrize(
-    ("world_size", "name", "micro_batches"), [(2, "hybrid", 2), (4, "hybrid", 1), (4, "contrastive", 2)]
+    ("world_size", "name", "micro_batches"),
+    [(2, "hybrid", 2), (4, "hybrid", 1), (4, "contrastive", 2), (3, "hybrid", 2)],
 )
 def test_workers_give_the_single_process_gradient_in_one_reduction(
     world_size: int, name: str, micro_batches: int
 ) -> None:
-    """With hard negatives, masks, a learned temperature, Matryoshka and all objectives; each element reduced once."""
+    """With hard negatives, masks, a learned temperature, Matryoshka and all objectives; each element sent once.
+
+    Three workers have unequal shares of the batch.
+    """
     expected, metrics = whole_gradients(name)
     result = run_workers(world_size, _share, name, micro_batches)
-    assert int(result.pop("reduced")) == sum(gradient.numel() for gradient in expected.values())
-    torch.testing.assert_close(result.pop("loss"), metrics["loss"], atol=1e-10, rtol=0)
+    assert int(result.pop("sent")) == sum(gradient.numel() for gradient in expected.values()) + MAX_FLAGS
+    for key, value in metrics.items():
+        torch.testing.assert_close(result.pop(f"metric {key}"), value.double(), atol=1e-7, rtol=0)
     assert_equal(result, expected)
 
 

@@ -30,8 +30,8 @@ from pipeline.training.checkpoints import (
     save_checkpoint,
     step_folder,
 )
-from pipeline.training.loop import Run, train
-from pipeline.training.optimizer import FLOOR, Schedule, build_optimizer
+from pipeline.training.loop import Run, TrainingStopped, Wishes, train
+from pipeline.training.optimizer import build_optimizer
 from pipeline.training.validation import Validation, ranking_metrics
 
 SHAPE = EncoderShape(vocab_size=64, d_model=16, num_layers=1, num_heads=2, d_ff=24, dropout=0.2, norm_eps=1.0)
@@ -186,6 +186,22 @@ def test_checkpoints_by_steps_and_by_minutes(tmp_path: Path) -> None:
     assert saved == [3, 5, 6, 9, 10, 12]
 
 
+def test_asked_to_stop_a_run_ends_with_a_checkpoint_and_asked_to_save_goes_on(tmp_path: Path) -> None:
+    saved: list[int] = []
+    run = new_run(config_of(tmp_path), lambda run, state, is_best: saved.append(state.step))
+    run.wishes = lambda step: Wishes(stop=step == 6, save=step == 1)
+    state = train(run, TrainState())
+    assert saved == [2, 4, 7]
+    assert state.step == 7
+
+
+def test_patience_ends_a_run(tmp_path: Path) -> None:
+    impatient = ["training.early_stopping={patience: 1, min_delta: 0.9}", "training.validate_every_steps=2"]
+    state = train(new_run(config_of(tmp_path, *impatient)), TrainState())
+    assert state.ended_early
+    assert state.step == 4
+
+
 def test_ranking_metrics_by_hand() -> None:
     anchors = torch.eye(3)
     positives = torch.tensor([[1.0, 0, 0], [0, 0, 1.0], [0, 0.6, 0.8]])  # ranks 1, 2.5 (a tie), 2
@@ -206,25 +222,42 @@ def test_vectors_that_are_no_numbers_score_nothing() -> None:
     assert ranking_metrics(vectors, vectors, scale=20.0)["ndcg@10"] == 0
 
 
-def test_a_loss_that_is_no_number_stops_the_run_with_the_step(tmp_path: Path) -> None:
-    run = new_run(config_of(tmp_path, "training.log_every_steps=2"))
-    encoder_of(run).embed_tokens.weight.data.fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match="step 2: the loss is nan"):
-        train(run, TrainState())
+def test_losses_that_are_no_numbers_are_skipped_and_then_stop_the_run(tmp_path: Path) -> None:
+    """The third step's texts give no finite loss; at last none does."""
+    run = new_run(config_of(tmp_path, "training.max_skipped_steps=3", "checkpointing.every_steps=2"))
+    alerts: list[str] = []
+    run.alert = lambda title, text, step: alerts.append(text)
+    contrast, steps = run.learner.contrast, iter(range(12))
+
+    def broken(*args: object) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, metrics = contrast(*args)  # type: ignore[arg-type]
+        return loss * (math.nan if next(steps) in (2, 4, 5, 6) else 1), metrics
+
+    run.learner.contrast = broken  # type: ignore[method-assign, assignment]
+    state = TrainState()
+    with pytest.raises(TrainingStopped, match=r"step 6: the loss .* 3 steps in a row.* of step 6.* 6-0, 6-1, 6-2"):
+        train(run, state)
+    assert state.skipped_steps == 4
+    assert alerts == [f"step {k}: the loss is no finite number" for k in (2, 4, 5)]
+    assert all(bool(torch.isfinite(p).all()) for p in run.learner.parameters())
 
 
-def test_schedule() -> None:
-    schedule = Schedule(total_steps=100, warmup_fraction=0.1, table_steps=50)
-    assert [round(schedule.scale(s), 3) for s in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]
-    assert schedule.scale(99) == pytest.approx(FLOOR, abs=0.02)
-    assert schedule.scale(50, joined_at=50) == pytest.approx(0.1)
-    assert schedule.scale(99, joined_at=50) == schedule.scale(99)
-    assert schedule.scale(10, joined_at=50) == 0
+def test_fp16_scales_the_loss_and_gives_up_scales_that_are_too_large(tmp_path: Path) -> None:
+    run = new_run(config_of(tmp_path, "training.precision=fp16", "training.log_every_steps=1"))
+    losses: list[float] = []
+    run.report = lambda metrics: losses.append(metrics["loss"]) if "loss" in metrics else None
+    run.batches = lambda start, stop: (next(rows(0, 1)) for _ in range(start, stop))
+    run.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)
+    state = train(run, TrainState())
+    assert 0 < state.skipped_steps < 12
+    assert state.scaler["scale"] < 2.0**26
+    assert losses[-1] < losses[0]
 
 
 def test_decay_is_on_matrices_of_layers_alone(tmp_path: Path) -> None:
-    learner = new_learner(config_of(tmp_path))
-    optimizer = build_optimizer(learner, learning_rate=1e-3, table_learning_rate=2e-3, weight_decay=0.1)
+    config = config_of(tmp_path, "training.table_learning_rate=2e-3", "training.weight_decay=0.1")
+    learner = new_learner(config)
+    optimizer = build_optimizer(learner, config.training)
     decayed = [p.shape for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]]
     assert len(decayed) == 7
     assert all(len(shape) == 2 for shape in decayed)

@@ -30,6 +30,15 @@ class Batch:
         return sum(len(packed.ids) for packed in (*self.fields.values(), self.negatives))
 
     @property
+    def row_tokens(self) -> list[int]:
+        """(n,) tokens of each row, its negatives included."""
+        sizes = sum((packed.lengths for packed in self.fields.values()), torch.zeros(len(self), dtype=torch.int64))
+        if len(self.negatives):
+            owner = torch.arange(len(self)).repeat_interleave(torch.tensor(self.negative_counts))
+            sizes = sizes.index_add(0, owner, self.negatives.lengths)
+        return sizes.tolist()  # type: ignore[no-any-return]
+
+    @property
     def text(self) -> Packed:
         """What generative objectives and masking learn from: `text`, or a pair's positive."""
         return self.fields["text"] if "text" in self.fields else self.fields["positive"]

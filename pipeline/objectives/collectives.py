@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,22 +25,39 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
-def gather(rows: Tensor) -> Tensor:
-    """(b, ...) on each of W workers → (W * b, ...), differentiable. Each worker must bring equally many rows."""
-    if world_size() == 1 or rows.numel() == 0:
+def from_all(values: Tensor) -> Tensor:
+    """(W, ...): every worker's values, in rank order, without a gradient."""
+    if world_size() == 1:
+        return values.detach()[None]
+    return torch.stack(_all_gather(values.detach()))
+
+
+def gather(rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+    """(b, ...) on each of W workers → (B, ...), differentiable.
+
+    `counts` are the rows that each worker brings, in rank order; without them all bring equally many.
+    """
+    if world_size() == 1 or 0 in rows.shape[1:]:
         return rows
-    return _Gather.apply(rows)  # type: ignore[no-any-return, no-untyped-call]
+    return _Gather.apply(rows, counts or [len(rows)] * world_size())  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Gather(torch.autograd.Function):
     """All workers' rows, in rank order; backward sums over workers the gradients of this worker's rows."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:
-        gathered = [torch.empty_like(rows) for _ in range(world_size())]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
+    def forward(ctx, rows: Tensor, counts: Sequence[int]) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.counts = list(counts)
+        short = max(counts) - len(rows)
+        even = torch.cat([rows, rows.new_zeros(short, *rows.shape[1:])]) if short else rows
+        return torch.cat([each[:count] for each, count in zip(_all_gather(even), counts, strict=True)])
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
-        return total(grads[0]).chunk(world_size())[rank()]
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
+        return total(grads[0]).split(ctx.counts)[rank()], None
+
+
+def _all_gather(values: Tensor) -> list[Tensor]:
+    gathered = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(gathered, values.contiguous())
+    return gathered

@@ -1,9 +1,10 @@
 """InfoNCE over the global batch: every anchor is classified among the positives and hard negatives of all workers.
 
-Worker r holds b = B / W rows of the global batch. It gathers the candidates of all, scores its own anchors against
-them (and, if symmetric, its own positives against all anchors), and averages over its own rows. The mean of that over
-workers is the single-process loss, and `gather`'s backward pass carries each worker's share of the gradient back to
-the rows' owner, so averaging parameter gradients over workers gives the single-process gradient.
+Worker r holds b of the B rows of the global batch, as many as others or not. It gathers the candidates of all, scores
+its own anchors against them (and, if symmetric, its own positives against all anchors), and sums over its own rows, in
+units of B / W. The mean of that over workers is the single-process loss, and `gather`'s backward pass carries each
+worker's share of the gradient back to the rows' owner, so averaging parameter gradients over workers gives the
+single-process gradient.
 
     rows = Rows(anchors, positives, negatives, keys)                # (b, D), (b, D), (b, M, D), (b, 3 + M)
     loss, metrics = contrastive_loss(rows, Contrast(symmetric=True), scale=1 / 0.05)
@@ -16,13 +17,14 @@ Cost: b x B x (1 + M) products of D numbers, once a direction and size.
 # Shapes: b rows of this worker, B of all, M hard negatives a row at most, C = B * (1 + M) candidates, D width.
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.objectives.collectives import gather, rank
+from pipeline.objectives.collectives import gather, rank, world_size
 
 ID, ANCHOR, POSITIVE, NEGATIVES = 0, 1, 2, 3  # columns of `keys`
 
@@ -52,13 +54,17 @@ class Contrast:
     """Further sizes that the vectors are cut to; the loss is the mean over them and the full size (Matryoshka)."""
 
 
-def contrastive_loss(rows: Rows, contrast: Contrast, scale: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
-    """This worker's mean loss, and over its anchors `accuracy`, the share whose own positive scores highest, and `mrr`.
+def contrastive_loss(
+    rows: Rows, contrast: Contrast, scale: Tensor | float, counts: Sequence[int] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, and `accuracy`, the share of anchors whose own positive scores highest, and `mrr`.
 
-    `scale` is one over the temperature. Vectors need not be of unit length.
+    Each is this worker's share: their means over workers are those of the global batch. `scale` is one over the
+    temperature, `counts` the rows of each worker where they differ. Vectors need not be of unit length.
     """
-    everyone = _everyone(rows)
-    width, first = rows.anchors.shape[1], rank() * len(rows.anchors)
+    counts = counts or [len(rows.anchors)] * world_size()
+    everyone = _everyone(rows, counts)
+    width, first, share = rows.anchors.shape[1], sum(counts[: rank()]), sum(counts) / world_size()
     own = torch.arange(first, first + len(rows.anchors), device=rows.anchors.device)
     candidates = torch.cat([everyone.positives, everyone.negatives.flatten(0, 1)])
     wrong_pairs = _wrong_pairs(rows.keys, everyone.keys)
@@ -71,12 +77,12 @@ def contrastive_loss(rows: Rows, contrast: Contrast, scale: Tensor | float) -> t
     metrics: dict[str, Tensor] = {}
     for size in (width, *contrast.dimensions):
         scores = _masked(_cosines(rows.anchors, candidates, size) * scale, wrong, own)
-        loss = F.cross_entropy(scores, own)
+        loss = F.cross_entropy(scores, own, reduction="sum")
         if contrast.symmetric:
             back = _masked(_cosines(rows.positives, everyone.anchors, size) * scale, wrong_pairs, own)
-            loss = (loss + F.cross_entropy(back, own)) / 2
-        losses.append(loss)
-        metrics = metrics or _ranks(scores.detach(), own)
+            loss = (loss + F.cross_entropy(back, own, reduction="sum")) / 2
+        losses.append(loss / share)
+        metrics = metrics or {name: found.sum() / share for name, found in _ranks(scores.detach(), own).items()}
     return torch.stack(losses).mean(), metrics
 
 
@@ -104,14 +110,14 @@ def _wrong_negatives(keys: Tensor, all_keys: Tensor) -> Tensor:
 
 
 def _ranks(scores: Tensor, own: Tensor) -> dict[str, Tensor]:
-    """A tie counts half: vectors that are all alike find nothing."""
+    """(b,) each. A tie counts half: vectors that are all alike find nothing."""
     mine = scores.gather(1, own[:, None])
     rank = 1 + (scores > mine).sum(dim=1) + ((scores == mine).sum(dim=1) - 1) / 2
-    return {"accuracy": (rank == 1).float().mean(), "mrr": (1 / rank).mean()}
+    return {"accuracy": (rank == 1).float(), "mrr": 1 / rank}
 
 
-def _everyone(rows: Rows) -> Rows:
+def _everyone(rows: Rows, counts: Sequence[int]) -> Rows:
     """The rows of all workers, in rank order."""
     with torch.no_grad():
-        keys = gather(rows.keys)
-    return Rows(gather(rows.anchors), gather(rows.positives), gather(rows.negatives), keys)
+        keys = gather(rows.keys, counts)
+    return Rows(*(gather(each, counts) for each in (rows.anchors, rows.positives, rows.negatives)), keys)

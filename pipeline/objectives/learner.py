@@ -12,6 +12,7 @@ corrupted by their record and the seed, so that a record is corrupted alike on a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -158,10 +159,19 @@ class Learner(nn.Module):
     def embed(self, part: Part) -> Tensor:
         """(N, D): anchors, positives, hard negatives."""
         assert part.pairs is not None
-        return self.model(part.pairs)  # type: ignore[no-any-return]
+        return self.encode(part.pairs)
 
-    def contrast(self, parts: list[Part], vectors: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted contrastive loss of this worker's rows, given their vectors, and its metrics."""
+    def encode(self, texts: Packed) -> Tensor:
+        """(N, D) vectors of any texts."""
+        return self.model(texts)  # type: ignore[no-any-return]
+
+    def contrast(
+        self, parts: Sequence[Part], vectors: Sequence[Tensor], counts: Sequence[int] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted contrastive loss of this worker's rows, given their vectors, and its metrics.
+
+        `counts`: the rows of each worker, where they differ.
+        """
         cut = [
             each.split([part.rows, part.rows, len(each) - 2 * part.rows])
             for part, each in zip(parts, vectors, strict=True)
@@ -170,7 +180,7 @@ class Learner(nn.Module):
         filled = torch.cat([part.filled for part in parts])
         slots = negatives.new_zeros(*filled.shape, negatives.shape[-1]).masked_scatter(filled[..., None], negatives)
         rows = Rows(anchors, positives, slots, torch.cat([part.keys for part in parts]))
-        loss, metrics = contrastive_loss(rows, self.contrasted, self.scale)
+        loss, metrics = contrastive_loss(rows, self.contrasted, self.scale, counts)
         return self.weights["contrastive"] * loss, metrics
 
     def loss(self, task: Task) -> TokenLoss:

@@ -30,11 +30,24 @@ PARTNERS = "partners.safetensors"  # a decoder, a prediction head, a learned tem
 
 @dataclass
 class TrainState:
-    """Where training stands: the feed's position and the schedule's are both functions of `step`."""
+    """Where training stands.
+
+    The feed's position, the schedule's and every worker's seeds of chance are functions of `step`: what is not here
+    need not be kept.
+    """
 
     step: int = 0
     train_seconds: float = 0.0
     best_metric: float | None = None
+    """Score of the best validation so far, higher for the better."""
+    validations_without_gain: int = 0
+    ended_early: bool = False
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    halvings: int = 0
+    """How often micro-batches were halved for want of memory."""
+    scaler: dict[str, float] = field(default_factory=dict)
+    """torch's GradScaler, where training is in fp16."""
     metrics: dict[str, float] = field(default_factory=dict)
 
 

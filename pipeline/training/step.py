@@ -1,98 +1,208 @@
 """One training step: forward, the weighted sum of losses over the global batch, backward, one reduction of gradients.
 
-With `micro_batches > 1` gradients are cached (Gao et al. 2021, section 3): every micro-batch is embedded without a
-graph, the contrastive loss over all of them gives the gradient of each vector, and each micro-batch is embedded again
-with its graph, and its dropout, to carry that gradient to the weights. The result is the gradient of the whole batch,
-for a second forward pass. Objectives that are sums over tokens need no cache.
+    parts = [learner.prepare(batch.slice(*ends), seed) for ends in cut(batch, at_least=2)]
+    outcome = backward(learner, strategy, parts)          # gradients are in the parameters; outcome.metrics["loss"]
+
+Every micro-batch is embedded, the contrastive loss over all of them gives the gradient of each vector, and that is
+carried on to the weights micro-batch by micro-batch. With more than one, the first pass is made without a graph and
+each is embedded again, with the same dropout, when its turn comes (cached gradients, Gao et al. 2021, section 3): the
+result is the gradient of the whole batch, for a second forward pass. Objectives that are sums over tokens need no
+cache.
+
+Workers meet three times: in a census of a few numbers before the contrastive loss, in the exchange of vectors within
+it, and in the reduction of gradients, which carries flags. No worker can run out of memory within one of them, so one
+that does says so at the next, and all give the step up together.
 """
 
 from __future__ import annotations
 
-import itertools
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from pipeline.objectives.batch import Batch
-from pipeline.objectives.collectives import total, world_size
+from pipeline.objectives.collectives import from_all
 from pipeline.objectives.learner import Learner, Part
+from pipeline.training.strategy import Strategy
+
+
+class OutOfMemory(RuntimeError):  # noqa: N818  # as torch.OutOfMemoryError, but of all workers
+    """At least one worker ran out of memory; all of them raise this, and no gradient is to be used."""
+
+
+@dataclass
+class Outcome:
+    """What a step found. Metrics are each worker's share: their mean over workers is that of the global batch."""
+
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    bad_losses: int = 0
+    """How many workers have a loss that is no finite number."""
+    wishes: list[int] = field(default_factory=list)
+    """How many workers brought each of the wishes."""
+
+
+def cut(batch: Batch, at_least: int = 1, most_tokens: int | None = None, halvings: int = 0) -> list[tuple[int, int]]:
+    """Row ranges of `at_least` micro-batches, or of as many as hold `most_tokens` each at most.
+
+    A longer record is alone in its own. `halvings`: how often all of that was halved for want of memory.
+    """
+    rows, most = len(batch), None if most_tokens is None else most_tokens / 2**halvings
+    parts = min(rows, at_least * 2**halvings)
+    edges = {rows * i // parts for i in range(1, parts)} if parts else set()
+    bounds, tokens = [0], 0
+    for row, size in enumerate(batch.row_tokens):
+        if row and (row in edges or (most is not None and tokens + size > most)):
+            bounds.append(row)
+            tokens = 0
+        tokens += size
+    return list(zip(bounds, [*bounds[1:], rows], strict=True))
 
 
 def backward(
     learner: Learner,
-    parallel: nn.Module,
-    batch: Batch,
+    strategy: Strategy,
+    parts: Sequence[Part],
     *,
-    seed: int,
-    micro_batches: int = 1,
     autocast: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-) -> dict[str, Tensor]:
-    """Leave the batch's gradients, averaged over workers, in the parameters. Returns `loss` and the metrics.
+    loss_scale: Tensor | float = 1.0,
+    wishes: Sequence[bool] = (),
+) -> Outcome:
+    """Leave the batch's gradients, averaged over workers, in the parameters, times `loss_scale`.
 
-    `parallel` is the learner, or what averages its gradients; texts are corrupted by `seed`.
+    `wishes` are added up over workers on the way. Raises OutOfMemory on all workers where one of them is.
     """
-    bounds = [len(batch) * i // micro_batches for i in range(micro_batches + 1)]
-    parts = [learner.prepare(batch.slice(*ends), seed).to(device) for ends in itertools.pairwise(bounds)]
-    shares = _shares(parts, torch.device(device))
-    precision = torch.autocast(torch.device(device).type, autocast) if autocast else nullcontext()
-    cache = _Cache(learner, parts, precision) if learner.contrasts and len(parts) > 1 else None
-    metrics = dict(cache.metrics) if cache else {}
-    for i, part in enumerate(parts):
-        if cache:
-            _set_rng_state(part.keys.device, cache.rng_states[i])
-        reduce_now = i == len(parts) - 1 or not isinstance(parallel, DistributedDataParallel)
-        with nullcontext() if reduce_now else parallel.no_sync():  # type: ignore[operator]
-            with precision:
-                vectors, losses = parallel(part)
-            terms = [learner.weights[name] * shares[name] * loss.sum for name, loss in losses.items()]
-            for name, loss in losses.items():
-                metrics[f"{name}_nll"] = metrics.get(f"{name}_nll", 0.0) + shares[name] * loss.nll.detach()
-            if terms:
-                metrics["loss"] = metrics.get("loss", 0.0) + torch.stack(terms).sum().detach()
-            if cache:
-                terms.append(cache.term(i, vectors))
-            elif vectors is not None:
-                contrast, found = learner.contrast([part], [vectors])
-                terms.append(contrast)
-                metrics |= found | {"loss": metrics.get("loss", 0.0) + contrast.detach()}
-            torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
-    return metrics
+    device = parts[0].keys.device
+    precision = torch.autocast(device.type, autocast) if autocast else nullcontext()
+    strategy.start()
+    pass_one, failed = _First(learner, precision), _Failure()
+    with failed.noted():
+        pass_one.run(parts)
+    census = _Census.of(parts, failed.happened, device)
+    if census.failures:
+        raise OutOfMemory
+    outcome = Outcome()
+    if learner.contrasts:
+        outcome.metrics = pass_one.contrast(parts, census.rows, loss_scale)
+    with failed.noted():
+        _second(learner, strategy, parts, pass_one, census, precision, loss_scale, outcome.metrics)
+    loss = outcome.metrics.get("loss", torch.zeros((), device=device))
+    failures, bad_losses, *wished = strategy.finish([failed.happened, ~torch.isfinite(loss), *wishes])
+    if failures:
+        raise OutOfMemory
+    outcome.bad_losses, outcome.wishes = int(bad_losses), [int(each) for each in wished]
+    return outcome
 
 
-class _Cache:
-    """The gradient of each micro-batch's vectors, and the state of chance that they were made in."""
+class _First:
+    """The first pass over the pairs: vectors, and what the second one needs to go on from them."""
 
-    def __init__(self, learner: Learner, parts: list[Part], precision: Any) -> None:
-        self.learner = learner
-        self.rng_states, vectors = [], []
-        with torch.no_grad(), precision:
+    def __init__(self, learner: Learner, precision: Any) -> None:
+        self.learner, self.precision = learner, precision
+        self.rng_states: list[Tensor] = []
+        self.graphs: list[tuple[Tensor, dict[str, Any]]] = []
+        self.vectors: list[Tensor] = []
+
+    def run(self, parts: Sequence[Part]) -> None:
+        """A single part keeps its graph, and its other losses; several are embedded anew later."""
+        if not self.learner.contrasts:
+            return
+        if len(parts) == 1:
+            with self.precision:
+                vectors, losses = self.learner(parts[0])
+            self.graphs.append((vectors, losses))
+            self.vectors = [vectors.detach().requires_grad_()]
+            return
+        with torch.no_grad(), self.precision:
             for part in parts:
                 self.rng_states.append(_rng_state(part.keys.device))
-                vectors.append(learner.embed(part))
-        self.vectors = [each.requires_grad_() for each in vectors]
-        loss, self.metrics = learner.contrast(parts, self.vectors)
-        self.metrics |= {"loss": loss.detach()}
-        loss.backward()  # type: ignore[no-untyped-call]
+                self.vectors.append(self.learner.embed(part).detach().requires_grad_())
 
-    def term(self, i: int, vectors: Tensor) -> Tensor:
-        """A number whose gradient is the cached one; every parameter of the loss takes part, as DDP wants it."""
-        gradient = self.vectors[i].grad
-        assert gradient is not None
-        return (vectors * gradient).sum() + 0.0 * self.learner.scale
+    def contrast(self, parts: Sequence[Part], rows: list[int], loss_scale: Tensor | float) -> dict[str, Tensor]:
+        """Leave the loss's gradient in each vector. Returns the metrics."""
+        loss, metrics = self.learner.contrast(parts, self.vectors, rows)
+        (loss * loss_scale).backward()
+        return {**metrics, "loss": loss.detach()}
+
+    def resumed(self, i: int, part: Part) -> tuple[Tensor | None, dict[str, Any]]:
+        """Part i's vectors with their graph, and its other losses."""
+        if self.graphs:
+            return self.graphs.pop()
+        if self.rng_states:
+            _set_rng_state(part.keys.device, self.rng_states[i])
+        with self.precision:
+            return self.learner(part)  # type: ignore[no-any-return]
 
 
-def _shares(parts: list[Part], device: torch.device) -> dict[str, float]:
-    """By objective, one over a worker's mean number of target tokens: one small sum over workers a step."""
-    names = list(parts[0].tasks)
-    counts = [float(sum(len(part.tasks[name].labels) for part in parts)) for name in names]
-    if not names:
-        return {}
-    everywhere = total(torch.tensor(counts, dtype=torch.float64, device=device)).tolist()
-    return {name: world_size() / max(count, 1.0) for name, count in zip(names, everywhere, strict=True)}
+def _second(
+    learner: Learner,
+    strategy: Strategy,
+    parts: Sequence[Part],
+    first: _First,
+    census: _Census,
+    precision: Any,
+    loss_scale: Tensor | float,
+    metrics: dict[str, Tensor],
+) -> None:
+    """Carry all gradients to the weights, part by part; adds the losses to `metrics`."""
+    for i, part in enumerate(parts):
+        vectors, losses = first.resumed(i, part)
+        terms = [learner.weights[name] * census.share(name) * loss.sum for name, loss in losses.items()]
+        for name, loss in losses.items():
+            metrics[f"{name}_nll"] = metrics.get(f"{name}_nll", 0.0) + census.share(name) * loss.nll.detach()
+        if terms:
+            metrics["loss"] = metrics.get("loss", 0.0) + torch.stack(terms).sum().detach()
+            terms = [term * loss_scale for term in terms]
+        if vectors is not None:
+            gradient = first.vectors[i].grad
+            assert gradient is not None
+            terms.append((vectors * gradient).sum())
+        with strategy.sending() if i == len(parts) - 1 else nullcontext():
+            torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class _Census:
+    """What workers must know of each other before their losses: rows of each, target tokens of all, failures."""
+
+    rows: list[int]
+    targets: dict[str, float]
+    failures: float
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], failed: bool, device: torch.device) -> _Census:
+        names = list(parts[0].tasks)
+        own = [float(sum(len(part.tasks[name].labels) for part in parts)) for name in names]
+        own += [float(sum(part.rows for part in parts)), float(failed)]
+        everyone = from_all(torch.tensor(own, dtype=torch.float64, device=device)).cpu()
+        *targets, _, failures = everyone.sum(dim=0).tolist()
+        return cls([int(n) for n in everyone[:, -2]], dict(zip(names, targets, strict=True)), failures)
+
+    def share(self, name: str) -> float:
+        """One over a worker's mean number of target tokens."""
+        return len(self.rows) / max(self.targets[name], 1.0)
+
+
+class _Failure:
+    """Whether this worker has run out of memory."""
+
+    def __init__(self) -> None:
+        self.happened = False
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError):
+            self.happened = True
+        except RuntimeError as error:
+            # torch's CPU allocator has no error type of its own
+            if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+                raise
+            self.happened = True
 
 
 def _rng_state(device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ generative objectives      nll and perplexity of a token; BLEU and ROUGE of text
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,8 +46,10 @@ class Validation:
 
 
 @torch.no_grad()
-def validate(learner: Learner, validation: Validation, device: torch.device) -> tuple[dict[str, float], float]:
-    """Metrics, and the one number by which models are compared, higher for the better: NDCG@10, else minus the loss."""
+def validate(
+    learner: Learner, validation: Validation, device: torch.device, *, together: bool = False
+) -> dict[str, float]:
+    """Metrics, the same on every worker. `together`: a forward pass needs all workers, so all make the same ones."""
     metrics: dict[str, float] = {}
     if learner.contrasts:
         fields = validation.batch.fields
@@ -58,11 +61,9 @@ def validate(learner: Learner, validation: Validation, device: torch.device) -> 
             validation.sts.scores, nn.functional.cosine_similarity(first, second).tolist()
         )
     metrics |= with_perplexity(_token_losses(learner, validation.batch, device))
-    if rank() == 0:
+    if together or rank() == 0:
         metrics |= _written(learner, validation, device)
-    metrics = _of_rank_0(metrics, device)
-    weighted = sum(weight * metrics.get(f"{name}_nll", 0.0) for name, weight in learner.weights.items())
-    return metrics, metrics["ndcg@10"] if learner.contrasts else -weighted
+    return _of_rank_0(metrics, device)
 
 
 def with_perplexity(metrics: dict[str, float]) -> dict[str, float]:
@@ -75,29 +76,27 @@ def with_perplexity(metrics: dict[str, float]) -> dict[str, float]:
     return metrics | perplexities
 
 
-def _share(rows: int) -> tuple[int, int]:
-    """The rows that this worker scores: equally many each, but for the last ones."""
+def _ranges(rows: int) -> list[tuple[int, int]]:
+    """The rows that this worker scores, some at once. All workers make equally many calls, the last ones with few."""
     share = math.ceil(rows / world_size())
-    return min(rank() * share, rows), min((rank() + 1) * share, rows)
+    first = rank() * share
+    bounds = [min(first + i, rows) for i in (*range(0, share, ROWS_AT_ONCE), share)]
+    return list(itertools.pairwise(bounds))
 
 
 def encode_shared(learner: Learner, texts: Packed, device: torch.device) -> Tensor:
     """(N, D) vectors of all texts, each worker encoding its share. The last share is filled up with zeros."""
-    begin, end = _share(len(texts))
-    own = torch.zeros(math.ceil(len(texts) / world_size()), learner.model.width, device=device)
-    for start in range(begin, end, ROWS_AT_ONCE):
-        stop = min(start + ROWS_AT_ONCE, end)
-        own[start - begin : stop - begin] = learner.model(texts.slice(start, stop).to(device))
-    return gather(own)[: len(texts)]
+    found = torch.cat([learner.encode(texts.slice(*ends).to(device)) for ends in _ranges(len(texts))])
+    short = math.ceil(len(texts) / world_size()) - len(found)
+    return gather(nn.functional.pad(found, (0, 0, 0, short)))[: len(texts)]
 
 
 def _token_losses(learner: Learner, batch: Batch, device: torch.device) -> dict[str, float]:
     """By generative objective, the mean over all target tokens."""
     names = learner.generative
     sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
-    begin, end = _share(len(batch))
-    for start in range(begin, end, ROWS_AT_ONCE) if names else ():
-        part = learner.prepare(batch.slice(start, min(start + ROWS_AT_ONCE, end)), CORRUPTION_SEED).to(device)
+    for ends in _ranges(len(batch)) if names else ():
+        part = learner.prepare(batch.slice(*ends), CORRUPTION_SEED).to(device)
         for row, name in enumerate(names):
             loss = learner.loss(part.tasks[name])
             sums[row] += torch.tensor([float(loss.nll), loss.count], dtype=torch.float64, device=device)
