@@ -1,6 +1,7 @@
 """The one config tree: every key, its unit, its default and where the default comes from.
 
-Precedence: defaults < YAML file < environment (`PIPELINE_STORAGE`) < `section.key=value` arguments.
+Precedence: defaults < YAML file < the DeepSpeed file it names < environment (`PIPELINE_STORAGE`) < `section.key=value`
+arguments.
 
     >>> config = load("configs/quickstart.yaml", ["training.learning_rate=3e-4"])
     >>> config.get("training.learning_rate")
@@ -18,9 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator
 
 from pipeline.config.data import Data, Tokenizer
+from pipeline.config.deepspeed import Row, apply_deepspeed, origin
 from pipeline.config.model import Model
 from pipeline.config.objective import Objective
 from pipeline.config.reading import ConfigError, explain, kind_of, parse_override, read_yaml
@@ -114,6 +116,7 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     tune: Tune = Tune()
     scaling: Scaling = Scaling()
+    _deepspeed: tuple[Row, ...] = PrivateAttr(())
 
     def get(self, dotted: str) -> Any:
         """The value at a dotted path: `get("training.learning_rate")`; KeyError names a path that is not there."""
@@ -123,6 +126,11 @@ class Config(Section):
                 raise KeyError(f"no config key {dotted}")
             value = getattr(value, part)
         return value
+
+    @property
+    def deepspeed(self) -> tuple[Row, ...]:
+        """What became of each key of `training.deepspeed_config`, for a table under `deepspeed.HEADER`."""
+        return self._deepspeed
 
     @property
     def root(self) -> Path:
@@ -137,8 +145,14 @@ class Config(Section):
         return self.root / self.logging.save_dir if self.logging.save_dir else self.run_dir
 
     def dump(self) -> dict[str, Any]:
-        """The resolved tree as plain values. No key of it is a secret."""
-        return self.model_dump(mode="json")
+        """The resolved tree as plain values. No key of it is a secret.
+
+        The settings of a DeepSpeed file stand in it as our own, so it goes without the file, which would take the place
+        of what arguments had changed.
+        """
+        tree: dict[str, Any] = self.model_dump(mode="json")
+        tree["training"]["deepspeed_config"] = None
+        return tree
 
 
 def load(
@@ -161,12 +175,16 @@ def load(
         from_arguments[key] = override
     if sources is not None:
         _assign(tree, ["data", "sources"], sources, "sources")
+    rows = apply_deepspeed(tree, list(from_arguments))
     _apply_environment(tree, from_arguments, environ)
     _take_pretrained_tokenizer(tree)
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(explain(error, file, list(from_arguments), Config)) from None
+        where = origin(rows, file, tree["training"]["deepspeed_config"], error.errors()[0]["loc"]) if rows else file
+        raise ConfigError(explain(error, where, list(from_arguments), Config)) from None
+    config._deepspeed = tuple(rows)
+    return config
 
 
 def _assign(tree: dict[str, Any], parts: list[str], value: Any, override: str) -> None:
