@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from pipeline.config import Config, ConfigError
 from pipeline.data.judging import normaliser
 from pipeline.data.manifest import Manifest
@@ -62,10 +64,26 @@ def check_folders(config: Config) -> None:
         check_beir(Path(config.evaluation.beir_dir))
     if config.evaluation.sts_file:
         read_sts(Path(config.evaluation.sts_file))
-    if config.embedding.model and not (Path(config.embedding.model) / "model.safetensors").is_file():
+    if config.embedding.model:
+        check_model(Path(config.embedding.model))
+
+
+def check_model(folder: Path) -> None:
+    """Raise ConfigError where there is no model to embed with, as far as that shows without its weights."""
+    if not folder.is_dir():
         raise ConfigError(
-            f"embedding.model: found no model.safetensors in {config.embedding.model}; allowed is a checkpoint folder"
+            f"embedding.model: found no folder {folder}; allowed are a checkpoint's, and those of transformers and of "
+            "sentence-transformers"
         )
+    from pipeline.model.folder import FILES, is_ours, read_card  # torch, and for others' folders transformers
+
+    missing = [name for name in FILES if not (folder / name).is_file()] if is_ours(folder) else []
+    if missing:
+        raise ConfigError(f"embedding.model: found no {' and no '.join(missing)} in {folder}; allowed is a whole model")
+    try:
+        read_card(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"embedding.model: {error}") from None
 
 
 def prepare_stage(config: Config, session: Session) -> Result:
@@ -177,6 +195,8 @@ def _score_tasks(config: Config, session: Session, folder: Path, manifest: Manif
             log.warning("evaluate: %s is left out, it has no queries", task.name)
             continue
         ids, vectors = encode_documents(task, model, config, session.board())
+        # A model need not give unit length; documents are ranked by cosine, in which a query's own length is no matter.
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         with Stage(f"evaluate: rank {task.name}, BM25 beside", len(task.queries), "queries") as stage:
             scores[task.name] = score(task, encoder, ids, vectors)
             stage.advance(len(task.queries))
@@ -209,7 +229,7 @@ def score_table(scores: dict[str, Any]) -> str:
 
 
 def model_folder(config: Config) -> Path:
-    """The checkpoint to embed with: `embedding.model`, else the run's best. Raises JobError where there is none."""
+    """The model to embed with: `embedding.model`, else the run's best. Raises JobError where there is none."""
     from pipeline.training.checkpoints import best_checkpoint
 
     if config.embedding.model:

@@ -4,11 +4,14 @@ save_model(folder, model, tokenizer_json, max_length)
 model, tokenizer = load_model(folder)
 model_fingerprint(folder)                     # '9f0c…': names the vectors that this model gives
 read_card(folder).head.prompt("query")        # what is known without loading the weights
+
+A folder without model.json is read as one of transformers or sentence-transformers (model/elsewhere.py).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,20 +48,33 @@ def save_model(folder: Path, model: EmbeddingModel, tokenizer_json: str, max_len
     (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether `save_model` wrote the folder."""
+    return (folder / "model.json").is_file()
+
+
 def read_card(folder: Path) -> Card:
-    """Raises OSError or ValueError where the folder holds no model of ours."""
-    content = json.loads((folder / "model.json").read_text())
+    """Raises OSError or ValueError where the folder holds no model that we know."""
+    if not is_ours(folder):
+        from pipeline.model.elsewhere import read_elsewhere
+
+        return read_elsewhere(folder)
     try:
+        content = json.loads((folder / "model.json").read_text())
         head = content["head"]
         head["dimensions"] = tuple(head["dimensions"])
         head["prompts"] = tuple((name, prompt) for name, prompt in head["prompts"])
         return Card(**content | {"head": Head(**head)})
-    except (TypeError, KeyError):
+    except (TypeError, KeyError, ValueError):
         raise ValueError(f"{folder / 'model.json'} does not describe a model of this version") from None
 
 
 def load_model(folder: Path) -> tuple[EmbeddingModel, Tokenizer]:
     """The model in evaluation mode, and its tokenizer set to cut at `max_length`. Raises OSError or ValueError."""
+    if not is_ours(folder):
+        from pipeline.model.elsewhere import load_elsewhere
+
+        return load_elsewhere(folder)
     card = read_card(folder)
     model = EmbeddingModel(_backbone(card), card.head)
     model.backbone.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
@@ -81,9 +97,17 @@ def _backbone(card: Card) -> torch.nn.Module:
 
 
 def model_fingerprint(folder: Path) -> str:
-    """xxh3-128 of the model's files: equal fingerprints give equal vectors."""
+    """xxh3-128 of the files that a model is read from: equal fingerprints give equal vectors."""
     digest = xxhash.xxh3_128()
-    for name in FILES:
+    for name in _files(folder):
         digest.update(name.encode())
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()
+
+
+def _files(folder: Path) -> Iterable[str]:
+    if is_ours(folder):
+        return FILES
+    from pipeline.model.elsewhere import files_elsewhere
+
+    return files_elsewhere(folder)

@@ -155,12 +155,7 @@ def load_pretrained(name_or_dir: str | Path) -> PretrainedEncoder:
     """
     folder = fetch(name_or_dir)
     config = _config(_read_config(folder, name_or_dir), name_or_dir)
-    if not any(folder.glob("model*.safetensors")):
-        found = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "no weights at all"
-        raise OSError(
-            f"{name_or_dir}: found {found}, and no model.safetensors; other formats can run code when they are read, "
-            "so give a model that has safetensors, or convert it where you trust it"
-        )
+    _check_weights(folder, name_or_dir)
     try:
         with _without_reports():
             model, report = AutoModel.from_pretrained(
@@ -186,7 +181,9 @@ def load_pretrained(name_or_dir: str | Path) -> PretrainedEncoder:
 
 def shape_of(name_or_dir: str | Path) -> PretrainedEncoder:
     """As `load_pretrained`, on the meta device: what is to be known without the weights. Raises as it does."""
-    config = _config(_read_config(fetch(name_or_dir), name_or_dir), name_or_dir)
+    folder = fetch(name_or_dir)
+    config = _config(_read_config(folder, name_or_dir), name_or_dir)
+    _check_weights(folder, name_or_dir)
     with torch.device("meta"), no_init_weights():
         return PretrainedEncoder(AutoModel.from_config(config, **_options(config)))
 
@@ -224,6 +221,16 @@ def _read_config(folder: Path, name: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{name}: its config.json is not JSON ({error}); give a model that was saved whole") from None
     return config if isinstance(config, dict) else {}
+
+
+def _check_weights(folder: Path, name: str | Path) -> None:
+    """Raise OSError where there are no safetensors."""
+    if not any(folder.glob("model*.safetensors")):
+        found = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "no weights at all"
+        raise OSError(
+            f"{name}: found {found}, and no model.safetensors; other formats can run code when they are read, so give "
+            "a model that has safetensors, or convert it where you trust it"
+        )
 
 
 def _config(described: dict[str, Any], name: str | Path) -> PretrainedConfig:
