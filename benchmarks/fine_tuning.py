@@ -98,7 +98,7 @@ def train_peer(storage: Path, seed: int, precision: str) -> dict[str, Any]:
     )
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    from pipeline.training.optimizer import Schedule
+    from pipeline.training.schedule import Schedule
 
     model = SentenceTransformer(minilm(), device="cpu")
     model.max_seq_length = MAX_LENGTH
@@ -107,7 +107,7 @@ def train_peer(storage: Path, seed: int, precision: str) -> dict[str, Any]:
     matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) is wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98), fused=True)
-    schedule = Schedule(steps, WARMUP, 0)
+    schedule = Schedule(steps, warmup_steps=round(WARMUP * steps))
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SentenceTransformerTrainer(
             model,

@@ -120,4 +120,5 @@ def _everyone(rows: Rows, counts: Sequence[int]) -> Rows:
     """The rows of all workers, in rank order."""
     with torch.no_grad():
         keys = gather(rows.keys, counts)
-    return Rows(*(gather(each, counts) for each in (rows.anchors, rows.positives, rows.negatives)), keys)
+    anchors, positives, negatives = (gather(each, counts) for each in (rows.anchors, rows.positives, rows.negatives))
+    return Rows(anchors, positives, negatives, keys)

@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -113,6 +115,42 @@ class _Signals:
 
     def ignore(self) -> None:
         self._handle_both(signal.SIG_IGN)
+
+    @contextmanager
+    def held(self, ask: Callable[[], None], grace_s: float, why: str) -> Iterator[None]:
+        """Within it a signal only asks, and is raised at the end, after `grace_s` seconds, or when a second one comes.
+
+        `why` says what is waited for.
+        """
+        asked, done = threading.Event(), threading.Event()
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if asked.is_set():
+                self._raise(number, frame)
+            self.number = number
+            asked.set()
+
+        def wait() -> None:
+            asked.wait()
+            if done.is_set():
+                return
+            log.info("stopping: waits up to %g s %s; a second signal ends the job at once", grace_s, why)
+            ask()
+            if not done.wait(grace_s):
+                os.kill(os.getpid(), self.number)
+
+        self._handle_both(handle)
+        threading.Thread(target=wait, name="signals", daemon=True).start()
+        try:
+            yield
+            if asked.is_set():
+                self.ignore()
+                raise KeyboardInterrupt
+        finally:
+            done.set()
+            if not asked.is_set():
+                self.install()
+            asked.set()
 
     def _handle_both(self, handler: Any) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):

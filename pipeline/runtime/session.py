@@ -49,6 +49,7 @@ class _BoardActor:
         self.counts: Counter[str] = Counter()
         self.messages: list[dict[str, Any]] = []
         self.forgotten = 0
+        self.stop_wanted = False
 
     def add(self, counter: str, amount: int) -> None:
         self.counts[counter] += amount
@@ -65,6 +66,12 @@ class _BoardActor:
     def post(self, message: dict[str, Any]) -> None:
         self.messages.append(message)
 
+    def ask_to_stop(self) -> None:
+        self.stop_wanted = True
+
+    def is_stop_wanted(self) -> bool:
+        return self.stop_wanted
+
     def read(self, seen: int) -> tuple[dict[str, int], list[dict[str, Any]]]:
         """The counters, and the messages after the first `seen`; those are forgotten."""
         self.messages = self.messages[seen - self.forgotten :]
@@ -80,6 +87,10 @@ class Board:
 
         self.handle = ray.remote(num_cpus=0, max_concurrency=1)(_BoardActor).remote()
         self.seen = 0
+
+    def ask_to_stop(self) -> None:
+        """Let whoever asks the board know that the job is to end soon."""
+        self.handle.ask_to_stop.remote()
 
     @contextmanager
     def stage(

@@ -19,7 +19,14 @@ from pipeline.config import Config, ConfigError
 from pipeline.runtime.files import write_atomically
 
 FIXED_SECTIONS = ("model", "objective", "training")
-FREE_KEYS = ("training.max_time_s", "training.log_every_steps")
+FREE_KEYS = (
+    "training.max_time_s",
+    "training.log_every_steps",
+    "training.max_skipped_steps",
+    "training.best_metric",
+    "training.early_stopping.patience",
+    "training.early_stopping.min_delta",
+)
 """Keys of the fixed sections that change nothing about the weights at a given step."""
 
 
@@ -39,22 +46,26 @@ def claim_run_folder(config: Config, data_fingerprint: str) -> None:
 
 
 def refuse_other_run(config: Config, data_fingerprint: str, *, data_alone: bool = False) -> None:
-    """Raise ConfigError naming what differs from what the run's folder was started with, if it was."""
+    """Raise ConfigError naming what differs from what the run's folder was started with, if it was.
+
+    What `checkpointing.accept_changes` names may differ.
+    """
     path = config.run_dir / "run.json"
     if not path.is_file():
         return
-    then = json.loads(path.read_text())
+    then, accepted = json.loads(path.read_text()), config.checkpointing.accept_changes
     differing = [
         f"{key} (then {then['fixed'].get(key)!r}, now {value!r})"
         for key, value in ({} if data_alone else _fixed(config)).items()
-        if then["fixed"].get(key) != value
+        if then["fixed"].get(key) != value and key not in accepted
     ]
-    if then["data_fingerprint"] != data_fingerprint:
-        differing.append("the prepared data")
+    if then["data_fingerprint"] != data_fingerprint and "data" not in accepted:
+        differing.append("data (the prepared records)")
     if differing:
         raise ConfigError(
             f"{config.run_dir} holds a run that differs in {', '.join(differing)}; "
-            "name another run with storage.run=NAME, or delete that folder"
+            "name another run with storage.run=NAME, delete that folder, or go on with what is now there by "
+            f"checkpointing.accept_changes=[{', '.join(key.partition(' ')[0] for key in differing)}]"
         )
 
 

@@ -1,0 +1,129 @@
+"""A run at its end: its history as a picture, and its last and best figures as a table.
+
+plot_history(run_dir / "metrics.jsonl", run_dir / "history.png")
+log.info("%s", final_table(read_rows(run_dir / "metrics.jsonl")))
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.runtime.console import table
+from pipeline.runtime.files import replacing
+from pipeline.training.tracking.jsonl import Row, metrics_kind, read_rows
+from pipeline.training.tracking.tracker import VALIDATION
+
+COLUMNS = 3
+LOG_FROM_RATIO = 10  # of the largest to the smallest: within one decade a linear axis shows more. Ours
+LOWER_IS_BETTER = ("loss", "nll", "perplexity")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small plot: the metrics whose whole names match, divided by `unit`."""
+
+    title: str
+    names: str
+    may_be_log: bool = False
+    unit: float = 1.0
+
+
+PANELS = (
+    Panel("loss", r"(validation_)?loss", may_be_log=True),
+    Panel("perplexity of a token", r".*perplexity", may_be_log=True),
+    Panel("training pairs", r"accuracy|mrr"),
+    Panel("validation scores", rf"{VALIDATION}(?!.*({'|'.join(LOWER_IS_BETTER)}|bleu)$).*"),
+    Panel("BLEU", r".*bleu"),
+    Panel("learning rate", r"learning_rate"),
+    Panel("gradient norm", r"grad_norm", may_be_log=True),
+    Panel("pairs per second", r"pairs_per_s"),
+    Panel("tokens per second", r"tokens_per_s"),
+    Panel("shares", r"mfu|data_wait_share|real_token_share|memory_share"),
+    Panel("memory, GB", r"memory_.*bytes", unit=1e9),
+)
+
+
+def plot_history(history: Path, png: Path) -> None:
+    """Draw a metrics.jsonl: a panel for each of PANELS that has data. Without any, nothing is written."""
+    from matplotlib.figure import Figure
+
+    rows = read_rows(history)
+    drawn = [(panel, series) for panel in PANELS if (series := _series(rows, panel))]
+    if not drawn:
+        return
+    lines = -(-len(drawn) // COLUMNS)
+    figure = Figure(figsize=(4.2 * COLUMNS, 2.8 * lines), layout="constrained")
+    axes = figure.subplots(lines, COLUMNS, squeeze=False).flatten()
+    for axis, (panel, series) in zip(axes, drawn, strict=False):
+        _draw(axis, panel, series)
+    for axis in axes[len(drawn) :]:
+        axis.set_visible(False)
+    with replacing(png) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def _series(rows: Sequence[Row], panel: Panel) -> dict[str, list[tuple[int, float]]]:
+    """By name, the (step, value) of the panel's metrics that are numbers."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if re.fullmatch(panel.names, name) and math.isfinite(value):
+                series.setdefault(name, []).append((row["step"], value / panel.unit))
+    return series
+
+
+def _draw(axis: Any, panel: Panel, series: dict[str, list[tuple[int, float]]]) -> None:
+    """Validations are few, so each is a dot as well."""
+    for name, points in sorted(series.items()):
+        steps, values = zip(*points, strict=True)
+        is_validation = name.startswith(VALIDATION)
+        marker = "o" if is_validation or len(points) == 1 else None
+        axis.plot(steps, values, marker=marker, markersize=3, linewidth=1.2, label=name, zorder=2 + is_validation)
+    everything = [value for points in series.values() for _, value in points]
+    if panel.may_be_log and min(everything) > 0 and max(everything) >= LOG_FROM_RATIO * min(everything):
+        axis.set_yscale("log")
+    axis.set_title(panel.title, fontsize=10)
+    axis.set_xlabel("step", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.3)
+    if len(series) > 1:
+        axis.legend(fontsize=7)
+
+
+def final_table(history: Sequence[Row]) -> str:
+    """The last training row's figures; and each validation metric's last value, its best, and the step of that.
+
+    Losses, their likelihoods and perplexities are best when low, all else when high.
+    """
+    training = [row for row in history if metrics_kind(row) == "training"]
+    validations = [row for row in history if metrics_kind(row) == "validation"]
+    tables = []
+    if training:
+        last = training[-1]
+        rows = [(name, _shown(value)) for name, value in last.items() if name != "step"]
+        tables.append(table(rows, ("training", f"step {last['step']:,}")))
+    if validations:
+        last = validations[-1]
+        names = [name for name in last if name.startswith(VALIDATION)]
+        rows_ = [(name.removeprefix(VALIDATION), _shown(last[name]), *_best(name, validations)) for name in names]
+        tables.append(table(rows_, ("validation", f"step {last['step']:,}", "best", "at step")))
+    return "\n\n".join(tables)
+
+
+def _best(name: str, rows: Sequence[Row]) -> tuple[str, str]:
+    """The best value, and its step, the earliest of equals."""
+    sign = 1 if name.endswith(LOWER_IS_BETTER) else -1
+    found = [(sign * row[name], row["step"]) for row in rows if math.isfinite(row.get(name, math.nan))]
+    if not found:
+        return "–", "–"
+    value, step = min(found)
+    return _shown(sign * value), f"{step:,}"
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
