@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, ConfigError
-from pipeline.data.feed import training_plan
+from pipeline.config.deepspeed import HEADER
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan
-from pipeline.runtime.console import log
+from pipeline.runtime.console import log, table
 from pipeline.runtime.job import JobError, signals
 from pipeline.runtime.session import Board, cluster_capacity
 from pipeline.training.checkpoints import TrainState, newest_valid, next_attempt, prune, read_state
-from pipeline.training.ending import is_finished, steps_of
+from pipeline.training.ending import is_finished
 from pipeline.training.run_folder import claim_run_folder, refuse_other_run
 from pipeline.training.tracking.jsonl import read_rows
 from pipeline.training.tracking.summary import final_table, plot_history
 from pipeline.training.tracking.trackers import Trackers
-from pipeline.training.worker import Task, train_worker
+from pipeline.training.worker import Sent, train_worker
 
 DEFAULT_CPU_WORKERS = 2
 
@@ -52,7 +52,11 @@ def finished_state(config: Config, folder: Path, manifest: Manifest) -> TrainSta
     """The state of a run that has nothing left to do. Refuses a run folder of another config or data set."""
     refuse_other_run(config, manifest.fingerprint)
     _, state = resume_point(config)
-    return state if state.step and is_finished(config, _plan(config, folder, manifest), state) else None
+    if not state.step:
+        return None
+    from pipeline.training.assembly import Task
+
+    return state if is_finished(config, Task.of(config, folder, manifest).plan, state) else None
 
 
 def fit(config: Config, folder: Path, manifest: Manifest, board: Board) -> TrainState:
@@ -62,24 +66,24 @@ def fit(config: Config, folder: Path, manifest: Manifest, board: Board) -> Train
     """
     from tokenizers import Tokenizer
 
+    from pipeline.training.assembly import Task
     from pipeline.training.build import check_model
 
-    plan = _plan(config, folder, manifest)
+    task = Task.of(config, folder, manifest)
     check_model(config, Tokenizer.from_file(str(folder / "tokenizer.json")))
-    workers = _workers(config, plan)
+    workers = _workers(config, task.plan)
     claim_run_folder(config, manifest.fingerprint)
-    total_steps = steps_of(config, plan)
     _, state = resume_point(config)
+    if config.deepspeed:
+        log.info("train: %s became\n%s", config.training.deepspeed_config, table(config.deepspeed, HEADER))
     log.info(
         "train: %s steps of %s pairs on %s%s",
-        f"{total_steps:,}",
+        f"{task.total_steps:,}",
         config.training.global_batch_size,
         workers,
         f", on from step {state.step:,}" if state.step else "",
     )
-    trainer = _trainer(
-        config, workers, Task(config, folder, manifest, plan, total_steps, workers.threads, board.handle)
-    )
+    trainer = _trainer(config, workers, Sent(task, workers.threads, board.handle))
     prune(config.run_dir, config.checkpointing.max_checkpoints)
     fatal: list[dict[str, Any]] = []
     with Trackers.open(config, state.step) as trackers:
@@ -90,7 +94,7 @@ def fit(config: Config, folder: Path, manifest: Manifest, board: Board) -> Train
                 fatal.append(message)
 
         with (
-            board.stage("train", total_steps, "steps", counter="steps", start=state.step, receive=receive),
+            board.stage("train", task.total_steps, "steps", counter="steps", start=state.step, receive=receive),
             signals.held(board.ask_to_stop, config.checkpointing.grace_s, "for the last checkpoint"),
         ):
             _fit(trainer)
@@ -101,12 +105,7 @@ def fit(config: Config, folder: Path, manifest: Manifest, board: Board) -> Train
     return resume_point(config)[1]
 
 
-def _plan(config: Config, folder: Path, manifest: Manifest) -> Plan:
-    settings = config.training
-    return training_plan(folder, manifest, settings.global_batch_size, settings.seed, settings.batching)
-
-
-def _trainer(config: Config, workers: Workers, task: Task) -> Any:
+def _trainer(config: Config, workers: Workers, sent: Sent) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -121,7 +120,7 @@ def _trainer(config: Config, workers: Workers, task: Task) -> Any:
         os.environ[name] = str(scaling.collective_timeout_s)
     return Trainer(
         train_worker,
-        train_loop_config={"task": task},
+        train_loop_config={"sent": sent},
         torch_config=TorchConfig(timeout_s=max(1, round(scaling.collective_timeout_s))),
         scaling_config=ScalingConfig(
             num_workers=workers.most if workers.fewest == workers.most else (workers.fewest, workers.most),

@@ -1,7 +1,7 @@
-"""A training worker of Ray Train: sets up torch, builds the run, takes up the newest checkpoint, and loops.
+"""A training worker of Ray Train: what Ray does for a run.
 
-What it does for the loop that the loop cannot know of: batches through Ray Data, checkpoints through Ray's reporting,
-metrics and alerts to the driver, and the wishes of the driver and of Ray, which tells of nodes about to be taken away.
+Batches come through Ray Data, checkpoints go through Ray's reporting, metrics and alerts to the driver's board; and the
+run is told when the driver is asked to stop, or Ray learns that a node is about to be taken away.
 """
 
 from __future__ import annotations
@@ -12,97 +12,93 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Config, ConfigError
-from pipeline.data.feed import RayFeed, validation_rows
-from pipeline.data.manifest import Manifest
-from pipeline.data.plan import Plan
-from pipeline.training.checkpoints import TrainState, newest_valid, read_state
-from pipeline.training.ending import is_finished
+from pipeline.config import ConfigError
+from pipeline.data.feed import RayFeed
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from pipeline.training.loop import Run, Wishes
-    from pipeline.training.validation import Validation
+    from pipeline.training.assembly import Task
+    from pipeline.training.checkpoints import TrainState
+    from pipeline.training.loop import Wishes
 
 POLL_S = 1.0
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a training worker is sent."""
+class Sent:
+    """What a worker is sent: the task, torch threads for each worker, and the driver's board."""
 
-    config: Config
-    folder: Path
-    manifest: Manifest
-    plan: Plan
-    total_steps: int
+    task: Task
     threads: int
     board: Any
 
 
-def train_worker(sent: dict[str, Any]) -> None:
+def train_worker(message: dict[str, Any]) -> None:
     """Train to the end, or until asked to stop. What no restart would mend is told to the driver, and ends the run."""
     import ray.train
     import torch
-    from tokenizers import Tokenizer
 
-    from pipeline.training.build import build_learner, describe
-    from pipeline.training.loop import Run, TrainingStopped, train
-    from pipeline.training.saving import Saver, load
+    from pipeline.training.assembly import Hooks, run_task
+    from pipeline.training.loop import TrainingStopped
 
-    task: Task = sent["task"]
-    config = task.config
+    sent: Sent = message["sent"]
+    torch.set_num_threads(sent.threads)
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    task.plan.check_workers(world_size)
-    torch.set_num_threads(task.threads)
-    torch.manual_seed(config.training.seed)
-    tokenizer_json = (task.folder / "tokenizer.json").read_text(encoding="utf-8")
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    learner = build_learner(config, tokenizer, negatives="negatives" in task.manifest.text_fields)
-    tell = _teller(task.board, rank)
-    tell({"log": f"train: {describe(learner)}"})
+
+    def tell(message: dict[str, Any]) -> None:
+        if rank == 0:
+            sent.board.post.remote(message)
+
+    def alert(title: str, text: str, step: int) -> None:
+        tell({"alert": {"title": title, "text": text, "step": step}})
+
+    _send_log(tell)
+    hooks = Hooks(_report_checkpoint, _reporter(sent.board), alert, _wishes(sent, rank))
+    feed = RayFeed(sent.task.plan, rank, world_size)
     try:
-        run = Run(
-            learner=learner,
-            config=config,
-            batches=RayFeed(task.plan, rank, world_size).batches,
-            validation=_validation(task, tokenizer),
-            total_steps=task.total_steps,
-            save=Saver(config, tokenizer_json).save,
-            report=_reporter(task.board),
-            device=ray.train.torch.get_device(),
-            wishes=_wishes(task, rank),
-            alert=lambda title, text, step: tell({"alert": {"title": title, "text": text, "step": step}}),
-        )
-        state = _resume(run, load)
-        if not is_finished(config, task.plan, state):
-            train(run, state)
-        ray.train.report({})  # waits until all checkpoints are where they belong
+        run_task(sent.task, feed.batches, hooks, ray.train.torch.get_device())
+        ray.train.report({})  # waits until all checkpoints are in their places
     except (TrainingStopped, ConfigError) as error:  # on all workers alike
         tell({"fatal": str(error), "config": isinstance(error, ConfigError)})
 
 
-def _resume(run: Run, load: Callable[[Path, Run], None]) -> TrainState:
-    """Rank 0 chooses the checkpoint, for all workers see the same disk, but not at the same time."""
-    import torch.distributed as dist
+def _send_log(tell: Callable[[dict[str, Any]], None]) -> None:
+    """Let this process's log lines be the driver's."""
+    import logging
 
-    from pipeline.objectives.collectives import rank
+    from pipeline.runtime.console import log
 
-    chosen = [newest_valid(run.config.run_dir)[0] if rank() == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(chosen, device=run.device)
-    (checkpoint,) = chosen
-    if checkpoint is None:
-        return TrainState()
-    load(checkpoint, run)
-    return read_state(checkpoint)
+    class ToBoard(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tell({"log": record.getMessage()})
+
+    log.handlers[:] = [ToBoard(logging.INFO)]
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
-def _teller(board: Any, rank: int) -> Callable[[dict[str, Any]], None]:
-    """What posts rank 0's messages on the driver's board."""
-    return lambda message: board.post.remote(message) if rank == 0 else None
+def _report_checkpoint(state: TrainState, folder: Path) -> None:
+    """Every rank reports, which is a barrier. Ray moves rank 0's folder in a thread, while training goes on."""
+    from ray.train import Checkpoint, CheckpointUploadMode, get_context, report
+
+    report(
+        state.metrics,
+        checkpoint=Checkpoint.from_directory(str(folder)) if get_context().get_world_rank() == 0 else None,
+        checkpoint_dir_name=folder.name,
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        delete_local_checkpoint_after_upload=False,
+        checkpoint_upload_fn=_upload,
+    )
+
+
+def _upload(checkpoint: Any, name: str) -> Any:
+    from ray.train import Checkpoint, get_context
+
+    from pipeline.training.saving import move
+
+    storage: Any = get_context().get_storage()
+    target = move(Path(checkpoint.path), Path(storage.experiment_fs_path) / name)
+    return Checkpoint(str(target), storage.storage_filesystem)
 
 
 def _reporter(board: Any) -> Callable[[dict[str, float]], None]:
@@ -121,8 +117,8 @@ def _reporter(board: Any) -> Callable[[dict[str, float]], None]:
     return report
 
 
-def _wishes(task: Task, rank: int) -> Callable[[int], Wishes]:
-    """Rank 0 looks at the driver's board once a second; Ray is asked every few steps, of which all workers know."""
+def _wishes(sent: Sent, rank: int) -> Callable[[int], Wishes]:
+    """Rank 0 looks at the driver's board once a second. Ray is asked every few steps, by all workers at the same."""
     import ray
     import ray.train
 
@@ -131,43 +127,22 @@ def _wishes(task: Task, rank: int) -> Callable[[int], Wishes]:
     stop, saved_for = threading.Event(), set[str]()
 
     def follow() -> None:
-        while not stop.wait(POLL_S):
-            try:
-                if ray.get(task.board.is_stop_wanted.remote()):
+        try:
+            while not stop.wait(POLL_S):
+                if ray.get(sent.board.is_stop_wanted.remote()):
                     stop.set()
-            except ray.exceptions.RayError:  # the session is going down
-                return
+        except ray.exceptions.RayError:  # the session is going down
+            return
 
     if rank == 0:
         threading.Thread(target=follow, name="wishes", daemon=True).start()
 
     def wishes(step: int) -> Wishes:
         leaving: set[str] = set()
-        if step % task.config.training.log_every_steps == 0:
+        if step % sent.task.config.training.log_every_steps == 0:
             notice = ray.train.get_preemption_info()
             leaving = set(notice.preempted_node_ids) - saved_for if notice else set()
             saved_for.update(leaving)
         return Wishes(stop.is_set(), bool(leaving))
 
     return wishes
-
-
-def _validation(task: Task, tokenizer: Tokenizer) -> Validation:
-    """Held-out rows, and an STS file where there is one."""
-    from pipeline.data.judging import normaliser
-    from pipeline.evaluation.sts import read_sts
-    from pipeline.model.packing import pack
-    from pipeline.training.batch import to_batch
-    from pipeline.training.validation import StsPairs, Validation
-
-    config, sts = task.config, None
-    rows = validation_rows(task.folder, task.manifest, config.training.validation_pairs)
-    if config.evaluation.sts_file:
-        pairs, normalise = read_sts(Path(config.evaluation.sts_file)), normaliser(config.data)
-        tokenizer.enable_truncation(config.tokenizer.max_length)
-        first, second = (
-            pack([encoding.ids for encoding in tokenizer.encode_batch_fast([normalise(text) for text in texts])])
-            for texts in (pairs.first, pairs.second)
-        )
-        sts = StsPairs(first, second, pairs.scores)
-    return Validation(to_batch(rows), tokenizer.decode_batch, config.training.generated_texts, sts)

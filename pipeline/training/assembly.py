@@ -1,0 +1,139 @@
+"""From a prepared data set to a run that is ready to loop, and back to where it stood: the same with Ray and without.
+
+task = Task(config, folder, manifest, plan, total_steps)
+state = run_task(task, feed.batches, Hooks(save=..., report=print))       # on every worker
+state = train_here(config, folder, manifest)                              # one process, or torchrun's; no Ray
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
+
+from pipeline.config import Config
+from pipeline.data.feed import LocalFeed, training_plan, validation_rows
+from pipeline.data.judging import normaliser
+from pipeline.data.manifest import Manifest
+from pipeline.data.plan import Plan
+from pipeline.evaluation.sts import read_sts
+from pipeline.model.packing import pack
+from pipeline.objectives.collectives import rank, world_size
+from pipeline.runtime.console import log
+from pipeline.training.batch import to_batch
+from pipeline.training.build import build_learner, check_model, describe
+from pipeline.training.checkpoints import TrainState, newest_valid, next_attempt, prune, read_state, step_folder
+from pipeline.training.ending import is_finished, steps_of
+from pipeline.training.loop import Run, Wishes, train
+from pipeline.training.run_folder import claim_run_folder
+from pipeline.training.saving import Saver, load, move
+from pipeline.training.tracking.trackers import Trackers
+from pipeline.training.validation import StsPairs, Validation
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every worker of a run is to know."""
+
+    config: Config
+    folder: Path
+    manifest: Manifest
+    plan: Plan
+    total_steps: int
+
+    @classmethod
+    def of(cls, config: Config, folder: Path, manifest: Manifest) -> Task:
+        """Raises ConfigError where a split is too small for the batch."""
+        settings = config.training
+        plan = training_plan(folder, manifest, settings.global_batch_size, settings.seed, settings.batching)
+        return cls(config, folder, manifest, plan, steps_of(config, plan))
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a run calls: see `Run`. `place` takes a finished checkpoint to where a resume looks for it."""
+
+    place: Callable[[TrainState, Path], None]
+    report: Callable[[dict[str, float]], None]
+    alert: Callable[[str, str, int], None]
+    wishes: Callable[[int], Wishes] = lambda step: Wishes()
+
+
+def run_task(
+    task: Task, batches: Callable[[int, int], Iterator[pa.Table]], hooks: Hooks, device: torch.device
+) -> TrainState:
+    """Train from the newest whole checkpoint, or from the start. Raises TrainingStopped, ConfigError on all workers."""
+    config = task.config
+    task.plan.check_workers(world_size())
+    torch.manual_seed(config.training.seed)
+    tokenizer_json = (task.folder / "tokenizer.json").read_text(encoding="utf-8")
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    learner = build_learner(config, tokenizer, negatives="negatives" in task.manifest.text_fields)
+    run = Run(
+        learner=learner,
+        config=config,
+        batches=batches,
+        validation=_validation(task, tokenizer),
+        total_steps=task.total_steps,
+        save=Saver(config, tokenizer_json, hooks.place).save,
+        report=hooks.report,
+        device=device,
+        wishes=hooks.wishes,
+        alert=hooks.alert,
+    )
+    state = _resume(run)
+    return state if is_finished(config, task.plan, state) else train(run, state)
+
+
+def train_here(config: Config, folder: Path, manifest: Manifest) -> TrainState:
+    """Train without Ray: in this process, or in those that torch.distributed has joined. Returns the final state."""
+    task = Task.of(config, folder, manifest)
+    check_model(config, Tokenizer.from_file(str(folder / "tokenizer.json")))
+    if rank() == 0:
+        claim_run_folder(config, manifest.fingerprint)
+    attempt = next_attempt(config.run_dir)
+
+    def place(state: TrainState, written: Path) -> None:
+        if rank() == 0:
+            move(written, config.run_dir / attempt / step_folder(state.step))
+            prune(config.run_dir, config.checkpointing.max_checkpoints)
+
+    checkpoint, _ = newest_valid(config.run_dir)
+    with Trackers.open(config, read_state(checkpoint).step if checkpoint else 0) as trackers:
+        feed = LocalFeed(task.plan, rank(), world_size())
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        return run_task(task, feed.batches, Hooks(place, trackers.log, trackers.alert), device)
+
+
+def _resume(run: Run) -> TrainState:
+    """Rank 0 chooses the checkpoint: all workers see the same disk, but not at the same moment."""
+    chosen = [newest_valid(run.config.run_dir)[0] if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(chosen, device=run.device)
+    (checkpoint,) = chosen
+    if rank() == 0:
+        log.info("train: %s", describe(run.learner))
+    if checkpoint is None:
+        return TrainState()
+    load(checkpoint, run)
+    return read_state(checkpoint)
+
+
+def _validation(task: Task, tokenizer: Tokenizer) -> Validation:
+    """Held-out rows, and an STS file where there is one."""
+    config, sts = task.config, None
+    rows = validation_rows(task.folder, task.manifest, config.training.validation_pairs)
+    if config.evaluation.sts_file:
+        pairs, normalise = read_sts(Path(config.evaluation.sts_file)), normaliser(config.data)
+        tokenizer.enable_truncation(config.tokenizer.max_length)
+        first, second = (
+            pack([encoding.ids for encoding in tokenizer.encode_batch_fast([normalise(text) for text in texts])])
+            for texts in (pairs.first, pairs.second)
+        )
+        sts = StsPairs(first, second, pairs.scores)
+    return Validation(to_batch(rows), tokenizer.decode_batch, config.training.generated_texts, sts)
