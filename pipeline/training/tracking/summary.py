@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.runtime.console import table
 from pipeline.runtime.files import replacing
@@ -29,22 +29,23 @@ class Panel:
 
     title: str
     names: str
-    may_be_log: bool = False
+    axis: Literal["close", "log", "from zero"] = "close"
+    """Close round the values, logarithmic where they span much, or from zero, where noise looks as small as it is."""
     unit: float = 1.0
 
 
 PANELS = (
-    Panel("loss", r"(validation_)?loss", may_be_log=True),
-    Panel("perplexity of a token", r".*perplexity", may_be_log=True),
+    Panel("loss", r"(validation_)?loss", axis="log"),
+    Panel("perplexity of a token", r".*perplexity", axis="log"),
     Panel("training pairs", r"accuracy|mrr"),
     Panel("validation scores", rf"{VALIDATION}(?!.*({'|'.join(LOWER_IS_BETTER)}|bleu)$).*"),
     Panel("BLEU", r".*bleu"),
     Panel("learning rate", r"learning_rate"),
-    Panel("gradient norm", r"grad_norm", may_be_log=True),
-    Panel("pairs per second", r"pairs_per_s"),
-    Panel("tokens per second", r"tokens_per_s"),
-    Panel("shares", r"mfu|data_wait_share|real_token_share|memory_share"),
-    Panel("memory, GB", r"memory_.*bytes", unit=1e9),
+    Panel("gradient norm", r"grad_norm", axis="log"),
+    Panel("pairs per second", r"pairs_per_s", axis="from zero"),
+    Panel("tokens per second", r"tokens_per_s", axis="from zero"),
+    Panel("shares", r"mfu|data_wait_share|real_token_share|memory_share", axis="from zero"),
+    Panel("memory, GB", r"memory_.*bytes", axis="from zero", unit=1e9),
 )
 
 
@@ -84,15 +85,25 @@ def _draw(axis: Any, panel: Panel, series: dict[str, list[tuple[int, float]]]) -
         is_validation = name.startswith(VALIDATION)
         marker = "o" if is_validation or len(points) == 1 else None
         axis.plot(steps, values, marker=marker, markersize=3, linewidth=1.2, label=name, zorder=2 + is_validation)
-    everything = [value for points in series.values() for _, value in points]
-    if panel.may_be_log and min(everything) > 0 and max(everything) >= LOG_FROM_RATIO * min(everything):
-        axis.set_yscale("log")
+    _scale(axis, panel, [value for points in series.values() for _, value in points])
     axis.set_title(panel.title, fontsize=10)
     axis.set_xlabel("step", fontsize=8)
-    axis.tick_params(labelsize=8)
+    axis.tick_params(which="both", labelsize=8)
     axis.grid(alpha=0.3)
     if len(series) > 1:
         axis.legend(fontsize=7)
+
+
+def _scale(axis: Any, panel: Panel, values: list[float]) -> None:
+    from matplotlib.ticker import LogLocator
+
+    if panel.axis == "from zero":
+        axis.set_ylim(bottom=0)
+    elif panel.axis == "log" and 0 < LOG_FROM_RATIO * min(values) <= max(values):
+        axis.set_yscale("log")
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")  # 20, not 2 x 10^1
+        axis.yaxis.set_minor_formatter("{x:g}")
 
 
 def final_table(history: Sequence[Row]) -> str:

@@ -1,0 +1,452 @@
+"""Trackers: what each wrote, read back by its own reader; kills and restarts; one that fails; alerts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import struct
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Config, load
+from pipeline.runtime.console import log
+from pipeline.training.tracking.alerts import LEAST, FullMemory, LossSpikes
+from pipeline.training.tracking.jsonl import JsonLines, metrics_kind, read_rows
+from pipeline.training.tracking.summary import PANELS, _series, final_table, plot_history
+from pipeline.training.tracking.tracker import Metrics, Tracker, grouped
+from pipeline.training.tracking.trackers import Trackers
+
+
+def config_of(root: Path, *overrides: str) -> Config:
+    file = root / "config.yaml"
+    file.write_text("data: {sources: [{name: pairs, type: json, path: pairs.jsonl}]}")
+    return load(file, [f"storage.root={root}", "storage.run=small", *overrides], environ={})
+
+
+def training(step: int, loss: float = 1.0, **others: float) -> Metrics:
+    return {"step": step, "loss": loss, **others}
+
+
+def validation(step: int, value: float = 0.5) -> Metrics:
+    return {"step": step, "validation_ndcg@10": value}
+
+
+def steps_and_kinds(path: Path) -> list[tuple[int, str]]:
+    return [(row["step"], metrics_kind(row)) for row in map(json.loads, path.read_text().splitlines())]
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """Warnings of our own log, as they come."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    yield said
+    log.removeHandler(handler)
+
+
+class TestHistory:
+    def path(self, root: Path) -> Path:
+        return root / "runs" / "small" / "metrics.jsonl"
+
+    def test_lines_come_as_they_were_reported(self, tmp_path: Path) -> None:
+        with Trackers.open(config_of(tmp_path), 0) as trackers:
+            trackers.receive({"metrics": training(10, 2.5), "shown": "loss 2.500"})
+            trackers.receive({"log": "a line that is no metric"})
+        assert [json.loads(line) for line in self.path(tmp_path).read_text().splitlines()] == [training(10, 2.5)]
+
+    @pytest.mark.parametrize(("resumed", "left"), [(19, [10]), (20, [10, 20, 20]), (29, [10, 20, 20])])
+    def test_a_resumed_run_keeps_what_lies_before(self, tmp_path: Path, resumed: int, left: list[int]) -> None:
+        with Trackers.open(config_of(tmp_path), 0) as trackers:
+            for row in (training(10), training(20), validation(20), training(30)):
+                trackers.log(row)
+        with Trackers.open(config_of(tmp_path), resumed) as trackers:
+            trackers.log(training(35))
+        assert [step for step, _ in steps_and_kinds(self.path(tmp_path))] == [*left, 35]
+
+    def test_a_new_run_begins_an_empty_file(self, tmp_path: Path) -> None:
+        with Trackers.open(config_of(tmp_path), 0) as trackers:
+            trackers.log(training(10))
+        Trackers.open(config_of(tmp_path), 0).close()
+        assert self.path(tmp_path).read_text() == ""
+
+    def test_half_a_last_line_is_dropped(self, tmp_path: Path) -> None:
+        path = self.path(tmp_path)
+        path.parent.mkdir(parents=True)
+        path.write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "lo')
+        with Trackers.open(config_of(tmp_path), 10) as trackers:
+            trackers.log(training(20))
+        assert steps_and_kinds(path) == [(10, "training"), (20, "training")]
+
+    def test_restarted_workers_replace_what_they_report_again(self, tmp_path: Path) -> None:
+        lines = JsonLines(tmp_path / "m.jsonl", 0, metrics_kind)
+        for row in (training(10), training(20), validation(20), training(30), validation(40), training(40)):
+            lines.write(row)
+        for row in (training(20, 7.0), validation(20, 0.7), training(30, 7.0)):
+            lines.write(row)
+        rows = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+        assert rows == [training(10), training(20, 7.0), validation(20, 0.7), training(30, 7.0)]
+
+    def test_restarted_workers_may_begin_with_a_validation(self, tmp_path: Path) -> None:
+        lines = JsonLines(tmp_path / "m.jsonl", 0, metrics_kind)
+        for row in (training(14), validation(20), training(21), training(28), validation(20), training(21)):
+            lines.write(row)
+        assert steps_and_kinds(lines.path) == [(14, "training"), (20, "validation"), (21, "training")]
+
+    def test_any_order_of_kills_gives_the_uninterrupted_file(self, tmp_path: Path) -> None:
+        """A checkpoint every 20 steps, lines every 10, validations every 30; killed after each line in turn."""
+        whole = [row for step in range(10, 101, 10) for row in (training(step), validation(step))]
+        whole = [row for row in whole if "loss" in row or row["step"] % 30 == 0]
+        for killed_after in range(len(whole)):
+            done = whole[: killed_after + 1]
+            resumed = (int(done[-1]["step"]) - 1) // 20 * 20  # a checkpoint comes after its step's lines
+            for restart in ("driver", "workers"):
+                path = tmp_path / restart / f"{killed_after}.jsonl"
+                lines = JsonLines(path, 0, metrics_kind)
+                for row in done:
+                    lines.write(row)
+                if restart == "driver":
+                    with path.open("a") as file:
+                        file.write('{"step": 9')
+                    lines = JsonLines(path, resumed, metrics_kind)
+                for row in whole:
+                    if row["step"] > resumed:
+                        lines.write(row)
+                assert [json.loads(line) for line in path.read_text().splitlines()] == whole
+
+
+class Failing(Tracker):
+    name = "failing"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def log(self, metrics: Metrics) -> None:
+        self.calls += 1
+        raise ConnectionError("the server\nis gone")
+
+
+class Kept(Tracker):
+    name = "kept"
+
+    def __init__(self) -> None:
+        self.rows: list[Metrics] = []
+        self.alerts: list[dict[str, Any]] = []
+        self.closed: list[bool] = []
+
+    def log(self, metrics: Metrics) -> None:
+        self.rows.append(metrics)
+
+    def alert(self, row: dict[str, Any]) -> None:
+        self.alerts.append(row)
+
+    def close(self, failed: bool) -> None:
+        self.closed.append(failed)
+
+
+def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(warnings: list[str]) -> None:
+    failing, kept = Failing(), Kept()
+    trackers = Trackers([failing, kept], LossSpikes(6), FullMemory(0.85))
+    for step in (10, 20):
+        trackers.log(training(step))
+    trackers.close()
+    assert failing.calls == 1
+    assert [row["step"] for row in kept.rows] == [10, 20]
+    assert kept.closed == [False]
+    assert warnings == ["train: failing fails and is left out from here on, training goes on: the server is gone"]
+
+
+def test_a_tracker_that_cannot_be_opened_is_left_out(tmp_path: Path, warnings: list[str]) -> None:
+    folder = tmp_path / "runs" / "small"
+    folder.mkdir(parents=True)
+    (folder / "tensorboard").write_text("a file where its folder should be")
+    with Trackers.open(config_of(tmp_path, "logging.trackers=[tensorboard]"), 0) as trackers:
+        trackers.log(training(10))
+    assert len(warnings) == 1
+    assert "tensorboard fails" in warnings[0]
+    assert steps_and_kinds(folder / "metrics.jsonl") == [(10, "training")]
+
+
+def test_trackers_learn_that_a_run_failed() -> None:
+    kept = Kept()
+    with pytest.raises(RuntimeError, match="no luck"), Trackers([kept], LossSpikes(6), FullMemory(0.85)):
+        raise RuntimeError("no luck")
+    assert kept.closed == [True]
+
+
+class TestTensorBoard:
+    def events(self, root: Path) -> dict[str, list[tuple[int, float]]]:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        accumulator = EventAccumulator(str(root / "runs" / "small" / "tensorboard"))
+        accumulator.Reload()
+        scalars = {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
+        return {tag: [(event.step, round(event.value, 4)) for event in events] for tag, events in scalars.items()}
+
+    def test_it_reads_back_what_was_reported(self, tmp_path: Path) -> None:
+        with Trackers.open(config_of(tmp_path, "logging.trackers=[tensorboard]"), 0) as trackers:
+            trackers.log(training(10, 2.5, learning_rate=0.1))
+            trackers.log(training(20, 1.5, learning_rate=0.2))
+            trackers.log(validation(20, 0.75))
+        assert self.events(tmp_path) == {
+            "train/loss": [(10, 2.5), (20, 1.5)],
+            "train/learning_rate": [(10, 0.1), (20, 0.2)],
+            "validation/ndcg_10": [(20, 0.75)],
+        }
+
+    def test_a_resumed_run_and_restarted_workers_hide_what_they_take_again(self, tmp_path: Path) -> None:
+        config = config_of(tmp_path, "logging.trackers=[tensorboard]")
+        with Trackers.open(config, 0) as trackers:
+            for step in (10, 20, 30, 40):
+                trackers.log(training(step, 1.0))
+        with Trackers.open(config, 20) as trackers:  # in the same second, as a rule
+            for step in (30, 40, 50):
+                trackers.log(training(step, 2.0))
+            for step in (40, 50, 60):
+                trackers.log(training(step, 3.0))
+        expected = [(10, 1.0), (20, 1.0), (30, 2.0), (40, 3.0), (50, 3.0), (60, 3.0)]
+        assert self.events(tmp_path)["train/loss"] == expected
+
+
+class TestWeightsAndBiases:
+    def records(self, folder: Path) -> list[Any]:
+        """All records of a short offline run: protocol buffers in LevelDB's log format, of one block of 32 KiB.
+
+        The format: https://github.com/google/leveldb/blob/main/doc/log_format.md, after a header of 7 bytes.
+        """
+        from wandb.proto import wandb_internal_pb2
+
+        (path,) = folder.glob("*.wandb")
+        data, at, records = path.read_bytes(), 7, []
+        assert len(data) < 1 << 15
+        while at < len(data):
+            _, length, kind = struct.unpack_from("<IHB", data, at)
+            assert kind == 1  # a whole record
+            records.append(wandb_internal_pb2.Record.FromString(data[at + 7 : at + 7 + length]))
+            at += 7 + length
+        return records
+
+    def history(self, folder: Path) -> list[dict[str, Any]]:
+        rows = [record.history for record in self.records(folder) if record.WhichOneof("record_type") == "history"]
+        return [
+            {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row.item} for row in rows
+        ]
+
+    def test_offline_runs_lie_in_the_runs_folder_and_go_on(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], warnings: list[str]
+    ) -> None:
+        monkeypatch.delenv("WANDB_API_KEY", raising=False)
+        monkeypatch.setenv("WANDB_MODE", "online")
+        config = config_of(tmp_path, "logging.trackers=[wandb]", "logging.wandb_project=tests")
+        with Trackers.open(config, 0) as trackers:
+            trackers.log(training(10, 2.5))
+            trackers.log(validation(10, 0.75))
+            trackers.alert("loss spike", "the loss is high", 10)
+        with Trackers.open(config, 10) as trackers:
+            trackers.log(training(20, 1.5))
+            trackers.log(training(15, 1.75))
+        assert len(warnings) == 1  # the alert
+        assert capfd.readouterr() == ("", "")
+        first, second = sorted((tmp_path / "runs" / "small" / "wandb").glob("offline-run-*-*"))
+        assert first.name.split("-")[-1] == second.name.split("-")[-1]  # one run
+        logged = [{k: v for k, v in row.items() if not k.startswith("_")} for row in self.history(first)]
+        assert logged == [{"step": 10, "train/loss": 2.5}, {"step": 10, "validation/ndcg@10": 0.75}]
+        assert [row["step"] for row in self.history(second)] == [20, 15]
+        kinds = [record.WhichOneof("record_type") for record in self.records(first)]
+        assert "alert" in kinds
+        run = next(record.run for record in self.records(first) if record.WhichOneof("record_type") == "run")
+        assert (run.project, run.display_name) == ("tests", "small")
+        assert not Path("wandb").exists()  # none where the tests run
+
+    def test_a_run_deleted_and_begun_anew_is_another(self, tmp_path: Path) -> None:
+        from pipeline.training.tracking.wandb import run_id
+
+        first = run_id(tmp_path / "a")
+        assert run_id(tmp_path / "a") == first
+        assert run_id(tmp_path / "b") != first
+
+    @pytest.mark.parametrize(
+        ("environ", "mode"),
+        [
+            ({}, "offline"),
+            ({"WANDB_MODE": "online"}, "offline"),
+            ({"WANDB_API_KEY": "k"}, "online"),
+            ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
+        ],
+    )
+    def test_without_a_key_it_is_offline(self, environ: dict[str, str], mode: str) -> None:
+        from pipeline.training.tracking.wandb import _mode
+
+        assert _mode(environ) == mode
+
+
+class TestRay:
+    def test_names_fit_prometheus(self, ray_cluster: None, tmp_path: Path, warnings: list[str]) -> None:
+        with Trackers.open(config_of(tmp_path, "logging.trackers=[ray]"), 0) as trackers:
+            trackers.log(training(10, 2.5))
+            trackers.log(validation(10))
+            gauges = trackers.trackers[1].gauges  # type: ignore[attr-defined]
+        assert warnings == []
+        names = [gauge.info["name"] for gauge in gauges.values()]
+        assert names == ["text_embedding_step", "text_embedding_loss", "text_embedding_validation_ndcg_10"]
+
+    @pytest.mark.slow
+    def test_the_nodes_endpoint_shows_them(self, ray_cluster: None, tmp_path: Path) -> None:
+        import ray
+
+        port = ray.nodes()[0]["MetricsExportPort"]
+        with Trackers.open(config_of(tmp_path, "logging.trackers=[ray]"), 0) as trackers:
+            text = ""
+            for _ in range(60):
+                trackers.log(training(10, 2.5))
+                time.sleep(1)  # Ray exports every few seconds
+                text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+                if "text_embedding_loss" in text:
+                    break
+        (line,) = [line for line in text.splitlines() if line.startswith("ray_text_embedding_loss{")]
+        assert 'run="small"' in line
+        assert float(line.split()[-1]) == 2.5
+
+
+def feed(spikes: LossSpikes, losses: list[float], first_step: int = 1) -> list[int]:
+    """The steps at which a spike was found."""
+    return [step for step, loss in enumerate(losses, first_step) if spikes.update(step, loss)]
+
+
+class TestLossSpikes:
+    QUIET = [0.9, 1.1] * 10  # mean 1, standard deviation 0.1
+
+    @pytest.mark.parametrize(("loss", "found"), [(1.599, []), (1.601, [21])])
+    def test_more_than_so_many_deviations(self, loss: float, found: list[int]) -> None:
+        assert feed(LossSpikes(6.0), [*self.QUIET, loss]) == found
+
+    @pytest.mark.parametrize(("losses", "found"), [(LEAST - 1, []), (LEAST, [LEAST + 1])])
+    def test_only_after_enough_losses(self, losses: int, found: list[int]) -> None:
+        assert feed(LossSpikes(6.0), [*([0.9, 1.1] * 10)[-losses:], 9.0]) == found
+
+    def test_what_it_says(self) -> None:
+        spikes = LossSpikes(6.0)
+        feed(spikes, self.QUIET)
+        said = spikes.update(1234, 2.0)
+        assert said
+        assert said.startswith(
+            "step 1,234: the loss is 2, 10.0 standard deviations above 1, the mean of the last 20 logged ones; "
+        )
+
+    def test_a_spike_does_not_hide_the_next(self) -> None:
+        assert feed(LossSpikes(6.0), [*self.QUIET, 9.0, 1.0, 1.7]) == [21, 23]
+
+    def test_losses_that_stay_high_are_one_spike_and_then_a_new_level(self) -> None:
+        high = [5.0, 5.2] * 10
+        assert feed(LossSpikes(6.0), [*self.QUIET, *high, 5.1, 5.2, 9.0]) == [21, 43]
+
+    def test_losses_all_alike_allow_a_last_digit(self) -> None:
+        assert feed(LossSpikes(6.0), [*[2.0] * 20, 2.0001, 2.13]) == [22]
+
+    def test_only_the_window_counts(self) -> None:
+        falling = [*[100.0, 50.0] * 10, *[0.9, 1.1] * 10]
+        assert feed(LossSpikes(6.0, window=20), [*falling, 2.0]) == [41]
+        assert feed(LossSpikes(6.0, window=40), [*falling, 2.0]) == []
+
+    def test_steps_that_come_again_are_found_again(self) -> None:
+        spikes = LossSpikes(6.0)
+        assert feed(spikes, [*self.QUIET, 9.0, 1.0]) == [21]
+        assert feed(spikes, [9.0, 1.0], first_step=21) == [21]
+
+
+class TestAlerts:
+    def test_they_go_to_the_log_the_file_and_the_trackers(self, tmp_path: Path, warnings: list[str]) -> None:
+        config, kept = config_of(tmp_path, "logging.loss_spike_deviations=3"), Kept()
+        with Trackers.open(config, 0) as trackers:
+            trackers.trackers.append(kept)
+            for step in range(1, 21):
+                trackers.log(training(step, 1.0 + 0.1 * (step % 2)))
+            trackers.log(training(21, 9.0))
+            trackers.receive({"alert": {"title": "gradient overflow", "text": "step 22 is skipped", "step": 22}})
+        rows = read_rows(tmp_path / "runs" / "small" / "alerts.jsonl")
+        assert [(row["step"], row["title"]) for row in rows] == [(21, "loss spike"), (22, "gradient overflow")]
+        assert kept.alerts == rows
+        assert warnings == [f"train: {row['title']}: {row['text']}" for row in rows]
+
+    def test_full_memory_is_told_once(self) -> None:
+        full = FullMemory(0.85)
+        shares = [0.85, 0.8501, 0.99]
+        said = [full.update(training(step, memory_share=share)) for step, share in enumerate(shares)]
+        assert [bool(text) for text in said] == [False, True, False]
+        assert full.update(training(3)) is None
+
+    def test_a_resumed_run_forgets_alerts_of_steps_it_never_had(self, tmp_path: Path) -> None:
+        config = config_of(tmp_path)
+        with Trackers.open(config, 0) as trackers:
+            trackers.alert("a", "early", 10)
+            trackers.alert("b", "as early", 10)
+            trackers.alert("a", "late", 30)
+        Trackers.open(config, 20).close()
+        rows = read_rows(tmp_path / "runs" / "small" / "alerts.jsonl")
+        assert [row["text"] for row in rows] == ["early", "as early"]
+
+
+ROWS: list[dict[str, Any]] = [
+    {"step": 10, "loss": 2.5, "learning_rate": 0.001, "pairs_per_s": 1234.5},
+    {"step": 10, "validation_loss": 2.0, "validation_ndcg@10": 0.8},
+    {"step": 20, "loss": 0.5, "learning_rate": 0.0005, "pairs_per_s": 2000.0},
+    {"step": 20, "validation_loss": 2.2, "validation_ndcg@10": 0.9},
+    {"step": 30, "validation_loss": 2.1, "validation_ndcg@10": float("nan")},
+]
+
+
+class TestSummary:
+    def test_the_table_has_last_and_best(self) -> None:
+        lines = [line.split() for line in final_table(ROWS).splitlines() if line and "---" not in line]
+        assert lines == [
+            ["training", "step", "20"],
+            ["loss", "0.5"],
+            ["learning_rate", "0.0005"],
+            ["pairs_per_s", "2,000"],
+            ["validation", "step", "30", "best", "at", "step"],
+            ["loss", "2.1", "2", "10"],
+            ["ndcg@10", "nan", "0.9", "20"],
+        ]
+
+    def test_a_run_without_rows_has_an_empty_table_and_no_picture(self, tmp_path: Path) -> None:
+        assert final_table([]) == ""
+        plot_history(tmp_path / "none.jsonl", tmp_path / "none.png")
+        assert not (tmp_path / "none.png").exists()
+
+    def test_panels_that_have_data_are_drawn(self, tmp_path: Path) -> None:
+        history = tmp_path / "metrics.jsonl"
+        history.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        plot_history(history, tmp_path / "history.png")
+        assert (tmp_path / "history.png").read_bytes().startswith(b"\x89PNG")
+        drawn = {panel.title: sorted(_series(ROWS, panel)) for panel in PANELS if _series(ROWS, panel)}
+        assert drawn == {
+            "loss": ["loss", "validation_loss"],
+            "validation scores": ["validation_ndcg@10"],
+            "learning rate": ["learning_rate"],
+            "pairs per second": ["pairs_per_s"],
+        }
+        assert sorted(os.listdir(tmp_path)) == ["history.png", "metrics.jsonl"]
+
+    def test_no_metric_is_drawn_in_two_panels(self) -> None:
+        names = [
+            "loss",
+            "validation_loss",
+            "validation_seq2seq_bleu",
+            "validation_seq2seq_rouge1",
+            "seq2seq_perplexity",
+        ]
+        names += ["validation_seq2seq_perplexity", "validation_sts_spearman", "grad_norm", "mrr", "mfu", "memory_bytes"]
+        for name in names:
+            assert sum(bool(re.fullmatch(panel.names, name)) for panel in PANELS) == 1, name
+
+
+def test_groups_are_by_the_prefix() -> None:
+    assert grouped({"step": 1, "loss": 2.0, "validation_loss": 3.0}) == {"train/loss": 2.0, "validation/loss": 3.0}
