@@ -91,7 +91,8 @@ def pool(states_TD: Tensor, layout: Layout, pooling: Pooling) -> Tensor:
     if pooling in ("cls", "last"):
         end = lengths.cumsum(0)
         rows = (end - lengths if pooling == "cls" else end - 1).clamp(0, max(len(states_TD) - 1, 0))
-        picked = states_TD[rows] if len(states_TD) else states_TD.new_zeros(len(lengths), states_TD.shape[-1])
+        # Without a token a sum of none stands in: zeros, with a graph that leads to the layers.
+        picked = states_TD[rows] if len(states_TD) else states_TD.sum(dim=0).expand(len(lengths), -1)
         return torch.where(lengths[:, None] > 0, picked, 0.0)
     total = lengths
     if pooling == "weighted":

@@ -133,7 +133,8 @@ class PretrainedEncoder(nn.Module):
     def hidden(self, batch: Packed, layout: Layout) -> Tensor:
         """The last layer's states, (T, D)."""
         if not layout.num_tokens:
-            return self.token_table(batch.ids)  # type: ignore[no-any-return]
+            # transformers takes no texts without tokens; workers in lockstep need the layers to run all the same.
+            return self._states(*_one_token(batch.ids.device))[:0]
         if layout.by_length is None:
             return self._states(batch.ids, layout)
         rows, ordered = layout.by_length
@@ -145,6 +146,10 @@ class PretrainedEncoder(nn.Module):
             input_ids=ids_T.unsqueeze(0), position_ids=positions_T.unsqueeze(0), use_cache=False, layout=layout
         )
         return output.last_hidden_state.squeeze(0)  # type: ignore[no-any-return]
+
+
+def _one_token(device: torch.device) -> tuple[Tensor, Layout]:
+    return torch.zeros(1, dtype=torch.int64, device=device), Layout(torch.arange(2, device=device), 1)
 
 
 def load_pretrained(name_or_dir: str | Path) -> PretrainedEncoder:

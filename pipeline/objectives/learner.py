@@ -70,6 +70,16 @@ class Task:
             positions=None if self.positions is None else self.positions.to(device),
         )
 
+    def emptied(self) -> Task:
+        """The same objective, of no text."""
+        return replace(
+            self,
+            labels=self.labels[:0],
+            source=None if self.source is None else self.source.slice(0, 0),
+            inputs=None if self.inputs is None else self.inputs.slice(0, 0),
+            positions=None if self.positions is None else self.positions[:0],
+        )
+
 
 @dataclass(frozen=True)
 class Part:
@@ -90,12 +100,21 @@ class Part:
             {name: task.to(device) for name, task in self.tasks.items()},
         )
 
+    def emptied(self) -> Part:
+        """No rows, for the same objectives: what a worker runs whose rows make fewer parts than another's."""
+        pairs = None if self.pairs is None else self.pairs.slice(0, 0)
+        tasks = {name: task.emptied() for name, task in self.tasks.items()}
+        return Part(0, pairs, self.filled[:0], self.keys[:0], tasks)
+
 
 class Learner(nn.Module):
     """The model under training. `decoder` is there where an objective writes, `special` where one is generative.
 
     `negatives` says whether records have some at all: without them no worker makes room for them.
     """
+
+    entries = ("embed", "encode", "loss", "write")
+    """Methods that run weights, beside `forward`. None calls another: fsdp gathers weights at each one's beginning."""
 
     def __init__(
         self,
@@ -153,13 +172,13 @@ class Learner(nn.Module):
 
     def forward(self, part: Part) -> tuple[Tensor | None, dict[str, TokenLoss]]:
         """Vectors of the part's pairs, where they are contrasted, and the losses of its tasks."""
-        vectors = self.embed(part) if part.pairs is not None else None
-        return vectors, {name: self.loss(task) for name, task in part.tasks.items()}
+        vectors = self.model(part.pairs) if part.pairs is not None else None
+        return vectors, {name: self._loss(task) for name, task in part.tasks.items()}
 
     def embed(self, part: Part) -> Tensor:
         """(N, D): anchors, positives, hard negatives."""
         assert part.pairs is not None
-        return self.encode(part.pairs)
+        return self.model(part.pairs)  # type: ignore[no-any-return]
 
     def encode(self, texts: Packed) -> Tensor:
         """(N, D) vectors of any texts."""
@@ -185,6 +204,15 @@ class Learner(nn.Module):
 
     def loss(self, task: Task) -> TokenLoss:
         """The loss of a generative task, summed over its labels."""
+        return self._loss(task)
+
+    def write(self, task: Task, max_new_tokens: int) -> list[list[int]]:
+        """What the decoder writes for each of a task's texts, greedily."""
+        assert self.decoder is not None
+        assert self.special is not None
+        return self.decoder.generate(self._memory(task), self.special.start, self.special.end, max_new_tokens)
+
+    def _loss(self, task: Task) -> TokenLoss:
         if task.inputs is None:
             assert self.masked_head is not None
             assert task.source is not None
@@ -195,12 +223,6 @@ class Learner(nn.Module):
         assert self.decoder is not None
         states = self.decoder.hidden(task.inputs, self._memory(task))
         return token_loss(states, self.decoder.output_table, task.labels, label_smoothing=task.label_smoothing)
-
-    def write(self, task: Task, max_new_tokens: int) -> list[list[int]]:
-        """What the decoder writes for each of a task's texts, greedily."""
-        assert self.decoder is not None
-        assert self.special is not None
-        return self.decoder.generate(self._memory(task), self.special.start, self.special.end, max_new_tokens)
 
     def _memory(self, task: Task) -> Memory | None:
         if task.source is None:

@@ -26,17 +26,18 @@ def build_optimizer(learner: Learner, settings: Training) -> torch.optim.AdamW:
     if isinstance(backbone, Encoder):
         joining = set(backbone.layers.parameters())
     token_table, tables = learner.model.token_table.weight, _tables(learner)
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool, type], list[nn.Parameter]] = {}
     for parameter in filter(lambda p: p.requires_grad, learner.parameters()):
         peak = settings.learning_rate
         if parameter is token_table:
             peak = settings.table_learning_rate or peak
         decay = settings.weight_decay if parameter.ndim > 1 and parameter not in tables else 0.0
-        groups.setdefault((peak, decay, parameter in joining), []).append(parameter)
+        # fsdp's parameters are DTensors but for scalars, and an optimizer updates a group of one type at once.
+        groups.setdefault((peak, decay, parameter in joining, type(parameter)), []).append(parameter)
     return torch.optim.AdamW(
         [
             {"params": members, "lr": peak, "peak": peak, "weight_decay": decay, "layers": layers}
-            for (peak, decay, layers), members in groups.items()
+            for (peak, decay, layers, _), members in groups.items()
         ],
         betas=(settings.betas[0], settings.betas[1]),
         eps=settings.adam_eps,

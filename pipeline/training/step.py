@@ -73,12 +73,15 @@ def backward(
 ) -> Outcome:
     """Leave the batch's gradients, averaged over workers, in the parameters, times `loss_scale`.
 
-    `wishes` are added up over workers on the way. Raises OutOfMemory on all workers where one of them is.
+    `wishes` are added up over workers on the way. Raises OutOfMemory on all workers where one of them is; where
+    workers work in lockstep, that one raises what it met.
     """
     device = parts[0].keys.device
     precision = torch.autocast(device.type, autocast) if autocast else nullcontext()
+    if strategy.lockstep:
+        parts = _as_many_as_others(parts)
     strategy.start()
-    pass_one, failed = _First(learner, precision), _Failure()
+    pass_one, failed = _First(learner, precision), _Failure(lockstep=strategy.lockstep)
     with failed.noted():
         pass_one.run(parts)
     census = _Census.of(parts, failed.happened, device)
@@ -95,6 +98,12 @@ def backward(
         raise OutOfMemory
     outcome.bad_losses, outcome.wishes = int(bad_losses), [int(each) for each in wished]
     return outcome
+
+
+def _as_many_as_others(parts: Sequence[Part]) -> list[Part]:
+    """The parts, and empty ones up to the largest number of parts that a worker has."""
+    counts = from_all(torch.tensor(len(parts), device=parts[0].keys.device))
+    return [*parts, *[parts[0].emptied()] * (int(counts.max()) - len(parts))]
 
 
 class _First:
@@ -187,22 +196,33 @@ class _Census:
 
 
 class _Failure:
-    """Whether this worker has run out of memory."""
+    """Whether this worker has run out of memory. In lockstep the others wait for it, so there it is raised."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, lockstep: bool) -> None:
+        self.lockstep = lockstep
         self.happened = False
 
     @contextmanager
     def noted(self) -> Iterator[None]:
         try:
             yield
-        except (torch.OutOfMemoryError, MemoryError):
-            self.happened = True
-        except RuntimeError as error:
-            # torch's CPU allocator has no error type of its own
-            if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+        except (RuntimeError, MemoryError) as error:
+            if not _is_want_of_memory(error):
+                raise
+            if self.lockstep:
+                error.add_note(
+                    "out of memory with training.strategy=fsdp, whose steps cannot be done again in smaller "
+                    "micro-batches; a smaller training.micro_batch_tokens or model.gradient_checkpointing=true may fit"
+                )
                 raise
             self.happened = True
+
+
+def _is_want_of_memory(error: RuntimeError | MemoryError) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # torch's CPU allocator has no error type of its own
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def _rng_state(device: torch.device) -> Tensor:

@@ -1,0 +1,88 @@
+"""fsdp: each worker holds a part of every weight, of its gradient and of the optimizer's state (torch's fully_shard).
+
+    strategy = FullySharded(learner, device)     # the learner's parameters are parts of tensors from here on
+    optimizer = build_optimizer(learner, ...)    # after it
+
+A layer's weights are gathered from all workers before it runs, forwards and backwards, and let go after; what is in no
+layer, the token table above all, stays whole from a forward pass to the end of its backward pass. All workers make the
+same passes in the same order: each waits for the others in every one.
+
+Cost over ddp: of `n` bytes of weights, n more to receive in each forward and in each backward pass. Gradients are sent
+once a step, so with several micro-batches they lie whole on every worker until its last; with one they are sent layer
+by layer. Under autocast the 16-bit copies of the weights live as long as the graph, unless layers are checkpointed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from pipeline.objectives.collectives import total, world_size
+from pipeline.objectives.learner import Learner
+
+
+class FullySharded:
+    """A `Strategy`. Cuts the learner's parameters along their first dimension, each worker keeping its share.
+
+    Scalars, such as a learned temperature, cannot be cut: every worker keeps them, and their gradients go with the
+    flags. torch.distributed must be up.
+    """
+
+    lockstep = True
+
+    def __init__(self, learner: Learner, device: torch.device) -> None:
+        mesh = init_device_mesh(device.type, (world_size(),))
+        self.device = device
+        self.scalars = [parameter for parameter in learner.parameters() if not parameter.ndim]
+        self.sharded: list[nn.Parameter] = []
+        for stack in learner.stacks:
+            for layer in stack.layers:
+                fully_shard(layer, mesh=mesh)
+        self.learner: FSDPModule = fully_shard(learner, mesh=mesh, ignored_params=set(self.scalars))
+        # A worker with an empty micro-batch has no gradient for some weights, and must send zeros in their place.
+        self.learner.set_reduce_scatter_unused_params(True)
+        for name in learner.entries:
+            register_fsdp_forward_method(learner, name)
+
+    def take(self, learner: Learner) -> None:
+        # NOTE: fully_shard looks at once which weights are trained, when a module is first gathered. Layers that join
+        # after the token table's warm-up are gathered here, so that it looks again.
+        for module in learner.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+                module.reshard()
+        self.sharded = [parameter for parameter in learner.parameters() if parameter.ndim and parameter.requires_grad]
+
+    def start(self) -> None:
+        for parameter in (*self.sharded, *self.scalars):
+            parameter.grad = None
+        self.learner.set_requires_gradient_sync(False)
+
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        self.learner.set_requires_gradient_sync(True)
+        yield
+
+    def finish(self, flags: Sequence[bool | Tensor]) -> list[float]:
+        """One small collective: the flags, and the scalars' gradients."""
+        gradients = [0.0 if scalar.grad is None else scalar.grad for scalar in self.scalars]
+        values = [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in (*flags, *gradients)]
+        sums = total(torch.stack(values))
+        for scalar, summed in zip(self.scalars, sums[len(flags) :], strict=True):
+            scalar.grad = (summed / world_size()).to(scalar.dtype)
+        return sums[: len(flags)].tolist()  # type: ignore[no-any-return]
+
+    def clip(self, max_norm: float) -> Tensor:
+        parts = [parameter.grad.to_local() for parameter in self.sharded if isinstance(parameter.grad, DTensor)]
+        square = total(nn.utils.get_total_norm(parts).square())
+        norm = torch.stack([square, *(scalar.grad.square() for scalar in self.scalars if scalar.grad is not None)])
+        norm = norm.sum().sqrt()
+        for parameters in (self.sharded, self.scalars):
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
