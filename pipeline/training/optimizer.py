@@ -27,12 +27,14 @@ def build_optimizer(learner: Learner, settings: Training) -> torch.optim.AdamW:
         joining = set(backbone.layers.parameters())
     token_table, tables = learner.model.token_table.weight, _tables(learner)
     groups: dict[tuple[float, float, bool, type], list[nn.Parameter]] = {}
-    for parameter in filter(lambda p: p.requires_grad, learner.parameters()):
+    # fsdp's parameters are DTensors, scalars excepted: an optimizer updates a group of one type at once, and torch's
+    # GradScaler takes the first gradient of all for a DTensor.
+    trained = sorted((p for p in learner.parameters() if p.requires_grad), key=lambda p: type(p) is nn.Parameter)
+    for parameter in trained:
         peak = settings.learning_rate
         if parameter is token_table:
             peak = settings.table_learning_rate or peak
         decay = settings.weight_decay if parameter.ndim > 1 and parameter not in tables else 0.0
-        # fsdp's parameters are DTensors but for scalars, and an optimizer updates a group of one type at once.
         groups.setdefault((peak, decay, parameter in joining, type(parameter)), []).append(parameter)
     return torch.optim.AdamW(
         [

@@ -74,9 +74,12 @@ class DataParallel:
 
 
 def build_strategy(config: Config, learner: Learner, device: torch.device) -> Strategy:
-    """What the config asks for. fsdp cuts the learner's parameters, so build the optimizer after it."""
+    """What the config asks for. fsdp cuts the learner's parameters, so build the optimizer after it.
+
+    A process without others keeps them whole.
+    """
     settings = config.training
-    if settings.strategy == "fsdp":
+    if settings.strategy == "fsdp" and dist.is_initialized():
         from pipeline.training.fsdp import FullySharded
 
         return FullySharded(learner, device)
