@@ -43,6 +43,12 @@ def save_model(folder: Path, model: EmbeddingModel, tokenizer_json: str, max_len
     backbone: Any = model.backbone
     state = {name: tensor.detach().contiguous() for name, tensor in backbone.state_dict().items()}
     save_file(state, folder / "model.safetensors")
+    save_card(folder, model, tokenizer_json, max_length)
+
+
+def save_card(folder: Path, model: EmbeddingModel, tokenizer_json: str, max_length: int) -> None:
+    """Write what a model folder has beside the weights."""
+    backbone: Any = model.backbone
     card = Card(backbone.architecture, backbone.describe(), model.head, model.width, max_length)
     (folder / "model.json").write_text(json.dumps(asdict(card), indent=2, sort_keys=True))
     (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")

@@ -22,11 +22,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 
 from pipeline.objectives.learner import Learner
@@ -84,7 +86,7 @@ def consolidate(folder: Path) -> None:
 
 def _state_of(learner: Learner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by its parameter's name and its own: `model.backbone.norm.weight.exp_avg`."""
-    names = {parameter: name for name, parameter in learner.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in learner.named_parameters()}
     return {
         f"{names[parameter]}.{key}": value
         for parameter, state in optimizer.state.items()
@@ -100,16 +102,16 @@ def _room_for(found: TensorStorageMetadata, parameter: nn.Parameter) -> Tensor:
 
 
 def _save(folder: Path, state: dict[str, Tensor]) -> None:
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _failures_as_os_errors(folder):
-        dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
+        save(state, storage_writer=writer, no_dist=not dist.is_initialized())
 
 
 def _load(folder: Path, state: dict[str, Tensor], *, alone: bool = False) -> None:
     """Into the tensors of `state`, in place; all workers together, or one `alone`."""
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(folder))
     with _failures_as_os_errors(folder):
-        dcp.load(state, storage_reader=reader, no_dist=alone or not dist.is_initialized())
+        load(state, storage_reader=reader, no_dist=alone or not dist.is_initialized())
 
 
 @contextmanager
@@ -126,5 +128,5 @@ def _failures_as_os_errors(folder: Path) -> Iterator[None]:
 
 
 def _headers(folder: Path) -> dict[str, TensorStorageMetadata]:
-    found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {name: each for name, each in found.items() if isinstance(each, TensorStorageMetadata)}
