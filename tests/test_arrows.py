@@ -32,6 +32,8 @@ RAYLESS_MODULES = {
     "training/build.py",
     "training/validation.py",
     "training/checkpoints.py",
+    "training/fsdp.py",
+    "training/sharded.py",
     "embedding/store.py",
 }
 
