@@ -1,0 +1,72 @@
+"""Runs that lose workers end with the weights, and on the batches, of one that was left alone. Without Ray."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.killed_loop import PLACES, Finished, Kill, Start, train_in
+
+STEPS = 24
+SETTINGS: dict[str, Any] = {
+    "data": {"sources": [{"name": "made", "type": "json", "path": "made.jsonl"}]},
+    "tokenizer": {"max_length": 16},
+    "model": {"d_model": 32, "d_ff": 48, "num_layers": 1, "num_heads": 2, "dropout": 0.1},
+    "objective": {"contrastive": {"learn_temperature": True}, "mlm": {"weight": 0.5}},
+    "training": {
+        "global_batch_size": 16,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "validate_every_steps": 6,
+        "log_every_steps": 1,
+        "table_warmup_fraction": 0.25,
+    },
+    "checkpointing": {"every_steps": 3},
+}
+WRITES = STEPS // 3
+
+
+def kills(world_size: int, number: int, seed: int) -> list[Kill]:
+    """Points anywhere in a run, of one worker or of all."""
+    chance = random.Random(seed)
+    found = []
+    for i in range(number):
+        place = PLACES[i % len(PLACES)]
+        rank_0_alone = place in ("writing", "written", "moved")
+        # A start redoes at most three steps, so those that come late in a run's life have few passes left.
+        count = chance.randint(1, 3) if not rank_0_alone else 1
+        ranks = [0] if rank_0_alone else chance.choice([[chance.randrange(world_size)], list(range(world_size))])
+        found.append(Kill(place, count, ranks))
+    chance.shuffle(found)
+    return found
+
+
+@pytest.mark.parametrize(("world_size", "seed"), [(2, 0), (4, 1)])
+def test_killed_at_ten_points_a_run_ends_with_the_same_bits(world_size: int, seed: int, tmp_path: Path) -> None:
+    """Four workers, for there stock DDP's buckets would make a resumed run differ in its last bits."""
+    alone = train_in(tmp_path / "alone", SETTINGS, [Start(world_size)])
+    starts = [Start(world_size, [kill]) for kill in kills(world_size, 10, seed)]
+    killed = train_in(tmp_path / "killed", SETTINGS, [*starts, Start(world_size)])
+    assert killed.weights == alone.weights
+    assert killed.losses == alone.losses
+    assert_same_batches(killed, alone)
+
+
+def assert_same_batches(found: Finished, expected: Finished) -> None:
+    assert expected.ids.keys() == set(range(STEPS))
+    assert found.ids == expected.ids
+    assert all(len(batches) == 1 for batches in found.ids.values())
+
+
+def test_two_workers_then_one_then_three_train_on_the_same_batches(tmp_path: Path) -> None:
+    settings = SETTINGS | {"model": SETTINGS["model"] | {"dropout": 0.0}}
+    alone = train_in(tmp_path / "alone", settings, [Start(2)])
+    leave = Kill("updated", 5, [0])
+    elastic = train_in(tmp_path / "elastic", settings, [Start(2, [leave]), Start(1, [leave]), Start(3)])
+    assert_same_batches(elastic, alone)
+    for step in range(1, STEPS + 1):
+        assert elastic.losses[step] == pytest.approx(alone.losses[step], rel=1e-5), step
+    assert elastic.weights != alone.weights  # they are another's sums, or this would compare a run with itself
