@@ -47,10 +47,10 @@ def write_config(folder: Path, pairs: int = 4000, **training: Any) -> Path:
 class JobProcess:
     """A job run as a user runs it, in a process of its own."""
 
-    def __init__(self, name: str, config: Path, *args: str) -> None:
+    def __init__(self, name: str, config: Path, *args: str, environment: dict[str, str] | None = None) -> None:
         self.log = config.parent / f"{name}-{time.monotonic_ns()}.err"
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PIPELINE_"))}
-        environment["TMPDIR"] = str(TEMPORARY)
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PIPELINE_"))}
+        environment = inherited | {"TMPDIR": str(TEMPORARY)} | (environment or {})
         with self.log.open("w") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, f"jobs/{name}.py", "--config", str(config), *args],

@@ -87,6 +87,9 @@ def run_task(
         alert=hooks.alert,
     )
     state = _resume(run)
+    if rank() == 0:
+        log.info("train: %s", describe(run.learner))
+        log.info("train: %d workers go on from step %d", world_size(), state.step)
     return state if is_finished(config, task.plan, state) else train(run, state)
 
 
@@ -116,8 +119,6 @@ def _resume(run: Run) -> TrainState:
     if world_size() > 1:
         dist.broadcast_object_list(chosen, device=run.device)
     (checkpoint,) = chosen
-    if rank() == 0:
-        log.info("train: %s", describe(run.learner))
     if checkpoint is None:
         return TrainState()
     load(checkpoint, run)

@@ -83,8 +83,7 @@ def fit(config: Config, folder: Path, manifest: Manifest, board: Board) -> Train
         workers,
         f", on from step {state.step:,}" if state.step else "",
     )
-    trainer = _trainer(config, workers, Sent(task, workers.threads, board.handle))
-    prune(config.run_dir, config.checkpointing.max_checkpoints)
+    sent = Sent(task, workers.threads, board.handle)
     fatal: list[dict[str, Any]] = []
     with Trackers.open(config, state.step) as trackers:
 
@@ -97,7 +96,7 @@ def fit(config: Config, folder: Path, manifest: Manifest, board: Board) -> Train
             board.stage("train", task.total_steps, "steps", counter="steps", start=state.step, receive=receive),
             signals.held(board.ask_to_stop, config.checkpointing.grace_s, "for the last checkpoint"),
         ):
-            _fit(trainer)
+            _fit(config, workers, sent)
     if fatal:
         raise (ConfigError if fatal[0]["config"] else JobError)(fatal[0]["fatal"])
     prune(config.run_dir, config.checkpointing.max_checkpoints)
@@ -137,18 +136,26 @@ def _trainer(config: Config, workers: Workers, sent: Sent) -> Any:
     )
 
 
-def _fit(trainer: Any) -> None:
+def _fit(config: Config, workers: Workers, sent: Sent) -> None:
+    """Ray restarts workers that are lost; a controller that is lost, with them, is started anew here."""
+    from ray.exceptions import ActorDiedError, ActorUnavailableError
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        log.debug("training failed", exc_info=True)
-        reasons = getattr(error, "worker_failures", None) or {0: error}
-        lines = str(next(iter(reasons.values()))).strip().splitlines()
-        raise JobError(
-            f"training failed: {lines[-1] if lines else type(error).__name__}; training.log has the workers' own words"
-        ) from error
+    for starts_left in reversed(range(config.scaling.max_failures + 1)):
+        prune(config.run_dir, config.checkpointing.max_checkpoints)
+        try:
+            _trainer(config, workers, sent).fit()
+            return
+        except TrainingFailedError as error:
+            log.debug("training failed", exc_info=True)
+            reasons = getattr(error, "worker_failures", None) or {0: error}
+            lines = str(next(iter(reasons.values()))).strip().splitlines()
+            words = lines[-1] if lines else type(error).__name__
+            raise JobError(f"training failed: {words}; training.log has the workers' own words") from error
+        except (ActorDiedError, ActorUnavailableError) as error:
+            if not starts_left:
+                raise JobError("training failed: Ray's controller of the run died; training.log has more") from error
+            log.warning("train: Ray's controller of the run died; it is started anew, from the newest checkpoint")
 
 
 def _summarise(config: Config) -> None:

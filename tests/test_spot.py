@@ -1,0 +1,184 @@
+"""Training through Ray on machines that cannot be trusted: killed, hung, full, taken away. Run by `make test-slow`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.test_faults import WAIT_S, JobProcess, run, weights, write_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+def processes(job: JobProcess, name: str) -> list[psutil.Process]:
+    """A job's Ray processes of this name, by when they were started."""
+    found = []
+    for process in psutil.Process(job.process.pid).children(recursive=True):
+        try:
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def wait_until(true: Callable[[], object], job: JobProcess) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not true():
+        assert job.process.poll() is None, job.log.read_text()
+        assert time.monotonic() < deadline, job.log.read_text()
+        time.sleep(0.005)
+
+
+def steps_saved(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("store/runs/r/attempt-*/step-*")}
+
+
+def test_killed_at_seven_points_a_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """A worker, both, amid a checkpoint's write, as it gets its place, the controller, the driver twice."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run("train", write_config(whole, table_warmup_fraction=0.4))
+    config = write_config(killed, table_warmup_fraction=0.4)
+    arguments = ("scaling.max_failures=8",)
+
+    job = JobProcess("train", config, *arguments)
+    job.wait_for("train: step 50:")
+    processes(job, "RayTrainWorker")[-1].kill()
+    job.wait_for("train: step 100:")
+    for worker in processes(job, "RayTrainWorker"):
+        worker.kill()
+    job.wait_for("train: step 150:")
+    workers, incoming = processes(job, "RayTrainWorker"), killed / "store/runs/r/incoming"
+    wait_until(lambda: list(incoming.glob("step-*/model.safetensors")), job)
+    for worker in workers:
+        worker.kill()
+    job.wait_for("train: step 200:")
+    (controller,) = processes(job, "TrainController")
+    controller.kill()
+    job.wait_for("Ray's controller of the run died")
+    job.kill()
+
+    job = JobProcess("train", config, *arguments)
+    job.wait_for("train: begins")
+    before = steps_saved(killed)
+    wait_until(lambda: steps_saved(killed) - before, job)
+    for worker in processes(job, "RayTrainWorker"):
+        worker.kill()
+    newest = max(steps_saved(killed))
+    wait_until(lambda: max(steps_saved(killed), default="") > newest or "train: step 300:" in job.log.read_text(), job)
+    job.kill()
+
+    last = run("train", config, *arguments)
+    assert last["metrics"]["step"] == 300
+    assert weights(killed) == weights(whole)
+
+
+def test_a_worker_that_hangs_is_noticed_and_the_run_goes_on(tmp_path: Path) -> None:
+    job = JobProcess("train", write_config(tmp_path), "scaling.collective_timeout_s=10", "scaling.max_failures=2")
+    job.wait_for("train: step 50:")
+    hung = processes(job, "RayTrainWorker")[-1]
+    hung.send_signal(signal.SIGSTOP)
+    code, last = job.end()
+    assert (code, last["metrics"]["step"]) == (0, 300), job.log.read_text()
+    assert not hung.is_running()
+
+
+def test_sigterm_waits_for_a_checkpoint(tmp_path: Path) -> None:
+    job = JobProcess("train", write_config(tmp_path, max_steps=100_000, validate_every_steps=100_000))
+    job.wait_for("train: begins")
+    wait_until(lambda: (tmp_path / "store/runs/r/attempt-001/step-00000025").is_dir(), job)
+    job.process.send_signal(signal.SIGTERM)
+    code, last = job.end()
+    assert (code, last["status"]) == (143, "stopped")
+    newest = int(max(steps_saved(tmp_path)).removeprefix("step-"))
+    lines = (tmp_path / "store/runs/r/metrics.jsonl").read_text().splitlines()
+    # Not one step is lost: the newest checkpoint is of the very step that training ended at.
+    assert newest > max(json.loads(line)["step"] for line in lines) - 1
+    assert newest % 25 or newest % 10 == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_said_and_leaves_the_last_checkpoint_whole(small_disk: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, pairs=1000, max_steps=200)
+    run("prepare", config)
+    store = tmp_path / "store"
+    shutil.move(store / "prepared", small_disk / "prepared")
+    shutil.move(store / "stages", small_disk / "stages")
+    arguments = (f"storage.root={small_disk}", "training.global_batch_size=32", f"logging.save_dir={tmp_path}")
+    job = JobProcess("train", config, *arguments)
+    first = small_disk / "runs/r/attempt-001/step-00000025"
+    wait_until(first.is_dir, job)
+    filler = small_disk / "filler"
+    with filler.open("wb") as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+                file.flush()
+        except OSError:
+            pass
+    code, _ = job.end()
+    assert code == 1, job.log.read_text()
+    assert "No space left on device" in job.log.read_text()
+    assert "the last good checkpoint, of step" in job.log.read_text()
+    filler.unlink()
+    assert run("train", config, *arguments)["metrics"]["step"] == 200
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (folder / "store/runs/r/metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_a_node_comes_and_goes_in_mid_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train's elastic workers, one then two then one, train on the batches of two that were left alone."""
+    from ray.cluster_utils import Cluster
+
+    settings = {"max_steps": 1000, "validate_every_steps": 1000, "log_every_steps": 1}
+    run("train", write_config(tmp_path / "alone", **settings))
+
+    config = write_config(tmp_path / "elastic", **settings)
+    arguments = ("scaling.num_workers=[1, 2]", "scaling.cpus_per_worker=2", "scaling.resize_every_s=2")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    # Ray's own sockets lie under a short path, and one CPU is left to Ray Data whatever the number of workers
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
+    try:
+        environment = {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "disabled"}
+        job = JobProcess("train", config, *arguments, environment=environment)
+        job.wait_for("train: 1 workers go on from step 0")
+        job.wait_for("train: begins")
+        wait_until(lambda: steps_saved(tmp_path / "elastic"), job)
+        second = cluster.add_node(num_cpus=2)
+        job.wait_for("train: 2 workers go on from step")
+        saved = steps_saved(tmp_path / "elastic")
+        wait_until(lambda: steps_saved(tmp_path / "elastic") - saved, job)
+        cluster.remove_node(second, allow_graceful=False)
+        wait_until(lambda: job.log.read_text().count("train: 1 workers go on from step") == 2, job)
+        code, last = job.end()
+        assert (code, last["metrics"]["step"]) == (0, 1000), job.log.read_text()
+    finally:
+        cluster.shutdown()
+    alone, elastic = losses(tmp_path / "alone"), losses(tmp_path / "elastic")
+    assert elastic.keys() == alone.keys() == set(range(1, 1001))
+    for step in range(1, 1001):
+        assert elastic[step] == pytest.approx(alone[step], rel=2e-3), step
+    for step in range(1, 21):
+        assert elastic[step] == pytest.approx(alone[step], rel=1e-5), step
