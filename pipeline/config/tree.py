@@ -68,7 +68,7 @@ class Logging(Section):
 
 class Embedding(Section):
     model: PathStr | None = None
-    """A checkpoint folder; by default the run's best."""
+    """A checkpoint folder, or one of transformers or sentence-transformers; by default the run's best."""
     field: Literal["auto", "anchor", "positive", "text"] = "auto"
     """Field of the record that is embedded: `positive`, else `text`."""
     store: Literal["lancedb"] = "lancedb"
