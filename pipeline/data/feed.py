@@ -9,7 +9,9 @@ read task a run of steps and its order preserved, so a worker that starts anew b
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -75,7 +77,7 @@ class LocalFeed:
     rank: int = 0
     world_size: int = 1
 
-    def batches(self, start: int, stop: int) -> Iterator[pa.Table]:
+    def batches(self, start: int, stop: int) -> Generator[pa.Table]:
         for first, last in self.plan.chunks(start, stop):
             yield from _cut(self.plan.read(first, last, self.rank, self.world_size))
 
@@ -88,14 +90,18 @@ class RayFeed:
     rank: int
     world_size: int
 
-    def batches(self, start: int, stop: int) -> Iterator[pa.Table]:
-        chunks = self.plan.chunks(start, stop)
-        for first in range(0, len(chunks), CHUNKS_A_DATASET):
-            tables = self._dataset(chunks[first : first + CHUNKS_A_DATASET]).iter_batches(
-                batch_size=None, batch_format="pyarrow", prefetch_batches=READ_AHEAD_BATCHES
-            )
+    def batches(self, start: int, stop: int) -> Generator[pa.Table]:
+        with closing(_one_ahead(self._tables(start, stop))) as tables:
             for table in tables:
                 yield from _cut(table)
+
+    def _tables(self, start: int, stop: int) -> Generator[pa.Table]:
+        """A table of several steps' rows a read, from one dataset after the other."""
+        chunks = self.plan.chunks(start, stop)
+        for first in range(0, len(chunks), CHUNKS_A_DATASET):
+            yield from self._dataset(chunks[first : first + CHUNKS_A_DATASET]).iter_batches(
+                batch_size=None, batch_format="pyarrow", prefetch_batches=READ_AHEAD_BATCHES
+            )
 
     def _dataset(self, chunks: list[tuple[int, int]]) -> Dataset:
         import ray.data
@@ -110,6 +116,15 @@ class RayFeed:
         context.execution_options.preserve_order = True
         indices = ray.data.range(len(chunks), override_num_blocks=len(chunks))
         return indices.map_batches(read, batch_size=1, num_cpus=0.5)
+
+
+def _one_ahead(tables: Generator[pa.Table]) -> Generator[pa.Table]:
+    """The same tables, the next one being fetched while one is used: a dataset takes about a second to start."""
+    with closing(tables), ThreadPoolExecutor(1, thread_name_prefix="feed") as thread:
+        coming = thread.submit(next, tables, None)
+        while (table := coming.result()) is not None:
+            coming = thread.submit(next, tables, None)
+            yield table
 
 
 def _cut(table: pa.Table) -> Iterator[pa.Table]:
