@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.data.feed import LocalFeed
+from pipeline.data.feed import CHUNKS_A_DATASET, LocalFeed, RayFeed, training_plan
+from pipeline.data.manifest import Manifest, Shard, SourceCount
 from pipeline.data.plan import Plan, RowGroup, lanes_of, largest_remainder
 
 GROUPS = [40, 40, 40, 13, 40, 7]  # rows of the row groups, over two files
@@ -261,8 +265,50 @@ def test_weights_that_cannot_be_kept_are_refused(plan: Plan) -> None:
 
 
 def test_largest_remainder_by_hand() -> None:
-    from fractions import Fraction
-
     assert largest_remainder(10, [Fraction(1, 3)] * 3) == (4, 3, 3)
     assert largest_remainder(7, [Fraction(1, 2), Fraction(3, 10), Fraction(1, 5)]) == (4, 2, 1)
     assert largest_remainder(0, [Fraction(1)]) == (0,)
+
+
+def manifest_of(plan: Plan, weights: dict[str, float | None]) -> Manifest:
+    """What prepare writes beside these row groups, and one without a row."""
+    shards = [
+        Shard(
+            path=path,
+            split="train",
+            rows=sum(group.rows for group in plan.row_groups if group.path == path),
+            row_groups=[*(group.rows for group in plan.row_groups if group.path == path), 0],
+            row_group_sources=[*(group.source for group in plan.row_groups if group.path == path), "a"],
+            sha256="",
+        )
+        for path in ("a.parquet", "b.parquet")
+    ]
+    sources = [SourceCount(name, 0, 0, {}, weight) for name, weight in weights.items()]
+    return Manifest("f", sources, {"train": 180, "validation": 2}, shards, {}, [], {})
+
+
+def test_a_manifest_s_plan(plan: Plan) -> None:
+    folder = Path(plan.folder)
+    as_they_come = training_plan(folder, manifest_of(plan, {"a": None, "b": None, "c": None}), 16, 3)
+    assert as_they_come == plan
+    assert training_plan(folder, manifest_of(plan, dict(WEIGHTS)), 8, 3, "by_source") == replace(
+        plan, global_batch_size=8, batching="by_source", weights=WEIGHTS
+    )
+    with pytest.raises(ConfigError, match="of which a batch takes 16"):
+        training_plan(folder, manifest_of(plan, dict(WEIGHTS)), 16, 3, "by_source")
+    with pytest.raises(ConfigError, match="allowed is at most the 180 records"):
+        training_plan(folder, manifest_of(plan, {}), 181, 3)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_rows_through_ray_data_are_those_read_here(plan: Plan) -> None:
+    """Over several reads, datasets and epochs; left in the midst, no thread stays."""
+    plan = replace(plan, weights=WEIGHTS, global_batch_size=100)
+    feeds = RayFeed(plan, 1, 3), LocalFeed(plan, 1, 3)
+    here, there = (list(feed.batches(2, 8)) for feed in feeds)
+    assert len(plan.chunks(2, 8)) > CHUNKS_A_DATASET
+    assert [table.to_pydict() for table in here] == [table.to_pydict() for table in there]
+    some = feeds[0].batches(0, 8)
+    next(some)
+    some.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("feed")]
