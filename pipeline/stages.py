@@ -238,4 +238,7 @@ def model_folder(config: Config) -> Path:
     folder_or_none = best_checkpoint(config.run_dir)
     if folder_or_none is None:
         raise JobError(f"no trained model in {config.run_dir}; python jobs/train.py makes one")
+    from pipeline.training.sharded import consolidate
+
+    consolidate(folder_or_none)
     return folder_or_none

@@ -13,6 +13,7 @@ driver; `newest_valid` looks over all starts (`attempt-*`), and the best by vali
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.model.folder import save_model
 from pipeline.objectives.learner import Learner
+from pipeline.runtime.files import write_atomically
 
 PARTNERS = "partners.safetensors"  # a decoder, a prediction head, a learned temperature
 
@@ -75,7 +77,13 @@ def save_checkpoint(
     if partners:
         save_file(partners, folder / PARTNERS)
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    hashes = {path.name: _hash(path) for path in sorted(folder.iterdir())}
+    seal(folder, state)
+
+
+def seal(folder: Path, state: TrainState) -> None:
+    """Write `state.json`, and so call what lies in the folder whole."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    hashes = {str(path.relative_to(folder)): _hash(path) for path in files}
     temporary = folder / "state.json.tmp"
     temporary.write_text(json.dumps({**asdict(state), "files": hashes}, indent=2))
     temporary.rename(folder / "state.json")
@@ -132,17 +140,28 @@ def best_checkpoint(run_dir: Path) -> Path | None:
 
 
 def keep_best(checkpoint: Path, run_dir: Path) -> None:
-    """Copy a checkpoint to `best/`, whole or not at all, then drop the one it beats."""
+    """Give a checkpoint a second place in `best/`, whole or not at all, then drop the one it beats.
+
+    Without what only training needs; files are second names (hard links), as they are never written again.
+    """
     target = run_dir / "best" / checkpoint.name
     temporary = target.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns("optimizer.pt"))
-    _forget_file(temporary, "optimizer.pt")
+    shutil.copytree(checkpoint, temporary, copy_function=_link, ignore=shutil.ignore_patterns("optimizer*"))
+    _forget_optimizer(temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
     for other in target.parent.iterdir():
         if other != target:
             shutil.rmtree(other, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    """A second name; a copy on file systems that know none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def next_attempt(run_dir: Path) -> str:
@@ -180,10 +199,11 @@ def _is_valid(folder: Path) -> bool:
         return False
 
 
-def _forget_file(folder: Path, name: str) -> None:
+def _forget_optimizer(folder: Path) -> None:
+    """state.json is replaced, not written: its other name keeps what it says."""
     content = json.loads((folder / "state.json").read_text())
-    content["files"].pop(name, None)
-    (folder / "state.json").write_text(json.dumps(content, indent=2))
+    content["files"] = {name: found for name, found in content["files"].items() if not name.startswith("optimizer")}
+    write_atomically(folder / "state.json", json.dumps(content, indent=2).encode())
 
 
 def _hash(path: Path) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import Config
+from pipeline.model.folder import save_card
 from pipeline.objectives.collectives import rank, total
 from pipeline.training.checkpoints import (
     TrainState,
@@ -21,13 +22,18 @@ from pipeline.training.checkpoints import (
     load_optimizer,
     load_weights,
     save_checkpoint,
+    seal,
     step_folder,
 )
 from pipeline.training.loop import Run, TrainingStopped
+from pipeline.training.sharded import is_sharded, load_sharded, save_sharded
 
 
 class Saver:
-    """Rank 0 writes. `place` is called on every worker, and takes rank 0's folder to where a resume looks for it."""
+    """Rank 0 writes; under fsdp all workers write their parts into its folder, which all of them must see.
+
+    `place` is called on every worker, and takes the folder to where a resume looks for it.
+    """
 
     def __init__(self, config: Config, tokenizer_json: str, place: Callable[[TrainState, Path], None]) -> None:
         self.config, self.tokenizer_json, self.place = config, tokenizer_json, place
@@ -37,8 +43,7 @@ class Saver:
         folder = incoming_folder(self.config.run_dir) / step_folder(state.step)
         problem: OSError | None = None
         try:
-            if rank() == 0:
-                self._write(folder, run, state, is_best)
+            self._write(folder, run, state, is_best)
         except OSError as error:
             problem = error
             shutil.rmtree(folder, ignore_errors=True)
@@ -51,24 +56,30 @@ class Saver:
         self.place(state, folder)
 
     def _write(self, folder: Path, run: Run, state: TrainState, is_best: bool) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        save_checkpoint(
-            folder,
-            run.learner,
-            run.optimizer,
-            state,
-            tokenizer_json=self.tokenizer_json,
-            max_length=self.config.tokenizer.max_length,
-        )
-        if is_best:
+        max_length = self.config.tokenizer.max_length
+        if rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        if run.strategy.lockstep:
+            save_sharded(folder, run.learner, run.optimizer)
+            if rank() == 0:
+                save_card(folder, run.learner.model, self.tokenizer_json, max_length)
+                seal(folder, state)
+        elif rank() == 0:
+            save_checkpoint(
+                folder, run.learner, run.optimizer, state, tokenizer_json=self.tokenizer_json, max_length=max_length
+            )
+        if is_best and rank() == 0:
             keep_best(folder, self.config.run_dir)
 
 
 def load(checkpoint: Path, run: Run) -> None:
     """Take up the weights and the optimizer of a checkpoint that is whole."""
-    load_weights(checkpoint, run.learner)
-    load_optimizer(checkpoint, run.optimizer, run.device)
+    if is_sharded(checkpoint):
+        load_sharded(checkpoint, run.learner, run.optimizer)
+    else:
+        load_weights(checkpoint, run.learner)
+        load_optimizer(checkpoint, run.optimizer, run.device)
 
 
 def move(folder: Path, target: Path) -> Path:
