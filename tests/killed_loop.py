@@ -30,6 +30,7 @@ from tokenizers import Tokenizer, models, processors
 from pipeline.config import Config, load
 from pipeline.data.manifest import Manifest, Shard, write_table
 from pipeline.training.checkpoints import newest_valid
+from pipeline.training.sharded import consolidate
 
 VOCABULARY = 64
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -109,6 +110,7 @@ def _finished(folder: Path, starts: int) -> Finished:
     run_dir = folder / "runs" / "r"
     checkpoint, _ = newest_valid(run_dir)
     assert checkpoint is not None
+    consolidate(checkpoint)
     ids: dict[int, set[tuple[str, ...]]] = {}
     for start in range(starts):
         of_step: dict[int, list[tuple[int, list[str]]]] = {}

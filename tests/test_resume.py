@@ -44,6 +44,8 @@ def kills(world_size: int, number: int, seed: int) -> list[Kill]:
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("world_size", "seed"), [(2, 0), (4, 1)])
 def test_killed_at_ten_points_a_run_ends_with_the_same_bits(world_size: int, seed: int, tmp_path: Path) -> None:
     """Four workers, for there stock DDP's buckets would make a resumed run differ in its last bits."""
@@ -70,3 +72,12 @@ def test_two_workers_then_one_then_three_train_on_the_same_batches(tmp_path: Pat
     for step in range(1, STEPS + 1):
         assert elastic.losses[step] == pytest.approx(alone.losses[step], rel=1e-5), step
     assert elastic.weights != alone.weights  # they are another's sums, or this would compare a run with itself
+
+
+def test_fsdp_killed_and_resumed_ends_with_the_same_bits(tmp_path: Path) -> None:
+    settings = SETTINGS | {"training": SETTINGS["training"] | {"strategy": "fsdp"}}
+    alone = train_in(tmp_path / "alone", settings, [Start(2)])
+    starts = [Start(2, [Kill("updated", 5, [1])]), Start(2, [Kill("written", 2, [0])]), Start(2)]
+    killed = train_in(tmp_path / "killed", settings, starts)
+    assert killed.weights == alone.weights
+    assert_same_batches(killed, alone)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError
 from pipeline.model.folder import save_card
 from pipeline.objectives.collectives import rank, total
 from pipeline.training.checkpoints import (
@@ -74,9 +74,13 @@ class Saver:
 
 
 def load(checkpoint: Path, run: Run) -> None:
-    """Take up the weights and the optimizer of a checkpoint that is whole."""
+    """Take up the weights and the optimizer of a checkpoint that is whole. Raises ConfigError for ddp's under fsdp."""
     if is_sharded(checkpoint):
         load_sharded(checkpoint, run.learner, run.optimizer)
+    elif run.strategy.lockstep:
+        raise ConfigError(
+            f"training.strategy: found fsdp, and {checkpoint} of a ddp run; allowed is ddp, or another storage.run"
+        )
     else:
         load_weights(checkpoint, run.learner)
         load_optimizer(checkpoint, run.optimizer, run.device)
