@@ -21,9 +21,9 @@ import pytest
 
 from tests.conftest import make_pairs, write_jsonl
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[1]
-WAIT_S = 300
+WAIT_S = 600
 _TEMPORARY = tempfile.TemporaryDirectory(prefix="t")  # a short name: Ray's sockets lie under it
 TEMPORARY = Path(_TEMPORARY.name)
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.test_faults import WAIT_S, JobProcess, run, weights, write_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def processes(job: JobProcess, name: str) -> list[psutil.Process]:
