@@ -27,7 +27,11 @@ MAY_IMPORT = {
 WITHOUT_RAY = {"config", "text", "sources", "model", "objectives", "export"}
 WITHOUT_TORCH = {"config", "text", "runtime", "sources", "data"}
 RAYLESS_MODULES = {
+    "training/assembly.py",
     "training/loop.py",
+    "training/reducer.py",
+    "training/saving.py",
+    "training/strategy.py",
     "training/step.py",
     "training/build.py",
     "training/validation.py",

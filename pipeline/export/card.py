@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from pipeline.data.manifest import Manifest, read_manifest
-from pipeline.model.folder import Card, model_fingerprint
+from pipeline.model.card import Card
+from pipeline.model.folder import model_fingerprint
 
 SECTIONS = ("model", "objective", "training")  # of the run's config; the others name folders of one machine
 TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "text-embeddings")

@@ -28,8 +28,9 @@ from tokenizers import Tokenizer
 
 from pipeline.config import ConfigError
 from pipeline.data.vocabulary import SPECIAL_TOKENS
+from pipeline.model.card import Card
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import Card, load_model, read_card
+from pipeline.model.folder import load_model, read_card
 from pipeline.model.packing import Layout, pack
 from pipeline.runtime.job import JobError
 

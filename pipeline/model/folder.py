@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,11 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from pipeline.model.card import Card
 from pipeline.model.embedding_model import EmbeddingModel, Head
 from pipeline.model.transformer import Encoder, EncoderShape
 
 FILES = ("model.safetensors", "model.json", "tokenizer.json")
-
-
-@dataclass(frozen=True)
-class Card:
-    """`model.json`: which backbone, what fixes its parameters, how its states become vectors."""
-
-    architecture: str  # unified, or pretrained
-    shape: dict[str, Any]  # an EncoderShape's fields, or a config of transformers
-    head: Head
-    width: int
-    max_length: int  # tokens; longer texts are cut
 
 
 def save_model(folder: Path, model: EmbeddingModel, tokenizer_json: str, max_length: int) -> None:
