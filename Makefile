@@ -41,6 +41,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/signatures.py --data $(DATA)
 	$(BIN)/python benchmarks/tokenizing.py --data $(DATA)
 	$(BIN)/python benchmarks/memory.py --data $(DATA)
+	$(BIN)/python benchmarks/feed.py --data $(DATA)
 	$(BIN)/python benchmarks/safety.py --data $(DATA)/linux-doc
 
 clean:
