@@ -127,7 +127,9 @@ def _both(rank: int, world_size: int, folder: str, options: list[str]) -> Result
     return found
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(each, marks=[pytest.mark.slow] if i else []) for i, each in enumerate(VARIANTS)]
+)
 def test_a_run_has_the_losses_and_scores_of_ddp(variant: str, tmp_path: Path) -> None:
     """Clipping, a learned temperature, denoising and masked tokens beside; validations every ten steps."""
     saved(tmp_path / "bert", "bert", vocab_size=64)
@@ -160,7 +162,12 @@ def _gradients(rank: int, world_size: int, name: str, options: set[str]) -> Resu
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("contrastive", set()), ("hybrid", {"checkpointing"}), ("seq2seq", {"compile"})]
+    ("name", "options"),
+    [
+        ("hybrid", {"checkpointing"}),
+        pytest.param("contrastive", set(), marks=pytest.mark.slow),
+        pytest.param("seq2seq", {"compile"}, marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_are_those_of_a_single_process(name: str, options: set[str]) -> None:
     expected, metrics = whole_gradients(name)
@@ -172,7 +179,9 @@ def test_gradients_are_those_of_a_single_process(name: str, options: set[str]) -
     assert_equal(found, expected)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls", "last", "weighted"])
+@pytest.mark.parametrize(
+    "pooling", ["last", *(pytest.param(each, marks=pytest.mark.slow) for each in ("mean", "cls", "weighted"))]
+)
 def test_an_empty_part_changes_no_gradient(pooling: str) -> None:
     found = []
     for empty in (0, 2):
