@@ -15,7 +15,7 @@ from pipeline.config import Config, ConfigError, load
 from pipeline.config.deepspeed import HEADER, Row
 from pipeline.config.deepspeed_batch import batch_parts
 from pipeline.config.deepspeed_keys import DEFAULTS, DIRECT, FIXED, KNOWN, NO_COUNTERPART, NOT_NEEDED
-from pipeline.runtime.console import table
+from pipeline.runtime.console import stop_logging, table
 from pipeline.runtime.job import Result, run_job
 
 FP16: dict[str, Any] = {
@@ -397,6 +397,7 @@ def test_a_file_that_is_not_there_exits_2(capsys: pytest.CaptureFixture[str]) ->
     def main(config: Config, args: object) -> Result:
         raise AssertionError("a wrong config came through")
 
+    stop_logging()  # whatever another test left there
     Path("c.yaml").write_text("training: {deepspeed_config: nowhere/ds.json}\n")
     assert run_job("train", "", main, argv=["--config", "c.yaml"]) == 2
     assert "nowhere/ds.json: No such file or directory" in capsys.readouterr().err
