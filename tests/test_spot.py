@@ -83,7 +83,7 @@ def test_killed_at_seven_points_a_run_ends_with_the_same_bits(tmp_path: Path) ->
 
 
 def test_a_worker_that_hangs_is_noticed_and_the_run_goes_on(tmp_path: Path) -> None:
-    job = JobProcess("train", write_config(tmp_path), "scaling.collective_timeout_s=10", "scaling.max_failures=2")
+    job = JobProcess("train", write_config(tmp_path), "scaling.collective_timeout_s=20", "scaling.max_failures=3")
     job.wait_for("train: step 50:")
     hung = processes(job, "RayTrainWorker")[-1]
     hung.send_signal(signal.SIGSTOP)

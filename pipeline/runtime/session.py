@@ -42,6 +42,10 @@ ENVIRONMENT = {
 }
 
 
+SAID_EACH_SECOND = "Failed to query Ray Train Controller actor state"
+"""By an actor of Ray Train's that asks the dashboard, which a local session goes without (Ray 2.60)."""
+
+
 class _BoardActor:
     """Counters and messages from anywhere in the cluster, kept until the driver asks."""
 
@@ -245,7 +249,7 @@ class _LogWriter:
 
     def write(self, text: str) -> int:
         for line in text.splitlines():
-            if line.strip():
+            if line.strip() and SAID_EACH_SECOND not in line:
                 logging.getLogger("pipeline.ray").info("%s", line)
         return len(text)
 
