@@ -31,10 +31,11 @@ lint: .venv/.installed
 	$(BIN)/ruff format .
 	$(BIN)/mypy
 
-# make bench DATA=folder-with-debian-linux-doc-and-wordnet: the tables in benchmarks/README.md, three hours of them
+# make bench DATA=folder-with-debian-linux-doc-sts_b-and-wordnet: the tables in benchmarks/README.md, three hours of them
 bench: .venv/.installed
 	$(BIN)/python benchmarks/retrieval.py --data $(DATA)
 	$(BIN)/python benchmarks/fine_tuning.py --data $(DATA)
+	$(BIN)/python benchmarks/pretrained.py --data $(DATA)
 	$(BIN)/python benchmarks/denoising.py --data $(DATA)
 	$(BIN)/python benchmarks/near_duplicates.py --data $(DATA)
 	$(BIN)/python benchmarks/near_duplicates_accuracy.py --data $(DATA)
