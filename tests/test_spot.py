@@ -128,11 +128,10 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint_whole(small_disk: Pa
     first = small_disk / "runs/r/attempt-001/step-00000025"
     wait_until(first.is_dir, job)
     filler = small_disk / "filler"
-    with filler.open("wb") as file:
+    with filler.open("wb", buffering=0) as file:
         try:
             while True:
                 file.write(bytes(4096))
-                file.flush()
         except OSError:
             pass
     code, _ = job.end()

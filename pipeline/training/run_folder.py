@@ -60,7 +60,7 @@ def refuse_other_run(config: Config, data_fingerprint: str, *, data_alone: bool 
         if then["fixed"].get(key) != value and key not in accepted
     ]
     if then["data_fingerprint"] != data_fingerprint and "data" not in accepted:
-        differing.append("data (the prepared records)")
+        differing.append("data (the prepared data)")
     if differing:
         raise ConfigError(
             f"{config.run_dir} holds a run that differs in {', '.join(differing)}; "
