@@ -52,7 +52,7 @@ class Logging(Section):
     wandb_project: str = Field("text-embedding-pipeline", min_length=1)
     """Project of Weights & Biases; the run goes by `storage.run`."""
     loss_spike_deviations: float = Field(6.0, gt=0)
-    """A loss so many standard deviations above the mean of the last 100 logged ones raises an alert. Ours, measured."""
+    """A loss so many standard deviations above the mean of the last 100 logged ones raises an alert. Ours."""
     memory_alert_fraction: float = Field(0.85, gt=0, le=1)
     """Share of a GPU's memory beyond which an alert is raised."""
 

@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 from pipeline.runtime.console import table
 from pipeline.runtime.files import replacing
+from pipeline.training.stopping import LOWER_IS_BETTER
 from pipeline.training.tracking.jsonl import Row, metrics_kind, read_rows
 from pipeline.training.tracking.tracker import VALIDATION
 
 COLUMNS = 3
 LOG_FROM_RATIO = 10  # of the largest to the smallest: within one decade a linear axis shows more. Ours
-LOWER_IS_BETTER = ("loss", "nll", "perplexity")
 
 
 @dataclass(frozen=True)
