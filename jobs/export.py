@@ -43,7 +43,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
 
     refuse_foreign(folder, MARKER)
     if args.onnx:
-        check_packages()
+        check_packages("--onnx")
     model = model_folder(config)
     quiet_transformers()
     with replacing_folder(folder, MARKER) as temporary:

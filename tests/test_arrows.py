@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "objectives": {"config", "model"},
     "sources": {"config", "runtime", "text"},
     "data": {"config", "runtime", "text", "sources"},
-    "embedding": {"config", "runtime", "data", "model", "text"},
+    "embedding": {"config", "runtime", "data", "model", "text", "export"},
     "evaluation": {"config", "runtime", "data", "model", "text", "embedding"},
     "training": {"config", "runtime", "data", "model", "objectives", "evaluation"},
     "export": {"config", "runtime", "data", "model"},

@@ -23,6 +23,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_valid
 
 from pipeline.config.data import Data, Tokenizer
 from pipeline.config.deepspeed import Row, apply_deepspeed, origin
+from pipeline.config.embedding import Embedding
 from pipeline.config.model import Model
 from pipeline.config.objective import Objective
 from pipeline.config.reading import ConfigError, explain, kind_of, parse_override, read_yaml
@@ -64,23 +65,6 @@ class Logging(Section):
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"a format of Python's logging such as '%(asctime)s %(message)s' ({error})") from None
         return value
-
-
-class Embedding(Section):
-    model: PathStr | None = None
-    """A checkpoint folder, or one of transformers or sentence-transformers; by default the run's best."""
-    field: Literal["auto", "anchor", "positive", "text"] = "auto"
-    """Field of the record that is embedded: `positive`, else `text`."""
-    store: Literal["lancedb"] = "lancedb"
-    """Where vectors are written."""
-    uri: PathStr = "lancedb"
-    """LanceDB's folder; relative to storage.root."""
-    dimensions: int | None = Field(None, ge=1)
-    """Cut vectors to this size, one of the model's `matryoshka_dims`; by default its width."""
-    batch_tokens: int = Field(8_192, ge=16)
-    """Tokens encoded in one forward pass."""
-    max_workers: int | None = Field(None, ge=1)
-    """Encoding actors at most; by default as many as the cluster has CPUs (GPUs, where there are some)."""
 
 
 class Pinecone(Section):

@@ -1,95 +1,98 @@
-"""Every prepared record embedded once, through Ray Data.
+"""Every prepared record in the store, once, over the cluster.
 
-    a task a record file ──► rows whose id the store lacks ──► actor pool of encoders ──► LanceSink (upsert by id)
+    a task a record file ──► rows the ledger lacks, tokenized, known vectors filled in ──► actor pool of encoders
+        ──► Sink: cache, ledger, store, ledger           then, file by file, what has vanished is deleted
 
-A record file holds one range of ids, so what is missing is found file by file and nothing holds all ids. Writes are
-upserts and become visible as they are made: a job that is killed and run again embeds the rest.
+What a task does is in embedding/sync.py. A job that is killed and run again embeds the rest.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from ray.data import ActorPoolStrategy, Dataset, Datasink
+from ray.data.datasource import WriteResult
 
-from pipeline.config import Config, ConfigError, Embedding
-from pipeline.data.manifest import Manifest
-from pipeline.embedding.store import mark_embedded
-from pipeline.embedding.stores.lancedb_store import LanceStore
+from pipeline.embedding.columns import as_column
+from pipeline.embedding.encode import EncoderRecipe
+from pipeline.embedding.stores.dead_letters import DeadLetters
+from pipeline.embedding.sync import ROWS, Span, Sync
 from pipeline.runtime.session import Board, cluster_capacity
 
-ENCODE_ROWS = 1024  # a call of an encoder: seconds of work
-WRITE_ROWS = 8192  # rows a write commits together, and at most lost to a kill
+WRITE_ROWS = 8192  # rows that a write brings to the store together, and at most lost to a kill
 
 
-class LanceSink(Datasink[None]):
-    """Upserts blocks of encoded records."""
+class Sink(Datasink[Counter[str]]):
+    """Writes blocks of encoded rows; what the store refuses is set aside. `counts` is there once all is written."""
 
-    def __init__(self, store: LanceStore) -> None:
-        self.store = store
+    def __init__(self, sync: Sync, letters: DeadLetters, board: Any) -> None:
+        self.sync, self.letters, self.board = sync, letters, board
+        self.counts: Counter[str] = Counter()
 
     @property
     def min_rows_per_write(self) -> int:
         return WRITE_ROWS
 
-    def write(self, blocks: Iterable[Any], ctx: Any) -> None:
+    def write(self, blocks: Iterable[Any], ctx: Any) -> Counter[str]:
+        counts: Counter[str] = Counter()
         tables = [pa.table(block) for block in blocks]
-        rows = pa.concat_tables(tables) if tables else None
-        if rows is not None and len(rows):
-            self.store.upsert(rows)
+        if any(len(table) for table in tables):
+            rows = pa.concat_tables(table for table in tables if len(table))
+            self.letters.append(rows, self.sync.write(rows, counts))
+        return counts
+
+    def on_write_complete(self, write_result: WriteResult[Counter[str]]) -> None:
+        for counts in write_result.write_returns:
+            self.counts.update(counts)
 
 
-class Encode:
-    """An actor that holds a model: adds `vector` to tables of `text`, and of `source` where sources have prompts.
+class EncodeRows:
+    """An actor that gives rows that are ready the vectors they lack."""
 
-    A text is led by its source's prompt, else by the model's own of that name.
-    """
-
-    def __init__(
-        self, folder: str, settings: Embedding, threads: int, prompt: str, prompts: dict[str, str], board: Any
-    ) -> None:
-        import torch
-
-        from pipeline.embedding.encode import TextEncoder
-
-        torch.set_num_threads(threads)
-        self.encoder = TextEncoder(Path(folder), settings.batch_tokens, dimensions=settings.dimensions)
-        self.prompt, self.prompts, self.board = prompt, prompts, board
+    def __init__(self, recipe: EncoderRecipe, threads: int, board: Any, sync: Sync) -> None:
+        self.encoder, self.board, self.sync = _open(recipe, threads), board, sync
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        texts = rows["text"].to_pylist()
-        if self.prompts:
-            own, sources = self.encoder.model.head.prompt(self.prompt), rows["source"].to_pylist()
-            texts = [self.prompts.get(source, own) + text for source, text in zip(sources, texts, strict=True)]
-        vectors = self.encoder.encode(texts, "" if self.prompts else self.prompt)
-        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+        encoded = self.sync.encoded(rows, self.encoder)
         self.board.add.remote("embedded", len(rows))
-        return rows.append_column("vector", column)
+        return encoded
 
 
-def encoded(
-    dataset: Dataset, model: Path, config: Config, board: Board, prompt: str, prompts: dict[str, str]
-) -> Dataset:
-    """The dataset's `text`, after its prompt, embedded by a pool of actors: one a GPU, else one a CPU.
+class EncodeTexts:
+    """An actor that adds `vector` to tables of `text`."""
 
-    `prompt` names one of the model's own, which yields to the prompt of a text's source.
-    """
+    def __init__(self, recipe: EncoderRecipe, threads: int, board: Any, prompt: str) -> None:
+        self.encoder, self.board, self.prompt = _open(recipe, threads), board, prompt
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        vectors = self.encoder.encode(rows["text"].to_pylist(), self.prompt)
+        self.board.add.remote("embedded", len(rows))
+        return rows.append_column("vector", as_column(vectors))
+
+
+def _open(recipe: EncoderRecipe, threads: int) -> Any:
+    import torch
+
+    torch.set_num_threads(threads)
+    return recipe.open(threads)
+
+
+def encoded(dataset: Dataset, recipe: EncoderRecipe, board: Board, actor: type, *arguments: Any) -> Dataset:
+    """The dataset through a pool of encoding actors, made with `arguments`: one a GPU, else one a CPU."""
     capacity = cluster_capacity()
     cpus, gpus = capacity.cpus, int(capacity.gpus)
-    most = config.embedding.max_workers or gpus or int(cpus)
+    most = recipe.settings.max_workers or gpus or int(cpus)
     now = max(1, min(most, int(capacity.gpus_there if gpus else capacity.cpus_there)))
     # a CPU is left for reading and writing; an encoder's own threads are set by hand
     share = max(0.01, int(100 * (cpus - 1) / most) / 100) if not gpus else min(1.0, cpus / (2 * gpus))
     threads = max(1, int(capacity.cpus_there) // now)
     return dataset.map_batches(
-        Encode,
-        fn_constructor_args=(str(model), config.embedding, threads, prompt, prompts, board.handle),
-        batch_size=ENCODE_ROWS,
+        actor,
+        fn_constructor_args=(recipe, threads, board.handle, *arguments),
+        batch_size=ROWS,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=now),
         num_cpus=min(share, 1.0),
@@ -97,52 +100,43 @@ def encoded(
     )
 
 
-def embed(config: Config, folder: Path, manifest: Manifest, model: Path, store: LanceStore, board: Board) -> int:
-    """Bring the store up to date with the prepared records. Returns how many were embedded."""
+def embed(
+    sync: Sync, recipe: EncoderRecipe, files: list[Span], letters: DeadLetters, board: Board
+) -> Counter[str]:
+    """Bring the store up to date with the record files. Returns the counts that `sync` keeps."""
+    fresh = sync.ledger.is_empty()
+    plans: Counter[str] = Counter()
+
+    def due(batch: dict[str, Any]) -> Iterator[pa.Table]:
+        counts: Counter[str] = Counter()
+        for index in batch["id"].tolist():
+            for rows in sync.due(files[index], counts):
+                yield sync.ready(rows, recipe.tokenizer())
+        board_handle.post.remote({"counts": counts})
+
+    def remove(batch: dict[str, Any]) -> dict[str, Any]:
+        counts: Counter[str] = Counter()
+        for index in batch["id"].tolist():
+            sync.remove(files[index], counts)
+        return {"deleted": [counts["deleted"]]}
+
+    def receive(message: dict[str, Any]) -> None:
+        plans.update(message.get("counts", {}))
+
+    board_handle, sink = board.handle, Sink(sync, letters, board.handle)
+    with board.stage("embed", None, "records", counter="embedded", receive=receive):
+        dataset = _a_task_each(files).map_batches(due, batch_size=1, num_cpus=0.5)
+        encoded(dataset, recipe, board, EncodeRows, sync).write_datasink(
+            sink, concurrency=sync.store.writers, ray_remote_args={"num_cpus": 0.5}
+        )
+    counts = plans + sink.counts
+    if not fresh:
+        removed = _a_task_each(files).map_batches(remove, batch_size=1, num_cpus=0.5)
+        counts["deleted"] = int(removed.sum("deleted") or 0)
+    return counts
+
+
+def _a_task_each(files: list[Span]) -> Dataset:
     import ray.data
 
-    store.create()
-    field = embedded_field(config, manifest)
-    files = sorted((folder / "records").glob("*.parquet"))
-    prompts = {source.name: source.prompts[field] for source in manifest.sources if field in source.prompts}
-    before, total = store.count(), sum(source.rows_kept for source in manifest.sources)
-
-    def missing(batch: dict[str, Any]) -> Iterator[pa.Table]:
-        for index in batch["id"].tolist():
-            yield from missing_rows(files[index], field, store)
-
-    dataset = ray.data.range(len(files), override_num_blocks=len(files)).map_batches(
-        missing, batch_size=1, num_cpus=0.5
-    )
-    with board.stage("embed", max(total - before, 0), "records", counter="embedded") as stage:
-        encoded(dataset, model, config, board, prompt_name(field), prompts).write_datasink(
-            LanceSink(store), concurrency=1, ray_remote_args={"num_cpus": 0.5}
-        )
-    store.finish()
-    mark_embedded(config, manifest, store)
-    return stage.done
-
-
-def missing_rows(file: Path, field: str, store: LanceStore) -> Iterator[pa.Table]:
-    """A record file's rows that the store lacks: id, source, source_id, text, metadata."""
-    columns = ["id", "source", "source_id", field, "metadata"]
-    for batch in pq.ParquetFile(file).iter_batches(ENCODE_ROWS, columns=columns):
-        ids = batch["id"].to_pylist()
-        there = store.ids_between(ids[0], ids[-1])
-        keep = pa.array(np.array([i not in there for i in ids], dtype=bool))
-        rows = pa.Table.from_batches([batch]).rename_columns({field: "text"} if field != "text" else columns)
-        yield rows.filter(keep)
-
-
-def prompt_name(field: str) -> str:
-    """Anchors are what one looks with, everything else what one finds."""
-    return "query" if field == "anchor" else "document"
-
-
-def embedded_field(config: Config, manifest: Manifest) -> str:
-    """The record field that is embedded."""
-    wanted, there = config.embedding.field, manifest.text_fields
-    field = wanted if wanted != "auto" else ("positive" if "positive" in there else "text")
-    if field not in there:
-        raise ConfigError(f"embedding.field: found {wanted!r}; allowed here are {', '.join(there)}")
-    return field
+    return ray.data.range(len(files), override_num_blocks=len(files))

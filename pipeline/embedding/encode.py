@@ -3,58 +3,156 @@
     encoder = TextEncoder(checkpoint_folder)
     encoder.encode(["remove duplicate rows"], "query")   # (1, D) float32, unit length
 
-Texts are tokenized together, ordered by length and encoded in batches of about `batch_tokens` tokens.
+Texts are tokenized together, ordered by length and encoded in batches of about `batch_tokens` tokens. What is longer
+than the model reads is cut, or read in windows that overlap and whose vectors are averaged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
+from tokenizers import Tokenizer
 
-from pipeline.model.embedding_model import shorten
-from pipeline.model.folder import load_model
-from pipeline.model.packing import pack
+from pipeline.config import Embedding
+from pipeline.embedding.backends import Backend, TorchBackend, open_backend
+from pipeline.model.folder import load_model, load_tokenizer, model_fingerprint, read_card
+
+Windows = list[list[int]]
+"""The token ids of a text, window by window; one window where it is not long."""
+
+
+@dataclass(frozen=True)
+class EncoderRecipe:
+    """What an encoder is made from, wherever it is to run."""
+
+    folder: Path
+    settings: Embedding
+    graphs: Path
+    """Where onnxruntime's graphs lie."""
+
+    def open(self, threads: int | None = None, device: str | None = None) -> TextEncoder:
+        """`threads` of onnxruntime's; torch's are set for the process."""
+        settings = self.settings
+        backend = open_backend(self.folder, settings, self.graphs, threads or 0, device)
+        return TextEncoder(
+            self.folder,
+            settings.batch_tokens,
+            device,
+            settings.dimensions,
+            backend,
+            window_overlap=self.overlap,
+            precision=settings.precision,
+        )
+
+    @property
+    def width(self) -> int:
+        return self.settings.dimensions or read_card(self.folder).width
+
+    @property
+    def overlap(self) -> int | None:
+        return None if self.settings.long_texts == "cut" else self.settings.window_overlap
+
+    def tokenizer(self) -> Tokenizer:
+        """Kept in its process: tokenizers does not give back the memory of one that is dropped."""
+        return _tokenizer(self.folder, self.overlap)
+
+    @property
+    def space(self) -> str:
+        """Names the vectors: what is equal in it has equal vectors for equal texts, and other names have others."""
+        settings = self.settings
+        parts = [model_fingerprint(self.folder)[:12], str(self.width), settings.precision]
+        parts += [f"{settings.long_texts}{settings.window_overlap}"] if self.overlap is not None else []
+        return "-".join(parts)
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(folder: Path, overlap: int | None) -> Tokenizer:
+    tokenizer = load_tokenizer(folder)
+    if overlap is not None:
+        let_windows_overlap(tokenizer, overlap)
+    return tokenizer
 
 
 class TextEncoder:
     """A model and its tokenizer, ready to embed. `device` defaults to the GPU where there is one.
 
-    `dimensions` cuts the vectors to one of the sizes that the model was trained for.
+    `dimensions` cuts the vectors to one of the sizes that the model was trained for. `backend` takes the place of the
+    model as torch runs it.
     """
 
     def __init__(
-        self, folder: Path, batch_tokens: int = 8192, device: str | None = None, dimensions: int | None = None
+        self,
+        folder: Path,
+        batch_tokens: int = 8192,
+        device: str | None = None,
+        dimensions: int | None = None,
+        backend: Backend | None = None,
+        window_overlap: int | None = None,
+        precision: str = "fp32",
     ) -> None:
-        self.model, self.tokenizer = load_model(folder)
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.to(self.device)
-        self.batch_tokens = batch_tokens
-        self.width = dimensions or self.model.width
+        self.card, self.tokenizer = read_card(folder), load_tokenizer(folder)
+        self.backend = backend or TorchBackend(load_model(folder)[0], device)
+        self.batch_tokens, self.precision = batch_tokens, precision
+        self.width = dimensions or self.backend.width
+        if window_overlap is not None:
+            let_windows_overlap(self.tokenizer, window_overlap)
 
-    def encode(self, texts: list[str], prompt: str = "") -> np.ndarray:
+    def encode(self, texts: Sequence[str], prompt: str = "") -> np.ndarray:
         """(N, width) float32 vectors; a text without tokens gives the zero vector.
 
         `prompt` names one of the model's own: `query` or `document`.
         """
-        lead = self.model.head.prompt(prompt)
-        sequences = [e.ids for e in self.tokenizer.encode_batch_fast([lead + text for text in texts])]
-        vectors = np.zeros((len(texts), self.width), dtype=np.float32)
-        for indices in self._batches([len(s) for s in sequences]):
-            vectors[indices] = self._vectors([sequences[i] for i in indices])
-        return vectors
+        lead = self.card.head.prompt(prompt)
+        return self.encode_tokens(windows_of(self.tokenizer, [lead + text for text in texts]))
 
-    @torch.inference_mode()
-    def _vectors(self, sequences: list[list[int]]) -> np.ndarray:
-        vectors = self.model(pack(sequences).to(self.device))
-        if self.width < self.model.width:
-            vectors = shorten(vectors, self.width)
-        return vectors.cpu().numpy()
+    def encode_tokens(self, texts: Sequence[Windows]) -> np.ndarray:
+        """(N, width) float32 vectors of texts that are tokenized."""
+        return encode_tokens(self.backend, texts, self.batch_tokens, self.width)
 
-    def _batches(self, lengths: list[int]) -> Iterator[np.ndarray]:
-        """Indices of texts of like length, `batch_tokens` tokens together (or a single longer text)."""
-        order = np.argsort(lengths, kind="stable")
-        group = np.cumsum(np.asarray(lengths)[order]) // self.batch_tokens
-        yield from np.split(order, np.flatnonzero(np.diff(group)) + 1) if len(order) else ()
+
+def encode_tokens(backend: Backend, texts: Sequence[Windows], batch_tokens: int, width: int) -> np.ndarray:
+    """(N, width) float32: a window's vector, or the mean of several, each weighed by its tokens, at unit length."""
+    counts = np.array([len(windows) for windows in texts], dtype=np.int64)
+    sequences = [window for windows in texts for window in windows]
+    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    vectors = np.zeros((len(sequences), backend.width), dtype=np.float32)
+    for indices in _batches(lengths, batch_tokens):
+        vectors[indices] = backend.vectors([sequences[i] for i in indices])
+    if (counts != 1).any():
+        owner = np.repeat(np.arange(len(texts)), counts)
+        summed = np.zeros((len(texts), backend.width), dtype=np.float32)
+        np.add.at(summed, owner, vectors * lengths[:, None])
+        several = counts > 1
+        single = np.zeros_like(summed)
+        single[owner] = vectors
+        vectors = np.where(several[:, None], _unit(summed), single)
+    return _unit(vectors[:, :width]) if width < backend.width else vectors
+
+
+def _batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Indices of sequences of like length, `batch_tokens` tokens together (or a single longer one)."""
+    order = np.argsort(lengths, kind="stable")
+    group = np.cumsum(lengths[order]) // batch_tokens
+    yield from np.split(order, np.flatnonzero(np.diff(group)) + 1) if len(order) else ()
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """At unit length; zeros stay zeros."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def let_windows_overlap(tokenizer: Tokenizer, overlap: int) -> None:
+    """Set a tokenizer that cuts to also give what it cut off, in windows that share `overlap` tokens."""
+    cut = tokenizer.truncation
+    tokenizer.enable_truncation(cut["max_length"], stride=overlap, direction=cut["direction"])
+
+
+def windows_of(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Windows]:
+    """Token ids of each text; several windows only after `let_windows_overlap`."""
+    overlaps = bool(tokenizer.truncation and tokenizer.truncation["stride"])
+    encodings = (tokenizer.encode_batch if overlaps else tokenizer.encode_batch_fast)(list(texts))
+    return [[encoding.ids, *(rest.ids for rest in encoding.overflowing if overlaps)] for encoding in encodings]

@@ -1,48 +1,134 @@
-"""Which store and table a config's vectors are in, and whether they are all there. Imports no Ray."""
+"""Which store, table, ledger and cache a config's vectors are in, whether they are all there, and which readers use.
+
+    store = open_store(config, recipe)
+    sync = open_sync(config, manifest, recipe, store)
+
+Another model's vectors, another field's, or vectors made in another way are in another table. Readers go by
+`<run>/embedded/alias.json`, which names the table that was last brought up to date and found to be right, and a copy of
+the model that made it: search goes on with both while a new model's table is filled. Imports no Ray.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.manifest import Manifest
+from pipeline.embedding.cache import VectorCache
+from pipeline.embedding.encode import EncoderRecipe
+from pipeline.embedding.ledger import Ledger
 from pipeline.embedding.stores.lancedb_store import LanceStore
+from pipeline.embedding.stores.store import Store
+from pipeline.embedding.sync import Sync
+from pipeline.embedding.texts import Reading
+from pipeline.model.folder import model_files, model_fingerprint, read_card
 from pipeline.runtime.files import write_atomically
 
 
-def open_store(config: Config, model: Path) -> LanceStore:
-    """The table of a run's records under the model of a folder.
-
-    Another model's vectors, another field's, or vectors cut to another size are in another table.
-    """
-    from pipeline.model.folder import model_fingerprint, read_card
-
-    wanted, card = config.embedding, read_card(model)
-    if wanted.dimensions and wanted.dimensions not in (card.width, *card.head.dimensions):
+def recipe_of(config: Config, model: Path) -> EncoderRecipe:
+    """How texts are encoded with a model's folder. Raises ConfigError for a size that it was not trained for."""
+    wanted, card = config.embedding.dimensions, read_card(model)
+    if wanted and wanted not in (card.width, *card.head.dimensions):
         allowed = ", ".join(map(str, (card.width, *card.head.dimensions)))
-        raise ConfigError(f"embedding.dimensions: found {wanted.dimensions}; allowed with this model are {allowed}")
-    parts = [config.storage.run, model_fingerprint(model)[:12]]
-    parts += [wanted.field] if wanted.field != "auto" else []
-    parts += [str(wanted.dimensions)] if wanted.dimensions else []
-    return LanceStore(str(config.root / wanted.uri), "-".join(parts), wanted.dimensions or card.width)
+        raise ConfigError(f"embedding.dimensions: found {wanted}; allowed with this model are {allowed}")
+    return EncoderRecipe(model, config.embedding, config.root / "onnx")
 
 
-def is_embedded(config: Config, manifest: Manifest, store: LanceStore) -> bool:
+def open_store(config: Config, recipe: EncoderRecipe) -> Store:
+    """The table of a run's records under a model."""
+    parts = [config.storage.run, recipe.space]
+    parts += [config.embedding.field] if config.embedding.field != "auto" else []
+    return LanceStore(str(config.root / config.embedding.uri), "-".join(parts), recipe.width)
+
+
+def open_sync(config: Config, manifest: Manifest, recipe: EncoderRecipe, store: Store) -> Sync:
+    """A job that brings the store up to date, by a ledger that is true of it."""
+    field = embedded_field(config, manifest)
+    head = read_card(recipe.folder).head
+    prompts = {source.name: source.prompts[field] for source in manifest.sources if field in source.prompts}
+    reading = Reading(head.prompt(prompt_name(field)), prompts, config.embedding.long_texts == "chunks")
+    cache = None
+    if config.embedding.cache_gb:
+        cache = VectorCache(str(config.root / "cache"), recipe.space, recipe.width)
+        cache.create()
+    store.create()
+    ledger = Ledger(str(config.root / "ledgers"), store.name)
+    run = ledger.begin()
+    there, sending = ledger.counts()
+    if not there <= store.count() <= there + sending:
+        ledger.rebuild(store, run)
+    return Sync(field, reading, store, ledger, cache, run + 1)
+
+
+def prompt_name(field: str) -> str:
+    """Anchors are what one looks with, everything else what one finds."""
+    return "query" if field == "anchor" else "document"
+
+
+def embedded_field(config: Config, manifest: Manifest) -> str:
+    """The record field that is embedded."""
+    wanted, there = config.embedding.field, manifest.text_fields
+    field = wanted if wanted != "auto" else ("positive" if "positive" in there else "text")
+    if field not in there:
+        raise ConfigError(f"embedding.field: found {wanted!r}; allowed here are {', '.join(there)}")
+    return field
+
+
+def is_embedded(config: Config, prepared: Path, store: Store) -> bool:
     """Whether an earlier embedding of this data set into this table ran to its end, and the table is as it was then."""
     marker = _marker(config, store)
-    return marker.is_file() and store.exists() and json.loads(marker.read_text()) == _complete(manifest, store)
+    return marker.is_file() and store.exists() and json.loads(marker.read_text()) == _complete(prepared, store)
 
 
-def mark_embedded(config: Config, manifest: Manifest, store: LanceStore) -> None:
+def mark_embedded(config: Config, prepared: Path, store: Store) -> None:
     """Note that all of a data set is in the table."""
-    write_atomically(_marker(config, store), json.dumps(_complete(manifest, store)).encode())
+    write_atomically(_marker(config, store), json.dumps(_complete(prepared, store)).encode())
 
 
-def _marker(config: Config, store: LanceStore) -> Path:
-    return config.run_dir / "embedded" / f"{store.name}.json"
+def _marker(config: Config, store: Store) -> Path:
+    return config.run_dir / "embedded" / f"{store.name.replace('/', '-')}.json"
 
 
-def _complete(manifest: Manifest, store: LanceStore) -> dict[str, Any]:
-    return {"data": manifest.fingerprint, "rows": store.count()}
+def _complete(prepared: Path, store: Store) -> dict[str, Any]:
+    # The folder's name follows from the inputs, metadata among them; the fingerprint of token shards does not see that.
+    return {"data": prepared.name, "rows": store.count()}
+
+
+@dataclass(frozen=True)
+class Alias:
+    """What readers use."""
+
+    store: str
+    model: Path
+
+
+def publish(config: Config, recipe: EncoderRecipe, store: Store) -> Alias:
+    """Let readers use a table and its model from now on."""
+    model = config.root / "models" / model_fingerprint(recipe.folder)[:16]
+    if not model.is_dir():
+        temporary = model.with_suffix(".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        for name in model_files(recipe.folder):
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(recipe.folder / name, temporary / name)
+        temporary.rename(model)
+    content = {"store": store.name, "model": str(model.relative_to(config.root))}
+    write_atomically(_alias(config), json.dumps(content).encode())
+    return Alias(store.name, model)
+
+
+def read_alias(config: Config) -> Alias | None:
+    """What was last published; None where nothing was, or the config names a model of its own."""
+    path = _alias(config)
+    if config.embedding.model or not path.is_file():
+        return None
+    content = json.loads(path.read_text())
+    return Alias(content["store"], config.root / content["model"])
+
+
+def _alias(config: Config) -> Path:
+    return config.run_dir / "embedded" / "alias.json"

@@ -51,12 +51,12 @@ class PaddedEmbedder(nn.Module):
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
 
-def check_packages() -> None:
-    """Raise ConfigError where a package that ONNX needs is not installed."""
+def check_packages(asked_by: str) -> None:
+    """Raise ConfigError where a package that ONNX needs is not installed; `asked_by` is the key or option."""
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"--onnx: found no package {', '.join(missing)}; pip install 'text-embedding-pipeline[onnx]' brings it"
+            f"{asked_by}: found no package {', '.join(missing)}; pip install 'text-embedding-pipeline[onnx]' brings it"
         )
 
 

@@ -70,6 +70,13 @@ def load_elsewhere(folder: Path) -> tuple[EmbeddingModel, Tokenizer]:
     return EmbeddingModel(backbone, card.head).eval(), tokenizer
 
 
+def tokenizer_elsewhere(folder: Path) -> Tokenizer:
+    """The tokenizer alone. Raises as `read_elsewhere` does."""
+    from pipeline.model.pretrained import shape_of
+
+    return _read(folder, shape_of)[2]
+
+
 def files_elsewhere(folder: Path) -> list[str]:
     """The files that decide the vectors, relative to the folder, sorted. Raises as `read_elsewhere` does."""
     parts = parts_of(folder)

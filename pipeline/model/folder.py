@@ -74,10 +74,19 @@ def load_model(folder: Path) -> tuple[EmbeddingModel, Tokenizer]:
     card = read_card(folder)
     model = EmbeddingModel(_backbone(card), card.head)
     model.backbone.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+    return model.eval(), load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """A model's tokenizer, set to cut at `max_length`. Raises OSError or ValueError."""
+    if not is_ours(folder):
+        from pipeline.model.elsewhere import tokenizer_elsewhere
+
+        return tokenizer_elsewhere(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
-    tokenizer.enable_truncation(card.max_length)
-    return model.eval(), tokenizer
+    tokenizer.enable_truncation(read_card(folder).max_length)
+    return tokenizer
 
 
 def _backbone(card: Card) -> torch.nn.Module:
@@ -95,13 +104,14 @@ def _backbone(card: Card) -> torch.nn.Module:
 def model_fingerprint(folder: Path) -> str:
     """xxh3-128 of the files that a model is read from: equal fingerprints give equal vectors."""
     digest = xxhash.xxh3_128()
-    for name in _files(folder):
+    for name in model_files(folder):
         digest.update(name.encode())
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()
 
 
-def _files(folder: Path) -> Iterable[str]:
+def model_files(folder: Path) -> Iterable[str]:
+    """The files that a model is read from, relative to its folder."""
     if is_ours(folder):
         return FILES
     from pipeline.model.elsewhere import files_elsewhere

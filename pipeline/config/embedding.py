@@ -1,0 +1,53 @@
+"""The `embedding` section: which model embeds which texts, how, and where the vectors go."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.section import PathStr, Section
+
+PRECISIONS = {"torch": ("fp32", "bf16"), "onnxruntime": ("fp32", "int8")}
+
+
+class Embedding(Section):
+    model: PathStr | None = None
+    """A checkpoint folder, or one of transformers or sentence-transformers; by default the run's best."""
+    field: Literal["auto", "anchor", "positive", "text"] = "auto"
+    """Field of the record that is embedded: `positive`, else `text`."""
+    dimensions: int | None = Field(None, ge=1)
+    """Cut vectors to this size, one of the model's `matryoshka_dims`; by default its width."""
+    long_texts: Literal["cut", "mean", "chunks"] = "cut"
+    """What becomes of a text longer than the model reads. cut: what is beyond is left out. mean: it is read in windows,
+    and their vectors averaged, each weighed by its tokens. chunks: each window has a vector of its own, under the id
+    `<record's id>#<number>`, with `parent_id` in its metadata."""
+    window_overlap: int = Field(32, ge=0)
+    """Tokens that windows of a long text share."""
+    batch_tokens: int = Field(8_192, ge=16)
+    """Tokens encoded in one forward pass."""
+    backend: Literal["torch", "onnxruntime"] = "torch"
+    """What runs the model."""
+    precision: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Of the forward pass: fp32, or bf16 with torch, or int8 with onnxruntime."""
+    compile: bool = False
+    """Compile the layers with torch.compile: minutes before the first batch, faster batches after it."""
+    max_workers: int | None = Field(None, ge=1)
+    """Encoding actors at most; by default as many as the cluster has CPUs (GPUs, where there are some)."""
+    cache_gb: float = Field(10.0, ge=0)
+    """Size, in 10^9 bytes, that the cache of vectors of a model is kept below: the oldest go first. 0: no cache."""
+    store: Literal["lancedb"] = "lancedb"
+    """Where vectors are written."""
+    uri: PathStr = "lancedb"
+    """LanceDB's folder; relative to storage.root."""
+    verify_sample: int = Field(100, ge=0)
+    """Vectors read back from the store, and compared, after each embedding; 0 for none."""
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Embedding:
+        if self.precision not in PRECISIONS[self.backend]:
+            allowed = " and ".join(PRECISIONS[self.backend])
+            raise ValueError(f"{allowed} as the precision with backend {self.backend}")
+        if self.compile and self.backend != "torch":
+            raise ValueError(f"compile=false with backend {self.backend}")
+        return self

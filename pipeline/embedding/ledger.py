@@ -1,0 +1,159 @@
+"""Which document holds which vector: a durable list beside a store, so that nothing need be asked of the store itself.
+
+    ledger = Ledger(uri, "ledger-quickstart-9f0c4e…")
+    run = ledger.begin()
+    ledger.note(rows, SENDING, run)            # before they are sent: what may be in the store stands in the ledger
+    ledger.note(rows, THERE, run)              # once they are there
+    ledger.between("", None)                   # the newest entry of each id, sorted by id
+
+A Lance table that is only added to while a job runs, so that writers do not meet; the newest entry of an id is the one
+of the latest run, and in a run the furthest on. `compact` leaves one entry an id.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.embedding.stores.store import Store
+from pipeline.text.identity import content_id
+
+SENDING, THERE, GONE = 0, 1, 2
+ENTRY = pa.schema(
+    [
+        *((name, pa.string()) for name in ("id", "source", "source_id", "digest")),
+        ("parts", pa.int32()),  # rows that its record has in the store: its windows
+        ("state", pa.int8()),
+        ("run", pa.int64()),  # which job noted it; 0 once compacted
+    ]
+)
+PART_ENTRIES = 1 << 20  # entries held at once while all of them are gone through
+INDEXED_ENTRIES = 100_000  # from here on an index by id is worth its while
+
+
+class Ledger:
+    """Entries of one store. Sent to other processes by pickle, it connects in each on first use."""
+
+    def __init__(self, uri: str, name: str) -> None:
+        self.uri, self.name = uri, name
+        self._table: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_table": None}
+
+    def exists(self) -> bool:
+        return self.name in self._connect().list_tables(limit=1_000_000).tables
+
+    def begin(self) -> int:
+        """Make the table where there is none. Returns the number of a new run."""
+        self._connect().create_table(self.name, schema=ENTRY, exist_ok=True)
+        batches = self.table.search().select(["run"]).to_batches(PART_ENTRIES)
+        return 1 + max((pc.max(batch["run"]).as_py() for batch in batches if len(batch)), default=0)
+
+    def note(self, rows: pa.Table, state: int, run: int) -> None:
+        """Add entries for rows of id, source, source_id, digest and parts."""
+        if len(rows):
+            columns = [rows[name] for name in ENTRY.names[:-2]]
+            columns += [pa.array(np.full(len(rows), state, np.int8)), pa.array(np.full(len(rows), run))]
+            self.table.add(pa.table(columns, schema=ENTRY))
+
+    def between(self, first: str, last: str | None) -> pa.Table:
+        """The newest entries of ids from `first` up to `last`, which is not among them; those that are gone left out.
+
+        Ids begin with hex digits here.
+        """
+        where = f"id >= '{first}'" + (f" AND id < '{last}'" if last is not None else "")
+        return _newest(self.table.search().where(where).select(ENTRY.names).to_arrow())
+
+    def holding(self, source_ids: Sequence[str]) -> set[tuple[str, str]]:
+        """(source, source_id) of those documents of these ids that have entries."""
+        quoted = ", ".join("'" + each.replace("'", "''") + "'" for each in source_ids)
+        rows = self.table.search().where(f"source_id IN ({quoted})").select(["source", "source_id"]).to_arrow()
+        return set(zip(rows["source"].to_pylist(), rows["source_id"].to_pylist(), strict=True))
+
+    def is_empty(self) -> bool:
+        return bool(self.table.count_rows() == 0)
+
+    def counts(self) -> tuple[int, int]:
+        """Ids that are in the store, and ids that may be."""
+        there = total = 0
+        for part in self._parts():
+            total += len(part)
+            there += pc.sum(pc.equal(part["state"], THERE)).as_py() or 0
+        return there, total - there
+
+    def compact(self) -> None:
+        """Leave the newest entry of each id."""
+        schema, parts = ENTRY, self._parts()
+        entries = (batch for part in parts for batch in _of_run(part, 0).to_batches())
+        reader = pa.RecordBatchReader.from_batches(schema, entries)
+        self._table = self._connect().create_table(self.name, data=reader, schema=schema, mode="overwrite")
+        if self.table.count_rows() >= INDEXED_ENTRIES:
+            for column in ("id", "source_id"):
+                self.table.create_scalar_index(column, replace=True)
+        self.table.optimize(cleanup_older_than=timedelta(days=1))
+
+    def rebuild(self, store: Store, run: int) -> None:
+        """Note, as a run of its own, what a store holds, and what it does not hold any more."""
+        for batch in store.scan(["id", "source", "source_id", "metadata"]):
+            rows = pa.Table.from_batches([batch])
+            self.note(with_digest(rows).append_column("parts", _parts_of(rows)), THERE, run)
+        for part in self._parts():
+            self.note(part.filter(pc.less(part["run"], run)), GONE, run)
+
+    def _connect(self) -> Any:
+        return lancedb.connect(self.uri, read_consistency_interval=timedelta(0))
+
+    @property
+    def table(self) -> Any:
+        if self._table is None:
+            self._table = self._connect().open_table(self.name)
+        return self._table
+
+    def _parts(self) -> Iterator[pa.Table]:
+        """All newest entries, one range of ids after the other."""
+        ranges = min(256, 1 + self.table.count_rows() // PART_ENTRIES)
+        edges = [f"{256 * i // ranges:02x}" for i in range(ranges)]
+        for first, last in zip(["", *edges[1:]], [*edges[1:], None], strict=True):
+            yield self.between(first, last)
+
+
+def with_digest(rows: pa.Table) -> pa.Table:
+    """Rows with `digest`, a hash of all that is written beside vector and text."""
+    columns = (rows[name].to_pylist() for name in ("source", "source_id", "metadata"))
+    digests = [content_id([each or "" for each in fields]) for fields in zip(*columns, strict=True)]
+    return rows.append_column("digest", pa.array(digests, pa.string()))
+
+
+def record_of(row_id: str) -> str:
+    """The id of the record that a row in the store is of: windows have a number after it."""
+    return row_id.partition("#")[0]
+
+
+def _newest(entries: pa.Table) -> pa.Table:
+    """The last entry of each id by run and state, without those that are gone, sorted by id."""
+    entries = entries.sort_by([("id", "ascending"), ("run", "ascending"), ("state", "ascending")]).combine_chunks()
+    if not len(entries):
+        return entries
+    ids = entries["id"]
+    is_last = pa.chunked_array([*pc.not_equal(ids.slice(0, len(ids) - 1), ids.slice(1)).chunks, pa.array([True])])
+    return entries.filter(pc.and_(is_last, pc.not_equal(entries["state"], GONE)))
+
+
+def _of_run(entries: pa.Table, run: int) -> pa.Table:
+    return entries.set_column(ENTRY.get_field_index("run"), "run", pa.array(np.full(len(entries), run)))
+
+
+def _parts_of(rows: pa.Table) -> pa.Array:
+    """How many rows of the record there are, as far as these show: a window that was lost is not seen here."""
+    ids, metadata = rows["id"].to_pylist(), rows["metadata"].to_pylist()
+    return pa.array(
+        [int(json.loads(m).get("parts", 1)) if "#" in i else 1 for i, m in zip(ids, metadata, strict=True)], pa.int32()
+    )
