@@ -100,9 +100,7 @@ def encoded(dataset: Dataset, recipe: EncoderRecipe, board: Board, actor: type, 
     )
 
 
-def embed(
-    sync: Sync, recipe: EncoderRecipe, files: list[Span], letters: DeadLetters, board: Board
-) -> Counter[str]:
+def embed(sync: Sync, recipe: EncoderRecipe, files: list[Span], letters: DeadLetters, board: Board) -> Counter[str]:
     """Bring the store up to date with the record files. Returns the counts that `sync` keeps."""
     fresh = sync.ledger.is_empty()
     plans: Counter[str] = Counter()

@@ -107,6 +107,7 @@ class Ledger:
             self.note(with_digest(rows).append_column("parts", _parts_of(rows)), THERE, run)
         for part in self._parts():
             self.note(part.filter(pc.less(part["run"], run)), GONE, run)
+        self.compact()
 
     def _connect(self) -> Any:
         return lancedb.connect(self.uri, read_consistency_interval=timedelta(0))

@@ -122,20 +122,20 @@ class Sync:
 
     def write(self, rows: pa.Table, counts: Counter[str]) -> list[Refused]:
         """Bring rows to the store, and note it. Returns what could not be written."""
-        fresh = rows.filter(rows["fresh"])
+        update = pc.equal(rows["action"], UPDATE)
+        new, refused = _sound(rows.filter(pc.invert(update)))
+        fresh = new.filter(new["fresh"])
         if self.cache is not None and len(fresh):
             self.cache.put(fresh["key"].to_pylist(), as_matrix(fresh["vector"]))
-        update = pc.equal(rows["action"], UPDATE)
-        refused = self._upsert(rows.filter(pc.invert(update))) + self._update(rows.filter(update))
+        refused += self._upsert(new) + self._update(rows.filter(update))
         counts.update(embedded=len(fresh), written=len(rows) - len(refused), refused=len(refused))
         return refused
 
     def _upsert(self, rows: pa.Table) -> list[Refused]:
         if not len(rows):
             return []
-        rows, refused = _sound(rows)
         self.ledger.note(rows, SENDING, self.run)
-        refused += self.store.upsert(rows.select(SCHEMA(self.store.width).names))
+        refused = self.store.upsert(rows.select(SCHEMA(self.store.width).names))
         self.ledger.note(_without(rows, refused), THERE, self.run)
         return refused
 

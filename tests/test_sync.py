@@ -1,0 +1,281 @@
+"""A store kept in step with its records, in this process: changes, kills at every step, what is refused."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.embedding.columns import as_matrix
+from pipeline.embedding.encode import TextEncoder
+from pipeline.embedding.stores.lancedb_store import LanceStore
+from pipeline.embedding.stores.store import Refused
+from pipeline.embedding.sync import sync_here
+from pipeline.embedding.verify import verify
+from tests.embedding_world import Corpus, World, corpus_of, save_random_model
+
+TEXTS = 200
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture
+def world(model: Path, tmp_path: Path) -> World:
+    shutil.copytree(model, tmp_path / "model")
+    return World(tmp_path, corpus_of(TEXTS))
+
+
+def run(world: World) -> Counter[str]:
+    sync = world.sync()
+    counts, refused = sync_here(sync, world.files, world.encoder())
+    sync.store.finish()
+    sync.ledger.compact()
+    assert refused == []
+    return +counts
+
+
+def edited(corpus: Corpus) -> Corpus:
+    """Two texts changed, three documents' metadata, one that is gone, four that are new."""
+    names = list(corpus)
+    corpus = dict(corpus)
+    for name in names[:2]:
+        corpus[name] = (f"Altogether another text, of {name}.", corpus[name][1])
+    for name in names[2:5]:
+        corpus[name] = (corpus[name][0], {"line": -1})
+    del corpus[names[5]]
+    return corpus | {f"new{i}": (f"A page that was not there, number {i}.", {"line": i}) for i in range(4)}
+
+
+def test_each_document_once_and_a_second_run_sends_nothing(world: World) -> None:
+    assert run(world) == {"new": TEXTS, "embedded": TEXTS, "written": TEXTS}
+    world.check()
+    assert run(world) == {"untouched": TEXTS}
+
+
+def test_just_what_changed_is_embedded_and_sent(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(world)
+    world.corpus = edited(world.corpus)
+    sent: list[str] = []
+    encoded: list[int] = []
+    encode = TextEncoder.encode_tokens
+    for name, original in (("upsert", LanceStore.upsert), ("update", LanceStore.update)):
+
+        def writing(self: LanceStore, rows: Any, original: Any = original) -> Any:
+            sent.extend(rows["id"].to_pylist())
+            return original(self, rows)
+
+        monkeypatch.setattr(LanceStore, name, writing)
+
+    def encoding(self: TextEncoder, texts: Any) -> Any:
+        encoded.append(len(texts))
+        return encode(self, texts)
+
+    monkeypatch.setattr(TextEncoder, "encode_tokens", encoding)
+    changes = {"new": 4, "changed": 2, "metadata": 3, "untouched": TEXTS - 6}
+    assert run(world) == {**changes, "embedded": 6, "written": 9, "deleted": 3}
+    assert (sum(encoded), len(sent), len(set(sent))) == (6, 9, 9)
+    world.check()
+
+
+def test_texts_that_come_back_are_not_embedded_again(world: World) -> None:
+    run(world)
+    before = world.corpus
+    world.corpus = edited(before)
+    run(world)
+    world.corpus = before
+    counts = run(world)
+    assert "embedded" not in counts
+    assert (counts["new"] + counts["changed"], counts["deleted"]) == (3, 6)
+    world.check()
+
+
+class Killed(BaseException):
+    pass
+
+
+STEPS = [("cache", "put"), ("ledger", "note"), ("store", "upsert"), ("store", "update"), ("store", "delete")]
+
+
+def die_at(sync: Any, calls: int, *, after: bool) -> None:
+    """Let the n-th call that writes be the last one, before it does anything or right after."""
+    left = iter(range(calls))
+
+    def dying(original: Any) -> Any:
+        def call(*args: Any) -> Any:
+            last = next(left, None) is None
+            if last and not after:
+                raise Killed
+            result = original(*args)
+            if last:
+                raise Killed
+            return result
+
+        return call
+
+    for owner, name in STEPS:
+        part = getattr(sync, owner)
+        setattr(part, name, dying(getattr(part, name)))
+
+
+def test_killed_at_any_step_the_next_run_makes_it_whole(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At twenty seeded points, with changes between them."""
+    monkeypatch.setattr("pipeline.embedding.sync.ROWS", 16)
+    chance, made = random.Random(0), Counter[str]()
+    encode = TextEncoder.encode_tokens
+    monkeypatch.setattr(
+        TextEncoder,
+        "encode_tokens",
+        lambda self, texts: made.update(str(text) for text in texts) or encode(self, texts),
+    )
+    killed = turn = 0
+    while killed < 20:
+        turn += 1
+        sync = world.sync()
+        die_at(sync, chance.randrange(1, 60 if turn == 1 else 12), after=turn % 2 == 1)
+        try:
+            sync_here(sync, world.files, world.encoder())
+        except Killed:
+            killed += 1
+        if turn % 3 == 0:
+            run(world)
+            world.check()
+            names = list(world.corpus)
+            for name in chance.sample(names, 20):
+                text, metadata = world.corpus[name]
+                world.corpus[name] = chance.choice([(f"{text} Turn {turn}.", metadata), (text, {"turn": turn})])
+            del world.corpus[chance.choice(names)]
+    run(world)
+    world.check()
+    # A kill between a vector and its way into the cache costs that batch, of 16 texts at most, a second time.
+    assert sum(made.values()) - len(made) <= 16 * killed
+
+
+def test_a_lost_ledger_is_rebuilt_from_the_store(world: World) -> None:
+    run(world)
+    shutil.rmtree(world.folder / "ledgers")
+    assert run(world) == {"untouched": TEXTS}
+    world.corpus = edited(world.corpus)
+    shutil.rmtree(world.folder / "ledgers")
+    counts = run(world)
+    assert (counts["new"], counts["changed"], counts["metadata"], counts["deleted"]) == (4, 2, 3, 3)
+    world.check()
+
+
+def test_rows_lost_from_the_store_come_back_from_the_cache(world: World) -> None:
+    run(world)
+    ids = next(world.store.ids())[:7]
+    world.store.delete(ids)
+    assert run(world) == {"new": 7, "written": 7, "untouched": TEXTS - 7}
+    world.check()
+
+
+def test_a_vector_that_is_no_number_is_refused_alone_and_tried_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = TextEncoder.encode_tokens
+
+    def broken(self: TextEncoder, texts: Any) -> np.ndarray:
+        vectors = encode(self, texts)
+        vectors[0] = np.nan
+        return vectors
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextEncoder, "encode_tokens", broken)
+        counts, refused = sync_here(world.sync(), world.files, world.encoder())
+    assert len(refused) == counts["refused"] > 0
+    assert {each.reason for each in refused} == {"its vector is no finite number"}
+    assert world.store.count() == TEXTS - len(refused)
+    assert run(world)["embedded"] == len(refused)
+    world.check()
+
+
+def test_what_a_store_refuses_is_tried_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    upsert = LanceStore.upsert
+
+    def picky(self: LanceStore, rows: Any) -> list[Refused]:
+        upsert(self, rows.slice(1))
+        return [Refused(rows["id"][0].as_py(), "too heavy", 3)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanceStore, "upsert", picky)
+        _, refused = sync_here(world.sync(), world.files, world.encoder())
+    counts = run(world)
+    assert counts["written"] == len(refused)
+    assert "embedded" not in counts
+    world.check()
+
+
+def test_verification_finds_what_is_wrong(world: World) -> None:
+    run(world)
+    sync = world.sync()
+    found = verify(sync, world.files, world.encoder(), 50)
+    assert (found.rows, found.sampled, found.wrong) == (TEXTS, 50, [])
+    assert found.least_cosine > 0.99999
+    rows = world.store.fetch(next(world.store.ids()))
+    spoilt = as_matrix(rows["vector"])[::-1]
+    world.store.upsert(rows.set_column(1, "vector", type(rows["vector"].chunk(0)).from_arrays(spoilt.ravel(), 32)))
+    world.store.delete(rows["id"].to_pylist()[:3])
+    found = verify(sync, world.files, world.encoder(), TEXTS)
+    assert len(found.wrong) == 3
+    assert "197 rows are in the store, and 200 in the ledger" in found.wrong[0]
+    assert re.match(r"3 of 1\d\d sampled rows are not there", found.wrong[1])
+    assert "sampled vectors are not those of their texts" in found.wrong[2]
+
+
+@pytest.mark.parametrize("kind", ["mean", "chunks"])
+def test_long_texts(kind: str, world: World) -> None:
+    long = " ".join(text for text, _ in corpus_of(30, seed=1).values())
+    world.corpus["long"] = (long, {"line": 1})
+    world.overrides = [f"embedding.long_texts={kind}", "embedding.window_overlap=4"]
+    run(world)
+    encoder = TextEncoder(world.model, device="cpu")
+    rows = {row["source_id"]: row for row in _rows(world)}
+    windows = TextEncoder(world.model, device="cpu", window_overlap=4).tokenizer.encode("text: " + long)
+    pieces = [windows, *windows.overflowing]
+    assert len(pieces) > 20
+    vectors = np.concatenate([encoder.encode_tokens([[piece.ids]]) for piece in pieces])
+    if kind == "mean":
+        mean = (vectors * [[len(piece.ids)] for piece in pieces]).sum(axis=0)
+        np.testing.assert_allclose(rows["long"]["vector"], mean / np.linalg.norm(mean), atol=1e-5)
+    else:
+        found = sorted((row for row in _rows(world) if row["source_id"] == "long"), key=lambda row: row["id"])
+        assert len(found) == len(pieces)
+        np.testing.assert_allclose([row["vector"] for row in found], vectors, atol=1e-5)
+        assert all(row["text"] in long for row in found)
+        assert long.startswith(found[0]["text"][:20])
+        assert long.endswith(found[-1]["text"][-20:])
+    assert run(world) == {"untouched": TEXTS + 1}
+    del world.corpus["long"]
+    assert run(world)["deleted"] == (1 if kind == "mean" else len(pieces))
+    world.check()
+
+
+def _rows(world: World) -> list[dict[str, Any]]:
+    return world.store.fetch([row_id for page in world.store.ids() for row_id in page]).to_pylist()  # type: ignore[no-any-return]
+
+
+def test_another_size_and_another_model_have_tables_of_their_own(world: World, tmp_path: Path) -> None:
+    run(world)
+    first = world.store.name
+    world.overrides = ["embedding.dimensions=16"]
+    assert run(world)["embedded"] == TEXTS
+    rows = _rows(world)
+    whole = TextEncoder(world.model, device="cpu").encode([row["text"] for row in rows], "document")[:, :16]
+    np.testing.assert_allclose(
+        [row["vector"] for row in rows], whole / np.linalg.norm(whole, axis=1, keepdims=True), atol=1e-5
+    )
+    world.overrides = []
+    shutil.rmtree(world.model)
+    save_random_model(world.model, seed=1)
+    assert run(world)["embedded"] == TEXTS
+    assert world.store.name != first
+    world.check()
