@@ -34,9 +34,9 @@ def world(model: Path, tmp_path: Path) -> World:
     return World(tmp_path, corpus_of(TEXTS))
 
 
-def run(world: World) -> Counter[str]:
+def run(world: World, encoder: TextEncoder | None = None) -> Counter[str]:
     sync = world.sync()
-    counts, refused = sync_here(sync, world.files, world.encoder())
+    counts, refused = sync_here(sync, world.files, encoder or world.encoder())
     sync.store.finish()
     sync.ledger.compact()
     assert refused == []
@@ -129,31 +129,32 @@ def die_at(sync: Any, calls: int, *, after: bool) -> None:
 def test_killed_at_any_step_the_next_run_makes_it_whole(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """At twenty seeded points, with changes between them."""
     monkeypatch.setattr("pipeline.embedding.sync.ROWS", 16)
-    chance, made = random.Random(0), Counter[str]()
-    encode = TextEncoder.encode_tokens
-    monkeypatch.setattr(
-        TextEncoder,
-        "encode_tokens",
-        lambda self, texts: made.update(str(text) for text in texts) or encode(self, texts),
-    )
+    chance, made, encoder = random.Random(0), Counter[str](), world.encoder()
+    encode = encoder.encode_tokens
+
+    def encoding(texts: Any) -> np.ndarray:
+        made.update(str(text) for text in texts)
+        return encode(texts)
+
+    monkeypatch.setattr(encoder, "encode_tokens", encoding)
     killed = turn = 0
     while killed < 20:
         turn += 1
         sync = world.sync()
         die_at(sync, chance.randrange(1, 60 if turn == 1 else 12), after=turn % 2 == 1)
         try:
-            sync_here(sync, world.files, world.encoder())
+            sync_here(sync, world.files, encoder)
         except Killed:
             killed += 1
         if turn % 3 == 0:
-            run(world)
+            run(world, encoder)
             world.check()
             names = list(world.corpus)
             for name in chance.sample(names, 20):
                 text, metadata = world.corpus[name]
                 world.corpus[name] = chance.choice([(f"{text} Turn {turn}.", metadata), (text, {"turn": turn})])
             del world.corpus[chance.choice(names)]
-    run(world)
+    run(world, encoder)
     world.check()
     # A kill between a vector and its way into the cache costs that batch, of 16 texts at most, a second time.
     assert sum(made.values()) - len(made) <= 16 * killed
