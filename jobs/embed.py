@@ -1,27 +1,37 @@
-"""Embed every prepared record into the vector store, each once; run again, it embeds what is missing.
+"""Keep the vector store in step with the prepared records: each embedded once, what changed or went brought after.
 
 examples:
   python jobs/embed.py
+  python jobs/embed.py --dry-run
+  python jobs/embed.py --verify
   python jobs/embed.py --config configs/pairs.yaml embedding.batch_tokens=16384
   python jobs/embed.py embedding.model=some/checkpoint
 """
 
+import argparse
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.config import Config
-from pipeline.runtime.job import Result, run_job
+from pipeline.runtime.job import Result, parser, run_job
 
 
-def main(config: Config, args: Namespace) -> Result:
+def arguments() -> argparse.ArgumentParser:
+    own = parser("embed", __doc__ or "")
+    choice = own.add_mutually_exclusive_group()
+    choice.add_argument("--dry-run", action="store_true", help="say what there is to do, and about how long it takes")
+    choice.add_argument("--verify", action="store_true", help="compare the store with the records, and do no more")
+    return own
+
+
+def main(config: Config, args: argparse.Namespace) -> Result:
     from pipeline.stages import Session, embed_stage
 
     with Session(config, args.rehash) as session:
-        return embed_stage(config, session)
+        return embed_stage(config, session, dry_run=args.dry_run, verify=args.verify)
 
 
 if __name__ == "__main__":
-    sys.exit(run_job("embed", __doc__, main))
+    sys.exit(run_job("embed", __doc__ or "", main, arguments()))

@@ -81,13 +81,12 @@ def write_model(config: Config, args: argparse.Namespace, model: Path, folder: P
 
 def write_embeddings(config: Config, dtype: Any, model: Path, folder: Path) -> int:
     """The vectors of the run's table, which must hold all of its data. Returns their number."""
-    from pipeline.embedding.store import is_embedded, open_store
-    from pipeline.export.card import prepared_manifests
+    from pipeline.embedding.store import is_complete, open_store, recipe_of
     from pipeline.export.embedding_matrix import save_embeddings_for_model
     from pipeline.model.folder import model_fingerprint
 
-    store = open_store(config, model)
-    if not any(is_embedded(config, manifest, store) for manifest in prepared_manifests(config.root)):
+    store = open_store(config, recipe_of(config, model))
+    if not is_complete(config, store):
         raise JobError(f"the vectors of the model in {model} are not all there; python jobs/embed.py makes them")
     try:
         return save_embeddings_for_model(folder, store.scan, model=model_fingerprint(model), dtype=dtype)

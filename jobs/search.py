@@ -33,15 +33,15 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     if args.limit < 1:
         raise ConfigError(f"--limit: found {args.limit}; allowed is 1 or more")
     from pipeline.data.judging import normaliser
-    from pipeline.embedding.encode import TextEncoder
-    from pipeline.embedding.store import open_store
+    from pipeline.embedding.store import open_store, read_alias, recipe_of
     from pipeline.stages import model_folder
 
-    model = model_folder(config)
-    store = open_store(config, model)
+    alias = read_alias(config)
+    recipe = recipe_of(config, alias.model if alias else model_folder(config))
+    store = open_store(config, recipe)
     if not store.exists():
-        raise JobError(f"no index yet for the model in {model}; python jobs/embed.py makes one")
-    encoder = TextEncoder(model, device="cpu", dimensions=config.embedding.dimensions)
+        raise JobError(f"no index yet for the model in {recipe.folder}; python jobs/embed.py makes one")
+    encoder = recipe.open(device="cpu")
     found = store.query(encoder.encode([normaliser(config.data)(query)], "query")[0], args.limit)
     results = [
         {"rank": rank, **{key: row[key] for key in ("score", "id", "source_id", "text")}, "metadata": row["metadata"]}

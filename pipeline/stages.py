@@ -122,21 +122,26 @@ def train_stage(config: Config, session: Session) -> Result:
     return Result(metrics, paths)
 
 
-def embed_stage(config: Config, session: Session) -> Result:
-    """Every prepared record in the store, once."""
+def embed_stage(config: Config, session: Session, *, dry_run: bool = False, verify: bool = False) -> Result:
+    """Every prepared record in the store, once, and nothing else; then readers turn to it.
+
+    `dry_run` says what there is to do, `verify` whether all is as it should be.
+    """
     folder, manifest = session.prepared()
-    from pipeline.embedding.store import is_embedded, open_store
+    from pipeline.embedding.job import Space, bring_up_to_date, estimate, look
 
-    model = _model_of(config, manifest)
-    store = open_store(config, model)
-    written = 0
-    if is_embedded(config, manifest, store):
+    space = Space.of(config, folder, manifest, _model_of(config, manifest))
+    store = space.store
+    if dry_run:
+        metrics = estimate(space, session.board())
+    elif verify:
+        metrics = look(space)
+    elif space.is_done():
         log.info("embed: nothing to do, %s records are in %s", f"{store.count():,}", store.name)
+        metrics = {"embedded": 0, "rows": store.count()}
     else:
-        from pipeline.embedding.embed import embed
-
-        written = embed(config, folder, manifest, model, store, session.board())
-    return Result({"embedded": written, "rows": store.count()}, {"store": store.uri, "table": store.name})
+        metrics = bring_up_to_date(space, session.board())
+    return Result(metrics, {"store": str(store.describe()["place"]), "table": store.name})
 
 
 def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
@@ -177,7 +182,7 @@ def _model_of(config: Config, manifest: Manifest) -> Path:
 
 
 def _score_tasks(config: Config, session: Session, folder: Path, manifest: Manifest, model: Path) -> dict[str, Any]:
-    from pipeline.embedding.encode import TextEncoder
+    from pipeline.embedding.store import recipe_of
     from pipeline.evaluation.beir import RetrievalTask, read_beir
     from pipeline.evaluation.evaluate import encode_documents, held_out_task, score, score_sts
 
@@ -187,14 +192,15 @@ def _score_tasks(config: Config, session: Session, folder: Path, manifest: Manif
         tasks.append(lambda: beir)
     if config.evaluation.held_out_queries and manifest.holds_pairs:
         tasks.append(lambda: held_out_task(config, folder, manifest))
-    encoder = TextEncoder(model, config.embedding.batch_tokens, "cpu", config.embedding.dimensions)
+    recipe = recipe_of(config, model)
+    encoder = recipe.open(device="cpu")
     scores = {}
     for make in tasks:
         task = make()
         if not task.queries:
             log.warning("evaluate: %s is left out, it has no queries", task.name)
             continue
-        ids, vectors = encode_documents(task, model, config, session.board())
+        ids, vectors = encode_documents(task, recipe, session.board())
         # A model need not give unit length; documents are ranked by cosine, in which a query's own length is no matter.
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         with Stage(f"evaluate: rank {task.name}, BM25 beside", len(task.queries), "queries") as stage:

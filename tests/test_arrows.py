@@ -39,6 +39,8 @@ RAYLESS_MODULES = {
     "training/fsdp.py",
     "training/sharded.py",
     "embedding/store.py",
+    "embedding/sync.py",
+    "embedding/verify.py",
 }
 
 

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from pipeline.config import ConfigError, load
 from pipeline.data.manifest import Manifest, SourceCount, write_manifest
 from pipeline.data.vocabulary import train_tokenizer
-from pipeline.embedding.store import mark_embedded, open_store
+from pipeline.embedding.store import mark_embedded, open_store, recipe_of
 from pipeline.embedding.stores.lancedb_store import LanceStore
 from pipeline.export.card import Extras, model_card, read_origin
 from pipeline.export.destination import refuse_foreign, replacing_folder, write_marker
@@ -524,7 +524,7 @@ class TestJob:
     ) -> None:
         best, to = run / "runs" / "small" / "best" / "step-00000060", tmp_path / "out"
         config = load(empty_config(tmp_path), [f"storage.root={run}", "storage.run=small", f"embedding.model={best}"])
-        store, manifest = open_store(config, best), Manifest("d4", [], {}, [], {}, [], {})
+        store = open_store(config, recipe_of(config, best))
         arguments = ["--to", str(to), f"embedding.model={best}", "--embeddings", "float16", "--license", "mit"]
         code, last, err = self.job(capsys, tmp_path, *arguments)
         assert (code, last["status"]) == (1, "failed")
@@ -534,7 +534,7 @@ class TestJob:
         vectors = ours(best, texts[:2])
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), WIDTH)
         store.upsert(with_all_columns(pa.table({"id": ["b", "a"], "source_id": ["2", "1"], "vector": column})))
-        mark_embedded(config, manifest, store)
+        mark_embedded(config, tmp_path, store)
         code, last, err = self.job(capsys, tmp_path, *arguments)
         assert (code, last["paths"]["export"], last["metrics"]["embeddings"]) == (0, str(to), 2), err
         assert last["metrics"]["cosine"] >= 0.9999

@@ -151,7 +151,9 @@ class TestWholeJob:
         table.delete(f"id IN ({', '.join(repr(i) for i in gone)})")
         code, last, _, err = job(capsys, "embed")
         assert code == 0, err
-        assert last["metrics"] == {"embedded": 7, "rows": before}
+        metrics = last["metrics"]
+        assert (metrics["new"], metrics["untouched"], metrics["rows"]) == (7, before - 7, before)
+        assert "embedded" not in metrics  # the cache has their vectors
         table.checkout_latest()
         assert len(set(table.to_arrow()["id"].to_pylist())) == table.count_rows() == before
 
@@ -223,7 +225,7 @@ class TestWholeJob:
         assert "python jobs/embed.py makes one" in err
         code, last, _, _ = job(capsys, "embed")
         assert code == 0
-        assert last["metrics"]["embedded"] == last["metrics"]["rows"]
+        assert last["metrics"]["written"] == last["metrics"]["rows"]
 
     def test_a_folder_of_text_files(self, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for row in make_pairs(30):

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from ray.data import ActorPoolStrategy, Dataset, Datasink
 from ray.data.datasource import WriteResult
 
@@ -20,6 +21,7 @@ from pipeline.embedding.columns import as_column
 from pipeline.embedding.encode import EncoderRecipe
 from pipeline.embedding.stores.dead_letters import DeadLetters
 from pipeline.embedding.sync import ROWS, Span, Sync
+from pipeline.embedding.texts import UPDATE
 from pipeline.runtime.session import Board, cluster_capacity
 
 WRITE_ROWS = 8192  # rows that a write brings to the store together, and at most lost to a kill
@@ -132,6 +134,25 @@ def embed(sync: Sync, recipe: EncoderRecipe, files: list[Span], letters: DeadLet
         removed = _a_task_each(files).map_batches(remove, batch_size=1, num_cpus=0.5)
         counts["deleted"] = int(removed.sum("deleted") or 0)
     return counts
+
+
+def plan(sync: Sync, recipe: EncoderRecipe, files: list[Span], board: Board) -> Counter[str]:
+    """What `embed` would do: the counts, and the tokens that are to be encoded."""
+    names = ("new", "changed", "metadata", "untouched", "known", "tokens", "deleted")
+
+    def count(batch: dict[str, Any]) -> dict[str, Any]:
+        counts: Counter[str] = Counter()
+        for index in batch["id"].tolist():
+            for rows in sync.due(files[index], counts):
+                tokens = sync.ready(rows, recipe.tokenizer())["tokens"]
+                counts["known"] += tokens.null_count - pc.sum(pc.equal(rows["action"], UPDATE)).as_py()
+                counts["tokens"] += sum(len(ids) for windows in tokens.drop_null().to_pylist() for ids in windows)
+            counts["deleted"] += len(sync.vanished(files[index]))
+        return {name: [counts[name]] for name in names}
+
+    with board.stage("embed: plan", len(files), "files", counter="planned"):
+        rows = _a_task_each(files).map_batches(count, batch_size=1, num_cpus=0.5).take_all()
+    return Counter({name: sum(row[name] for row in rows) for name in names})
 
 
 def _a_task_each(files: list[Span]) -> Dataset:

@@ -80,22 +80,27 @@ def embedded_field(config: Config, manifest: Manifest) -> str:
 
 def is_embedded(config: Config, prepared: Path, store: Store) -> bool:
     """Whether an earlier embedding of this data set into this table ran to its end, and the table is as it was then."""
-    marker = _marker(config, store)
-    return marker.is_file() and store.exists() and json.loads(marker.read_text()) == _complete(prepared, store)
+    return is_complete(config, store) and _note(config, store)["data"] == prepared.name
+
+
+def is_complete(config: Config, store: Store) -> bool:
+    """Whether an embedding of whatever data set ran to its end, and the table is as it was then."""
+    return _marker(config, store).is_file() and store.exists() and _note(config, store)["rows"] == store.count()
 
 
 def mark_embedded(config: Config, prepared: Path, store: Store) -> None:
     """Note that all of a data set is in the table."""
-    write_atomically(_marker(config, store), json.dumps(_complete(prepared, store)).encode())
+    # The folder's name follows from the inputs, metadata among them; the fingerprint of token shards does not see that.
+    note = {"data": prepared.name, "rows": store.count()}
+    write_atomically(_marker(config, store), json.dumps(note).encode())
+
+
+def _note(config: Config, store: Store) -> dict[str, Any]:
+    return json.loads(_marker(config, store).read_text())  # type: ignore[no-any-return]
 
 
 def _marker(config: Config, store: Store) -> Path:
     return config.run_dir / "embedded" / f"{store.name.replace('/', '-')}.json"
-
-
-def _complete(prepared: Path, store: Store) -> dict[str, Any]:
-    # The folder's name follows from the inputs, metadata among them; the fingerprint of token shards does not see that.
-    return {"data": prepared.name, "rows": store.count()}
 
 
 @dataclass(frozen=True)

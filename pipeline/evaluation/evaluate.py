@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
-from pipeline.embedding.encode import TextEncoder
+from pipeline.embedding.encode import EncoderRecipe, TextEncoder
 from pipeline.evaluation.beir import RetrievalTask
 from pipeline.evaluation.metrics import Ranking, bm25_ranking, nearest, retrieval_metrics
 from pipeline.evaluation.sts import StsTask, spearman
@@ -53,16 +53,16 @@ def _pairs(folder: Path) -> Iterator[dict[str, str]]:
             yield from batch.to_pylist()
 
 
-def encode_documents(task: RetrievalTask, model: Path, config: Config, board: Board) -> tuple[list[str], np.ndarray]:
+def encode_documents(task: RetrievalTask, recipe: EncoderRecipe, board: Board) -> tuple[list[str], np.ndarray]:
     """Document ids and their (N, D) vectors, encoded over the cluster."""
     import ray.data
 
-    from pipeline.embedding.embed import ENCODE_ROWS, encoded
+    from pipeline.embedding.embed import EncodeTexts, encoded
 
     table = pa.table({"id": list(task.documents), "text": list(task.documents.values())})
-    blocks = [table.slice(start, ENCODE_ROWS) for start in range(0, len(table), ENCODE_ROWS)]
+    blocks = [table.slice(start, 1024) for start in range(0, len(table), 1024)]
     with board.stage(f"evaluate: encode {task.name}", len(table), "documents", counter="embedded"):
-        vectors = encoded(ray.data.from_arrow(blocks), model, config, board, "document", {})
+        vectors = encoded(ray.data.from_arrow(blocks), recipe, board, EncodeTexts, "document")
         rows = list(vectors.iter_batches(batch_size=None, batch_format="pyarrow"))
     ids = [record_id for block in rows for record_id in block["id"].to_pylist()]
     parts = [block["vector"].combine_chunks().flatten().to_numpy().reshape(len(block), -1) for block in rows]

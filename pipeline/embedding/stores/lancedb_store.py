@@ -23,6 +23,8 @@ SCAN_ROWS = 8192  # a batch of a scan: 8 MB of vectors of 256 numbers
 class LanceStore:
     """One table, which `create` makes where it is not there."""
 
+    writers = 1  # that write at once; commits of one table wait for each other
+
     def __init__(self, uri: str, name: str, width: int) -> None:
         self.uri, self.name, self.width = uri, name, width
         self._table: Any = None

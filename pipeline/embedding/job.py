@@ -1,0 +1,161 @@
+"""What `jobs/embed.py` does, on a Ray session: bring a store up to date, estimate that, or look whether it is.
+
+space = Space.of(config, prepared_folder, manifest, model)
+if not space.is_done():
+    metrics = bring_up_to_date(space, board)
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import Config
+from pipeline.data.manifest import Manifest
+from pipeline.embedding.backends import check_backend, make_graph
+from pipeline.embedding.encode import EncoderRecipe
+from pipeline.embedding.store import is_embedded, mark_embedded, open_store, open_sync, publish, recipe_of
+from pipeline.embedding.stores.dead_letters import DeadLetters
+from pipeline.embedding.stores.store import Store
+from pipeline.embedding.sync import Span, Sync, spans
+from pipeline.embedding.verify import Findings, verify
+from pipeline.runtime.console import log
+from pipeline.runtime.job import JobError, alone_in
+from pipeline.runtime.session import Board, cluster_capacity
+
+MEASURED_FOR_S = 2.0  # encoding, for an estimate of a rate
+
+
+@dataclass(frozen=True)
+class Space:
+    """A prepared data set, a model, and the store that its vectors are in."""
+
+    config: Config
+    prepared: Path
+    manifest: Manifest
+    recipe: EncoderRecipe
+    store: Store
+
+    @classmethod
+    def of(cls, config: Config, prepared: Path, manifest: Manifest, model: Path) -> Space:
+        """Raises ConfigError for what the model or this machine cannot do."""
+        check_backend(config.embedding)
+        recipe = recipe_of(config, model)
+        return cls(config, prepared, manifest, recipe, open_store(config, recipe))
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run_dir / "embedded"
+
+    @property
+    def files(self) -> list[Span]:
+        return spans(sorted((self.prepared / "records").glob("*.parquet")))
+
+    def is_done(self) -> bool:
+        return is_embedded(self.config, self.prepared, self.store)
+
+    def sync(self) -> Sync:
+        return open_sync(self.config, self.manifest, self.recipe, self.store)
+
+    def make_graph(self) -> None:
+        if self.config.embedding.backend == "onnxruntime":
+            make_graph(self.recipe.folder, self.config.embedding, self.recipe.graphs)
+
+
+def bring_up_to_date(space: Space, board: Board) -> dict[str, Any]:
+    """Embed, write and delete what has to be; compare; let readers use the table. Returns the counts.
+
+    Raises JobError where rows were refused, or the store is not what it should be afterwards.
+    """
+    from pipeline.embedding.embed import embed
+
+    config, store = space.config, space.store
+    with alone_in(space.folder):
+        space.make_graph()
+        sync, letters = space.sync(), DeadLetters(config.run_dir / "dead_letters" / store.name)
+        letters.clear()  # they are tried again now
+        counts = embed(sync, space.recipe, space.files, letters, board)
+        store.finish()
+        sync.ledger.compact()
+        if sync.cache is not None:
+            sync.cache.trim(config.embedding.cache_gb * 1e9)
+        log.info("embed: %s", _listed(counts) or "nothing had changed")
+        if counts["refused"]:
+            raise JobError(
+                f"{store.name} refused {counts['refused']:,} rows; {letters.folder} has them with the reasons, all "
+                "others are written, and the next run tries just those"
+            )
+        found = _verified(space, sync)
+        mark_embedded(config, space.prepared, store)
+        publish(config, space.recipe, store)
+    return {**counts, "rows": found.rows, "verified": found.sampled}
+
+
+def look(space: Space) -> dict[str, Any]:
+    """Compare counts, and a sample read back. Raises JobError where something is not as it should be."""
+    with alone_in(space.folder):
+        space.make_graph()
+        found = _verified(space, space.sync())
+    return {"rows": found.rows, "verified": found.sampled, "least_cosine": round(found.least_cosine, 6)}
+
+
+def _verified(space: Space, sync: Sync) -> Findings:
+    found = verify(sync, space.files, space.recipe.open(), space.config.embedding.verify_sample)
+    log.info("embed: %s", found)
+    if found.wrong:
+        raise JobError(
+            f"{space.store.name} is not what the records say: {'; '.join(found.wrong)}; python jobs/embed.py writes "
+            "what is missing, and another storage.run a table that is whole"
+        )
+    return found
+
+
+def estimate(space: Space, board: Board) -> dict[str, Any]:
+    """What an embedding would do, and about how long its encoding would take on this cluster. Writes no vector."""
+    from pipeline.embedding.embed import WRITE_ROWS, plan
+
+    space.make_graph()
+    sync, files = space.sync(), space.files
+    counts = plan(sync, space.recipe, files, board)
+    capacity = cluster_capacity()
+    workers = space.config.embedding.max_workers or int(capacity.gpus or capacity.cpus)
+    seconds = counts["tokens"] / (_tokens_per_s(space, sync, files) * workers) if counts["tokens"] else 0.0
+    writes = counts["new"] + counts["changed"] + counts["metadata"]
+    requests = -(-writes // WRITE_ROWS) + -(-counts["deleted"] // WRITE_ROWS)
+    log.info(
+        "embed: %s; it would take about %s minutes on %s workers, and %s writes",
+        _listed(counts) or "nothing has changed",
+        f"{seconds / 60:.1f}",
+        workers,
+        f"{requests:,}",
+    )
+    return {**counts, "requests": requests, "minutes": round(seconds / 60, 2)}
+
+
+def _tokens_per_s(space: Space, sync: Sync, files: list[Span]) -> float:
+    """Of this process, on texts that are to be encoded."""
+    encoder = space.recipe.open()
+    for span in files:
+        for rows in sync.due(span, Counter()):
+            ready = sync.ready(rows, encoder.tokenizer)
+            texts = ready["tokens"].drop_null().to_pylist()
+            if not texts:
+                continue
+            tokens, start = 0, time.perf_counter()
+            for first in np.arange(0, len(texts), 128):
+                part = texts[first : first + 128]
+                encoder.encode_tokens(part)
+                tokens += sum(len(window) for windows in part for window in windows)
+                if time.perf_counter() - start > MEASURED_FOR_S:
+                    break
+            return tokens / (time.perf_counter() - start)
+    return 1.0
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{number:,} {name}" for name, number in counts.items() if number)
