@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,15 @@ class JobProcess:
         self.process.kill()
         self.process.wait()
         assert self.leftovers(WAIT_S) == []
+
+    def descendants(self, name: str) -> list[psutil.Process]:
+        """Its processes whose command line has this name."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if name in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
 
     def leftovers(self, timeout_s: float = 15) -> list[str]:
         """Processes of the job's that outlive it by more than a moment."""
@@ -205,23 +215,6 @@ def test_a_killed_worker_and_a_killed_driver_change_no_bit_of_the_weights(tmp_pa
     last = run("train", config)
     assert last["metrics"]["step"] == 300
     assert weights(killed) == weights(whole)
-
-
-def test_embedding_killed_and_run_again_leaves_one_vector_each(tmp_path: Path) -> None:
-    config = write_config(tmp_path, pairs=40_000)
-    run("train", config, "training.max_steps=10")
-    job = JobProcess("embed", config, "training.max_steps=10")
-    job.wait_for("embed: begins")
-    table = tmp_path / "store" / "lancedb"
-    deadline = time.monotonic() + WAIT_S
-    while not any(table.rglob("data/*.lance")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    job.kill()
-    part = rows_and_ids(tmp_path)[0]
-    last = run("embed", config, "training.max_steps=10")
-    kept = last["metrics"]["rows"]
-    assert last["metrics"]["embedded"] == kept - part
-    assert rows_and_ids(tmp_path) == (kept, kept)
 
 
 def free_ports(count: int) -> list[int]:

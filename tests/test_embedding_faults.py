@@ -1,0 +1,70 @@
+"""Embedding through Ray, killed and changed between runs. Run by `make test-slow`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import lancedb
+import numpy as np
+import pytest
+
+from pipeline.embedding.encode import TextEncoder
+from tests.conftest import make_pairs, write_jsonl
+from tests.test_faults import WAIT_S, JobProcess, rows_and_ids, run, write_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+def wait_until(true: Callable[[], object], job: JobProcess) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not true():
+        assert job.process.poll() is None, job.log.read_text()
+        assert time.monotonic() < deadline, job.log.read_text()
+        time.sleep(0.005)
+
+
+def test_killed_at_four_points_and_changed_it_ends_with_one_vector_a_document(tmp_path: Path) -> None:
+    """Killed by SIGKILL as the cache, the ledger and the table get their first files, and an encoder; then edited."""
+    config = write_config(tmp_path, pairs=40_000)
+    arguments = ("training.max_steps=10", "embedding.batch_tokens=4096")
+    last = run("train", config, *arguments)
+    model = Path(last["paths"]["model"])
+    store = tmp_path / "store"
+
+    for folder in ("cache", "ledgers", "lancedb"):
+        before = set((store / folder).rglob("data/*.lance"))
+        job = JobProcess("embed", config, *arguments)
+        wait_until(lambda folder=folder, before=before: set((store / folder).rglob("data/*.lance")) - before, job)
+        job.kill()
+    job = JobProcess("embed", config, *arguments)
+    job.wait_for("embed: begins")
+    wait_until(lambda: job.descendants("EncodeRows"), job)
+    job.descendants("EncodeRows")[0].kill()
+    code, last = job.end()
+    assert code == 0, job.log.read_text()
+    kept = last["metrics"]["rows"]
+    assert rows_and_ids(tmp_path) == (kept, kept)
+    assert last["metrics"]["embedded"] < kept  # what the killed ones left was taken up
+
+    db = lancedb.connect(str(store / "lancedb"))
+    rows = db.open_table(db.list_tables().tables[0]).to_arrow().to_pylist()[::200]
+    vectors = TextEncoder(model, 1, "cpu").encode([row["text"] for row in rows], "document")
+    np.testing.assert_allclose([row["vector"] for row in rows], vectors, atol=1e-5)
+
+    pairs = make_pairs(40_000)
+    for pair in pairs[::100]:
+        pair["positive"] = f"{pair['positive']} And more."
+    write_jsonl(tmp_path / "pairs.jsonl", pairs[:-10])
+    again = (*arguments, f"embedding.model={model}")
+    planned = run("embed", config, *again, "--dry-run")["metrics"]
+    last = run("embed", config, *again)["metrics"]
+    assert last["changed"] + last["new"] == planned["changed"] + planned["new"] == last["embedded"] <= 400
+    assert last["deleted"] == planned["deleted"] >= 10
+    assert last["untouched"] > 0.95 * kept
+    assert rows_and_ids(tmp_path) == (last["rows"],) * 2
+    assert run("embed", config, *again, "--verify")["metrics"]["rows"] == last["rows"]
+    alias = json.loads((store / "runs/r/embedded/alias.json").read_text())
+    assert (store / alias["model"] / "model.safetensors").is_file()
