@@ -1,10 +1,11 @@
 """The one config tree, from a YAML file, the environment and `section.key=value` arguments."""
 
 from pipeline.config.data import Augment, Data, NearDuplicates, Quality, Safety, Sanitize, Source, Tokenizer
+from pipeline.config.embedding import Embedding
 from pipeline.config.model import Model
 from pipeline.config.objective import Objective, Writing
 from pipeline.config.reading import ConfigError
-from pipeline.config.tree import Config, Embedding, load
+from pipeline.config.tree import Config, load
 
 __all__ = [
     "Augment",
