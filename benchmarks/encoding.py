@@ -102,7 +102,8 @@ def beside_the_peer(folder: Path, texts: list[str], blocks: int) -> tuple[list[l
 
 def backends(folder: Path, beir: Path, threads: int) -> list[list[object]]:
     """A line a backend."""
-    task, lines, plain = read_beir(beir), [], np.empty(0)
+    lines: list[list[object]] = []
+    task, plain = read_beir(beir), np.empty(0)
     with tempfile.TemporaryDirectory() as graphs:
         for name, settings in BACKENDS.items():
             recipe = EncoderRecipe(folder, settings, Path(graphs))

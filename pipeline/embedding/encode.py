@@ -147,7 +147,7 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 def let_windows_overlap(tokenizer: Tokenizer, overlap: int) -> None:
     """Set a tokenizer that cuts to also give what it cut off, in windows that share `overlap` tokens."""
-    cut = tokenizer.truncation
+    cut = tokenizer.truncation or {}
     tokenizer.enable_truncation(cut["max_length"], stride=overlap, direction=cut["direction"])
 
 

@@ -7,6 +7,7 @@ if not space.is_done():
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -77,8 +78,8 @@ def bring_up_to_date(space: Space, board: Board) -> dict[str, Any]:
     config, store = space.config, space.store
     with alone_in(space.folder):
         space.make_graph()
-        sync, letters = space.sync(), DeadLetters(config.run_dir / "dead_letters" / store.name)
-        letters.clear()  # they are tried again now
+        sync, letters = space.sync(), DeadLetters(config.run_dir / "dead_letters" / store.name, store.width)
+        shutil.rmtree(letters.folder, ignore_errors=True)  # they are tried again now
         counts = embed(sync, space.recipe, space.files, letters, board)
         store.finish()
         sync.ledger.compact()

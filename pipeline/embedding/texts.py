@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 
 from pipeline.embedding.cache import VectorCache, cache_key
 from pipeline.embedding.columns import as_column
-from pipeline.embedding.encode import windows_of
+from pipeline.embedding.encode import Windows, windows_of
 
 EMBED, UPDATE = "embed", "update"
 TOKENS = pa.list_(pa.list_(pa.int32()))
@@ -74,9 +75,11 @@ def _known(keys: list[str], embed: np.ndarray, cache: VectorCache | None) -> tup
 
 def _as_chunks(
     records: pa.Table, tokenizer: Tokenizer, leads: list[str]
-) -> tuple[pa.Table, dict[int, list[list[int]]], list[str]]:
+) -> tuple[pa.Table, dict[int, Windows], list[str]]:
     """A row a window: the record's columns, the window's words as text, `parent_id` and place in the metadata."""
-    rows, tokens, keys = [], {}, []
+    rows: list[dict[str, Any]] = []
+    tokens: dict[int, Windows] = {}
+    keys: list[str] = []
     texts = [lead + record["text"] for lead, record in zip(leads, records.to_pylist(), strict=True)]
     for record, lead, text, encoding in zip(
         records.to_pylist(), leads, texts, tokenizer.encode_batch(texts), strict=True

@@ -67,7 +67,7 @@ def verify(sync: Sync, files: list[Span], encoder: TextEncoder, sample: int, see
 def _sample(sync: Sync, files: list[Span], size: int, seed: int) -> pa.Table:
     """Records from files drawn by chance, in the columns that `Sync.due` gives."""
     chance, tables = np.random.default_rng(seed), []
-    drawn = chance.permutation(len(files))[: max(1, min(len(files), 8))] if size else []
+    drawn = chance.permutation(len(files))[: 8 if size else 0]
     for index in drawn:
         rows = pq.read_table(files[index].file, columns=list(sync.columns.values()))
         share = min(len(rows), -(-size // len(drawn)))
