@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.embedding.cache import cache_key
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.encode import TextEncoder
+from pipeline.embedding.lookup import open_embedder
 from pipeline.embedding.stores.lancedb_store import LanceStore
 from pipeline.embedding.stores.store import Refused
 from pipeline.embedding.sync import sync_here
@@ -262,6 +264,36 @@ def test_long_texts(kind: str, world: World) -> None:
 
 def _rows(world: World) -> list[dict[str, Any]]:
     return world.store.fetch([row_id for page in world.store.ids() for row_id in page]).to_pylist()  # type: ignore[no-any-return]
+
+
+def test_a_vector_of_the_cache_by_its_text(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(world)
+    text = world.corpus["doc3"][0]
+    encoder = TextEncoder(world.model, device="cpu")
+    embedder = open_embedder(world.config, world.model)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.embedding.encode.TextEncoder.encode_tokens", None)
+        found = embedder.get_embedding(f"  {text} ", cache_only=True)
+        assert embedder.get_embedding(text, "query", cache_only=True) is None
+        assert embedder.get_embedding("never seen", cache_only=True) is None
+    np.testing.assert_allclose(found, encoder.encode([text], "document")[0], atol=1e-5)
+    made = embedder.get_embedding("never seen", "query")
+    np.testing.assert_allclose(made, encoder.encode(["never seen"], "query")[0], atol=1e-5)
+    np.testing.assert_array_equal(embedder.get_embedding("never seen", "query", cache_only=True), made)
+
+
+def test_the_cache_is_kept_below_its_size(world: World) -> None:
+    sync = world.sync()
+    assert sync.cache is not None
+    cache, row_bytes = sync.cache, 4 * 32 + 32
+    for first in range(0, 1000, 100):
+        keys = [cache_key(str(number)) for number in range(first, first + 100)]
+        cache.put(keys, np.full((100, 32), first, np.float32))
+    cache.trim(400 * row_bytes)
+    vectors, found = cache.get([cache_key(str(number)) for number in range(1000)])
+    assert found.sum() == cache.table.count_rows() == 400
+    assert found[-400:].all()
+    assert vectors[-1, 0] == 900
 
 
 def test_another_size_and_another_model_have_tables_of_their_own(world: World, tmp_path: Path) -> None:

@@ -51,10 +51,7 @@ def open_sync(config: Config, manifest: Manifest, recipe: EncoderRecipe, store: 
     head = read_card(recipe.folder).head
     prompts = {source.name: source.prompts[field] for source in manifest.sources if field in source.prompts}
     reading = Reading(head.prompt(prompt_name(field)), prompts, config.embedding.long_texts == "chunks")
-    cache = None
-    if config.embedding.cache_gb:
-        cache = VectorCache(str(config.root / "cache"), recipe.space, recipe.width)
-        cache.create()
+    cache = open_cache(config, recipe) if config.embedding.cache_gb else None
     store.create()
     ledger = Ledger(str(config.root / "ledgers"), store.name)
     run = ledger.begin()
@@ -62,6 +59,13 @@ def open_sync(config: Config, manifest: Manifest, recipe: EncoderRecipe, store: 
     if not there <= store.count() <= there + sending:
         ledger.rebuild(store, run)
     return Sync(field, reading, store, ledger, cache, run + 1)
+
+
+def open_cache(config: Config, recipe: EncoderRecipe) -> VectorCache:
+    """The vectors that all jobs of a storage.root have made with a model, by text."""
+    cache = VectorCache(str(config.root / "cache"), recipe.space, recipe.width)
+    cache.create()
+    return cache
 
 
 def prompt_name(field: str) -> str:
