@@ -34,7 +34,7 @@ from benchmarks.corpora import machine, records
 from pipeline.runtime.console import table
 
 EVERY_S = 0.2
-STAGE_END = re.compile(r"prepare: (.+?): .* in [\d.]+ s\b")
+STAGE_END = re.compile(r"(?:prepare|embed)(?:: (.+?))?: .* in [\d.]+ s\b")
 
 
 def write_input(data: Path, path: Path, megabytes: int) -> None:
@@ -74,7 +74,7 @@ def watch(command: list[str]) -> dict[str, Any]:
             for line in errors:
                 sys.stderr.write(line)
                 if found := STAGE_END.match(line):
-                    ends.append((time.monotonic(), found[1]))
+                    ends.append((time.monotonic(), found[1] or found[0].partition(":")[0]))
 
         thread = threading.Thread(target=follow)
         thread.start()
