@@ -41,6 +41,7 @@ RAYLESS_MODULES = {
     "embedding/store.py",
     "embedding/sync.py",
     "embedding/verify.py",
+    *(f"embedding/stores/{path.name}" for path in (ROOT / "pipeline/embedding/stores").glob("*.py")),
 }
 
 

@@ -4,6 +4,7 @@ from pipeline.config.data import Augment, Data, NearDuplicates, Quality, Safety,
 from pipeline.config.embedding import Embedding
 from pipeline.config.model import Model
 from pipeline.config.objective import Objective, Writing
+from pipeline.config.pinecone import Pinecone
 from pipeline.config.reading import ConfigError
 from pipeline.config.tree import Config, load
 
@@ -16,6 +17,7 @@ __all__ = [
     "Model",
     "NearDuplicates",
     "Objective",
+    "Pinecone",
     "Quality",
     "Safety",
     "Sanitize",

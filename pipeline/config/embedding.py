@@ -36,10 +36,15 @@ class Embedding(Section):
     """Encoding actors at most; by default as many as the cluster has CPUs (GPUs, where there are some)."""
     cache_gb: float = Field(10.0, ge=0)
     """Size, in 10^9 bytes, that the cache of vectors of a model is kept below: the oldest go first. 0: no cache."""
-    store: Literal["lancedb"] = "lancedb"
+    store: Literal["lancedb", "parquet", "pinecone"] = "lancedb"
     """Where vectors are written."""
-    uri: PathStr = "lancedb"
-    """LanceDB's folder; relative to storage.root."""
+    uri: PathStr | None = None
+    """Folder of LanceDB's tables or of Parquet files, relative to storage.root, or with LanceDB a bucket such as
+    s3://bucket/folder, credentials from the environment; by default the store's name."""
+    index: Literal["ivf_sq", "ivf_pq", "ivf_hnsw_sq"] | None = "ivf_sq"
+    """Index over LanceDB's vectors; null for none. What each costs stands in `stores/lancedb_store.py`."""
+    index_rows: int = Field(200_000, ge=256)
+    """Rows from which LanceDB's vectors are indexed; below, a query looks at all of them. Ours: 0.2 s for 100,000."""
     verify_sample: int = Field(100, ge=0)
     """Vectors read back from the store, and compared, after each embedding; 0 for none."""
 

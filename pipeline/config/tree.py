@@ -26,6 +26,7 @@ from pipeline.config.deepspeed import Row, apply_deepspeed, origin
 from pipeline.config.embedding import Embedding
 from pipeline.config.model import Model
 from pipeline.config.objective import Objective
+from pipeline.config.pinecone import Pinecone
 from pipeline.config.reading import ConfigError, explain, kind_of, parse_override, read_yaml
 from pipeline.config.section import Name, PathStr, Section
 from pipeline.config.training import Checkpointing, Scaling, Training
@@ -67,10 +68,6 @@ class Logging(Section):
         return value
 
 
-class Pinecone(Section):
-    """Takes no keys yet: `embedding.store` knows LanceDB alone so far."""
-
-
 class Evaluation(Section):
     beir_dir: PathStr | None = None
     """A BEIR folder to score as well: corpus.jsonl, queries.jsonl, qrels/test.tsv."""
@@ -101,6 +98,7 @@ class Config(Section):
     tune: Tune = Tune()
     scaling: Scaling = Scaling()
     _deepspeed: tuple[Row, ...] = PrivateAttr(())
+    _folder: Path = PrivateAttr(Path())
 
     def get(self, dotted: str) -> Any:
         """The value at a dotted path: `get("training.learning_rate")`; KeyError names a path that is not there."""
@@ -115,6 +113,11 @@ class Config(Section):
     def deepspeed(self) -> tuple[Row, ...]:
         """What became of each key of `training.deepspeed_config`, for a table under `deepspeed.HEADER`."""
         return self._deepspeed
+
+    @property
+    def secret_files(self) -> list[str]:
+        """Where an `api.env` of secrets may be: the folder that the job runs in, and the config file's."""
+        return [str(folder.absolute() / "api.env") for folder in (Path(), self._folder)]
 
     @property
     def root(self) -> Path:
@@ -167,7 +170,7 @@ def load(
     except ValidationError as error:
         where = origin(rows, file, tree["training"]["deepspeed_config"], error.errors()[0]["loc"]) if rows else file
         raise ConfigError(explain(error, where, list(from_arguments), Config)) from None
-    config._deepspeed = tuple(rows)
+    config._deepspeed, config._folder = tuple(rows), file.absolute().parent
     return config
 
 

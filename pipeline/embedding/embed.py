@@ -19,6 +19,7 @@ from ray.data.datasource import WriteResult
 
 from pipeline.embedding.columns import as_column
 from pipeline.embedding.encode import EncoderRecipe
+from pipeline.embedding.stores.budget import Allowance
 from pipeline.embedding.stores.dead_letters import DeadLetters
 from pipeline.embedding.sync import ROWS, Span, Sync
 from pipeline.embedding.texts import UPDATE
@@ -102,7 +103,9 @@ def encoded(dataset: Dataset, recipe: EncoderRecipe, board: Board, actor: type, 
     )
 
 
-def embed(sync: Sync, recipe: EncoderRecipe, files: list[Span], letters: DeadLetters, board: Board) -> Counter[str]:
+def embed(
+    sync: Sync, recipe: EncoderRecipe, files: list[Span], letters: DeadLetters, board: Board, writers: int
+) -> Counter[str]:
     """Bring the store up to date with the record files. Returns the counts that `sync` keeps."""
     fresh = sync.ledger.is_empty()
     plans: Counter[str] = Counter()
@@ -127,7 +130,7 @@ def embed(sync: Sync, recipe: EncoderRecipe, files: list[Span], letters: DeadLet
     with board.stage("embed", None, "records", counter="embedded", receive=receive):
         dataset = _a_task_each(files).map_batches(due, batch_size=1, num_cpus=0.5)
         encoded(dataset, recipe, board, EncodeRows, sync).write_datasink(
-            sink, concurrency=sync.store.writers, ray_remote_args={"num_cpus": 0.5}
+            sink, concurrency=writers, ray_remote_args={"num_cpus": 0.5}
         )
     counts = plans + sink.counts
     if not fresh:
@@ -159,3 +162,23 @@ def _a_task_each(files: list[Span]) -> Dataset:
     import ray.data
 
     return ray.data.range(len(files), override_num_blocks=len(files))
+
+
+class SharedAccount:
+    """An `Allowance` in an actor, which all processes of a job ask."""
+
+    def __init__(self, requests_per_second: float, max_concurrency: int) -> None:
+        import ray
+
+        self.actor = ray.remote(num_cpus=0)(Allowance).remote(requests_per_second, max_concurrency)
+
+    def ask(self) -> float:
+        import ray
+
+        return float(ray.get(self.actor.ask.remote()))
+
+    def give_back(self) -> None:
+        self.actor.give_back.remote()
+
+    def hold(self, seconds: float) -> None:
+        self.actor.hold.remote(seconds)

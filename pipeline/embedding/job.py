@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.embedding.backends import check_backend, make_graph
 from pipeline.embedding.encode import EncoderRecipe
 from pipeline.embedding.store import is_embedded, mark_embedded, open_store, open_sync, publish, recipe_of
+from pipeline.embedding.stores.budget import Budget
 from pipeline.embedding.stores.dead_letters import DeadLetters
 from pipeline.embedding.stores.store import Store
 from pipeline.embedding.sync import Span, Sync, spans
@@ -29,6 +30,7 @@ from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError, alone_in
 from pipeline.runtime.session import Board, cluster_capacity
 
+WRITERS = {"lancedb": 1, "parquet": 2, "pinecone": 4}  # at once; commits to one LanceDB table wait for each other
 MEASURED_FOR_S = 2.0  # encoding, for an estimate of a rate
 
 
@@ -73,14 +75,18 @@ def bring_up_to_date(space: Space, board: Board) -> dict[str, Any]:
 
     Raises JobError where rows were refused, or the store is not what it should be afterwards.
     """
-    from pipeline.embedding.embed import embed
+    from pipeline.embedding.embed import SharedAccount, embed
 
-    config, store = space.config, space.store
+    config = space.config
+    if config.embedding.store == "pinecone":
+        account = SharedAccount(config.pinecone.requests_per_second, config.pinecone.max_concurrency)
+        space = replace(space, store=open_store(config, space.recipe, Budget(account)))
+    store = space.store
     with alone_in(space.folder):
         space.make_graph()
         sync, letters = space.sync(), DeadLetters(config.run_dir / "dead_letters" / store.name, store.width)
         shutil.rmtree(letters.folder, ignore_errors=True)  # they are tried again now
-        counts = embed(sync, space.recipe, space.files, letters, board)
+        counts = embed(sync, space.recipe, space.files, letters, board, WRITERS[config.embedding.store])
         store.finish()
         sync.ledger.compact()
         if sync.cache is not None:

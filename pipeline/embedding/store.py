@@ -21,7 +21,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.embedding.cache import VectorCache
 from pipeline.embedding.encode import EncoderRecipe
 from pipeline.embedding.ledger import Ledger
-from pipeline.embedding.stores.lancedb_store import LanceStore
+from pipeline.embedding.stores.budget import Budget
 from pipeline.embedding.stores.store import Store
 from pipeline.embedding.sync import Sync
 from pipeline.embedding.texts import Reading
@@ -38,11 +38,34 @@ def recipe_of(config: Config, model: Path) -> EncoderRecipe:
     return EncoderRecipe(model, config.embedding, config.root / "onnx")
 
 
-def open_store(config: Config, recipe: EncoderRecipe) -> Store:
-    """The table of a run's records under a model."""
+def open_store(config: Config, recipe: EncoderRecipe, budget: Budget | None = None) -> Store:
+    """The table of a run's records under a model; a namespace of Pinecone's index.
+
+    `budget` is what all processes of a job share of Pinecone's requests.
+    """
     parts = [config.storage.run, recipe.space]
     parts += [config.embedding.field] if config.embedding.field != "auto" else []
-    return LanceStore(str(config.root / config.embedding.uri), "-".join(parts), recipe.width)
+    return named_store(config, "-".join(parts), recipe.width, budget)
+
+
+def named_store(config: Config, name: str, width: int, budget: Budget | None = None) -> Store:
+    """The table of a name in the config's store."""
+    wanted = config.embedding
+    uri = wanted.uri or wanted.store
+    place = uri if "://" in uri else str(config.root / uri)
+    if wanted.store == "pinecone":
+        from pipeline.embedding.stores.pinecone_store import PineconeStore
+
+        return PineconeStore(config.pinecone, config.pinecone.namespace or name, width, config.secret_files, budget)
+    if wanted.store == "parquet":
+        from pipeline.embedding.stores.parquet_store import ParquetStore
+
+        if "://" in uri:
+            raise ConfigError(f"embedding.uri: found {uri!r}; allowed with embedding.store=parquet is a local folder")
+        return ParquetStore(place, name, width)
+    from pipeline.embedding.stores.lancedb_store import LanceStore
+
+    return LanceStore(place, name, width, wanted.index, wanted.index_rows)
 
 
 def open_sync(config: Config, manifest: Manifest, recipe: EncoderRecipe, store: Store) -> Sync:
