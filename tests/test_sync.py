@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipeline.embedding.stores.store import Refused
 from pipeline.embedding.sync import sync_here
 from pipeline.embedding.verify import verify
 from tests.embedding_world import Corpus, World, corpus_of, save_random_model
+from tests.pinecone_server import pinecone_server
 
 TEXTS = 200
 
@@ -312,3 +314,30 @@ def test_another_size_and_another_model_have_tables_of_their_own(world: World, t
     assert run(world)["embedded"] == TEXTS
     assert world.store.name != first
     world.check()
+
+
+def test_pinecone_with_faults_of_all_kinds_and_kills(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fifth of the requests fail, and every run but the last is killed: nothing is lost, nothing double."""
+    monkeypatch.setenv("PINECONE_API_KEY", "pc-test")
+    monkeypatch.setattr("pipeline.embedding.sync.ROWS", 32)
+    kinds = ("429", "429-after", "500", "503", "cut-before", "cut-after", "part", "short")
+    with pinecone_server(faults=dict.fromkeys(kinds, 0.2 / len(kinds)), retry_after_s=0.01) as server:
+        world.overrides = [
+            "embedding.store=pinecone",
+            f"pinecone.host={server.url}",
+            "pinecone.create=true",
+            "pinecone.requests_per_second=5000",
+            "pinecone.batch_rows=2",
+            "pinecone.max_wait_s=0.02",
+            "pinecone.max_attempts=12",
+        ]
+        for turn in range(4):
+            sync = world.sync()
+            die_at(sync, 3 + 2 * turn, after=bool(turn % 2))
+            with suppress(Killed):
+                sync_here(sync, world.files, world.encoder())
+            if turn % 2:
+                world.corpus = edited(world.corpus)
+        run(world)
+        world.check()
+        assert len(set(server.faulted)) >= 6

@@ -20,7 +20,7 @@ from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.embedding.backends import check_backend, make_graph
 from pipeline.embedding.encode import EncoderRecipe
-from pipeline.embedding.store import is_embedded, mark_embedded, open_store, open_sync, publish, recipe_of
+from pipeline.embedding.store import file_name, is_embedded, mark_embedded, open_store, open_sync, publish, recipe_of
 from pipeline.embedding.stores.budget import Budget
 from pipeline.embedding.stores.dead_letters import DeadLetters
 from pipeline.embedding.stores.store import Store
@@ -84,7 +84,7 @@ def bring_up_to_date(space: Space, board: Board) -> dict[str, Any]:
     store = space.store
     with alone_in(space.folder):
         space.make_graph()
-        sync, letters = space.sync(), DeadLetters(config.run_dir / "dead_letters" / store.name, store.width)
+        sync, letters = space.sync(), DeadLetters(config.run_dir / "dead_letters" / file_name(store), store.width)
         shutil.rmtree(letters.folder, ignore_errors=True)  # they are tried again now
         counts = embed(sync, space.recipe, space.files, letters, board, WRITERS[config.embedding.store])
         store.finish()

@@ -11,6 +11,7 @@ the model that made it: search goes on with both while a new model's table is fi
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def open_sync(config: Config, manifest: Manifest, recipe: EncoderRecipe, store: 
     reading = Reading(head.prompt(prompt_name(field)), prompts, config.embedding.long_texts == "chunks")
     cache = open_cache(config, recipe) if config.embedding.cache_gb else None
     store.create()
-    ledger = Ledger(str(config.root / "ledgers"), store.name)
+    ledger = Ledger(str(config.root / "ledgers"), file_name(store))
     run = ledger.begin()
     there, sending = ledger.counts()
     if not there <= store.count() <= there + sending:
@@ -126,8 +127,13 @@ def _note(config: Config, store: Store) -> dict[str, Any]:
     return json.loads(_marker(config, store).read_text())  # type: ignore[no-any-return]
 
 
+def file_name(store: Store) -> str:
+    """A store's name as one of a file or a table."""
+    return re.sub(r"[^\w.-]", "-", store.name, flags=re.ASCII)
+
+
 def _marker(config: Config, store: Store) -> Path:
-    return config.run_dir / "embedded" / f"{store.name.replace('/', '-')}.json"
+    return config.run_dir / "embedded" / f"{file_name(store)}.json"
 
 
 @dataclass(frozen=True)
