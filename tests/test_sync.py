@@ -17,6 +17,7 @@ from pipeline.embedding.cache import cache_key
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.encode import TextEncoder
 from pipeline.embedding.lookup import open_embedder
+from pipeline.embedding.store import open_store, publish, read_alias, recipe_of
 from pipeline.embedding.stores.lancedb_store import LanceStore
 from pipeline.embedding.stores.store import Refused
 from pipeline.embedding.sync import sync_here
@@ -341,3 +342,20 @@ def test_pinecone_with_faults_of_all_kinds_and_kills(world: World, monkeypatch: 
         run(world)
         world.check()
         assert len(set(server.faulted)) >= 6
+
+
+def test_readers_go_on_with_the_table_and_the_model_that_were_published(world: World) -> None:
+    run(world)
+    assert read_alias(world.config) is None
+    text = next(iter(world.corpus.values()))[0]
+    vector = world.encoder().encode([text])[0]
+    publish(world.config, world.recipe, world.store)
+    shutil.rmtree(world.model)
+    save_random_model(world.model, seed=1)
+    alias = read_alias(world.config)
+    assert alias is not None
+    recipe = recipe_of(world.config, alias.model)
+    assert open_store(world.config, recipe).count() == TEXTS
+    np.testing.assert_array_equal(recipe.open(1, "cpu").encode([text])[0], vector)
+    world.overrides = [f"embedding.model={world.model}"]
+    assert read_alias(world.config) is None
