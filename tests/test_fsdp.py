@@ -273,6 +273,7 @@ def assert_identical(found: Result, expected: Result) -> None:
         assert torch.equal(found[name], expected[name]), name
 
 
+@pytest.mark.slow
 def test_checkpoints_of_two_workers_load_on_one_and_on_three(tmp_path: Path) -> None:
     """Bit by bit, into fsdp, into a lone process, and made whole."""
     (tmp_path / "two").mkdir()
@@ -320,6 +321,7 @@ def _resumed(rank: int, world_size: int, folder: str) -> Result:
     return weights_of(run.learner)
 
 
+@pytest.mark.slow
 def test_resumed_weights_are_bit_identical(tmp_path: Path) -> None:
     """Dropout, micro-batches and a warm-up of the table alone, which ends after the checkpoint."""
     expected = run_workers(2, _killed, str(tmp_path))
