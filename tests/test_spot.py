@@ -17,7 +17,7 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.test_faults import WAIT_S, JobProcess, run, weights, write_config
+from tests.test_faults import WAIT_S, JobProcess, run, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -40,6 +40,11 @@ def wait_until(true: Callable[[], object], job: JobProcess) -> None:
         assert job.process.poll() is None, job.log.read_text()
         assert time.monotonic() < deadline, job.log.read_text()
         time.sleep(0.005)
+
+
+def weights(folder: Path) -> bytes:
+    (newest,) = folder.glob("store/runs/r/attempt-*/step-00000300/model.safetensors")
+    return newest.read_bytes()
 
 
 def steps_saved(folder: Path) -> set[str]:
@@ -104,6 +109,7 @@ def test_sigterm_waits_for_a_checkpoint_of_all_workers(tmp_path: Path) -> None:
     job.process.send_signal(signal.SIGTERM)
     code, last = job.end()
     assert (code, last["status"]) == (143, "stopped")
+    assert job.leftovers() == []
     newest = int(max(steps_saved(tmp_path)).removeprefix("step-"))
     lines = (tmp_path / "store/runs/r/metrics.jsonl").read_text().splitlines()
     # Not one step is lost: the newest checkpoint is of the very step that training ended at.
