@@ -38,6 +38,7 @@ RAYLESS_MODULES = {
     "training/checkpoints.py",
     "training/fsdp.py",
     "training/sharded.py",
+    "embedding/nearest.py",
     "embedding/store.py",
 }
 

@@ -23,6 +23,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_valid
 
 from pipeline.config.data import Data, Tokenizer
 from pipeline.config.deepspeed import Row, apply_deepspeed, origin
+from pipeline.config.evaluation import Evaluation
 from pipeline.config.model import Model
 from pipeline.config.objective import Objective
 from pipeline.config.reading import ConfigError, explain, kind_of, parse_override, read_yaml
@@ -85,17 +86,6 @@ class Embedding(Section):
 
 class Pinecone(Section):
     """Takes no keys yet: `embedding.store` knows LanceDB alone so far."""
-
-
-class Evaluation(Section):
-    beir_dir: PathStr | None = None
-    """A BEIR folder to score as well: corpus.jsonl, queries.jsonl, qrels/test.tsv."""
-    sts_file: PathStr | None = None
-    """A TSV of score, sentence1, sentence2 under a header: Spearman's correlation, also at each validation."""
-    held_out_queries: int = Field(1000, ge=0)
-    """Anchors of the validation split that are looked up; 0 for none."""
-    held_out_documents: int = Field(10_000, ge=1)
-    """Documents they are looked up among: their own, and others first by hash."""
 
 
 class Tune(Section):
