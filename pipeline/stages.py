@@ -168,6 +168,22 @@ def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
     return Result(scores, {"scores": str(path)})
 
 
+def mine_stage(config: Config, session: Session) -> Result:
+    """The run's data set with hard negatives, as another one."""
+    folder, manifest = session.prepared()
+    from pipeline.mining.mine import mine
+
+    target, mined = mine(config, folder, manifest, _model_of(config, manifest), session.board)
+    name = target.relative_to(config.root)
+    log.info("mine: data.prepared=%s has what was mined; train on it under another storage.run", name)
+    metrics = {
+        "splits": mined.splits,
+        "fingerprint": mined.fingerprint,
+        "negatives": mined.lengths["negatives"]["rows"],
+    }
+    return Result(metrics, {"prepared": str(target), "manifest": str(target / "manifest.json")})
+
+
 def _changes(path: str | None) -> list[list[str | int]]:
     """Name, size and time of change (ns) of a file, or of the files in a folder."""
     files = [] if path is None else [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("*.*"))

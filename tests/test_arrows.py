@@ -20,9 +20,10 @@ MAY_IMPORT = {
     "data": {"config", "runtime", "text", "sources"},
     "embedding": {"config", "runtime", "data", "model", "text"},
     "evaluation": {"config", "runtime", "data", "model", "text", "embedding"},
+    "mining": {"config", "runtime", "data", "model", "text", "embedding"},
     "training": {"config", "runtime", "data", "model", "objectives", "evaluation"},
     "export": {"config", "runtime", "data", "model"},
-    "stages": {"config", "runtime", "data", "model", "embedding", "evaluation", "training"},
+    "stages": {"config", "runtime", "data", "model", "embedding", "evaluation", "mining", "training"},
 }
 WITHOUT_RAY = {"config", "text", "sources", "model", "objectives", "export"}
 WITHOUT_TORCH = {"config", "text", "runtime", "sources", "data"}
@@ -40,6 +41,8 @@ RAYLESS_MODULES = {
     "training/sharded.py",
     "embedding/nearest.py",
     "embedding/store.py",
+    "mining/blocks.py",
+    "mining/choosing.py",
 }
 
 

@@ -1,6 +1,7 @@
 """The one config tree, from a YAML file, the environment and `section.key=value` arguments."""
 
 from pipeline.config.data import Augment, Data, NearDuplicates, Quality, Safety, Sanitize, Source, Tokenizer
+from pipeline.config.mining import Mining
 from pipeline.config.model import Model
 from pipeline.config.objective import Objective, Writing
 from pipeline.config.reading import ConfigError
@@ -12,6 +13,7 @@ __all__ = [
     "ConfigError",
     "Data",
     "Embedding",
+    "Mining",
     "Model",
     "NearDuplicates",
     "Objective",

@@ -24,6 +24,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_valid
 from pipeline.config.data import Data, Tokenizer
 from pipeline.config.deepspeed import Row, apply_deepspeed, origin
 from pipeline.config.evaluation import Evaluation
+from pipeline.config.mining import Mining
 from pipeline.config.model import Model
 from pipeline.config.objective import Objective
 from pipeline.config.reading import ConfigError, explain, kind_of, parse_override, read_yaml
@@ -104,6 +105,7 @@ class Config(Section):
     embedding: Embedding = Embedding()
     pinecone: Pinecone = Pinecone()
     evaluation: Evaluation = Evaluation()
+    mining: Mining = Mining()
     tune: Tune = Tune()
     scaling: Scaling = Scaling()
     _deepspeed: tuple[Row, ...] = PrivateAttr(())

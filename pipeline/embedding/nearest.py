@@ -48,26 +48,29 @@ def nearest_in_block(queries: Floats, vectors: Floats, ids: npt.NDArray[Any], k:
 
 def best(scores: Floats, ids: npt.NDArray[Any], k: int) -> Found:
     """The k highest of (Q, n) scores of n distinct ids, or all n where there are fewer. A NaN counts as lowest."""
-    order = np.argsort(ids)[::-1]
-    scores, ids = np.nan_to_num(scores, nan=-np.inf, posinf=np.inf, neginf=-np.inf)[:, order], ids[order]
     k = min(k, len(ids))
     if k == 0:
         return Found(np.empty((len(scores), 0), ids.dtype), np.empty((len(scores), 0), np.float32))
+    scores = np.where(np.isnan(scores), -np.inf, scores)
     least = np.partition(scores, len(ids) - k, axis=1)[:, len(ids) - k, None]
-    above, equal = scores > least, scores == least
-    room = k - above.sum(axis=1, keepdims=True)
-    columns = np.nonzero(above | (equal & (equal.cumsum(axis=1) <= room)))[1].reshape(-1, k)
-    kept = np.take_along_axis(scores, columns, axis=1)
-    falling = np.argsort(-kept, axis=1, kind="stable")
-    columns = np.take_along_axis(columns, falling, axis=1)
-    return Found(ids[columns], np.take_along_axis(scores, columns, axis=1))
+    kept = scores >= least
+    if (kept.sum(axis=1) > k).any():  # more are tied for the last places than there are places
+        order = np.argsort(ids)[::-1]
+        scores, ids = scores[:, order], ids[order]
+        above, equal = scores > least, scores == least
+        kept = above | (equal & (equal.cumsum(axis=1) <= k - above.sum(axis=1, keepdims=True)))
+    columns = np.nonzero(kept)[1].reshape(-1, k)
+    return _sorted(ids[columns], np.take_along_axis(scores, columns, axis=1), k)
 
 
 def merged(one: Found | None, other: Found, k: int) -> Found:
     """The k best of two findings for the same queries, of different documents."""
     if one is None:
         return other
-    ids = np.concatenate([one.ids, other.ids], axis=1)
-    scores = np.concatenate([one.scores, other.scores], axis=1)
+    ids, scores = (np.concatenate(pair, axis=1) for pair in ((one.ids, other.ids), (one.scores, other.scores)))
+    return _sorted(ids, scores, k)
+
+
+def _sorted(ids: npt.NDArray[Any], scores: Floats, k: int) -> Found:
     order = np.lexsort((ids, scores), axis=1)[:, ::-1][:, :k]
     return Found(np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
