@@ -60,7 +60,7 @@ def write_page(plane: Floats, groups: list[str], points: Points, title: str, pat
         hoverlabel={"align": "left"},
         legend={"itemsizing": "constant"},
     )
-    page = figure.to_html(include_plotlyjs=True, include_mathjax=False, config={"displaylogo": False})
+    page = figure.to_html(include_plotlyjs=True, config={"displaylogo": False}, default_height="97vh")
     write_atomically(path, page.encode())
 
 

@@ -47,8 +47,8 @@ def sample(batches: Iterable[pa.RecordBatch], count: int) -> Points:
     if kept is None or not len(kept):
         return Points([], [], [], np.empty((0, 0), np.float32))
     vectors = kept["vector"].combine_chunks()
-    columns = (kept[name].to_pylist() for name in ("source", "source_id", "text"))
-    return Points(*columns, unit(vectors.flatten().to_numpy().reshape(len(kept), -1)))
+    sources, source_ids, texts = (kept[name].to_pylist() for name in ("source", "source_id", "text"))
+    return Points(sources, source_ids, texts, unit(vectors.flatten().to_numpy().reshape(len(kept), -1)))
 
 
 def project(vectors: Floats) -> Floats:
@@ -58,7 +58,7 @@ def project(vectors: Floats) -> Floats:
 
     reduced = PCA(min(COMPONENTS, *vectors.shape), random_state=0).fit_transform(vectors)
     perplexity = min(PERPLEXITY, (len(vectors) - 1) / 3)
-    plane: Floats = TSNE(2, perplexity=perplexity, init="random", random_state=0).fit_transform(reduced)
+    plane: Floats = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(reduced)
     return plane
 
 

@@ -6,8 +6,8 @@
 Both the texts that are chosen from and the records that get them are of the training split alone, so nothing of what
 is held out is trained on; a record's id, and so its split, stays. What answers an anchor anywhere in the data set is no
 negative of it. Vectors lie on disk in blocks that tasks map into memory: no process holds all of them, or scores beyond
-some anchors times a block. Cost: N x N x D products for N records, spread over the cluster; 17 bytes a record in the
-driver. A killed job goes on after the last of its stages that was done.
+some anchors times a block. Cost: N x N x D products for N records, spread over the cluster, and some 60 bytes a record
+in the driver. A killed job goes on after the last of its stages that was done.
 """
 
 from __future__ import annotations
