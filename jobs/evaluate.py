@@ -1,9 +1,11 @@
-"""Score the model on held-out pairs and on a BEIR folder, BM25 beside it.
+"""Score the model on held-out pairs, BEIR folders, sentence pairs and labelled texts, BM25 and both together beside.
 
 examples:
   python jobs/evaluate.py
   python jobs/evaluate.py --config configs/pairs.yaml evaluation.beir_dir=data/scifact
-  python jobs/evaluate.py evaluation.held_out_queries=0 evaluation.beir_dir=data/scifact
+  python jobs/evaluate.py evaluation.held_out_queries=0 evaluation.beir_dir=data/scifact evaluation.bm25=false
+  python jobs/evaluate.py evaluation.sts_file=sts_b/test.tsv evaluation.clustering_file=topics.tsv
+  python jobs/evaluate.py evaluation.classification_dir=banking    # train.tsv and test.tsv of text and label
 """
 
 import sys
@@ -18,7 +20,8 @@ from pipeline.runtime.job import Result, run_job
 
 
 def main(config: Config, args: Namespace) -> Result:
-    from pipeline.stages import Session, evaluate_stage, score_table
+    from pipeline.evaluation.table import score_table
+    from pipeline.stages import Session, evaluate_stage
 
     with Session(config, args.rehash) as session:
         result = evaluate_stage(config, session, again=True)

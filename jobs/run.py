@@ -18,7 +18,8 @@ from pipeline.runtime.job import Result, run_job
 
 
 def main(config: Config, args: Namespace) -> Result:
-    from pipeline.stages import Session, embed_stage, evaluate_stage, prepare_stage, score_table, train_stage
+    from pipeline.evaluation.table import score_table
+    from pipeline.stages import Session, embed_stage, evaluate_stage, prepare_stage, train_stage
 
     with Session(config, args.rehash) as session:
         results = {

@@ -7,21 +7,17 @@ work does without.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import numpy as np
 
 from pipeline.config import Config, ConfigError
-from pipeline.data.judging import normaliser
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import prepare
 from pipeline.evaluation.beir import check_beir
+from pipeline.evaluation.labels import read_classification, read_labels
 from pipeline.evaluation.sts import read_sts
-from pipeline.runtime.console import Stage, log, table
+from pipeline.runtime.console import log
 from pipeline.runtime.files import write_atomically
 from pipeline.runtime.job import JobError, Result, alone_in
 from pipeline.runtime.session import Board, ray_session, set_environment
@@ -60,10 +56,15 @@ class Session:
 
 def check_folders(config: Config) -> None:
     """Raise ConfigError for a folder that a later stage would miss, before an earlier one has worked for hours."""
-    if config.evaluation.beir_dir:
-        check_beir(Path(config.evaluation.beir_dir))
-    if config.evaluation.sts_file:
-        read_sts(Path(config.evaluation.sts_file))
+    wanted = config.evaluation
+    if wanted.beir_dir:
+        check_beir(Path(wanted.beir_dir))
+    if wanted.sts_file:
+        read_sts(Path(wanted.sts_file))
+    if wanted.clustering_file:
+        read_labels(Path(wanted.clustering_file), "evaluation.clustering_file")
+    if wanted.classification_dir:
+        read_classification(Path(wanted.classification_dir))
     if config.embedding.model:
         check_model(Path(config.embedding.model))
 
@@ -145,24 +146,50 @@ def embed_stage(config: Config, session: Session, *, dry_run: bool = False, veri
 
 
 def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
-    """Scores of the model and of BM25, on held-out pairs and a BEIR folder; `again` even where they are there."""
+    """Scores of the model, BM25 beside, on what the config names; `again` even where they are there."""
     folder, manifest = session.prepared()
     from pipeline.model.folder import model_fingerprint
 
-    model, path = _model_of(config, manifest), config.run_dir / "evaluation.json"
+    model, path, wanted = _model_of(config, manifest), config.run_dir / "evaluation.json", config.evaluation
     key = {
         "model": model_fingerprint(model),
         "data": manifest.fingerprint,
-        "evaluation": config.evaluation.model_dump(mode="json"),
-        "files": [*_changes(config.evaluation.beir_dir), *_changes(config.evaluation.sts_file)],
+        "evaluation": wanted.model_dump(mode="json"),
+        "dimensions": config.embedding.dimensions,
+        "files": [
+            change
+            for path in (wanted.beir_dir, wanted.sts_file, wanted.clustering_file, wanted.classification_dir)
+            for change in _changes(path)
+        ],
     }
     earlier = json.loads(path.read_text()) if path.is_file() else {}
     if earlier.get("of") == key and not again:
         log.info("evaluate: nothing to do, %s holds the scores", path)
         return Result(earlier["scores"], {"scores": str(path)})
-    scores = _score_tasks(config, session, folder, manifest, model)
+    from pipeline.embedding.store import recipe_of
+    from pipeline.evaluation.evaluate import score_tasks
+
+    scores = score_tasks(config, folder, manifest, recipe_of(config, model), session.board)
     write_atomically(path, json.dumps({"of": key, "scores": scores}, indent=2).encode())
     return Result(scores, {"scores": str(path)})
+
+
+def mine_stage(config: Config, session: Session) -> Result:
+    """The run's data set with hard negatives, as another one."""
+    folder, manifest = session.prepared()
+    from pipeline.embedding.store import recipe_of
+    from pipeline.mining.mine import mine
+
+    recipe = recipe_of(config, _model_of(config, manifest))
+    target, mined = mine(config, folder, manifest, recipe, session.board)
+    name = target.relative_to(config.root)
+    log.info("mine: data.prepared=%s has what was mined; train on it under another storage.run", name)
+    metrics = {
+        "splits": mined.splits,
+        "fingerprint": mined.fingerprint,
+        "negatives": mined.lengths["negatives"]["rows"],
+    }
+    return Result(metrics, {"prepared": str(target), "manifest": str(target / "manifest.json")})
 
 
 def _changes(path: str | None) -> list[list[str | int]]:
@@ -179,59 +206,6 @@ def _model_of(config: Config, manifest: Manifest) -> Path:
     if config.embedding.model is None:
         refuse_other_run(config, manifest.fingerprint, data_alone=True)
     return model
-
-
-def _score_tasks(config: Config, session: Session, folder: Path, manifest: Manifest, model: Path) -> dict[str, Any]:
-    from pipeline.embedding.store import recipe_of
-    from pipeline.evaluation.beir import RetrievalTask, read_beir
-    from pipeline.evaluation.evaluate import encode_documents, held_out_task, score, score_sts
-
-    tasks: list[Callable[[], RetrievalTask]] = []
-    if config.evaluation.beir_dir:
-        beir = read_beir(Path(config.evaluation.beir_dir)).normalised(normaliser(config.data))
-        tasks.append(lambda: beir)
-    if config.evaluation.held_out_queries and manifest.holds_pairs:
-        tasks.append(lambda: held_out_task(config, folder, manifest))
-    recipe = recipe_of(config, model)
-    encoder = recipe.open(device="cpu")
-    scores = {}
-    for make in tasks:
-        task = make()
-        if not task.queries:
-            log.warning("evaluate: %s is left out, it has no queries", task.name)
-            continue
-        ids, vectors = encode_documents(task, recipe, session.board())
-        # A model need not give unit length; documents are ranked by cosine, in which a query's own length is no matter.
-        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        with Stage(f"evaluate: rank {task.name}, BM25 beside", len(task.queries), "queries") as stage:
-            scores[task.name] = score(task, encoder, ids, vectors)
-            stage.advance(len(task.queries))
-    if config.evaluation.sts_file:
-        pairs = read_sts(Path(config.evaluation.sts_file))
-        with Stage(f"evaluate: {pairs.name}", len(pairs.scores), "pairs") as stage:
-            scores[pairs.name] = score_sts(pairs, encoder, normaliser(config.data))
-            stage.advance(len(pairs.scores))
-    return scores
-
-
-def score_table(scores: dict[str, Any]) -> str:
-    """A line a model and task, and a line a file of sentence pairs."""
-    from pipeline.evaluation.metrics import METRICS
-
-    rows = [
-        [f"{name} ({result['queries']:,} queries, {result['documents']:,} documents)", system]
-        + [f"{result[system][metric]:.4f}" for metric in METRICS]
-        for name, result in scores.items()
-        if "queries" in result
-        for system in ("model", "bm25")
-    ]
-    retrieval = [table(rows, ("task", "", *METRICS))] if rows else []
-    similarity = [
-        f"{name} ({result['pairs']:,} pairs): Spearman {result['model']['spearman']:.4f}"
-        for name, result in scores.items()
-        if "pairs" in result
-    ]
-    return "\n".join(retrieval + similarity)
 
 
 def model_folder(config: Config) -> Path:

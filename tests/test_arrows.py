@@ -20,9 +20,10 @@ MAY_IMPORT = {
     "data": {"config", "runtime", "text", "sources"},
     "embedding": {"config", "runtime", "data", "model", "text", "export"},
     "evaluation": {"config", "runtime", "data", "model", "text", "embedding"},
+    "mining": {"config", "runtime", "data", "model", "text", "embedding"},
     "training": {"config", "runtime", "data", "model", "objectives", "evaluation"},
     "export": {"config", "runtime", "data", "model"},
-    "stages": {"config", "runtime", "data", "model", "embedding", "evaluation", "training"},
+    "stages": {"config", "runtime", "data", "model", "embedding", "evaluation", "mining", "training"},
 }
 WITHOUT_RAY = {"config", "text", "sources", "model", "objectives", "export"}
 WITHOUT_TORCH = {"config", "text", "runtime", "sources", "data"}
@@ -38,10 +39,13 @@ RAYLESS_MODULES = {
     "training/checkpoints.py",
     "training/fsdp.py",
     "training/sharded.py",
+    "embedding/nearest.py",
     "embedding/store.py",
     "embedding/sync.py",
     "embedding/verify.py",
     *(f"embedding/stores/{path.name}" for path in (ROOT / "pipeline/embedding/stores").glob("*.py")),
+    "mining/blocks.py",
+    "mining/choosing.py",
 }
 
 

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.config import ConfigError, Data, Sanitize, Source
 from pipeline.data.judging import Judge, normaliser
-from pipeline.evaluation.beir import RetrievalTask, read_beir
-from pipeline.evaluation.metrics import bm25_ranking, nearest, retrieval_metrics
-from pipeline.evaluation.sts import read_sts, spearman
+from pipeline.data.manifest import Manifest
+from pipeline.embedding.nearest import Found, merged
+from pipeline.evaluation.beir import BLOCK_ROWS, Corpus, RetrievalTask, open_beir, read_beir
+from pipeline.evaluation.evaluate import score_classification, score_clustering, score_retrieval, score_sts
+from pipeline.evaluation.labels import neighbour_scores, read_classification, read_labels
+from pipeline.evaluation.metrics import bm25_ranking, fused, nearest, retrieval_metrics
+from pipeline.evaluation.retrieval import best_of_block, from_row, to_table
+from pipeline.evaluation.sts import StsTask, pearson, read_sts, spearman
+from pipeline.evaluation.table import score_table
 from pipeline.sources.fields import RawRecord
+from tests.conftest import make_pairs
 
 
 def test_metrics_by_hand() -> None:
@@ -26,6 +38,7 @@ def test_metrics_by_hand() -> None:
     assert retrieval_metrics(qrels, ranking) == {
         "ndcg@10": round((1 + (1 / math.log2(3)) / ideal) / 3, 4),
         "mrr@10": round((1 + 1 / 2) / 3, 4),
+        "map@100": round((1 + (1 / 2 + 2 / 12) / 2) / 3, 4),
         "recall@1": round(1 / 3, 4),
         "recall@10": round((1 + 1 / 2) / 3, 4),
         "recall@100": round(2 / 3, 4),
@@ -42,6 +55,15 @@ def test_nearest_against_a_full_sort() -> None:
     assert len(nearest(["q"], queries[:1], ["d"], documents[:1])["q"]) == 1
 
 
+def test_fusion_by_hand() -> None:
+    vectors = {"q": {"a": 0.9, "b": 0.8, "c": 0.8}, "r": {}}  # of c and b, trec_eval has c first
+    lexical = {"q": {"d": 12.0, "b": 3.0}, "r": {"a": 1.0}}
+    expected = {"b": 1 / 63 + 1 / 62, "d": 1 / 61, "a": 1 / 61, "c": 1 / 62}
+    assert fused(vectors, lexical) == {"q": pytest.approx(expected), "r": {"a": 1 / 61}}
+    assert list(fused(vectors, lexical, depth=2)["q"]) == ["d", "a"]  # b and c are not among a list's first two
+    assert list(fused(vectors, lexical)["q"]) == ["b", "d", "a", "c"]
+
+
 def test_bm25_with_nothing_to_index() -> None:
     assert bm25_ranking(["q"], ["words"], ["d"], ["the"]) == {"q": {}}
     found = bm25_ranking(["q"], ["blue whale"], ["d1", "d2"], ["the whale is blue", "a red fox"])
@@ -54,6 +76,21 @@ def write_beir(folder: Path, corpus: str, queries: str, qrels: str) -> Path:
     (folder / "queries.jsonl").write_text(queries)
     (folder / "qrels" / "test.tsv").write_text(qrels)
     return folder
+
+
+def test_a_corpus_stays_on_disk(tmp_path: Path) -> None:
+    count = 2 * BLOCK_ROWS + 7
+    lines = [json.dumps({"_id": f"é{i}", "title": "" if i % 2 else "T", "text": f"text {i}"}) for i in range(count)]
+    lines[5:5] = ["", "  "]  # blank lines count as lines, not as documents
+    folder = write_beir(tmp_path / "set", "\n".join(lines), QUERIES, "h\nq\té3\t1\n")
+    documents = open_beir(folder).normalised(str.upper).documents
+    assert isinstance(documents, Corpus)
+    expected = {f"é{i}": f"{'' if i % 2 else 'T '}TEXT {i}" for i in range(count)}
+    assert dict(documents.items()) == expected
+    assert len(documents) == count
+    blocks = [documents.block(i) for i in range(len(documents.starts))]
+    assert [len(block) for block in blocks] == [BLOCK_ROWS, BLOCK_ROWS, 7]
+    assert [row for block in blocks for row in block] == list(expected.items())
 
 
 CORPUS = '{"_id": "1", "title": "T", "text": "x"}\n{"_id": "2", "text": "y"}\n'
@@ -74,6 +111,8 @@ def test_beir(tmp_path: Path) -> None:
         ((CORPUS, '{"_id": 1, "text": "x"}', QRELS), "queries.jsonl line 1: text fields _id and text"),
         ((CORPUS, QUERIES, "h\nq 1 1\n"), "test.tsv line 2"),
         ((CORPUS, QUERIES, "h\n"), "no query with a relevant document"),
+        ((CORPUS + CORPUS, QUERIES, QRELS), "documents [12] and [34] have one _id"),
+        (('{"_id": "\\ud800", "text": "x"}', QUERIES, QRELS), "corpus.jsonl line 1: .*surrogates"),
     ],
 )
 def test_a_broken_beir_folder_is_refused_by_file_and_line(
@@ -104,6 +143,8 @@ def test_sts(tmp_path: Path) -> None:
     assert spearman([1, 2, 3, 4], [0.1, 0.2, 0.4, 0.3]) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
     assert spearman([1, 2], [0.5, 0.5]) == 0
     assert spearman([1, 2, 3], [0.1, math.nan, 0.2]) == 0
+    assert pearson([1, 2, 3], [0.2, 0.4, 0.9]) == pytest.approx(0.7 / math.sqrt(2 * 0.26), abs=1e-6)
+    assert pearson([1, 2], [0.5, 0.5]) == pearson([1, 2], [0.5, math.inf]) == 0
 
 
 @pytest.mark.parametrize(
@@ -122,3 +163,246 @@ def test_sts_files_that_are_none(content: str, sentence: str, tmp_path: Path) ->
     file.write_text(content)
     with pytest.raises(ConfigError, match=sentence):
         read_sts(file)
+
+
+class GivenVectors:
+    """Stands in for a SentenceTransformer in its own evaluators: texts have vectors already."""
+
+    similarity_fn_name = "cosine"
+    similarity_fn_names = ("cosine",)
+
+    def __init__(self, vectors: dict[str, np.ndarray]) -> None:
+        from sentence_transformers.util import cos_sim, pairwise_cos_sim
+
+        self.vectors, self.similarity, self.similarity_pairwise = vectors, cos_sim, pairwise_cos_sim
+        self.model_card_data = SimpleNamespace(set_evaluation_metrics=lambda *_: None)
+
+    def encode(self, texts: list[str], truncate_dim: int | None = None, **_: object) -> object:
+        import torch
+
+        return torch.tensor(np.array([self.vectors[text][:truncate_dim] for text in texts]))
+
+    encode_query = encode_document = encode
+
+
+SIZES = [12, 5]
+
+
+def random_task(seed: int) -> tuple[RetrievalTask, dict[str, np.ndarray]]:
+    """A task of queries with several right answers, some of which are nowhere near, and its texts' vectors."""
+    chance = np.random.default_rng(seed)
+    documents = {f"d{i}": f"document {i}" for i in range(400)}
+    queries = {f"q{i}": f"query {i}" for i in range(60)}
+    vectors = {text: chance.normal(size=12).astype(np.float32) for text in [*documents.values(), *queries.values()]}
+    qrels: dict[str, dict[str, int]] = {}
+    for query, text in queries.items():
+        right = chance.choice(400, size=int(chance.integers(1, 8)), replace=False)
+        qrels[query] = {f"d{i}": 1 for i in right}
+        vectors[text] = vectors[text] + 1.5 * vectors[f"document {right[0]}"]
+    return RetrievalTask("task", queries, documents, qrels), vectors
+
+
+def own_scores(task: RetrievalTask, vectors: dict[str, np.ndarray], bounds: list[int]) -> dict[str, Any]:
+    """Our scores, the documents cut into blocks and sent as they are between processes."""
+    queries = np.array([vectors[text] for text in task.queries.values()])
+    names, texts = np.array([name.encode() for name in task.documents]), list(task.documents.values())
+    found: dict[int, Found] = {}
+    for start, stop in itertools.pairwise(bounds):
+        block = best_of_block(queries, np.array([vectors[t] for t in texts[start:stop]]), names[start:stop], SIZES)
+        for row in to_table(block).to_pylist():
+            found[row["size"]] = merged(found.get(row["size"]), from_row(row, len(queries)), 100)
+    return score_retrieval(task, found, bm25=True)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_retrieval_scores_are_those_of_sentence_transformers(seed: int) -> None:
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+    task, vectors = random_task(seed)
+    scores = own_scores(task, vectors, [0, 30, 31, 250, 400])
+    assert list(scores) == ["queries", "documents", "model", "model@5", "bm25", "hybrid", "hybrid@5"]
+    for system, size in (("model", None), ("model@5", 5)):
+        evaluator = InformationRetrievalEvaluator(
+            task.queries,
+            dict(task.documents.items()),
+            {query: set(right) for query, right in task.qrels.items()},
+            precision_recall_at_k=[1, 10, 100],
+            truncate_dim=size,
+            write_csv=False,
+        )
+        theirs = evaluator(GivenVectors(vectors))  # type: ignore[arg-type]
+        assert 0.1 < scores[system]["ndcg@10"] < 0.9
+        for name, value in scores[system].items():
+            assert value == pytest.approx(theirs[f"cosine_{name}"], abs=6e-5), (system, name)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sts_scores_are_those_of_sentence_transformers(seed: int) -> None:
+    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+
+    chance = np.random.default_rng(seed)
+    first, second = chance.normal(size=(80, 12)), chance.normal(size=(80, 12))
+    gold = np.round((first * second).sum(axis=1) + chance.normal(size=80), 1)
+    texts = ([f"{side}{i}" for i in range(80)] for side in "ab")
+    task = StsTask("sts", *texts, gold.tolist())
+    vectors = dict(zip([*task.first, *task.second], np.concatenate([first, second]).astype(np.float32), strict=True))
+    scores = score_sts(task, *(np.array([vectors[t] for t in each]) for each in (task.first, task.second)), SIZES)
+    for system, size in (("model", None), ("model@5", 5)):
+        evaluator = EmbeddingSimilarityEvaluator(
+            task.first, task.second, task.scores, truncate_dim=size, write_csv=False
+        )
+        theirs = evaluator(GivenVectors(vectors))  # type: ignore[arg-type]
+        assert scores[system] == {
+            "spearman": pytest.approx(theirs["spearman_cosine"], abs=6e-5),
+            "pearson": pytest.approx(theirs["pearson_cosine"], abs=6e-5),
+        }
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_scores_over_the_cluster_are_those_of_everything_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A BEIR folder, labels and pairs through Ray, the documents in blocks of 700, against one matrix of all scores."""
+    from pipeline.config import load
+    from pipeline.embedding.encode import TextEncoder
+    from pipeline.embedding.store import recipe_of
+    from pipeline.evaluation.evaluate import score_tasks
+    from pipeline.runtime.session import Board
+
+    model = small_model(tmp_path / "model")
+    rows = make_pairs(2500, seed=3)
+    corpus = "".join(json.dumps({"_id": row["id"], "text": row["positive"]}) + "\n" for row in rows)
+    queries = "".join(json.dumps({"_id": f"q{i}", "text": row["anchor"]}) + "\n" for i, row in enumerate(rows[:50]))
+    judged = "".join(f"q{i}\tdoc{i}\t1\nq{i}\tdoc{i + 1000}\t1\n" for i in range(50))
+    folder = write_beir(tmp_path / "beir", corpus, queries, "h\n" + judged)
+    labelled = "".join(f"{row['positive']}\t{str(row['anchor']).split()[2]}\n" for row in rows[:300])
+    for name in ("train", "test"):
+        (tmp_path / "topics").mkdir(exist_ok=True)
+        (tmp_path / "topics" / f"{name}.tsv").write_text("text\tlabel\n" + labelled)
+    config = load(
+        Path(__file__).parents[1] / "configs" / "pairs.yaml",
+        [
+            f"embedding.model={model}",
+            f"evaluation.beir_dir={folder}",
+            f"evaluation.clustering_file={tmp_path / 'topics' / 'test.tsv'}",
+            f"evaluation.classification_dir={tmp_path / 'topics'}",
+        ],
+    )
+    monkeypatch.setattr("pipeline.evaluation.retrieval.RANK_ROWS", 700)
+    manifest = Manifest("", [], {}, [], {}, [], {})
+    scores = score_tasks(config, tmp_path, manifest, recipe_of(config, model), Board)
+
+    encoder = TextEncoder(model, device="cpu")
+    texts = [str(row["positive"]) for row in rows]
+    documents, asked = encoder.encode(texts), encoder.encode([str(row["anchor"]) for row in rows[:50]])
+    for system, size in (("model", 16), ("model@4", 4)):
+        cut = [each[:, :size] / np.linalg.norm(each[:, :size], axis=1, keepdims=True) for each in (documents, asked)]
+        table = (cut[1] @ cut[0].T).tolist()
+        all_of_it = {f"q{i}": {f"doc{j}": score for j, score in enumerate(row)} for i, row in enumerate(table)}
+        expected = retrieval_metrics({f"q{i}": {f"doc{i}": 1, f"doc{i + 1000}": 1} for i in range(50)}, all_of_it)
+        assert {name: scores["beir"][system][name] for name in expected} == pytest.approx(expected, abs=2e-3)
+    labels = [str(row["anchor"]).split()[2] for row in rows[:300]]
+    votes = neighbour_scores(documents[:300], labels, documents[:300], labels)
+    assert scores["topics"]["model"] == pytest.approx(votes, abs=0.02)
+    assert votes["accuracy"] > 0.5  # by chance 0.1
+    assert scores["test"].keys() == {"texts", "labels", "model", "model@4"}
+
+
+def small_model(folder: Path) -> Path:
+    """A random table of tokens, trained for 4 of its 16 numbers too."""
+    import torch
+
+    from pipeline.data.vocabulary import train_tokenizer
+    from pipeline.model.embedding_model import EmbeddingModel, Head
+    from pipeline.model.folder import save_model
+    from pipeline.model.transformer import Encoder, EncoderShape
+
+    torch.manual_seed(0)
+    texts = (str(row["positive"]) for row in make_pairs(200))
+    tokenizer = train_tokenizer(texts, kind="bpe", vocab_size=600, lowercase=True)
+    shape = EncoderShape(vocab_size=600, d_model=16, num_layers=0, num_heads=2, d_ff=16, norm_eps=1.0)
+    folder.mkdir()
+    save_model(folder, EmbeddingModel(Encoder(shape), Head(dimensions=(4,))), tokenizer.to_str(), 32)
+    return folder
+
+
+def blobs(count: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """Three directions in the first two of six numbers, with noise in the others, and their labels."""
+    chance = np.random.default_rng(seed)
+    labels = chance.integers(0, 3, size=count)
+    centres = np.array([[1, 0], [-0.5, 0.87], [-0.5, -0.87]])
+    return np.hstack([centres[labels], 0.1 * chance.normal(size=(count, 4))]).astype(np.float32), [
+        f"label {i}" for i in labels
+    ]
+
+
+def test_clusters_that_follow_the_labels() -> None:
+    vectors, labels = blobs(300, 0)
+    scores = score_clustering(vectors, labels, [6, 2])
+    assert scores == {"texts": 300, "labels": 3, "model": {"v_measure": 1.0}, "model@2": {"v_measure": 1.0}}
+    noise = score_clustering(np.random.default_rng(1).normal(size=(300, 6)).astype(np.float32), labels, [6])
+    assert noise["model"]["v_measure"] < 0.1
+
+
+def test_neighbours_vote_as_counted_by_hand() -> None:
+    train, train_labels = blobs(90, 1)
+    test, test_labels = blobs(40, 2)
+    test_labels[:10] = ["label 0"] * 10
+    scores = score_classification(train, train_labels, 5 * test, test_labels, [6, 1])
+    for system, size in (("model", 6), ("model@1", 1)):
+        cosines = [
+            [float(a[:size] @ b[:size] / np.linalg.norm(a[:size]) / np.linalg.norm(b[:size])) for b in train]
+            for a in test
+        ]
+        if system == "model@1":  # one number at unit length is a sign: ties galore, so no oracle by hand
+            assert 0 <= scores[system]["accuracy"] <= 1
+            continue
+        votes = [Counter(train_labels[i] for i in np.argsort(-np.array(row))[:5]) for row in cosines]
+        found = [max(sorted(vote), key=vote.__getitem__) for vote in votes]
+        right = [one == other for one, other in zip(found, test_labels, strict=True)]
+        f1 = []
+        for label in sorted(set(test_labels) | set(found)):
+            hits = sum(a == b == label for a, b in zip(found, test_labels, strict=True))
+            f1.append(2 * hits / (found.count(label) + test_labels.count(label)))
+        assert scores[system] == {
+            "accuracy": round(sum(right) / len(right), 4),
+            "macro_f1": round(sum(f1) / len(f1), 4),
+        }
+    assert scores["training texts"] == 90
+
+
+def test_labels(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.tsv").write_text(f'text\tlabel\na "{name}\tx\nb\ty\n')
+    assert read_labels(tmp_path / "test.tsv", "key") == (['a "test', "b"], ["x", "y"])
+    assert read_classification(tmp_path) == (['a "train', "b"], ["x", "y"], ['a "test', "b"], ["x", "y"])
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("a\tb\n", "line 1: a header of text, label is wanted"),
+        ("text\tlabel\na\tb\tc\n", "line 2: too many values; allowed are rows of text, label"),
+        ("text\tlabel\na\tx\nb\tx\n", "has 1 labels; allowed are two or more"),
+    ],
+)
+def test_label_files_that_are_none(content: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_text(content)
+    with pytest.raises(ConfigError, match=f"evaluation.classification_dir: .*{sentence}"):
+        read_classification(tmp_path)
+    with pytest.raises(ConfigError, match=r"key: .*No such file or directory; allowed is a TSV of text, label"):
+        read_labels(tmp_path / "other.tsv", "key")
+
+
+def test_the_table_has_a_line_for_each_system() -> None:
+    metrics = dict.fromkeys(("ndcg@10", "mrr@10", "map@100", "recall@1", "recall@10", "recall@100"), 0.5)
+    shown = score_table(
+        {
+            "beir": {"queries": 2000, "documents": 3, "model": metrics, "model@64": metrics, "hybrid": metrics},
+            "sts": {"pairs": 7, "model": {"spearman": 0.25, "pearson": 0.5}},
+        }
+    )
+    lines = [line.split("  ")[0] for line in shown.splitlines()]
+    assert lines.count("beir (2,000 queries, 3 documents)") == 3
+    assert "sts (7 pairs)  model  Spearman 0.2500, Pearson 0.5000" in shown
+    assert score_table({}) == ""

@@ -111,11 +111,6 @@ def rows_and_ids(folder: Path) -> tuple[int, int]:
     return len(ids), len(set(ids))
 
 
-def weights(folder: Path) -> bytes:
-    (newest,) = folder.glob("store/runs/r/attempt-*/step-00000300/model.safetensors")
-    return newest.read_bytes()
-
-
 def test_ctrl_c_in_each_stage_and_the_next_run_goes_on(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     stages = [
@@ -189,32 +184,6 @@ def test_the_same_bytes_on_1_2_and_4_workers_and_killed_in_each_stage(tmp_path: 
     assert len(done) == 3
     assert prepared_bytes(killed) == found[0]
     assert job.leftovers(WAIT_S) == []
-
-
-def test_sigterm_exits_143(tmp_path: Path) -> None:
-    job = JobProcess("train", write_config(tmp_path))
-    job.wait_for("train: begins")
-    job.process.send_signal(signal.SIGTERM)
-    code, last = job.end()
-    assert (code, last["status"]) == (143, "stopped")
-    assert job.leftovers() == []
-
-
-def test_a_killed_worker_and_a_killed_driver_change_no_bit_of_the_weights(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run("train", write_config(whole, table_warmup_fraction=0.4))
-
-    config = write_config(killed, table_warmup_fraction=0.4)
-    job = JobProcess("train", config)
-    job.wait_for("train: step 50:")
-    workers = [p for p in job.children if "RayTrainWorker" in " ".join(p.cmdline())]
-    assert len(workers) == 2
-    workers[1].kill()
-    job.wait_for("train: step 150:")
-    job.kill()
-    last = run("train", config)
-    assert last["metrics"]["step"] == 300
-    assert weights(killed) == weights(whole)
 
 
 def free_ports(count: int) -> list[int]:

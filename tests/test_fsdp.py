@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing import ProcessRaisedException
 
 from pipeline.config import Config, load
 from pipeline.config.training import Training
@@ -21,6 +22,7 @@ from pipeline.model.embedding_model import EmbeddingModel, Head
 from pipeline.model.pretrained import load_pretrained
 from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.objectives.learner import Learner, Special
+from pipeline.training.assembly import resume
 from pipeline.training.batch import to_batch
 from pipeline.training.checkpoints import TrainState, load_weights
 from pipeline.training.fsdp import FullySharded
@@ -206,18 +208,28 @@ def test_vectors_of_no_texts_lead_to_every_layer(tmp_path: Path) -> None:
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
-def test_out_of_memory_in_lockstep_is_raised_where_it_happens() -> None:
-    learner, strategy = learner_of("contrastive"), DataParallel()
-    strategy.lockstep = True
-    strategy.take(learner)
+def _out_of_memory(rank: int, world_size: int, folder: str) -> Result:
+    """The last worker has no memory for its fourth forward pass; the others wait for it."""
+    run, passes = run_of(rank, world_size, Path(folder), "fsdp", []), iter(range(100))
 
-    def out_of_memory(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def hook(*_: object) -> None:
+        if rank == world_size - 1 and next(passes) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
-    learner.model.register_forward_pre_hook(out_of_memory)
-    with pytest.raises(torch.OutOfMemoryError) as caught:
-        backward(learner, strategy, [learner.prepare(batch(), 7)])
-    assert "training.micro_batch_tokens" in caught.value.__notes__[0]
+    run.learner.model.register_forward_pre_hook(hook)
+    train(run, TrainState())
+    return {}
+
+
+def _started_again(rank: int, world_size: int, folder: str) -> Result:
+    run = run_of(rank, world_size, Path(folder), "fsdp", [])
+    return {"halvings": torch.tensor(resume(run).halvings)}
+
+
+def test_out_of_memory_on_one_worker_halves_the_micro_batches_of_the_next_start(tmp_path: Path) -> None:
+    with pytest.raises(ProcessRaisedException, match="micro-batches half as large"):
+        run_workers(2, _out_of_memory, str(tmp_path))
+    assert run_workers(2, _started_again, str(tmp_path))["halvings"] == 1
 
 
 def _saved(rank: int, world_size: int, folder: str) -> Result:
@@ -261,6 +273,7 @@ def assert_identical(found: Result, expected: Result) -> None:
         assert torch.equal(found[name], expected[name]), name
 
 
+@pytest.mark.slow
 def test_checkpoints_of_two_workers_load_on_one_and_on_three(tmp_path: Path) -> None:
     """Bit by bit, into fsdp, into a lone process, and made whole."""
     (tmp_path / "two").mkdir()
@@ -308,6 +321,7 @@ def _resumed(rank: int, world_size: int, folder: str) -> Result:
     return weights_of(run.learner)
 
 
+@pytest.mark.slow
 def test_resumed_weights_are_bit_identical(tmp_path: Path) -> None:
     """Dropout, micro-batches and a warm-up of the table alone, which ends after the checkpoint."""
     expected = run_workers(2, _killed, str(tmp_path))

@@ -196,7 +196,8 @@ class TestWholeJob:
         assert code == 0, err
         (scores,) = last["metrics"].values()
         assert (scores["queries"], scores["documents"]) == (20, 60)
-        assert scores["model"]["recall@100"] == 1
+        assert scores["model"]["recall@100"] == scores["hybrid"]["recall@100"] == 1
+        assert scores["model"].keys() == scores["bm25"].keys() == scores["hybrid"].keys()
         again = [f"evaluation.beir_dir={tmp_path}", "evaluation.held_out_queries=0"]
         assert "evaluate: nothing to do" in job(capsys, "run", *again)[3]
         with (tmp_path / "qrels" / "test.tsv").open("a") as file:

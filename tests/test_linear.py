@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -121,10 +123,16 @@ def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize(("capability", "used"), [("AVX512", True), ("AVX2", False)])
-def test_it_is_used_where_the_processor_has_avx512(
-    capability: str, used: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("capability", "vendor", "used"),
+    [("AVX512", "AuthenticAMD", True), ("AVX2", "AuthenticAMD", False), ("AVX512", "GenuineIntel", False)],
+)
+def test_it_is_used_where_it_has_avx512_and_mkl_has_not(
+    capability: str, vendor: str, used: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    cpuinfo, is_intel = tmp_path / "cpuinfo", linear.is_intel
+    cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    monkeypatch.setattr(linear, "is_intel", lambda: is_intel(cpuinfo))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2)))
     names = list(model.state_dict())

@@ -7,14 +7,17 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from ray.cluster_utils import Cluster
 
-from tests.test_faults import WAIT_S, JobProcess, run, weights, write_config
+from tests.test_faults import WAIT_S, JobProcess, run, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -37,6 +40,11 @@ def wait_until(true: Callable[[], object], job: JobProcess) -> None:
         assert job.process.poll() is None, job.log.read_text()
         assert time.monotonic() < deadline, job.log.read_text()
         time.sleep(0.005)
+
+
+def weights(folder: Path) -> bytes:
+    (newest,) = folder.glob("store/runs/r/attempt-*/step-00000300/model.safetensors")
+    return newest.read_bytes()
 
 
 def steps_saved(folder: Path) -> set[str]:
@@ -92,18 +100,26 @@ def test_a_worker_that_hangs_is_noticed_and_the_run_goes_on(tmp_path: Path) -> N
     assert not hung.is_running()
 
 
-def test_sigterm_waits_for_a_checkpoint(tmp_path: Path) -> None:
-    job = JobProcess("train", write_config(tmp_path, max_steps=100_000, validate_every_steps=100_000))
+def test_sigterm_waits_for_a_checkpoint_of_all_workers(tmp_path: Path) -> None:
+    """Under fsdp, where each has a part of it; the next start takes it up, and makes it whole at the end."""
+    config = write_config(tmp_path, max_steps=100_000, validate_every_steps=100_000, strategy="fsdp")
+    job = JobProcess("train", config)
     job.wait_for("train: begins")
     wait_until(lambda: (tmp_path / "store/runs/r/attempt-001/step-00000025").is_dir(), job)
     job.process.send_signal(signal.SIGTERM)
     code, last = job.end()
     assert (code, last["status"]) == (143, "stopped")
+    assert job.leftovers() == []
     newest = int(max(steps_saved(tmp_path)).removeprefix("step-"))
     lines = (tmp_path / "store/runs/r/metrics.jsonl").read_text().splitlines()
     # Not one step is lost: the newest checkpoint is of the very step that training ended at.
     assert newest > max(json.loads(line)["step"] for line in lines) - 1
     assert newest % 25 or newest % 10 == 0
+    (state,) = tmp_path.glob(f"store/runs/r/attempt-001/step-{newest:08d}/state.json")
+    seconds = json.loads(state.read_text())["train_seconds"]
+    last = run("train", config, f"training.max_time_s={seconds + 3}")
+    assert last["metrics"]["step"] > newest
+    assert Path(last["paths"]["model"], "model.safetensors").is_file()
 
 
 @pytest.fixture
@@ -145,3 +161,59 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint_whole(small_disk: Pa
     assert "the same command" in job.log.read_text()  # Ray's own file or our checkpoint: whichever came first
     filler.unlink()
     assert run("train", config, *arguments)["metrics"]["step"] == 200
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (folder / "store/runs/r/metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert len(steps) == len(set(steps))
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def drain(cluster: Cluster, node: Any) -> None:
+    """Tell Ray, as an autoscaler does, that a node is about to be taken away."""
+    command = [Path(sys.executable).with_name("ray"), "drain-node", "--address", cluster.address]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--node-id", node.node_id]
+    command += ["--deadline-remaining-seconds", "60"]
+    subprocess.run(command, check=True, capture_output=True, timeout=WAIT_S)
+
+
+def test_a_node_comes_and_goes_in_mid_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One worker, two, and one again train on the batches of two that were left alone; notice gives a checkpoint."""
+    settings: dict[str, Any] = {"max_steps": 100_000, "validate_every_steps": 100_000, "log_every_steps": 5}
+    run("train", write_config(tmp_path / "alone", **settings), "training.max_time_s=30")
+
+    elastic, every = tmp_path / "elastic", 97
+    config = write_config(elastic, **settings)
+    arguments = ("scaling.num_workers=[1, 2]", "scaling.cpus_per_worker=2", "scaling.resize_every_s=2")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    # Whatever the number of workers, a CPU is left to Ray Data
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
+    try:
+        inherited = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+        environment = inherited | {"RAY_ADDRESS": cluster.address}
+        job = JobProcess("train", config, *arguments, f"checkpointing.every_steps={every}", environment=environment)
+        job.wait_for("train: 1 workers go on from step 0")
+        wait_until(lambda: steps_saved(elastic), job)
+        second = cluster.add_node(num_cpus=2)
+        job.wait_for("train: 2 workers go on from step")
+        saved = steps_saved(elastic)
+        wait_until(lambda: steps_saved(elastic) - saved, job)
+        drain(cluster, second)
+        wait_until(lambda: any(int(name.removeprefix("step-")) % every for name in steps_saved(elastic)), job)
+        cluster.remove_node(second, allow_graceful=False)
+        wait_until(lambda: job.log.read_text().count("train: 1 workers go on from step") == 2, job)
+        saved = steps_saved(elastic)
+        wait_until(lambda: steps_saved(elastic) - saved, job)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.end()[0] == 143, job.log.read_text()
+    finally:
+        cluster.shutdown()
+    assert "train: 1 workers go on from step 0" in job.log.read_text()
+    expected, found = losses(tmp_path / "alone"), losses(elastic)
+    shared = expected.keys() & found.keys()
+    assert len(shared) > 20
+    for step in shared:
+        assert found[step] == pytest.approx(expected[step], rel=1e-3, abs=1e-4), step
+    for step in range(5, 25, 5):
+        assert found[step] == pytest.approx(expected[step], rel=1e-5), step

@@ -2,6 +2,7 @@
 
 from pipeline.config.data import Augment, Data, NearDuplicates, Quality, Safety, Sanitize, Source, Tokenizer
 from pipeline.config.embedding import Embedding
+from pipeline.config.mining import Mining
 from pipeline.config.model import Model
 from pipeline.config.objective import Objective, Writing
 from pipeline.config.pinecone import Pinecone
@@ -14,6 +15,7 @@ __all__ = [
     "ConfigError",
     "Data",
     "Embedding",
+    "Mining",
     "Model",
     "NearDuplicates",
     "Objective",

@@ -139,6 +139,9 @@ class Augment(Section):
 class Data(Section):
     sources: list[Source] = Field([Source(name="packages", type="python_packages")], min_length=1)
     """Where records come from."""
+    prepared: PathStr | None = None
+    """A prepared data set to use as it is, made from the same sources: what jobs/mine.py wrote. Relative to
+    storage.root."""
     max_bad_fraction: Share = 0.05
     """Stop when a larger share of a source's records cannot be read (broken lines, missing fields, bad bytes)."""
     min_chars: int = Field(10, ge=1)

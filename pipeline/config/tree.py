@@ -24,6 +24,8 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_valid
 from pipeline.config.data import Data, Tokenizer
 from pipeline.config.deepspeed import Row, apply_deepspeed, origin
 from pipeline.config.embedding import Embedding
+from pipeline.config.evaluation import Evaluation
+from pipeline.config.mining import Mining
 from pipeline.config.model import Model
 from pipeline.config.objective import Objective
 from pipeline.config.pinecone import Pinecone
@@ -68,17 +70,6 @@ class Logging(Section):
         return value
 
 
-class Evaluation(Section):
-    beir_dir: PathStr | None = None
-    """A BEIR folder to score as well: corpus.jsonl, queries.jsonl, qrels/test.tsv."""
-    sts_file: PathStr | None = None
-    """A TSV of score, sentence1, sentence2 under a header: Spearman's correlation, also at each validation."""
-    held_out_queries: int = Field(1000, ge=0)
-    """Anchors of the validation split that are looked up; 0 for none."""
-    held_out_documents: int = Field(10_000, ge=1)
-    """Documents they are looked up among: their own, and others first by hash."""
-
-
 class Tune(Section):
     """Takes no keys yet: sweeps are still to come."""
 
@@ -95,6 +86,7 @@ class Config(Section):
     embedding: Embedding = Embedding()
     pinecone: Pinecone = Pinecone()
     evaluation: Evaluation = Evaluation()
+    mining: Mining = Mining()
     tune: Tune = Tune()
     scaling: Scaling = Scaling()
     _deepspeed: tuple[Row, ...] = PrivateAttr(())

@@ -7,7 +7,7 @@
     train/00000.parquet               token shards: id, source, and the text fields as lists of token ids
     validation/00000.parquet
     lengths.png                       how long the texts are, in tokens
-    manifest.json                     {fingerprint, sources, splits, shards, lengths, clusters, versions}
+    manifest.json                     {fingerprint, sources, splits, shards, lengths, clusters, versions, settings}
 
 The files are second names (hard links) of those in the folders of the stages that made them, <root>/stages/.
 """
@@ -84,6 +84,7 @@ class Manifest:
     lengths: dict[str, dict[str, float]]  # by text field: see lengths.LengthCounts.summary
     clusters: list[dict[str, Any]]  # the records that stand for the most near-duplicates
     versions: dict[str, str]
+    settings: dict[str, Any] = field(default_factory=dict)  # keys of the config that the shards depend on
 
     def of_split(self, split: str) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]

@@ -18,27 +18,25 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, ConfigError, Source
 from pipeline.data import contamination, near_duplicates
 from pipeline.data.judging import Judge
-from pipeline.data.lengths import LengthCounts, draw
-from pipeline.data.manifest import Manifest, Shard, SourceCount, read_manifest, sha256, write_manifest
+from pipeline.data.manifest import Manifest, SourceCount, read_manifest, sha256
 from pipeline.data.records import make_records, record_texts
 from pipeline.data.report import check_duplicates, check_sources, log_clusters, summary_table, warn_of_bad_input
-from pipeline.data.tokenizing import ROW_GROUP_ROWS, Cutter, Recipe, tokenize_file
-from pipeline.data.vocabulary import load_tokenizer, loaded_tokenizer, tokenizer_file, train_tokenizer
-from pipeline.data.work import Report, Stage, Task, place, run_tasks
+from pipeline.data.shards import Parts, assemble, recipe_of, token_shards, tokens_stage
+from pipeline.data.tokenizing import ROW_GROUP_ROWS, Cutter
+from pipeline.data.vocabulary import load_tokenizer, tokenizer_file, train_tokenizer
+from pipeline.data.work import Report, Stage, Task, run_tasks
 from pipeline.runtime.console import log
 from pipeline.runtime.files import write_atomically
 from pipeline.runtime.job import alone_in
 from pipeline.runtime.session import Board
 from pipeline.sources.content import inputs_by_content
 from pipeline.sources.source import Plan, check_fields, plan_source, text_fields
-from pipeline.text.augment import Augmentation
 
 FORMAT = 2  # of prepared data; a change of what the stages write makes all earlier folders stale
 SHARD_BYTES = 8 << 20  # text a shard stands for: a core tokenizes it in seconds
@@ -56,7 +54,9 @@ class Inputs:
                 f"tokenizer.long_texts: found windows with records of {', '.join(self.fields)}; "
                 "allowed is windows with records of text alone"
             )
-        self.recipe = self._recipe(config)
+        self.recipe = recipe_of(config, self.fields)
+        if config.tokenizer.load_path is not None:
+            Cutter(load_tokenizer(Path(config.tokenizer.load_path)), self.recipe)
         self.plans: list[tuple[Source, Plan]] = [(source, plan_source(source)) for source in config.data.sources]
         for source in config.data.sources:
             check_fields(source)
@@ -64,21 +64,6 @@ class Inputs:
         self.work = [(source, task) for source, plan in self.plans for task in plan.tasks]
         self.shards = max(1, min(MAX_SHARDS, sum(_shards(source, plan) for source, plan in self.plans)))
         self._name_stages(config, rehash)
-
-    def _recipe(self, config: Config) -> Recipe:
-        data, tokenizer = config.data, config.tokenizer
-        recipe = Recipe(
-            fields=self.fields,
-            max_length=tokenizer.max_length,
-            validation_fraction=data.validation_fraction,
-            seed=data.seed,
-            window_overlap=tokenizer.window_overlap if tokenizer.long_texts == "windows" else None,
-            prompts={source.name: source.model_dump()["prompts"] for source in data.sources if source.prompts},
-            augmentation=Augmentation(**data.augment.model_dump()),
-        )
-        if tokenizer.load_path is not None:
-            Cutter(load_tokenizer(Path(tokenizer.load_path)), recipe)
-        return recipe
 
     def _name_stages(self, config: Config, rehash: bool) -> None:
         data, tokenizer, root = config.data, config.tokenizer, config.root / "stages"
@@ -111,17 +96,19 @@ class Inputs:
             tokenizer_key = self.tokenizer.key
         else:
             tokenizer_key = sha256(tokenizer_file(Path(tokenizer.load_path)))
-        recipe = {**vars(self.recipe), "augmentation": vars(self.recipe.augmentation)}
-        self.tokens = Stage(root, "tokens", [source_of_texts, tokenizer_key, recipe])
-        whole = [self.tokens.key, data.model_dump(mode="json"), tokenizer.model_dump(mode="json")]
+        self.tokens = tokens_stage(root, source_of_texts, tokenizer_key, self.recipe)
+        whole = [self.tokens.key, data.model_dump(mode="json", exclude={"prepared"}), tokenizer.model_dump(mode="json")]
         self.folder = config.root / "prepared" / hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
 
 
 def prepare(config: Config, board: Callable[[], Board], rehash: bool = False) -> tuple[Path, Manifest]:
     """Bring the prepared data up to date. Returns its folder and manifest; asks for the `board` if there is work.
 
-    With `rehash`, inputs are known by their content rather than by their times of change.
+    With `rehash`, inputs are known by their content rather than by their times of change. `data.prepared` is taken as
+    it is.
     """
+    if config.data.prepared is not None:
+        return prepared_elsewhere(config)
     inputs = Inputs(config, rehash)
     folder = inputs.folder
     manifest = read_manifest(folder)
@@ -137,6 +124,31 @@ def prepare(config: Config, board: Callable[[], Board], rehash: bool = False) ->
     seconds = {stage.name: (stage.summary or {}).get("seconds", 0.0) for stage in _stages(inputs)}
     log.info("%s", summary_table(manifest, seconds))
     return folder, manifest
+
+
+def prepared_elsewhere(config: Config) -> tuple[Path, Manifest]:
+    """The data set that `data.prepared` names. Raises ConfigError where it is none, or of other settings or sources."""
+    folder = config.root / str(config.data.prepared)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ConfigError(
+            f"data.prepared: found no manifest.json of a prepared data set in {folder}; allowed is a folder that "
+            "jobs/prepare.py or jobs/mine.py has written"
+        )
+    for key, value in manifest.settings.items():
+        if config.get(key) != value:
+            raise ConfigError(f"{key}: found {config.get(key)}; allowed with data.prepared is {value}, as in {folder}")
+    own = {source.name: source.prompts for source in manifest.sources}
+    found = {source.name: source.model_dump()["prompts"] for source in config.data.sources}
+    if found != own:
+        raise ConfigError(
+            f"data.sources: found {_named(found)}; allowed with data.prepared are {_named(own)}, as in {folder}"
+        )
+    return folder, manifest
+
+
+def _named(prompts: dict[str, dict[str, str]]) -> str:
+    return ", ".join(f"{name} with prompts {of}" if of else name for name, of in prompts.items())
 
 
 def _stages(inputs: Inputs) -> list[Stage]:
@@ -227,37 +239,11 @@ def _tokenizer_path(inputs: Inputs, config: Config) -> Path:
 
 
 def _tokens(inputs: Inputs, config: Config, board: Callable[[], Board]) -> dict[str, Any]:
-    """Tokenize every record file. Returns the shards' descriptions and the counts of lengths."""
-    stage = inputs.tokens
-    summary = _skip(stage)
+    """Tokenize every record file, where that is not done. Returns what `token_shards` does."""
+    summary = _skip(inputs.tokens)
     if summary is not None:
         return summary
-    files, recipe, path = _record_files(inputs), inputs.recipe, _tokenizer_path(inputs, config)
-    described = [stage.scratch / "described" / f"{file.stem}.json" for file in files]
-    sizes, changed_ns = [file.stat().st_size for file in files], path.stat().st_mtime_ns
-
-    def tokenize(index: int, report: Report) -> None:
-        found = tokenize_file(files[index], stage.folder, recipe, loaded_tokenizer(path, changed_ns))
-        write_atomically(described[index], json.dumps(found).encode())
-        report({"bytes": sizes[index], "records": sum(shard["rows"] for shard in found["shards"])})
-
-    with stage.open():
-        tasks = [Task(size, output) for size, output in zip(sizes, described, strict=True)]
-        run_tasks(board(), "prepare: tokenize", tasks, tokenize)
-        found = [json.loads(output.read_text()) for output in described]
-        shards = sorted((shard for part in found for shard in part["shards"]), key=lambda shard: shard["path"])
-        lengths = {field: _merged([part["lengths"][field] for part in found]) for field in inputs.fields}
-        draw(lengths, recipe.max_length, stage.folder / "lengths.png")
-        summary = {"shards": shards, "lengths": {field: count.summary() for field, count in lengths.items()}}
-        stage.finish(summary)
-    return summary
-
-
-def _merged(counts: list[dict[str, Any]]) -> LengthCounts:
-    total = LengthCounts()
-    for count in counts:
-        total.merge(count)
-    return total
+    return token_shards(inputs.tokens, board(), _record_files(inputs), inputs.recipe, _tokenizer_path(inputs, config))
 
 
 def _assemble(
@@ -267,39 +253,19 @@ def _assemble(
     clusters: list[dict[str, Any]],
     described: dict[str, Any],
 ) -> Manifest:
-    """Give the stages' files their names in the prepared folder, the manifest last."""
-    folder, tokens = inputs.folder, inputs.tokens.folder
-    tokenizer = _tokenizer_path(inputs, config)
-    place(tokenizer, folder / "tokenizer.json")
-    place(tokens / "lengths.png", folder / "lengths.png")
-    shards = [Shard(**shard) for shard in described["shards"]]
-    for shard in shards:
-        place(tokens / shard.path, folder / shard.path)
-    for path in _record_files(inputs):
-        place(path, folder / "records" / path.name)
-    for stage in filter(None, (inputs.records, inputs.distinct)):
-        for path in (stage.folder / "rejected").glob("*.parquet"):
-            place(path, folder / "rejected" / f"{stage.name}-{path.name}")
     ways = {source.name: source for source in config.data.sources}
     sources = [
         replace(source, weight=ways[source.name].weight, prompts=ways[source.name].model_dump()["prompts"])
         for source in sources
     ]
-    splits = {split: sum(shard.rows for shard in shards if shard.split == split) for split in ("train", "validation")}
-    weights = {source.name: source.weight for source in sources if source.weight is not None}
-    recipe = [config.data.validation_fraction, config.tokenizer.max_length, sha256(tokenizer), weights]
-    content = [recipe, [shard.sha256 for shard in shards]]
-    manifest = Manifest(
-        fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
-        sources=sources,
-        splits=splits,
-        shards=shards,
-        lengths=described["lengths"],
-        clusters=clusters,
-        versions={name: version(name) for name in ("ray", "tokenizers", "pyarrow", "rensa")},
-    )
-    write_manifest(folder, manifest)
-    return manifest
+    rejected = {
+        f"{stage.name}-{path.name}": path
+        for stage in filter(None, (inputs.records, inputs.distinct))
+        for path in (stage.folder / "rejected").glob("*.parquet")
+    }
+    tokenizer = _tokenizer_path(inputs, config)
+    parts = Parts(_record_files(inputs), tokenizer, inputs.recipe, sources, clusters, rejected)
+    return assemble(inputs.folder, inputs.tokens, described, parts)
 
 
 def _common_fields(config: Config) -> list[str]:

@@ -65,13 +65,22 @@ class EncodeRows:
 
 
 class EncodeTexts:
-    """An actor that adds `vector` to tables of `text`."""
+    """An actor that adds `vector` to tables of `text`, and of `source` where sources have prompts.
 
-    def __init__(self, recipe: EncoderRecipe, threads: int, board: Any, prompt: str) -> None:
-        self.encoder, self.board, self.prompt = _open(recipe, threads), board, prompt
+    A text is led by its source's prompt, else by the model's own of that name.
+    """
+
+    def __init__(
+        self, recipe: EncoderRecipe, threads: int, board: Any, prompt: str, prompts: dict[str, str] | None
+    ) -> None:
+        self.encoder, self.board, self.prompt, self.prompts = _open(recipe, threads), board, prompt, prompts
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        vectors = self.encoder.encode(rows["text"].to_pylist(), self.prompt)
+        texts = rows["text"].to_pylist()
+        if self.prompts:
+            own, sources = self.encoder.card.head.prompt(self.prompt), rows["source"].to_pylist()
+            texts = [self.prompts.get(source, own) + text for source, text in zip(sources, texts, strict=True)]
+        vectors = self.encoder.encode(texts, "" if self.prompts else self.prompt)
         self.board.add.remote("embedded", len(rows))
         return rows.append_column("vector", as_column(vectors))
 
@@ -83,7 +92,14 @@ def _open(recipe: EncoderRecipe, threads: int) -> Any:
     return recipe.open(threads)
 
 
-def encoded(dataset: Dataset, recipe: EncoderRecipe, board: Board, actor: type, *arguments: Any) -> Dataset:
+def encoded(
+    dataset: Dataset, recipe: EncoderRecipe, board: Board, prompt: str, prompts: dict[str, str] | None = None
+) -> Dataset:
+    """The dataset's `text` embedded, after the prompt of its `source`, else the model's own named `prompt`."""
+    return in_pool(dataset, recipe, board, EncodeTexts, prompt, prompts)
+
+
+def in_pool(dataset: Dataset, recipe: EncoderRecipe, board: Board, actor: type, *arguments: Any) -> Dataset:
     """The dataset through a pool of encoding actors, made with `arguments`: one a GPU, else one a CPU."""
     capacity = cluster_capacity()
     cpus, gpus = capacity.cpus, int(capacity.gpus)
@@ -129,7 +145,7 @@ def embed(
     board_handle, sink = board.handle, Sink(sync, letters, board.handle)
     with board.stage("embed", None, "records", counter="embedded", receive=receive):
         dataset = _a_task_each(files).map_batches(due, batch_size=1, num_cpus=0.5)
-        encoded(dataset, recipe, board, EncodeRows, sync).write_datasink(
+        in_pool(dataset, recipe, board, EncodeRows, sync).write_datasink(
             sink, concurrency=writers, ray_remote_args={"num_cpus": 0.5}
         )
     counts = plans + sink.counts

@@ -1,92 +1,144 @@
-"""Scores of a model on retrieval tasks, BM25 beside it on the same queries and documents."""
+"""Every score that a config asks for, of one model: at its full width, and cut to each size that it was trained for.
+
+scores = score_tasks(config, prepared_folder, manifest, model_folder, session.board)
+# {"held-out": {"queries": 1000, "documents": 10000,
+#               "model": {"ndcg@10": …}, "model@64": {…}, "bm25": {…}, "hybrid": {…}, "hybrid@64": {…}},
+#  "sts": {"pairs": 1379, "model": {"spearman": …, "pearson": …}, "model@64": {…}}}
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.config import Config
+from pipeline.data.judging import normaliser
 from pipeline.data.manifest import Manifest
-from pipeline.embedding.encode import EncoderRecipe, TextEncoder
-from pipeline.evaluation.beir import RetrievalTask
-from pipeline.evaluation.metrics import Ranking, bm25_ranking, nearest, retrieval_metrics
-from pipeline.evaluation.sts import StsTask, spearman
-from pipeline.text.identity import content_id, is_validation
+from pipeline.embedding.encode import EncoderRecipe
+from pipeline.embedding.nearest import Floats, Found, unit
+from pipeline.evaluation.beir import RetrievalTask, open_beir
+from pipeline.evaluation.held_out import held_out_task
+from pipeline.evaluation.labels import neighbour_scores, read_classification, read_labels, v_measure
+from pipeline.evaluation.metrics import bm25_ranking, fused, retrieval_metrics, to_ranking
+from pipeline.evaluation.retrieval import encode_texts, nearest_documents
+from pipeline.evaluation.sts import StsTask, pearson, read_sts, spearman
+from pipeline.runtime.console import Stage, log
+from pipeline.runtime.session import Board
 
-if TYPE_CHECKING:
-    from pipeline.runtime.session import Board
-
-
-def held_out_task(config: Config, folder: Path, manifest: Manifest) -> RetrievalTask:
-    """Held-out anchors, to be found among their positives and the records first by hash.
-
-    A document is named by its text's hash: of two records with equal text either is the right answer.
-    """
-    wanted = config.evaluation
-    queries: dict[str, str] = {}
-    documents: dict[str, str] = {}
-    qrels: dict[str, dict[str, int]] = {}
-    spare: list[str] = []
-    for row in _pairs(folder):
-        if is_validation(row["id"], config.data.validation_fraction) and len(queries) < wanted.held_out_queries:
-            queries[row["id"]] = row["anchor"]
-            key = content_id([row["positive"]])
-            documents[key], qrels[row["id"]] = row["positive"], {key: 1}
-        elif len(spare) < wanted.held_out_documents:
-            spare.append(row["positive"])
-        elif len(queries) == wanted.held_out_queries:
-            break
-    for text in spare:
-        if len(documents) < wanted.held_out_documents:
-            documents[content_id([text])] = text
-    return RetrievalTask("held-out", queries, documents, qrels)
+Scores = dict[str, Any]
 
 
-def _pairs(folder: Path) -> Iterator[dict[str, str]]:
-    for file in sorted((folder / "records").glob("*.parquet")):
-        for batch in pq.ParquetFile(file).iter_batches(1024, columns=["id", "anchor", "positive"]):
-            yield from batch.to_pylist()
+def score_tasks(
+    config: Config, folder: Path, manifest: Manifest, recipe: EncoderRecipe, board: Callable[[], Board]
+) -> dict[str, Scores]:
+    """Scores by task, in the order of the config's keys; asks for the `board` where there are texts to encode."""
+    wanted, normalise = config.evaluation, normaliser(config.data)
+    encoder = recipe.open(device="cpu")
+    sizes = [encoder.width, *(size for size in encoder.card.head.dimensions if size < encoder.width)]
+    scores: dict[str, Scores] = {}
+
+    def vectors(texts: list[str], name: str) -> Floats:
+        return encode_texts([normalise(text) for text in texts], name, recipe, board())
+
+    for task in _retrieval_tasks(config, folder, manifest, normalise):
+        if not task.queries:
+            log.warning("evaluate: %s is left out, it has no queries", task.name)
+            continue
+        queries = encoder.encode(list(task.queries.values()), "query")
+        found = nearest_documents(task, queries, sizes, recipe, board())
+        with Stage(f"evaluate: score {task.name}", len(task.queries), "queries") as stage:
+            scores[_unused(task.name, scores)] = score_retrieval(task, found, bm25=wanted.bm25)
+            stage.advance(len(task.queries))
+    if wanted.sts_file:
+        pairs = read_sts(Path(wanted.sts_file))
+        with Stage(f"evaluate: {pairs.name}", len(pairs.scores), "pairs") as stage:
+            texts = ([normalise(text) for text in each] for each in (pairs.first, pairs.second))
+            first, second = (encoder.encode(each) for each in texts)
+            scores[_unused(pairs.name, scores)] = score_sts(pairs, first, second, sizes)
+            stage.advance(len(pairs.scores))
+    if wanted.clustering_file:
+        path = Path(wanted.clustering_file)
+        found_texts, labels = read_labels(path, "evaluation.clustering_file")
+        scores[_unused(path.stem, scores)] = score_clustering(vectors(found_texts, path.stem), labels, sizes)
+    if wanted.classification_dir:
+        path = Path(wanted.classification_dir)
+        train, train_labels, test, test_labels = read_classification(path)
+        both = vectors(train + test, path.name)
+        scores[_unused(path.name, scores)] = score_classification(
+            both[: len(train)], train_labels, both[len(train) :], test_labels, sizes
+        )
+    return scores
 
 
-def encode_documents(task: RetrievalTask, recipe: EncoderRecipe, board: Board) -> tuple[list[str], np.ndarray]:
-    """Document ids and their (N, D) vectors, encoded over the cluster."""
-    import ray.data
-
-    from pipeline.embedding.embed import EncodeTexts, encoded
-
-    table = pa.table({"id": list(task.documents), "text": list(task.documents.values())})
-    blocks = [table.slice(start, 1024) for start in range(0, len(table), 1024)]
-    with board.stage(f"evaluate: encode {task.name}", len(table), "documents", counter="embedded"):
-        vectors = encoded(ray.data.from_arrow(blocks), recipe, board, EncodeTexts, "document")
-        rows = list(vectors.iter_batches(batch_size=None, batch_format="pyarrow"))
-    ids = [record_id for block in rows for record_id in block["id"].to_pylist()]
-    parts = [block["vector"].combine_chunks().flatten().to_numpy().reshape(len(block), -1) for block in rows]
-    return ids, np.concatenate(parts)
+def _retrieval_tasks(
+    config: Config, folder: Path, manifest: Manifest, normalise: Callable[[str], str]
+) -> Iterator[RetrievalTask]:
+    if config.evaluation.beir_dir:
+        yield open_beir(Path(config.evaluation.beir_dir)).normalised(normalise)
+    if config.evaluation.held_out_queries and manifest.holds_pairs:
+        yield held_out_task(config, folder)
 
 
-def score(task: RetrievalTask, encoder: TextEncoder, document_ids: list[str], documents: np.ndarray) -> dict[str, Any]:
-    """`model` and `bm25`: the metrics of each on a task whose documents are embedded."""
-    queries = encoder.encode(list(task.queries.values()), "query")
-    own: Ranking = nearest(list(task.queries), queries, document_ids, documents)
-    lexical = bm25_ranking(
-        list(task.queries), list(task.queries.values()), list(task.documents), list(task.documents.values())
+def _unused(name: str, scores: dict[str, Scores]) -> str:
+    """The name, or the name with a number: of two files called test both are scored."""
+    names = (name if number == 1 else f"{name} {number}" for number in range(1, len(scores) + 2))
+    return next(one for one in names if one not in scores)
+
+
+def _system(name: str, size: int, sizes: list[int]) -> str:
+    """`model` at full width, `model@64` cut to 64."""
+    return name if size == sizes[0] else f"{name}@{size}"
+
+
+def score_retrieval(task: RetrievalTask, found: dict[int, Found], *, bm25: bool) -> Scores:
+    """Metrics of the documents found by size, the full width first, and where wanted of BM25 and of both fused."""
+    names, sizes = list(task.queries), list(found)
+    rankings = {size: to_ranking(names, one) for size, one in found.items()}
+    systems = {_system("model", size, sizes): ranking for size, ranking in rankings.items()}
+    if bm25:
+        ids, texts = (list(column) for column in zip(*task.documents.items(), strict=True))
+        lexical = bm25_ranking(names, list(task.queries.values()), ids, texts)
+        systems["bm25"] = lexical
+        systems |= {_system("hybrid", size, sizes): fused(ranking, lexical) for size, ranking in rankings.items()}
+    counts = {"queries": len(task.queries), "documents": len(task.documents)}
+    return counts | {system: retrieval_metrics(task.qrels, ranking) for system, ranking in systems.items()}
+
+
+def score_sts(task: StsTask, first: Floats, second: Floats, sizes: list[int]) -> Scores:
+    """Correlations of the vectors' cosines with the scores that people gave; (N, D) each."""
+
+    def correlations(size: int) -> dict[str, float]:
+        cosines = (unit(first[:, :size]) * unit(second[:, :size])).sum(axis=1, dtype=np.float64).tolist()
+        return {"spearman": spearman(task.scores, cosines), "pearson": pearson(task.scores, cosines)}
+
+    return {"pairs": len(task.scores)} | _by_size(correlations, sizes)
+
+
+def score_clustering(vectors: Floats, labels: list[str], sizes: list[int]) -> Scores:
+    """V-measure of the vectors' clusters; (N, D)."""
+    counts = {"texts": len(labels), "labels": len(set(labels))}
+    return counts | _by_size(lambda size: {"v_measure": v_measure(_cut(vectors, size), labels)}, sizes)
+
+
+def score_classification(
+    train: Floats, train_labels: list[str], test: Floats, test_labels: list[str], sizes: list[int]
+) -> Scores:
+    """Accuracy and macro F1 of the labels that neighbours vote for; (N, D) and (M, D)."""
+    counts = {"texts": len(test), "training texts": len(train), "labels": len(set(train_labels))}
+    return counts | _by_size(
+        lambda size: neighbour_scores(_cut(train, size), train_labels, _cut(test, size), test_labels), sizes
     )
+
+
+def _by_size(score: Callable[[int], dict[str, float]], sizes: list[int]) -> Scores:
     return {
-        "queries": len(task.queries),
-        "documents": len(task.documents),
-        "model": retrieval_metrics(task.qrels, own),
-        "bm25": retrieval_metrics(task.qrels, lexical),
+        _system("model", size, sizes): {name: round(value, 4) for name, value in score(size).items()} for size in sizes
     }
 
 
-def score_sts(task: StsTask, encoder: TextEncoder, normalise: Callable[[str], str]) -> dict[str, Any]:
-    """Spearman's correlation of the vectors' cosines with the scores that people gave."""
-    first, second = (encoder.encode([normalise(text) for text in texts]) for texts in (task.first, task.second))
-    lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-    cosines = (first * second).sum(axis=1) / np.maximum(lengths, 1e-12)
-    return {"pairs": len(task.scores), "model": {"spearman": round(spearman(task.scores, cosines.tolist()), 4)}}
+def _cut(vectors: Floats, size: int) -> Floats:
+    """The first numbers of each vector, at unit length again; a whole vector as it is."""
+    return vectors if size == vectors.shape[1] else unit(vectors[:, :size])

@@ -27,7 +27,15 @@ from pipeline.objectives.collectives import rank, world_size
 from pipeline.runtime.console import log
 from pipeline.training.batch import to_batch
 from pipeline.training.build import build_learner, check_model, describe
-from pipeline.training.checkpoints import TrainState, newest_valid, next_attempt, prune, read_state, step_folder
+from pipeline.training.checkpoints import (
+    TrainState,
+    newest_valid,
+    next_attempt,
+    noted_halvings,
+    prune,
+    read_state,
+    step_folder,
+)
 from pipeline.training.ending import is_finished, steps_of
 from pipeline.training.loop import Run, Wishes, train
 from pipeline.training.run_folder import claim_run_folder
@@ -86,7 +94,7 @@ def run_task(
         wishes=hooks.wishes,
         alert=hooks.alert,
     )
-    state = _resume(run)
+    state = resume(run)
     if rank() == 0:
         log.info("train: %s", describe(run.learner))
         log.info("train: %d workers go on from step %d", world_size(), state.step)
@@ -113,16 +121,21 @@ def train_here(config: Config, folder: Path, manifest: Manifest) -> TrainState:
         return run_task(task, feed.batches, Hooks(place, trackers.log, trackers.alert), device)
 
 
-def _resume(run: Run) -> TrainState:
-    """Rank 0 chooses the checkpoint: all workers see the same disk, but not at the same moment."""
-    chosen = [newest_valid(run.config.run_dir)[0] if rank() == 0 else None]
+def resume(run: Run) -> TrainState:
+    """Take up the newest whole checkpoint, if there is one.
+
+    Rank 0 chooses it: all workers see the same disk, but not at the same moment.
+    """
+    folder = run.config.run_dir
+    chosen = [newest_valid(folder)[0], noted_halvings(folder)] if rank() == 0 else [None, None]
     if world_size() > 1:
         dist.broadcast_object_list(chosen, device=run.device)
-    (checkpoint,) = chosen
-    if checkpoint is None:
-        return TrainState()
-    load(checkpoint, run)
-    return read_state(checkpoint)
+    checkpoint, halvings = chosen
+    if checkpoint is not None:
+        load(checkpoint, run)
+    state = read_state(checkpoint) if checkpoint else TrainState()
+    state.halvings = max(state.halvings, halvings)
+    return state
 
 
 def _validation(task: Task, tokenizer: Tokenizer) -> Validation:

@@ -27,6 +27,7 @@ from pipeline.model.folder import save_model
 from pipeline.objectives.learner import Learner
 from pipeline.runtime.files import write_atomically
 
+HALVINGS = "halvings"
 PARTNERS = "partners.safetensors"  # a decoder, a prediction head, a learned temperature
 
 
@@ -168,6 +169,16 @@ def next_attempt(run_dir: Path) -> str:
     """A folder name no start of the driver has had: Ray takes an old one for a run to restore."""
     taken = [int(folder.name.removeprefix("attempt-")) for folder in run_dir.glob("attempt-[0-9]*")]
     return f"attempt-{max(taken, default=0) + 1:03d}"
+
+
+def note_halvings(run_dir: Path, halvings: int) -> None:
+    """For the next start of a run that cannot go on without one: its micro-batches are to be halved so often."""
+    write_atomically(run_dir / HALVINGS, str(halvings).encode())
+
+
+def noted_halvings(run_dir: Path) -> int:
+    path = run_dir / HALVINGS
+    return int(path.read_text()) if path.is_file() else 0
 
 
 def prune(run_dir: Path, keep: int) -> None:

@@ -117,6 +117,8 @@ def _trainer(config: Config, workers: Workers, sent: Sent) -> Any:
     # is given up after as long a time as one for which the others wait in vain.
     for name in ("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "RAY_TRAIN_COLLECTIVE_TIMEOUT_S"):
         os.environ[name] = str(scaling.collective_timeout_s)
+    # Elastic workers may be counted on a node that is gone, until Ray has noticed: let it count again soon.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "300" if workers.fewest == workers.most else "60"
     return Trainer(
         train_worker,
         train_loop_config={"sent": sent},

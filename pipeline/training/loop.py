@@ -28,7 +28,7 @@ from pipeline.objectives.collectives import rank, world_size
 from pipeline.objectives.learner import Learner, Part
 from pipeline.runtime.console import log
 from pipeline.training.batch import to_batch
-from pipeline.training.checkpoints import TrainState
+from pipeline.training.checkpoints import TrainState, note_halvings
 from pipeline.training.flops import step_flops
 from pipeline.training.meter import Meter
 from pipeline.training.optimizer import build_optimizer
@@ -113,7 +113,8 @@ class Run:
 def train(run: Run, state: TrainState) -> TrainState:
     """Train from `state` to the end of the run, or to its time limit. Ends with a validation and a checkpoint.
 
-    Asked to stop, it ends with a checkpoint alone. Raises TrainingStopped where it cannot go on.
+    Asked to stop, it ends with a checkpoint alone. Raises TrainingStopped where it cannot go on, and OutOfMemory
+    where workers in lockstep must begin anew from the newest checkpoint.
     """
     settings, checkpointing = run.config.training, run.config.checkpointing
     run.saved_step = state.step or None
@@ -186,7 +187,9 @@ def _gradients(run: Run, ready: Ready, state: TrainState) -> Outcome:
                 wishes=(wishes.stop, wishes.save),
             )
         except OutOfMemory:
-            pass
+            if run.strategy.lockstep:
+                note_halvings(run.config.run_dir, state.halvings + 1)
+                raise
         _halve(run, state)
 
 

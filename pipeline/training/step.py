@@ -31,7 +31,10 @@ from pipeline.training.strategy import Strategy
 
 
 class OutOfMemory(RuntimeError):  # noqa: N818  # as torch.OutOfMemoryError, but of all workers
-    """At least one worker ran out of memory; all of them raise this, and no gradient is to be used."""
+    """At least one worker ran out of memory, and no gradient is to be used.
+
+    All workers raise this; in lockstep, where the others wait for it in vain, the one that did.
+    """
 
 
 @dataclass
@@ -73,8 +76,7 @@ def backward(
 ) -> Outcome:
     """Leave the batch's gradients, averaged over workers, in the parameters, times `loss_scale`.
 
-    `wishes` are added up over workers on the way. Raises OutOfMemory on all workers where one of them is; where
-    workers work in lockstep, that one raises what it met.
+    `wishes` are added up over workers on the way. Raises OutOfMemory.
     """
     device = parts[0].keys.device
     precision = torch.autocast(device.type, autocast) if autocast else nullcontext()
@@ -210,11 +212,10 @@ class _Failure:
             if not _is_want_of_memory(error):
                 raise
             if self.lockstep:
-                error.add_note(
-                    "out of memory with training.strategy=fsdp, whose steps cannot be done again in smaller "
-                    "micro-batches; a smaller training.micro_batch_tokens or model.gradient_checkpointing=true may fit"
-                )
-                raise
+                raise OutOfMemory(
+                    "out of memory under training.strategy=fsdp; from the newest checkpoint the run goes on in "
+                    "micro-batches half as large"
+                ) from error
             self.happened = True
 
 

@@ -1,0 +1,43 @@
+"""A retrieval task out of a prepared data set's own validation split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from pipeline.config import Config
+from pipeline.evaluation.beir import RetrievalTask
+from pipeline.text.identity import content_id, is_validation
+
+
+def held_out_task(config: Config, folder: Path) -> RetrievalTask:
+    """Held-out anchors, to be found among their positives and the records first by hash.
+
+    A document is named by its text's hash: of two records with equal text either is the right answer.
+    """
+    wanted = config.evaluation
+    queries: dict[str, str] = {}
+    documents: dict[str, str] = {}
+    qrels: dict[str, dict[str, int]] = {}
+    spare: list[str] = []
+    for row in _pairs(folder):
+        if is_validation(row["id"], config.data.validation_fraction) and len(queries) < wanted.held_out_queries:
+            queries[row["id"]] = row["anchor"]
+            key = content_id([row["positive"]])
+            documents[key], qrels[row["id"]] = row["positive"], {key: 1}
+        elif len(spare) < wanted.held_out_documents:
+            spare.append(row["positive"])
+        elif len(queries) == wanted.held_out_queries:
+            break
+    for text in spare:
+        if len(documents) < wanted.held_out_documents:
+            documents[content_id([text])] = text
+    return RetrievalTask("held-out", queries, documents, qrels)
+
+
+def _pairs(folder: Path) -> Iterator[dict[str, str]]:
+    for file in sorted((folder / "records").glob("*.parquet")):
+        for batch in pq.ParquetFile(file).iter_batches(1024, columns=["id", "anchor", "positive"]):
+            yield from batch.to_pylist()

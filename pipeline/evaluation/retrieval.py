@@ -1,0 +1,110 @@
+"""Documents encoded and ranked over the cluster; what comes back is the best of each block, merged as it comes.
+
+    documents ──► encode ──► best of each block, for all queries ──► merged with the best so far, in the driver
+    on disk       actors     tasks; the queries are sent once
+
+No process holds more vectors or scores than those of a block, so memory is flat in the number of documents; what grows
+in the driver is Q queries times DEPTH scores and ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.embedding.encode import EncoderRecipe
+from pipeline.embedding.nearest import Floats, Found, merged, nearest_in_block, unit
+from pipeline.evaluation.beir import BLOCK_ROWS, Corpus, RetrievalTask
+from pipeline.evaluation.metrics import DEPTH
+from pipeline.runtime.session import Board
+
+RANK_ROWS = 8192  # documents ranked together: with 256 queries at once 16 MB of scores
+
+
+def nearest_documents(
+    task: RetrievalTask, queries: Floats, sizes: Sequence[int], recipe: EncoderRecipe, board: Board
+) -> dict[int, Found]:
+    """The best DEPTH documents of each query, ids in UTF-8, by vectors cut to each of `sizes`; queries are (Q, D)."""
+    import ray
+
+    from pipeline.embedding.embed import encoded
+
+    shared = ray.put(queries)
+
+    def rank(block: pa.Table) -> pa.Table:
+        return to_table(best_of_block(ray.get(shared), _vectors(block), _names(block), sizes))
+
+    found: dict[int, Found] = {}
+    with board.stage(f"evaluate: encode {task.name}", len(task.documents), "documents", counter="embedded"):
+        vectors = encoded(_dataset(task.documents), recipe, board, "document")
+        ranked = vectors.map_batches(rank, batch_size=RANK_ROWS, batch_format="pyarrow", num_cpus=0.5)
+        for block in ranked.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for row in block.to_pylist():
+                found[row["size"]] = merged(found.get(row["size"]), from_row(row, len(queries)), DEPTH)
+    return found
+
+
+def best_of_block(queries: Floats, vectors: Floats, names: np.ndarray, sizes: Sequence[int]) -> dict[int, Found]:
+    """By size, the best of a block's documents for each query; (Q, D) and (n, D) of any length."""
+    return {size: nearest_in_block(unit(queries[:, :size]), unit(vectors[:, :size]), names, DEPTH) for size in sizes}
+
+
+def to_table(found: dict[int, Found]) -> pa.Table:
+    """A row a size, ids and scores as bytes: as Python values they would take 20 times as long to send."""
+    rows = [
+        {"size": size, "dtype": one.ids.dtype.str, "ids": one.ids.tobytes(), "scores": one.scores.tobytes()}
+        for size, one in found.items()
+    ]
+    schema = pa.schema([("size", pa.int64()), ("dtype", pa.string()), ("ids", pa.binary()), ("scores", pa.binary())])
+    return pa.Table.from_pylist(rows, schema)
+
+
+def from_row(row: dict[str, Any], queries: int) -> Found:
+    """What `to_table` made a row of."""
+    scores = np.frombuffer(row["scores"], np.float32).reshape(queries, -1)
+    return Found(np.frombuffer(row["ids"], row["dtype"]).reshape(scores.shape), scores)
+
+
+def _dataset(documents: dict[str, str] | Corpus) -> Any:
+    import ray.data
+
+    if isinstance(documents, Corpus):
+
+        def read(batch: dict[str, Any]) -> pa.Table:
+            return _texts([row for index in batch["id"].tolist() for row in documents.block(index)])
+
+        blocks = len(documents.starts)
+        return ray.data.range(blocks, override_num_blocks=blocks).map_batches(read, batch_size=1, num_cpus=0.5)
+    rows = list(documents.items())
+    return ray.data.from_arrow([_texts(rows[start : start + BLOCK_ROWS]) for start in range(0, len(rows), BLOCK_ROWS)])
+
+
+def _texts(rows: Sequence[tuple[str, str]]) -> pa.Table:
+    return pa.table({"id": [name for name, _ in rows], "text": [text for _, text in rows]})
+
+
+def _names(block: pa.Table) -> np.ndarray:
+    return np.array([name.encode() for name in block["id"].to_pylist()], dtype=np.bytes_)
+
+
+def _vectors(block: pa.Table) -> Floats:
+    vectors = block["vector"]
+    return vectors.combine_chunks().flatten().to_numpy().reshape(len(block), vectors.type.list_size)
+
+
+def encode_texts(texts: list[str], name: str, recipe: EncoderRecipe, board: Board) -> Floats:
+    """(N, D) vectors in the order of the texts, encoded over the cluster without a prompt."""
+    import ray.data
+
+    from pipeline.embedding.embed import encoded
+
+    table = pa.table({"id": range(len(texts)), "text": texts})
+    blocks = [table.slice(start, BLOCK_ROWS) for start in range(0, len(table), BLOCK_ROWS)]
+    with board.stage(f"evaluate: encode {name}", len(texts), "texts", counter="embedded"):
+        vectors = encoded(ray.data.from_arrow(blocks), recipe, board, "")
+        parts = list(vectors.iter_batches(batch_size=None, batch_format="pyarrow"))
+    order = np.argsort(np.concatenate([part["id"].to_numpy() for part in parts]))
+    return np.concatenate([_vectors(part) for part in parts])[order]

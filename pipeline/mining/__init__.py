@@ -1,0 +1,1 @@
+"""Hard negatives: the nearest texts that are no answer."""

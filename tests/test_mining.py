@@ -1,0 +1,322 @@
+"""Mined negatives against a loop over all pairs of texts, and a data set that trains with them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer
+
+from pipeline.config import Config, ConfigError, Mining, load
+from pipeline.data.manifest import Manifest, read_manifest
+from pipeline.mining.blocks import negatives_of, open_block, write_block
+from pipeline.mining.choosing import Answers, Block, choose
+from pipeline.mining.keys import TextKeys
+from pipeline.mining.mine import with_negatives
+from pipeline.runtime.job import run_job
+from pipeline.text.identity import is_validation
+from tests.conftest import make_pairs, write_jsonl
+from tests.test_evaluation import small_model
+
+WANTED = {
+    "as it comes": {},
+    "few": {"num_negatives": 1},
+    "no margin": {"relative_margin": None},
+    "half": {"relative_margin": 0.5, "num_negatives": 9},
+    "beyond": {"relative_margin": 1.5, "range_min": 2},
+    "window": {"range_min": 3, "range_max": 11, "num_negatives": 20, "relative_margin": None},
+    "bounds": {"min_score": -1.0, "max_score": 1.0, "num_negatives": 50, "range_max": 60, "relative_margin": None},
+    "all": {"num_negatives": 500, "range_max": 500, "relative_margin": None},
+}
+
+
+def by_hand(anchor: np.ndarray, own: int, right: set[int], texts: dict[int, np.ndarray], wanted: Mining) -> list[int]:
+    """One anchor's negatives, one text at a time."""
+    score = {key: int(anchor @ vector) for key, vector in texts.items()}
+    ranked = sorted((key for key in texts if key not in right | {own}), key=lambda key: (-score[key], -key))
+    found = []
+    for key in ranked[wanted.range_min : wanted.range_max]:
+        if wanted.relative_margin is not None:
+            limit = score[own] * wanted.relative_margin
+            if score[own] < 0:  # as far below it as above zero
+                limit = score[own] + (1 - wanted.relative_margin) * score[own]
+            if score[key] > limit:
+                continue
+        if wanted.min_score is not None and score[key] < wanted.min_score:
+            continue
+        if wanted.max_score is not None and score[key] > wanted.max_score:
+            continue
+        found.append(key)
+    return found[: wanted.num_negatives]
+
+
+@pytest.mark.parametrize("name", WANTED)
+@pytest.mark.parametrize("seed", range(3))
+def test_choosing_against_a_loop_over_all_texts(name: str, seed: int) -> None:
+    chance, wanted = np.random.default_rng(seed), Mining.model_validate(WANTED[name])
+    keys = np.unique(chance.integers(0, 2**63, size=150).astype(np.uint64))
+    # Few small numbers: ties everywhere, and exact products.
+    texts = {int(key): chance.integers(-2, 3, size=3).astype(np.float32) for key in keys}
+    anchors = chance.integers(-2, 3, size=(40, 3)).astype(np.float32)
+    own = chance.choice(keys, size=40)
+    rows = np.repeat(np.arange(40), 3)
+    others = chance.choice(keys, size=120)
+    blocks = [
+        Block(part, np.array([texts[int(key)] for key in part]))
+        for part in (np.sort(part) for part in np.split(chance.permutation(keys), [1, 60, 61]))
+    ]
+    found = choose(anchors, own, (rows, others), blocks, wanted)
+    expected = [
+        by_hand(anchors[i], int(own[i]), {int(key) for key in others[rows == i]}, texts, wanted) for i in range(40)
+    ]
+    assert [keys.tolist() for keys in found] == expected
+    assert any(expected)
+
+
+def test_without_texts_there_are_no_negatives() -> None:
+    known = (np.empty(0, np.int64), np.empty(0, np.uint64))
+    (found,) = choose(np.ones((1, 2), np.float32), np.array([7], np.uint64), known, [], Mining())
+    assert found.tolist() == []
+
+
+def test_answers() -> None:
+    answers = Answers.of(np.array([5, 2, 5, 9], np.uint64), np.array([50, 20, 51, 90], np.uint64))
+    rows, texts = answers.to(np.array([5, 7, 2, 5], np.uint64))
+    assert sorted(zip(rows.tolist(), texts.tolist(), strict=True)) == [(0, 50), (0, 51), (2, 20), (3, 50), (3, 51)]
+
+
+def test_the_first_of_equal_positives_of_the_training_split() -> None:
+    keys = TextKeys(
+        np.arange(6, dtype=np.uint64),
+        np.array([4, 4, 7, 4, 7, 8], np.uint64),
+        np.array([False, True, True, True, True, False]),
+        [0, 6],
+    )
+    assert keys.first_of_each_positive().tolist() == [False, True, True, False, False, False]
+
+
+def test_blocks_on_disk(tmp_path: Path) -> None:
+    chance = np.random.default_rng(0)
+    vectors = chance.normal(size=(9, 4)).astype(np.float32)
+    keys = chance.permutation(9).astype(np.uint64) + 2**63
+    texts = [f"text {key}" for key in keys]
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 4)
+    rows = pa.table({"positive_key": keys, "text": texts, "vector": column})
+    for start in (0, 5):
+        write_block(rows.slice(start, 5), tmp_path)
+    files = sorted(tmp_path.glob("*.arrow"))
+    assert len(files) == 2
+    for file in files:
+        block, found = open_block(file)
+        assert block.keys.tolist() == sorted(block.keys.tolist())
+        assert found.to_pylist() == [f"text {key}" for key in block.keys]
+        np.testing.assert_allclose(np.linalg.norm(block.vectors, axis=1), 1, rtol=1e-6)
+    anchors = pa.table(
+        {"anchor_key": np.arange(9, dtype=np.uint64), "positive_key": keys, "text": texts, "vector": column}
+    )
+    answers = Answers.of(np.arange(9, dtype=np.uint64), keys)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    expected = [[texts[j] for j in np.argsort(-(unit @ unit[i])) if j != i][:2] for i in range(9)]
+    assert negatives_of(anchors, files, answers, Mining(num_negatives=2)) == expected
+
+
+def test_own_negatives_stay_behind_the_mined() -> None:
+    records = pa.table({name: [None] * 3 for name in ("source", "source_id", "text", "anchor", "positive", "metadata")})
+    records = records.add_column(0, "id", pa.array(["a", "b", "c"]))
+    records = records.add_column(6, "negatives", pa.array([["own", "near"], None, ["kept"]]))
+    found = with_negatives(records, {"a": ["near", "nearer"], "b": []})
+    assert found["negatives"].to_pylist() == [["near", "nearer", "own"], [], ["kept"]]
+    assert found.column_names == records.column_names
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["mining.range_min=100"], "a range_min below range_max, not 100 and 100"),
+        (["mining.min_score=0.5", "mining.max_score=0.4"], "a min_score up to max_score, not 0.5 and 0.4"),
+        (["mining.num_negatives=0"], "mining.num_negatives"),
+        (["data.prepared=nowhere"], r"data.prepared: found no manifest\.json of a prepared data set in .*nowhere"),
+    ],
+)
+def test_wrong_settings(overrides: list[str], sentence: str, tmp_path: Path) -> None:
+    from pipeline.data.prepare import prepare
+
+    file = tmp_path / "c.yaml"
+    file.write_text("training: {max_steps: 1}\n")
+    with pytest.raises(ConfigError, match=sentence):
+        prepare(load(file, [*overrides, f"storage.root={tmp_path}"], environ={}), lambda: pytest.fail("asked for Ray"))
+
+
+# Through Ray, on real records.
+
+PROMPTS = {"anchor": "find: ", "positive": "page: "}
+
+
+def rows() -> list[dict[str, object]]:
+    """Pairs of which some share their anchor and some their positive."""
+    found, chance = make_pairs(700), random.Random(0)
+    for row in chance.sample(found, 150):
+        row["anchor"] = "open the same page"
+    for row in chance.sample(found, 60):
+        row["positive"] = "This page answers many a question about whatever one may ask."
+    return found
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("mining")
+    model = small_model(folder / "model")
+    source = {"name": "pages", "type": "json", "path": str(write_jsonl(folder / "pairs.jsonl", rows()))}
+    (folder / "c.yaml").write_text(
+        json.dumps(
+            {
+                "storage": {"root": str(folder / "store"), "run": "mined"},
+                "data": {"sources": [source | {"metadata": ["line"], "prompts": PROMPTS}], "validation_fraction": 0.1},
+                "tokenizer": {"vocab_size": 600, "max_length": 24},
+                "model": {"d_model": 16, "num_layers": 0, "d_ff": 16},
+                "embedding": {"model": str(model)},
+                "mining": {"num_negatives": 3, "relative_margin": 0.9},
+                "training": {"global_batch_size": 32, "max_steps": 4, "log_every_steps": 1},
+                "objective": {"contrastive": {"hard_negatives": 2}},
+            }
+        )
+    )
+    return load(folder / "c.yaml", environ={})
+
+
+@pytest.fixture(scope="module")
+def mined(config: Config, ray_cluster: None) -> tuple[Path, Manifest, Path, Manifest]:
+    """The data set as prepared, and as mined."""
+    import jobs.mine
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr("pipeline.mining.mine.BLOCK_ROWS", 150)
+    patch.setattr("pipeline.mining.mine.MINE_ROWS", 200)
+    try:
+        code = run_job("mine", jobs.mine.__doc__ or "", jobs.mine.main, None, ["--config", str(yaml_of(config))])
+    finally:
+        patch.undo()
+    assert code == 0
+    folders = {}
+    for path in (config.root / "prepared").iterdir():
+        manifest = read_manifest(path)
+        assert manifest is not None
+        folders["negatives" in manifest.text_fields] = (path, manifest)
+    return (*folders[False], *folders[True])
+
+
+def yaml_of(config: Config) -> Path:
+    return config.root.parent / "c.yaml"
+
+
+def records_of(folder: Path) -> list[dict[str, Any]]:
+    return pq.read_table(folder / "records").to_pylist()
+
+
+def test_mined_records_against_a_loop(config: Config, mined: tuple[Path, Manifest, Path, Manifest]) -> None:
+    from pipeline.embedding.encode import TextEncoder
+
+    before, after = records_of(mined[0]), records_of(mined[2])
+    strip = [{key: value for key, value in row.items() if key != "negatives"} for row in after]
+    assert strip == [{key: value for key, value in row.items() if key != "negatives"} for row in before]
+    training = [row for row in after if not is_validation(row["id"], 0.1)]
+    held_out = [row for row in after if is_validation(row["id"], 0.1)]
+    assert all(row["negatives"] is None for row in held_out)
+    texts = sorted({row["positive"] for row in training})
+    encoder = TextEncoder(Path(str(config.embedding.model)), device="cpu")
+    vectors = dict(zip(texts, encoder.encode([PROMPTS["positive"] + text for text in texts]), strict=True))
+    anchors = encoder.encode([PROMPTS["anchor"] + row["anchor"] for row in training])
+    answers: dict[str, set[str]] = {}
+    for row in after:  # held-out pairs too: what answers an anchor is never wrong
+        answers.setdefault(row["anchor"], set()).add(row["positive"])
+    numbers: Counter[int] = Counter()
+    for row, anchor in zip(training, anchors, strict=True):
+        score = {text: float(anchor @ vector) for text, vector in vectors.items()}
+        ranked = sorted((t for t in texts if t not in answers[row["anchor"]]), key=score.__getitem__, reverse=True)
+        limit = 0.9 * score[row["positive"]]
+        expected = [text for text in ranked[:100] if score[text] <= limit][:3]
+        numbers[len(row["negatives"])] += 1
+        assert len(row["negatives"]) == len(expected)
+        # Scores that differ by rounding alone may change places.
+        np.testing.assert_allclose([score[t] for t in row["negatives"]], [score[t] for t in expected], atol=2e-6)
+        assert not {*row["negatives"]} & answers[row["anchor"]]
+        assert all(score[text] <= limit + 2e-6 for text in row["negatives"])
+    assert numbers[3] > 100
+
+
+def test_the_split_and_its_tokens_stay(mined: tuple[Path, Manifest, Path, Manifest]) -> None:
+    folder, manifest, target, new = mined
+    assert new.fingerprint != manifest.fingerprint
+    assert (new.splits, new.sources, new.settings) == (manifest.splits, manifest.sources, manifest.settings)
+    assert new.settings == {"data.validation_fraction": 0.1, "tokenizer.max_length": 24}
+    tokenizer = Tokenizer.from_file(str(target / "tokenizer.json"))
+    texts = {row["id"]: row["negatives"] for row in records_of(target)}
+    for split in ("train", "validation"):
+        old, with_negatives = (pq.read_table(each / split) for each in (folder, target))
+        assert with_negatives.drop_columns("negatives").equals(old)
+        for row in with_negatives.to_pylist():
+            expected = [tokenizer.encode(PROMPTS["positive"] + text).ids[:24] for text in texts[row["id"]] or []]
+            assert row["negatives"] == expected, split
+
+
+def test_it_is_made_once(config: Config, mined: tuple[Path, Manifest, Path, Manifest]) -> None:
+    from pipeline.embedding.store import recipe_of
+    from pipeline.mining.mine import mine
+
+    model = Path(str(config.embedding.model))
+    again = mine(config, mined[0], mined[1], recipe_of(config, model), lambda: pytest.fail("asked for Ray"))
+    assert again == (mined[2], mined[3])
+
+
+def test_it_trains(config: Config, mined: tuple[Path, Manifest, Path, Manifest]) -> None:
+    from pipeline.data.prepare import prepare
+    from pipeline.training.assembly import train_here
+
+    name = mined[2].relative_to(config.root)
+    chosen = load(yaml_of(config), [f"data.prepared={name}", "storage.run=harder"], environ={})
+    folder, manifest = prepare(chosen, lambda: pytest.fail("asked for Ray"))
+    assert (folder, manifest) == (mined[2], mined[3])
+    losses = {}
+    for negatives in (2, 0):
+        run = [f"storage.run=negatives-{negatives}", f"objective.contrastive.hard_negatives={negatives}"]
+        settings = load(yaml_of(config), [f"data.prepared={name}", *run], environ={})
+        assert train_here(settings, folder, manifest).step == 4
+        history = (settings.run_dir / "metrics.jsonl").read_text().splitlines()
+        losses[negatives] = next(row["loss"] for row in map(json.loads, history) if "loss" in row)
+    assert losses[2] > losses[0] + 0.05  # more candidates to tell the positive from
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("tokenizer.max_length=32", "tokenizer.max_length: found 32; allowed with data.prepared is 24, as in "),
+        ("data.validation_fraction=0.2", "data.validation_fraction: found 0.2; allowed with data.prepared is 0.1"),
+        (
+            "data.sources.0.name=other",
+            "data.sources: found other with prompts .*; allowed with data.prepared are pages",
+        ),
+    ],
+)
+def test_other_settings_than_the_data_sets_own(
+    override: str, sentence: str, config: Config, mined: tuple[Path, Manifest, Path, Manifest]
+) -> None:
+    from pipeline.data.prepare import prepare
+
+    name = mined[2].relative_to(config.root)
+    with pytest.raises(ConfigError, match=sentence):
+        prepare(load(yaml_of(config), [f"data.prepared={name}", override], environ={}), lambda: pytest.fail("Ray"))
+
+
+def test_texts_alone_have_no_negatives(config: Config, tmp_path: Path) -> None:
+    from pipeline.mining.mine import mine
+
+    manifest = Manifest("", [], {}, [], {"text": {}}, [], {})
+    with pytest.raises(ConfigError, match="found records of text alone; allowed for mining are sources that give"):
+        mine(config, tmp_path, manifest, EncoderRecipe(tmp_path, config.embedding, tmp_path), lambda: pytest.fail("asked for Ray"))
