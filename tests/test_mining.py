@@ -315,8 +315,12 @@ def test_other_settings_than_the_data_sets_own(
 
 
 def test_texts_alone_have_no_negatives(config: Config, tmp_path: Path) -> None:
+    from pipeline.embedding.encode import EncoderRecipe
     from pipeline.mining.mine import mine
 
-    manifest = Manifest("", [], {}, [], {"text": {}}, [], {})
+    manifest, recipe = (
+        Manifest("", [], {}, [], {"text": {}}, [], {}),
+        EncoderRecipe(tmp_path, config.embedding, tmp_path),
+    )
     with pytest.raises(ConfigError, match="found records of text alone; allowed for mining are sources that give"):
-        mine(config, tmp_path, manifest, EncoderRecipe(tmp_path, config.embedding, tmp_path), lambda: pytest.fail("asked for Ray"))
+        mine(config, tmp_path, manifest, recipe, lambda: pytest.fail("asked for Ray"))

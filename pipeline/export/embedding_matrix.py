@@ -29,6 +29,7 @@ from pipeline.export.destination import replacing_folder, write_marker
 
 VERSION = 1
 WEIGHTS, IDS, MARKER = "embeddings.safetensors", "ids.parquet", "embeddings.json"
+IDS_SCHEMA = pa.schema([("row", pa.int64()), ("id", pa.string()), ("source_id", pa.string())])
 CHANGED = "the vectors changed while they were read; export them when nothing writes to them"
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16"}
 
@@ -85,6 +86,7 @@ def _write_ids(path: Path, scan: Scan) -> np.ndarray:
     if len(twice):
         raise ValueError(f"id {ids[twice[0]].decode()} comes twice among the vectors")
     table = table.select(["id", "source_id"]).add_column(0, "row", pa.array(range(len(ids)), pa.int64()))
+    table = table.cast(IDS_SCHEMA)  # whatever the store says of nulls: the same ids are to be the same bytes
     pq.write_table(table.combine_chunks(), path, compression="zstd")
     return ids
 
