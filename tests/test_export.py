@@ -21,8 +21,8 @@ from tokenizers import Tokenizer
 from pipeline.config import ConfigError, load
 from pipeline.data.manifest import Manifest, SourceCount, write_manifest
 from pipeline.data.vocabulary import train_tokenizer
-from pipeline.embedding.lancedb_store import LanceStore
 from pipeline.embedding.store import mark_embedded, open_store
+from pipeline.embedding.stores.lancedb_store import LanceStore
 from pipeline.export.card import Extras, model_card, read_origin
 from pipeline.export.destination import refuse_foreign, replacing_folder, write_marker
 from pipeline.export.embedding_matrix import load_embeddings, save_embeddings_for_model

@@ -19,8 +19,8 @@ from ray.data import ActorPoolStrategy, Dataset, Datasink
 
 from pipeline.config import Config, ConfigError, Embedding
 from pipeline.data.manifest import Manifest
-from pipeline.embedding.lancedb_store import LanceStore
 from pipeline.embedding.store import mark_embedded
+from pipeline.embedding.stores.lancedb_store import LanceStore
 from pipeline.runtime.session import Board, cluster_capacity
 
 ENCODE_ROWS = 1024  # a call of an encoder: seconds of work
@@ -118,7 +118,7 @@ def embed(config: Config, folder: Path, manifest: Manifest, model: Path, store: 
         encoded(dataset, model, config, board, prompt_name(field), prompts).write_datasink(
             LanceSink(store), concurrency=1, ray_remote_args={"num_cpus": 0.5}
         )
-    store.compact()
+    store.finish()
     mark_embedded(config, manifest, store)
     return stage.done
 

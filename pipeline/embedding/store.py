@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.manifest import Manifest
-from pipeline.embedding.lancedb_store import LanceStore
+from pipeline.embedding.stores.lancedb_store import LanceStore
 from pipeline.runtime.files import write_atomically
 
 
