@@ -1,0 +1,62 @@
+"""Rows on their way into a store, and vectors on their way out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.embedding.stores.store import SCHEMA, Refused, StoreError
+
+
+def checked(rows: pa.Table, width: int, name: str) -> tuple[pa.Table, list[Refused]]:
+    """The rows that can be stored, with SCHEMA's columns, and the others with what is wrong with them.
+
+    Of rows with the same id the last is taken. Raises StoreError where all vectors are of another width.
+    """
+    found = getattr(rows.schema.field("vector").type, "list_size", width)
+    if found != width:
+        raise StoreError(f"{name} takes vectors of {width} numbers; found vectors of {found}: is it another model's?")
+    schema = SCHEMA(width)
+    rows = rows.select(schema.names).cast(schema).combine_chunks()
+    ids = rows["id"].to_pylist()
+    bad = [*_bad_ids(ids)]
+    bad += [(i, "it has no vector") for i in _positions(rows["vector"].is_null())]
+    there = np.setdiff1d(np.arange(len(ids)), [i for i, _ in bad])
+    length = np.linalg.norm(vectors_of(rows.take(there)).astype(np.float64), axis=1)
+    bad += [(int(i), "its vector holds NaN or infinity") for i in there[~np.isfinite(length)]]
+    bad += [(int(i), "its vector is zero, which has no direction to compare") for i in there[length == 0]]
+    last = {i: position for position, i in enumerate(ids)}
+    keep = np.setdiff1d(list(last.values()), [i for i, _ in bad])
+    return rows.take(keep), [Refused(ids[i] or "", reason, 0) for i, reason in bad]
+
+
+def _bad_ids(ids: list[str | None]) -> list[tuple[int, str]]:
+    return [(position, "its id is empty") for position, i in enumerate(ids) if not i]
+
+
+def _positions(mask: pa.ChunkedArray) -> list[int]:
+    return pc.indices_nonzero(mask).to_pylist()
+
+
+def vectors_of(rows: pa.Table | pa.RecordBatch) -> np.ndarray:
+    """(N, width) float32 vectors of rows that all have one."""
+    column = rows.column("vector")
+    chunk = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), chunk.type.list_size)
+
+
+def vector_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
+    """(N, width) numbers as a column of a store's rows."""
+    flat = np.ascontiguousarray(vectors, dtype=np.float32).ravel()
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat), vectors.shape[1])
+
+
+def checked_query(vector: np.ndarray, width: int, name: str) -> np.ndarray:
+    """A (width,) float32 vector that can be compared. Raises StoreError for another."""
+    vector = np.asarray(vector, dtype=np.float32).ravel()
+    if len(vector) != width:
+        raise StoreError(f"{name} holds vectors of {width} numbers; found a query of {len(vector)}")
+    if not np.isfinite(vector).all() or not vector.any():
+        raise StoreError("the query's vector is zero or no number: is there nothing in it that the model can read?")
+    return vector

@@ -1,0 +1,341 @@
+"""A stand-in for Pinecone on 127.0.0.1: the REST contract of its 2026-07 API, as the SDK 10.2 speaks it.
+
+    with pinecone_server(key="k", faults={"500": 0.1, "cut-after": 0.1}, seed=3) as server:
+        Pinecone(api_key="k", host=server.url)
+
+Control plane under `/indexes`, the data plane of an index under `/data/<name>`, as its description says. It refuses what
+the service refuses: another key, too many records or bytes, wrong dimensions, ids, metadata. Of the requests to a data
+plane a share fails, by kind:
+
+    429, 429-after     with and without Retry-After       500, 503    as they are
+    timeout            no answer, until the client goes   cut-before, cut-after    the connection ends, the write undone or done
+    part               a half is written, then 500        short       a half is written, and the answer says how much
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import select
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import numpy as np
+
+Record = dict[str, Any]
+
+
+class Refusal(Exception):
+    def __init__(self, status: int, message: str, code: str = "INVALID_ARGUMENT") -> None:
+        self.status, self.body = status, {"error": {"code": code, "message": message}, "status": status}
+
+
+class Service:
+    """What is stored, what was asked, and what goes wrong."""
+
+    def __init__(self, key: str, faults: dict[str, float], seed: int, retry_after_s: float) -> None:
+        self.key, self.faults, self.retry_after_s = key, faults, retry_after_s
+        self.chance, self.lock = random.Random(seed), threading.RLock()
+        self.url = ""
+        self.indexes: dict[str, dict[str, Any]] = {}
+        self.records: dict[str, dict[str, dict[str, Record]]] = {}
+        self.requests: list[tuple[float, str]] = []  # when and what, to data planes
+        self.control: list[str] = []
+        self.keys: list[str | None] = []
+        self.faulted: list[str] = []
+        self.under_way = self.most_under_way = 0
+        self.poison: set[str] = set()  # ids that make a batch fail
+        self.not_ready = 0  # descriptions until an index is ready
+        self.work_s = 0.0  # that a request takes
+        self.lag = 0  # statistics that are as before
+        self.writes: list[int] = []  # records of each upsert that was taken
+        self._seen: dict[str, Any] = {}
+
+    def busiest(self, seconds: float = 1.0) -> int:
+        """Most requests that came within so long."""
+        times = [at for at, _ in self.requests]
+        return max((sum(at <= other < at + seconds for other in times) for at in times), default=0)
+
+    def count(self, operation: str) -> int:
+        return sum(what == operation for _, what in self.requests)
+
+    def fault(self) -> str | None:
+        draw = self.chance.random()
+        for kind, rate in self.faults.items():
+            if draw < rate:
+                return kind
+            draw -= rate
+        return None
+
+    # The control plane.
+
+    def create(self, body: Record) -> Record:
+        name, fields = body["name"], body["schema"]["fields"]
+        if name in self.indexes:
+            raise Refusal(409, "Resource already exists", "ALREADY_EXISTS")
+        self.indexes[name] = {
+            "name": name,
+            "host": f"{self.url}/data/{name}",
+            "schema": {"fields": fields},
+            "deployment": {"environment": "test", **body["deployment"]},
+            "deletion_protection": "disabled",
+            "status": {"ready": self.not_ready == 0, "state": "Initializing" if self.not_ready else "Ready"},
+        }
+        self.records[name] = {}
+        return self.indexes[name]
+
+    def described(self, name: str) -> Record:
+        if name not in self.indexes:
+            raise Refusal(404, f"Resource {name} not found", "NOT_FOUND")
+        if self.not_ready:
+            self.not_ready -= 1
+        else:
+            self.indexes[name]["status"] = {"ready": True, "state": "Ready"}
+        return self.indexes[name]
+
+    def remove(self, name: str) -> Record:
+        self.described(name)
+        del self.indexes[name], self.records[name]
+        return {}
+
+    # The data plane.
+
+    def space(self, index: str, namespace: str) -> dict[str, Record]:
+        return self.records[index].get(namespace or "__default__", {})
+
+    def checked(self, index: str, vectors: list[Record]) -> dict[str, Record]:
+        dimension = self.indexes[index]["schema"]["fields"]["_values"]["dimension"]
+        if len(vectors) > 1000:
+            raise Refusal(400, f"Batch size of {len(vectors)} exceeds the limit of 1000")
+        for one in vectors:
+            i, values = one["id"], one["values"]
+            if i in self.poison:
+                raise Refusal(400, f"Record {i} is not to our taste")
+            if not 0 < len(i) <= 512 or not i.isascii():
+                raise Refusal(400, "Vector ID is invalid")
+            if len(values) != dimension:
+                raise Refusal(400, f"Vector dimension {len(values)} does not match the dimension of the index {dimension}")
+            if not any(values):
+                raise Refusal(400, "Dense vectors must contain at least one non-zero value")
+            if len(json.dumps(one.get("metadata", {}), ensure_ascii=False, separators=(",", ":")).encode()) > 40960:
+                raise Refusal(400, "Metadata size is over the limit of 40960 bytes")
+        return {one["id"]: {"values": one["values"], "metadata": stored(one.get("metadata") or {})} for one in vectors}
+
+    def upsert(self, index: str, body: Record, share: float = 1.0) -> Record:
+        new = self.checked(index, body["vectors"])
+        taken = list(new) if share == 1 else self.chance.sample(list(new), int(len(new) * share))
+        space = self.records[index].setdefault(body.get("namespace") or "__default__", {})
+        space.update({i: new[i] for i in taken})
+        self.writes.append(len(taken))
+        return {"upsertedCount": len(taken)}
+
+    def query(self, index: str, body: Record) -> Record:
+        space = self.space(index, body.get("namespace", ""))
+        there = [i for i, one in space.items() if matches(body.get("filter") or {}, one["metadata"])]
+        query = np.array(body["vector"], dtype=np.float64)
+        vectors = np.array([space[i]["values"] for i in there], dtype=np.float64).reshape(len(there), len(query))
+        scores = vectors @ query / (np.linalg.norm(vectors, axis=1) * np.linalg.norm(query))
+        best = sorted(zip(scores, there, strict=True), reverse=True)[: body["topK"]]
+        found = [{"id": i, "score": float(score), "metadata": space[i]["metadata"]} for score, i in best]
+        return {"matches": found, "namespace": body.get("namespace", ""), "usage": {"readUnits": 1}}
+
+    def fetch(self, index: str, ids: list[str], namespace: str) -> Record:
+        space = self.space(index, namespace)
+        found = {i: {"id": i, **space[i]} for i in ids if i in space}
+        return {"vectors": found, "namespace": namespace, "usage": {"readUnits": 1}}
+
+    def delete(self, index: str, body: Record) -> Record:
+        if body["namespace"] not in self.records[index]:
+            raise Refusal(404, "Namespace not found", "NOT_FOUND")
+        if len(body["ids"]) > 1000:
+            raise Refusal(400, "Too many ids")
+        for i in body["ids"]:
+            self.space(index, body["namespace"]).pop(i, None)
+        return {}
+
+    def update(self, index: str, body: Record) -> Record:
+        one = self.space(index, body["namespace"]).get(body["id"])
+        if one is not None:
+            one["values"] = body.get("values") or one["values"]
+            one["metadata"] |= stored(body.get("setMetadata") or {})
+        return {}
+
+    def listed(self, index: str, query: dict[str, list[str]]) -> Record:
+        ids = sorted(self.space(index, query["namespace"][0]))
+        start = int(query.get("paginationToken", ["0"])[0])
+        end = start + int(query.get("limit", ["100"])[0])
+        more = {"pagination": {"next": str(end)}} if end < len(ids) else {}
+        return {"vectors": [{"id": i} for i in ids[start:end]], "namespace": query["namespace"][0], **more}
+
+    def stats(self, index: str) -> Record:
+        counts = {name: {"vectorCount": len(space)} for name, space in self.records[index].items()}
+        if self.lag and self._seen:
+            self.lag -= 1
+            return self._seen
+        dimension = self.indexes[index]["schema"]["fields"]["_values"]["dimension"]
+        total = sum(one["vectorCount"] for one in counts.values())
+        self._seen = {"namespaces": counts, "dimension": dimension, "indexFullness": 0, "totalVectorCount": total}
+        return self._seen
+
+
+def stored(metadata: Record) -> Record:
+    """As the service keeps it: without nulls, and with numbers of one kind. It takes no objects and no mixed lists."""
+    for name, value in metadata.items():
+        texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if name.startswith("$") or not (value is None or texts or isinstance(value, str | bool | int | float)):
+            raise Refusal(400, f"Metadata value must be a string, number, boolean or list of strings, for field '{name}'")
+    number = lambda value: float(value) if isinstance(value, int) and not isinstance(value, bool) else value  # noqa: E731
+    return {name: number(value) for name, value in metadata.items() if value is not None}
+
+
+def matches(conditions: Record, metadata: Record) -> bool:
+    tests = {
+        "$eq": lambda have, want: have == want and isinstance(have, bool) == isinstance(want, bool),
+        "$in": lambda have, want: any(tests["$eq"](have, one) for one in want),
+        "$gt": lambda have, want: is_number(have) and have > want,
+        "$gte": lambda have, want: is_number(have) and have >= want,
+        "$lt": lambda have, want: is_number(have) and have < want,
+        "$lte": lambda have, want: is_number(have) and have <= want,
+    }
+    for name, condition in conditions.items():
+        if name not in metadata:
+            return False
+        values = metadata[name] if isinstance(metadata[name], list) else [metadata[name]]
+        for sign, want in condition.items():
+            if not any(tests[sign](value, want) for value in values):
+                return False
+    return True
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class Handler(BaseHTTPRequestHandler):
+    service: Service
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer in one packet
+    disable_nagle_algorithm = True
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except (ConnectionError, BrokenPipeError):
+            self.close_connection = True
+
+    def do_GET(self) -> None:
+        self.serve()
+
+    do_POST = do_DELETE = do_GET
+
+    def serve(self) -> None:
+        url = urlsplit(self.path)
+        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        _, plane, *rest = unquote(url.path).split("/")
+        operation = "/".join(rest[1:]) if plane == "data" else ""
+        service = self.service
+        with service.lock:
+            service.keys.append(self.headers.get("Api-Key"))
+            if plane == "data":
+                service.requests.append((time.monotonic(), operation))
+                service.under_way += 1
+                service.most_under_way = max(service.most_under_way, service.under_way)
+            else:
+                service.control.append(f"{self.command} {url.path}")
+            fault = service.fault() if plane == "data" else None
+            if fault:
+                service.faulted.append(fault)
+        time.sleep(service.work_s)
+        with service.lock:
+            answer = self.answer(fault, plane, rest, operation, parse_qs(url.query), raw)
+            service.under_way -= plane == "data"  # before the client knows that it may send the next
+        if answer is None:
+            if fault == "timeout":
+                select.select([self.connection], [], [], 20)
+            self.close_connection = True
+            return
+        status, body, headers = answer
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def answer(
+        self, fault: str | None, plane: str, rest: list[str], operation: str, query: dict[str, list[str]], raw: bytes
+    ) -> tuple[int, Record, dict[str, str]] | None:
+        """Status, body and headers; None where the connection is to end."""
+        after = {"Retry-After": f"{self.service.retry_after_s:g}"} if fault == "429-after" else {}
+        broken = {"error": {"code": "UNKNOWN", "message": "so it goes"}}
+        if fault in ("429", "429-after", "500", "503"):
+            return int(fault[:3]), broken, after
+        if fault in ("timeout", "cut-before"):
+            return None
+        writes = operation == "vectors/upsert"
+        share = 0.5 if writes and fault in ("part", "short") else 1.0
+        try:
+            body = self.act(plane, rest, operation, query, raw, share)
+        except Refusal as refusal:
+            return refusal.status, refusal.body, {}
+        if fault == "cut-after":
+            return None
+        return (500, broken, {}) if fault == "part" else (200, body, {})
+
+    def act(
+        self, plane: str, rest: list[str], operation: str, query: dict[str, list[str]], raw: bytes, share: float
+    ) -> Record:
+        service, key = self.service, self.headers.get("Api-Key")
+        if key != service.key:
+            raise Refusal(401, f"Invalid API Key {key}", "UNAUTHENTICATED")
+        if len(raw) > 2_097_152:
+            raise Refusal(413, "Request is over the limit of 2 MB")
+        body = json.loads(raw or b"{}")
+        if plane == "indexes":
+            if self.command == "POST":
+                return service.create(body)
+            if not rest:
+                return {"indexes": list(service.indexes.values())}
+            return service.remove(rest[0]) if self.command == "DELETE" else service.described(rest[0])
+        index = rest[0]
+        if index not in service.indexes:
+            raise Refusal(404, f"Index {index} not found", "NOT_FOUND")
+        if operation == "vectors/upsert":
+            return service.upsert(index, body, share)
+        if operation == "vectors/fetch":
+            return service.fetch(index, query.get("ids", []), query.get("namespace", [""])[0])
+        if operation == "vectors/list":
+            return service.listed(index, query)
+        acts = {"query": service.query, "vectors/delete": service.delete, "vectors/update": service.update}
+        return service.stats(index) if operation == "describe_index_stats" else acts[operation](index, body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def handle_error(self, *_: object) -> None:
+        pass  # clients that went away
+
+
+@contextmanager
+def pinecone_server(
+    key: str = "pc-test", faults: dict[str, float] | None = None, seed: int = 0, retry_after_s: float = 0.05
+) -> Iterator[Service]:
+    service = Service(key, dict(faults or {}), seed, retry_after_s)
+    server = Server(("127.0.0.1", 0), type("Bound", (Handler,), {"service": service}))
+    service.url = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield service
+    finally:
+        server.shutdown()
+        server.server_close()
