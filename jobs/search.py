@@ -4,12 +4,15 @@ examples:
   python jobs/search.py "remove duplicate rows from a table"
   python jobs/search.py "parse a date" --limit 3 --json
   python jobs/search.py --config configs/pairs.yaml "a command-line tool for JSON"
+  python jobs/search.py "parse a date" --where source=packages --where 'line>=100'
+  python jobs/search.py "parse a date" --hybrid
 """
 
 import argparse
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,14 @@ MAX_QUERY_CHARS = 10_000
 def arguments() -> argparse.ArgumentParser:
     own = parser("search", __doc__ or "", query=True)
     own.add_argument("--limit", type=int, default=10, metavar="N", help="results to show (default: %(default)s)")
+    own.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="records whose source, source_id or metadata has this value, one of [a, b], or is >=, >, <=, < a number",
+    )
+    own.add_argument("--hybrid", action="store_true", help="rank by words as well as by meaning (LanceDB)")
     own.add_argument("--json", action="store_true", help="print [{rank, score, id, source_id, text, metadata}]")
     return own
 
@@ -32,17 +43,26 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     query = checked(args.query)
     if args.limit < 1:
         raise ConfigError(f"--limit: found {args.limit}; allowed is 1 or more")
+    from pipeline.embedding.stores.where import parse
+
+    where = parse(args.where)
     from pipeline.data.judging import normaliser
     from pipeline.embedding.encode import TextEncoder
     from pipeline.embedding.store import open_store
+    from pipeline.embedding.stores.store import HybridStore
     from pipeline.stages import model_folder
 
     model = model_folder(config)
     store = open_store(config, model)
+    if args.hybrid and not isinstance(store, HybridStore):
+        raise ConfigError(f"--hybrid: found embedding.store={config.embedding.store}; allowed with it is lancedb alone")
     if not store.exists():
         raise JobError(f"no index yet for the model in {model}; python jobs/embed.py makes one")
     encoder = TextEncoder(model, device="cpu", dimensions=config.embedding.dimensions)
-    found = store.query(encoder.encode([normaliser(config.data)(query)], "query")[0], args.limit)
+    text = normaliser(config.data)(query)
+    vector = encoder.encode([text], "query")[0]
+    find = partial(store.hybrid, text) if isinstance(store, HybridStore) and args.hybrid else store.query
+    found = find(vector, args.limit, where)
     results = [
         {"rank": rank, **{key: row[key] for key in ("score", "id", "source_id", "text")}, "metadata": row["metadata"]}
         for rank, row in enumerate(found, 1)

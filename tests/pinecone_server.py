@@ -3,13 +3,16 @@
     with pinecone_server(key="k", faults={"500": 0.1, "cut-after": 0.1}, seed=3) as server:
         Pinecone(api_key="k", host=server.url)
 
-Control plane under `/indexes`, the data plane of an index under `/data/<name>`, as its description says. It refuses what
-the service refuses: another key, too many records or bytes, wrong dimensions, ids, metadata. Of the requests to a data
-plane a share fails, by kind:
+Control plane under `/indexes`, the data plane of an index under `/data/<name>`, as its description says. It refuses
+what the service refuses: another key, too many records or bytes, wrong dimensions, ids, metadata. Of the requests to a
+data plane a share fails, by kind:
 
-    429, 429-after     with and without Retry-After       500, 503    as they are
-    timeout            no answer, until the client goes   cut-before, cut-after    the connection ends, the write undone or done
-    part               a half is written, then 500        short       a half is written, and the answer says how much
+    429, 429-after           without and with Retry-After
+    500, 503                 as they are
+    timeout                  no answer until the client goes
+    cut-before, cut-after    the connection ends, nothing done or all
+    part                     half of an upsert is written, then 500
+    short                    half of an upsert is written, and the answer says so
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import numpy as np
 Record = dict[str, Any]
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     def __init__(self, status: int, message: str, code: str = "INVALID_ARGUMENT") -> None:
         self.status, self.body = status, {"error": {"code": code, "message": message}, "status": status}
 
@@ -77,7 +80,7 @@ class Service:
     def create(self, body: Record) -> Record:
         name, fields = body["name"], body["schema"]["fields"]
         if name in self.indexes:
-            raise Refusal(409, "Resource already exists", "ALREADY_EXISTS")
+            raise RefusalError(409, "Resource already exists", "ALREADY_EXISTS")
         self.indexes[name] = {
             "name": name,
             "host": f"{self.url}/data/{name}",
@@ -91,7 +94,7 @@ class Service:
 
     def described(self, name: str) -> Record:
         if name not in self.indexes:
-            raise Refusal(404, f"Resource {name} not found", "NOT_FOUND")
+            raise RefusalError(404, f"Resource {name} not found", "NOT_FOUND")
         if self.not_ready:
             self.not_ready -= 1
         else:
@@ -111,19 +114,19 @@ class Service:
     def checked(self, index: str, vectors: list[Record]) -> dict[str, Record]:
         dimension = self.indexes[index]["schema"]["fields"]["_values"]["dimension"]
         if len(vectors) > 1000:
-            raise Refusal(400, f"Batch size of {len(vectors)} exceeds the limit of 1000")
+            raise RefusalError(400, f"Batch size of {len(vectors)} exceeds the limit of 1000")
         for one in vectors:
             i, values = one["id"], one["values"]
             if i in self.poison:
-                raise Refusal(400, f"Record {i} is not to our taste")
+                raise RefusalError(400, f"Record {i} is not to our taste")
             if not 0 < len(i) <= 512 or not i.isascii():
-                raise Refusal(400, "Vector ID is invalid")
+                raise RefusalError(400, "Vector ID is invalid")
             if len(values) != dimension:
-                raise Refusal(400, f"Vector dimension {len(values)} does not match the dimension of the index {dimension}")
+                raise RefusalError(400, f"Vector dimension {len(values)} does not match the index's {dimension}")
             if not any(values):
-                raise Refusal(400, "Dense vectors must contain at least one non-zero value")
+                raise RefusalError(400, "Dense vectors must contain at least one non-zero value")
             if len(json.dumps(one.get("metadata", {}), ensure_ascii=False, separators=(",", ":")).encode()) > 40960:
-                raise Refusal(400, "Metadata size is over the limit of 40960 bytes")
+                raise RefusalError(400, "Metadata size is over the limit of 40960 bytes")
         return {one["id"]: {"values": one["values"], "metadata": stored(one.get("metadata") or {})} for one in vectors}
 
     def upsert(self, index: str, body: Record, share: float = 1.0) -> Record:
@@ -151,9 +154,9 @@ class Service:
 
     def delete(self, index: str, body: Record) -> Record:
         if body["namespace"] not in self.records[index]:
-            raise Refusal(404, "Namespace not found", "NOT_FOUND")
+            raise RefusalError(404, "Namespace not found", "NOT_FOUND")
         if len(body["ids"]) > 1000:
-            raise Refusal(400, "Too many ids")
+            raise RefusalError(400, "Too many ids")
         for i in body["ids"]:
             self.space(index, body["namespace"]).pop(i, None)
         return {}
@@ -188,7 +191,7 @@ def stored(metadata: Record) -> Record:
     for name, value in metadata.items():
         texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
         if name.startswith("$") or not (value is None or texts or isinstance(value, str | bool | int | float)):
-            raise Refusal(400, f"Metadata value must be a string, number, boolean or list of strings, for field '{name}'")
+            raise RefusalError(400, f"Metadata value of {name} must be a string, number, boolean or list of strings")
     number = lambda value: float(value) if isinstance(value, int) and not isinstance(value, bool) else value  # noqa: E731
     return {name: number(value) for name, value in metadata.items() if value is not None}
 
@@ -231,7 +234,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.serve()
 
-    do_POST = do_DELETE = do_GET
+    do_POST = do_DELETE = do_GET  # noqa: N815
 
     def serve(self) -> None:
         url = urlsplit(self.path)
@@ -281,7 +284,7 @@ class Handler(BaseHTTPRequestHandler):
         share = 0.5 if writes and fault in ("part", "short") else 1.0
         try:
             body = self.act(plane, rest, operation, query, raw, share)
-        except Refusal as refusal:
+        except RefusalError as refusal:
             return refusal.status, refusal.body, {}
         if fault == "cut-after":
             return None
@@ -292,9 +295,9 @@ class Handler(BaseHTTPRequestHandler):
     ) -> Record:
         service, key = self.service, self.headers.get("Api-Key")
         if key != service.key:
-            raise Refusal(401, f"Invalid API Key {key}", "UNAUTHENTICATED")
+            raise RefusalError(401, f"Invalid API Key {key}", "UNAUTHENTICATED")
         if len(raw) > 2_097_152:
-            raise Refusal(413, "Request is over the limit of 2 MB")
+            raise RefusalError(413, "Request is over the limit of 2 MB")
         body = json.loads(raw or b"{}")
         if plane == "indexes":
             if self.command == "POST":
@@ -304,7 +307,7 @@ class Handler(BaseHTTPRequestHandler):
             return service.remove(rest[0]) if self.command == "DELETE" else service.described(rest[0])
         index = rest[0]
         if index not in service.indexes:
-            raise Refusal(404, f"Index {index} not found", "NOT_FOUND")
+            raise RefusalError(404, f"Index {index} not found", "NOT_FOUND")
         if operation == "vectors/upsert":
             return service.upsert(index, body, share)
         if operation == "vectors/fetch":

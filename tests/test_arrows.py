@@ -39,6 +39,7 @@ RAYLESS_MODULES = {
     "training/fsdp.py",
     "training/sharded.py",
     "embedding/store.py",
+    *(f"embedding/stores/{path.name}" for path in (ROOT / "pipeline/embedding/stores").glob("*.py")),
 }
 
 

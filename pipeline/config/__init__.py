@@ -3,6 +3,7 @@
 from pipeline.config.data import Augment, Data, NearDuplicates, Quality, Safety, Sanitize, Source, Tokenizer
 from pipeline.config.model import Model
 from pipeline.config.objective import Objective, Writing
+from pipeline.config.pinecone import Pinecone
 from pipeline.config.reading import ConfigError
 from pipeline.config.tree import Config, Embedding, load
 
@@ -15,6 +16,7 @@ __all__ = [
     "Model",
     "NearDuplicates",
     "Objective",
+    "Pinecone",
     "Quality",
     "Safety",
     "Sanitize",

@@ -25,6 +25,7 @@ from pipeline.config.data import Data, Tokenizer
 from pipeline.config.deepspeed import Row, apply_deepspeed, origin
 from pipeline.config.model import Model
 from pipeline.config.objective import Objective
+from pipeline.config.pinecone import Pinecone
 from pipeline.config.reading import ConfigError, explain, kind_of, parse_override, read_yaml
 from pipeline.config.section import Name, PathStr, Section
 from pipeline.config.training import Checkpointing, Scaling, Training
@@ -71,20 +72,21 @@ class Embedding(Section):
     """A checkpoint folder, or one of transformers or sentence-transformers; by default the run's best."""
     field: Literal["auto", "anchor", "positive", "text"] = "auto"
     """Field of the record that is embedded: `positive`, else `text`."""
-    store: Literal["lancedb"] = "lancedb"
+    store: Literal["lancedb", "parquet", "pinecone"] = "lancedb"
     """Where vectors are written."""
-    uri: PathStr = "lancedb"
-    """LanceDB's folder; relative to storage.root."""
+    uri: PathStr | None = None
+    """Folder of LanceDB's tables or of Parquet files, relative to storage.root, or with LanceDB a bucket such as
+    s3://bucket/folder, credentials from the environment; by default the store's name."""
+    index: Literal["ivf_sq", "ivf_pq", "ivf_hnsw_sq"] | None = "ivf_sq"
+    """Index over LanceDB's vectors; null for none. What each costs stands in `stores/lancedb_store.py`."""
+    index_rows: int = Field(200_000, ge=256)
+    """Rows from which LanceDB's vectors are indexed; below, a query looks at all of them. Ours: 0.2 s for 100,000."""
     dimensions: int | None = Field(None, ge=1)
     """Cut vectors to this size, one of the model's `matryoshka_dims`; by default its width."""
     batch_tokens: int = Field(8_192, ge=16)
     """Tokens encoded in one forward pass."""
     max_workers: int | None = Field(None, ge=1)
     """Encoding actors at most; by default as many as the cluster has CPUs (GPUs, where there are some)."""
-
-
-class Pinecone(Section):
-    """Takes no keys yet: `embedding.store` knows LanceDB alone so far."""
 
 
 class Evaluation(Section):
@@ -117,6 +119,7 @@ class Config(Section):
     tune: Tune = Tune()
     scaling: Scaling = Scaling()
     _deepspeed: tuple[Row, ...] = PrivateAttr(())
+    _folder: Path = PrivateAttr(Path())
 
     def get(self, dotted: str) -> Any:
         """The value at a dotted path: `get("training.learning_rate")`; KeyError names a path that is not there."""
@@ -131,6 +134,11 @@ class Config(Section):
     def deepspeed(self) -> tuple[Row, ...]:
         """What became of each key of `training.deepspeed_config`, for a table under `deepspeed.HEADER`."""
         return self._deepspeed
+
+    @property
+    def secret_files(self) -> list[str]:
+        """Where an `api.env` of secrets may be: the folder that the job runs in, and the config file's."""
+        return [str(folder.absolute() / "api.env") for folder in (Path(), self._folder)]
 
     @property
     def root(self) -> Path:
@@ -183,7 +191,7 @@ def load(
     except ValidationError as error:
         where = origin(rows, file, tree["training"]["deepspeed_config"], error.errors()[0]["loc"]) if rows else file
         raise ConfigError(explain(error, where, list(from_arguments), Config)) from None
-    config._deepspeed = tuple(rows)
+    config._deepspeed, config._folder = tuple(rows), file.absolute().parent
     return config
 
 

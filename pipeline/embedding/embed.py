@@ -1,6 +1,6 @@
 """Every prepared record embedded once, through Ray Data.
 
-    a task a record file ──► rows whose id the store lacks ──► actor pool of encoders ──► LanceSink (upsert by id)
+    a task a record file ──► rows whose id the store lacks ──► actor pool of encoders ──► StoreSink (upsert by id)
 
 A record file holds one range of ids, so what is missing is found file by file and nothing holds all ids. Writes are
 upserts and become visible as they are made: a job that is killed and run again embeds the rest.
@@ -21,16 +21,17 @@ from pipeline.config import Config, ConfigError, Embedding
 from pipeline.data.manifest import Manifest
 from pipeline.embedding.store import mark_embedded
 from pipeline.embedding.stores.lancedb_store import LanceStore
+from pipeline.embedding.stores.store import Store, StoreError
 from pipeline.runtime.session import Board, cluster_capacity
 
 ENCODE_ROWS = 1024  # a call of an encoder: seconds of work
 WRITE_ROWS = 8192  # rows a write commits together, and at most lost to a kill
 
 
-class LanceSink(Datasink[None]):
+class StoreSink(Datasink[None]):
     """Upserts blocks of encoded records."""
 
-    def __init__(self, store: LanceStore) -> None:
+    def __init__(self, store: Store) -> None:
         self.store = store
 
     @property
@@ -40,8 +41,9 @@ class LanceSink(Datasink[None]):
     def write(self, blocks: Iterable[Any], ctx: Any) -> None:
         tables = [pa.table(block) for block in blocks]
         rows = pa.concat_tables(tables) if tables else None
-        if rows is not None and len(rows):
-            self.store.upsert(rows)
+        refused = self.store.upsert(rows) if rows is not None and len(rows) else []
+        if refused:
+            raise StoreError(f"{self.store.name} took {len(refused):,} rows not; {refused[0].id}: {refused[0].reason}")
 
 
 class Encode:
@@ -97,7 +99,7 @@ def encoded(
     )
 
 
-def embed(config: Config, folder: Path, manifest: Manifest, model: Path, store: LanceStore, board: Board) -> int:
+def embed(config: Config, folder: Path, manifest: Manifest, model: Path, store: Store, board: Board) -> int:
     """Bring the store up to date with the prepared records. Returns how many were embedded."""
     import ray.data
 
@@ -116,22 +118,26 @@ def embed(config: Config, folder: Path, manifest: Manifest, model: Path, store: 
     )
     with board.stage("embed", max(total - before, 0), "records", counter="embedded") as stage:
         encoded(dataset, model, config, board, prompt_name(field), prompts).write_datasink(
-            LanceSink(store), concurrency=1, ray_remote_args={"num_cpus": 0.5}
+            StoreSink(store), concurrency=1, ray_remote_args={"num_cpus": 0.5}
         )
     store.finish()
     mark_embedded(config, manifest, store)
     return stage.done
 
 
-def missing_rows(file: Path, field: str, store: LanceStore) -> Iterator[pa.Table]:
+def missing_rows(file: Path, field: str, store: Store) -> Iterator[pa.Table]:
     """A record file's rows that the store lacks: id, source, source_id, text, metadata."""
     columns = ["id", "source", "source_id", field, "metadata"]
     for batch in pq.ParquetFile(file).iter_batches(ENCODE_ROWS, columns=columns):
         ids = batch["id"].to_pylist()
-        there = store.ids_between(ids[0], ids[-1])
+        there = store.ids_between(ids[0], ids[-1]) if isinstance(store, LanceStore) else _known(store, ids)
         keep = pa.array(np.array([i not in there for i in ids], dtype=bool))
         rows = pa.Table.from_batches([batch]).rename_columns({field: "text"} if field != "text" else columns)
         yield rows.filter(keep)
+
+
+def _known(store: Store, ids: list[str]) -> set[str]:
+    return set(store.fetch(ids)["id"].to_pylist())
 
 
 def prompt_name(field: str) -> str:

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-
 POLL_S = 0.01  # the least time between two questions for a place among those under way
 
 

@@ -5,8 +5,8 @@ store.upsert(table)                     # id, vector, source, source_id, text, m
 store.query(vector, k=10)               # nearest first, with `score`, the cosine
 store.hybrid("remove duplicates", vector, k=10)
 
-A query looks at all vectors until `finish` has built an index, from `index_rows` rows on. Measured on two cores, 100,000
-clustered vectors of 256 numbers: 194 ms a query without, and with an index
+A query looks at all vectors until `finish` has built an index, from `index_rows` rows on. Measured on two cores,
+100,000 clustered vectors of 256 numbers: 194 ms a query without, and with an index
 
     ivf_sq         3 s to build, 15 to 24 ms a query, recall@10 0.98, refined 1.00
     ivf_pq        55 s to build, 11 to 15 ms a query, recall@10 0.39, refined 1.00; a quarter of the size
@@ -156,7 +156,9 @@ class LanceStore:
                 return sql or None, False
         return f"_rowid IN ({', '.join(map(str, left))})" if left else "false", True
 
-    def hybrid(self, text: str, vector: np.ndarray, k: int, where: Mapping[str, Any] | None = None) -> list[Any]:
+    def hybrid(
+        self, text: str, vector: np.ndarray, k: int, where: Mapping[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
         """The k best of two rankings fused by reciprocal rank: by vector, and by words (BM25).
 
         `score` is the sum of 1 / (60 + rank). The first hybrid query makes the index of words, 2 s for 100,000 rows.

@@ -3,7 +3,7 @@
     {"id": "9f0c…", "values": […], "metadata": {"source": "debian", "source_id": "…", "text": "…", "section": "net"}}
 
 The record's own metadata lies flat beside ours, so that it can be filtered by. What Pinecone does not take as it is
-(nulls, objects, lists of other things than texts, names that are taken) goes into `metadata_json`, and comes back from it.
+(nulls, objects, lists of other things than texts, names that are taken) goes into `metadata_json`, and comes back.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _bytes(value: Any) -> int:
 
 
 def batches(records: Sequence[dict[str, Any]], rows: int, size: int) -> Iterator[list[dict[str, Any]]]:
-    """Records in groups of so many at most, whose request has at most `size` bytes; one that alone has more is alone."""
+    """Records in groups of at most so many, in requests of at most `size` bytes; one that has more is alone."""
     room, batch = size - 1_000, list[dict[str, Any]]()
     taken = 0
     for record in records:

@@ -3,9 +3,9 @@
     service = PineconeService(config.pinecone, key_files=["api.env"])
     service.send("query", lambda: service.index.query(vector=[…], top_k=10, namespace="a"))
 
-The SDK repeats requests by itself, behind the budget's back; that is switched off here. Errors are of three kinds: those
-that may pass (`Passing`), those of one request (`Rejected`), and those of all of them (StoreError). No text of them
-holds the key.
+The SDK repeats requests by itself, behind the budget's back; that is switched off here. Errors are of three kinds:
+those that may pass (`PassingError`), those of one request (`RejectedError`), and those of all (`StoreError`). No
+text of them holds the key.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ONCE = RetryConfig(max_retries=0)
 PASSING = (408, 429, 500, 502, 503, 504)
 
 
-class Passing(Exception):
+class PassingError(Exception):
     """A request that failed as others may not; `wait_s` where the service said how long to wait."""
 
     def __init__(self, reason: str, wait_s: float | None) -> None:
@@ -42,7 +42,7 @@ class Passing(Exception):
         self.wait_s = wait_s
 
 
-class Rejected(Exception):
+class RejectedError(Exception):
     """A request that the service will not take, however often."""
 
 
@@ -63,9 +63,7 @@ class PineconeService:
         """The job's, else one of this process alone."""
         if self._given is None and self._own is None:
             lease_s = 2 * self.settings.timeout_s + 1
-            self._own = Budget(
-                Allowance(self.settings.requests_per_second, self.settings.max_concurrency, lease_s)
-            )
+            self._own = Budget(Allowance(self.settings.requests_per_second, self.settings.max_concurrency, lease_s))
         return self._given or self._own
 
     @property
@@ -90,7 +88,10 @@ class PineconeService:
             host = self.settings.index_host or self.describe().host
             if not host:
                 raise StoreError(f"Pinecone's index {self.settings.index} has no host yet; wait until it is ready")
-            index = self.client.index(host=host)
+            try:
+                index = self.client.index(host=host)
+            except PineconeError as error:
+                raise StoreError(f"pinecone.index_host: {self._clean(error)}") from None
             index._http.close()
             index._http = HTTPClient(replace(index._config, retry_config=ONCE), DATA_PLANE_API_VERSION)
             self._index = index
@@ -119,16 +120,16 @@ class PineconeService:
         for attempt in range(1, self.settings.max_attempts + 1):
             try:
                 return self.once(request, absent)
-            except Passing as error:
+            except PassingError as error:
                 last = error
                 if attempt < self.settings.max_attempts:
                     self.wait(attempt, error)
-            except Rejected as error:
+            except RejectedError as error:
                 raise StoreError(f"Pinecone refused {what}: {error}") from None
         raise StoreError(f"Pinecone did not answer {what} in {attempt} tries: {last}")
 
     def once(self, request: Callable[[], T], absent: Any = ...) -> T:
-        """A request, sent once within the budget. Raises Passing, Rejected or StoreError."""
+        """A request, sent once within the budget. Raises PassingError, RejectedError or StoreError."""
         try:
             with self.budget:
                 return request()
@@ -137,21 +138,23 @@ class PineconeService:
                 return absent
             raise StoreError(self._gone(error)) from None
         except (TimedOut, PineconeConnectionError) as error:
-            raise Passing(self._clean(error), None) from None
+            raise PassingError(self._clean(error), None) from None
         except ApiError as error:
             raise self._sorted(error) from None
         except PineconeError as error:
-            raise Rejected(self._clean(error)) from None
+            raise RejectedError(self._clean(error)) from None
 
     def _sorted(self, error: ApiError) -> Exception:
         status = error.status_code
         if status in PASSING:
-            return Passing(f"{status} {self._clean(error.message)}", _seconds((error.headers or {}).get("retry-after")))
+            return PassingError(
+                f"{status} {self._clean(error.message)}", _seconds((error.headers or {}).get("retry-after"))
+            )
         if status == 401:
             return StoreError(f"Pinecone refused the key (401); is {VARIABLE}, or the one in api.env, right?")
         if status in (402, 403):
             return StoreError(f"Pinecone forbids it ({status}): {self._clean(error.message)}")
-        return Rejected(f"{status} {self._clean(error.message)}")
+        return RejectedError(f"{status} {self._clean(error.message)}")
 
     def _gone(self, error: NotFoundError) -> str:
         where = self.settings.index_host or "its host"
@@ -160,7 +163,7 @@ class PineconeService:
             "deleted, pinecone.create=true makes it again"
         )
 
-    def wait(self, attempt: int, error: Passing) -> None:
+    def wait(self, attempt: int, error: PassingError) -> None:
         """Wait before the next attempt: as long as the service asked all to, else longer each time, within a jitter."""
         if error.wait_s is not None:
             asked = min(error.wait_s, self.settings.max_wait_s)

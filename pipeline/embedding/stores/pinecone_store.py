@@ -23,7 +23,7 @@ from pinecone.index import Index
 from pipeline.config.pinecone import Pinecone
 from pipeline.embedding.stores.budget import Budget
 from pipeline.embedding.stores.pinecone_records import bad_id, batches, to_records, to_row, to_table
-from pipeline.embedding.stores.pinecone_service import Passing, PineconeService, Rejected
+from pipeline.embedding.stores.pinecone_service import PassingError, PineconeService, RejectedError
 from pipeline.embedding.stores.rows import checked, checked_query
 from pipeline.embedding.stores.store import SCHEMA, TEXTS, Refused, StoreError
 from pipeline.embedding.stores.where import checked_where, to_pinecone
@@ -78,7 +78,8 @@ class PineconeStore:
         field = found.schema.fields[VALUES]
         if field.dimension != self.width:
             raise StoreError(
-                f"Pinecone's index {found.name} takes vectors of {field.dimension} numbers; the model gives {self.width}"
+                f"Pinecone's index {found.name} takes vectors of {field.dimension} numbers; the model gives "
+                f"{self.width}"
             )
         if field.metric != self.settings.metric:
             raise StoreError(
@@ -93,7 +94,9 @@ class PineconeStore:
 
         def make() -> Any:
             schema = {"fields": {VALUES: vectors}}
-            return self.service.client.indexes.create(name=self.settings.index, schema=schema, deployment=place, timeout=-1)
+            return self.service.client.indexes.create(
+                name=self.settings.index, schema=schema, deployment=place, timeout=-1
+            )
 
         try:
             self.service.send("create_index", make)
@@ -129,7 +132,7 @@ class PineconeStore:
         return self._ask("list", ask)
 
     def scan(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """These columns of every row, batch by batch, in no order to rely on; one request more a 100 rows than `ids`."""
+        """These columns of every row, batch by batch, in no order to rely on; each 100 rows are a request."""
         for page in self.ids():
             rows = pa.table({"id": page}) if list(columns) == ["id"] else self.fetch(page).select(list(columns))
             yield from rows.to_batches()
@@ -148,7 +151,9 @@ class PineconeStore:
         good, refused = checked(rows, self.width, self.name)
         records, misfits, cut = to_records(good, self.settings.metadata, self.settings.text_bytes)
         if cut and not self._told:
-            log.warning("%s: texts are cut to %s bytes (pinecone.text_bytes)", self.name, f"{self.settings.text_bytes:,}")
+            log.warning(
+                "%s: texts are cut to %s bytes (pinecone.text_bytes)", self.name, f"{self.settings.text_bytes:,}"
+            )
             self._told = True
         groups = batches(records, self.settings.batch_rows, self.settings.batch_bytes)
         return [*refused, *misfits, *(one for some in self._all(self._write, groups) for one in some)]
@@ -161,12 +166,12 @@ class PineconeStore:
                 done = self.service.once(
                     lambda: self.service.index.upsert(vectors=records, namespace=self.namespace, show_progress=False)
                 )
-            except Passing as error:
+            except PassingError as error:
                 reason = str(error)
                 if attempt < limit:
                     self.service.wait(attempt, error)
                 continue
-            except Rejected as error:
+            except RejectedError as error:
                 if len(records) == 1:
                     return [Refused(records[0]["id"], f"Pinecone refused it: {error}", attempt)]
                 return self._halves(records)
@@ -203,7 +208,9 @@ class PineconeStore:
 
     def delete(self, ids: Sequence[str]) -> None:
         def remove(some: list[str]) -> None:
-            gone = self._ask("delete", lambda index: index.delete(ids=some, namespace=self.namespace), absent=StoreError)
+            gone = self._ask(
+                "delete", lambda index: index.delete(ids=some, namespace=self.namespace), absent=StoreError
+            )
             if gone is StoreError:  # the service answers 404 also where a namespace has come to nothing
                 self.service.describe()
 

@@ -11,7 +11,7 @@ A store is sent to other processes by pickle and connects in each on first use. 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +45,10 @@ class Store(Protocol):
     @property
     def name(self) -> str:
         """Table, folder, or index and namespace."""
+
+    @property
+    def uri(self) -> str:
+        """Where it is: a folder, a bucket or a host."""
 
     @property
     def width(self) -> int:
@@ -89,3 +93,13 @@ class Store(Protocol):
 
     def finish(self) -> None:
         """After a bulk load: compact, index, and wait until counts are settled."""
+
+
+@runtime_checkable
+class HybridStore(Store, Protocol):
+    """A store that has an index of words too."""
+
+    def hybrid(
+        self, text: str, vector: np.ndarray, k: int, where: Mapping[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """The k best of two rankings, by vector and by words, fused by reciprocal rank."""
