@@ -19,6 +19,8 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lancedb
@@ -60,6 +62,8 @@ class LanceStore:
         return lancedb.connect(self.uri, read_consistency_interval=timedelta(0))  # see what others have written
 
     def exists(self) -> bool:
+        if "://" not in self.uri and not Path(self.uri).is_dir():
+            return False  # to look into it would make it
         return self.name in self._connect().list_tables(limit=1_000_000).tables
 
     def create(self) -> None:
@@ -81,10 +85,9 @@ class LanceStore:
     @property
     def table(self) -> Any:
         if self._table is None:
-            try:
-                self._table = self._connect().open_table(self.name)
-            except ValueError:
-                raise StoreError(f"found no table {self.name} in {self.uri}; python jobs/embed.py makes it") from None
+            if not self.exists():
+                raise StoreError(f"found no table {self.name} in {self.uri}; python jobs/embed.py makes it")
+            self._table = self._connect().open_table(self.name)
         return self._table
 
     def count(self) -> int:
@@ -130,7 +133,7 @@ class LanceStore:
 
     def delete(self, ids: Sequence[str]) -> None:
         for some in _among(ids):
-            _retried(lambda some=some: self.table.delete(some))
+            _retried(partial(self.table.delete, some))
 
     def query(self, vector: np.ndarray, k: int, where: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         vector, where = checked_query(vector, self.width, self.name), checked_where(where)

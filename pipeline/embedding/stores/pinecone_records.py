@@ -9,6 +9,7 @@ The record's own metadata lies flat beside ours, so that it can be filtered by. 
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -66,9 +67,8 @@ def _metadata(row: Mapping[str, Any], keys: Sequence[str] | None, text_bytes: in
     if len(flat) < len(theirs):
         ours["metadata_json"] = json.dumps({key: value for key, value in theirs.items() if key not in flat})
     if row["text"] is not None:
-        ours["text"] = _cut(row["text"], text_bytes)
-        excess = _bytes({**flat, **ours}) - METADATA_BYTES
-        ours["text"] = _cut(ours["text"], len(ours["text"].encode()) - max(excess, 0))
+        others = _bytes({**flat, **ours, "text": ""})
+        ours["text"] = _fitting(_cut(row["text"], text_bytes), METADATA_BYTES - others)
     size = _bytes({**flat, **ours})
     if size > METADATA_BYTES:
         raise ValueError(f"its metadata takes {size:,} bytes without the text; Pinecone takes {METADATA_BYTES:,}")
@@ -85,7 +85,14 @@ def _fits(key: str, value: Any) -> bool:
 
 def _cut(text: str, size: int) -> str:
     """The text's first `size` bytes, whole characters."""
-    return text.encode()[: max(size, 0)].decode(errors="ignore")
+    return text.encode()[:size].decode(errors="ignore")
+
+
+def _fitting(text: str, room: int) -> str:
+    """As much of the text as takes `room` bytes of JSON, where some characters take more than in the text."""
+    if _bytes(text) - 2 <= room:
+        return text
+    return text[: max(0, bisect_right(range(len(text)), room, key=lambda end: _bytes(text[:end]) - 2) - 1)]
 
 
 def _bytes(value: Any) -> int:

@@ -53,7 +53,10 @@ class PineconeService:
         self, settings: Pinecone, key_files: Sequence[str], budget: Budget | None = None, backoff_s: float = 0.5
     ) -> None:
         self.settings, self.key_files, self.backoff_s = settings, list(key_files), backoff_s
-        self._given, self._own, self._client, self._index = budget, None, None, None
+        self._given = budget
+        self._own: Budget | None = None
+        self._client: Client | None = None
+        self._index: Index | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_own": None, "_client": None, "_index": None}
@@ -61,10 +64,12 @@ class PineconeService:
     @property
     def budget(self) -> Budget:
         """The job's, else one of this process alone."""
-        if self._given is None and self._own is None:
+        if self._given is not None:
+            return self._given
+        if self._own is None:
             lease_s = 2 * self.settings.timeout_s + 1
             self._own = Budget(Allowance(self.settings.requests_per_second, self.settings.max_concurrency, lease_s))
-        return self._given or self._own
+        return self._own
 
     @property
     def client(self) -> Client:

@@ -29,7 +29,8 @@ from pipeline.embedding.stores.store import SCHEMA, TEXTS, Refused, StoreError
 from pipeline.embedding.stores.where import checked_where, to_pinecone
 from pipeline.runtime.console import log
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 VALUES = "_values"  # the field under which Pinecone's vector operations find a vector
 PAGE_IDS = 100  # ids a page of a list, and a fetch
 URL_BYTES = 6_000  # of a fetch's ids, which are part of its address

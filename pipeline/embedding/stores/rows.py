@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,17 +24,21 @@ def checked(rows: pa.Table, width: int, name: str) -> tuple[pa.Table, list[Refus
     ids = rows["id"].to_pylist()
     bad = [*_bad_ids(ids)]
     bad += [(i, "it has no vector") for i in _positions(rows["vector"].is_null())]
-    there = np.setdiff1d(np.arange(len(ids)), [i for i, _ in bad])
+    there = _without(range(len(ids)), bad)
     length = np.linalg.norm(vectors_of(rows.take(there)).astype(np.float64), axis=1)
     bad += [(int(i), "its vector holds NaN or infinity") for i in there[~np.isfinite(length)]]
     bad += [(int(i), "its vector is zero, which has no direction to compare") for i in there[length == 0]]
     last = {i: position for position, i in enumerate(ids)}
-    keep = np.setdiff1d(list(last.values()), [i for i, _ in bad])
-    return rows.take(keep), [Refused(ids[i] or "", reason, 0) for i, reason in bad]
+    return rows.take(_without(last.values(), bad)), [Refused(ids[i] or "", reason, 0) for i, reason in bad]
 
 
 def _bad_ids(ids: list[str | None]) -> list[tuple[int, str]]:
     return [(position, "its id is empty") for position, i in enumerate(ids) if not i]
+
+
+def _without(positions: Iterable[int], bad: Sequence[tuple[int, str]]) -> np.ndarray:
+    """The positions that are not bad, in order."""
+    return np.setdiff1d(np.array([*positions], np.int64), np.array([i for i, _ in bad], np.int64))
 
 
 def _positions(mask: pa.ChunkedArray) -> list[int]:

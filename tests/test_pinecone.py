@@ -1,0 +1,456 @@
+"""Pinecone, by its own SDK over HTTP, against a server that refuses, fails, stalls and cuts as the service may."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pytest
+import yaml
+
+from pipeline.config import ConfigError, load
+from pipeline.config.pinecone import Pinecone
+from pipeline.embedding.store import named_store
+from pipeline.embedding.stores import pinecone_records
+from pipeline.embedding.stores.budget import Allowance, Budget
+from pipeline.embedding.stores.pinecone_store import PineconeStore
+from pipeline.embedding.stores.rows import vector_column
+from pipeline.embedding.stores.store import SCHEMA, StoreError
+from tests.pinecone_server import Service, pinecone_server
+
+WIDTH = 5
+KEY = "pcsk_3Zq9_never_to_be_seen"
+ALL_FAULTS = ("429", "429-after", "500", "503", "timeout", "cut-before", "cut-after", "part", "short")
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PINECONE_API_KEY", KEY)
+
+
+@pytest.fixture
+def server() -> Iterator[Service]:
+    with pinecone_server(KEY) as service:
+        yield service
+
+
+def store_at(server: Service, namespace: str = "n", width: int = WIDTH, **settings: Any) -> PineconeStore:
+    chosen = {"host": server.url, "create": True, "requests_per_second": 5000.0, "max_attempts": 3, "timeout_s": 5.0}
+    return PineconeStore(Pinecone(**{**chosen, **settings}), namespace, width, backoff_s=0.005)
+
+
+def rows_of(ids: list[str], seed: int = 0, text: str = "a text", metadata: str = '{"n": 1}') -> pa.Table:
+    vectors = np.random.default_rng(seed).normal(size=(len(ids), WIDTH))
+    constant = {"source": "s", "text": text, "metadata": metadata}
+    columns = {"id": ids, "source_id": ids, **{name: [value] * len(ids) for name, value in constant.items()}}
+    return pa.table({**columns, "vector": vector_column(vectors)}).select(SCHEMA(WIDTH).names)
+
+
+def held(server: Service, namespace: str = "n") -> dict[str, Any]:
+    return server.records["text-embedding-pipeline"].get(namespace, {})
+
+
+class TestFaults:
+    def test_with_a_fifth_of_all_requests_failing_nothing_is_lost_nothing_double_and_the_budget_kept(self) -> None:
+        rate, at_once = 60.0, 4
+        with pinecone_server(KEY, {kind: 0.2 / len(ALL_FAULTS) for kind in ALL_FAULTS}, seed=5) as server:
+            server.work_s = 0.02
+            server.retry_after_s = 0.1
+            budget = Budget(Allowance(rate, at_once))
+            # Two stores, as of two processes, that share one budget.
+            settings = {"batch_rows": 20, "max_attempts": 12, "timeout_s": 0.3, "max_concurrency": 16}
+            stores = [store_at(server, **settings) for _ in range(2)]
+            for store in stores:
+                store.service._given = budget
+            stores[0].create()
+            ids = [f"id{n}" for n in range(1500)]
+            rows = rows_of(ids)
+            assert stores[0].upsert(rows.slice(0, 900)) == []
+            assert stores[1].upsert(rows.slice(900)) == []
+            stores[0].delete(ids[:250])
+            assert stores[1].upsert(rows.slice(0, 50)) == []
+            expected = {*ids[:50], *ids[250:]}
+            assert set(held(server)) == expected
+            found = [i for page in stores[0].ids() for i in page]
+            assert len(found) == len(set(found)) == stores[1].count() == len(expected)
+            back = stores[0].fetch(sorted(expected))
+            at = {i: n for n, i in enumerate(ids)}
+            wanted = rows.take([at[i] for i in back["id"].to_pylist()])
+            assert back["vector"].to_pylist() == wanted["vector"].to_pylist()
+            assert set(server.faulted) == set(ALL_FAULTS)
+            assert 0.1 < len(server.faulted) / len(server.requests) < 0.3
+            # Of those that the budget let go, at most so many were still on their way when a second began.
+            assert server.busiest(1.0) <= rate + 1 + at_once
+            assert 1 < server.most_under_way <= at_once
+            assert len(server.requests) > 2 * rate
+
+    @pytest.mark.parametrize("kind", ["429", "500", "503", "timeout", "cut-before", "cut-after", "part"])
+    def test_what_cannot_be_written_is_refused_with_the_reason(self, kind: str) -> None:
+        with pinecone_server(KEY, {kind: 1.0}, retry_after_s=0.01) as server:
+            store = store_at(server, timeout_s=0.1, batch_rows=4)
+            store.create()
+            refused = store.upsert(rows_of([f"id{n}" for n in range(6)]))
+            assert sorted(one.id for one in refused) == [f"id{n}" for n in range(6)]
+            assert {one.attempts for one in refused} == {3}
+            assert server.count("vectors/upsert") == 6  # two batches, three times
+            words = {"timeout": "timed out", "cut-before": "disconnected", "cut-after": "disconnected", "part": "500"}
+            assert all("not written in 3 tries" in one.reason for one in refused)
+            assert all(words.get(kind, kind) in one.reason for one in refused)
+            with pytest.raises(StoreError, match=r"Pinecone did not answer describe_index_stats in 3 tries"):
+                store.count()
+
+    def test_only_the_batches_that_failed_are_sent_again(self, server: Service) -> None:
+        store = store_at(server, batch_rows=10)
+        store.create()
+        server.faults = {"500": 0.3}
+        assert store.upsert(rows_of([f"id{n}" for n in range(200)])) == []
+        assert sorted(server.writes) == [10] * 20
+        assert server.count("vectors/upsert") == 20 + server.faulted.count("500") > 22
+
+    def test_a_record_that_the_service_will_not_have_takes_no_other_with_it(self, server: Service) -> None:
+        store = store_at(server)
+        store.create()
+        server.poison = {"id13", "id77"}
+        refused = store.upsert(rows_of([f"id{n}" for n in range(100)]))
+        assert sorted(one.id for one in refused) == ["id13", "id77"]
+        assert "not to our taste" in refused[0].reason
+        assert set(held(server)) == {f"id{n}" for n in range(100)} - server.poison
+
+    def test_half_a_batch_written_is_found_and_mended(self, server: Service) -> None:
+        store = store_at(server, batch_rows=8)
+        store.create()
+        server.faults = {"short": 0.6}
+        ids = [f"id{n}" for n in range(64)]
+        refused = store.upsert(rows_of(ids))
+        assert "short" in server.faulted
+        assert set(held(server)) >= set(ids) - {one.id for one in refused}
+        assert all("Pinecone wrote 0 of 1 records" in one.reason for one in refused)
+
+    def test_retry_after_is_waited_for_by_all(self) -> None:
+        with pinecone_server(KEY, retry_after_s=0.4) as server:
+            stores = [store_at(server, max_attempts=2) for _ in range(2)]
+            budget = Budget(Allowance(5000, 1))
+            for store in stores:
+                store.service._given = budget
+                store.create()
+                store.count()
+            server.faults = {"429-after": 1.0}
+            hold = budget.account.hold
+
+            def hold_and_mend(seconds: float) -> None:
+                server.faults.clear()
+                hold(seconds)
+
+            budget.account.hold = hold_and_mend  # type: ignore[method-assign]
+            begun = len(server.requests)
+            stores[0].count()
+            stores[1].count()
+            first, *others = [at for at, _ in server.requests[begun:]]
+            assert server.faulted == ["429-after"]
+            assert len(others) == 2
+            assert min(others) - first >= 0.4  # by the server's clock
+
+    def test_counts_that_lag(self, server: Service) -> None:
+        store = store_at(server)
+        store.create()
+        store.upsert(rows_of(["a"]))
+        assert store.count() == 1
+        store.upsert(rows_of(["b", "c"]))
+        server.lag = 2
+        store.finish()
+        assert server.lag == 0
+        assert store.count() == 3
+
+
+class TestSentences:
+    """What is wrong with all of it is a sentence, and what was written stays."""
+
+    def test_a_wrong_key(self, server: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+        store = store_at(server)
+        store.create()
+        monkeypatch.setenv("PINECONE_API_KEY", "pc-wrong-key")
+        for ask in (store_at(server).create, store_at(server).count, store_at(server).exists):
+            with pytest.raises(StoreError) as caught:
+                ask()
+            assert str(caught.value) == (
+                "Pinecone refused the key (401); is PINECONE_API_KEY, or the one in api.env, right?"
+            )
+        assert len(server.control) < 9  # it is not tried again
+
+    def test_no_key_and_keys_in_files(self, server: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("PINECONE_API_KEY")
+        config = tmp_path / "conf" / "c.yaml"
+        config.parent.mkdir()
+        config.write_text(yaml.safe_dump({"embedding": {"store": "pinecone"}, "pinecone": {"host": server.url}}))
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(StoreError) as caught:
+            named_store(load(config), "t", WIDTH).exists()
+        assert str(caught.value) == (
+            "found no Pinecone key; set PINECONE_API_KEY on each node, or write PINECONE_API_KEY=… into "
+            f"{tmp_path / 'api.env'}"
+        )
+        (config.parent / "api.env").write_text(f"# secrets\nOTHER=1\nexport PINECONE_API_KEY='{KEY}'\n")
+        assert named_store(load(config), "t", WIDTH).exists() is False
+        (tmp_path / "api.env").write_text("PINECONE_API_KEY=wrong")
+        with pytest.raises(StoreError, match="401"):
+            named_store(load(config), "t", WIDTH).exists()
+
+    def test_an_index_that_is_not_there(self, server: Service) -> None:
+        store = store_at(server, create=False, index="other")
+        assert not store.exists()
+        for ask in (store.create, store.count, lambda: store.upsert(rows_of(["a"]))):
+            with pytest.raises(StoreError) as caught:
+                ask()
+            assert str(caught.value) == (
+                "Pinecone has no index other; pinecone.create=true makes it, or name another by pinecone.index"
+            )
+
+    def test_an_index_that_is_made(self, server: Service) -> None:
+        server.not_ready = 2
+        store_at(server, cloud="gcp", region="europe-west4", metric="dotproduct").create()
+        made = server.indexes["text-embedding-pipeline"]
+        assert made["schema"] == {
+            "fields": {"_values": {"type": "dense_vector", "dimension": WIDTH, "metric": "dotproduct"}}
+        }
+        assert (made["deployment"]["cloud"], made["deployment"]["region"]) == ("gcp", "europe-west4")
+        assert made["status"]["ready"]
+
+    def test_an_index_of_another_kind(self, server: Service) -> None:
+        store_at(server).create()
+        with pytest.raises(StoreError, match=r"takes vectors of 5 numbers; the model gives 9$"):
+            store_at(server, width=9).create()
+        with pytest.raises(StoreError, match=r"compares by cosine; pinecone.metric is dotproduct$"):
+            store_at(server, metric="dotproduct").create()
+        server.indexes["text-embedding-pipeline"]["schema"]["fields"] = {"body": {"type": "string"}}
+        with pytest.raises(StoreError, match=r"holds body; allowed is one of plain dense vectors$"):
+            store_at(server).create()
+
+    def test_an_index_deleted_in_mid_run(self, server: Service) -> None:
+        store = store_at(server, batch_rows=5)
+        store.create()
+        store.upsert(rows_of(["a", "b"]))
+        server.remove("text-embedding-pipeline")
+        asks = [
+            lambda: store.upsert(rows_of([f"id{n}" for n in range(50)])),
+            lambda: store.update(rows_of(["a"])),
+            lambda: store.delete(["a"]),
+            lambda: store.query(np.ones(WIDTH), 1),
+            lambda: store.fetch(["a"]),
+            store.count,
+        ]
+        for ask in asks:
+            with pytest.raises(StoreError) as caught:
+                ask()
+            assert "text-embedding-pipeline" in str(caught.value)
+            assert "pinecone.create=true makes it" in str(caught.value)
+
+    def test_an_index_whose_host_is_gone_as_well(self, server: Service) -> None:
+        store = store_at(server, index_host="http://127.0.0.1:9", max_attempts=2)
+        assert {one.id for one in _made(store).upsert(rows_of(["a"]))} == {"a"}  # the index is there: it may come back
+        server.remove("text-embedding-pipeline")
+        with pytest.raises(StoreError, match="Pinecone has no index"):
+            store.upsert(rows_of(["a"]))
+
+    def test_hosts(self, server: Service) -> None:
+        store_at(server).create()
+        direct = store_at(server, host="http://127.0.0.1:9", index_host=f"{server.url}/data/text-embedding-pipeline")
+        assert direct.upsert(rows_of(["a"])) == []
+        assert direct.count() == 1
+        with pytest.raises(StoreError, match=r"pinecone\.index_host: .*does not appear to be a valid URL"):
+            store_at(server, index_host="nonsense").count()
+
+    def test_too_many_results(self, server: Service) -> None:
+        with pytest.raises(StoreError, match="Pinecone gives 10,000 at most"):
+            _made(store_at(server)).query(np.ones(WIDTH), 10_001)
+
+
+def _made(store: PineconeStore) -> PineconeStore:
+    store.create()
+    return store
+
+
+class TestRecords:
+    def test_rows_that_pinecone_does_not_take(self, server: Service) -> None:
+        store = _made(store_at(server))
+        good, most = rows_of(["good"]), "x" * 512
+        bad = {
+            "x" * 513: (rows_of(["x" * 513]), "its id has 513 bytes; Pinecone takes 512"),
+            "naïve": (rows_of(["naïve"]), "its id is empty or not ASCII"),
+            "big": (rows_of(["big"], metadata=json.dumps({"a": "y" * 50_000})), "Pinecone takes 40,960"),
+            "broken": (rows_of(["broken"], metadata="{"), "its metadata is no JSON object"),
+            "list": (rows_of(["list"], metadata="[]"), "its metadata is no JSON object"),
+        }
+        rows = pa.concat_tables([good, rows_of([most]), *(table for table, _ in bad.values())])
+        refused = {one.id: one for one in store.upsert(rows)}
+        assert set(refused) == set(bad)
+        for i, (_, reason) in bad.items():
+            assert reason in refused[i].reason
+            assert refused[i].attempts == 0
+        assert set(held(server)) == {"good", most}
+        assert store.fetch(["naïve", most, "x" * 513])["id"].to_pylist() == [most]
+        store.delete(["naïve", most])
+        assert set(held(server)) == {"good"}
+
+    def test_texts_are_cut_to_what_fits_and_it_is_said(self, server: Service, caplog: pytest.LogCaptureFixture) -> None:
+        store = _made(store_at(server, text_bytes=101))
+        with caplog.at_level(logging.WARNING, "pipeline"):
+            store.upsert(rows_of(["a", "b"], text="ä" * 300))
+            store.upsert(rows_of(["c"], text="ä" * 300))
+        assert [record.getMessage() for record in caplog.records] == [
+            "text-embedding-pipeline/n: texts are cut to 101 bytes (pinecone.text_bytes)"
+        ]
+        assert store.fetch(["a"])["text"].to_pylist() == ["ä" * 50]
+        # Beside metadata that nearly fills a record, less of the text is left; quotes take two bytes each.
+        wide = _made(store_at(server, "wide", text_bytes=40_000))
+        assert wide.upsert(rows_of(["a"], text='"' * 30_000, metadata=json.dumps({"a": "y" * 30_000}))) == []
+        (kept,) = wide.fetch(["a"])["text"].to_pylist()
+        assert len(kept) == (40_960 - 30_000 - len('{"a":"","source":"s","source_id":"a","text":""}')) // 2
+
+    def test_the_keys_that_are_sent(self, server: Service) -> None:
+        store = _made(store_at(server, metadata=["a", "deep"]))
+        store.upsert(rows_of(["x"], metadata=json.dumps({"a": 1, "b": 2, "deep": {"c": [None]}})))
+        assert held(server)["x"]["metadata"] == {
+            "a": 1.0,
+            "source": "s",
+            "source_id": "x",
+            "text": "a text",
+            "metadata_json": '{"deep": {"c": [null]}}',
+        }
+        assert json.loads(store.fetch(["x"])["metadata"][0].as_py()) == {"a": 1, "deep": {"c": [None]}}
+
+    def test_batches_by_count_and_by_bytes(self, server: Service) -> None:
+        store = _made(store_at(server, batch_rows=1000))
+        store.upsert(rows_of([f"id{n:05}" for n in range(2500)], text=""))
+        assert sorted(server.writes) == [500, 1000, 1000]
+        server.writes.clear()
+        store.upsert(rows_of([f"id{n:05}" for n in range(1000)], text="t" * 7_000))  # 7 MB
+        assert sum(server.writes) == 1000
+        assert all(200 < size < 290 for size in sorted(server.writes)[1:])  # the server refuses more than 2 MiB
+
+    def test_no_batch_is_over_its_bytes_and_none_is_left_out(self) -> None:
+        chance = random.Random(0)
+        records = [{"id": str(n), "metadata": {"text": "é" * chance.randrange(20_000)}} for n in range(300)]
+        for size in (50_000, 100_000, 2_000_000):
+            groups = list(pinecone_records.batches(records, 40, size))
+            assert [one for group in groups for one in group] == records
+            bodies = [orjson.dumps({"vectors": group, "namespace": "n" * 512}) for group in groups]
+            assert max(map(len, bodies)) <= size
+            assert max(map(len, groups)) <= 40
+        assert list(pinecone_records.batches([], 40, 100)) == []
+
+    def test_vectors_come_back_to_the_last_bit_in_few_digits(self, server: Service) -> None:
+        store = _made(store_at(server))
+        rows = rows_of([f"id{n}" for n in range(200)], seed=3)
+        store.upsert(rows)
+        at = dict(zip(rows["id"].to_pylist(), rows["vector"].to_pylist(), strict=True))
+        for one in store.fetch(list(at)).to_pylist():
+            assert one["vector"] == at[one["id"]]
+        assert max(len(repr(number)) for number in held(server)["id0"]["values"]) <= 14
+
+    def test_many_long_ids_fit_the_addresses_of_a_fetch(self, server: Service) -> None:
+        store = _made(store_at(server))
+        ids = [f"{n:03}/" + "%" * 500 for n in range(40)]
+        store.upsert(rows_of(ids))
+        assert sorted(store.fetch(ids)["id"].to_pylist()) == ids
+
+
+class TestKey:
+    def test_it_is_in_no_log_repr_dump_pickle_or_error(
+        self, server: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PINECONE_DEBUG_CURL", "1")
+        caplog.set_level(logging.DEBUG)
+        seen: list[str] = []
+        store = _made(store_at(server))
+        store.upsert(rows_of(["a"]))
+        store.query(np.ones(WIDTH), 1)
+        server.key = "another"  # the server's refusal names the key that it was given
+        for ask in (store.count, store_at(server).exists):
+            with pytest.raises(StoreError) as caught:
+                ask()
+            seen += [str(caught.value), repr(caught.value), repr(vars(caught.value))]
+        server.key, server.poison = KEY, {"b"}
+        monkeypatch.setattr(server, "checked", _refusing_with(KEY))
+        (refused,) = store.upsert(rows_of(["b"]))
+        assert "***" in refused.reason
+        seen += [refused.reason, repr(store), str(store.describe()), repr(vars(store)), repr(vars(store.service))]
+        config = tmp_path / "c.yaml"
+        config.write_text("embedding: {store: pinecone}")
+        seen += [json.dumps(load(config).dump()), repr(load(config)), str(load(config).secret_files)]
+        seen += [record.getMessage() + str(record.__dict__) for record in caplog.records]
+        seen += [repr(pickle.dumps(store)), repr(pickle.dumps(store.service)), repr(pickle.dumps(caught.value))]
+        assert len(caplog.records) > 10
+        assert set(server.keys) == {KEY}
+        for text in seen:
+            assert KEY not in text
+        assert pickle.loads(pickle.dumps(store)).count() == 1  # which reads it anew
+
+    def test_one_in_the_config_is_refused_without_being_shown(self, tmp_path: Path) -> None:
+        config = tmp_path / "c.yaml"
+        config.write_text(f"pinecone: {{api_key: {KEY}}}")
+        with pytest.raises(ConfigError, match="unknown key") as caught:
+            load(config)
+        assert KEY not in str(caught.value)
+
+
+def _refusing_with(words: str) -> Any:
+    from tests.pinecone_server import RefusalError
+
+    def refuse(*_: object) -> None:
+        raise RefusalError(400, f"no, {words}")
+
+    return refuse
+
+
+class TestBudget:
+    def test_requests_are_let_go_one_by_one_and_no_more_than_so_many_at_once(self) -> None:
+        now = [0.0]
+        account = Allowance(10, 2, lease_s=5, clock=lambda: now[0])
+        assert account.ask() == 0
+        assert account.ask() == pytest.approx(0.1)
+        now[0] = 0.1
+        assert account.ask() == 0
+        now[0] = 0.3
+        assert 0 < account.ask() <= 0.1  # two are under way
+        account.give_back()
+        assert account.ask() == 0
+        account.hold(2)
+        account.give_back()
+        account.give_back()
+        assert account.ask() == pytest.approx(2)
+        account.hold(1)  # a shorter one takes nothing from it
+        assert account.ask() == pytest.approx(2)
+
+    def test_what_a_lost_process_had_comes_back(self) -> None:
+        now = [0.0]
+        account = Allowance(1000, 1, lease_s=5, clock=lambda: now[0])
+        assert account.ask() == 0
+        now[0] = 4.9
+        assert account.ask() > 0
+        now[0] = 5.1
+        assert account.ask() == 0
+        account.give_back()
+        account.give_back()  # the lost one, after all: it takes no place from others
+        assert account.ask() > 0
+
+    def test_waiting_is_by_the_account_alone(self) -> None:
+        now, waits = [0.0], list[float]()
+
+        def sleep(seconds: float) -> None:
+            waits.append(seconds)
+            now[0] += seconds
+
+        budget = Budget(Allowance(4, 100, clock=lambda: now[0]), sleep)
+        for _ in range(9):
+            with budget:
+                pass
+        assert now[0] == pytest.approx(2)
+        assert waits == pytest.approx([0.25] * 8)

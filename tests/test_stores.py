@@ -1,0 +1,463 @@
+"""All stores behave alike: one suite for LanceDB, Parquet and Pinecone, against a dict and brute force."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config import ConfigError
+from pipeline.config.pinecone import Pinecone
+from pipeline.embedding.stores.dead_letters import DeadLetters
+from pipeline.embedding.stores.lancedb_store import LanceStore
+from pipeline.embedding.stores.parquet_store import ParquetStore
+from pipeline.embedding.stores.pinecone_store import PineconeStore
+from pipeline.embedding.stores.rows import vector_column
+from pipeline.embedding.stores.store import SCHEMA, Refused, Store, StoreError
+from pipeline.embedding.stores.where import parse
+from tests.pinecone_server import pinecone_server
+
+WIDTH = 6
+Make = Callable[..., Store]
+Row = dict[str, Any]
+
+
+@pytest.fixture(params=["lancedb", "parquet", "pinecone"])
+def make(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    """Opens the same store again and again."""
+    place = str(tmp_path / "store")
+    if request.param == "lancedb":
+        yield lambda width=WIDTH: LanceStore(place, "t", width)
+    elif request.param == "parquet":
+        yield lambda width=WIDTH: ParquetStore(place, "t", width)
+    else:
+        monkeypatch.setenv("PINECONE_API_KEY", "pc-test")
+        with pinecone_server() as server:
+            settings = Pinecone(host=server.url, create=True, requests_per_second=5000, batch_rows=40)
+            yield lambda width=WIDTH: PineconeStore(settings, "t", width, backoff_s=0.01)
+
+
+def row(i: str, chance: random.Random) -> Row:
+    metadata = {
+        "size": chance.choice([1, 2.5, 30]),
+        "tag": chance.choice([["a", "b"], ["b", "ü"], "a", None, [1, "a"], []]),
+        "new": chance.random() < 0.5,
+        "deep": {"a": [1, {"b": None}]},
+        "text": "its own",
+        "large": 2**60 + 1,
+    }
+    return {
+        "id": i,
+        "vector": [round(chance.gauss(0, 1), 3) for _ in range(WIDTH)],
+        "source": chance.choice(["books", "it's"]),
+        "source_id": f"books:{i}",
+        "text": chance.choice(["", "short", "ein längerer Text\nauf zwei Zeilen"]),
+        "metadata": json.dumps({key: metadata[key] for key in chance.sample(sorted(metadata), 5)}),
+    }
+
+
+def table(rows: list[Row]) -> pa.Table:
+    return pa.Table.from_pylist(rows, SCHEMA(WIDTH))
+
+
+def comparable(one: Row) -> Row:
+    vector = np.asarray(one["vector"], np.float32).tolist() if "vector" in one else None
+    return {**one, "vector": vector, "metadata": json.loads(one["metadata"])}
+
+
+def stored(store: Store) -> dict[str, Row]:
+    rows = [one for batch in store.scan(SCHEMA(WIDTH).names) for one in batch.to_pylist()]
+    assert len(rows) == len({one["id"] for one in rows})
+    return {one["id"]: comparable(one) for one in rows}
+
+
+def brute(rows: dict[str, Row], vector: np.ndarray, keep: Callable[[Row], bool]) -> list[tuple[str, float]]:
+    """Ids and cosines in float64, the nearest first."""
+    found = []
+    for one in rows.values():
+        own = np.asarray(one["vector"], np.float64)
+        if keep({**one, "metadata": json.loads(one["metadata"])}):
+            found.append((one["id"], float(own @ vector / np.linalg.norm(own) / np.linalg.norm(vector))))
+    return sorted(found, key=lambda pair: -pair[1])
+
+
+CONDITIONS: list[tuple[dict[str, Any], Callable[[Row], bool]]] = [
+    ({"source": "it's"}, lambda r: r["source"] == "it's"),
+    ({"source": ["books", "none"]}, lambda r: r["source"] == "books"),
+    ({"new": True}, lambda r: r["metadata"].get("new") is True),
+    ({"size": 1}, lambda r: r["metadata"].get("size") == 1),
+    ({"size": {"gt": 1, "lte": 30}}, lambda r: 1 < r["metadata"].get("size", 0) <= 30),
+    ({"tag": "a"}, lambda r: r["metadata"].get("tag") in ("a", ["a", "b"])),
+    ({"tag": ["ü", "x"]}, lambda r: r["metadata"].get("tag") == ["b", "ü"]),
+    (
+        {"source": "books", "size": {"gte": 2}, "new": False},
+        lambda r: r["source"] == "books" and r["metadata"].get("size", 0) >= 2 and r["metadata"].get("new") is False,
+    ),
+    ({"nothing": "such"}, lambda r: False),
+]
+
+
+class TestBehaviour:
+    def test_random_work_against_a_dict(self, make: Make) -> None:
+        chance, model, store = random.Random(7), dict[str, Row](), make()
+        assert not store.exists()
+        store.create()
+        assert store.exists()
+        assert store.count() == 0
+        ids = [f"id{n:03d}'" for n in range(150)]
+        for step in range(14):
+            some = chance.sample(ids, chance.randrange(1, 90))
+            kind = chance.choice(["upsert", "upsert", "update", "delete"]) if step else "upsert"
+            if kind == "delete":
+                store.delete(some[:30])
+                for i in some[:30]:
+                    model.pop(i, None)
+            else:
+                rows = [row(i, chance) for i in some]
+                if kind == "update":
+                    assert store.update(table(rows).drop_columns(["vector"])) == []
+                    model |= {r["id"]: {**r, "vector": model[r["id"]]["vector"]} for r in rows if r["id"] in model}
+                else:
+                    assert store.upsert(table(rows)) == []
+                    model |= {r["id"]: r for r in rows}
+            if step == 8:
+                store.finish()
+            if step % 3 == 0:
+                store = pickle.loads(pickle.dumps(store))
+            assert store.count() == len(model), (step, kind)
+        store.finish()
+        store.finish()
+        assert stored(make()) == {i: comparable(one) for i, one in model.items()}
+        assert sorted(i for page in store.ids() for i in page) == sorted(model)
+        asked = [*ids[:30], "not there", *ids[:2]]
+        found = store.fetch(asked)
+        assert found.schema.names == SCHEMA(WIDTH).names
+        there = {i: comparable(model[i]) for i in asked if i in model}
+        assert {one["id"]: comparable(one) for one in found.to_pylist()} == there
+        assert len(found) == len(there)
+        for where, keep in [({}, lambda r: True), *CONDITIONS]:
+            vector = np.array([chance.gauss(0, 1) for _ in range(WIDTH)])
+            best = brute(model, vector, keep)
+            for k in (1, 5, 400):
+                got = store.query(vector, k, where)
+                assert len(got) == min(k, len(best)), where
+                np.testing.assert_allclose([one["score"] for one in got], [score for _, score in best[:k]], atol=1e-5)
+                # Of equal scores either may come first; each id has its own score all the same.
+                assert {one["id"]: pytest.approx(one["score"], abs=1e-5) for one in got} == dict(
+                    pair for pair in best if pair[0] in {one["id"] for one in got}
+                )
+                for one in got:
+                    own = {name: value for name, value in one.items() if name != "score"}
+                    assert {**comparable(own), "vector": 0} == {**comparable(model[one["id"]]), "vector": 0}
+
+    def test_nothing_in_it(self, make: Make) -> None:
+        store = make()
+        store.create()
+        assert store.query(np.ones(WIDTH), 3) == []
+        assert store.query(np.ones(WIDTH), 3, {"a": 1}) == []
+        assert store.upsert(table([])) == []
+        assert store.update(table([]).drop_columns(["vector"])) == []
+        store.delete([])
+        store.delete(["a"])
+        assert len(store.fetch([])) == len(store.fetch(["a"])) == 0
+        store.finish()
+        assert list(store.ids()) == []
+        facts = store.describe()
+        assert facts["rows"] == 0
+        assert facts["width"] == WIDTH
+
+    def test_rows_that_cannot_be_compared_are_refused_and_the_others_written(self, make: Make) -> None:
+        chance, store = random.Random(0), make()
+        store.create()
+        rows = [row(name, chance) for name in ("good", "nan", "infinite", "zero", "none", "", "good2")]
+        rows[1]["vector"] = [float("nan")] * WIDTH
+        rows[2]["vector"][3] = float("inf")
+        rows[3]["vector"] = [0.0] * WIDTH
+        rows[4]["vector"] = None
+        refused = {one.id: one for one in store.upsert(table(rows))}
+        assert set(refused) == {"nan", "infinite", "zero", "none", ""}
+        assert all(one.attempts == 0 for one in refused.values())
+        assert "NaN" in refused["nan"].reason
+        assert "zero" in refused["zero"].reason
+        assert "no vector" in refused["none"].reason
+        assert "empty" in refused[""].reason
+        assert sorted(i for page in store.ids() for i in page) == ["good", "good2"]
+
+    def test_of_an_id_that_comes_twice_the_last_row_counts(self, make: Make) -> None:
+        chance, store = random.Random(0), make()
+        store.create()
+        first, last = row("a", chance), {**row("a", chance), "text": "last"}
+        store.upsert(table([first, last]))
+        assert [one["text"] for one in store.fetch(["a"]).to_pylist()] == ["last"]
+        assert store.count() == 1
+
+    def test_several_write_at_once(self, make: Make) -> None:
+        store, errors = make(), list[BaseException]()
+        store.create()
+        store.finish()
+
+        def write(worker: int) -> None:
+            try:
+                chance, own = random.Random(worker), pickle.loads(pickle.dumps(store))
+                for turn in range(4):  # half of what a worker writes, its neighbour writes too
+                    own.upsert(table([row(f"{turn}-{n}", chance) for n in range(worker * 10, worker * 10 + 20)]))
+                    if worker == 1:
+                        own.finish()
+                own.delete([f"0-{worker * 10}"])
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=write, args=(worker,)) for worker in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        # An id that one deletes may be written again by another, but never twice.
+        expected = {f"{turn}-{n}" for turn in range(4) for n in range(40)}
+        ids = [i for page in store.ids() for i in page]
+        assert len(ids) == len(set(ids)) == store.count()
+        assert expected - set(ids) <= {"0-0", "0-10", "0-20"}
+        assert set(ids) <= expected
+
+    def test_another_width_and_queries_that_are_none(self, make: Make) -> None:
+        store = make()
+        store.create()
+        store.upsert(table([row("a", random.Random(0))]))
+        with pytest.raises(StoreError, match=rf"vectors of {WIDTH} numbers; the model gives 9"):
+            make(9).create()
+        wide = table([row("b", random.Random(0))])
+        wide = wide.set_column(1, "vector", vector_column(np.ones((1, 9))))
+        with pytest.raises(StoreError, match=r"takes vectors of 6 numbers; found vectors of 9"):
+            store.upsert(wide)
+        with pytest.raises(StoreError, match="found a query of 9"):
+            store.query(np.ones(9), 1)
+        for bad in (np.zeros(WIDTH), np.full(WIDTH, np.nan)):
+            with pytest.raises(StoreError, match="the query's vector is zero or no number"):
+                store.query(bad, 1)
+        for where in ({"": 1}, {"$or": 1}, {"a": None}, {"a": []}, {"a": {"gt": "x"}}, {"a": {"beyond": 1}}, {"a": {}}):
+            with pytest.raises(ConfigError, match="where: found"):
+                store.query(np.ones(WIDTH), 1, where)
+        assert store.count() == 1
+
+
+@pytest.mark.parametrize("kind", [LanceStore, ParquetStore])
+def test_what_is_not_there(kind: Any, tmp_path: Path) -> None:
+    store = kind(str(tmp_path / "nowhere"), "t", WIDTH)
+    for ask in (store.count, lambda: store.fetch(["a"]), lambda: store.query(np.ones(WIDTH), 1)):
+        with pytest.raises(StoreError, match=r"found no (table|folder) .*python jobs/embed.py makes it"):
+            ask()
+    assert not (tmp_path / "nowhere").exists()
+
+
+class TestLance:
+    def filled(self, place: Path, count: int = 3000, **options: Any) -> tuple[LanceStore, np.ndarray]:
+        store, chance = LanceStore(str(place), "t", 32, **options), np.random.default_rng(0)
+        vectors = chance.normal(size=(60, 32))[chance.integers(0, 60, count)] + 0.5 * chance.normal(size=(count, 32))
+        store.create()
+        columns = {name: [f"{name} {n}" for n in range(count)] for name in ("source_id", "text")}
+        columns |= {
+            "id": [str(n) for n in range(count)],
+            "source": ["even" if n % 2 == 0 else "odd" for n in range(count)],
+        }
+        store.upsert(pa.table({**columns, "vector": vector_column(vectors), "metadata": ["{}"] * count}))
+        return store, vectors
+
+    @pytest.mark.parametrize("index", ["ivf_sq", "ivf_pq", "ivf_hnsw_sq"])
+    def test_the_index_is_built_when_the_table_is_large_and_its_recall_is_measured(
+        self, index: str, tmp_path: Path
+    ) -> None:
+        store, vectors = self.filled(tmp_path, index=index, index_rows=3000)
+        assert "none" in store.describe()["index"]
+        store.finish()
+        facts = store.describe()
+        assert facts["index"].lower().replace("_", "") == index.replace("_", "").replace("ivfhnsw", "ivfhnsw")
+        assert 0.9 <= facts["recall@10"] <= 1
+        # Brute force outside the store says what its own measurement should find.
+        unit, shares = vectors / np.linalg.norm(vectors, axis=1, keepdims=True), []
+        for n in range(0, 3000, 100):
+            true = set(np.argsort(-(unit @ unit[n]))[:10])
+            shares.append(len({int(one["id"]) for one in store.query(vectors[n], 10)} & true) / 10)
+        assert abs(np.mean(shares) - facts["recall@10"]) < 0.1
+        assert {one["source"] for one in store.query(vectors[0], 40, {"source": "odd"})} == {"odd"}
+        assert len(store.query(vectors[0], 40, {"source": "odd"})) == 40
+        new = store.fetch(["7"]).set_column(0, "id", pa.array(["new"]))
+        store.upsert(new)  # found although the index does not know it yet
+        assert {one["id"] for one in store.query(vectors[7], 2)} == {"7", "new"}
+
+    def test_a_recall_below_one_is_seen(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        store, _ = self.filled(tmp_path, count=600, index_rows=300)
+        store.finish()
+        found = store.query
+        monkeypatch.setattr(store, "query", lambda vector, k: found(vector, k)[: k // 2])
+        assert store.index_recall() == pytest.approx(0.4, abs=0.01)  # of eleven five, one of which is itself
+
+    def test_hybrid_is_the_fusion_of_both_rankings(self, tmp_path: Path) -> None:
+        store, _ = self.filled(tmp_path, count=40)
+        vectors = np.eye(32)
+        texts = {"near": "nothing of the kind", "words": "a zebra crossing", "both": "the zebra", "far": "else"}
+        vector = np.array([1.0, *[0.1] * 31])
+        rows = [
+            {"id": i, "vector": vectors[0] if i in ("near", "both") else -vectors[0], "source": "s", "source_id": i}
+            | {"text": text, "metadata": json.dumps({"n": n})}
+            for n, (i, text) in enumerate(texts.items())
+        ]
+        store.delete([str(n) for n in range(40)])
+        store.upsert(pa.Table.from_pylist(rows, SCHEMA(32)))
+        by_vector = [one["id"] for one in store.query(vector, 10)]
+        assert set(by_vector[:2]) == {"near", "both"}
+        found = store.hybrid('"zebra" AND (', vector, 10)
+        words = ["both", "words"]  # the shorter text first, by BM25
+        expected = {
+            i: sum(1 / (61 + ranking.index(i)) for ranking in (by_vector, words) if i in ranking) for i in texts
+        }
+        assert {one["id"]: pytest.approx(one["score"]) for one in found} == expected
+        assert found[0]["id"] == "both"
+        assert [one["id"] for one in store.hybrid("zebra", vector, 10, {"n": 1})] == ["words"]
+        assert [one["id"] for one in store.hybrid("zebra", vector, 1, {"source": "s"})] == ["both"]
+        assert len(store.hybrid("???", vector, 10)) == 4  # no words at all
+        store.upsert(pa.Table.from_pylist([{**rows[0], "id": "late", "text": "zebra late"}], SCHEMA(32)))
+        assert "late" in {one["id"] for one in store.hybrid("late", vector, 2)}
+
+    def test_many_rows_that_meet_a_condition(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pipeline.embedding.stores.lancedb_store.SELECTIVE_ROWS", 50)
+        store, vectors = self.filled(tmp_path, count=200)
+        rows = store.fetch([str(n) for n in range(200)])
+        metadata = [json.dumps({"n": int(i)}) for i in rows["id"].to_pylist()]
+        store.update(rows.set_column(5, "metadata", pa.array(metadata)).drop_columns(["vector"]))
+        for least in (10, 190):
+            unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+            scores = unit[least:] @ unit[3]
+            got = store.query(vectors[3], 5, {"n": {"gte": least}})
+            assert [int(one["id"]) for one in got] == (np.argsort(-scores)[:5] + least).tolist()
+            assert {int(one["id"]) for one in store.hybrid("text", vectors[3], 5, {"n": {"gte": least}})} <= set(
+                range(least, 200)
+            )
+
+    def test_tables_of_earlier_versions_go_on_working(self, tmp_path: Path) -> None:
+        import lancedb
+
+        lancedb.connect(str(tmp_path)).create_table("t", schema=SCHEMA(WIDTH))  # without a primary key
+        store = LanceStore(str(tmp_path), "t", WIDTH)
+        store.create()
+        chance = random.Random(0)
+        for _ in range(2):
+            assert store.upsert(table([row(str(n), chance) for n in range(20)])) == []
+        assert store.count() == 20
+
+    def test_a_table_of_another_program_is_refused(self, tmp_path: Path) -> None:
+        import lancedb
+
+        lancedb.connect(str(tmp_path)).create_table("t", [{"id": "a", "vector": [1.0] * WIDTH}])
+        with pytest.raises(StoreError, match="has no column source"):
+            LanceStore(str(tmp_path), "t", WIDTH).create()
+
+
+class TestParquet:
+    def test_what_a_reader_finds_is_plain_parquet(self, tmp_path: Path) -> None:
+        store, chance = ParquetStore(str(tmp_path), "t", WIDTH), random.Random(0)
+        store.create()
+        store.upsert(table([row(str(n), chance) for n in range(10)]))
+        store.delete(["3"])
+        store.finish()
+        store.finish()
+        base = next((tmp_path / "t").glob("*.base"))
+        assert sorted(pq.read_table(base)["id"].to_pylist()) == [str(n) for n in range(10) if n != 3]
+        assert [path.name for path in (tmp_path / "t").iterdir()] == [base.name]
+
+    def test_a_number_that_a_base_took_is_not_written_again(self, tmp_path: Path) -> None:
+        """A writer that looked before others wrote and `finish` tidied up, and writes only then."""
+        store, chance = ParquetStore(str(tmp_path), "t", WIDTH), random.Random(0)
+        store.create()
+        late = ParquetStore(str(tmp_path), "t", WIDTH)
+        seen = late._all()
+        store.upsert(table([row("a", chance)]))
+        store.finish()
+        store.finish()
+        listed, looks = late._all, iter([seen])
+        late._all = lambda: next(looks, None) or listed()  # type: ignore[method-assign]
+        late.upsert(table([row("b", chance)]))
+        assert sorted(i for page in store.ids() for i in page) == ["a", "b"]
+
+    def test_a_write_that_fails_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        store, chance = ParquetStore(str(tmp_path), "t", WIDTH), random.Random(0)
+        store.create()
+        store.upsert(table([row("a", chance)]))
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("os.link", full)
+        with pytest.raises(OSError, match="No space"):
+            store.upsert(table([row("b", chance)]))
+        assert [i for page in store.ids() for i in page] == ["a"]
+        assert len(list((tmp_path / "t").iterdir())) == 1
+
+    def test_a_reader_goes_on_while_it_is_tidied_up(self, tmp_path: Path) -> None:
+        store, chance = ParquetStore(str(tmp_path), "t", WIDTH), random.Random(0)
+        store.create()
+        for part in range(3):
+            store.upsert(table([row(f"{part}-{n}", chance) for n in range(5)]))
+        reader = store.ids()
+        first = next(reader)
+        store.finish()
+        assert len(first) + sum(map(len, reader)) == 15
+
+
+class TestDeadLetters:
+    def test_set_aside_read_and_dropped(self, tmp_path: Path) -> None:
+        letters, chance = DeadLetters(tmp_path / "dead", WIDTH), random.Random(0)
+        assert letters.count() == 0
+        letters.drop({"a"})
+        rows = table([row(i, chance) for i in ("a", "b", "c")])
+        assert letters.append(rows, []) == set()
+        assert letters.append(rows, [Refused("a", "too slow", 6), Refused("c", "503", 6)]) == {"a", "c"}
+        assert letters.append(rows.drop_columns(["vector"]), [Refused("c", "still 503", 7), Refused("x", "?", 0)]) == {
+            "c"
+        }
+        again = {one["id"]: one for one in letters.read().to_pylist()}
+        assert {i: (one["reason"], one["attempts"]) for i, one in again.items()} == {
+            "a": ("too slow", 6),
+            "c": ("still 503", 7),
+        }
+        assert again["c"]["vector"] is None
+        kept = {name: again["a"][name] for name in SCHEMA(WIDTH).names}
+        assert comparable(kept) == comparable(rows.slice(0, 1).to_pylist()[0])
+        letters.drop({"a"})
+        assert letters.read()["id"].to_pylist() == ["c"]
+        letters.drop({"c"})
+        assert letters.count() == 0
+        assert list((tmp_path / "dead").iterdir()) == []
+
+    def test_what_a_store_refused_is_all_there(self, tmp_path: Path) -> None:
+        store, chance = ParquetStore(str(tmp_path), "t", WIDTH), random.Random(0)
+        store.create()
+        rows = [row(i, chance) for i in ("a", "b", "")]
+        rows[1]["vector"] = [0.0] * WIDTH
+        letters = DeadLetters(tmp_path / "dead", WIDTH)
+        assert letters.append(table(rows), store.upsert(table(rows))) == {"b", ""}
+        assert set(letters.read()["id"].to_pylist()) == {"b", ""}
+
+
+def test_conditions_as_they_are_written() -> None:
+    assert parse(["source=debian", "a = [x, 2]", "n>=10", "n<20.5", 't="1"', "b=true", "u=a=b"]) == {
+        "source": "debian",
+        "a": ["x", 2],
+        "n": {"gte": 10, "lt": 20.5},
+        "t": "1",
+        "b": True,
+        "u": "a=b",
+    }
+    assert parse([]) == {}
+    for wrong in ("source", "=x", "a=", "n>=x", "a=[", "a={b: 1}", "a=null", "$a=1"):
+        with pytest.raises(ConfigError, match="where"):
+            parse([wrong])
