@@ -261,7 +261,7 @@ def test_what_is_not_there(kind: Any, tmp_path: Path) -> None:
 
 
 class TestLance:
-    def filled(self, place: Path, count: int = 3000, **options: Any) -> tuple[LanceStore, np.ndarray]:
+    def filled(self, place: Path, count: int = 1200, **options: Any) -> tuple[LanceStore, np.ndarray]:
         store, chance = LanceStore(str(place), "t", 32, **options), np.random.default_rng(0)
         vectors = chance.normal(size=(60, 32))[chance.integers(0, 60, count)] + 0.5 * chance.normal(size=(count, 32))
         store.create()
@@ -277,7 +277,7 @@ class TestLance:
     def test_the_index_is_built_when_the_table_is_large_and_its_recall_is_measured(
         self, index: str, tmp_path: Path
     ) -> None:
-        store, vectors = self.filled(tmp_path, index=index, index_rows=3000)
+        store, vectors = self.filled(tmp_path, index=index, index_rows=1200)
         assert "none" in store.describe()["index"]
         store.finish()
         facts = store.describe()
@@ -285,7 +285,7 @@ class TestLance:
         assert 0.9 <= facts["recall@10"] <= 1
         # Brute force outside the store says what its own measurement should find.
         unit, shares = vectors / np.linalg.norm(vectors, axis=1, keepdims=True), []
-        for n in range(0, 3000, 100):
+        for n in range(0, 1200, 40):
             true = set(np.argsort(-(unit @ unit[n]))[:10])
             shares.append(len({int(one["id"]) for one in store.query(vectors[n], 10)} & true) / 10)
         assert abs(np.mean(shares) - facts["recall@10"]) < 0.1
