@@ -42,9 +42,11 @@ def server() -> Iterator[Service]:
         yield service
 
 
-def store_at(server: Service, namespace: str = "n", width: int = WIDTH, **settings: Any) -> PineconeStore:
+def store_at(
+    server: Service, namespace: str = "n", width: int = WIDTH, budget: Budget | None = None, **settings: Any
+) -> PineconeStore:
     chosen = {"host": server.url, "create": True, "requests_per_second": 5000.0, "max_attempts": 3, "timeout_s": 5.0}
-    return PineconeStore(Pinecone(**{**chosen, **settings}), namespace, width, backoff_s=0.005)
+    return PineconeStore(Pinecone(**{**chosen, **settings}), namespace, width, budget=budget, backoff_s=0.005)
 
 
 def rows_of(ids: list[str], seed: int = 0, text: str = "a text", metadata: str = '{"n": 1}') -> pa.Table:
@@ -66,10 +68,8 @@ class TestFaults:
             server.retry_after_s = 0.1
             budget = Budget(Allowance(rate, at_once))
             # Two stores, as of two processes, that share one budget.
-            settings = {"batch_rows": 20, "max_attempts": 12, "timeout_s": 0.3, "max_concurrency": 16}
-            stores = [store_at(server, **settings) for _ in range(2)]
-            for store in stores:
-                store.service._given = budget
+            settings = {"batch_rows": 20, "max_attempts": 12, "timeout_s": 1.5, "max_concurrency": 16}
+            stores = [store_at(server, budget=budget, **settings) for _ in range(2)]
             stores[0].create()
             ids = [f"id{n}" for n in range(1500)]
             rows = rows_of(ids)
@@ -95,7 +95,7 @@ class TestFaults:
     @pytest.mark.parametrize("kind", ["429", "500", "503", "timeout", "cut-before", "cut-after", "part"])
     def test_what_cannot_be_written_is_refused_with_the_reason(self, kind: str) -> None:
         with pinecone_server(KEY, {kind: 1.0}, retry_after_s=0.01) as server:
-            store = store_at(server, timeout_s=0.1, batch_rows=4)
+            store = store_at(server, timeout_s=1.0 if kind == "timeout" else 20.0, batch_rows=4)
             store.create()
             refused = store.upsert(rows_of([f"id{n}" for n in range(6)]))
             assert sorted(one.id for one in refused) == [f"id{n}" for n in range(6)]
@@ -136,10 +136,9 @@ class TestFaults:
 
     def test_retry_after_is_waited_for_by_all(self) -> None:
         with pinecone_server(KEY, retry_after_s=0.4) as server:
-            stores = [store_at(server, max_attempts=2) for _ in range(2)]
             budget = Budget(Allowance(5000, 1))
+            stores = [store_at(server, budget=budget, max_attempts=2) for _ in range(2)]
             for store in stores:
-                store.service._given = budget
                 store.create()
                 store.count()
             server.faults = {"429-after": 1.0}
