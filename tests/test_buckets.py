@@ -18,6 +18,7 @@ from pipeline.runtime.job import JobError
 from pipeline.sources import filesystem
 from pipeline.sources import source as sources
 from pipeline.sources.source import check_fields, plan_source, read
+from tests import s3_server
 from tests.test_sources import FORMATS, ROWS, all_records, as_csv, as_lines, as_parquet, compressed
 
 OBJECTS = {
@@ -45,20 +46,10 @@ def credentials() -> Iterator[None]:
 @contextmanager
 def s3() -> Iterator[str]:
     """The options of a bucket URI that lead to a server with OBJECTS in the bucket `corpus`."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-    client.create_bucket(Bucket="corpus", ACL="public-read")
-    for key, data in OBJECTS.items():
-        client.put_object(Bucket="corpus", Key=key, Body=data, ACL="public-read")
-    try:
-        yield f"?region=us-east-1&scheme=http&endpoint_override={host}:{port}"
-    finally:
-        server.stop()
+    with s3_server.s3() as served:
+        for key, data in OBJECTS.items():
+            served.client.put_object(Bucket=served.bucket, Key=key, Body=data, ACL="public-read")
+        yield served.options
 
 
 @contextmanager
@@ -144,8 +135,8 @@ def test_a_bucket_that_is_not_there_is_refused(bucket: tuple[str, str]) -> None:
         plan_source(source_at((missing, bucket[1]), "/x"))
 
 
-def test_public_data_needs_no_credentials(monkeypatch: pytest.MonkeyPatch, credentials: None) -> None:
-    with s3() as options:
+def test_public_data_needs_no_credentials(credentials: None) -> None:
+    with s3() as options, pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
         assert len(all_records(source_at(("s3://corpus", f"{options}&anonymous=true"), "/pages/a.jsonl"))) == len(ROWS)
