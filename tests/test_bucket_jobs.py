@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.s3_server import CREDENTIALS, Served, s3
+from tests.bucket_servers import CREDENTIALS, Served, s3
 from tests.test_faults import ROOT, TEMPORARY, JobProcess, run, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

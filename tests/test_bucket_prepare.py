@@ -16,8 +16,8 @@ from pipeline.data.prepare import Inputs, prepare
 from pipeline.evaluation.evaluate import held_out_task
 from pipeline.runtime.session import Board
 from pipeline.storage.bucket import BucketPath
+from tests.bucket_servers import Served, s3
 from tests.conftest import make_pairs, write_jsonl
-from tests.s3_server import Served, s3
 from tests.test_prepare import no_board
 from tests.test_shingles import variants
 

@@ -1,4 +1,4 @@
-"""Checkpoints in a bucket, against moto: put there, damaged there, rotated; and runs that are killed amid uploads.
+"""Checkpoints in buckets of S3 (moto) and GCS (a stand-in): put there, damaged there, rotated, uploads cut short.
 
 Without Ray. What a run left in a bucket must be what it leaves on a disk, file by file and bit by bit.
 """
@@ -34,15 +34,21 @@ from pipeline.training.checkpoints import (
 from pipeline.training.run_folder import claim_run_folder
 from pipeline.training.tracking.trackers import Trackers
 from pipeline.training.uploading import Upload, Writer
+from tests.bucket_servers import CREDENTIALS, Served, gcs, s3
 from tests.killed_loop import Kill, Start, train_in
-from tests.s3_server import CREDENTIALS, Served, s3
 from tests.test_resume import SETTINGS, assert_same_batches
 
 FILES = ("model.safetensors", "model.json", "tokenizer.json", "optimizer.pt")
 
 
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with s3("models") if request.param == "s3" else gcs("models", tmp_path_factory.mktemp("gcs")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_alone() -> Iterator[Served]:
     with s3("models") as server:
         yield server
 
@@ -108,7 +114,7 @@ def test_a_damaged_object_has_its_checkpoint_passed_over(
     elif damage in ("cut", "half a seal"):
         served.write(key, data[: len(data) // 2])
     else:
-        served.client.delete_object(Bucket="models", Key=key)
+        served.delete(key)
     found, passed_over = newest_valid(in_bucket(config))
     assert found == whole
     assert passed_over == [f"{damaged} was passed over: its {path.name} is missing or broken"]
@@ -216,7 +222,7 @@ def test_parts_of_several_workers_are_sealed_by_the_first_once_all_are_there(
 def test_a_worker_that_never_comes_is_given_up(config: Config, tmp_path: Path) -> None:
     run_dir = in_bucket(config)
     target = run_dir / "attempt-001" / step_folder(4)
-    with pytest.raises(BucketError, match=r"^worker 1 has not written its part of s3://.* in 0 s"):
+    with pytest.raises(BucketError, match=r"^worker 1 has not written its part of (s3|gs)://.* in 0 s"):
         Upload(run_dir, Writer(0, 2, "now"), False, 0)(written(tmp_path, 4), target)
     assert newest_valid(run_dir)[0] is None
 
@@ -249,30 +255,30 @@ def test_no_credential_is_written(config: Config, tmp_path: Path, served: Served
 
 
 @pytest.mark.timeout(300)
-def test_killed_amid_uploads_a_run_ends_with_the_bits_of_one_on_disk(served: Served, tmp_path: Path) -> None:
+def test_killed_amid_uploads_a_run_ends_with_the_bits_of_one_on_disk(s3_alone: Served, tmp_path: Path) -> None:
     kills = [Kill("uploading", 5, [0]), Kill("sealing", 2, [0]), Kill("sealed", 1, [0])]
     alone = train_in(tmp_path / "alone", SETTINGS, [Start(2)])
     starts = [*(Start(2, [kill]) for kill in kills), Start(2)]
-    killed = train_in(tmp_path / "killed", SETTINGS, starts, root=served.uri("ddp"))
+    killed = train_in(tmp_path / "killed", SETTINGS, starts, root=s3_alone.uri("ddp"))
     assert killed.weights == alone.weights
     assert_same_batches(killed, alone)
     assert killed.losses == alone.losses
 
     on_disk = left_on(tmp_path / "alone")
-    assert left_in(served, "ddp") == on_disk
+    assert left_in(s3_alone, "ddp") == on_disk
     assert not (tmp_path / "killed" / "runs").exists()
 
 
 @pytest.mark.timeout(300)
-def test_fsdp_workers_that_share_no_disk_end_with_the_bits_of_those_that_do(served: Served, tmp_path: Path) -> None:
+def test_fsdp_workers_that_share_no_disk_end_with_the_bits_of_those_that_do(s3_alone: Served, tmp_path: Path) -> None:
     settings = SETTINGS | {"training": SETTINGS["training"] | {"strategy": "fsdp"}}
     alone = train_in(tmp_path / "alone", settings, [Start(2)])
     kills = [Kill("uploading", 3, [1]), Kill("sealing", 1, [0])]
     starts = [*(Start(2, [kill]) for kill in kills), Start(2)]
-    killed = train_in(tmp_path / "killed", settings, starts, root=served.uri("fsdp"))
+    killed = train_in(tmp_path / "killed", settings, starts, root=s3_alone.uri("fsdp"))
     assert killed.weights == alone.weights
     assert_same_batches(killed, alone)
-    assert left_in(served, "fsdp") == left_on(tmp_path / "alone")
+    assert left_in(s3_alone, "fsdp") == left_on(tmp_path / "alone")
 
 
 def left_on(folder: Path) -> set[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ from pipeline.runtime.job import JobError
 from pipeline.sources import filesystem
 from pipeline.sources import source as sources
 from pipeline.sources.source import check_fields, plan_source, read
-from tests import s3_server
+from tests import bucket_servers
 from tests.test_sources import FORMATS, ROWS, all_records, as_csv, as_lines, as_parquet, compressed
 
 OBJECTS = {
@@ -46,25 +44,18 @@ def credentials() -> Iterator[None]:
 @contextmanager
 def s3() -> Iterator[str]:
     """The options of a bucket URI that lead to a server with OBJECTS in the bucket `corpus`."""
-    with s3_server.s3() as served:
+    with bucket_servers.s3("corpus") as served:
         for key, data in OBJECTS.items():
-            served.client.put_object(Bucket=served.bucket, Key=key, Body=data, ACL="public-read")
+            served.write(key, data)
         yield served.options
 
 
 @contextmanager
 def gcs(folder: Path) -> Iterator[str]:
-    for key, data in OBJECTS.items():
-        (folder / "corpus" / key).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "corpus" / key).write_bytes(data)
-    command = [sys.executable, "-m", "tests.gcs_server", str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as server:
-        assert server.stdout
-        try:
-            address = server.stdout.readline().strip()
-            yield f"?anonymous=true&scheme=http&endpoint_override={address}&retry_limit_seconds=3"
-        finally:
-            server.terminate()
+    with bucket_servers.gcs("corpus", folder) as served:
+        for key, data in OBJECTS.items():
+            served.write(key, data)
+        yield served.options
 
 
 @pytest.fixture(scope="module", params=["s3", "gs"])

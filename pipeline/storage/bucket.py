@@ -152,14 +152,21 @@ class BucketPath:
                 self.filesystem.delete_dir(self.key)
 
     def iterdir(self) -> Iterator[BucketPath]:
-        """Objects and folders right below, in order; none where nothing is."""
-        yield from (self._at(info.path.rstrip("/")) for info in self._listed(recursive=False))
+        """Objects and folders right below, in order; none where nothing is.
+
+        NOTE: of a listing that is not recursive pyarrow leaves out GCS's folders, so this reads all names below.
+        """
+        yield from (self / name for name in sorted({name.partition("/")[0] for name in self.files()}))
 
     def files(self) -> dict[str, Stat]:
         """All objects below, by their names relative to here, in order. A request for each thousand of them."""
+        from pyarrow.fs import FileSelector
+
+        with self._reaching():
+            found = self.filesystem.get_file_info(FileSelector(self.key, allow_not_found=True, recursive=True))
         return {
             info.path[len(self.key) + 1 :]: Stat(info.size, info.mtime_ns or 0)
-            for info in self._listed(recursive=True)
+            for info in sorted(found, key=lambda info: str(info.path))
             if info.is_file
         }
 
@@ -180,13 +187,6 @@ class BucketPath:
     def _info(self) -> Any:
         with self._reaching():
             return self.filesystem.get_file_info(self.key)
-
-    def _listed(self, recursive: bool) -> list[Any]:
-        from pyarrow.fs import FileSelector
-
-        with self._reaching():
-            found = self.filesystem.get_file_info(FileSelector(self.key, allow_not_found=True, recursive=recursive))
-        return sorted(found, key=lambda info: str(info.path))
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
