@@ -79,7 +79,7 @@ class Embedding(Section):
     store: Literal["lancedb"] = "lancedb"
     """Where vectors are written."""
     uri: PathStr = "lancedb"
-    """LanceDB's folder; relative to storage.root."""
+    """LanceDB's folder; relative to storage.root, or an absolute one on disk."""
     dimensions: int | None = Field(None, ge=1)
     """Cut vectors to this size, one of the model's `matryoshka_dims`; by default its width."""
     batch_tokens: int = Field(8_192, ge=16)
@@ -142,8 +142,13 @@ class Config(Section):
         return as_path(self.storage.root)
 
     def under_root(self, folder: str) -> AnyPath:
-        """A folder relative to `root`; an absolute one, or one in a bucket, as it is."""
-        return as_path(folder) if "://" in folder or os.path.isabs(folder) else self.root / folder
+        """A folder relative to `root`, or an absolute one on disk. Raises ConfigError for a URI, which may hold secrets."""
+        if "://" in folder:
+            raise ConfigError(
+                "embedding.uri, logging.save_dir: found a URI; allowed is a folder relative to storage.root, which may "
+                "be in a bucket, or an absolute one on disk"
+            )
+        return Path(folder) if os.path.isabs(folder) else self.root / folder
 
     @property
     def run_dir(self) -> AnyPath:

@@ -105,7 +105,7 @@ def storage_options(home: BucketPath) -> dict[str, str]:
     left = [*options, *(["endpoint_override"] if endpoint else [])]
     if left:
         raise ConfigError(
-            f"storage.root: found the option {left[0]}, which LanceDB has no like of; allowed with it is an "
-            "embedding.uri without"
+            f"storage.root: found the option {left[0]}, which LanceDB has no like of; allowed with it is "
+            "embedding.uri=/folder/on/disk"
         )
     return found

@@ -204,10 +204,8 @@ AnyPath = Path | BucketPath
 def as_path(text: str) -> AnyPath:
     """A folder on disk, or in a bucket where the text is a URI of one."""
     scheme, mark, rest = text.partition("://")
-    if not mark:
+    if not mark or scheme not in SCHEMES:
         return Path(text)
-    if scheme not in SCHEMES:
-        raise ValueError(f"found {scheme}://")
     location, _, query = rest.partition("?")
     return BucketPath(scheme, location.rstrip("/"), query)
 

@@ -75,7 +75,7 @@ class Saver:
         self.place(state, folder, self._take(run, is_best))
 
     def _take(self, run: Run, is_best: bool) -> Take | None:
-        if rank() > 0 and not (self.in_bucket and run.strategy.lockstep):
+        if not self._writes(run):
             return None
         if isinstance(self.config.run_dir, Path):
             return move
@@ -83,16 +83,20 @@ class Saver:
         wait_s = self.config.scaling.collective_timeout_s
         return Upload(self.config.run_dir, Writer(rank(), writers, self.start), is_best, wait_s)
 
+    def _writes(self, run: Run) -> bool:
+        """Whether this worker has a folder of its own to give its place."""
+        return rank() == 0 or (self.in_bucket and run.strategy.lockstep)
+
     def _write(self, folder: Path, run: Run, state: TrainState, is_best: bool) -> None:
         max_length = self.config.tokenizer.max_length
-        if rank() == 0 or self.in_bucket:
+        if self._writes(run):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         if run.strategy.lockstep:
             save_sharded(folder, run.learner, run.optimizer)
             if rank() == 0:
                 save_card(folder, run.learner.model, self.tokenizer_json, max_length)
-            if rank() == 0 or self.in_bucket:
+            if self._writes(run):
                 seal(folder, state)
         elif rank() == 0:
             save_checkpoint(
