@@ -32,11 +32,12 @@ from pipeline.training.checkpoints import (
     step_folder,
 )
 from pipeline.training.run_folder import claim_run_folder
+from pipeline.training.sharded import consolidate_where_it_lies
 from pipeline.training.tracking.trackers import Trackers
 from pipeline.training.uploading import Upload, Writer
 from tests.bucket_servers import CREDENTIALS, Served, gcs, s3
 from tests.killed_loop import Kill, Start, train_in
-from tests.test_resume import SETTINGS, assert_same_batches
+from tests.test_resume import SETTINGS, STEPS, assert_same_batches
 
 FILES = ("model.safetensors", "model.json", "tokenizer.json", "optimizer.pt")
 
@@ -278,11 +279,21 @@ def test_fsdp_workers_that_share_no_disk_end_with_the_bits_of_those_that_do(s3_a
     killed = train_in(tmp_path / "killed", settings, starts, root=s3_alone.uri("fsdp"))
     assert killed.weights == alone.weights
     assert_same_batches(killed, alone)
-    assert left_in(s3_alone, "fsdp") == left_on(tmp_path / "alone")
+    whole = {f"runs/r/attempt/{step_folder(STEPS)}/{name}" for name in ("model.safetensors", "partners.safetensors")}
+    assert left_in(s3_alone, "fsdp") == left_on(tmp_path / "alone") - whole  # which the test has put together there
+
+    config = load(tmp_path / "killed" / "c.yaml", environ={})
+    best, expected = best_checkpoint(config.run_dir), best_checkpoint(tmp_path / "alone" / "runs" / "r")
+    assert isinstance(best, BucketPath)
+    assert isinstance(expected, Path)
+    consolidate_where_it_lies(best)
+    consolidate_where_it_lies(expected)
+    assert (best / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    assert best_checkpoint(config.run_dir) == best
 
 
 def left_on(folder: Path) -> set[str]:
-    """Names of a run's files, without the number of the attempt and what `fetched` and `consolidate` add."""
+    """Names of a run's files, without the number of the attempt."""
     paths = (path for path in (folder / "runs").rglob("*") if path.is_file())
     return {without_attempt(path.relative_to(folder).as_posix()) for path in paths} - {"runs/r/.lock"}
 

@@ -142,7 +142,7 @@ class Config(Section):
         return as_path(self.storage.root)
 
     def under_root(self, folder: str) -> AnyPath:
-        """A folder relative to `root`, or an absolute one on disk. Raises ConfigError for a URI, which may hold secrets."""
+        """A folder relative to `root`, or an absolute one on disk; ConfigError for a URI, which may hold secrets."""
         if "://" in folder:
             raise ConfigError(
                 "embedding.uri, logging.save_dir: found a URI; allowed is a folder relative to storage.root, which may "
