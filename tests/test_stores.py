@@ -25,6 +25,7 @@ from pipeline.embedding.stores.pinecone_store import PineconeStore
 from pipeline.embedding.stores.rows import vector_column
 from pipeline.embedding.stores.store import SCHEMA, Refused, Store, StoreError
 from pipeline.embedding.stores.where import parse
+from pipeline.storage.bucket import as_path
 from tests.pinecone_server import pinecone_server
 
 WIDTH = 6
@@ -37,7 +38,7 @@ def make(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     """Opens the same store again and again."""
     place = str(tmp_path / "store")
     if request.param == "lancedb":
-        yield lambda width=WIDTH: LanceStore(place, "t", width)
+        yield lambda width=WIDTH: LanceStore(Path(place), "t", width)
     elif request.param == "parquet":
         yield lambda width=WIDTH: ParquetStore(place, "t", width)
     else:
@@ -253,7 +254,7 @@ class TestBehaviour:
 
 @pytest.mark.parametrize("kind", [LanceStore, ParquetStore])
 def test_what_is_not_there(kind: Any, tmp_path: Path) -> None:
-    store = kind(str(tmp_path / "nowhere"), "t", WIDTH)
+    store = kind(tmp_path / "nowhere", "t", WIDTH)
     for ask in (store.count, lambda: store.fetch(["a"]), lambda: store.query(np.ones(WIDTH), 1)):
         with pytest.raises(StoreError, match=r"found no (table|folder) .*python jobs/embed.py makes it"):
             ask()
@@ -262,7 +263,7 @@ def test_what_is_not_there(kind: Any, tmp_path: Path) -> None:
 
 class TestLance:
     def filled(self, place: Path, count: int = 1200, **options: Any) -> tuple[LanceStore, np.ndarray]:
-        store, chance = LanceStore(str(place), "t", 32, **options), np.random.default_rng(0)
+        store, chance = LanceStore(place, "t", 32, **options), np.random.default_rng(0)
         vectors = chance.normal(size=(60, 32))[chance.integers(0, 60, count)] + 0.5 * chance.normal(size=(count, 32))
         store.create()
         columns = {name: [f"{name} {n}" for n in range(count)] for name in ("source_id", "text")}
@@ -363,11 +364,12 @@ class TestLance:
         server.start()
         url = "http://127.0.0.1:{1}".format(*server.get_host_and_port())
         urllib.request.urlopen(urllib.request.Request(f"{url}/bucket", method="PUT")).close()
-        names = {"ACCESS_KEY_ID": "nobody", "SECRET_ACCESS_KEY": "nothing", "ENDPOINT": url, "ALLOW_HTTP": "true"}
-        for name, value in {**names, "REGION": "us-east-1"}.items():
-            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+        options = f"scheme=http&endpoint_override={url.removeprefix('http://')}&region=us-east-1"
+        home = as_path(f"s3://bucket/folder?{options}")
         try:
-            store, chance = LanceStore("s3://bucket/folder", "t", WIDTH), random.Random(0)
+            store, chance = LanceStore(home, "t", WIDTH), random.Random(0)
             assert not store.exists()
             with pytest.raises(StoreError, match="found no table t in s3://bucket/folder"):
                 store.count()
@@ -377,7 +379,7 @@ class TestLance:
             store.upsert(rows.slice(10))
             store.delete(["3"])
             store.finish()
-            assert LanceStore("s3://bucket/folder", "t", WIDTH).count() == 29
+            assert LanceStore(home, "t", WIDTH).count() == 29
             assert store.query(np.array(rows["vector"][7].as_py()), 1)[0]["id"] == "7"
         finally:
             server.stop()
@@ -386,7 +388,7 @@ class TestLance:
         import lancedb
 
         lancedb.connect(str(tmp_path)).create_table("t", schema=SCHEMA(WIDTH))  # without a primary key
-        store = LanceStore(str(tmp_path), "t", WIDTH)
+        store = LanceStore(tmp_path, "t", WIDTH)
         store.create()
         chance = random.Random(0)
         for _ in range(2):
@@ -398,7 +400,7 @@ class TestLance:
 
         lancedb.connect(str(tmp_path)).create_table("t", [{"id": "a", "vector": [1.0] * WIDTH}])
         with pytest.raises(StoreError, match="has no column source"):
-            LanceStore(str(tmp_path), "t", WIDTH).create()
+            LanceStore(tmp_path, "t", WIDTH).create()
 
 
 class TestParquet:

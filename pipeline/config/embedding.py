@@ -39,8 +39,8 @@ class Embedding(Section):
     store: Literal["lancedb", "parquet", "pinecone"] = "lancedb"
     """Where vectors are written."""
     uri: PathStr | None = None
-    """Folder of LanceDB's tables or of Parquet files, relative to storage.root, or with LanceDB a bucket such as
-    s3://bucket/folder, credentials from the environment; by default the store's name."""
+    """Folder of LanceDB's tables or of Parquet files: relative to storage.root, absolute on disk, or with LanceDB in a
+    bucket, as s3://bucket/folder, with credentials from the environment; by default the store's name."""
     index: Literal["ivf_sq", "ivf_pq", "ivf_hnsw_sq"] | None = "ivf_sq"
     """Index over LanceDB's vectors; null for none. What each costs stands in `stores/lancedb_store.py`."""
     index_rows: int = Field(200_000, ge=256)

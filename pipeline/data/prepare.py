@@ -32,11 +32,12 @@ from pipeline.data.tokenizing import ROW_GROUP_ROWS, Cutter
 from pipeline.data.vocabulary import load_tokenizer, tokenizer_file, train_tokenizer
 from pipeline.data.work import Report, Stage, Task, run_tasks
 from pipeline.runtime.console import log
-from pipeline.runtime.files import write_atomically
+from pipeline.runtime.files import matching, sizes, write_atomically
 from pipeline.runtime.job import alone_in
 from pipeline.runtime.session import Board
 from pipeline.sources.content import inputs_by_content
 from pipeline.sources.source import Plan, check_fields, plan_source, text_fields
+from pipeline.storage.bucket import AnyPath
 
 FORMAT = 2  # of prepared data; a change of what the stages write makes all earlier folders stale
 SHARD_BYTES = 8 << 20  # text a shard stands for: a core tokenizes it in seconds
@@ -101,7 +102,7 @@ class Inputs:
         self.folder = config.root / "prepared" / hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
 
 
-def prepare(config: Config, board: Callable[[], Board], rehash: bool = False) -> tuple[Path, Manifest]:
+def prepare(config: Config, board: Callable[[], Board], rehash: bool = False) -> tuple[AnyPath, Manifest]:
     """Bring the prepared data up to date. Returns its folder and manifest; asks for the `board` if there is work.
 
     With `rehash`, inputs are known by their content rather than by their times of change. `data.prepared` is taken as
@@ -155,7 +156,7 @@ def _stages(inputs: Inputs) -> list[Stage]:
     return [stage for stage in (inputs.records, inputs.distinct, inputs.tokenizer, inputs.tokens) if stage]
 
 
-def _record_files(inputs: Inputs) -> list[Path]:
+def _record_files(inputs: Inputs) -> list[AnyPath]:
     return [(inputs.distinct or inputs.records).folder / "records" / f"{i:05d}.parquet" for i in range(inputs.shards)]
 
 
@@ -218,7 +219,7 @@ def _tokenizer(inputs: Inputs, config: Config, board: Callable[[], Board]) -> No
     if stage is None or _skip(stage) is not None:
         return
     files, fields, output = _record_files(inputs), inputs.fields, stage.folder / "tokenizer.json"
-    sample = min(sum(file.stat().st_size for file in files), wanted.train_mb << 20)
+    sample = min(sum(filter(None, sizes(files))), wanted.train_mb << 20)
 
     def train(_: int, report: Report) -> None:
         texts = record_texts(files, fields, wanted.train_mb << 20)
@@ -231,7 +232,7 @@ def _tokenizer(inputs: Inputs, config: Config, board: Callable[[], Board]) -> No
         stage.finish({})
 
 
-def _tokenizer_path(inputs: Inputs, config: Config) -> Path:
+def _tokenizer_path(inputs: Inputs, config: Config) -> AnyPath:
     if inputs.tokenizer:
         return inputs.tokenizer.folder / "tokenizer.json"
     assert config.tokenizer.load_path
@@ -261,7 +262,7 @@ def _assemble(
     rejected = {
         f"{stage.name}-{path.name}": path
         for stage in filter(None, (inputs.records, inputs.distinct))
-        for path in (stage.folder / "rejected").glob("*.parquet")
+        for path in matching(stage.folder / "rejected", "*.parquet")
     }
     tokenizer = _tokenizer_path(inputs, config)
     parts = Parts(_record_files(inputs), tokenizer, inputs.recipe, sources, clusters, rejected)

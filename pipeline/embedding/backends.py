@@ -10,6 +10,7 @@ dynamic quantisation): faster on processors with instructions for it, at vectors
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,8 +23,10 @@ from pipeline.model.compiled import compile_layers
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import load_model, model_fingerprint, read_card
 from pipeline.model.packing import pack
+from pipeline.runtime.files import fetched, place, scratch
+from pipeline.storage.bucket import AnyPath
 
-MARKER = "graph.json"
+GRAPH = "model.onnx"
 
 
 class Backend(Protocol):
@@ -81,10 +84,12 @@ class OnnxBackend:
         return np.where(lengths[:, None] > 0, found, 0).astype(np.float32)
 
 
-def open_backend(folder: Path, settings: Embedding, graphs: Path, threads: int, device: str | None = None) -> Backend:
+def open_backend(
+    folder: Path, settings: Embedding, graphs: AnyPath, threads: int, device: str | None = None
+) -> Backend:
     """The backend that the config names. `graphs` is where `make_graph` has put onnxruntime's."""
     if settings.backend == "onnxruntime":
-        return OnnxBackend(graph_of(folder, settings, graphs), read_card(folder).width, threads)
+        return OnnxBackend(fetched(graph_of(folder, settings, graphs)) / GRAPH, read_card(folder).width, threads)
     model, _ = load_model(folder)
     return TorchBackend(model, device, bf16=settings.precision == "bf16", compiled=settings.compile)
 
@@ -97,27 +102,27 @@ def check_backend(settings: Embedding) -> None:
         check_packages("embedding.backend=onnxruntime")
 
 
-def graph_of(folder: Path, settings: Embedding, graphs: Path) -> Path:
-    """Where a model's graph lies once `make_graph` has made it."""
-    return graphs / f"{model_fingerprint(folder)[:16]}-{settings.precision}" / "model.onnx"
+def graph_of(folder: Path, settings: Embedding, graphs: AnyPath) -> AnyPath:
+    """The folder of a model's graph, once `make_graph` has made it."""
+    return graphs / f"{model_fingerprint(folder)[:16]}-{settings.precision}"
 
 
-def make_graph(folder: Path, settings: Embedding, graphs: Path) -> None:
+def make_graph(folder: Path, settings: Embedding, graphs: AnyPath) -> None:
     """Export a model for onnxruntime where that has not been done, quantised where the config says so."""
-    path = graph_of(folder, settings, graphs)
-    if path.is_file():
+    target = graph_of(folder, settings, graphs)
+    if (target / GRAPH).is_file():
         return
-    from pipeline.export.destination import replacing_folder, write_marker
     from pipeline.export.folder import export_model
     from pipeline.export.onnx import export_onnx
 
-    with replacing_folder(path.parent, MARKER) as temporary:
-        head = read_card(folder).head
+    with tempfile.TemporaryDirectory(dir=scratch()) as name:
+        temporary, head = Path(name), read_card(folder).head
         export_model(folder, temporary)
         export_onnx(temporary, pooling=head.pooling, normalize=head.normalize)
         if settings.precision == "int8":
-            _quantise(temporary / "model.onnx")
-        write_marker(temporary, MARKER, {"precision": settings.precision})
+            _quantise(temporary / GRAPH)
+        for file in sorted(temporary.glob(f"{GRAPH}*"), reverse=True):  # weights beside the graph come before it
+            place(file, target / file.name)
 
 
 def _quantise(path: Path) -> None:

@@ -1,6 +1,6 @@
 """Vectors by what they are of, shared by all jobs of a storage.root: no text is embedded twice under one model.
 
-    cache = VectorCache(uri, "cache-9f0c4e…-256", width=256)
+    cache = VectorCache(home, "cache-9f0c4e…-256", width=256)
     cache.put([cache_key("remove duplicate rows")], vectors)        # (1, 256)
     vectors, found = cache.get([cache_key("remove duplicate rows")])
 
@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-import lancedb
 import numpy as np
 import pyarrow as pa
 
 from pipeline.embedding.columns import as_column, as_matrix
+from pipeline.embedding.lance import connect, has_table
+from pipeline.storage.bucket import AnyPath
 from pipeline.text.identity import content_id
 
 INDEXED_ROWS = 50_000  # from here on an index by key is worth its while
@@ -33,8 +34,8 @@ def cache_key(text: str, window: int | None = None) -> str:
 class VectorCache:
     """Sent to other processes by pickle, it connects in each on first use."""
 
-    def __init__(self, uri: str, name: str, width: int) -> None:
-        self.uri, self.name, self.width = uri, name, width
+    def __init__(self, home: AnyPath, name: str, width: int) -> None:
+        self.home, self.name, self.width = home, name, width
         self._table: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -45,10 +46,10 @@ class VectorCache:
         return pa.schema([("key", pa.string()), ("vector", pa.list_(pa.float32(), self.width))])
 
     def exists(self) -> bool:
-        return self.name in self._connect().list_tables(limit=1_000_000).tables
+        return has_table(self.home, self.name)
 
     def create(self) -> None:
-        self._connect().create_table(self.name, schema=self.schema, exist_ok=True)
+        connect(self.home).create_table(self.name, schema=self.schema, exist_ok=True)
 
     def get(self, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(N, width) float32 vectors, and (N,) whether each was there; zeros stand for those that were not."""
@@ -80,11 +81,8 @@ class VectorCache:
             self.table.create_scalar_index("key")
         self.table.optimize(cleanup_older_than=timedelta(hours=1))
 
-    def _connect(self) -> Any:
-        return lancedb.connect(self.uri, read_consistency_interval=timedelta(0))
-
     @property
     def table(self) -> Any:
         if self._table is None:
-            self._table = self._connect().open_table(self.name)
+            self._table = connect(self.home).open_table(self.name)
         return self._table

@@ -20,6 +20,8 @@ from tokenizers import Tokenizer
 from pipeline.config import Embedding
 from pipeline.embedding.backends import Backend, TorchBackend, open_backend
 from pipeline.model.folder import load_model, load_tokenizer, model_fingerprint, read_card
+from pipeline.runtime.files import fetched
+from pipeline.storage.bucket import AnyPath
 
 Windows = list[list[int]]
 """The token ids of a text, window by window; one window where it is not long."""
@@ -29,17 +31,22 @@ Windows = list[list[int]]
 class EncoderRecipe:
     """What an encoder is made from, wherever it is to run."""
 
-    folder: Path
+    folder: AnyPath
     settings: Embedding
-    graphs: Path
+    graphs: AnyPath
     """Where onnxruntime's graphs lie."""
+
+    @property
+    def local(self) -> Path:
+        """The model's folder on this machine."""
+        return fetched(self.folder)
 
     def open(self, threads: int | None = None, device: str | None = None) -> TextEncoder:
         """`threads` of onnxruntime's; torch's are set for the process."""
         settings = self.settings
-        backend = open_backend(self.folder, settings, self.graphs, threads or 0, device)
+        backend = open_backend(self.local, settings, self.graphs, threads or 0, device)
         return TextEncoder(
-            self.folder,
+            self.local,
             settings.batch_tokens,
             device,
             settings.dimensions,
@@ -50,7 +57,7 @@ class EncoderRecipe:
 
     @property
     def width(self) -> int:
-        return self.settings.dimensions or read_card(self.folder).width
+        return self.settings.dimensions or read_card(self.local).width
 
     @property
     def overlap(self) -> int | None:
@@ -58,13 +65,13 @@ class EncoderRecipe:
 
     def tokenizer(self) -> Tokenizer:
         """Kept in its process: tokenizers does not give back the memory of one that is dropped."""
-        return _tokenizer(self.folder, self.overlap)
+        return _tokenizer(self.local, self.overlap)
 
     @property
     def space(self) -> str:
         """Names the vectors: what is equal in it has equal vectors for equal texts, and other names have others."""
         settings = self.settings
-        parts = [model_fingerprint(self.folder)[:12], str(self.width), settings.precision]
+        parts = [model_fingerprint(self.local)[:12], str(self.width), settings.precision]
         parts += [f"{settings.long_texts}{settings.window_overlap}"] if self.overlap is not None else []
         return "-".join(parts)
 
@@ -86,7 +93,7 @@ class TextEncoder:
 
     def __init__(
         self,
-        folder: Path,
+        place: AnyPath,
         batch_tokens: int = 8192,
         device: str | None = None,
         dimensions: int | None = None,
@@ -94,6 +101,7 @@ class TextEncoder:
         window_overlap: int | None = None,
         precision: str = "fp32",
     ) -> None:
+        folder = fetched(place)
         self.card, self.tokenizer = read_card(folder), load_tokenizer(folder)
         self.backend = backend or TorchBackend(load_model(folder)[0], device)
         self.batch_tokens, self.precision = batch_tokens, precision

@@ -7,11 +7,9 @@ if not space.is_done():
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +25,10 @@ from pipeline.embedding.stores.store import Store
 from pipeline.embedding.sync import Span, Sync, spans
 from pipeline.embedding.verify import Findings, verify
 from pipeline.runtime.console import log
+from pipeline.runtime.files import matching, remove_folder
 from pipeline.runtime.job import JobError, alone_in
 from pipeline.runtime.session import Board, cluster_capacity
+from pipeline.storage.bucket import AnyPath
 
 WRITERS = {"lancedb": 1, "parquet": 2, "pinecone": 4}  # at once; commits to one LanceDB table wait for each other
 MEASURED_FOR_S = 2.0  # encoding, for an estimate of a rate
@@ -39,25 +39,25 @@ class Space:
     """A prepared data set, a model, and the store that its vectors are in."""
 
     config: Config
-    prepared: Path
+    prepared: AnyPath
     manifest: Manifest
     recipe: EncoderRecipe
     store: Store
 
     @classmethod
-    def of(cls, config: Config, prepared: Path, manifest: Manifest, model: Path) -> Space:
+    def of(cls, config: Config, prepared: AnyPath, manifest: Manifest, model: AnyPath) -> Space:
         """Raises ConfigError for what the model or this machine cannot do."""
         check_backend(config.embedding)
         recipe = recipe_of(config, model)
         return cls(config, prepared, manifest, recipe, open_store(config, recipe))
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> AnyPath:
         return self.config.run_dir / "embedded"
 
     @property
     def files(self) -> list[Span]:
-        return spans(sorted((self.prepared / "records").glob("*.parquet")))
+        return spans(matching(self.prepared / "records", "*.parquet"))
 
     def is_done(self) -> bool:
         return is_embedded(self.config, self.prepared, self.store)
@@ -67,7 +67,7 @@ class Space:
 
     def make_graph(self) -> None:
         if self.config.embedding.backend == "onnxruntime":
-            make_graph(self.recipe.folder, self.config.embedding, self.recipe.graphs)
+            make_graph(self.recipe.local, self.config.embedding, self.recipe.graphs)
 
 
 def bring_up_to_date(space: Space, board: Board) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def bring_up_to_date(space: Space, board: Board) -> dict[str, Any]:
     with alone_in(space.folder):
         space.make_graph()
         sync, letters = space.sync(), DeadLetters(config.run_dir / "dead_letters" / file_name(store), store.width)
-        shutil.rmtree(letters.folder, ignore_errors=True)  # they are tried again now
+        remove_folder(letters.folder)  # they are tried again now
         counts = embed(sync, space.recipe, space.files, letters, board, WRITERS[config.embedding.store])
         store.finish()
         sync.ledger.compact()

@@ -1,6 +1,6 @@
 """Which document holds which vector: a durable list beside a store, so that nothing need be asked of the store itself.
 
-    ledger = Ledger(uri, "ledger-quickstart-9f0c4e…")
+    ledger = Ledger(home, "ledger-quickstart-9f0c4e…")
     run = ledger.begin()
     ledger.note(rows, SENDING, run)            # before they are sent: what may be in the store stands in the ledger
     ledger.note(rows, THERE, run)              # once they are there
@@ -17,12 +17,13 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
-import lancedb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.embedding.lance import connect, has_table
 from pipeline.embedding.stores.store import Store
+from pipeline.storage.bucket import AnyPath
 from pipeline.text.identity import content_id
 
 SENDING, THERE, GONE = 0, 1, 2
@@ -41,19 +42,19 @@ INDEXED_ENTRIES = 100_000  # from here on an index by id is worth its while
 class Ledger:
     """Entries of one store. Sent to other processes by pickle, it connects in each on first use."""
 
-    def __init__(self, uri: str, name: str) -> None:
-        self.uri, self.name = uri, name
+    def __init__(self, home: AnyPath, name: str) -> None:
+        self.home, self.name = home, name
         self._table: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_table": None}
 
     def exists(self) -> bool:
-        return self.name in self._connect().list_tables(limit=1_000_000).tables
+        return has_table(self.home, self.name)
 
     def begin(self) -> int:
         """Make the table where there is none. Returns the number of a new run."""
-        self._connect().create_table(self.name, schema=ENTRY, exist_ok=True)
+        connect(self.home).create_table(self.name, schema=ENTRY, exist_ok=True)
         batches = self.table.search().select(["run"]).to_batches(PART_ENTRIES)
         return 1 + max((pc.max(batch["run"]).as_py() for batch in batches if len(batch)), default=0)
 
@@ -94,7 +95,7 @@ class Ledger:
         schema, parts = ENTRY, self._parts()
         entries = (batch for part in parts for batch in _of_run(part, 0).to_batches())
         reader = pa.RecordBatchReader.from_batches(schema, entries)
-        self._table = self._connect().create_table(self.name, data=reader, schema=schema, mode="overwrite")
+        self._table = connect(self.home).create_table(self.name, data=reader, schema=schema, mode="overwrite")
         if self.table.count_rows() >= INDEXED_ENTRIES:
             for column in ("id", "source_id"):
                 self.table.create_scalar_index(column, replace=True)
@@ -109,13 +110,10 @@ class Ledger:
             self.note(part.filter(pc.less(part["run"], run)), GONE, run)
         self.compact()
 
-    def _connect(self) -> Any:
-        return lancedb.connect(self.uri, read_consistency_interval=timedelta(0))
-
     @property
     def table(self) -> Any:
         if self._table is None:
-            self._table = self._connect().open_table(self.name)
+            self._table = connect(self.home).open_table(self.name)
         return self._table
 
     def _parts(self) -> Iterator[pa.Table]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from pipeline.embedding.cache import VectorCache, cache_key
 from pipeline.embedding.encode import EncoderRecipe, TextEncoder
 from pipeline.embedding.store import open_cache, recipe_of
 from pipeline.model.folder import read_card
+from pipeline.storage.bucket import AnyPath
 
 
 class Embedder:
@@ -37,7 +37,7 @@ class Embedder:
         `prompt` names one of the model's own, `query` or `document`; a source's prompt comes before the text itself.
         """
         text = self.normalise(text)
-        key = cache_key(read_card(self.recipe.folder).head.prompt(prompt) + text)
+        key = cache_key(read_card(self.recipe.local).head.prompt(prompt) + text)
         vectors, found = self.cache.get([key])
         if found[0]:
             return vectors[0]  # type: ignore[no-any-return]
@@ -48,7 +48,7 @@ class Embedder:
         return vectors[0]  # type: ignore[no-any-return]
 
 
-def open_embedder(config: Config, model: Path) -> Embedder:
+def open_embedder(config: Config, model: AnyPath) -> Embedder:
     """For a model's folder, such as `pipeline.stages.model_folder(config)` gives."""
     recipe = recipe_of(config, model)
     return Embedder(recipe, open_cache(config, recipe), normaliser(config.data))

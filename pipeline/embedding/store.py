@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,13 @@ from pipeline.embedding.stores.store import Store
 from pipeline.embedding.sync import Sync
 from pipeline.embedding.texts import Reading
 from pipeline.model.folder import model_files, model_fingerprint, read_card
-from pipeline.runtime.files import write_atomically
+from pipeline.runtime.files import fetched, place, write_atomically
+from pipeline.storage.bucket import AnyPath, as_path
 
 
-def recipe_of(config: Config, model: Path) -> EncoderRecipe:
+def recipe_of(config: Config, model: AnyPath) -> EncoderRecipe:
     """How texts are encoded with a model's folder. Raises ConfigError for a size that it was not trained for."""
-    wanted, card = config.embedding.dimensions, read_card(model)
+    wanted, card = config.embedding.dimensions, read_card(fetched(model))
     if wanted and wanted not in (card.width, *card.head.dimensions):
         allowed = ", ".join(map(str, (card.width, *card.head.dimensions)))
         raise ConfigError(f"embedding.dimensions: found {wanted}; allowed with this model are {allowed}")
@@ -53,7 +53,7 @@ def named_store(config: Config, name: str, width: int, budget: Budget | None = N
     """The table of a name in the config's store."""
     wanted = config.embedding
     uri = wanted.uri or wanted.store
-    place = uri if "://" in uri else str(config.root / uri)
+    home = as_path(uri) if "://" in uri else config.under_root(uri)
     if wanted.store == "pinecone":
         from pipeline.embedding.stores.pinecone_store import PineconeStore
 
@@ -61,23 +61,23 @@ def named_store(config: Config, name: str, width: int, budget: Budget | None = N
     if wanted.store == "parquet":
         from pipeline.embedding.stores.parquet_store import ParquetStore
 
-        if "://" in uri:
-            raise ConfigError(f"embedding.uri: found {uri!r}; allowed with embedding.store=parquet is a local folder")
-        return ParquetStore(place, name, width)
+        if not isinstance(home, Path):
+            raise ConfigError(f"embedding.uri: found {home}; allowed with embedding.store=parquet is a folder on disk")
+        return ParquetStore(str(home), name, width)
     from pipeline.embedding.stores.lancedb_store import LanceStore
 
-    return LanceStore(place, name, width, wanted.index, wanted.index_rows)
+    return LanceStore(home, name, width, wanted.index, wanted.index_rows)
 
 
 def open_sync(config: Config, manifest: Manifest, recipe: EncoderRecipe, store: Store) -> Sync:
     """A job that brings the store up to date, by a ledger that is true of it."""
     field = embedded_field(config, manifest)
-    head = read_card(recipe.folder).head
+    head = read_card(recipe.local).head
     prompts = {source.name: source.prompts[field] for source in manifest.sources if field in source.prompts}
     reading = Reading(head.prompt(prompt_name(field)), prompts, config.embedding.long_texts == "chunks")
     cache = open_cache(config, recipe) if config.embedding.cache_gb else None
     store.create()
-    ledger = Ledger(str(config.root / "ledgers"), file_name(store))
+    ledger = Ledger(config.root / "ledgers", file_name(store))
     run = ledger.begin()
     there, sending = ledger.counts()
     if not there <= store.count() <= there + sending:
@@ -87,7 +87,7 @@ def open_sync(config: Config, manifest: Manifest, recipe: EncoderRecipe, store: 
 
 def open_cache(config: Config, recipe: EncoderRecipe) -> VectorCache:
     """The vectors that all jobs of a storage.root have made with a model, by text."""
-    cache = VectorCache(str(config.root / "cache"), recipe.space, recipe.width)
+    cache = VectorCache(config.root / "cache", recipe.space, recipe.width)
     cache.create()
     return cache
 
@@ -106,7 +106,7 @@ def embedded_field(config: Config, manifest: Manifest) -> str:
     return field
 
 
-def is_embedded(config: Config, prepared: Path, store: Store) -> bool:
+def is_embedded(config: Config, prepared: AnyPath, store: Store) -> bool:
     """Whether an earlier embedding of this data set into this table ran to its end, and the table is as it was then."""
     return is_complete(config, store) and _note(config, store)["data"] == prepared.name
 
@@ -116,7 +116,7 @@ def is_complete(config: Config, store: Store) -> bool:
     return _marker(config, store).is_file() and store.exists() and _note(config, store)["rows"] == store.count()
 
 
-def mark_embedded(config: Config, prepared: Path, store: Store) -> None:
+def mark_embedded(config: Config, prepared: AnyPath, store: Store) -> None:
     """Note that all of a data set is in the table."""
     # The folder's name follows from the inputs, metadata among them; the fingerprint of token shards does not see that.
     note = {"data": prepared.name, "rows": store.count()}
@@ -132,7 +132,7 @@ def file_name(store: Store) -> str:
     return re.sub(r"[^\w.-]", "-", store.name, flags=re.ASCII)
 
 
-def _marker(config: Config, store: Store) -> Path:
+def _marker(config: Config, store: Store) -> AnyPath:
     return config.run_dir / "embedded" / f"{file_name(store)}.json"
 
 
@@ -141,20 +141,17 @@ class Alias:
     """What readers use."""
 
     store: str
-    model: Path
+    model: AnyPath
 
 
 def publish(config: Config, recipe: EncoderRecipe, store: Store) -> Alias:
     """Let readers use a table and its model from now on."""
-    model = config.root / "models" / model_fingerprint(recipe.folder)[:16]
-    if not model.is_dir():
-        temporary = model.with_suffix(".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        for name in model_files(recipe.folder):
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(recipe.folder / name, temporary / name)
-        temporary.rename(model)
-    content = {"store": store.name, "model": str(model.relative_to(config.root))}
+    name = f"models/{model_fingerprint(recipe.local)[:16]}"
+    model, files = config.root / name, [*model_files(recipe.local)]
+    for file in files:  # each whole or not at all
+        if not (model / file).is_file():
+            place(recipe.folder / file, model / file)
+    content = {"store": store.name, "model": name}
     write_atomically(_alias(config), json.dumps(content).encode())
     return Alias(store.name, model)
 
@@ -168,5 +165,5 @@ def read_alias(config: Config) -> Alias | None:
     return Alias(content["store"], config.root / content["model"])
 
 
-def _alias(config: Config) -> Path:
+def _alias(config: Config) -> AnyPath:
     return config.run_dir / "embedded" / "alias.json"

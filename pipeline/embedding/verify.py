@@ -13,6 +13,7 @@ from pipeline.embedding.encode import TextEncoder
 from pipeline.embedding.ledger import with_digest
 from pipeline.embedding.sync import Span, Sync
 from pipeline.embedding.texts import EMBED
+from pipeline.runtime.files import readable
 
 LEAST_COSINE = {"fp32": 0.9999, "bf16": 0.999, "int8": 0.98}
 """Of a vector to that of the same text among others, by precision. Ours, with room: see benchmarks/README.md."""
@@ -69,7 +70,7 @@ def _sample(sync: Sync, files: list[Span], size: int, seed: int) -> pa.Table:
     chance, tables = np.random.default_rng(seed), []
     drawn = chance.permutation(len(files))[: 8 if size else 0]
     for index in drawn:
-        rows = pq.read_table(files[index].file, columns=list(sync.columns.values()))
+        rows = pq.read_table(readable(files[index].file), columns=list(sync.columns.values()))
         share = min(len(rows), -(-size // len(drawn)))
         tables.append(rows.take(np.sort(chance.choice(len(rows), share, replace=False))))
     if not tables:

@@ -27,12 +27,13 @@ from pipeline.evaluation.retrieval import encode_texts, nearest_documents
 from pipeline.evaluation.sts import StsTask, pearson, read_sts, spearman
 from pipeline.runtime.console import Stage, log
 from pipeline.runtime.session import Board
+from pipeline.storage.bucket import AnyPath
 
 Scores = dict[str, Any]
 
 
 def score_tasks(
-    config: Config, folder: Path, manifest: Manifest, recipe: EncoderRecipe, board: Callable[[], Board]
+    config: Config, folder: AnyPath, manifest: Manifest, recipe: EncoderRecipe, board: Callable[[], Board]
 ) -> dict[str, Scores]:
     """Scores by task, in the order of the config's keys; asks for the `board` where there are texts to encode."""
     wanted, normalise = config.evaluation, normaliser(config.data)
@@ -74,7 +75,7 @@ def score_tasks(
 
 
 def _retrieval_tasks(
-    config: Config, folder: Path, manifest: Manifest, normalise: Callable[[str], str]
+    config: Config, folder: AnyPath, manifest: Manifest, normalise: Callable[[str], str]
 ) -> Iterator[RetrievalTask]:
     if config.evaluation.beir_dir:
         yield open_beir(Path(config.evaluation.beir_dir)).normalised(normalise)

@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.embedding.stores.store import SCHEMA, TEXTS, Refused
-from pipeline.runtime.files import replacing
+from pipeline.runtime.files import matching, readable, replacing
+from pipeline.storage.bucket import AnyPath
 
 
 class DeadLetters:
     """A folder that need not be there, and is empty then."""
 
-    def __init__(self, folder: Path, width: int) -> None:
+    def __init__(self, folder: AnyPath, width: int) -> None:
         self.folder = folder
         self.schema = SCHEMA(width).append(pa.field("reason", pa.string())).append(pa.field("attempts", pa.int32()))
 
@@ -44,19 +44,19 @@ class DeadLetters:
         self._write(pa.table([columns[name] for name in self.schema.names], names=self.schema.names).cast(self.schema))
         return set(at)
 
-    def _write(self, rows: pa.Table) -> Path:
+    def _write(self, rows: pa.Table) -> AnyPath:
         path = self.folder / f"{uuid.uuid4().hex}.parquet"
         with replacing(path) as temporary:
             pq.write_table(rows, temporary, compression="zstd")
         return path
 
-    def _files(self) -> list[Path]:
+    def _files(self) -> list[AnyPath]:
         """The oldest first."""
-        return sorted(self.folder.glob("*.parquet"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+        return sorted(matching(self.folder, "*.parquet"), key=lambda path: (path.stat().st_mtime_ns, path.name))
 
     def read(self) -> pa.Table:
         """All of them, of each id the one that was set aside last."""
-        rows = pa.concat_tables([self.schema.empty_table(), *(pq.read_table(file) for file in self._files())])
+        rows = pa.concat_tables([self.schema.empty_table(), *(pq.read_table(readable(file)) for file in self._files())])
         last = {i: position for position, i in enumerate(rows["id"].to_pylist())}
         return rows.take(pa.array(list(last.values()), pa.int64()))
 

@@ -1,6 +1,6 @@
 """LanceDB, embedded: a table a model, keyed by record id, in a local folder or a bucket.
 
-store = LanceStore(uri="…/lancedb", name="quickstart-9f0c4e…", width=256)
+store = LanceStore(Path("…/lancedb"), name="quickstart-9f0c4e…", width=256)       # or a BucketPath
 store.upsert(table)                     # id, vector, source, source_id, text, metadata
 store.query(vector, k=10)               # nearest first, with `score`, the cosine
 store.hybrid("remove duplicates", vector, k=10)
@@ -18,22 +18,21 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import lancedb
 import numpy as np
 import pyarrow as pa
 from lancedb.index import FTS, BTree, HnswSq, IvfPq, IvfSq
 from lancedb.query import MatchQuery
 
+from pipeline.embedding.lance import connect, has_table
 from pipeline.embedding.stores.nearest import nearest
 from pipeline.embedding.stores.rows import checked, checked_query, vectors_of
 from pipeline.embedding.stores.store import SCHEMA, TEXTS, Refused, StoreError
 from pipeline.embedding.stores.where import Where, checked_where, keeps, quoted, to_sql
 from pipeline.runtime.console import log
+from pipeline.storage.bucket import AnyPath
 
 SCAN_ROWS = 8192  # a batch of a scan: 8 MB of vectors of 256 numbers
 SQL_IDS = 8192  # ids in one condition; 20 µs each to parse
@@ -49,29 +48,28 @@ class LanceStore:
     """One table, which `create` makes where it is not there."""
 
     def __init__(
-        self, uri: str, name: str, width: int, index: str | None = "ivf_sq", index_rows: int = 200_000
+        self, home: AnyPath, name: str, width: int, index: str | None = "ivf_sq", index_rows: int = 200_000
     ) -> None:
-        self.uri, self.name, self.width, self.index, self.index_rows = uri, name, width, index, index_rows
+        self.home, self.name, self.width, self.index, self.index_rows = home, name, width, index, index_rows
         self.recall: float | None = None
         self._table: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_table": None}  # connections stay in their process
 
-    def _connect(self) -> Any:
-        return lancedb.connect(self.uri, read_consistency_interval=timedelta(0))  # see what others have written
+    @property
+    def uri(self) -> str:
+        return str(self.home)
 
     def exists(self) -> bool:
-        if "://" not in self.uri and not Path(self.uri).is_dir():
-            return False  # to look into it would make it
-        return self.name in self._connect().list_tables(limit=1_000_000).tables
+        return has_table(self.home, self.name)
 
     def create(self) -> None:
         schema = SCHEMA(self.width)
         # With a primary key, two that insert the same id at once do not both succeed.
         key = pa.field("id", pa.string(), nullable=False, metadata={"lance-schema:unenforced-primary-key": "true"})
         if not self.exists():
-            self._connect().create_table(self.name, schema=schema.set(0, key), exist_ok=True)
+            connect(self.home).create_table(self.name, schema=schema.set(0, key), exist_ok=True)
         there = self.table.schema
         missing = [name for name in schema.names if name not in there.names]
         if missing:
@@ -87,7 +85,7 @@ class LanceStore:
         if self._table is None:
             if not self.exists():
                 raise StoreError(f"found no table {self.name} in {self.uri}; python jobs/embed.py makes it")
-            self._table = self._connect().open_table(self.name)
+            self._table = connect(self.home).open_table(self.name)
         return self._table
 
     def count(self) -> int:

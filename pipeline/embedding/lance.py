@@ -1,0 +1,49 @@
+"""LanceDB's connection to a folder on disk or in a bucket."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+from urllib.parse import parse_qsl
+
+import lancedb
+
+from pipeline.config import ConfigError
+from pipeline.storage.bucket import AnyPath, BucketPath
+
+SCHEMES = {"s3": "s3", "gs": "gs", "gcs": "gs"}  # LanceDB's names for ours
+
+
+def connect(home: AnyPath) -> Any:
+    """A connection that sees at once what others write."""
+    uri, options = str(home), None
+    if isinstance(home, BucketPath):
+        uri, options = f"{SCHEMES[home.scheme]}://{home.key}", storage_options(home)
+    return lancedb.connect(uri, read_consistency_interval=timedelta(0), storage_options=options)
+
+
+def has_table(home: AnyPath, name: str) -> bool:
+    """Whether there is such a table. To look into a folder that is not there would make it."""
+    return home.is_dir() and name in connect(home).list_tables(limit=1_000_000).tables
+
+
+def storage_options(home: BucketPath) -> dict[str, str]:
+    """LanceDB's words for the options of pyarrow's URIs. Raises ConfigError for one that it has no word for."""
+    options, found = dict(parse_qsl(home.query)), {}
+    scheme, endpoint = options.pop("scheme", "https"), options.pop("endpoint_override", None)
+    options.pop("retry_limit_seconds", None)
+    if options.pop("anonymous", "false") == "true":
+        found["skip_signature"] = "true"
+    if home.scheme == "s3":
+        if region := options.pop("region", None):
+            found["aws_region"] = region
+        if endpoint:
+            found |= {"aws_endpoint": f"{scheme}://{endpoint}", "allow_http": str(scheme == "http").lower()}
+            endpoint = None
+    left = [*options, *(["endpoint_override"] if endpoint else [])]
+    if left:
+        raise ConfigError(
+            f"storage.root: found the option {left[0]}, which LanceDB has no like of; allowed with it is "
+            "embedding.uri=/folder/on/disk"
+        )
+    return found
