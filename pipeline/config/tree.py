@@ -124,8 +124,8 @@ class Config(Section):
         """A folder relative to `root`, or an absolute one on disk; ConfigError for a URI, which may hold secrets."""
         if "://" in folder:
             raise ConfigError(
-                "logging.save_dir: found a URI; allowed is a folder relative to storage.root, which may "
-                "be in a bucket, or an absolute one on disk"
+                "logging.save_dir: found a URI; allowed is a folder relative to storage.root, which may be in a bucket, "
+                "or an absolute one on disk"
             )
         return Path(folder) if os.path.isabs(folder) else self.root / folder
 
@@ -170,6 +170,7 @@ def load(
         _assign(tree, ["data", "sources"], sources, "sources")
     rows = apply_deepspeed(tree, list(from_arguments))
     _apply_environment(tree, from_arguments, environ)
+    _check_vectors_uri(tree)
     _take_pretrained_tokenizer(tree)
     try:
         config = Config.model_validate(tree)
@@ -205,24 +206,30 @@ def _apply_environment(tree: dict[str, Any], from_arguments: dict[str, str], env
         storage["root"] = environ["PIPELINE_STORAGE"]
     storage.setdefault("root", DEFAULT_ROOT)
     if isinstance(storage["root"], str) and "://" in storage["root"]:
-        storage["root"] = _bucket(storage["root"])
+        storage["root"] = _bucket("storage.root", storage["root"])
     elif isinstance(storage["root"], str) and storage["root"]:
         storage["root"] = os.path.abspath(os.path.expandvars(os.path.expanduser(storage["root"])))
 
 
-def _bucket(uri: str) -> str:
+def _check_vectors_uri(tree: dict[str, Any]) -> None:
+    embedding = tree.get("embedding")
+    uri = embedding.get("uri") if isinstance(embedding, dict) else None
+    if isinstance(embedding, dict) and isinstance(uri, str) and "://" in uri:
+        embedding["uri"] = _bucket("embedding.uri", uri)
+
+
+def _bucket(key: str, uri: str) -> str:
     """A bucket's URI as it is shown and sent about: it must hold no secret, so what may be one is not repeated."""
     scheme, _, rest = uri.partition("://")
     location, _, query = rest.partition("?")
     secret = next((name for name in parse_qs(query) if re.search(r"key|secret|token|password", name)), None)
     if "@" in rest or secret:
         raise ConfigError(
-            f"storage.root: found credentials in a URI of {scheme}://; allowed are those of the environment alone"
+            f"{key}: found credentials in a URI of {scheme}://; allowed are those of the environment alone"
         )
     if scheme not in SCHEMES or not location.strip("/") or location.startswith("/"):
         raise ConfigError(
-            f"storage.root: found {scheme}://{location}; allowed is a folder on disk, s3://bucket/prefix or "
-            "gs://bucket/prefix"
+            f"{key}: found {scheme}://{location}; allowed is a folder on disk, s3://bucket/prefix or gs://bucket/prefix"
         )
     return str(as_path(uri))
 
