@@ -124,8 +124,8 @@ class Config(Section):
         """A folder relative to `root`, or an absolute one on disk; ConfigError for a URI, which may hold secrets."""
         if "://" in folder:
             raise ConfigError(
-                "logging.save_dir: found a URI; allowed is a folder relative to storage.root, which may be in a bucket, "
-                "or an absolute one on disk"
+                "logging.save_dir: found a URI; allowed is a folder relative to storage.root, which may be in a "
+                "bucket, or an absolute one on disk"
             )
         return Path(folder) if os.path.isabs(folder) else self.root / folder
 
