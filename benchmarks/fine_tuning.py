@@ -154,9 +154,10 @@ def score(folder: Path, data: Path, precision: str) -> float:
     from pipeline.evaluation.metrics import nearest, retrieval_metrics
 
     encoder, task = TextEncoder(folder), read_beir(data / "debian" / "beir")
+    texts = dict(task.documents.items())
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        queries, documents = (encoder.encode(list(texts.values())) for texts in (task.queries, task.documents))
-    found = nearest(list(task.queries), queries, list(task.documents), documents)
+        queries, documents = (encoder.encode(list(each.values())) for each in (task.queries, texts))
+    found = nearest(list(task.queries), queries, list(texts), documents)
     return retrieval_metrics(task.qrels, found)["ndcg@10"]
 
 

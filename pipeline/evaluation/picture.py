@@ -21,9 +21,8 @@ def draw_png(plane: Floats, groups: list[str], title: str, path: Path) -> None:
 
     figure = Figure(figsize=(12, 9), layout="constrained")
     axis = figure.subplots()
-    colours = colormaps["tab20"].colors
     for number, (name, rows) in enumerate(_by_group(groups).items()):
-        colour = colours[number % len(colours)]
+        colour = colormaps["tab20"](number % 20)
         axis.scatter(plane[rows, 0], plane[rows, 1], s=7, linewidths=0, alpha=0.8, color=colour, label=_cut(name, 40))
     axis.set_title(title)
     axis.set_xticks([])
