@@ -104,6 +104,7 @@ def backends(folder: Path, beir: Path, threads: int) -> list[list[object]]:
     """A line a backend."""
     lines: list[list[object]] = []
     task, plain = read_beir(beir), np.empty(0)
+    texts = dict(task.documents.items())
     with tempfile.TemporaryDirectory() as graphs:
         for name, settings in BACKENDS.items():
             recipe = EncoderRecipe(folder, settings, Path(graphs))
@@ -111,11 +112,11 @@ def backends(folder: Path, beir: Path, threads: int) -> list[list[object]]:
                 make_graph(folder, settings, recipe.graphs)
             encoder = recipe.open(threads, "cpu")
             encode = in_blocks(encoder)
-            encode(list(task.documents.values())[:500])  # warms it
-            took, documents = seconds(encode, list(task.documents.values()))
+            encode(list(texts.values())[:500])  # warms it
+            took, documents = seconds(encode, list(texts.values()))
             plain = documents if not plain.size else plain
             queries = in_blocks(encoder, "query")(list(task.queries.values()))
-            ranking = nearest(list(task.queries), queries, list(task.documents), documents)
+            ranking = nearest(list(task.queries), queries, list(texts), documents)
             score = retrieval_metrics(task.qrels, ranking)["ndcg@10"]
             cosine = float((documents * plain).sum(axis=1).min())
             lines.append([name, f"{len(documents) / took:.1f}", f"{cosine:.5f}", f"{score:.4f}"])

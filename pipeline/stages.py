@@ -186,7 +186,7 @@ def mine_stage(config: Config, session: Session) -> Result:
 
     recipe = recipe_of(config, _model_of(config, manifest))
     target, mined = mine(config, folder, manifest, recipe, session.board)
-    name = target.relative_to(config.root)
+    name = f"{target.parent.name}/{target.name}"
     log.info("mine: data.prepared=%s has what was mined; train on it under another storage.run", name)
     metrics = {
         "splits": mined.splits,

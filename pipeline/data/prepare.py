@@ -127,7 +127,7 @@ def prepare(config: Config, board: Callable[[], Board], rehash: bool = False) ->
     return folder, manifest
 
 
-def prepared_elsewhere(config: Config) -> tuple[Path, Manifest]:
+def prepared_elsewhere(config: Config) -> tuple[AnyPath, Manifest]:
     """The data set that `data.prepared` names. Raises ConfigError where it is none, or of other settings or sources."""
     folder = config.root / str(config.data.prepared)
     manifest = read_manifest(folder)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import html
 import textwrap
-from pathlib import Path
 
 from pipeline.embedding.nearest import Floats
 from pipeline.evaluation.space import Points
 from pipeline.runtime.files import replacing, write_atomically
+from pipeline.storage.bucket import AnyPath
 
 SHOWN_CHARS = 400  # of a text
 LINE_CHARS = 80
 
 
-def draw_png(plane: Floats, groups: list[str], title: str, path: Path) -> None:
+def draw_png(plane: Floats, groups: list[str], title: str, path: AnyPath) -> None:
     """A point a record, a colour a group."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ def draw_png(plane: Floats, groups: list[str], title: str, path: Path) -> None:
         figure.savefig(temporary, dpi=110, format="png")
 
 
-def write_page(plane: Floats, groups: list[str], points: Points, title: str, path: Path) -> None:
+def write_page(plane: Floats, groups: list[str], points: Points, title: str, path: AnyPath) -> None:
     """The same to look into: hovering shows where a record is from and how it begins, the legend hides groups."""
     import plotly.colors
     import plotly.graph_objects as graph

@@ -40,6 +40,7 @@ from pipeline.runtime.console import log
 from pipeline.runtime.files import write_atomically
 from pipeline.runtime.job import JobError, alone_in
 from pipeline.runtime.session import Board
+from pipeline.storage.bucket import AnyPath
 
 FORMAT = 1  # of what is written; a change makes earlier mined data sets stale
 READ_ROWS = 1024
@@ -49,7 +50,7 @@ _CHOSEN = pa.schema([("id", pa.string()), ("negatives", pa.list_(pa.string()))])
 
 
 def mine(
-    config: Config, folder: Path, manifest: Manifest, model: EncoderRecipe, board: Callable[[], Board]
+    config: Config, folder: AnyPath, manifest: Manifest, model: EncoderRecipe, board: Callable[[], Board]
 ) -> tuple[Path, Manifest]:
     """The data set in `folder` with mined negatives, in a folder of its own. Raises ConfigError where it has no pairs.
 
@@ -60,7 +61,13 @@ def mine(
             f"data.sources: found records of {', '.join(manifest.text_fields)} alone; allowed for mining are sources "
             "that give anchor and positive"
         )
-    files, recipe, root = sorted((folder / "records").glob("*.parquet")), _recipe(config, manifest), config.root
+    root = config.root
+    if not isinstance(root, Path) or not isinstance(folder, Path):
+        raise ConfigError(
+            f"storage.root: found {root}; allowed for mining, which maps its vectors into memory, is a folder on disk "
+            "that all nodes see"
+        )
+    files, recipe = sorted((folder / "records").glob("*.parquet")), _recipe(config, manifest)
     tokenizer = folder / "tokenizer.json"
     settings = [config.mining.model_dump(), recipe.validation_fraction]
     of = [FORMAT, folder.name, manifest.fingerprint, model.space, settings]
@@ -82,6 +89,12 @@ def mine(
         return target, assemble(target, tokens, described, parts)
 
 
+def on_disk(path: AnyPath) -> Path:
+    """A path under a storage.root that `mine` has let pass."""
+    assert isinstance(path, Path)
+    return path
+
+
 def _recipe(config: Config, manifest: Manifest) -> Recipe:
     """That of the data set, with negatives; one without a prompt of its own for them has the positives' there."""
     fields = [name for name in manifest.text_fields if name != "negatives"]
@@ -96,7 +109,7 @@ def _fill(
     stage: Stage, config: Config, files: Sequence[Path], manifest: Manifest, model: EncoderRecipe, board: Board
 ) -> dict[str, Any]:
     """Write the stage's record files. Returns how many negatives there are."""
-    keys = text_keys(stage.scratch / "keys", files, config.data.validation_fraction, board)
+    keys = text_keys(on_disk(stage.scratch) / "keys", files, config.data.validation_fraction, board)
     encoding = _Encoding(config, manifest, files, keys, model, board)
     blocks = _candidates(stage, encoding)
     chosen = _choose_all(stage, encoding, blocks)
@@ -152,7 +165,7 @@ def _read(file: Path, index: int, field: str, keys: TextKeys, wanted: npt.NDArra
 
 def _candidates(stage: Stage, encoding: _Encoding) -> list[Path]:
     """Encode every distinct positive of the training split. Returns the files of the blocks."""
-    folder, done = stage.scratch / "candidates", stage.scratch / "candidates.json"
+    folder, done = on_disk(stage.scratch) / "candidates", stage.scratch / "candidates.json"
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)
         wanted = encoding.keys.first_of_each_positive()
@@ -175,7 +188,7 @@ def _candidates(stage: Stage, encoding: _Encoding) -> list[Path]:
 
 def _choose_all(stage: Stage, encoding: _Encoding, blocks: Sequence[Path]) -> list[Path]:
     """Choose the negatives of every training record. Returns files for `read_part` by record file."""
-    folder, done = stage.scratch / "chosen", stage.scratch / "chosen.json"
+    folder, done = on_disk(stage.scratch) / "chosen", stage.scratch / "chosen.json"
     if not done.exists():
         import ray
 

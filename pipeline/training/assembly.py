@@ -132,10 +132,12 @@ def resume(run: Run) -> TrainState:
     Rank 0 chooses it: all workers see the same disk or bucket, but not at the same moment.
     """
     folder = run.config.run_dir
-    chosen = [newest_valid(folder)[0], noted_halvings(folder)] if rank() == 0 else [None, None]
+    chosen: list[tuple[AnyPath | None, int]] = [(None, 0)]
+    if rank() == 0:
+        chosen = [(newest_valid(folder)[0], noted_halvings(folder))]
     if world_size() > 1:
         dist.broadcast_object_list(chosen, device=run.device)
-    checkpoint, halvings = chosen
+    ((checkpoint, halvings),) = chosen
     if checkpoint is not None:
         load(checkpoint, run)
     state = read_state(checkpoint) if checkpoint else TrainState()
