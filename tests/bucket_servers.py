@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "nobody",
     "AWS_SECRET_ACCESS_KEY": "nothing-of-this-may-show",
@@ -84,22 +82,19 @@ class Gcs(Served):
 
 @contextmanager
 def s3(bucket: str) -> Iterator[S3]:
-    """A server with one bucket that all may read, and credentials for it in the environment."""
+    """A server with one bucket that all may read. Credentials for it are in the environment: conftest sets them."""
     import boto3
     from moto.server import ThreadedMotoServer
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in CREDENTIALS.items():
-            patch.setenv(name, value)
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-        client.create_bucket(Bucket=bucket, ACL="public-read")
-        try:
-            yield S3(bucket, f"?region=us-east-1&scheme=http&endpoint_override={host}:{port}", client)
-        finally:
-            server.stop()
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+    client.create_bucket(Bucket=bucket, ACL="public-read")
+    try:
+        yield S3(bucket, f"?region=us-east-1&scheme=http&endpoint_override={host}:{port}", client)
+    finally:
+        server.stop()
 
 
 @contextmanager

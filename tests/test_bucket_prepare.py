@@ -26,7 +26,6 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 @pytest.fixture
 def served() -> Iterator[Served]:
-    """Without credentials: Ray's workers, which may be older than the test, have those of their own environment."""
     with s3("data") as server:
         yield server
 
@@ -59,7 +58,7 @@ def test_a_bucket_holds_the_bytes_of_a_disk(served: Served, tmp_path: Path, monk
     monkeypatch.setattr("pipeline.data.prepare.SHARD_BYTES", 1 << 16)
     monkeypatch.setattr(tempfile, "tempdir", None)
     local = config_of(str(tmp_path / "disk"), tmp_path / "in")
-    remote = config_of(served.uri("bucket") + "&anonymous=true", tmp_path / "in")
+    remote = config_of(served.uri("bucket"), tmp_path / "in")
     folder, expected = prepare(local, Board)
     place, manifest = prepare(remote, Board)
     assert isinstance(folder, Path)

@@ -32,15 +32,6 @@ OBJECTS = {
 KINDS = {"pages/d.csv": "csv", "pages/e.parquet": "parquet", "pages/f.arrow.gz": "arrow"}
 
 
-@pytest.fixture(scope="module")
-def credentials() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        yield
-
-
 @contextmanager
 def s3() -> Iterator[str]:
     """The options of a bucket URI that lead to a server with OBJECTS in the bucket `corpus`."""
@@ -59,9 +50,7 @@ def gcs(folder: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module", params=["s3", "gs"])
-def bucket(
-    request: pytest.FixtureRequest, credentials: None, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, str]]:
+def bucket(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """What stands before and after a path in a bucket's URI."""
     if request.param == "s3":
         with s3() as options:
@@ -126,7 +115,7 @@ def test_a_bucket_that_is_not_there_is_refused(bucket: tuple[str, str]) -> None:
         plan_source(source_at((missing, bucket[1]), "/x"))
 
 
-def test_public_data_needs_no_credentials(credentials: None) -> None:
+def test_public_data_needs_no_credentials() -> None:
     with s3() as options, pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
@@ -139,7 +128,7 @@ def test_an_option_that_is_none_is_refused() -> None:
 
 
 @pytest.mark.timeout(60)  # pyarrow gives up after six seconds; of GCS it would try for a quarter of an hour
-def test_a_server_that_does_not_answer_is_refused(credentials: None) -> None:
+def test_a_server_that_does_not_answer_is_refused() -> None:
     where = "?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:1"
     source = Source(name="s", type="json", path=f"s3://corpus/pages{where}")
     with pytest.raises(
@@ -162,7 +151,7 @@ class Forbidding(BaseHTTPRequestHandler):
         pass
 
 
-def test_wrong_credentials_are_refused(credentials: None) -> None:
+def test_wrong_credentials_are_refused() -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Forbidding)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     where = f"?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{server.server_address[1]}"
@@ -177,7 +166,7 @@ def test_wrong_credentials_are_refused(credentials: None) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_a_server_that_goes_away_stops_the_run(credentials: None) -> None:
+def test_a_server_that_goes_away_stops_the_run() -> None:
     """What is lost on the way is no bad input: another try reads it, so it must not be counted and left out."""
     with s3() as options:
         source = source_at(("s3://corpus", options), "/pages/a.jsonl")
