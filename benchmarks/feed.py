@@ -52,6 +52,7 @@ def prepared(data: Path, root: Path, board: Board) -> tuple[Path, Manifest]:
     sources = [Source(name=name, type="json", path=str(data / name / file)) for name, file in files.items()]
     config = Config(storage=Storage(root=str(root)), data=Data(sources=sources, min_chars=1))
     folder, manifest = prepare(config, lambda: board)
+    assert isinstance(folder, Path)
     return folder, manifest
 
 

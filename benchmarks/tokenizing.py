@@ -58,6 +58,7 @@ def config(root: Path, read: list[Source], seed: int, tokenizer: Path | None) ->
 def ours(root: Path, read: list[Source], board: Board, repeats: int) -> tuple[float, Path]:
     """The stage's seconds, and the folder with the records and the tokenizer."""
     folder, _ = prepare(config(root, read, 0, None), lambda: board)  # trains the tokenizer, and warms the workers
+    assert isinstance(folder, Path)
     seconds = []
     for seed in range(1, repeats + 1):
         wanted = config(root, read, seed, folder / "tokenizer.json")

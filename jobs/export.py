@@ -39,18 +39,20 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     from pipeline.export.destination import refuse_foreign, replacing_folder, write_marker
     from pipeline.export.onnx import check_packages
     from pipeline.model.folder import model_fingerprint, read_card
+    from pipeline.runtime.files import fetched
     from pipeline.stages import model_folder
 
     refuse_foreign(folder, MARKER)
     if args.onnx:
         check_packages()
-    model = model_folder(config)
+    place = model_folder(config)
+    model = fetched(place)
     quiet_transformers()
     with replacing_folder(folder, MARKER) as temporary:
         metrics = write_model(config, args, model, temporary)
         text = model_card(
             read_card(model),
-            read_origin(model, config.run_dir / "evaluation.json"),
+            read_origin(place, config.run_dir / "evaluation.json"),
             name=folder.name,
             license_id=license_id,
             evaluate_command=evaluate_command(args),
@@ -59,7 +61,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
         (temporary / "README.md").write_text(text, encoding="utf-8")
         write_marker(temporary, MARKER, {"version": VERSION, "model": model_fingerprint(model)})
     log.info("export: %s", folder)
-    return Result(metrics, {"export": str(folder), "model": str(model)})
+    return Result(metrics, {"export": str(folder), "model": str(place)})
 
 
 def write_model(config: Config, args: argparse.Namespace, model: Path, folder: Path) -> dict[str, Any]:

@@ -22,9 +22,11 @@ from pipeline.data.prepare import prepare
 from pipeline.evaluation.beir import check_beir
 from pipeline.evaluation.sts import read_sts
 from pipeline.runtime.console import Stage, log, table
-from pipeline.runtime.files import write_atomically
+from pipeline.runtime.files import fetched, write_atomically
 from pipeline.runtime.job import JobError, Result, alone_in
+from pipeline.runtime.root import check_writable
 from pipeline.runtime.session import Board, ray_session, set_environment
+from pipeline.storage.bucket import AnyPath, as_path
 
 
 class Session:
@@ -33,12 +35,13 @@ class Session:
     def __init__(self, config: Config, rehash: bool = False) -> None:
         set_environment()
         check_folders(config)
+        check_writable(config)
         self.config, self.rehash = config, rehash
         self._stack = ExitStack()
         self._board: Board | None = None
-        self._prepared: tuple[Path, Manifest] | None = None
+        self._prepared: tuple[AnyPath, Manifest] | None = None
 
-    def prepared(self) -> tuple[Path, Manifest]:
+    def prepared(self) -> tuple[AnyPath, Manifest]:
         """The prepared data set, brought up to date on first use."""
         if self._prepared is None:
             self._prepared = prepare(self.config, self.board, self.rehash)
@@ -65,21 +68,22 @@ def check_folders(config: Config) -> None:
     if config.evaluation.sts_file:
         read_sts(Path(config.evaluation.sts_file))
     if config.embedding.model:
-        check_model(Path(config.embedding.model))
+        check_model(as_path(config.embedding.model))
 
 
-def check_model(folder: Path) -> None:
+def check_model(place: AnyPath) -> None:
     """Raise ConfigError where there is no model to embed with, as far as that shows without its weights."""
-    if not folder.is_dir():
+    if not place.is_dir():
         raise ConfigError(
-            f"embedding.model: found no folder {folder}; allowed are a checkpoint's, and those of transformers and of "
+            f"embedding.model: found no folder {place}; allowed are a checkpoint's, and those of transformers and of "
             "sentence-transformers"
         )
     from pipeline.model.folder import FILES, is_ours, read_card  # torch, and for others' folders transformers
 
+    folder = fetched(place)
     missing = [name for name in FILES if not (folder / name).is_file()] if is_ours(folder) else []
     if missing:
-        raise ConfigError(f"embedding.model: found no {' and no '.join(missing)} in {folder}; allowed is a whole model")
+        raise ConfigError(f"embedding.model: found no {' and no '.join(missing)} in {place}; allowed is a whole model")
     try:
         read_card(folder)
     except (OSError, ValueError) as error:
@@ -146,7 +150,7 @@ def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
 
     model, path = _model_of(config, manifest), config.run_dir / "evaluation.json"
     key = {
-        "model": model_fingerprint(model),
+        "model": model_fingerprint(fetched(model)),
         "data": manifest.fingerprint,
         "evaluation": config.evaluation.model_dump(mode="json"),
         "files": [*_changes(config.evaluation.beir_dir), *_changes(config.evaluation.sts_file)],
@@ -166,7 +170,7 @@ def _changes(path: str | None) -> list[list[str | int]]:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
-def _model_of(config: Config, manifest: Manifest) -> Path:
+def _model_of(config: Config, manifest: Manifest) -> AnyPath:
     """The model to use with a data set: a run's own model goes with the data that it was trained on."""
     from pipeline.training.run_folder import refuse_other_run
 
@@ -176,7 +180,9 @@ def _model_of(config: Config, manifest: Manifest) -> Path:
     return model
 
 
-def _score_tasks(config: Config, session: Session, folder: Path, manifest: Manifest, model: Path) -> dict[str, Any]:
+def _score_tasks(
+    config: Config, session: Session, folder: AnyPath, manifest: Manifest, model: AnyPath
+) -> dict[str, Any]:
     from pipeline.embedding.encode import TextEncoder
     from pipeline.evaluation.beir import RetrievalTask, read_beir
     from pipeline.evaluation.evaluate import encode_documents, held_out_task, score, score_sts
@@ -228,17 +234,17 @@ def score_table(scores: dict[str, Any]) -> str:
     return "\n".join(retrieval + similarity)
 
 
-def model_folder(config: Config) -> Path:
+def model_folder(config: Config) -> AnyPath:
     """The model to embed with: `embedding.model`, else the run's best. Raises JobError where there is none."""
     from pipeline.training.checkpoints import best_checkpoint
 
     if config.embedding.model:
         check_folders(config)
-        return Path(config.embedding.model)
+        return as_path(config.embedding.model)
     folder_or_none = best_checkpoint(config.run_dir)
     if folder_or_none is None:
         raise JobError(f"no trained model in {config.run_dir}; python jobs/train.py makes one")
-    from pipeline.training.sharded import consolidate
+    from pipeline.training.sharded import consolidate_where_it_lies
 
-    consolidate(folder_or_none)
+    consolidate_where_it_lies(folder_or_none)
     return folder_or_none

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.runtime.session import set_environment
+from tests.bucket_servers import CREDENTIALS
 
 os.environ.pop("RAY_ADDRESS", None)
+os.environ |= CREDENTIALS  # in Ray's workers too, which are older than the servers of tests
 set_environment()  # before anything imports Ray
 
 TOPICS = ["invoice", "kernel", "violin", "glacier", "pepper", "satellite", "carpet", "enzyme", "lantern", "harbour"]

@@ -29,18 +29,20 @@ from tokenizers import Tokenizer, models, processors
 
 from pipeline.config import Config, load
 from pipeline.data.manifest import Manifest, Shard, write_table
+from pipeline.runtime.files import fetched
 from pipeline.training.checkpoints import newest_valid
 from pipeline.training.sharded import consolidate
 
 VOCABULARY = 64
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PLACES = ("forward", "reduced", "updated", "writing", "written", "moved")
+BUCKET_PLACES = ("uploading", "sealing", "sealed")
 
 
 @dataclass(frozen=True)
 class Kill:
     """Before the forward pass, after the reduction, after the update; amid a file of a checkpoint, before and after it
-    gets its place."""
+    gets its place. With a bucket: amid an upload, before and after the state.json that ends it."""
 
     place: str
     count: int
@@ -91,10 +93,15 @@ def prepared(folder: Path, rows: int = 200) -> Manifest:
     return Manifest("made", [], {"train": rows, "validation": 16}, shards, lengths, [], {})
 
 
-def train_in(folder: Path, settings: dict[str, Any], starts: list[Start], rows: int = 200) -> Finished:
-    """Run the starts one after the other, in a process that forks their workers. Raises where one fails by itself."""
+def train_in(
+    folder: Path, settings: dict[str, Any], starts: list[Start], rows: int = 200, root: str | None = None
+) -> Finished:
+    """Run the starts one after the other, in a process that forks their workers. Raises where one fails by itself.
+
+    `root` is storage.root, else the folder.
+    """
     folder.mkdir(parents=True)
-    (folder / "c.yaml").write_text(yaml.safe_dump(settings | {"storage": {"root": str(folder), "run": "r"}}))
+    (folder / "c.yaml").write_text(yaml.safe_dump(settings | {"storage": {"root": root or str(folder), "run": "r"}}))
     (folder / "manifest.pickle").write_bytes(pickle.dumps(prepared(folder / "data", rows)))
     (folder / "starts.pickle").write_bytes(pickle.dumps(starts))
     log = folder / "log"
@@ -107,9 +114,10 @@ def train_in(folder: Path, settings: dict[str, Any], starts: list[Start], rows: 
 
 
 def _finished(folder: Path, starts: int) -> Finished:
-    run_dir = folder / "runs" / "r"
-    checkpoint, _ = newest_valid(run_dir)
-    assert checkpoint is not None
+    run_dir = load(folder / "c.yaml", environ={}).run_dir
+    newest, _ = newest_valid(run_dir)
+    assert newest is not None
+    checkpoint = fetched(newest)
     consolidate(checkpoint)
     ids: dict[int, set[tuple[str, ...]]] = {}
     for start in range(starts):
@@ -209,10 +217,11 @@ def _record(path: Path) -> None:
 
 def _plant(kill: Kill) -> None:
     """Let this process kill itself at the count-th pass of a place."""
-    import pipeline.training.assembly as assembly
+    from pipeline.storage.bucket import BucketPath
     from pipeline.training import checkpoints, loop, saving
     from pipeline.training.precision import Precision
     from pipeline.training.strategy import DataParallel
+    from pipeline.training.uploading import Upload
 
     passed = 0
 
@@ -244,7 +253,16 @@ def _plant(kill: Kill) -> None:
             os.truncate(path, path.stat().st_size // 2)
         here()
 
-    whole = checkpoints.torch.save
+    def half(path: BucketPath, file: Path) -> None:
+        nonlocal passed
+        if passed + 1 == kill.count:
+            stream = path.filesystem.open_output_stream(path.key)
+            stream.write(file.read_bytes()[: file.stat().st_size // 2])
+            stream.flush()
+        here()
+        upload(path, file)
+
+    whole, upload = checkpoints.torch.save, BucketPath.upload
     if kill.place == "forward":
         loop.backward = before(loop.backward)
     elif kill.place == "reduced":
@@ -254,9 +272,15 @@ def _plant(kill: Kill) -> None:
     elif kill.place == "writing":
         checkpoints.torch.save = amid
     elif kill.place == "written":
-        assembly.move = before(saving.move)
+        saving.move = before(saving.move)
     elif kill.place == "moved":
-        assembly.move = after(saving.move)
+        saving.move = after(saving.move)
+    elif kill.place == "uploading":
+        BucketPath.upload = half  # type: ignore[method-assign]
+    elif kill.place == "sealing":
+        Upload._whole = after(Upload._whole)  # type: ignore[method-assign]
+    elif kill.place == "sealed":
+        Upload.__call__ = after(Upload.__call__)  # type: ignore[method-assign]
     else:
         raise ValueError(kill.place)
 

@@ -11,21 +11,22 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 MAY_IMPORT = {
-    "config": set(),
+    "storage": set(),
+    "config": {"storage"},
     "text": set(),
-    "runtime": {"config"},
+    "runtime": {"config", "storage"},
     "model": set(),
     "objectives": {"config", "model"},
-    "sources": {"config", "runtime", "text"},
-    "data": {"config", "runtime", "text", "sources"},
-    "embedding": {"config", "runtime", "data", "model", "text"},
-    "evaluation": {"config", "runtime", "data", "model", "text", "embedding"},
-    "training": {"config", "runtime", "data", "model", "objectives", "evaluation"},
-    "export": {"config", "runtime", "data", "model"},
-    "stages": {"config", "runtime", "data", "model", "embedding", "evaluation", "training"},
+    "sources": {"config", "runtime", "text", "storage"},
+    "data": {"config", "runtime", "text", "sources", "storage"},
+    "embedding": {"config", "runtime", "data", "model", "text", "storage"},
+    "evaluation": {"config", "runtime", "data", "model", "text", "embedding", "storage"},
+    "training": {"config", "runtime", "data", "model", "objectives", "evaluation", "storage"},
+    "export": {"config", "runtime", "data", "model", "storage"},
+    "stages": {"config", "runtime", "data", "model", "embedding", "evaluation", "training", "storage"},
 }
-WITHOUT_RAY = {"config", "text", "sources", "model", "objectives", "export"}
-WITHOUT_TORCH = {"config", "text", "runtime", "sources", "data"}
+WITHOUT_RAY = {"config", "storage", "text", "sources", "model", "objectives", "export"}
+WITHOUT_TORCH = {"config", "storage", "text", "runtime", "sources", "data"}
 RAYLESS_MODULES = {
     "training/assembly.py",
     "training/loop.py",
@@ -38,6 +39,7 @@ RAYLESS_MODULES = {
     "training/checkpoints.py",
     "training/fsdp.py",
     "training/sharded.py",
+    "training/uploading.py",
     "embedding/store.py",
 }
 

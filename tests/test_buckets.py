@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from pipeline.runtime.job import JobError
 from pipeline.sources import filesystem
 from pipeline.sources import source as sources
 from pipeline.sources.source import check_fields, plan_source, read
+from tests import bucket_servers
 from tests.test_sources import FORMATS, ROWS, all_records, as_csv, as_lines, as_parquet, compressed
 
 OBJECTS = {
@@ -33,53 +32,25 @@ OBJECTS = {
 KINDS = {"pages/d.csv": "csv", "pages/e.parquet": "parquet", "pages/f.arrow.gz": "arrow"}
 
 
-@pytest.fixture(scope="module")
-def credentials() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        yield
-
-
 @contextmanager
 def s3() -> Iterator[str]:
     """The options of a bucket URI that lead to a server with OBJECTS in the bucket `corpus`."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-    client.create_bucket(Bucket="corpus", ACL="public-read")
-    for key, data in OBJECTS.items():
-        client.put_object(Bucket="corpus", Key=key, Body=data, ACL="public-read")
-    try:
-        yield f"?region=us-east-1&scheme=http&endpoint_override={host}:{port}"
-    finally:
-        server.stop()
+    with bucket_servers.s3("corpus") as served:
+        for key, data in OBJECTS.items():
+            served.write(key, data)
+        yield served.options
 
 
 @contextmanager
 def gcs(folder: Path) -> Iterator[str]:
-    for key, data in OBJECTS.items():
-        (folder / "corpus" / key).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "corpus" / key).write_bytes(data)
-    command = [sys.executable, "-m", "tests.gcs_server", str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as server:
-        assert server.stdout
-        try:
-            address = server.stdout.readline().strip()
-            yield f"?anonymous=true&scheme=http&endpoint_override={address}&retry_limit_seconds=3"
-        finally:
-            server.terminate()
+    with bucket_servers.gcs("corpus", folder) as served:
+        for key, data in OBJECTS.items():
+            served.write(key, data)
+        yield served.options
 
 
 @pytest.fixture(scope="module", params=["s3", "gs"])
-def bucket(
-    request: pytest.FixtureRequest, credentials: None, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, str]]:
+def bucket(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """What stands before and after a path in a bucket's URI."""
     if request.param == "s3":
         with s3() as options:
@@ -144,8 +115,8 @@ def test_a_bucket_that_is_not_there_is_refused(bucket: tuple[str, str]) -> None:
         plan_source(source_at((missing, bucket[1]), "/x"))
 
 
-def test_public_data_needs_no_credentials(monkeypatch: pytest.MonkeyPatch, credentials: None) -> None:
-    with s3() as options:
+def test_public_data_needs_no_credentials() -> None:
+    with s3() as options, pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
         assert len(all_records(source_at(("s3://corpus", f"{options}&anonymous=true"), "/pages/a.jsonl"))) == len(ROWS)
@@ -157,7 +128,7 @@ def test_an_option_that_is_none_is_refused() -> None:
 
 
 @pytest.mark.timeout(60)  # pyarrow gives up after six seconds; of GCS it would try for a quarter of an hour
-def test_a_server_that_does_not_answer_is_refused(credentials: None) -> None:
+def test_a_server_that_does_not_answer_is_refused() -> None:
     where = "?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:1"
     source = Source(name="s", type="json", path=f"s3://corpus/pages{where}")
     with pytest.raises(
@@ -180,7 +151,7 @@ class Forbidding(BaseHTTPRequestHandler):
         pass
 
 
-def test_wrong_credentials_are_refused(credentials: None) -> None:
+def test_wrong_credentials_are_refused() -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Forbidding)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     where = f"?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{server.server_address[1]}"
@@ -195,7 +166,7 @@ def test_wrong_credentials_are_refused(credentials: None) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_a_server_that_goes_away_stops_the_run(credentials: None) -> None:
+def test_a_server_that_goes_away_stops_the_run() -> None:
     """What is lost on the way is no bad input: another try reads it, so it must not be counted and left out."""
     with s3() as options:
         source = source_at(("s3://corpus", options), "/pages/a.jsonl")

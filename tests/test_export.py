@@ -358,7 +358,7 @@ class TestEmbeddingMatrix:
             assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
     def test_from_a_table_of_lancedb(self, tmp_path: Path) -> None:
-        store, rows = LanceStore(str(tmp_path / "lancedb"), "vectors", 6), vectors_of(30)
+        store, rows = LanceStore(tmp_path / "lancedb", "vectors", 6), vectors_of(30)
         store.create()
         for part in (rows.slice(0, 11), rows.slice(11), rows.slice(5, 9)):  # written in parts, some twice
             store.upsert(with_all_columns(part))

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import parse_qs
 
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator
 
@@ -28,20 +30,23 @@ from pipeline.config.objective import Objective
 from pipeline.config.reading import ConfigError, explain, kind_of, parse_override, read_yaml
 from pipeline.config.section import Name, PathStr, Section
 from pipeline.config.training import Checkpointing, Scaling, Training
+from pipeline.storage.bucket import SCHEMES, AnyPath, as_path
 
 DEFAULT_ROOT = "~/.cache/text-embedding-pipeline"
 
 
 class Storage(Section):
     root: PathStr = DEFAULT_ROOT
-    """Folder for runs, prepared data and tables. Default: $PIPELINE_STORAGE, else ~/.cache/text-embedding-pipeline."""
+    """Folder for runs, prepared data and tables, or one in a bucket: s3://bucket/prefix, gs://bucket/prefix, with
+    pyarrow's options (?region=…&endpoint_override=…) and credentials from the environment. Default:
+    $PIPELINE_STORAGE, else ~/.cache/text-embedding-pipeline."""
     run: Name = "default"
     """Name of the run: its folder is `<root>/runs/<run>`; training in it again resumes it."""
 
 
 class Logging(Section):
     save_dir: PathStr | None = None
-    """Folder of training.log; relative to storage.root. Default: the run's folder."""
+    """Folder of training.log; relative to storage.root, or an absolute one on disk. Default: the run's folder."""
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Least severe messages written, to the console and to the file."""
     format: str = Field("%(asctime)s %(levelname)-7s %(message)s", min_length=1)
@@ -74,7 +79,7 @@ class Embedding(Section):
     store: Literal["lancedb"] = "lancedb"
     """Where vectors are written."""
     uri: PathStr = "lancedb"
-    """LanceDB's folder; relative to storage.root."""
+    """LanceDB's folder; relative to storage.root, or an absolute one on disk."""
     dimensions: int | None = Field(None, ge=1)
     """Cut vectors to this size, one of the model's `matryoshka_dims`; by default its width."""
     batch_tokens: int = Field(8_192, ge=16)
@@ -133,16 +138,25 @@ class Config(Section):
         return self._deepspeed
 
     @property
-    def root(self) -> Path:
-        return Path(self.storage.root)
+    def root(self) -> AnyPath:
+        return as_path(self.storage.root)
+
+    def under_root(self, folder: str) -> AnyPath:
+        """A folder relative to `root`, or an absolute one on disk; ConfigError for a URI, which may hold secrets."""
+        if "://" in folder:
+            raise ConfigError(
+                "embedding.uri, logging.save_dir: found a URI; allowed is a folder relative to storage.root, which may "
+                "be in a bucket, or an absolute one on disk"
+            )
+        return Path(folder) if os.path.isabs(folder) else self.root / folder
 
     @property
-    def run_dir(self) -> Path:
+    def run_dir(self) -> AnyPath:
         return self.root / "runs" / self.storage.run
 
     @property
-    def log_dir(self) -> Path:
-        return self.root / self.logging.save_dir if self.logging.save_dir else self.run_dir
+    def log_dir(self) -> AnyPath:
+        return self.under_root(self.logging.save_dir) if self.logging.save_dir else self.run_dir
 
     def dump(self) -> dict[str, Any]:
         """The resolved tree as plain values. No key of it is a secret.
@@ -212,11 +226,26 @@ def _apply_environment(tree: dict[str, Any], from_arguments: dict[str, str], env
         storage["root"] = environ["PIPELINE_STORAGE"]
     storage.setdefault("root", DEFAULT_ROOT)
     if isinstance(storage["root"], str) and "://" in storage["root"]:
-        raise ConfigError(
-            f"storage.root: found {storage['root']!r}; allowed is a local folder (buckets are still to come)"
-        )
-    if isinstance(storage["root"], str) and storage["root"]:
+        storage["root"] = _bucket(storage["root"])
+    elif isinstance(storage["root"], str) and storage["root"]:
         storage["root"] = os.path.abspath(os.path.expandvars(os.path.expanduser(storage["root"])))
+
+
+def _bucket(uri: str) -> str:
+    """A bucket's URI as it is shown and sent about: it must hold no secret, so what may be one is not repeated."""
+    scheme, _, rest = uri.partition("://")
+    location, _, query = rest.partition("?")
+    secret = next((name for name in parse_qs(query) if re.search(r"key|secret|token|password", name)), None)
+    if "@" in rest or secret:
+        raise ConfigError(
+            f"storage.root: found credentials in a URI of {scheme}://; allowed are those of the environment alone"
+        )
+    if scheme not in SCHEMES or not location.strip("/") or location.startswith("/"):
+        raise ConfigError(
+            f"storage.root: found {scheme}://{location}; allowed is a folder on disk, s3://bucket/prefix or "
+            "gs://bucket/prefix"
+        )
+    return str(as_path(uri))
 
 
 def _take_pretrained_tokenizer(tree: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,6 +21,8 @@ import pyarrow as pa
 from pipeline.config import ConfigError
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan, RowGroup
+from pipeline.runtime.files import readable
+from pipeline.storage.bucket import AnyPath
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -37,7 +38,7 @@ MIN_VALIDATION = 2  # pairs that can be told from each other
 
 
 def training_plan(
-    folder: Path,
+    folder: AnyPath,
     manifest: Manifest,
     global_batch_size: int,
     seed: int,
@@ -136,13 +137,13 @@ def _cut(table: pa.Table) -> Iterator[pa.Table]:
         yield table.slice(start, stop - start)
 
 
-def validation_rows(folder: Path, manifest: Manifest, limit: int) -> pa.Table:
+def validation_rows(folder: AnyPath, manifest: Manifest, limit: int) -> pa.Table:
     """The first `limit` rows of the validation split in canonical order, which is a random one."""
     import pyarrow.parquet as pq
 
     tables = []
     for shard in manifest.of_split("validation"):
-        tables.append(pq.read_table(folder / shard.path))
+        tables.append(pq.read_table(readable(folder / shard.path)))
         if sum(map(len, tables)) >= limit:
             break
     return pa.concat_tables(tables).slice(0, limit)

@@ -9,7 +9,8 @@
     lengths.png                       how long the texts are, in tokens
     manifest.json                     {fingerprint, sources, splits, shards, lengths, clusters, versions}
 
-The files are second names (hard links) of those in the folders of the stages that made them, <root>/stages/.
+The files are second names (hard links) of those in the folders of the stages that made them, <root>/stages/; in a
+bucket they are copies.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.runtime.files import replacing, write_atomically
+from pipeline.runtime.files import readable, replacing, write_atomically
+from pipeline.storage.bucket import AnyPath
 
 SPLITS = ("train", "validation")
 EXCERPT_CHARS = 200
@@ -97,11 +99,11 @@ class Manifest:
         return [name for name in TEXT_FIELDS if name in self.lengths]
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: AnyPath, manifest: Manifest) -> None:
     write_atomically(folder / "manifest.json", json.dumps(asdict(manifest), indent=2).encode())
 
 
-def read_manifest(folder: Path) -> Manifest | None:
+def read_manifest(folder: AnyPath) -> Manifest | None:
     """The manifest of a finished data set; None where there is none, or one that cannot be read."""
     try:
         content: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
@@ -123,11 +125,16 @@ def rejections(rows: pa.Table, reason: str, similarity: pa.Array | None) -> pa.T
     return pa.table(columns).cast(REJECTED_SCHEMA)
 
 
-def write_table(table: pa.Table, path: Path) -> None:
+def parquet_file(path: AnyPath) -> Any:
+    """A pyarrow.parquet.ParquetFile; of one in a bucket, what is read together comes in one request."""
+    return pq.ParquetFile(readable(path), pre_buffer=not isinstance(path, Path))
+
+
+def write_table(table: pa.Table, path: AnyPath) -> None:
     with replacing(path) as temporary:
         pq.write_table(table.combine_chunks(), temporary, compression="zstd", row_group_size=8192)
 
 
-def sha256(path: Path) -> str:
+def sha256(path: AnyPath) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

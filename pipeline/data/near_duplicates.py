@@ -15,6 +15,7 @@ record) in one task, a component's shingles (8 bytes a word) in another.
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from collections import Counter
@@ -33,10 +34,11 @@ from scipy.sparse.csgraph import connected_components
 from pipeline.config import Data
 from pipeline.data.contamination import contamination
 from pipeline.data.exchange import read_part, write_parts
-from pipeline.data.manifest import rejections, write_table
+from pipeline.data.manifest import parquet_file, rejections, write_table
 from pipeline.data.work import Report, Stage, Task, run_tasks
-from pipeline.runtime.files import replacing, write_atomically
+from pipeline.runtime.files import for_each, readable, replacing, sizes, write_atomically
 from pipeline.runtime.session import Board
+from pipeline.storage.bucket import AnyPath
 from pipeline.text.shingles import Shingles, band_keys, bands_of, shingle_sets, thin_out
 
 Ints = npt.NDArray[np.int64]
@@ -61,19 +63,19 @@ _GONE = pa.schema(
 )
 
 
-def find(stage: Stage, board: Board, files: Sequence[Path], data: Data) -> int:
+def find(stage: Stage, board: Board, files: Sequence[AnyPath], data: Data) -> int:
     """Find what has to go, in the stage's scratch folder. Returns the number of near-duplicates."""
     scratch, threshold = stage.scratch, data.near_duplicates.threshold
-    sizes = [file.stat().st_size for file in files]
+    file_bytes = [size or 0 for size in sizes(files)]
     offsets = _offsets(files)
     keys = [scratch / "keys" / f"{file.stem}.npy" for file in files]
     bands = bands_of(threshold, data.near_duplicates.permutations)[0] if threshold else 0
 
     def sign(index: int, report: Report) -> None:
         _sign(files[index], scratch, data)
-        report({"bytes": sizes[index]})
+        report({"bytes": file_bytes[index]})
 
-    run_tasks(board, "prepare: signatures", [Task(*of) for of in zip(sizes, keys, strict=True)], sign)
+    run_tasks(board, "prepare: signatures", [Task(*of) for of in zip(file_bytes, keys, strict=True)], sign)
     if threshold is None:
         write_table(_GONE.empty_table(), scratch / "gone.parquet")
         return 0
@@ -83,7 +85,7 @@ def find(stage: Stage, board: Board, files: Sequence[Path], data: Data) -> int:
     links = [scratch / "links" / f"{run[0]:04d}.npy" for run in runs]
 
     def link(index: int, report: Report) -> None:
-        found = [_links(np.concatenate([np.load(path, mmap_mode="r")[band] for path in keys])) for band in runs[index]]
+        found = [_links(np.concatenate([_load(path)[band] for path in keys])) for band in runs[index]]
         _save(np.concatenate(found, axis=1), links[index])
         report({"bytes": band_bytes * len(runs[index])})
 
@@ -99,37 +101,39 @@ def find(stage: Stage, board: Board, files: Sequence[Path], data: Data) -> int:
     candidates = [scratch / "candidates" / f"{file.stem}.arrow" for file in files]
 
     def collect(index: int, report: Report) -> None:
-        component = np.load(components, mmap_mode="r")[offsets[index] : offsets[index + 1]]
+        component = _load(components)[offsets[index] : offsets[index + 1]]
         table = _candidates(files[index], component, int(offsets[index]))
         write_parts(table, table["component"].to_numpy() % len(files), len(files), candidates[index])
-        report({"bytes": sizes[index]})
+        report({"bytes": file_bytes[index]})
 
-    run_tasks(board, "prepare: collect the alike", [Task(*of) for of in zip(sizes, candidates, strict=True)], collect)
+    tasks = [Task(*of) for of in zip(file_bytes, candidates, strict=True)]
+    run_tasks(board, "prepare: collect the alike", tasks, collect)
     gone = [scratch / "gone" / f"{part:05d}.parquet" for part in range(len(files))]
-    part_bytes = sum(path.stat().st_size for path in candidates) // len(files)
+    part_bytes = sum(filter(None, sizes(candidates))) // len(files)
 
     def thin(part: int, report: Report) -> None:
         write_table(_thin_out(read_part(candidates, part), threshold), gone[part])
         report({"bytes": part_bytes})
 
     run_tasks(board, "prepare: compare them", [Task(part_bytes, path) for path in gone], thin)
-    found = pa.concat_tables([pq.read_table(path) for path in gone]).sort_by("record")
+    found = pa.concat_tables(for_each(scratch, lambda path: pq.read_table(readable(path)), gone)).sort_by("record")
     write_table(found, scratch / "gone.parquet")
     return len(found)
 
 
-def write_distinct(stage: Stage, board: Board, files: Sequence[Path]) -> dict[str, Counter[str]]:
+def write_distinct(stage: Stage, board: Board, files: Sequence[AnyPath]) -> dict[str, Counter[str]]:
     """Write `records/` without what has to go, and that to `rejected/`. Returns source → `kept` or a reason → rows."""
     scratch, folder, offsets = stage.scratch, stage.folder, _offsets(files)
-    sizes = [file.stat().st_size for file in files]
+    file_bytes = [size or 0 for size in sizes(files)]
     counts = [scratch / "counts" / f"{file.stem}.json" for file in files]
 
     def write(index: int, report: Report) -> None:
         file, first, last = files[index], int(offsets[index]), int(offsets[index + 1])
-        gone = pq.read_table(scratch / "gone.parquet", filters=[("record", ">=", first), ("record", "<", last)])
+        filters = [("record", ">=", first), ("record", "<", last)]
+        gone = pq.read_table(readable(scratch / "gone.parquet"), filters=filters)
         hits = json.loads((scratch / "hits" / f"{file.stem}.json").read_text())
         kept, rejected = _split(
-            pq.read_table(file), gone.set_column(0, "record", pc.subtract(gone["record"], first)), hits
+            pq.read_table(readable(file)), gone.set_column(0, "record", pc.subtract(gone["record"], first)), hits
         )
         write_table(kept, folder / "records" / file.name)
         write_table(rejected, folder / "rejected" / file.name)
@@ -137,36 +141,36 @@ def write_distinct(stage: Stage, board: Board, files: Sequence[Path]) -> dict[st
         for source, reason in zip(rejected["source"].to_pylist(), rejected["reason"].to_pylist(), strict=True):
             outcome.setdefault(source, Counter())[reason] += 1
         write_atomically(counts[index], json.dumps(outcome).encode())
-        report({"bytes": sizes[index], "records": len(kept) + len(rejected), "rejected": len(rejected)})
+        report({"bytes": file_bytes[index], "records": len(kept) + len(rejected), "rejected": len(rejected)})
 
-    run_tasks(board, "prepare: write what stays", [Task(*of) for of in zip(sizes, counts, strict=True)], write)
+    run_tasks(board, "prepare: write what stays", [Task(*of) for of in zip(file_bytes, counts, strict=True)], write)
     total: dict[str, Counter[str]] = {}
-    for path in counts:
-        for source, outcome in json.loads(path.read_text()).items():
+    for text in for_each(scratch, lambda path: path.read_text(), counts):
+        for source, outcome in json.loads(text).items():
             total.setdefault(source, Counter()).update(outcome)
     return total
 
 
 def largest_clusters(stage: Stage) -> list[dict[str, Any]]:
     """The records that stand for the most near-duplicates: source_id and how many went for it."""
-    gone = pq.read_table(stage.scratch / "gone.parquet", columns=["duplicate_of"])
+    gone = pq.read_table(readable(stage.scratch / "gone.parquet"), columns=["duplicate_of"])
     sizes = gone.group_by("duplicate_of").aggregate([([], "count_all")])
     largest = sizes.sort_by([("count_all", "descending"), ("duplicate_of", "ascending")]).slice(0, CLUSTERS_REPORTED)
     return [{"source_id": row["duplicate_of"], "removed": row["count_all"]} for row in largest.to_pylist()]
 
 
-def _offsets(files: Sequence[Path]) -> Ints:
+def _offsets(files: Sequence[AnyPath]) -> Ints:
     """The place of each file's first record, and the number of all."""
-    return np.cumsum([0, *(pq.read_metadata(file).num_rows for file in files)])
+    return np.cumsum([0, *for_each(files[0], lambda file: pq.read_metadata(readable(file)).num_rows, files)])
 
 
-def _texts(file: Path) -> Iterator[list[list[str]]]:
+def _texts(file: AnyPath) -> Iterator[list[list[str]]]:
     """Batches of records, each its text fields that are searched or searched with."""
-    for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=["anchor", "positive", "text"]):
+    for batch in parquet_file(file).iter_batches(BATCH_ROWS, columns=["anchor", "positive", "text"]):
         yield [[text for text in row.values() if text is not None] for row in batch.to_pylist()]
 
 
-def _sign(file: Path, scratch: Path, data: Data) -> None:
+def _sign(file: AnyPath, scratch: AnyPath, data: Data) -> None:
     """The band keys of a file's records, (bands, records), and which of them an evaluation set knows."""
     near = data.near_duplicates
     known = contamination(tuple(data.decontaminate), data.decontaminate_threshold) if data.decontaminate else None
@@ -193,22 +197,22 @@ def _links(keys: npt.NDArray[np.uint64]) -> Ints:
     return np.stack([order[same], order[same + 1]])
 
 
-def _components(links: Sequence[Path], records: int) -> Ints:
+def _components(links: Sequence[AnyPath], records: int) -> Ints:
     """Each record's component, ALONE where it has no link."""
     labels = np.arange(records)
     for path in links:  # one band at a time: only one band's pairs are in memory
-        a, b = labels[np.load(path)]
+        a, b = labels[_load(path)]
         graph = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(records, records))
         labels = connected_components(graph, directed=False)[1].astype(np.int64)[labels]
     return np.where(np.bincount(labels, minlength=records)[labels] > 1, labels, ALONE)
 
 
-def _candidates(file: Path, component: Ints, offset: int) -> pa.Table:
+def _candidates(file: AnyPath, component: Ints, offset: int) -> pa.Table:
     """The file's records that are in a component of more than one, with their shingles."""
     chosen = np.flatnonzero(component != ALONE)
     if not len(chosen):
         return _CANDIDATES.empty_table()
-    keys = pq.read_table(file, columns=["id", "source_id"]).take(chosen)
+    keys = pq.read_table(readable(file), columns=["id", "source_id"]).take(chosen)
     sets: list[Shingles] = []
     first = 0
     for batch in _texts(file):
@@ -261,6 +265,11 @@ def _split(records: pa.Table, gone: pa.Table, hits: dict[str, tuple[str, float]]
     return records.filter(pa.array(stay)), pa.concat_tables(rejected)
 
 
-def _save(array: npt.NDArray[Any], path: Path) -> None:
+def _load(path: AnyPath) -> Any:
+    """An array, mapped into memory; one in a bucket is fetched whole."""
+    return np.load(path, mmap_mode="r") if isinstance(path, Path) else np.load(io.BytesIO(path.read_bytes()))
+
+
+def _save(array: npt.NDArray[Any], path: AnyPath) -> None:
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, array)

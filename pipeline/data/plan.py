@@ -21,15 +21,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.config import ConfigError
+from pipeline.data.manifest import parquet_file
+from pipeline.storage.bucket import as_path
 
 MAX_LANES = 32
 MAX_ROWS_A_LANE = 64
@@ -75,9 +75,9 @@ class Selection:
     def read(self) -> pa.Table:
         """The rows in training order, with a `step` column."""
         first, tables, order = 0, [], []
-        files = lru_cache(maxsize=None)(pq.ParquetFile)
+        folder, files = as_path(self.folder), lru_cache(maxsize=None)(parquet_file)
         for group, number, turn in self.groups:
-            tables.append(files(Path(self.folder) / group.path).read_row_group(group.index))
+            tables.append(files(folder / group.path).read_row_group(group.index))
             order.append(first + np.random.default_rng([self.seed, turn, number, 1]).permutation(group.rows))
             first += group.rows
         table = pa.concat_tables(tables).combine_chunks().take(np.concatenate(order)[self.rows])

@@ -31,13 +31,14 @@ from pipeline.data.records import make_records, record_texts
 from pipeline.data.report import check_duplicates, check_sources, log_clusters, summary_table, warn_of_bad_input
 from pipeline.data.tokenizing import ROW_GROUP_ROWS, Cutter, Recipe, tokenize_file
 from pipeline.data.vocabulary import load_tokenizer, loaded_tokenizer, tokenizer_file, train_tokenizer
-from pipeline.data.work import Report, Stage, Task, place, run_tasks
+from pipeline.data.work import Report, Stage, Task, run_tasks
 from pipeline.runtime.console import log
-from pipeline.runtime.files import write_atomically
+from pipeline.runtime.files import for_each, matching, place, sizes, write_atomically
 from pipeline.runtime.job import alone_in
 from pipeline.runtime.session import Board
 from pipeline.sources.content import inputs_by_content
 from pipeline.sources.source import Plan, check_fields, plan_source, text_fields
+from pipeline.storage.bucket import AnyPath
 from pipeline.text.augment import Augmentation
 
 FORMAT = 2  # of prepared data; a change of what the stages write makes all earlier folders stale
@@ -117,7 +118,7 @@ class Inputs:
         self.folder = config.root / "prepared" / hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
 
 
-def prepare(config: Config, board: Callable[[], Board], rehash: bool = False) -> tuple[Path, Manifest]:
+def prepare(config: Config, board: Callable[[], Board], rehash: bool = False) -> tuple[AnyPath, Manifest]:
     """Bring the prepared data up to date. Returns its folder and manifest; asks for the `board` if there is work.
 
     With `rehash`, inputs are known by their content rather than by their times of change.
@@ -143,7 +144,7 @@ def _stages(inputs: Inputs) -> list[Stage]:
     return [stage for stage in (inputs.records, inputs.distinct, inputs.tokenizer, inputs.tokens) if stage]
 
 
-def _record_files(inputs: Inputs) -> list[Path]:
+def _record_files(inputs: Inputs) -> list[AnyPath]:
     return [(inputs.distinct or inputs.records).folder / "records" / f"{i:05d}.parquet" for i in range(inputs.shards)]
 
 
@@ -206,7 +207,7 @@ def _tokenizer(inputs: Inputs, config: Config, board: Callable[[], Board]) -> No
     if stage is None or _skip(stage) is not None:
         return
     files, fields, output = _record_files(inputs), inputs.fields, stage.folder / "tokenizer.json"
-    sample = min(sum(file.stat().st_size for file in files), wanted.train_mb << 20)
+    sample = min(sum(filter(None, sizes(files))), wanted.train_mb << 20)
 
     def train(_: int, report: Report) -> None:
         texts = record_texts(files, fields, wanted.train_mb << 20)
@@ -219,7 +220,7 @@ def _tokenizer(inputs: Inputs, config: Config, board: Callable[[], Board]) -> No
         stage.finish({})
 
 
-def _tokenizer_path(inputs: Inputs, config: Config) -> Path:
+def _tokenizer_path(inputs: Inputs, config: Config) -> AnyPath:
     if inputs.tokenizer:
         return inputs.tokenizer.folder / "tokenizer.json"
     assert config.tokenizer.load_path
@@ -234,17 +235,17 @@ def _tokens(inputs: Inputs, config: Config, board: Callable[[], Board]) -> dict[
         return summary
     files, recipe, path = _record_files(inputs), inputs.recipe, _tokenizer_path(inputs, config)
     described = [stage.scratch / "described" / f"{file.stem}.json" for file in files]
-    sizes, changed_ns = [file.stat().st_size for file in files], path.stat().st_mtime_ns
+    file_bytes, changed_ns = [size or 0 for size in sizes(files)], path.stat().st_mtime_ns
 
     def tokenize(index: int, report: Report) -> None:
         found = tokenize_file(files[index], stage.folder, recipe, loaded_tokenizer(path, changed_ns))
         write_atomically(described[index], json.dumps(found).encode())
-        report({"bytes": sizes[index], "records": sum(shard["rows"] for shard in found["shards"])})
+        report({"bytes": file_bytes[index], "records": sum(shard["rows"] for shard in found["shards"])})
 
     with stage.open():
-        tasks = [Task(size, output) for size, output in zip(sizes, described, strict=True)]
+        tasks = [Task(size, output) for size, output in zip(file_bytes, described, strict=True)]
         run_tasks(board(), "prepare: tokenize", tasks, tokenize)
-        found = [json.loads(output.read_text()) for output in described]
+        found = for_each(stage.scratch, lambda output: json.loads(output.read_text()), described)
         shards = sorted((shard for part in found for shard in part["shards"]), key=lambda shard: shard["path"])
         lengths = {field: _merged([part["lengths"][field] for part in found]) for field in inputs.fields}
         draw(lengths, recipe.max_length, stage.folder / "lengths.png")
@@ -270,16 +271,17 @@ def _assemble(
     """Give the stages' files their names in the prepared folder, the manifest last."""
     folder, tokens = inputs.folder, inputs.tokens.folder
     tokenizer = _tokenizer_path(inputs, config)
-    place(tokenizer, folder / "tokenizer.json")
-    place(tokens / "lengths.png", folder / "lengths.png")
     shards = [Shard(**shard) for shard in described["shards"]]
-    for shard in shards:
-        place(tokens / shard.path, folder / shard.path)
-    for path in _record_files(inputs):
-        place(path, folder / "records" / path.name)
+    places: list[tuple[AnyPath, AnyPath]] = [
+        (tokenizer, folder / "tokenizer.json"),
+        (tokens / "lengths.png", folder / "lengths.png"),
+    ]
+    places += [(tokens / shard.path, folder / shard.path) for shard in shards]
+    places += [(path, folder / "records" / path.name) for path in _record_files(inputs)]
     for stage in filter(None, (inputs.records, inputs.distinct)):
-        for path in (stage.folder / "rejected").glob("*.parquet"):
-            place(path, folder / "rejected" / f"{stage.name}-{path.name}")
+        for path in matching(stage.folder / "rejected", "*.parquet"):
+            places.append((path, folder / "rejected" / f"{stage.name}-{path.name}"))
+    for_each(folder, lambda of: place(*of), places)
     ways = {source.name: source for source in config.data.sources}
     sources = [
         replace(source, weight=ways[source.name].weight, prompts=ways[source.name].model_dump()["prompts"])

@@ -14,21 +14,20 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.config import Data, Source
 from pipeline.data.exchange import read_part, write_parts
 from pipeline.data.judging import JUDGED_SCHEMA, Judge
-from pipeline.data.manifest import RECORD_SCHEMA, SourceCount, rejections, write_table
+from pipeline.data.manifest import RECORD_SCHEMA, SourceCount, parquet_file, rejections, write_table
 from pipeline.data.work import Report, Stage, Task, run_tasks
-from pipeline.runtime.files import write_atomically
+from pipeline.runtime.files import for_each, sizes, write_atomically
 from pipeline.runtime.session import Board
 from pipeline.sources.source import ReadTask, read
+from pipeline.storage.bucket import AnyPath
 from pipeline.text.identity import shard_of
 
 PART_CHARS = 8 << 20  # of text that a read task holds before it writes it out
@@ -51,12 +50,12 @@ def make_records(
     run_tasks(board, "prepare: read and judge", tasks, judge)
 
     read_in: Counter[str] = Counter()
-    parts: list[Path] = []
-    for (source, _), tally in zip(work, map(_read_json, tallies), strict=True):
+    parts: list[AnyPath] = []
+    for (source, _), tally in zip(work, for_each(scratch, _read_json, tallies), strict=True):
         read_in[source.name] += tally["rows_in"]
         parts += [scratch / "read" / name for name in tally["parts"]]
     counts = [scratch / "counts" / f"{shard:05d}.json" for shard in range(shards)]
-    size = sum(path.stat().st_size for path in parts) // shards
+    size = sum(filter(None, sizes(parts))) // shards
 
     def write(shard: int, report: Report) -> None:
         outcome = _write_shard(read_part(parts, shard), stage.folder, shard) if parts else {}
@@ -64,17 +63,18 @@ def make_records(
         report({"bytes": size})
 
     run_tasks(board, "prepare: remove exact duplicates", [Task(size, path) for path in counts], write)
-    return _merge(dict.fromkeys((source.name for source, _ in work), 0) | read_in, map(_read_json, counts))
+    rows_in = dict.fromkeys((source.name for source, _ in work), 0) | read_in
+    return _merge(rows_in, for_each(scratch, _read_json, counts))
 
 
 def _judge_task(
-    task: ReadTask, source: Source, data: Data, shards: int, part_chars: int, tally: Path, report: Report
+    task: ReadTask, source: Source, data: Data, shards: int, part_chars: int, tally: AnyPath, report: Report
 ) -> None:
     """Write the task's judged rows in parts, then what was read and written."""
     judge, count = Judge(source, data), 0
     parts: list[str] = []
     for rows in _in_parts(map(judge, read(task, source)), part_chars):
-        path = tally.with_name(f"{tally.stem}-{len(parts)}.arrow")
+        path = tally.parent / f"{tally.stem}-{len(parts)}.arrow"
         write_parts(
             pa.Table.from_pylist(rows, JUDGED_SCHEMA), [shard_of(row["id"], shards) for row in rows], shards, path
         )
@@ -98,7 +98,7 @@ def _in_parts(rows: Iterable[dict[str, Any]], part_chars: int) -> Iterator[list[
         yield part
 
 
-def _write_shard(judged: pa.Table, folder: Path, shard: int) -> dict[str, dict[str, int]]:
+def _write_shard(judged: pa.Table, folder: AnyPath, shard: int) -> dict[str, dict[str, int]]:
     """Drop exact duplicates and write one shard. Returns source → outcome (`kept` or a reason) → rows."""
     keys = ("id", "source_id", "reason", "metadata", "excerpt")
     judged = judged.sort_by([(key, "ascending") for key in keys])
@@ -138,15 +138,15 @@ def _merge(read_in: dict[str, int], counts: Iterable[dict[str, dict[str, int]]])
     ]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: AnyPath) -> dict[str, Any]:
     return dict(json.loads(path.read_text()))
 
 
-def record_texts(files: Iterable[Path], fields: list[str], max_bytes: int) -> Iterator[str]:
+def record_texts(files: Iterable[AnyPath], fields: list[str], max_bytes: int) -> Iterator[str]:
     """Texts of records in canonical order, up to about `max_bytes`: what a vocabulary is trained on."""
     total = 0
     for file in files:
-        for batch in pq.ParquetFile(file).iter_batches(1024, columns=fields):
+        for batch in parquet_file(file).iter_batches(1024, columns=fields):
             for row in batch.to_pylist():
                 for text in itertools.chain.from_iterable(map(_each, row.values())):
                     total += len(text.encode())

@@ -12,6 +12,7 @@ from pipeline.config import Data
 from pipeline.data.manifest import Manifest, SourceCount
 from pipeline.runtime.console import log, table
 from pipeline.runtime.job import JobError
+from pipeline.storage.bucket import AnyPath
 
 BAD_REASONS = (  # what cannot be read, as against what is not wanted; counted by data.max_bad_fraction
     *("broken_csv", "broken_json", "broken_python", "invalid_utf8", "wrong_cell_count"),
@@ -30,7 +31,7 @@ NOT_ITS_FAULT = (*DUPLICATES, "contaminated")  # a source may lose all its recor
 EXAMPLES = 3
 
 
-def check_sources(sources: Sequence[SourceCount], data: Data, folder: Path) -> None:
+def check_sources(sources: Sequence[SourceCount], data: Data, folder: AnyPath) -> None:
     """The books must balance, no more may be broken than the user allows, and something must be kept."""
     for source in sources:
         found = source.rows_kept + sum(source.rejected.values())
@@ -64,18 +65,24 @@ def check_duplicates(sources: Sequence[SourceCount], allowed: float, more: int =
         )
 
 
-def warn_of_bad_input(sources: Sequence[SourceCount], folder: Path) -> None:
+def warn_of_bad_input(sources: Sequence[SourceCount], folder: AnyPath) -> None:
     """Say which sources are empty, and name some of what could not be read."""
-    files = sorted((folder / "rejected").glob("*.parquet"))  # none that a killed worker left unfinished
     for source in sources:
         if not source.rows_in:
             log.warning("source %s: it is empty", source.name)
         for reason in BAD_REASONS:
             if rows := source.rejected.get(reason, 0):
                 where = (ds.field("source") == source.name) & (ds.field("reason") == reason)
-                found = ds.dataset(files).head(EXAMPLES, columns=["source_id"], filter=where)
+                found = _dataset(folder / "rejected").head(EXAMPLES, columns=["source_id"], filter=where)
                 examples = ", ".join(found["source_id"].to_pylist())
                 log.warning("source %s: %s %s, such as %s", source.name, f"{rows:,}", reason, examples)
+
+
+def _dataset(folder: AnyPath) -> Any:
+    """Of the Parquet files of a folder, and of none that a killed worker left unfinished."""
+    if isinstance(folder, Path):
+        return ds.dataset(sorted(folder.glob("*.parquet")))
+    return ds.dataset(sorted(path.key for path in folder.glob("*.parquet")), filesystem=folder.filesystem)
 
 
 def log_clusters(clusters: Sequence[dict[str, Any]]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,10 @@ from tokenizers import Tokenizer
 
 from pipeline.config import ConfigError
 from pipeline.data.lengths import LengthCounts
-from pipeline.data.manifest import SPLITS, sha256
+from pipeline.data.manifest import SPLITS, parquet_file, sha256
 from pipeline.data.vocabulary import unknown_token_id
 from pipeline.runtime.files import replacing
+from pipeline.storage.bucket import AnyPath
 from pipeline.text.augment import Augmentation
 from pipeline.text.identity import is_validation
 
@@ -101,13 +101,13 @@ def _count_up(lengths: Ints) -> Ints:
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
-def tokenize_file(records: Path, folder: Path, recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Any]:
+def tokenize_file(records: AnyPath, folder: AnyPath, recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Any]:
     """Write one record file's token shards, one a split. Returns their descriptions and the counts of lengths."""
     cutter = Cutter(tokenizer, recipe)
     counts = {name: LengthCounts() for name in recipe.fields}
     tables = [
         _encode(batch, recipe, tokenizer, cutter, counts)
-        for batch in pq.ParquetFile(records).iter_batches(ENCODE_ROWS, columns=["id", "source", *recipe.fields])
+        for batch in parquet_file(records).iter_batches(ENCODE_ROWS, columns=["id", "source", *recipe.fields])
     ]
     shards = []
     for split in SPLITS if tables else ():
@@ -188,7 +188,7 @@ def _encode_lists(
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), rows)
 
 
-def _write_split(table: pa.Table, path: Path, split: str, recipe: Recipe) -> dict[str, Any]:
+def _write_split(table: pa.Table, path: AnyPath, split: str, recipe: Recipe) -> dict[str, Any]:
     """Write rows in canonical order. Raises AssertionError for a row that is too long: the cutter would be broken."""
     for name in set(recipe.fields) - {"negatives"}:
         assert pa.compute.max(pa.compute.list_value_length(table[name])).as_py() <= recipe.max_length
@@ -198,19 +198,21 @@ def _write_split(table: pa.Table, path: Path, split: str, recipe: Recipe) -> dic
     table = table.append_column("hash", pa.array(hashes, pa.uint64())).sort_by(by_source + keys).drop_columns("hash")
     groups: list[int] = []
     of: list[str | None] = []
-    with replacing(path) as temporary, pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer:
-        for source, rows in _runs(table, split):
-            for start in range(0, len(rows), ROW_GROUP_ROWS):
-                writer.write_table(rows.slice(start, ROW_GROUP_ROWS).combine_chunks())
-                groups.append(min(ROW_GROUP_ROWS, len(rows) - start))
-                of.append(source)
+    with replacing(path) as temporary:
+        with pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer:
+            for source, rows in _runs(table, split):
+                for start in range(0, len(rows), ROW_GROUP_ROWS):
+                    writer.write_table(rows.slice(start, ROW_GROUP_ROWS).combine_chunks())
+                    groups.append(min(ROW_GROUP_ROWS, len(rows) - start))
+                    of.append(source)
+        digest = sha256(temporary)
     return {
         "path": f"{split}/{path.name}",
         "split": split,
         "rows": len(table),
         "row_groups": groups,
         "row_group_sources": of,
-        "sha256": sha256(path),
+        "sha256": digest,
     }
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from pipeline.config import ConfigError
+from pipeline.storage.bucket import AnyPath, BucketError
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 START_NAMES = ("[CLS]", "<s>", "<|begin_of_text|>", "<bos>")
@@ -46,11 +47,13 @@ def _from_hub(repository: str) -> Path:
         ) from None
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: AnyPath) -> Tokenizer:
     """Read a tokenizer.json or a pretrained tokenizer's folder. Raises ConfigError where it is none."""
-    file = tokenizer_file(path)
+    file = tokenizer_file(path) if isinstance(path, Path) else path
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file)) if isinstance(file, Path) else Tokenizer.from_str(file.read_text())
+    except BucketError:
+        raise
     except Exception as error:  # tokenizers raises bare Exception for a missing or broken file alike
         raise ConfigError(f"tokenizer.load_path: {file} is no tokenizer.json: {error}") from None
     tokenizer.no_padding()
@@ -59,7 +62,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 @lru_cache(maxsize=1)
-def loaded_tokenizer(path: Path, changed_ns: int) -> Tokenizer:
+def loaded_tokenizer(path: AnyPath, changed_ns: int) -> Tokenizer:
     """The same object again for the same file: of each one that is dropped, tokenizers 0.23 keeps some MB."""
     return load_tokenizer(path)
 

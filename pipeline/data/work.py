@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -25,15 +24,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
-from pipeline.runtime.files import SUFFIX, replacing, write_atomically
+from pipeline.runtime.files import SUFFIX, remove_folder, sizes, write_atomically
 from pipeline.runtime.job import JobError, alone_in
 from pipeline.runtime.session import Board
+from pipeline.storage.bucket import AnyPath, BucketError
 
 
 class Stage:
     """One stage's folder: results, `scratch/` while it is under way, and `done.json` at its end."""
 
-    def __init__(self, root: Path, name: str, inputs: Any) -> None:
+    def __init__(self, root: AnyPath, name: str, inputs: Any) -> None:
         self.name = name
         self.key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = root / f"{name}-{self.key}"
@@ -58,7 +58,9 @@ class Stage:
         """Mark the stage as done, with what is known about it and the seconds that the last start of it took."""
         seconds = round(time.monotonic() - self._began, 1)
         write_atomically(self.folder / "done.json", json.dumps({**summary, "seconds": seconds}).encode())
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        remove_folder(self.scratch)
+        if not isinstance(self.folder, Path):
+            return
         for left_by_a_kill in self.folder.rglob(f"*{SUFFIX}"):
             left_by_a_kill.unlink(missing_ok=True)
 
@@ -68,7 +70,7 @@ class Task:
     """A part of a stage: the bytes of input it stands for, and the file that is there when it is done."""
 
     bytes: int
-    output: Path
+    output: AnyPath
 
 
 Report = Callable[[dict[str, int]], object]
@@ -81,7 +83,7 @@ def run_tasks(board: Board, name: str, tasks: Sequence[Task], work: Callable[[in
     """
     import ray.data
 
-    todo = [index for index, task in enumerate(tasks) if not task.output.exists()]
+    todo = [index for index, size in enumerate(sizes([task.output for task in tasks])) if size is None]
     if not todo:
         return
     handle, folder = board.handle, str(tasks[0].output.parent)
@@ -105,19 +107,11 @@ def run_tasks(board: Board, name: str, tasks: Sequence[Task], work: Callable[[in
 def _sentence(error: Exception, folder: str) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk that holds {folder} is full; free some space and run the same command again"
-    return str(error) if isinstance(error, OSError | JobError | ConfigError) else f"{type(error).__name__}: {error}"
+    says_all = isinstance(error, OSError | JobError | ConfigError | BucketError)
+    return str(error) if says_all else f"{type(error).__name__}: {error}"
 
 
 def _describe(counts: dict[str, int]) -> str:
     records, rejected = counts.get("records", 0), counts.get("rejected")
     share = f", {rejected / records:.1%} rejected" if records and rejected is not None else ""
     return f"{records:,} records{share}" if records else ""
-
-
-def place(source: Path, target: Path) -> None:
-    """Give a file a second name, or a copy of it where the file system knows no links."""
-    with replacing(target) as temporary:
-        try:
-            temporary.hardlink_to(source)
-        except OSError:
-            shutil.copyfile(source, temporary)

@@ -9,19 +9,19 @@ upserts and become visible as they are made: a job that is killed and run again 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from ray.data import ActorPoolStrategy, Dataset, Datasink
 
 from pipeline.config import Config, ConfigError, Embedding
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Manifest, parquet_file
 from pipeline.embedding.lancedb_store import LanceStore
 from pipeline.embedding.store import mark_embedded
+from pipeline.runtime.files import matching
 from pipeline.runtime.session import Board, cluster_capacity
+from pipeline.storage.bucket import AnyPath, as_path
 
 ENCODE_ROWS = 1024  # a call of an encoder: seconds of work
 WRITE_ROWS = 8192  # rows a write commits together, and at most lost to a kill
@@ -58,7 +58,7 @@ class Encode:
         from pipeline.embedding.encode import TextEncoder
 
         torch.set_num_threads(threads)
-        self.encoder = TextEncoder(Path(folder), settings.batch_tokens, dimensions=settings.dimensions)
+        self.encoder = TextEncoder(as_path(folder), settings.batch_tokens, dimensions=settings.dimensions)
         self.prompt, self.prompts, self.board = prompt, prompts, board
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -73,7 +73,7 @@ class Encode:
 
 
 def encoded(
-    dataset: Dataset, model: Path, config: Config, board: Board, prompt: str, prompts: dict[str, str]
+    dataset: Dataset, model: AnyPath, config: Config, board: Board, prompt: str, prompts: dict[str, str]
 ) -> Dataset:
     """The dataset's `text`, after its prompt, embedded by a pool of actors: one a GPU, else one a CPU.
 
@@ -97,13 +97,13 @@ def encoded(
     )
 
 
-def embed(config: Config, folder: Path, manifest: Manifest, model: Path, store: LanceStore, board: Board) -> int:
+def embed(config: Config, folder: AnyPath, manifest: Manifest, model: AnyPath, store: LanceStore, board: Board) -> int:
     """Bring the store up to date with the prepared records. Returns how many were embedded."""
     import ray.data
 
     store.create()
     field = embedded_field(config, manifest)
-    files = sorted((folder / "records").glob("*.parquet"))
+    files = matching(folder / "records", "*.parquet")
     prompts = {source.name: source.prompts[field] for source in manifest.sources if field in source.prompts}
     before, total = store.count(), sum(source.rows_kept for source in manifest.sources)
 
@@ -123,10 +123,10 @@ def embed(config: Config, folder: Path, manifest: Manifest, model: Path, store: 
     return stage.done
 
 
-def missing_rows(file: Path, field: str, store: LanceStore) -> Iterator[pa.Table]:
+def missing_rows(file: AnyPath, field: str, store: LanceStore) -> Iterator[pa.Table]:
     """A record file's rows that the store lacks: id, source, source_id, text, metadata."""
     columns = ["id", "source", "source_id", field, "metadata"]
-    for batch in pq.ParquetFile(file).iter_batches(ENCODE_ROWS, columns=columns):
+    for batch in parquet_file(file).iter_batches(ENCODE_ROWS, columns=columns):
         ids = batch["id"].to_pylist()
         there = store.ids_between(ids[0], ids[-1])
         keep = pa.array(np.array([i not in there for i in ids], dtype=bool))

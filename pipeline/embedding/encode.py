@@ -9,7 +9,6 @@ Texts are tokenized together, ordered by length and encoded in batches of about 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +16,8 @@ import torch
 from pipeline.model.embedding_model import shorten
 from pipeline.model.folder import load_model
 from pipeline.model.packing import pack
+from pipeline.runtime.files import fetched
+from pipeline.storage.bucket import AnyPath
 
 
 class TextEncoder:
@@ -26,9 +27,9 @@ class TextEncoder:
     """
 
     def __init__(
-        self, folder: Path, batch_tokens: int = 8192, device: str | None = None, dimensions: int | None = None
+        self, folder: AnyPath, batch_tokens: int = 8192, device: str | None = None, dimensions: int | None = None
     ) -> None:
-        self.model, self.tokenizer = load_model(folder)
+        self.model, self.tokenizer = load_model(fetched(folder))
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
         self.batch_tokens = batch_tokens

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.config import Config
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Manifest, parquet_file
 from pipeline.embedding.encode import TextEncoder
 from pipeline.evaluation.beir import RetrievalTask
 from pipeline.evaluation.metrics import Ranking, bm25_ranking, nearest, retrieval_metrics
 from pipeline.evaluation.sts import StsTask, spearman
+from pipeline.runtime.files import matching
+from pipeline.storage.bucket import AnyPath
 from pipeline.text.identity import content_id, is_validation
 
 if TYPE_CHECKING:
     from pipeline.runtime.session import Board
 
 
-def held_out_task(config: Config, folder: Path, manifest: Manifest) -> RetrievalTask:
+def held_out_task(config: Config, folder: AnyPath, manifest: Manifest) -> RetrievalTask:
     """Held-out anchors, to be found among their positives and the records first by hash.
 
     A document is named by its text's hash: of two records with equal text either is the right answer.
@@ -47,13 +47,13 @@ def held_out_task(config: Config, folder: Path, manifest: Manifest) -> Retrieval
     return RetrievalTask("held-out", queries, documents, qrels)
 
 
-def _pairs(folder: Path) -> Iterator[dict[str, str]]:
-    for file in sorted((folder / "records").glob("*.parquet")):
-        for batch in pq.ParquetFile(file).iter_batches(1024, columns=["id", "anchor", "positive"]):
+def _pairs(folder: AnyPath) -> Iterator[dict[str, str]]:
+    for file in matching(folder / "records", "*.parquet"):
+        for batch in parquet_file(file).iter_batches(1024, columns=["id", "anchor", "positive"]):
             yield from batch.to_pylist()
 
 
-def encode_documents(task: RetrievalTask, model: Path, config: Config, board: Board) -> tuple[list[str], np.ndarray]:
+def encode_documents(task: RetrievalTask, model: AnyPath, config: Config, board: Board) -> tuple[list[str], np.ndarray]:
     """Document ids and their (N, D) vectors, encoded over the cluster."""
     import ray.data
 

@@ -19,6 +19,8 @@ import yaml
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.model.card import Card
 from pipeline.model.folder import model_fingerprint
+from pipeline.runtime.files import fetched, matching
+from pipeline.storage.bucket import AnyPath
 
 SECTIONS = ("model", "objective", "training")  # of the run's config; the others name folders of one machine
 TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "text-embeddings")
@@ -61,28 +63,28 @@ class Extras:
     embeddings: int = 0  # rows
 
 
-def read_origin(checkpoint: Path, evaluation: Path) -> Origin:
+def read_origin(checkpoint: AnyPath, evaluation: AnyPath) -> Origin:
     """Of a checkpoint in its run's folder (<root>/runs/<run>/best/step-…); next to nothing of one that lies elsewhere.
 
     `evaluation` is the evaluation.json to take scores from, where they are this model's.
     """
-    run_dir = checkpoint.resolve().parents[1]
+    run_dir = (checkpoint.resolve() if isinstance(checkpoint, Path) else checkpoint).parent.parent
     run, scored = _read_json(run_dir / "run.json"), _read_json(evaluation)
     resolved = run_dir / "config.resolved.yaml"
     settings = yaml.safe_load(resolved.read_text(encoding="utf-8")) if run and resolved.is_file() else {}
-    manifests = prepared_manifests(run_dir.parents[1]) if run else ()
+    manifests = prepared_manifests(run_dir.parent.parent) if run else ()
     return Origin(
         settings={name: settings[name] for name in SECTIONS if name in settings},
         state=_read_json(checkpoint / "state.json"),
         run=run,
         manifest=next((m for m in manifests if m.fingerprint == run["data_fingerprint"]), None),
-        scores=scored["scores"] if scored.get("of", {}).get("model") == model_fingerprint(checkpoint) else {},
+        scores=scored["scores"] if scored.get("of", {}).get("model") == model_fingerprint(fetched(checkpoint)) else {},
     )
 
 
-def prepared_manifests(root: Path) -> Iterator[Manifest]:
+def prepared_manifests(root: AnyPath) -> Iterator[Manifest]:
     """Of the finished data sets under storage.root."""
-    for path in sorted(root.glob("prepared/*/manifest.json")):
+    for path in matching(root, "prepared/*/manifest.json"):
         manifest = read_manifest(path.parent)
         if manifest:
             yield manifest
@@ -224,5 +226,5 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: AnyPath) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -6,6 +6,7 @@ Everything goes to stderr and to training.log; stdout belongs to a job's result.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -14,9 +15,13 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from pipeline.runtime.mirror import Mirror
+from pipeline.storage.bucket import AnyPath
+
 log = logging.getLogger("pipeline")
 
 LINE_EVERY_S = 30.0
+LOG_NAME = "training.log"
 
 
 class _ConsoleHandler(logging.Handler):
@@ -27,11 +32,23 @@ class _ConsoleHandler(logging.Handler):
 
 
 class LogFile(logging.FileHandler):
-    """training.log. Ray sets the format of every handler that it finds on its loggers; this one keeps its own."""
+    """training.log. Ray sets the format of every handler that it finds on its loggers; this one keeps its own.
 
-    def __init__(self, path: Path, line_format: str) -> None:
-        super().__init__(path, encoding="utf-8", delay=True)
+    In a bucket, where jobs cannot append to one object, training.log is a folder with a file a job.
+    """
+
+    def __init__(self, folder: AnyPath, line_format: str) -> None:
+        if isinstance(folder, Path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.mirror, name = Mirror(folder), LOG_NAME
+        else:
+            self.mirror, name = Mirror(folder / LOG_NAME), f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log"
+        super().__init__(self.mirror.folder / name, encoding="utf-8", delay=True)
         super().setFormatter(logging.Formatter(line_format))
+
+    def close(self) -> None:
+        super().close()
+        self.mirror.close()
 
     def setFormatter(self, fmt: logging.Formatter | None) -> None:
         return
@@ -42,10 +59,9 @@ class LogFile(logging.FileHandler):
         self.emit(log.makeRecord(log.name, logging.ERROR, __file__, 0, "the job failed", (), trace))
 
 
-def start_logging(folder: Path, level: str, line_format: str) -> LogFile:
+def start_logging(folder: AnyPath, level: str, line_format: str) -> LogFile:
     """Send our own messages to the console and to `folder/training.log`. Returns the file's handler, for Ray's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = LogFile(folder / "training.log", line_format)
+    file = LogFile(folder, line_format)
     console = _ConsoleHandler()
     console.setFormatter(logging.Formatter("%(message)s"))
     stop_logging()

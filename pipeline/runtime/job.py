@@ -25,10 +25,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from filelock import FileLock, Timeout
-
 from pipeline.config import Config, ConfigError, load
 from pipeline.runtime.console import log, start_logging, stop_logging
+from pipeline.runtime.lease import Occupied, alone
+from pipeline.runtime.root import check_reachable
+from pipeline.storage.bucket import AnyPath, BucketError
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
@@ -38,18 +39,13 @@ class JobError(Exception):
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: AnyPath) -> Iterator[None]:
     """Hold a folder for this job. Raises JobError where another one does; a killed job's hold ends with it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
+        with alone(folder):
+            yield
+    except Occupied:
         raise JobError(f"another job is at work in {folder}; wait for it, or name another run") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @dataclass
@@ -180,12 +176,15 @@ def run_job(
     try:
         args = parse(arguments or parser(name, description), argv)
         config = load_config(args)
+        check_reachable(config)
         log_file = start_logging(config.log_dir, config.logging.level, config.logging.format)
         result = main(config, args)
     except ConfigError as error:
         status, code, sentence = "failed", 2, str(error)
     except JobError as error:
         status, code, sentence = "failed", 1, str(error)
+    except BucketError as error:
+        status, code, sentence = "failed", 1, f"storage.root: {error}"
     except KeyboardInterrupt:
         status, code = "stopped", 128 + signals.number
         sentence = f"stopped by {signal.Signals(signals.number).name}; the same command goes on from here"

@@ -21,19 +21,18 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import IO, Any, NamedTuple, cast
-from urllib.parse import parse_qsl, unquote, urlencode
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipeline.config import ConfigError
+from pipeline.storage.bucket import SCHEMES, cause, connect, is_of_service, no_way_into
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 BUFFER_BYTES = 1 << 20  # of a read from disk, and of a request to a bucket
 ZSTD_READ_BYTES = 4096  # Arrow drops the read in which it finds a stream cut short, so that much is lost at most
-GCS_RETRY_S = 30  # pyarrow would try for 15 minutes and say nothing
 
 
 @dataclass(frozen=True)
@@ -98,38 +97,20 @@ def without_compression(name: str) -> str:
     return os.path.splitext(name)[0] if is_compressed(name) else name
 
 
-_SERVICE_ERROR = re.compile(r"AWS Error|google::cloud")
-
-
 def may_pass(error: BaseException) -> bool:
     """Whether a bucket, the way to it or this machine failed, and not the file: a reason to stop, not to count it.
 
     NOTE: libraries give no errno with what they find wrong in a file, but EINVAL comes of damaged offsets into it.
     """
-    return _is_of_service(error) or getattr(error, "errno", None) not in (None, errno.EINVAL)
-
-
-def _is_of_service(error: BaseException) -> bool:
-    return bool(_SERVICE_ERROR.search(str(error)))
-
-
-def cause(error: BaseException) -> str:
-    """An error in a few words, without the path, which differs from machine to machine."""
-    text = getattr(error, "strerror", None) or str(error)
-    service = _SERVICE_ERROR.search(text)
-    words = text[service.start() if service else 0 :].partition(". Detail:")[0].split()
-    return " ".join(words)[:200] or type(error).__name__
+    return is_of_service(error) or getattr(error, "errno", None) not in (None, errno.EINVAL)
 
 
 def refusal(source: str, path: str, error: Exception) -> str:
     """The sentence of a ConfigError on a path of a source that cannot be listed or opened."""
-    if not _is_of_service(error):
+    if not is_of_service(error):
         allowed = "a file, a folder or a glob that can be read, on local disk, s3:// or gs://"
         return f"data.sources {source}: found {cause(error)} at {_shown(path)}; allowed is {allowed}"
-    return (
-        f"data.sources {source}: found no way into {_shown(path)} ({cause(error)}); allowed is a bucket that this "
-        "machine reaches, with its region and its credentials in the environment"
-    )
+    return f"data.sources {source}: {no_way_into(_shown(path), error)}"
 
 
 class _Place(NamedTuple):
@@ -149,29 +130,14 @@ def _place(path: str) -> _Place:
         return _Place("", os.path.abspath(path), "")
     if scheme == "file":
         return _Place("", os.path.abspath(unquote(rest)), "")
-    if scheme not in ("s3", "gs", "gcs"):
+    if scheme not in SCHEMES:
         raise OSError(None, f"{scheme}://")
     location, _, query = rest.partition("?")
     return _Place(scheme, location.rstrip("/"), query)
 
 
-@lru_cache(maxsize=32)
-def _connect(scheme: str, bucket: str, query: str) -> Any:
-    """The filesystem that a bucket is in. Options are those of pyarrow's URIs, and `anonymous=true` for public data."""
-    options = dict(parse_qsl(query))
-    anonymous = options.pop("anonymous", "false") == "true"
-    if scheme == "s3" and anonymous:  # which pyarrow cannot read from a URI
-        if "endpoint_override" not in options and "region" not in options:
-            options["region"] = pafs.resolve_s3_region(bucket)
-        return pafs.S3FileSystem(anonymous=True, **options)
-    if scheme != "s3":
-        options.setdefault("retry_limit_seconds", str(GCS_RETRY_S))
-    login = "anonymous@" if anonymous else ""
-    return pafs.FileSystem.from_uri(f"{scheme}://{login}{bucket}?{urlencode(options)}")[0]
-
-
 def _filesystem(place: _Place) -> Any:
-    return _connect(place.scheme, place.path.partition("/")[0], place.query)
+    return connect(place.scheme, place.path.partition("/")[0], place.query)
 
 
 def _open(base: str, name: str) -> Any:

@@ -27,7 +27,6 @@ from pipeline.sources import hub
 from pipeline.sources.fields import FieldMap, RawRecord, Row, broken, has, own_fields, required_fields, text_fields
 from pipeline.sources.filesystem import (
     File,
-    cause,
     is_compressed,
     list_files,
     may_pass,
@@ -36,6 +35,7 @@ from pipeline.sources.filesystem import (
     refusal,
 )
 from pipeline.sources.readers import csv_rows, json_rows, package_rows, table_rows, text_rows
+from pipeline.storage.bucket import cause
 
 __all__ = ["Plan", "RawRecord", "ReadTask", "check_fields", "plan_source", "read", "text_fields"]
 

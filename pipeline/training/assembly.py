@@ -25,6 +25,7 @@ from pipeline.evaluation.sts import read_sts
 from pipeline.model.packing import pack
 from pipeline.objectives.collectives import rank, world_size
 from pipeline.runtime.console import log
+from pipeline.storage.bucket import AnyPath
 from pipeline.training.batch import to_batch
 from pipeline.training.build import build_learner, check_model, describe
 from pipeline.training.checkpoints import (
@@ -39,7 +40,7 @@ from pipeline.training.checkpoints import (
 from pipeline.training.ending import is_finished, steps_of
 from pipeline.training.loop import Run, Wishes, train
 from pipeline.training.run_folder import claim_run_folder
-from pipeline.training.saving import Saver, load, move
+from pipeline.training.saving import Place, Saver, Take, load
 from pipeline.training.tracking.trackers import Trackers
 from pipeline.training.validation import StsPairs, Validation
 
@@ -49,13 +50,13 @@ class Task:
     """What every worker of a run is to know."""
 
     config: Config
-    folder: Path
+    folder: AnyPath
     manifest: Manifest
     plan: Plan
     total_steps: int
 
     @classmethod
-    def of(cls, config: Config, folder: Path, manifest: Manifest) -> Task:
+    def of(cls, config: Config, folder: AnyPath, manifest: Manifest) -> Task:
         """Raises ConfigError where a split is too small for the batch."""
         settings = config.training
         plan = training_plan(folder, manifest, settings.global_batch_size, settings.seed, settings.batching)
@@ -64,9 +65,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a run calls: see `Run`. `place` takes a finished checkpoint to where a resume looks for it."""
+    """What a run calls: see `Run`, and `Saver` for `place`, which takes a checkpoint to where a resume looks for it."""
 
-    place: Callable[[TrainState, Path], None]
+    place: Place
     report: Callable[[dict[str, float]], None]
     alert: Callable[[str, str, int], None]
     wishes: Callable[[int], Wishes] = lambda step: Wishes()
@@ -101,21 +102,25 @@ def run_task(
     return state if is_finished(config, task.plan, state) else train(run, state)
 
 
-def train_here(config: Config, folder: Path, manifest: Manifest) -> TrainState:
+def train_here(config: Config, folder: AnyPath, manifest: Manifest) -> TrainState:
     """Train without Ray: in this process, or in those that torch.distributed has joined. Returns the final state."""
     task = Task.of(config, folder, manifest)
-    check_model(config, Tokenizer.from_file(str(folder / "tokenizer.json")))
+    check_model(config, Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8")))
     if rank() == 0:
         claim_run_folder(config, manifest.fingerprint)
     attempt = next_attempt(config.run_dir)
 
-    def place(state: TrainState, written: Path) -> None:
+    def place(state: TrainState, written: Path, take: Take | None) -> None:
+        trackers.send()
+        if take:
+            take(written, config.run_dir / attempt / step_folder(state.step))
         if rank() == 0:
-            move(written, config.run_dir / attempt / step_folder(state.step))
             prune(config.run_dir, config.checkpointing.max_checkpoints)
 
-    checkpoint, _ = newest_valid(config.run_dir)
-    with Trackers.open(config, read_state(checkpoint).step if checkpoint else 0) as trackers:
+    checkpoint, passed_over = newest_valid(config.run_dir) if rank() == 0 else (None, [])
+    for sentence in passed_over:
+        log.warning("train: %s", sentence)
+    with Trackers.open(config, read_state(checkpoint).step if checkpoint else 0, leader=rank() == 0) as trackers:
         feed = LocalFeed(task.plan, rank(), world_size())
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         return run_task(task, feed.batches, Hooks(place, trackers.log, trackers.alert), device)
@@ -124,7 +129,7 @@ def train_here(config: Config, folder: Path, manifest: Manifest) -> TrainState:
 def resume(run: Run) -> TrainState:
     """Take up the newest whole checkpoint, if there is one.
 
-    Rank 0 chooses it: all workers see the same disk, but not at the same moment.
+    Rank 0 chooses it: all workers see the same disk or bucket, but not at the same moment.
     """
     folder = run.config.run_dir
     chosen = [newest_valid(folder)[0], noted_halvings(folder)] if rank() == 0 else [None, None]

@@ -3,7 +3,8 @@
 `state.json` holds the step, the metrics and every file's hash, so a folder without it, or with a file that does not
 match it, is passed over; `newest_valid` says which those were. Ray's rotation keeps the newest K of one start of the
 driver; `newest_valid` looks over all starts (`attempt-*`), and the best by validation lies outside Ray's list, in
-`best/`, because Ray's rotation cannot keep both the newest and the best.
+`best/`, because Ray's rotation cannot keep both the newest and the best. In a bucket things lie as on disk; a
+checkpoint there is fetched to be read, and its hashes hold for what arrived.
 
     <run>/attempt-001/step-00000200/{model.safetensors, model.json, tokenizer.json, partners.safetensors, optimizer.pt,
                                      state.json}
@@ -25,7 +26,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.model.folder import save_model
 from pipeline.objectives.learner import Learner
-from pipeline.runtime.files import write_atomically
+from pipeline.runtime.files import fetched, matching, remove_folder, scratch, write_atomically
+from pipeline.storage.bucket import AnyPath, BucketPath
 
 HALVINGS = "halvings"
 PARTNERS = "partners.safetensors"  # a decoder, a prediction head, a learned temperature
@@ -58,8 +60,10 @@ def step_folder(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def incoming_folder(run_dir: Path) -> Path:
+def incoming_folder(run_dir: AnyPath) -> Path:
     """Where a checkpoint is put together before Ray takes it to the attempt's folder."""
+    if isinstance(run_dir, BucketPath):
+        return scratch() / "incoming" / xxhash.xxh3_64_hexdigest(str(run_dir).encode())
     return run_dir / "incoming"
 
 
@@ -90,8 +94,12 @@ def seal(folder: Path, state: TrainState) -> None:
     temporary.rename(folder / "state.json")
 
 
-def read_state(folder: Path) -> TrainState:
+def read_state(folder: AnyPath) -> TrainState:
     """The state of a checkpoint whose files all match their hashes. Raises ValueError saying what does not."""
+    if isinstance(folder, BucketPath):
+        if not (folder / "state.json").is_file():
+            raise ValueError("its state.json is missing or broken")
+        folder = fetched(folder)
     try:
         content: dict[str, Any] = json.loads((folder / "state.json").read_text())
         hashes = content.pop("files")
@@ -122,7 +130,7 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, device: torch
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
 
 
-def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
+def newest_valid(run_dir: AnyPath) -> tuple[AnyPath | None, list[str]]:
     """The checkpoint furthest on whose files are whole, and a sentence for each one that was passed over."""
     passed_over: list[str] = []
     for folder in _newest_first(run_dir):
@@ -134,9 +142,9 @@ def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def best_checkpoint(run_dir: Path) -> Path | None:
+def best_checkpoint(run_dir: AnyPath) -> AnyPath | None:
     """The checkpoint kept for its validation score, else the newest whole one."""
-    best = sorted((run_dir / "best").glob("step-*[0-9]"), reverse=True)
+    best = sorted(matching(run_dir / "best", "step-*[0-9]"), key=lambda folder: folder.name, reverse=True)
     return next((folder for folder in best if _is_valid(folder)), None) or newest_valid(run_dir)[0]
 
 
@@ -165,45 +173,56 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def next_attempt(run_dir: Path) -> str:
+def next_attempt(run_dir: AnyPath) -> str:
     """A folder name no start of the driver has had: Ray takes an old one for a run to restore."""
     taken = [int(folder.name.removeprefix("attempt-")) for folder in run_dir.glob("attempt-[0-9]*")]
     return f"attempt-{max(taken, default=0) + 1:03d}"
 
 
-def note_halvings(run_dir: Path, halvings: int) -> None:
+def note_halvings(run_dir: AnyPath, halvings: int) -> None:
     """For the next start of a run that cannot go on without one: its micro-batches are to be halved so often."""
     write_atomically(run_dir / HALVINGS, str(halvings).encode())
 
 
-def noted_halvings(run_dir: Path) -> int:
+def noted_halvings(run_dir: AnyPath) -> int:
     path = run_dir / HALVINGS
     return int(path.read_text()) if path.is_file() else 0
 
 
-def prune(run_dir: Path, keep: int) -> None:
+def prune(run_dir: AnyPath, keep: int, spared: AnyPath | None = None) -> None:
     """Keep the newest `keep` whole checkpoints over all attempts; drop the rest, and what attempts leave behind.
 
-    Not while an attempt is under way: Ray must find the checkpoints that it knows of.
+    Not while an attempt is under way: Ray must find the checkpoints that it knows of. In a bucket a checkpoint counts
+    as whole where all its files are, which no hash has looked at: `spared`, which one has, stays whatever is newer.
     """
     shutil.rmtree(incoming_folder(run_dir), ignore_errors=True)
-    kept: list[Path] = []
+    kept: list[AnyPath] = []
     for folder in _newest_first(run_dir):
-        if len(kept) < keep and _is_valid(folder):
+        if folder == spared or (len(kept) < keep and _seems_valid(folder)):
             kept.append(folder)
         else:
-            shutil.rmtree(folder, ignore_errors=True)
-    for attempt in run_dir.glob("attempt-[0-9]*"):
+            remove_folder(folder)
+    for attempt in matching(run_dir, "attempt-[0-9]*"):
         if attempt not in {folder.parent for folder in kept}:
-            shutil.rmtree(attempt, ignore_errors=True)
+            remove_folder(attempt)
 
 
-def _newest_first(run_dir: Path) -> list[Path]:
-    folders = run_dir.glob("attempt-[0-9]*/step-[0-9]*")
+def _newest_first(run_dir: AnyPath) -> list[AnyPath]:
+    folders = matching(run_dir, "attempt-[0-9]*/step-[0-9]*")
     return sorted(folders, key=lambda folder: (folder.name, folder.parent.name), reverse=True)
 
 
-def _is_valid(folder: Path) -> bool:
+def _seems_valid(folder: AnyPath) -> bool:
+    """Whole, as far as that shows without fetching it."""
+    if isinstance(folder, Path):
+        return _is_valid(folder)
+    try:
+        return bool(json.loads((folder / "state.json").read_text())["files"].keys() <= folder.files().keys())
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+
+
+def _is_valid(folder: AnyPath) -> bool:
     try:
         return bool(read_state(folder))
     except ValueError:
@@ -212,9 +231,14 @@ def _is_valid(folder: Path) -> bool:
 
 def _forget_optimizer(folder: Path) -> None:
     """state.json is replaced, not written: its other name keeps what it says."""
-    content = json.loads((folder / "state.json").read_text())
+    write_atomically(folder / "state.json", without_optimizer((folder / "state.json").read_text()))
+
+
+def without_optimizer(state_json: str) -> bytes:
+    """A state.json that lists no file of the optimizer's."""
+    content = json.loads(state_json)
     content["files"] = {name: found for name, found in content["files"].items() if not name.startswith("optimizer")}
-    write_atomically(folder / "state.json", json.dumps(content, indent=2).encode())
+    return json.dumps(content, indent=2).encode()
 
 
 def _hash(path: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, ConfigError
@@ -14,6 +13,7 @@ from pipeline.data.plan import Plan
 from pipeline.runtime.console import log, table
 from pipeline.runtime.job import JobError, signals
 from pipeline.runtime.session import Board, cluster_capacity
+from pipeline.storage.bucket import AnyPath, BucketPath
 from pipeline.training.checkpoints import TrainState, newest_valid, next_attempt, prune, read_state
 from pipeline.training.ending import is_finished
 from pipeline.training.run_folder import claim_run_folder, refuse_other_run
@@ -40,7 +40,7 @@ class Workers:
         return f"{number} workers of {self.cpus:g} CPUs and {self.gpus:g} GPUs"
 
 
-def resume_point(config: Config) -> tuple[Path | None, TrainState]:
+def resume_point(config: Config) -> tuple[AnyPath | None, TrainState]:
     """The newest whole checkpoint and its state; says which ones were passed over."""
     checkpoint, passed_over = newest_valid(config.run_dir)
     for sentence in passed_over:
@@ -48,7 +48,7 @@ def resume_point(config: Config) -> tuple[Path | None, TrainState]:
     return checkpoint, read_state(checkpoint) if checkpoint else TrainState()
 
 
-def finished_state(config: Config, folder: Path, manifest: Manifest) -> TrainState | None:
+def finished_state(config: Config, folder: AnyPath, manifest: Manifest) -> TrainState | None:
     """The state of a run that has nothing left to do. Refuses a run folder of another config or data set."""
     refuse_other_run(config, manifest.fingerprint)
     _, state = resume_point(config)
@@ -59,7 +59,7 @@ def finished_state(config: Config, folder: Path, manifest: Manifest) -> TrainSta
     return state if is_finished(config, Task.of(config, folder, manifest).plan, state) else None
 
 
-def fit(config: Config, folder: Path, manifest: Manifest, board: Board) -> TrainState:
+def fit(config: Config, folder: AnyPath, manifest: Manifest, board: Board) -> TrainState:
     """Train, or go on training, to the end. Returns the final state.
 
     SIGINT and SIGTERM wait for a checkpoint before they end it.
@@ -70,7 +70,7 @@ def fit(config: Config, folder: Path, manifest: Manifest, board: Board) -> Train
     from pipeline.training.build import check_model
 
     task = Task.of(config, folder, manifest)
-    check_model(config, Tokenizer.from_file(str(folder / "tokenizer.json")))
+    check_model(config, Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8")))
     workers = _workers(config, task.plan)
     claim_run_folder(config, manifest.fingerprint)
     _, state = resume_point(config)
@@ -112,7 +112,7 @@ def _trainer(config: Config, workers: Workers, sent: Sent) -> Any:
         def _register_sigint_handler(self, controller: object) -> None:
             """Leave signals to the job, which turns them into an orderly end."""
 
-    scaling = config.scaling
+    scaling, run_dir = config.scaling, config.run_dir
     # Ray's controller takes these from the driver: a worker that does not answer, as one that hangs in native code,
     # is given up after as long a time as one for which the others wait in vain.
     for name in ("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "RAY_TRAIN_COLLECTIVE_TIMEOUT_S"):
@@ -130,8 +130,9 @@ def _trainer(config: Config, workers: Workers, sent: Sent) -> Any:
             elastic_resize_monitor_interval_s=scaling.resize_every_s,
         ),
         run_config=RunConfig(
-            name=next_attempt(config.run_dir),
-            storage_path=str(config.run_dir),
+            name=next_attempt(run_dir),
+            storage_path=run_dir.key if isinstance(run_dir, BucketPath) else str(run_dir),
+            storage_filesystem=run_dir.filesystem if isinstance(run_dir, BucketPath) else None,
             failure_config=FailureConfig(max_failures=scaling.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpointing.max_checkpoints),
         ),
@@ -144,7 +145,8 @@ def _fit(config: Config, workers: Workers, sent: Sent) -> None:
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     for starts_left in reversed(range(config.scaling.max_failures + 1)):
-        prune(config.run_dir, config.checkpointing.max_checkpoints)
+        spared = newest_valid(config.run_dir)[0] if isinstance(config.run_dir, BucketPath) else None
+        prune(config.run_dir, config.checkpointing.max_checkpoints, spared)
         try:
             _trainer(config, workers, sent).fit()
             return

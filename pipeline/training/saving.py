@@ -1,20 +1,24 @@
 """When the loop saves: a checkpoint put together under another name, checksummed, and given its place when it is whole.
 
 saver = Saver(config, tokenizer_json, place)
-run.save = saver.save                         # place(state, folder) on every worker; rank 0's folder is written
+run.save = saver.save          # place(state, folder, take) on every worker; take(folder, target) where one has written
 """
 
 from __future__ import annotations
 
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from pipeline.config import Config, ConfigError
 from pipeline.model.folder import save_card
-from pipeline.objectives.collectives import rank, total
+from pipeline.objectives.collectives import rank, total, world_size
+from pipeline.runtime.files import fetched
+from pipeline.storage.bucket import AnyPath, BucketPath
 from pipeline.training.checkpoints import (
     TrainState,
     incoming_folder,
@@ -27,20 +31,35 @@ from pipeline.training.checkpoints import (
 )
 from pipeline.training.loop import Run, TrainingStopped
 from pipeline.training.sharded import is_sharded, load_sharded, save_sharded
+from pipeline.training.uploading import Upload, Writer
+
+Take = Callable[[Path, AnyPath], None]
+"""Gives a finished folder its place."""
+Place = Callable[[TrainState, Path, Take | None], None]
 
 
 class Saver:
-    """Rank 0 writes; under fsdp all workers write their parts into its folder, which all of them must see.
+    """Rank 0 writes; under fsdp all workers write their parts: into its folder on a disk that all of them see, or each
+    into one of its own, from where it goes to a bucket.
 
-    `place` is called on every worker, and takes the folder to where a resume looks for it.
+    `place` is called on every worker, and says where a resume looks for the folder; what it is to call with the folder
+    and that place is None on a worker that has nothing there.
     """
 
-    def __init__(self, config: Config, tokenizer_json: str, place: Callable[[TrainState, Path], None]) -> None:
+    def __init__(self, config: Config, tokenizer_json: str, place: Place) -> None:
         self.config, self.tokenizer_json, self.place = config, tokenizer_json, place
+        self.incoming = incoming_folder(config.run_dir)
+        if self.in_bucket:
+            self.incoming /= str(rank())
+            self.start = agreed(uuid.uuid4().hex[:8])
+
+    @property
+    def in_bucket(self) -> bool:
+        return isinstance(self.config.run_dir, BucketPath)
 
     def save(self, run: Run, state: TrainState, is_best: bool) -> None:
         """Raises TrainingStopped on all workers where the checkpoint cannot be written."""
-        folder = incoming_folder(self.config.run_dir) / step_folder(state.step)
+        folder = self.incoming / step_folder(state.step)
         problem: OSError | None = None
         try:
             self._write(folder, run, state, is_best)
@@ -53,42 +72,65 @@ class Saver:
                 f"({problem.strerror if problem else 'rank 0 says why'}); make room there and run the same command "
                 f"again, it goes on from the last good checkpoint, of step {run.saved_step or 'none'}"
             ) from problem
-        self.place(state, folder)
+        self.place(state, folder, self._take(run, is_best))
+
+    def _take(self, run: Run, is_best: bool) -> Take | None:
+        if not self._writes(run):
+            return None
+        if isinstance(self.config.run_dir, Path):
+            return move
+        writers = world_size() if run.strategy.lockstep else 1
+        wait_s = self.config.scaling.collective_timeout_s
+        return Upload(self.config.run_dir, Writer(rank(), writers, self.start), is_best, wait_s)
+
+    def _writes(self, run: Run) -> bool:
+        """Whether this worker has a folder of its own to give its place."""
+        return rank() == 0 or (self.in_bucket and run.strategy.lockstep)
 
     def _write(self, folder: Path, run: Run, state: TrainState, is_best: bool) -> None:
         max_length = self.config.tokenizer.max_length
-        if rank() == 0:
+        if self._writes(run):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         if run.strategy.lockstep:
             save_sharded(folder, run.learner, run.optimizer)
             if rank() == 0:
                 save_card(folder, run.learner.model, self.tokenizer_json, max_length)
+            if self._writes(run):
                 seal(folder, state)
         elif rank() == 0:
             save_checkpoint(
                 folder, run.learner, run.optimizer, state, tokenizer_json=self.tokenizer_json, max_length=max_length
             )
-        if is_best and rank() == 0:
+        if is_best and rank() == 0 and isinstance(self.config.run_dir, Path):
             keep_best(folder, self.config.run_dir)
 
 
-def load(checkpoint: Path, run: Run) -> None:
+def agreed(value: str) -> str:
+    """Rank 0's value, on all workers."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def load(place: AnyPath, run: Run) -> None:
     """Take up the weights and the optimizer of a checkpoint that is whole. Raises ConfigError for ddp's under fsdp."""
+    checkpoint = fetched(place)
     if is_sharded(checkpoint):
         load_sharded(checkpoint, run.learner, run.optimizer)
     elif run.strategy.lockstep:
         raise ConfigError(
-            f"training.strategy: found fsdp, and {checkpoint} of a ddp run; allowed is ddp, or another storage.run"
+            f"training.strategy: found fsdp, and {place} of a ddp run; allowed is ddp, or another storage.run"
         )
     else:
         load_weights(checkpoint, run.learner)
         load_optimizer(checkpoint, run.optimizer, run.device)
 
 
-def move(folder: Path, target: Path) -> Path:
-    """Give a finished folder its place; on one file system it appears there whole. Returns the place."""
+def move(folder: Path, target: AnyPath) -> None:
+    """Give a finished folder its place; on one file system it appears there whole."""
+    assert isinstance(target, Path)
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(target)
-    return target

@@ -32,7 +32,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 
 from pipeline.objectives.learner import Learner
-from pipeline.runtime.files import replacing
+from pipeline.runtime.files import fetched, replacing
+from pipeline.storage.bucket import AnyPath
 from pipeline.training.checkpoints import PARTNERS
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
@@ -82,6 +83,18 @@ def consolidate(folder: Path) -> None:
     model = {name.removeprefix(BACKBONE): tensor for name, tensor in weights.items() if name not in partners}
     with replacing(folder / "model.safetensors") as temporary:
         save_file(model, temporary)
+
+
+def consolidate_where_it_lies(folder: AnyPath) -> None:
+    """`consolidate`; for a folder in a bucket with a copy that is fetched, whose whole model then goes there."""
+    if isinstance(folder, Path):
+        consolidate(folder)
+    elif not (folder / "model.safetensors").is_file():
+        copy = fetched(folder)
+        consolidate(copy)
+        for name in (PARTNERS, "model.safetensors"):
+            if (copy / name).is_file():
+                (folder / name).upload(copy / name)
 
 
 def _state_of(learner: Learner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

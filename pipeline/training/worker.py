@@ -9,16 +9,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ConfigError
 from pipeline.data.feed import RayFeed
+from pipeline.storage.bucket import AnyPath
 
 if TYPE_CHECKING:
     from pipeline.training.assembly import Task
     from pipeline.training.checkpoints import TrainState
     from pipeline.training.loop import Wishes
+    from pipeline.training.saving import Take
 
 POLL_S = 1.0
 
@@ -53,7 +56,9 @@ def train_worker(message: dict[str, Any]) -> None:
         tell({"alert": {"title": title, "text": text, "step": step}})
 
     _send_log(tell)
-    hooks = Hooks(_report_checkpoint, _reporter(sent.board), alert, _wishes(sent, rank))
+    hooks = Hooks(
+        partial(_report_checkpoint, sent.task.config.run_dir), _reporter(sent.board), alert, _wishes(sent, rank)
+    )
     feed = RayFeed(sent.task.plan, rank, world_size)
     try:
         run_task(sent.task, feed.batches, hooks, ray.train.torch.get_device())
@@ -77,28 +82,27 @@ def _send_log(tell: Callable[[dict[str, Any]], None]) -> None:
     log.propagate = False
 
 
-def _report_checkpoint(state: TrainState, folder: Path) -> None:
-    """Every rank reports, which is a barrier. Ray moves rank 0's folder in a thread, while training goes on."""
-    from ray.train import Checkpoint, CheckpointUploadMode, get_context, report
+def _report_checkpoint(run_dir: AnyPath, state: TrainState, folder: Path, take: Take | None) -> None:
+    """Every rank reports, which is a barrier. Ray takes the folders away in threads, while training goes on."""
+    from ray.train import Checkpoint, CheckpointUploadMode, report
 
     report(
         state.metrics,
-        checkpoint=Checkpoint.from_directory(str(folder)) if get_context().get_world_rank() == 0 else None,
+        checkpoint=Checkpoint.from_directory(str(folder)) if take else None,
         checkpoint_dir_name=folder.name,
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         delete_local_checkpoint_after_upload=False,
-        checkpoint_upload_fn=_upload,
+        checkpoint_upload_fn=partial(_upload, run_dir, take) if take else None,
     )
 
 
-def _upload(checkpoint: Any, name: str) -> Any:
+def _upload(run_dir: AnyPath, take: Take, checkpoint: Any, name: str) -> Any:
     from ray.train import Checkpoint, get_context
 
-    from pipeline.training.saving import move
-
     storage: Any = get_context().get_storage()
-    target = move(Path(checkpoint.path), Path(storage.experiment_fs_path) / name)
-    return Checkpoint(str(target), storage.storage_filesystem)
+    attempt = Path(storage.experiment_fs_path)
+    take(Path(checkpoint.path), run_dir / attempt.name / name)
+    return Checkpoint(str(attempt / name), storage.storage_filesystem)
 
 
 def _reporter(board: Any) -> Callable[[dict[str, float]], None]:

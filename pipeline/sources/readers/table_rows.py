@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.sources.fields import Row, broken
-from pipeline.sources.filesystem import BUFFER_BYTES, cause, may_pass
+from pipeline.sources.filesystem import BUFFER_BYTES, may_pass
+from pipeline.storage.bucket import cause
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
 ARROW_SUFFIXES = (".arrow", ".arrows", ".ipc", ".feather")

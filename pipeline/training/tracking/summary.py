@@ -10,11 +10,11 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.runtime.console import table
 from pipeline.runtime.files import replacing
+from pipeline.storage.bucket import AnyPath
 from pipeline.training.stopping import LOWER_IS_BETTER
 from pipeline.training.tracking.jsonl import Row, metrics_kind, read_rows
 from pipeline.training.tracking.tracker import VALIDATION
@@ -49,7 +49,7 @@ PANELS = (
 )
 
 
-def plot_history(history: Path, png: Path) -> None:
+def plot_history(history: AnyPath, png: AnyPath) -> None:
     """Draw a metrics.jsonl: a panel for each of PANELS that has data. Without any, nothing is written."""
     from matplotlib.figure import Figure
 

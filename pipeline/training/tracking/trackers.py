@@ -11,31 +11,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.runtime.console import log
+from pipeline.runtime.mirror import Mirror
 from pipeline.training.tracking.alerts import FullMemory, LossSpikes
 from pipeline.training.tracking.jsonl import History, metrics_kind
 from pipeline.training.tracking.tracker import Metrics, Tracker
 
+FETCHED = ("metrics.jsonl", "alerts.jsonl", "wandb/run_id")  # what trackers go on with, of a run's folder in a bucket
 LOSS_SPIKE, FULL_MEMORY = "loss spike", "memory nearly full"
 
 
 class Trackers:
     """Fans out. A tracker that raises is told of once, by name, and left out from there on."""
 
-    def __init__(self, trackers: Sequence[Tracker], spikes: LossSpikes, full_memory: FullMemory) -> None:
-        self.trackers, self.spikes, self.full_memory = list(trackers), spikes, full_memory
+    def __init__(
+        self, trackers: Sequence[Tracker], spikes: LossSpikes, full_memory: FullMemory, mirror: Mirror | None = None
+    ) -> None:
+        self.trackers, self.spikes, self.full_memory, self.mirror = list(trackers), spikes, full_memory, mirror
 
     @classmethod
-    def open(cls, config: Config, resumed_step: int) -> Trackers:
-        """metrics.jsonl and those of `logging.trackers`, of a run that goes on after `resumed_step` (a new one: 0)."""
-        named = ["metrics.jsonl", *config.logging.trackers]
-        found = [tracker for name in named if (tracker := _opened(name, config, resumed_step)) is not None]
+    def open(cls, config: Config, resumed_step: int, leader: bool = True) -> Trackers:
+        """metrics.jsonl and those of `logging.trackers`, of a run that goes on after `resumed_step` (a new one: 0).
+
+        None where the process is not the `leader`: their files are written by one.
+        """
+        named = ["metrics.jsonl", *config.logging.trackers] if leader else []
+        mirror = Mirror(config.run_dir, FETCHED) if leader else None
+        found = [
+            tracker
+            for name in named
+            if mirror and (tracker := _opened(name, config, mirror.folder, resumed_step)) is not None
+        ]
         settings = config.logging
-        return cls(found, LossSpikes(settings.loss_spike_deviations), FullMemory(settings.memory_alert_fraction))
+        spikes, full_memory = LossSpikes(settings.loss_spike_deviations), FullMemory(settings.memory_alert_fraction)
+        return cls(found, spikes, full_memory, mirror)
 
     def receive(self, message: dict[str, Any]) -> None:
         """Take a worker's message: its `metrics`, and its `alert` of `title`, `text` and `step`, if it has some."""
@@ -63,9 +77,16 @@ class Trackers:
         log.warning("train: %s: %s", title, text)
         self._each(lambda tracker: tracker.alert({"step": step, "title": title, "text": text}))
 
+    def send(self) -> None:
+        """Have what was reported in a bucket, where the run's folder is in one."""
+        if self.mirror:
+            self.mirror.send()
+
     def close(self, failed: bool = False) -> None:
         self._each(lambda tracker: tracker.close(failed))
         self.trackers.clear()
+        if self.mirror:
+            self.mirror.close()
 
     def __enter__(self) -> Trackers:
         return self
@@ -84,29 +105,29 @@ class Trackers:
                     tracker.close(failed=True)
 
 
-def _opened(name: str, config: Config, resumed_step: int) -> Tracker | None:
+def _opened(name: str, config: Config, folder: Path, resumed_step: int) -> Tracker | None:
     try:
-        return _open(name, config, resumed_step)
+        return _open(name, config, folder, resumed_step)
     except Exception as error:  # see _each
         _warn(name, error)
         return None
 
 
-def _open(name: str, config: Config, resumed_step: int) -> Tracker:
-    """A tracker by its name; each module imports its own library, which the others need not pay for."""
+def _open(name: str, config: Config, folder: Path, resumed_step: int) -> Tracker:
+    """A tracker by its name, its files in `folder`; each module imports its own library, the others need none."""
     if name == "tensorboard":
         from pipeline.training.tracking.tensorboard import TensorBoard
 
-        return TensorBoard(config.run_dir / "tensorboard", resumed_step)
+        return TensorBoard(folder / "tensorboard", resumed_step)
     if name == "wandb":
         from pipeline.training.tracking.wandb import WeightsAndBiases
 
-        return WeightsAndBiases(config)
+        return WeightsAndBiases(config, folder)
     if name == "ray":
         from pipeline.training.tracking.ray_metrics import RayMetrics
 
         return RayMetrics(config.storage.run)
-    return History(config.run_dir, resumed_step)
+    return History(folder, resumed_step)
 
 
 def _warn(name: str, error: Exception) -> None:

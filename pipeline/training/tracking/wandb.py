@@ -24,16 +24,16 @@ class WeightsAndBiases(Tracker):
 
     name = "wandb"
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, folder: Path) -> None:
         import wandb
 
-        config.run_dir.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.run = wandb.init(
             project=config.logging.wandb_project,
             name=config.storage.run,
-            id=run_id(config.run_dir),
+            id=run_id(folder),
             resume="allow",
-            dir=config.run_dir,
+            dir=folder,
             mode=_mode(dict(os.environ)),
             config=config.dump(),
             settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_S),

@@ -1,0 +1,274 @@
+"""Paths in buckets, and what stands on them: copies on this machine, mirrors, locks, a root that cannot be reached."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import ConfigError, load
+from pipeline.runtime import lease, mirror
+from pipeline.runtime.files import fetched, place, remove_folder, replacing, scratch, sizes, write_atomically
+from pipeline.runtime.job import JobError, alone_in
+from pipeline.runtime.root import check_reachable, check_writable
+from pipeline.storage.bucket import BucketError, BucketPath, as_path
+from tests.bucket_servers import CREDENTIALS, Served, gcs, s3
+from tests.test_buckets import Forbidding
+
+
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with s3("store") if request.param == "s3" else gcs("store", tmp_path_factory.mktemp("gcs")) as server:
+        yield server
+
+
+@pytest.fixture
+def root(served: Served, request: pytest.FixtureRequest) -> BucketPath:
+    """A folder of the test's own."""
+    found = as_path(served.uri(request.node.name.partition("[")[0]))
+    assert isinstance(found, BucketPath)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def own_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+def test_a_path_says_what_it_is_and_comes_back(root: BucketPath) -> None:
+    path = root / "runs" / "r.json"
+    assert as_path(str(path)) == path == pickle.loads(pickle.dumps(path))
+    assert (path.name, path.stem, path.parent.name, path.parent.parent) == ("r.json", "r", "runs", root)
+    with pytest.raises(TypeError):
+        os.fspath(path)  # type: ignore[call-overload]  # or `open` would write to a folder `s3:` on disk
+    assert as_path("a/b") == Path("a/b")
+
+
+def test_what_pathlib_says_of_a_folder_is_said_of_a_bucket(root: BucketPath, tmp_path: Path) -> None:
+    names = ["a/step-01/x", "a/step-02/y", "a/step-02/deep/z", "a/other", "b/step-03/x", "c.json"]
+    for name in names:
+        (tmp_path / "disk" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "disk" / name).write_bytes(name.encode())
+        (root / name).write_bytes(name.encode())
+    disk = tmp_path / "disk"
+    for pattern in ("*", "a/*", "*/step-[0-9]*", "*/step-0[12]/x", "a/step-02", "nothing/*", "c.*", "a/nothing"):
+        assert {path.key.removeprefix(root.key) for path in root.glob(pattern)} == {
+            str(path).removeprefix(str(disk)) for path in disk.glob(pattern)
+        }, pattern
+    for name in ("a", "a/other", "c.json", "nothing", "a/step-02/deep", "a/st"):
+        found, expected = root / name, disk / name
+        assert (found.exists(), found.is_file(), found.is_dir()) == (
+            expected.exists(),
+            expected.is_file(),
+            expected.is_dir(),
+        )
+    assert list(root.files()) == sorted(names)
+    assert sizes([root / "c.json", root / "nothing", disk / "c.json", root / "a/step-01/x"]) == [6, None, 6, 11]
+    remove_folder(root / "a")
+    remove_folder(root / "nothing")
+    assert list(root.files()) == ["b/step-03/x", "c.json"]
+    assert [path.name for path in root.iterdir()] == ["b", "c.json"]
+
+
+def test_missing_objects_are_missing_files(root: BucketPath) -> None:
+    for read in (root.read_bytes, root.stat, root.unlink, lambda: root.open()):
+        with pytest.raises(FileNotFoundError):
+            read()
+    root.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("size", [0, 1, 10 << 20, 17 << 20])
+def test_bytes_come_back(size: int, root: BucketPath, served: Served, tmp_path: Path) -> None:
+    """Whatever they are sent as: one request or several parts."""
+    data = random.Random(size).randbytes(size)
+    write_atomically(root / "written", data)
+    with replacing(root / "replaced") as temporary:
+        temporary.write_bytes(data)
+    place(root / "replaced", root / "copied")
+    (tmp_path / "disk").write_bytes(data)
+    place(tmp_path / "disk", root / "placed")
+    prefix = root.key.removeprefix("store/")
+    assert all(served.read(f"{prefix}/{name}") == data for name in ("written", "replaced", "copied", "placed"))
+    (root / "placed").download(tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == data == (root / "copied").read_bytes()
+    assert not list(scratch().iterdir())
+
+
+def test_what_fails_is_not_put_in_place(root: BucketPath) -> None:
+    with suppress(KeyError), replacing(root / "x") as temporary:
+        temporary.write_bytes(b"half")
+        raise KeyError
+    assert not (root / "x").exists()
+
+
+def test_a_folder_is_fetched_once_and_again_when_it_changed(
+    root: BucketPath, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("a", "deep/b"):
+        (root / "m" / name).write_bytes(name.encode())
+    first = fetched(root / "m")
+    assert first.name == "m"
+    assert {path.relative_to(first).as_posix() for path in first.rglob("*") if path.is_file()} == {"a", "deep/b"}
+    with monkeypatch.context() as patch:
+        patch.setattr(BucketPath, "download", lambda *_: pytest.fail("it is there"))
+        assert fetched(root / "m") == first
+    (root / "m" / "a").write_bytes(b"another")
+    assert (fetched(root / "m") / "a").read_bytes() == b"another"
+    assert (first / "a").read_bytes() == b"a"  # who reads it still does
+    os.utime(first.parent, (0, 0))
+    (root / "m" / "a").write_bytes(b"of another size")
+    fetched(root / "m")
+    assert not first.exists()
+    assert stat.S_IMODE(scratch().stat().st_mode) == 0o700
+    assert fetched(tmp_path) == tmp_path
+
+
+def test_a_mirror_sends_what_grows(root: BucketPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "SEND_EVERY_S", 0.01)
+    (root / "metrics.jsonl").write_bytes(b"1\n")
+    found = mirror.Mirror(root, ["metrics.jsonl", "alerts.jsonl"])
+    assert (found.folder / "metrics.jsonl").read_bytes() == b"1\n"
+    with (found.folder / "metrics.jsonl").open("a") as file:
+        file.write("2\n")
+    (found.folder / "deep").mkdir()
+    (found.folder / "deep" / "events").write_bytes(b"x")
+    (found.folder / "half.tmp").write_bytes(b"x")
+    while not ((root / "deep/events").is_file() and (root / "metrics.jsonl").read_bytes() == b"1\n2\n"):
+        time.sleep(0.01)
+    (found.folder / "last").write_bytes(b"y")
+    found.close()
+    assert list(root.files()) == ["deep/events", "last", "metrics.jsonl"]
+    assert not found.folder.exists()
+
+
+def test_one_job_at_a_time(root: BucketPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "SIGN_EVERY_S", 0.05)
+    monkeypatch.setattr(lease, "DEAD_AFTER_S", 60)
+    with alone_in(root):
+        with pytest.raises(JobError, match=r"^another job is at work in (s3|gs)://store/"), alone_in(root):
+            pytest.fail("two at once")
+        assert len((root / ".lock").files()) == 1
+    with alone_in(root):  # at once: the other has left
+        pass
+    monkeypatch.setattr(lease, "DEAD_AFTER_S", 0.2)
+    (root / ".lock" / "killed").write_bytes(b"7")
+    with alone_in(root):
+        assert not (root / ".lock" / "killed").exists()
+
+
+def test_of_many_that_begin_together_no_two_are_in(root: BucketPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "SIGN_EVERY_S", 0.05)
+    monkeypatch.setattr(lease, "DEAD_AFTER_S", 60)
+    inside, most, lock, barrier = 0, 0, threading.Lock(), threading.Barrier(6)
+
+    def job() -> None:
+        nonlocal inside, most
+        barrier.wait()
+        try:
+            with alone_in(root):
+                with lock:
+                    inside += 1
+                    most = max(most, inside)
+                time.sleep(0.2)
+                with lock:
+                    inside -= 1
+        except JobError:
+            pass
+
+    threads = [threading.Thread(target=job) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most <= 1
+
+
+def config_file(tmp_path: Path) -> Path:
+    (tmp_path / "c.yaml").write_text("{}")
+    return tmp_path / "c.yaml"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://AKIAX:hunter2@bucket/prefix",
+        "gs://hunter2@bucket/prefix",
+        "s3://bucket/prefix?secret_key=hunter2",
+        "s3://bucket/prefix?region=x&session_token=hunter2",
+    ],
+)
+def test_credentials_are_refused_and_not_repeated(uri: str, tmp_path: Path) -> None:
+    for arguments, environ in (([f"storage.root={uri}"], {}), ([], {"PIPELINE_STORAGE": uri})):
+        with pytest.raises(ConfigError, match=r"^storage\.root: found credentials in a URI") as refused:
+            load(config_file(tmp_path), arguments, environ=environ)
+        assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3:///x", "http://bucket/x", "hdfs://host/x", "file:///x"])
+def test_what_is_no_bucket_is_refused(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^storage\.root: found .*; allowed is a folder on disk, s3://bucket"):
+        load(config_file(tmp_path), [f"storage.root={uri}"], environ={})
+
+
+def test_folders_under_a_root_in_a_bucket(tmp_path: Path) -> None:
+    config = load(config_file(tmp_path), ["storage.root=gs://b/p/?anonymous=true", "storage.run=r"], environ={})
+    assert str(config.run_dir) == "gs://b/p/runs/r?anonymous=true"
+    assert str(config.log_dir) == str(config.run_dir)
+    assert config.under_root("/logs") == Path("/logs")
+    with pytest.raises(ConfigError, match=r"^embedding\.uri, logging\.save_dir: found a URI; ") as refused:
+        config.under_root("s3://user:hunter2@other/x")
+    assert "hunter2" not in str(refused.value)
+    local = load(config_file(tmp_path), [f"storage.root={tmp_path}", "logging.save_dir=logs"], environ={})
+    assert (local.root, local.log_dir) == (tmp_path, tmp_path / "logs")
+
+
+@pytest.mark.timeout(60)
+def test_a_root_that_cannot_be_reached_is_one_sentence(tmp_path: Path) -> None:
+    def refused(uri: str) -> str:
+        config = load(config_file(tmp_path), [f"storage.root={uri}"], environ={})
+        with pytest.raises(ConfigError) as error:
+            check_reachable(config)
+        assert "\n" not in str(error.value)
+        assert CREDENTIALS["AWS_SECRET_ACCESS_KEY"] not in str(error.value)
+        return str(error.value)
+
+    with s3("store") as served:
+        check_writable(load(config_file(tmp_path), [f"storage.root={served.uri('x')}"], environ={}))
+        assert served.keys("x/") == []
+        elsewhere = refused(f"s3://elsewhere/x{served.options}")
+        assert elsewhere.startswith("storage.root: found no bucket elsewhere at s3://")
+    assert "Unexpected query parameter in S3 URI: 'regio'" in refused("s3://store/x?regio=here")
+    nobody = "?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:1"
+    assert refused(f"s3://store/x{nobody}").startswith("storage.root: found no way into s3://store (AWS Error NETWORK")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Forbidding)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    port = server.server_address[1]
+    try:
+        found = refused(f"s3://store/x?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{port}")
+        assert found.startswith("storage.root: found no way into s3://store (AWS Error ACCESS_DENIED")
+        assert "credentials in the environment" in found
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.timeout(60)
+def test_a_bucket_that_goes_away_is_no_missing_file() -> None:
+    """A checkpoint that cannot be read for want of a network must not count as one that is broken."""
+    with s3("gone") as other:
+        path = as_path(other.uri("x"))
+    assert isinstance(path, BucketPath)
+    for read in (path.read_bytes, path.files):
+        with pytest.raises(BucketError, match=r"^found no way into s3://gone/x \(AWS Error NETWORK_CONNECTION"):
+            read()
+    assert not isinstance(BucketError(""), OSError)

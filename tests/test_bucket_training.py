@@ -1,0 +1,307 @@
+"""Checkpoints in buckets of S3 (moto) and GCS (a stand-in): put there, damaged there, rotated, uploads cut short.
+
+Without Ray. What a run left in a bucket must be what it leaves on a disk, file by file and bit by bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Config, load
+from pipeline.runtime.files import fetched, scratch
+from pipeline.storage.bucket import BucketError, BucketPath
+from pipeline.training import uploading
+from pipeline.training.checkpoints import (
+    TrainState,
+    best_checkpoint,
+    newest_valid,
+    next_attempt,
+    prune,
+    read_state,
+    seal,
+    step_folder,
+)
+from pipeline.training.run_folder import claim_run_folder
+from pipeline.training.sharded import consolidate_where_it_lies
+from pipeline.training.tracking.trackers import Trackers
+from pipeline.training.uploading import Upload, Writer
+from tests.bucket_servers import CREDENTIALS, Served, gcs, s3
+from tests.killed_loop import Kill, Start, train_in
+from tests.test_resume import SETTINGS, STEPS, assert_same_batches
+
+FILES = ("model.safetensors", "model.json", "tokenizer.json", "optimizer.pt")
+
+
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with s3("models") if request.param == "s3" else gcs("models", tmp_path_factory.mktemp("gcs")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_alone() -> Iterator[Served]:
+    with s3("models") as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def own_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Temporary folders of the test's own, here and in the processes that it starts."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+
+@pytest.fixture
+def config(served: Served, request: pytest.FixtureRequest, tmp_path: Path) -> Config:
+    (tmp_path / "c.yaml").write_text("storage: {run: r}\n")
+    return load(tmp_path / "c.yaml", [f"storage.root={served.uri(request.node.name)}"], environ={})
+
+
+def in_bucket(config: Config) -> BucketPath:
+    assert isinstance(config.run_dir, BucketPath)
+    return config.run_dir
+
+
+def written(folder: Path, step: int, files: tuple[str, ...] = FILES) -> Path:
+    """A sealed folder of random bytes, the same for a step every time."""
+    chance, folder = random.Random(step), folder / step_folder(step)
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(chance.randbytes(1000))
+    seal(folder, TrainState(step))
+    return folder
+
+
+def save(config: Config, tmp_path: Path, step: int, *, attempt: int = 1, is_best: bool = False) -> BucketPath:
+    run_dir = in_bucket(config)
+    target = run_dir / f"attempt-{attempt:03d}" / step_folder(step)
+    folder = written(tmp_path / "incoming", step)
+    Upload(run_dir, Writer(0, 1, "start"), is_best, 60)(folder, target)
+    assert not folder.exists()
+    return target
+
+
+def test_a_checkpoint_arrives_as_it_was_written(config: Config, tmp_path: Path, served: Served) -> None:
+    expected = {path.name: path.read_bytes() for path in written(tmp_path, 7).iterdir()}
+    target = save(config, tmp_path, 7)
+    prefix = target.key.removeprefix("models/")
+    assert {key.removeprefix(f"{prefix}/"): served.read(key) for key in served.keys(prefix)} == expected
+    assert newest_valid(in_bucket(config)) == (target, [])
+    assert {path.name: path.read_bytes() for path in fetched(target).iterdir()} == expected
+    assert read_state(target).step == 7
+    assert next_attempt(in_bucket(config)) == "attempt-002"
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "gone", "unsealed", "half a seal"])
+def test_a_damaged_object_has_its_checkpoint_passed_over(
+    damage: str, config: Config, tmp_path: Path, served: Served
+) -> None:
+    whole, damaged = save(config, tmp_path, 1), save(config, tmp_path, 2)
+    path = damaged / ("state.json" if damage in ("unsealed", "half a seal") else "optimizer.pt")
+    key, data = path.key.removeprefix("models/"), path.read_bytes()
+    if damage == "bit":
+        served.write(key, data[:500] + bytes([data[500] ^ 1]) + data[501:])
+    elif damage in ("cut", "half a seal"):
+        served.write(key, data[: len(data) // 2])
+    else:
+        served.delete(key)
+    found, passed_over = newest_valid(in_bucket(config))
+    assert found == whole
+    assert passed_over == [f"{damaged} was passed over: its {path.name} is missing or broken"]
+    assert read_state(whole).step == 1
+    prune(in_bucket(config), 1, spared=found)
+    assert newest_valid(in_bucket(config))[0] == whole
+
+
+@pytest.mark.parametrize("at", range(1, len(FILES) + 2))
+def test_an_upload_that_ends_anywhere_leaves_no_checkpoint(
+    at: int, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each of its files, and at the state.json that ends it."""
+    save(config, tmp_path, 1)
+    left, lock, upload, write = at, threading.Lock(), BucketPath.upload, BucketPath.write_bytes
+
+    def counted(path: BucketPath, *args: Any) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+        if left <= 0:
+            raise BucketError("lost")
+        (upload if isinstance(args[0], Path) else write)(path, *args)
+
+    monkeypatch.setattr(BucketPath, "upload", counted)
+    monkeypatch.setattr(BucketPath, "write_bytes", counted)
+    with pytest.raises(BucketError):
+        save(config, tmp_path, 2)
+    monkeypatch.undo()
+    found, passed_over = newest_valid(in_bucket(config))
+    assert found is not None
+    assert found.name == step_folder(1)
+    assert len(passed_over) == (at > 1)
+
+
+def test_a_bucket_that_fails_passes_no_checkpoint_over(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(config, tmp_path, 1)
+
+    def lost(*_: Any) -> None:
+        raise BucketError("lost")
+
+    monkeypatch.setattr(BucketPath, "download", lost)
+    with pytest.raises(BucketError):
+        newest_valid(in_bucket(config))
+
+
+def test_the_newest_are_kept_and_the_best_beside_them(config: Config, tmp_path: Path, served: Served) -> None:
+    run_dir = in_bucket(config)
+    for step in range(1, 7):
+        save(config, tmp_path, step, attempt=1 + step // 3, is_best=step in (1, 2))
+        prune(run_dir, 2)
+        assert len(list(run_dir.glob("attempt-*/step-*"))) == min(step, 2)
+    assert {path.name for path in run_dir.glob("attempt-*/step-*")} == {step_folder(5), step_folder(6)}
+    assert [path.name for path in run_dir.glob("attempt-*")] == ["attempt-002", "attempt-003"]
+    best = run_dir / "best" / step_folder(2)
+    assert best_checkpoint(run_dir) == best
+    assert list((run_dir / "best").iterdir()) == [best]
+    expected = {path.name: path.read_bytes() for path in written(tmp_path / "again", 2).iterdir()}
+    assert {name: (best / name).read_bytes() for name in best.files() if name != "state.json"} == {
+        name: data for name, data in expected.items() if name not in ("state.json", "optimizer.pt")
+    }
+    assert read_state(best).step == 2
+    served.write((best / "model.json").key.removeprefix("models/"), b"broken")
+    assert best_checkpoint(run_dir) == run_dir / "attempt-003" / step_folder(6)
+
+
+def test_a_checkpoint_without_all_its_files_does_not_count_as_kept(config: Config, tmp_path: Path) -> None:
+    run_dir = in_bucket(config)
+    kept, broken = save(config, tmp_path, 1), save(config, tmp_path, 2)
+    (broken / "optimizer.pt").unlink()
+    half = run_dir / "attempt-001" / step_folder(3)
+    (half / "model.json").write_bytes(b"{}")
+    prune(run_dir, 1)
+    assert list(run_dir.glob("attempt-*/step-*")) == [kept]
+
+
+def test_parts_of_several_workers_are_sealed_by_the_first_once_all_are_there(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last worker comes late; another start of the workers has left its parts in the same folder."""
+    monkeypatch.setattr(uploading, "POLL_S", 0.01)
+    run_dir = in_bucket(config)
+    target = run_dir / "attempt-001" / step_folder(4)
+    parts = [written(tmp_path / f"{i}", 4, (f"weights/shard-{i}", f"optimizer/shard-{i}")) for i in range(3)]
+    (target / Writer(1, 3, "earlier").part(1)).write_bytes(b'{"files": {"weights/shard-1": "another"}}')
+    (target / Writer(2, 3, "earlier").part(2)).write_bytes(b'{"files": {"weights/shard-2": "another"}}')
+    uploads = [Upload(run_dir, Writer(rank, 3, "now"), True, 60) for rank in range(3)]
+    first = threading.Thread(target=uploads[0], args=(parts[0], target))
+    first.start()
+    uploads[2](parts[2], target)
+    assert newest_valid(run_dir)[0] is None
+    assert first.is_alive()
+    uploads[1](parts[1], target)
+    first.join()
+    assert newest_valid(run_dir) == (target, [])
+    names = {f"{kind}/shard-{rank}" for kind in ("weights", "optimizer") for rank in range(3)}
+    assert json.loads((target / "state.json").read_text())["files"].keys() == names
+    best = run_dir / "best" / step_folder(4)
+    assert best_checkpoint(run_dir) == best
+    assert best.files().keys() == {"state.json", *(f"weights/shard-{rank}" for rank in range(3))}
+
+
+def test_a_worker_that_never_comes_is_given_up(config: Config, tmp_path: Path) -> None:
+    run_dir = in_bucket(config)
+    target = run_dir / "attempt-001" / step_folder(4)
+    with pytest.raises(BucketError, match=r"^worker 1 has not written its part of (s3|gs)://.* in 0 s"):
+        Upload(run_dir, Writer(0, 2, "now"), False, 0)(written(tmp_path, 4), target)
+    assert newest_valid(run_dir)[0] is None
+
+
+def test_metrics_go_on_on_another_machine(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = in_bucket(config)
+    with Trackers.open(config, 0) as trackers:
+        for step in (10, 20):
+            trackers.log({"step": step, "loss": 1.0})
+        trackers.alert("odd", "step 20 is odd", 20)
+    shutil.rmtree(scratch())
+    with Trackers.open(config, 10) as trackers:
+        trackers.log({"step": 20, "loss": 2.0})
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 2.0}]
+    assert (run_dir / "alerts.jsonl").read_text() == ""
+    assert list(scratch().glob("mirror-*")) == []
+
+
+def test_no_credential_is_written(config: Config, tmp_path: Path, served: Served) -> None:
+    claim_run_folder(config, "data")
+    save(config, tmp_path, 1, is_best=True)
+    with Trackers.open(config, 0) as trackers:
+        trackers.log({"step": 1, "loss": 1.0})
+    prefix = in_bucket(config).key.removeprefix("models/")
+    assert {"config.resolved.yaml", "run.json"} <= {key.rpartition("/")[2] for key in served.keys(prefix)}
+    written_bytes = b"".join(served.read(key) for key in served.keys(prefix)) + json.dumps(config.dump()).encode()
+    secrets = [CREDENTIALS["AWS_SECRET_ACCESS_KEY"], CREDENTIALS["AWS_ACCESS_KEY_ID"]]
+    assert not [secret for secret in secrets if secret.encode() in written_bytes]
+
+
+@pytest.mark.timeout(300)
+def test_killed_amid_uploads_a_run_ends_with_the_bits_of_one_on_disk(s3_alone: Served, tmp_path: Path) -> None:
+    kills = [Kill("uploading", 5, [0]), Kill("sealing", 2, [0]), Kill("sealed", 1, [0])]
+    alone = train_in(tmp_path / "alone", SETTINGS, [Start(2)])
+    starts = [*(Start(2, [kill]) for kill in kills), Start(2)]
+    killed = train_in(tmp_path / "killed", SETTINGS, starts, root=s3_alone.uri("ddp"))
+    assert killed.weights == alone.weights
+    assert_same_batches(killed, alone)
+    assert killed.losses == alone.losses
+
+    on_disk = left_on(tmp_path / "alone")
+    assert left_in(s3_alone, "ddp") == on_disk
+    assert not (tmp_path / "killed" / "runs").exists()
+
+
+@pytest.mark.timeout(300)
+def test_fsdp_workers_that_share_no_disk_end_with_the_bits_of_those_that_do(s3_alone: Served, tmp_path: Path) -> None:
+    settings = SETTINGS | {"training": SETTINGS["training"] | {"strategy": "fsdp"}}
+    alone = train_in(tmp_path / "alone", settings, [Start(2)])
+    kills = [Kill("uploading", 3, [1]), Kill("sealing", 1, [0])]
+    starts = [*(Start(2, [kill]) for kill in kills), Start(2)]
+    killed = train_in(tmp_path / "killed", settings, starts, root=s3_alone.uri("fsdp"))
+    assert killed.weights == alone.weights
+    assert_same_batches(killed, alone)
+    whole = {f"runs/r/attempt/{step_folder(STEPS)}/{name}" for name in ("model.safetensors", "partners.safetensors")}
+    assert left_in(s3_alone, "fsdp") == left_on(tmp_path / "alone") - whole  # which the test has put together there
+
+    config = load(tmp_path / "killed" / "c.yaml", environ={})
+    best, expected = best_checkpoint(config.run_dir), best_checkpoint(tmp_path / "alone" / "runs" / "r")
+    assert isinstance(best, BucketPath)
+    assert isinstance(expected, Path)
+    consolidate_where_it_lies(best)
+    consolidate_where_it_lies(expected)
+    assert (best / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    assert best_checkpoint(config.run_dir) == best
+
+
+def left_on(folder: Path) -> set[str]:
+    """Names of a run's files, without the number of the attempt."""
+    paths = (path for path in (folder / "runs").rglob("*") if path.is_file())
+    return {without_attempt(path.relative_to(folder).as_posix()) for path in paths} - {"runs/r/.lock"}
+
+
+def left_in(served: Served, prefix: str) -> set[str]:
+    names = {without_attempt(key.removeprefix(f"{prefix}/")) for key in served.keys(f"{prefix}/")}
+    return {name for name in names if not os.path.basename(name).startswith("written-")}
+
+
+def without_attempt(name: str) -> str:
+    return "/".join("attempt" if part.startswith("attempt-") else part for part in name.split("/"))
