@@ -17,7 +17,7 @@ from pipeline.embedding.cache import cache_key
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.encode import TextEncoder
 from pipeline.embedding.lookup import open_embedder
-from pipeline.embedding.store import open_store, publish, read_alias, recipe_of
+from pipeline.embedding.store import open_cache, open_store, publish, read_alias, recipe_of
 from pipeline.embedding.stores.lancedb_store import LanceStore
 from pipeline.embedding.stores.store import Refused
 from pipeline.embedding.sync import sync_here
@@ -286,9 +286,7 @@ def test_a_vector_of_the_cache_by_its_text(world: World, monkeypatch: pytest.Mon
 
 
 def test_the_cache_is_kept_below_its_size(world: World) -> None:
-    sync = world.sync()
-    assert sync.cache is not None
-    cache, row_bytes = sync.cache, 4 * 32 + 32
+    cache, row_bytes = open_cache(world.config, world.recipe), 4 * 32 + 32
     for first in range(0, 1000, 100):
         keys = [cache_key(str(number)) for number in range(first, first + 100)]
         cache.put(keys, np.full((100, 32), first, np.float32))

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.embedding.columns import as_column, as_matrix
-from pipeline.embedding.lance import connect, has_table
+from pipeline.embedding.lance import Frozen, connect, has_table
 from pipeline.storage.bucket import AnyPath
 from pipeline.text.identity import content_id
 
@@ -37,6 +37,7 @@ class VectorCache:
     def __init__(self, home: AnyPath, name: str, width: int) -> None:
         self.home, self.name, self.width = home, name, width
         self._table: Any = None
+        self._past: Frozen | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_table": None}
@@ -52,12 +53,16 @@ class VectorCache:
         connect(self.home).create_table(self.name, schema=self.schema, exist_ok=True)
 
     def get(self, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(N, width) float32 vectors, and (N,) whether each was there; zeros stand for those that were not."""
+        """(N, width) float32 vectors, and (N,) whether each was there; zeros stand for those that were not.
+
+        After `freeze` these are the vectors that were there then.
+        """
         vectors, found = np.zeros((len(keys), self.width), np.float32), np.zeros(len(keys), bool)
         if not keys:
             return vectors, found
         quoted = ", ".join(f"'{key}'" for key in set(keys))
-        rows = self.table.search().where(f"key IN ({quoted})").select(["key", "vector"]).to_arrow()
+        table = self._past.table if self._past else self.table
+        rows = table.search().where(f"key IN ({quoted})").select(["key", "vector"]).to_arrow()
         place = {key: i for i, key in enumerate(rows["key"].to_pylist())}
         there = as_matrix(rows["vector"])
         for i, key in enumerate(keys):
@@ -65,21 +70,29 @@ class VectorCache:
                 vectors[i], found[i] = there[place[key]], True
         return vectors, found
 
+    def freeze(self) -> None:
+        """Index what is there, and look no further: a job's texts differ, so its own vectors are not asked for."""
+        self._index()
+        self._past = Frozen(self.home, self.name)
+
     def put(self, keys: Sequence[str], vectors: np.ndarray) -> None:
         if len(keys):
             self.table.add(pa.table([pa.array(keys, pa.string()), as_column(vectors)], schema=self.schema))
 
     def trim(self, most_bytes: float) -> None:
-        """Join small files, index, and drop the oldest vectors until the rest takes less than `most_bytes`."""
+        """Drop the oldest vectors until the rest takes less than `most_bytes`; join small files, and index."""
         surplus = self.table.count_rows() - int(most_bytes / (4 * self.width + 32))
         if surplus > 0:
             keys = self.table.search().select(["key"]).limit(surplus).to_arrow()["key"].to_pylist()
             for start in range(0, surplus, 10_000):
                 quoted = ", ".join(f"'{key}'" for key in keys[start : start + 10_000])
                 self.table.delete(f"key IN ({quoted})")
+        self._index()
+
+    def _index(self) -> None:
         if self.table.count_rows() >= INDEXED_ROWS and not self.table.list_indices():
             self.table.create_scalar_index("key")
-        self.table.optimize(cleanup_older_than=timedelta(hours=1))
+        self.table.optimize(cleanup_older_than=timedelta(days=2))  # longer than another job looks at an old version
 
     @property
     def table(self) -> Any:

@@ -123,7 +123,7 @@ def embed(
     sync: Sync, recipe: EncoderRecipe, files: list[Span], letters: DeadLetters, board: Board, writers: int
 ) -> Counter[str]:
     """Bring the store up to date with the record files. Returns the counts that `sync` keeps."""
-    fresh = sync.ledger.is_empty()
+    fresh = sync.ledger.was_empty()
     plans: Counter[str] = Counter()
 
     def due(batch: dict[str, Any]) -> Iterator[pa.Table]:

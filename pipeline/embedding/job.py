@@ -126,12 +126,14 @@ def estimate(space: Space, board: Board) -> dict[str, Any]:
     """What an embedding would do, and about how long its encoding would take on this cluster. Writes no vector."""
     from pipeline.embedding.embed import WRITE_ROWS, plan
 
-    space.make_graph()
-    sync, files = space.sync(), space.files
-    counts = plan(sync, space.recipe, files, board)
+    with alone_in(space.folder):
+        space.make_graph()
+        sync, files = space.sync(), space.files
+        counts = plan(sync, space.recipe, files, board)
+        tokens_per_s = _tokens_per_s(space, sync, files) if counts["tokens"] else 1.0
     capacity = cluster_capacity()
     workers = space.config.embedding.max_workers or int(capacity.gpus or capacity.cpus)
-    seconds = counts["tokens"] / (_tokens_per_s(space, sync, files) * workers) if counts["tokens"] else 0.0
+    seconds = counts["tokens"] / (tokens_per_s * workers)
     writes = counts["new"] + counts["changed"] + counts["metadata"]
     requests = -(-writes // WRITE_ROWS) + -(-counts["deleted"] // WRITE_ROWS)
     log.info(

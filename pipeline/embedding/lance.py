@@ -27,6 +27,29 @@ def has_table(home: AnyPath, name: str) -> bool:
     return home.is_dir() and name in connect(home).list_tables(limit=1_000_000).tables
 
 
+class Frozen:
+    """A table as it is now, whatever is written to it later: what its indices cover is all there is to look through.
+
+    Sent to other processes by pickle, it connects in each on first use.
+    """
+
+    def __init__(self, home: AnyPath, name: str) -> None:
+        self.home, self.name = home, name
+        self._table: Any = connect(home).open_table(name)
+        self.version = int(self._table.version)
+        self._table.checkout(self.version)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_table": None}
+
+    @property
+    def table(self) -> Any:
+        if self._table is None:
+            self._table = connect(self.home).open_table(self.name)
+            self._table.checkout(self.version)
+        return self._table
+
+
 def storage_options(home: BucketPath) -> dict[str, str]:
     """LanceDB's words for the options of pyarrow's URIs. Raises ConfigError for one that it has no word for."""
     options, found = dict(parse_qsl(home.query)), {}

@@ -1,13 +1,13 @@
 """Which document holds which vector: a durable list beside a store, so that nothing need be asked of the store itself.
 
-    ledger = Ledger(home, "ledger-quickstart-9f0c4e…")
-    run = ledger.begin()
-    ledger.note(rows, SENDING, run)            # before they are sent: what may be in the store stands in the ledger
-    ledger.note(rows, THERE, run)              # once they are there
-    ledger.between("", None)                   # the newest entry of each id, sorted by id
+    ledger = Ledger(home, "quickstart-9f0c4e…")
+    ledger.begin()
+    ledger.between("", None)                   # one entry an id, sorted by it, as things stood when the job began
+    ledger.note(rows, SENDING)                 # before they are sent: what may be in the store stands in the ledger
+    ledger.note(rows, THERE)                   # once they are there
 
-A Lance table that is only added to while a job runs, so that writers do not meet; the newest entry of an id is the one
-of the latest run, and in a run the furthest on. `compact` leaves one entry an id.
+A Lance table with one entry an id, to which a job only adds, so that writers do not meet: of an id's new entries the one
+furthest on counts, and before them the old one. `compact` makes one of them again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.embedding.lance import connect, has_table
+from pipeline.embedding.lance import Frozen, connect, has_table
 from pipeline.embedding.stores.store import Store
 from pipeline.storage.bucket import AnyPath
 from pipeline.text.identity import content_id
@@ -32,7 +32,7 @@ ENTRY = pa.schema(
         *((name, pa.string()) for name in ("id", "source", "source_id", "digest")),
         ("parts", pa.int32()),  # rows that its record has in the store: its windows
         ("state", pa.int8()),
-        ("run", pa.int64()),  # which job noted it; 0 once compacted
+        ("new", pa.bool_()),  # since the table was last compacted
     ]
 )
 PART_ENTRIES = 1 << 20  # entries held at once while all of them are gone through
@@ -45,6 +45,7 @@ class Ledger:
     def __init__(self, home: AnyPath, name: str) -> None:
         self.home, self.name = home, name
         self._table: Any = None
+        self._past: Frozen | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_table": None}
@@ -52,26 +53,27 @@ class Ledger:
     def exists(self) -> bool:
         return has_table(self.home, self.name)
 
-    def begin(self) -> int:
-        """Make the table where there is none. Returns the number of a new run."""
+    def begin(self) -> None:
+        """Make the table where there is none, and tidy up after a job that was killed."""
         connect(self.home).create_table(self.name, schema=ENTRY, exist_ok=True)
-        batches = self.table.search().select(["run"]).to_batches(PART_ENTRIES)
-        return 1 + max((pc.max(batch["run"]).as_py() for batch in batches if len(batch)), default=0)
+        if self.table.count_rows("new"):
+            self.compact()
+        self._past = Frozen(self.home, self.name)
 
-    def note(self, rows: pa.Table, state: int, run: int) -> None:
+    def note(self, rows: pa.Table, state: int) -> None:
         """Add entries for rows of id, source, source_id, digest and parts."""
         if len(rows):
             columns = [rows[name] for name in ENTRY.names[:-2]]
-            columns += [pa.array(np.full(len(rows), state, np.int8)), pa.array(np.full(len(rows), run))]
+            columns += [pa.array(np.full(len(rows), state, np.int8)), pa.array(np.ones(len(rows), bool))]
             self.table.add(pa.table(columns, schema=ENTRY))
 
     def between(self, first: str, last: str | None) -> pa.Table:
-        """The newest entries of ids from `first` up to `last`, which is not among them; those that are gone left out.
+        """Entries, when the job began, of ids from `first` up to `last`, which is not among them.
 
         Ids begin with hex digits here.
         """
-        where = f"id >= '{first}'" + (f" AND id < '{last}'" if last is not None else "")
-        return _newest(self.table.search().where(where).select(ENTRY.names).to_arrow())
+        assert self._past
+        return _between(self._past.table, first, last)
 
     def holding(self, source_ids: Sequence[str]) -> set[tuple[str, str]]:
         """(source, source_id) of those documents of these ids that have entries."""
@@ -79,8 +81,10 @@ class Ledger:
         rows = self.table.search().where(f"source_id IN ({quoted})").select(["source", "source_id"]).to_arrow()
         return set(zip(rows["source"].to_pylist(), rows["source_id"].to_pylist(), strict=True))
 
-    def is_empty(self) -> bool:
-        return bool(self.table.count_rows() == 0)
+    def was_empty(self) -> bool:
+        """Whether it was when the job began."""
+        assert self._past
+        return bool(self._past.table.count_rows() == 0)
 
     def counts(self) -> tuple[int, int]:
         """Ids that are in the store, and ids that may be."""
@@ -91,24 +95,24 @@ class Ledger:
         return there, total - there
 
     def compact(self) -> None:
-        """Leave the newest entry of each id."""
+        """Leave the newest entry of each id. Nobody else may be writing."""
         schema, parts = ENTRY, self._parts()
-        entries = (batch for part in parts for batch in _of_run(part, 0).to_batches())
+        entries = (batch for part in parts for batch in _as_old(part).to_batches())
         reader = pa.RecordBatchReader.from_batches(schema, entries)
         self._table = connect(self.home).create_table(self.name, data=reader, schema=schema, mode="overwrite")
         if self.table.count_rows() >= INDEXED_ENTRIES:
             for column in ("id", "source_id"):
                 self.table.create_scalar_index(column, replace=True)
-        self.table.optimize(cleanup_older_than=timedelta(days=1))
+        self.table.optimize(cleanup_older_than=timedelta(days=2))
 
-    def rebuild(self, store: Store, run: int) -> None:
-        """Note, as a run of its own, what a store holds, and what it does not hold any more."""
+    def rebuild(self, store: Store) -> None:
+        """Note what a store holds, and what it does not hold any more. Of a ledger that has begun."""
         for batch in store.scan(["id", "source", "source_id", "metadata"]):
             rows = pa.Table.from_batches([batch])
-            self.note(with_digest(rows).append_column("parts", _parts_of(rows)), THERE, run)
+            self.note(with_digest(rows).append_column("parts", _parts_of(rows)), THERE)
         for part in self._parts():
-            self.note(part.filter(pc.less(part["run"], run)), GONE, run)
-        self.compact()
+            self.note(part.filter(pc.invert(part["new"])), GONE)
+        self.begin()
 
     @property
     def table(self) -> Any:
@@ -121,7 +125,7 @@ class Ledger:
         ranges = min(256, 1 + self.table.count_rows() // PART_ENTRIES)
         edges = [f"{256 * i // ranges:02x}" for i in range(ranges)]
         for first, last in zip(["", *edges[1:]], [*edges[1:], None], strict=True):
-            yield self.between(first, last)
+            yield _between(self.table, first, last)
 
 
 def with_digest(rows: pa.Table) -> pa.Table:
@@ -136,9 +140,14 @@ def record_of(row_id: str) -> str:
     return row_id.partition("#")[0]
 
 
+def _between(table: Any, first: str, last: str | None) -> pa.Table:
+    where = f"id >= '{first}'" + (f" AND id < '{last}'" if last is not None else "")
+    return _newest(table.search().where(where).select(ENTRY.names).to_arrow())
+
+
 def _newest(entries: pa.Table) -> pa.Table:
-    """The last entry of each id by run and state, without those that are gone, sorted by id."""
-    entries = entries.sort_by([("id", "ascending"), ("run", "ascending"), ("state", "ascending")]).combine_chunks()
+    """The entry of each id that counts, without those that are gone, sorted by id."""
+    entries = entries.sort_by([("id", "ascending"), ("new", "ascending"), ("state", "ascending")]).combine_chunks()
     if not len(entries):
         return entries
     ids = entries["id"]
@@ -146,8 +155,8 @@ def _newest(entries: pa.Table) -> pa.Table:
     return entries.filter(pc.and_(is_last, pc.not_equal(entries["state"], GONE)))
 
 
-def _of_run(entries: pa.Table, run: int) -> pa.Table:
-    return entries.set_column(ENTRY.get_field_index("run"), "run", pa.array(np.full(len(entries), run)))
+def _as_old(entries: pa.Table) -> pa.Table:
+    return entries.set_column(ENTRY.get_field_index("new"), "new", pa.array(np.zeros(len(entries), bool)))
 
 
 def _parts_of(rows: pa.Table) -> pa.Array:

@@ -78,11 +78,13 @@ def open_sync(config: Config, manifest: Manifest, recipe: EncoderRecipe, store: 
     cache = open_cache(config, recipe) if config.embedding.cache_gb else None
     store.create()
     ledger = Ledger(config.root / "ledgers", file_name(store))
-    run = ledger.begin()
+    ledger.begin()
     there, sending = ledger.counts()
     if not there <= store.count() <= there + sending:
-        ledger.rebuild(store, run)
-    return Sync(field, reading, store, ledger, cache, run + 1)
+        ledger.rebuild(store)
+    if cache is not None:
+        cache.freeze()
+    return Sync(field, reading, store, ledger, cache)
 
 
 def open_cache(config: Config, recipe: EncoderRecipe) -> VectorCache:

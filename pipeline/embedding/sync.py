@@ -69,7 +69,6 @@ class Sync:
     store: Store
     ledger: Ledger
     cache: VectorCache | None
-    run: int
 
     @property
     def columns(self) -> dict[str, str]:
@@ -137,16 +136,16 @@ class Sync:
     def _upsert(self, rows: pa.Table) -> list[Refused]:
         if not len(rows):
             return []
-        self.ledger.note(rows, SENDING, self.run)
+        self.ledger.note(rows, SENDING)
         refused = self.store.upsert(rows.select(SCHEMA(self.store.width).names))
-        self.ledger.note(_without(rows, refused), THERE, self.run)
+        self.ledger.note(_without(rows, refused), THERE)
         return refused
 
     def _update(self, rows: pa.Table) -> list[Refused]:
         if not len(rows):
             return []
         refused = self.store.update(rows.select(list(self.columns)))
-        self.ledger.note(_without(rows, refused), THERE, self.run)
+        self.ledger.note(_without(rows, refused), THERE)
         return refused
 
     def vanished(self, span: Span) -> pa.Table:
@@ -162,7 +161,7 @@ class Sync:
         for start in range(0, len(entries), ROWS):
             part = entries.slice(start, ROWS)
             self.store.delete(part["id"].to_pylist())
-            self.ledger.note(part, GONE, self.run)
+            self.ledger.note(part, GONE)
         counts.update(deleted=len(entries))
 
 
