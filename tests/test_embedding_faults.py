@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import lancedb
@@ -13,17 +11,9 @@ import pytest
 
 from pipeline.embedding.encode import TextEncoder
 from tests.conftest import make_pairs, write_jsonl
-from tests.test_faults import WAIT_S, JobProcess, rows_and_ids, run, write_config
+from tests.test_faults import JobProcess, rows_and_ids, run, wait_until, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
-
-def wait_until(true: Callable[[], object], job: JobProcess) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not true():
-        assert job.process.poll() is None, job.log.read_text()
-        assert time.monotonic() < deadline, job.log.read_text()
-        time.sleep(0.005)
 
 
 def test_killed_at_four_points_and_changed_it_ends_with_one_vector_a_document(tmp_path: Path) -> None:

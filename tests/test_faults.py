@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -84,18 +84,26 @@ class JobProcess:
         assert self.leftovers(WAIT_S) == []
 
     def descendants(self, name: str) -> list[psutil.Process]:
-        """Its processes whose command line has this name."""
+        """Its processes whose command line has this name, by when they were started."""
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 if name in " ".join(process.cmdline()):
                     found.append(process)
-        return found
+        return sorted(found, key=lambda process: process.create_time())
 
     def leftovers(self, timeout_s: float = 15) -> list[str]:
         """Processes of the job's that outlive it by more than a moment."""
         _, alive = psutil.wait_procs(list(self.children), timeout=timeout_s)
         return [str(p) for p in alive]
+
+
+def wait_until(true: Callable[[], object], job: JobProcess) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not true():
+        assert job.process.poll() is None, job.log.read_text()
+        assert time.monotonic() < deadline, job.log.read_text()
+        time.sleep(0.005)
 
 
 def run(name: str, config: Path, *args: str) -> dict[str, Any]:

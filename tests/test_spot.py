@@ -8,38 +8,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.test_faults import WAIT_S, JobProcess, run, write_config
+from tests.test_faults import WAIT_S, JobProcess, run, wait_until, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
-
-def processes(job: JobProcess, name: str) -> list[psutil.Process]:
-    """A job's Ray processes of this name, by when they were started."""
-    found = []
-    for process in psutil.Process(job.process.pid).children(recursive=True):
-        try:
-            if name in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return sorted(found, key=lambda process: process.create_time())
-
-
-def wait_until(true: Callable[[], object], job: JobProcess) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not true():
-        assert job.process.poll() is None, job.log.read_text()
-        assert time.monotonic() < deadline, job.log.read_text()
-        time.sleep(0.005)
 
 
 def weights(folder: Path) -> bytes:
@@ -60,17 +38,17 @@ def test_killed_at_seven_points_a_run_ends_with_the_same_bits(tmp_path: Path) ->
 
     job = JobProcess("train", config, *arguments)
     job.wait_for("train: step 50:")
-    processes(job, "RayTrainWorker")[-1].kill()
+    job.descendants("RayTrainWorker")[-1].kill()
     job.wait_for("train: step 100:")
-    for worker in processes(job, "RayTrainWorker"):
+    for worker in job.descendants("RayTrainWorker"):
         worker.kill()
     job.wait_for("train: step 150:")
-    workers, incoming = processes(job, "RayTrainWorker"), killed / "store/runs/r/incoming"
+    workers, incoming = job.descendants("RayTrainWorker"), killed / "store/runs/r/incoming"
     wait_until(lambda: list(incoming.glob("step-*/model.safetensors")), job)
     for worker in workers:
         worker.kill()
     job.wait_for("train: step 200:")
-    (controller,) = processes(job, "TrainController")
+    (controller,) = job.descendants("TrainController")
     controller.kill()
     job.wait_for("Ray's controller of the run died")
     job.kill()
@@ -79,7 +57,7 @@ def test_killed_at_seven_points_a_run_ends_with_the_same_bits(tmp_path: Path) ->
     job.wait_for("train: begins")
     before = steps_saved(killed)
     wait_until(lambda: steps_saved(killed) - before, job)
-    for worker in processes(job, "RayTrainWorker"):
+    for worker in job.descendants("RayTrainWorker"):
         worker.kill()
     newest = max(steps_saved(killed))
     wait_until(lambda: max(steps_saved(killed), default="") > newest or "train: step 300:" in job.log.read_text(), job)
@@ -93,7 +71,7 @@ def test_killed_at_seven_points_a_run_ends_with_the_same_bits(tmp_path: Path) ->
 def test_a_worker_that_hangs_is_noticed_and_the_run_goes_on(tmp_path: Path) -> None:
     job = JobProcess("train", write_config(tmp_path), "scaling.collective_timeout_s=20", "scaling.max_failures=3")
     job.wait_for("train: step 50:")
-    hung = processes(job, "RayTrainWorker")[-1]
+    hung = job.descendants("RayTrainWorker")[-1]
     hung.send_signal(signal.SIGSTOP)
     code, last = job.end()
     assert (code, last["metrics"]["step"]) == (0, 300), job.log.read_text()

@@ -6,8 +6,8 @@
     ledger.note(rows, SENDING)                 # before they are sent: what may be in the store stands in the ledger
     ledger.note(rows, THERE)                   # once they are there
 
-A Lance table with one entry an id, to which a job only adds, so that writers do not meet: of new entries of an id the one
-furthest on counts, then the old one. `compact` makes one of them again.
+A Lance table with one entry an id, to which a job only adds, so that writers do not meet: of an id's new entries the
+one furthest on counts, before the old one. `compact` makes one of them again.
 """
 
 from __future__ import annotations
