@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.embedding.encode import TextEncoder
 from tests.conftest import make_pairs, write_jsonl
+from tests.pinecone_server import pinecone_server
 from tests.test_faults import JobProcess, rows_and_ids, run, wait_until, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -58,3 +59,26 @@ def test_killed_at_four_points_and_changed_it_ends_with_one_vector_a_document(tm
     assert run("embed", config, *again, "--verify")["metrics"]["rows"] == last["rows"]
     alias = json.loads((store / "runs/r/embedded/alias.json").read_text())
     assert (store / alias["model"] / "model.safetensors").is_file()
+
+    _to_pinecone(config, again, last["rows"])
+
+
+def _to_pinecone(config: Path, arguments: tuple[str, ...], rows: int) -> None:
+    """The same vectors to another store: none is made again, faults lose none, and a wrong key is one sentence."""
+    with pinecone_server(faults={"429": 0.05, "503": 0.05, "part": 0.05}, retry_after_s=0.01) as server:
+        options = ["embedding.store=pinecone", f"pinecone.host={server.url}", "pinecone.create=true"]
+        options += ["pinecone.max_wait_s=0.1", "pinecone.requests_per_second=500"]
+        job = JobProcess("embed", config, *arguments, *options, environment={"PINECONE_API_KEY": "pc-wrong"})
+        code, last = job.end()
+        assert (code, last["status"]) == (1, "failed")
+        assert "401" in job.log.read_text()
+        job = JobProcess("embed", config, *arguments, *options, environment={"PINECONE_API_KEY": "pc-test"})
+        code, last = job.end()
+        assert code == 0, job.log.read_text()
+        assert (last["metrics"]["written"], last["metrics"]["rows"]) == (rows, rows)
+        assert "embedded" not in last["metrics"]  # the cache has them all
+        (spaces,) = server.records.values()
+        assert sum(map(len, spaces.values())) == rows
+        assert server.faulted
+        logs = [path.read_text() for path in config.parent.rglob("*.log")]
+        assert not any("pc-test" in text or "pc-wrong" in text for text in logs)
