@@ -62,8 +62,8 @@ class Space:
     def is_done(self) -> bool:
         return is_embedded(self.config, self.prepared, self.store)
 
-    def sync(self) -> Sync:
-        return open_sync(self.config, self.manifest, self.recipe, self.store)
+    def sync(self, *, make: bool = True) -> Sync:
+        return open_sync(self.config, self.manifest, self.recipe, self.store, make=make)
 
     def make_graph(self) -> None:
         if self.config.embedding.backend == "onnxruntime":
@@ -107,7 +107,7 @@ def look(space: Space) -> dict[str, Any]:
     """Compare counts, and a sample read back. Raises JobError where something is not as it should be."""
     with alone_in(space.folder):
         space.make_graph()
-        found = _verified(space, space.sync())
+        found = _verified(space, space.sync(make=False))
     return {"rows": found.rows, "verified": found.sampled, "least_cosine": round(found.least_cosine, 6)}
 
 
@@ -128,7 +128,7 @@ def estimate(space: Space, board: Board) -> dict[str, Any]:
 
     with alone_in(space.folder):
         space.make_graph()
-        sync, files = space.sync(), space.files
+        sync, files = space.sync(make=False), space.files
         counts = plan(sync, space.recipe, files, board)
         tokens_per_s = _tokens_per_s(space, sync, files) if counts["tokens"] else 1.0
     capacity = cluster_capacity()

@@ -107,7 +107,7 @@ class Ledger:
 
     def rebuild(self, store: Store) -> None:
         """Note what a store holds, and what it does not hold any more. Of a ledger that has begun."""
-        for batch in store.scan(["id", "source", "source_id", "metadata"]):
+        for batch in store.scan(["id", "source", "source_id", "metadata"]) if store.exists() else ():
             rows = pa.Table.from_batches([batch])
             self.note(with_digest(rows).append_column("parts", _parts_of(rows)), THERE)
         for part in self._parts():

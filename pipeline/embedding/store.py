@@ -69,18 +69,19 @@ def named_store(config: Config, name: str, width: int, budget: Budget | None = N
     return LanceStore(home, name, width, wanted.index, wanted.index_rows)
 
 
-def open_sync(config: Config, manifest: Manifest, recipe: EncoderRecipe, store: Store) -> Sync:
-    """A job that brings the store up to date, by a ledger that is true of it."""
+def open_sync(config: Config, manifest: Manifest, recipe: EncoderRecipe, store: Store, *, make: bool = True) -> Sync:
+    """A job that brings the store up to date, by a ledger that is true of it; `make` the store where there is none."""
     field = embedded_field(config, manifest)
     head = read_card(recipe.local).head
     prompts = {source.name: source.prompts[field] for source in manifest.sources if field in source.prompts}
     reading = Reading(head.prompt(prompt_name(field)), prompts, config.embedding.long_texts == "chunks")
     cache = open_cache(config, recipe) if config.embedding.cache_gb else None
-    store.create()
+    if make or store.exists():
+        store.create()
     ledger = Ledger(config.root / "ledgers", file_name(store))
     ledger.begin()
     there, sending = ledger.counts()
-    if not there <= store.count() <= there + sending:
+    if not there <= (store.count() if store.exists() else 0) <= there + sending:
         ledger.rebuild(store)
     if cache is not None:
         cache.freeze()
