@@ -102,7 +102,9 @@ class LanceStore:
 
     def scan(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
         """These columns of every row, batch by batch, in no order to rely on; `where` is SQL."""
-        yield from self.table.search().where(where).select(list(columns)).to_batches(SCAN_ROWS)
+        plain = pa.schema([SCHEMA(self.width).field(name) for name in columns])  # without the mark of a primary key
+        for batch in self.table.search().where(where).select(list(columns)).to_batches(SCAN_ROWS):
+            yield batch.select(plain.names).cast(plain)
 
     def fetch(self, ids: Sequence[str]) -> pa.Table:
         schema = SCHEMA(self.width)
