@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,8 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     config = tmp_path / "c.yaml"
     config.write_text("{}")
     monkeypatch.setattr("pipeline.stages.model_folder", lambda _: tmp_path)
-    monkeypatch.setattr("pipeline.embedding.encode.TextEncoder", Words)
+    recipe = SimpleNamespace(folder=tmp_path, open=Words)
+    monkeypatch.setattr("pipeline.embedding.store.recipe_of", lambda *_: recipe)
     monkeypatch.setattr("pipeline.embedding.store.open_store", lambda c, _: named_store(c, "t", WIDTH))
 
     def run(*args: str) -> tuple[int, Any, str]:

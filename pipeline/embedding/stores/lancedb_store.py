@@ -95,11 +95,6 @@ class LanceStore:
         for batch in self.scan(["id"]):
             yield batch["id"].to_pylist()
 
-    def ids_between(self, first: str, last: str) -> set[str]:
-        """Ids in the table from `first` to `last`, both included."""
-        between = f"id >= {quoted(first)} AND id <= {quoted(last)}"
-        return set(self.table.search().where(between).select(["id"]).to_arrow()["id"].to_pylist())
-
     def scan(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
         """These columns of every row, batch by batch, in no order to rely on; `where` is SQL."""
         plain = pa.schema([SCHEMA(self.width).field(name) for name in columns])  # without the mark of a primary key
