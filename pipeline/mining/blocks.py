@@ -8,7 +8,7 @@ A file holds up to some thousand texts by rising key: `key`, `text` and `vector`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +44,14 @@ def open_block(path: Path) -> tuple[Block, pa.Array]:
     return Block(batch["key"].to_numpy(), values), batch["text"]
 
 
-def negatives_of(rows: pa.Table, blocks: Sequence[Path], answers: Answers, wanted: Mining) -> list[list[str]]:
-    """The texts that are chosen for each row of `anchor_key`, `positive_key` and `vector`."""
+def negatives_of(
+    rows: pa.Table,
+    blocks: Sequence[Path],
+    answers: Answers,
+    wanted: Mining,
+    report: Callable[[int], object] = lambda anchors: None,
+) -> list[list[str]]:
+    """The texts that are chosen for each row of `anchor_key`, `positive_key` and `vector`; reports rows as it goes."""
     vectors = _unit_vectors(rows)
     anchors, own = rows["anchor_key"].to_numpy(), rows["positive_key"].to_numpy()
     chosen: list[Keys] = []
@@ -53,6 +59,7 @@ def negatives_of(rows: pa.Table, blocks: Sequence[Path], answers: Answers, wante
         here = slice(start, start + ANCHORS_AT_ONCE)
         opened = (open_block(path)[0] for path in blocks)
         chosen += choose(vectors[here], own[here], answers.to(anchors[here]), opened, wanted)
+        report(len(anchors[here]))
     texts: dict[int, str] = {}
     needed = np.unique(np.concatenate([*chosen, np.empty(0, np.uint64)]))
     for path in blocks:

@@ -18,6 +18,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,16 +196,17 @@ def _choose_all(stage: Stage, encoding: _Encoding, blocks: Sequence[Path]) -> li
         shutil.rmtree(folder, ignore_errors=True)
         keys, wanted = encoding.keys, encoding.config.mining
         answers, parts = ray.put(Answers.of(keys.anchors, keys.positives)), len(encoding.files)
+        board = encoding.board.handle
 
         def choose_batch(rows: pa.Table) -> dict[str, list[int]]:
             if len(rows):
-                texts = negatives_of(rows, blocks, ray.get(answers), wanted)
+                texts = negatives_of(rows, blocks, ray.get(answers), wanted, partial(board.add.remote, "mined"))
                 table = pa.table({"id": rows["id"], "negatives": texts}).cast(_CHOSEN)
                 write_parts(table, rows["file"].to_numpy(), parts, folder / f"{rows['id'][0].as_py()}.arrow")
             return {"rows": [len(rows)]}
 
         count = int(keys.trains.sum())
-        with encoding.board.stage("mine: nearest texts", count, "anchors", counter="embedded"):
+        with encoding.board.stage("mine: nearest texts", count, "anchors", counter="mined"):
             dataset = encoding.of("anchor", "query", keys.trains)
             dataset.map_batches(choose_batch, batch_size=MINE_ROWS, batch_format="pyarrow", num_cpus=0.5).materialize()
         write_atomically(done, json.dumps({"rows": count}).encode())
