@@ -21,6 +21,7 @@ from pipeline.runtime import lease, mirror
 from pipeline.runtime.files import fetched, place, remove_folder, replacing, scratch, sizes, write_atomically
 from pipeline.runtime.job import JobError, alone_in
 from pipeline.runtime.root import check_reachable, check_writable
+from pipeline.stages import Session
 from pipeline.storage.bucket import BucketError, BucketPath, as_path
 from tests.bucket_servers import CREDENTIALS, Served, gcs, s3
 from tests.test_buckets import Forbidding
@@ -257,6 +258,30 @@ def test_a_root_that_cannot_be_reached_is_one_sentence(tmp_path: Path) -> None:
         found = refused(f"s3://store/x?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{port}")
         assert found.startswith("storage.root: found no way into s3://store (AWS Error ACCESS_DENIED")
         assert "credentials in the environment" in found
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class ReadOnly(Forbidding):
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_PUT(self) -> None:
+        super().do_GET()
+
+
+def test_a_root_that_may_only_be_read_is_refused_to_jobs_that_write(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ReadOnly)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    where = f"?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{server.server_address[1]}"
+    config = load(config_file(tmp_path), [f"storage.root=s3://store/x{where}"], environ={})
+    try:
+        check_reachable(config)
+        with pytest.raises(ConfigError, match=r"^storage\.root: found no way into s3://store/x/.* \(AWS Error ACCESS"):
+            Session(config)
     finally:
         server.shutdown()
         server.server_close()
