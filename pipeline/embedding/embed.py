@@ -25,6 +25,9 @@ from pipeline.embedding.sync import ROWS, Span, Sync
 from pipeline.embedding.texts import UPDATE
 from pipeline.runtime.session import Board, cluster_capacity
 
+# NOTE: of other CPUs than an encoder, or Ray Data makes one operator of reading and encoding: then a record file is one
+# actor's from its first row to its last, and no GPU computes while the next rows are tokenized (Ray 2.60).
+READ_CPUS = 0.25
 WRITE_ROWS = 8192  # rows that a write brings to the store together, and at most lost to a kill
 
 
@@ -144,7 +147,7 @@ def embed(
 
     board_handle, sink = board.handle, Sink(sync, letters, board.handle)
     with board.stage("embed", None, "records", counter="embedded", receive=receive):
-        dataset = _a_task_each(files).map_batches(due, batch_size=1, num_cpus=0.5)
+        dataset = _a_task_each(files).map_batches(due, batch_size=1, num_cpus=READ_CPUS)
         in_pool(dataset, recipe, board, EncodeRows, sync).write_datasink(
             sink, concurrency=writers, ray_remote_args={"num_cpus": 0.5}
         )
