@@ -13,7 +13,7 @@ from pipeline.config import Config, load
 from pipeline.data.feed import training_plan, validation_rows
 from pipeline.data.manifest import read_manifest
 from pipeline.data.prepare import Inputs, prepare
-from pipeline.evaluation.evaluate import held_out_task
+from pipeline.evaluation.held_out import held_out_task
 from pipeline.runtime.session import Board
 from pipeline.storage.bucket import BucketPath
 from tests.bucket_servers import Served, s3
@@ -83,7 +83,7 @@ def test_a_bucket_holds_the_bytes_of_a_disk(served: Served, tmp_path: Path, monk
         plans = [training_plan(where, manifest, 64, seed=1) for where in (folder, place)]
         assert plans[0].read(step, step + 2, 1, 2) == plans[1].read(step, step + 2, 1, 2)
     assert validation_rows(folder, manifest, 50) == validation_rows(place, manifest, 50)
-    assert held_out_task(local, folder, manifest) == held_out_task(remote, place, manifest)
+    assert held_out_task(local, folder) == held_out_task(remote, place)
 
     tokens = Inputs(remote).tokens.folder  # killed before its end, with one shard short
     (tokens / "done.json").unlink()

@@ -271,6 +271,7 @@ def test_killed_amid_uploads_a_run_ends_with_the_bits_of_one_on_disk(s3_alone: S
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_fsdp_workers_that_share_no_disk_end_with_the_bits_of_those_that_do(s3_alone: Served, tmp_path: Path) -> None:
     settings = SETTINGS | {"training": SETTINGS["training"] | {"strategy": "fsdp"}}
     alone = train_in(tmp_path / "alone", settings, [Start(2)])

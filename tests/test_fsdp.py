@@ -297,32 +297,3 @@ def test_checkpoints_of_two_workers_load_on_one_and_on_three(tmp_path: Path) -> 
     load_weights(tmp_path / "3", from_whole)
     for name, tensor in from_whole.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
-
-
-DROPOUT = 0.2
-KILLED = ["training.table_warmup_fraction=0.5", "training.gradient_accumulation_steps=2", *HYBRID]
-
-
-def _killed(rank: int, world_size: int, folder: str) -> Result:
-    """The weights of a run without a break. Another one stops after a checkpoint, before its layers join."""
-    uninterrupted = run_of(rank, world_size, Path(folder), "fsdp", KILLED, DROPOUT)
-    train(uninterrupted, TrainState())
-    killed = run_of(rank, world_size, Path(folder), "fsdp", [*KILLED, "checkpointing.every_steps=8"], DROPOUT)
-    killed.batches = lambda a, b: (share(rank, world_size, table) for table in test_training.rows(a, min(b, 9)))
-    killed.save = lambda run, state, is_best: save_sharded(Path(folder) / "saved", run.learner, run.optimizer)
-    train(killed, TrainState())
-    return weights_of(uninterrupted.learner)
-
-
-def _resumed(rank: int, world_size: int, folder: str) -> Result:
-    run = run_of(rank, world_size, Path(folder), "fsdp", KILLED, DROPOUT)
-    load_sharded(Path(folder) / "saved", run.learner, run.optimizer)
-    train(run, TrainState(step=8))
-    return weights_of(run.learner)
-
-
-@pytest.mark.slow
-def test_resumed_weights_are_bit_identical(tmp_path: Path) -> None:
-    """Dropout, micro-batches and a warm-up of the table alone, which ends after the checkpoint."""
-    expected = run_workers(2, _killed, str(tmp_path))
-    assert_identical(run_workers(2, _resumed, str(tmp_path)), expected)

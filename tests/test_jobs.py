@@ -235,9 +235,7 @@ class TestWholeJob:
         assert code == 0, err
         assert last["metrics"]["rows_in"] == 30
 
-    def test_small_data_and_following_the_advice_given(
-        self, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_advice_on_small_data(self, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = tmp_path / "nötes 📝"
         folder.mkdir()
         for row in make_pairs(40):
@@ -249,10 +247,3 @@ class TestWholeJob:
         code, _, _, err = job(capsys, "train", *small, "training.global_batch_size=8", "data.validation_fraction=1e-6")
         assert code == 2
         assert "data.validation_fraction: it holds out 0 of 40 records" in err
-        small += ["training.global_batch_size=8", "training.max_steps=4", "data.validation_fraction=0.2"]
-        code, last, _, err = job(capsys, "run", *small)
-        assert code == 0, err
-        assert last["metrics"]["embed"]["embedded"] == 40
-        code, _, _, err = job(capsys, "embed", "storage.run=notes", "training.global_batch_size=8")
-        assert code == 2  # the notes' model, but other data
-        assert "the prepared data" in err

@@ -74,6 +74,7 @@ def test_two_workers_then_one_then_three_train_on_the_same_batches(tmp_path: Pat
     assert elastic.weights != alone.weights  # they are another's sums, or this would compare a run with itself
 
 
+@pytest.mark.slow
 def test_fsdp_killed_and_resumed_ends_with_the_same_bits(tmp_path: Path) -> None:
     settings = SETTINGS | {"training": SETTINGS["training"] | {"strategy": "fsdp"}}
     alone = train_in(tmp_path / "alone", settings, [Start(2)])
