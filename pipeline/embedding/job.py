@@ -22,7 +22,7 @@ from pipeline.embedding.store import file_name, is_embedded, mark_embedded, open
 from pipeline.embedding.stores.budget import Budget
 from pipeline.embedding.stores.dead_letters import DeadLetters
 from pipeline.embedding.stores.store import Store
-from pipeline.embedding.sync import Span, Sync, spans
+from pipeline.embedding.sync import COUNTS, Span, Sync, spans
 from pipeline.embedding.verify import Findings, verify
 from pipeline.runtime.console import log
 from pipeline.runtime.files import matching, remove_folder
@@ -100,7 +100,7 @@ def bring_up_to_date(space: Space, board: Board) -> dict[str, Any]:
         found = _verified(space, sync)
         mark_embedded(config, space.prepared, store)
         publish(config, space.recipe, store)
-    return {**counts, "rows": found.rows, "verified": found.sampled}
+    return {**{name: counts[name] for name in COUNTS}, "rows": found.rows, "verified": found.sampled}
 
 
 def look(space: Space) -> dict[str, Any]:

@@ -33,6 +33,8 @@ from pipeline.embedding.texts import EMBED, UPDATE, Reading
 from pipeline.runtime.files import for_each, readable
 from pipeline.storage.bucket import AnyPath
 
+COUNTS = ("new", "changed", "metadata", "untouched", "deleted", "embedded", "written", "refused")
+"""What is counted: documents by what became of them, vectors that were made, rows that were and were not written."""
 ROWS = 1024  # records looked at, and encoded, together: seconds of work
 
 
