@@ -78,7 +78,7 @@ def test_killed_at_four_points_and_changed_it_ends_with_one_vector_a_document(tm
     assert last["deleted"] == planned["deleted"] >= 10
     assert last["untouched"] > 0.95 * kept
     assert rows_and_ids(tmp_path) == (last["rows"],) * 2
-    assert run("embed", config, *again, "--verify")["metrics"]["rows"] == last["rows"]
+    assert last["verified"] == 100
     alias = json.loads((store / "runs/r/embedded/alias.json").read_text())
     assert (store / alias["model"] / "model.safetensors").is_file()
 

@@ -123,7 +123,6 @@ def test_ctrl_c_in_each_stage_and_the_next_run_goes_on(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     stages = [
         "prepare: read and judge: begins",
-        "prepare: tokenize: begins",
         "train: begins",
         "train: step 50:",
         "embed: begins",
@@ -153,12 +152,12 @@ def prepared_bytes(folder: Path) -> dict[str, str]:
     }
 
 
-def test_the_same_bytes_on_1_2_and_4_workers_and_killed_in_each_stage(tmp_path: Path) -> None:
+def test_the_same_bytes_on_1_and_4_workers_and_killed_in_each_stage(tmp_path: Path) -> None:
     """Kills are SIGKILL, each once the stage has some of its files; the next start does not wait for the dead."""
     path = write_jsonl(tmp_path / "pairs.jsonl", make_pairs(150_000))
     overrides = ["data.near_duplicates.threshold=0.8", f"data.sources.0.path={path}"]
     found = []
-    for workers in (1, 2, 4):
+    for workers in (1, 4):
         config = write_config(tmp_path / str(workers), pairs=1)
         script = (
             "import sys; from pipeline.runtime.session import Board, set_environment; set_environment(); "
@@ -169,7 +168,7 @@ def test_the_same_bytes_on_1_2_and_4_workers_and_killed_in_each_stage(tmp_path: 
         command = [sys.executable, "-c", script, str(config), *overrides]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=WAIT_S)
         found.append(prepared_bytes(tmp_path / str(workers)))
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
     assert sum(name.startswith("train/") for name in found[0]) > 2
 
     killed = tmp_path / "killed"

@@ -159,7 +159,7 @@ def drain(cluster: Cluster, node: Any) -> None:
 def test_a_node_comes_and_goes_in_mid_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One worker, two, and one again train on the batches of two that were left alone; notice gives a checkpoint."""
     settings: dict[str, Any] = {"max_steps": 100_000, "validate_every_steps": 100_000, "log_every_steps": 5}
-    run("train", write_config(tmp_path / "alone", **settings), "training.max_time_s=30")
+    run("train", write_config(tmp_path / "alone", **settings), "training.max_time_s=15")
 
     elastic, every = tmp_path / "elastic", 97
     config = write_config(elastic, **settings)

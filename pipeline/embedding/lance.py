@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from datetime import timedelta
 from typing import Any
 from urllib.parse import parse_qsl
@@ -11,6 +12,8 @@ import lancedb
 from pipeline.config import ConfigError
 from pipeline.storage.bucket import AnyPath, BucketPath
 
+# NOTE: Ray starts its processes by fork and exec, which LanceDB's own threads outlive; it warns of forks that go on.
+warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
 SCHEMES = {"s3": "s3", "gs": "gs", "gcs": "gs"}  # LanceDB's names for ours
 
 
