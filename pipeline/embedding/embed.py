@@ -160,6 +160,7 @@ def embed(
 
 def plan(sync: Sync, recipe: EncoderRecipe, files: list[Span], board: Board) -> Counter[str]:
     """What `embed` would do: the counts, and the tokens that are to be encoded."""
+    handle = board.handle
     names = ("new", "changed", "metadata", "untouched", "known", "tokens", "deleted")
 
     def count(batch: dict[str, Any]) -> dict[str, Any]:
@@ -170,6 +171,7 @@ def plan(sync: Sync, recipe: EncoderRecipe, files: list[Span], board: Board) -> 
                 counts["known"] += tokens.null_count - pc.sum(pc.equal(rows["action"], UPDATE)).as_py()
                 counts["tokens"] += sum(len(ids) for windows in tokens.drop_null().to_pylist() for ids in windows)
             counts["deleted"] += len(sync.vanished(files[index]))
+            handle.add.remote("planned", 1)
         return {name: [counts[name]] for name in names}
 
     with board.stage("embed: plan", len(files), "files", counter="planned"):
