@@ -47,12 +47,11 @@ def main(config: Config, args: argparse.Namespace) -> Result:
 
     where = parse(args.where)
     from pipeline.data.judging import normaliser
-    from pipeline.embedding.store import open_store, read_alias, recipe_of
+    from pipeline.embedding.store import open_store, published_model, recipe_of
     from pipeline.embedding.stores.store import HybridStore
     from pipeline.stages import model_folder
 
-    alias = read_alias(config)
-    recipe = recipe_of(config, alias.model if alias else model_folder(config))
+    recipe = recipe_of(config, published_model(config) or model_folder(config))
     store = open_store(config, recipe)
     if args.hybrid and not isinstance(store, HybridStore):
         raise ConfigError(f"--hybrid: found embedding.store={config.embedding.store}; allowed with it is lancedb alone")

@@ -18,11 +18,11 @@ import yaml
 
 from pipeline.config import ConfigError, load
 from pipeline.config.pinecone import Pinecone
+from pipeline.embedding.columns import as_column
 from pipeline.embedding.store import named_store
 from pipeline.embedding.stores import pinecone_records
 from pipeline.embedding.stores.budget import Allowance, Budget
 from pipeline.embedding.stores.pinecone_store import PineconeStore
-from pipeline.embedding.stores.rows import vector_column
 from pipeline.embedding.stores.store import SCHEMA, StoreError
 from tests.pinecone_server import Service, pinecone_server
 
@@ -53,7 +53,7 @@ def rows_of(ids: list[str], seed: int = 0, text: str = "a text", metadata: str =
     vectors = np.random.default_rng(seed).normal(size=(len(ids), WIDTH))
     constant = {"source": "s", "text": text, "metadata": metadata}
     columns = {"id": ids, "source_id": ids, **{name: [value] * len(ids) for name, value in constant.items()}}
-    return pa.table({**columns, "vector": vector_column(vectors)}).select(SCHEMA(WIDTH).names)
+    return pa.table({**columns, "vector": as_column(vectors)}).select(SCHEMA(WIDTH).names)
 
 
 def held(server: Service, namespace: str = "n") -> dict[str, Any]:

@@ -14,8 +14,8 @@ import pytest
 import xxhash
 
 from pipeline.config import load
+from pipeline.embedding.columns import as_column
 from pipeline.embedding.store import named_store
-from pipeline.embedding.stores.rows import vector_column
 from pipeline.runtime.job import run_job
 from tests.pinecone_server import pinecone_server
 
@@ -64,7 +64,7 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         columns = {"id": list(TEXTS), "source": ["code", "web", "web"], "source_id": [f"s:{i}" for i in TEXTS]}
         metadata = [json.dumps(metadata) for _, metadata in TEXTS.values()]
         columns |= {"text": texts, "metadata": metadata}
-        assert store.upsert(pa.table({**columns, "vector": vector_column(Words().encode(texts))})) == []
+        assert store.upsert(pa.table({**columns, "vector": as_column(Words().encode(texts))})) == []
 
     run.fill = fill  # type: ignore[attr-defined]
     return run

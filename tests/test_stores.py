@@ -18,11 +18,11 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.config.pinecone import Pinecone
+from pipeline.embedding.columns import as_column
 from pipeline.embedding.stores.dead_letters import DeadLetters
 from pipeline.embedding.stores.lancedb_store import LanceStore
 from pipeline.embedding.stores.parquet_store import ParquetStore
 from pipeline.embedding.stores.pinecone_store import PineconeStore
-from pipeline.embedding.stores.rows import vector_column
 from pipeline.embedding.stores.store import SCHEMA, Refused, Store, StoreError
 from pipeline.embedding.stores.where import parse
 from pipeline.storage.bucket import as_path
@@ -238,7 +238,7 @@ class TestBehaviour:
         with pytest.raises(StoreError, match=rf"vectors of {WIDTH} numbers; the model gives 9"):
             make(9).create()
         wide = table([row("b", random.Random(0))])
-        wide = wide.set_column(1, "vector", vector_column(np.ones((1, 9))))
+        wide = wide.set_column(1, "vector", as_column(np.ones((1, 9))))
         with pytest.raises(StoreError, match=r"takes vectors of 6 numbers; found vectors of 9"):
             store.upsert(wide)
         with pytest.raises(StoreError, match="found a query of 9"):
@@ -271,7 +271,7 @@ class TestLance:
             "id": [str(n) for n in range(count)],
             "source": ["even" if n % 2 == 0 else "odd" for n in range(count)],
         }
-        store.upsert(pa.table({**columns, "vector": vector_column(vectors), "metadata": ["{}"] * count}))
+        store.upsert(pa.table({**columns, "vector": as_column(vectors), "metadata": ["{}"] * count}))
         return store, vectors
 
     @pytest.mark.parametrize("index", ["ivf_sq", "ivf_pq", "ivf_hnsw_sq"])

@@ -17,7 +17,7 @@ from pipeline.embedding.cache import cache_key
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.encode import TextEncoder
 from pipeline.embedding.lookup import open_embedder
-from pipeline.embedding.store import open_cache, open_store, publish, read_alias, recipe_of
+from pipeline.embedding.store import open_cache, open_store, publish, published_model, recipe_of
 from pipeline.embedding.stores.lancedb_store import LanceStore
 from pipeline.embedding.stores.store import Refused
 from pipeline.embedding.sync import sync_here
@@ -198,7 +198,7 @@ def test_a_vector_that_is_no_number_is_refused_alone_and_tried_again(
         patch.setattr(TextEncoder, "encode_tokens", broken)
         counts, refused = sync_here(world.sync(), world.files, world.encoder())
     assert len(refused) == counts["refused"] > 0
-    assert {each.reason for each in refused} == {"its vector is no finite number"}
+    assert {each.reason for each in refused} == {"its vector holds NaN or infinity"}
     assert world.store.count() == TEXTS - len(refused)
     assert run(world)["embedded"] == len(refused)
     world.check()
@@ -344,16 +344,16 @@ def test_pinecone_with_faults_of_all_kinds_and_kills(world: World, monkeypatch: 
 
 def test_readers_go_on_with_the_table_and_the_model_that_were_published(world: World) -> None:
     run(world)
-    assert read_alias(world.config) is None
+    assert published_model(world.config) is None
     text = next(iter(world.corpus.values()))[0]
     vector = world.encoder().encode([text])[0]
     publish(world.config, world.recipe, world.store)
     shutil.rmtree(world.model)
     save_random_model(world.model, seed=1)
-    alias = read_alias(world.config)
-    assert alias is not None
-    recipe = recipe_of(world.config, alias.model)
+    model = published_model(world.config)
+    assert model is not None
+    recipe = recipe_of(world.config, model)
     assert open_store(world.config, recipe).count() == TEXTS
     np.testing.assert_array_equal(recipe.open(1, "cpu").encode([text])[0], vector)
     world.overrides = [f"embedding.model={world.model}"]
-    assert read_alias(world.config) is None
+    assert published_model(world.config) is None

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from itertools import compress
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.embedding.columns import as_column, as_matrix
-from pipeline.embedding.lance import Frozen, connect, has_table
+from pipeline.embedding.lance import Frozen, connect
 from pipeline.storage.bucket import AnyPath
 from pipeline.text.identity import content_id
 
@@ -45,9 +46,6 @@ class VectorCache:
     @property
     def schema(self) -> pa.Schema:
         return pa.schema([("key", pa.string()), ("vector", pa.list_(pa.float32(), self.width))])
-
-    def exists(self) -> bool:
-        return has_table(self.home, self.name)
 
     def create(self) -> None:
         connect(self.home).create_table(self.name, schema=self.schema, exist_ok=True)
@@ -76,7 +74,9 @@ class VectorCache:
         self._past = Frozen(self.home, self.name)
 
     def put(self, keys: Sequence[str], vectors: np.ndarray) -> None:
-        if len(keys):
+        sound = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)  # what a store refuses is to be made anew
+        keys, vectors = list(compress(keys, sound)), vectors[sound]
+        if keys:
             self.table.add(pa.table([pa.array(keys, pa.string()), as_column(vectors)], schema=self.schema))
 
     def trim(self, most_bytes: float) -> None:

@@ -12,7 +12,7 @@ def as_column(vectors: np.ndarray, null: np.ndarray | None = None) -> pa.FixedSi
     return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1], mask=None if null is None else pa.array(null))
 
 
-def as_matrix(column: pa.ChunkedArray | pa.FixedSizeListArray) -> np.ndarray:
+def as_matrix(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """The vectors of a column without nulls."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), array.type.list_size)  # type: ignore[no-any-return]

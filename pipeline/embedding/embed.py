@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -25,17 +26,18 @@ from pipeline.embedding.sync import ROWS, Span, Sync
 from pipeline.embedding.texts import UPDATE
 from pipeline.runtime.session import Board, cluster_capacity
 
-# NOTE: of other CPUs than an encoder, or Ray Data makes one operator of reading and encoding: then a record file is one
-# actor's from its first row to its last, and no GPU computes while the next rows are tokenized (Ray 2.60).
-READ_CPUS = 0.25
+# NOTE: never an encoder's share of CPUs, which has two digits, or Ray Data makes one operator of reading and encoding:
+# a record file is one actor's from its first row to its last then, and no GPU computes while the next rows are
+# tokenized (Ray 2.60).
+READ_CPUS = 0.251
 WRITE_ROWS = 8192  # rows that a write brings to the store together, and at most lost to a kill
 
 
 class Sink(Datasink[Counter[str]]):
     """Writes blocks of encoded rows; what the store refuses is set aside. `counts` is there once all is written."""
 
-    def __init__(self, sync: Sync, letters: DeadLetters, board: Any) -> None:
-        self.sync, self.letters, self.board = sync, letters, board
+    def __init__(self, sync: Sync, letters: DeadLetters) -> None:
+        self.sync, self.letters = sync, letters
         self.counts: Counter[str] = Counter()
 
     @property
@@ -102,23 +104,39 @@ def encoded(
     return in_pool(dataset, recipe, board, EncodeTexts, prompt, prompts)
 
 
+@dataclass(frozen=True)
+class Pool:
+    """Encoding actors: one a GPU, else one a CPU. At most, at once, each one's share of CPUs, and its threads."""
+
+    most: int
+    now: int
+    cpus: float
+    gpus: int
+    threads: int
+
+    @classmethod
+    def of(cls, max_workers: int | None) -> Pool:
+        """On the connected cluster."""
+        capacity = cluster_capacity()
+        cpus, gpus = capacity.cpus, int(capacity.gpus)
+        most = max_workers or gpus or int(cpus)
+        now = max(1, min(most, int(capacity.gpus_there if gpus else capacity.cpus_there)))
+        # a CPU is left for reading and writing; an encoder's own threads are set by hand
+        share = max(0.01, int(100 * (cpus - 1) / most) / 100) if not gpus else min(1.0, cpus / (2 * gpus))
+        return cls(most, now, min(share, 1.0), min(gpus, 1), max(1, int(capacity.cpus_there) // now))
+
+
 def in_pool(dataset: Dataset, recipe: EncoderRecipe, board: Board, actor: type, *arguments: Any) -> Dataset:
-    """The dataset through a pool of encoding actors, made with `arguments`: one a GPU, else one a CPU."""
-    capacity = cluster_capacity()
-    cpus, gpus = capacity.cpus, int(capacity.gpus)
-    most = recipe.settings.max_workers or gpus or int(cpus)
-    now = max(1, min(most, int(capacity.gpus_there if gpus else capacity.cpus_there)))
-    # a CPU is left for reading and writing; an encoder's own threads are set by hand
-    share = max(0.01, int(100 * (cpus - 1) / most) / 100) if not gpus else min(1.0, cpus / (2 * gpus))
-    threads = max(1, int(capacity.cpus_there) // now)
+    """The dataset through a pool of encoding actors, made with `arguments`."""
+    pool = Pool.of(recipe.settings.max_workers)
     return dataset.map_batches(
         actor,
-        fn_constructor_args=(recipe, threads, board.handle, *arguments),
+        fn_constructor_args=(recipe, pool.threads, board.handle, *arguments),
         batch_size=ROWS,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=now),
-        num_cpus=min(share, 1.0),
-        num_gpus=1 if gpus else None,
+        compute=ActorPoolStrategy(min_size=1, max_size=pool.most, initial_size=pool.now),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus or None,
     )
 
 
@@ -134,7 +152,7 @@ def embed(
         for index in batch["id"].tolist():
             for rows in sync.due(files[index], counts):
                 yield sync.ready(rows, recipe.tokenizer())
-        board_handle.post.remote({"counts": counts})
+        handle.post.remote({"counts": counts})
 
     def remove(batch: dict[str, Any]) -> dict[str, Any]:
         counts: Counter[str] = Counter()
@@ -145,7 +163,7 @@ def embed(
     def receive(message: dict[str, Any]) -> None:
         plans.update(message.get("counts", {}))
 
-    board_handle, sink = board.handle, Sink(sync, letters, board.handle)
+    handle, sink = board.handle, Sink(sync, letters)
     with board.stage("embed", None, "records", counter="embedded", receive=receive):
         dataset = _a_task_each(files).map_batches(due, batch_size=1, num_cpus=READ_CPUS)
         in_pool(dataset, recipe, board, EncodeRows, sync).write_datasink(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from pipeline.config import Embedding
 from pipeline.embedding.backends import Backend, TorchBackend, open_backend
+from pipeline.embedding.nearest import unit
 from pipeline.model.folder import load_model, load_tokenizer, model_fingerprint, read_card
 from pipeline.runtime.files import fetched
 from pipeline.storage.bucket import AnyPath
@@ -55,7 +56,7 @@ class EncoderRecipe:
             precision=settings.precision,
         )
 
-    @property
+    @cached_property
     def width(self) -> int:
         return self.settings.dimensions or read_card(self.local).width
 
@@ -65,9 +66,9 @@ class EncoderRecipe:
 
     def tokenizer(self) -> Tokenizer:
         """Kept in its process: tokenizers does not give back the memory of one that is dropped."""
-        return _tokenizer(self.local, self.overlap)
+        return _tokenizer(self.folder, self.overlap)
 
-    @property
+    @cached_property
     def space(self) -> str:
         """Names the vectors: what is equal in it has equal vectors for equal texts, and other names have others."""
         settings = self.settings
@@ -77,8 +78,8 @@ class EncoderRecipe:
 
 
 @lru_cache(maxsize=4)
-def _tokenizer(folder: Path, overlap: int | None) -> Tokenizer:
-    tokenizer = load_tokenizer(folder)
+def _tokenizer(folder: AnyPath, overlap: int | None) -> Tokenizer:
+    tokenizer = load_tokenizer(fetched(folder))
     if overlap is not None:
         let_windows_overlap(tokenizer, overlap)
     return tokenizer
@@ -130,15 +131,11 @@ def encode_tokens(backend: Backend, texts: Sequence[Windows], batch_tokens: int,
     vectors = np.zeros((len(sequences), backend.width), dtype=np.float32)
     for indices in _batches(lengths, batch_tokens):
         vectors[indices] = backend.vectors([sequences[i] for i in indices])
-    if (counts != 1).any():
-        owner = np.repeat(np.arange(len(texts)), counts)
-        summed = np.zeros((len(texts), backend.width), dtype=np.float32)
-        np.add.at(summed, owner, vectors * lengths[:, None])
-        several = counts > 1
-        single = np.zeros_like(summed)
-        single[owner] = vectors
-        vectors = np.where(several[:, None], _unit(summed), single)
-    return _unit(vectors[:, :width]) if width < backend.width else vectors
+    if (counts > 1).any():
+        first = np.cumsum(counts) - counts
+        means = unit(np.add.reduceat(vectors * lengths[:, None], first))
+        vectors = np.where((counts > 1)[:, None], means, vectors[first])
+    return unit(vectors[:, :width]) if width < backend.width else vectors
 
 
 def _batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
@@ -146,11 +143,6 @@ def _batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
     order = np.argsort(lengths, kind="stable")
     group = np.cumsum(lengths[order]) // batch_tokens
     yield from np.split(order, np.flatnonzero(np.diff(group)) + 1) if len(order) else ()
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    """At unit length; zeros stay zeros."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def let_windows_overlap(tokenizer: Tokenizer, overlap: int) -> None:

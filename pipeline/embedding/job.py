@@ -12,12 +12,12 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
+import torch
 
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.embedding.backends import check_backend, make_graph
-from pipeline.embedding.encode import EncoderRecipe
+from pipeline.embedding.encode import EncoderRecipe, TextEncoder
 from pipeline.embedding.store import file_name, is_embedded, mark_embedded, open_store, open_sync, publish, recipe_of
 from pipeline.embedding.stores.budget import Budget
 from pipeline.embedding.stores.dead_letters import DeadLetters
@@ -27,7 +27,7 @@ from pipeline.embedding.verify import Findings, verify
 from pipeline.runtime.console import log
 from pipeline.runtime.files import matching, remove_folder
 from pipeline.runtime.job import JobError, alone_in
-from pipeline.runtime.session import Board, cluster_capacity
+from pipeline.runtime.session import Board
 from pipeline.storage.bucket import AnyPath
 
 WRITERS = {"lancedb": 1, "parquet": 2, "pinecone": 4}  # at once; commits to one LanceDB table wait for each other
@@ -124,31 +124,40 @@ def _verified(space: Space, sync: Sync) -> Findings:
 
 def estimate(space: Space, board: Board) -> dict[str, Any]:
     """What an embedding would do, and about how long its encoding would take on this cluster. Writes no vector."""
-    from pipeline.embedding.embed import WRITE_ROWS, plan
+    from pipeline.embedding.embed import WRITE_ROWS, Pool, plan
 
+    wanted, pool = space.config.embedding, Pool.of(space.config.embedding.max_workers)
     with alone_in(space.folder):
         space.make_graph()
         sync, files = space.sync(make=False), space.files
         counts = plan(sync, space.recipe, files, board)
-        tokens_per_s = _tokens_per_s(space, sync, files) if counts["tokens"] else 1.0
-    capacity = cluster_capacity()
-    workers = space.config.embedding.max_workers or int(capacity.gpus or capacity.cpus)
-    seconds = counts["tokens"] / (tokens_per_s * workers)
+        rate = _tokens_per_s(space, sync, files, pool.threads) if counts["tokens"] else 1.0
+    seconds = counts["tokens"] / (rate * pool.most)
+    rows = space.config.pinecone.batch_rows if wanted.store == "pinecone" else WRITE_ROWS
     writes = counts["new"] + counts["changed"] + counts["metadata"]
-    requests = -(-writes // WRITE_ROWS) + -(-counts["deleted"] // WRITE_ROWS)
+    requests = -(-writes // rows) + -(-counts["deleted"] // rows)
     log.info(
         "embed: %s; it would take about %s minutes on %s workers, and %s writes",
         _listed(counts) or "nothing has changed",
         f"{seconds / 60:.1f}",
-        workers,
+        pool.most,
         f"{requests:,}",
     )
     return {**counts, "requests": requests, "minutes": round(seconds / 60, 2)}
 
 
-def _tokens_per_s(space: Space, sync: Sync, files: list[Span]) -> float:
-    """Of this process, on texts that are to be encoded."""
-    encoder = space.recipe.open()
+def _tokens_per_s(space: Space, sync: Sync, files: list[Span], threads: int) -> float:
+    """Of this process, with an encoding actor's threads, on texts that are to be encoded."""
+    encoder = space.recipe.open(threads)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _measured(sync, files, encoder)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measured(sync: Sync, files: list[Span], encoder: TextEncoder) -> float:
     for span in files:
         for rows in sync.due(span, Counter()):
             ready = sync.ready(rows, encoder.tokenizer)
@@ -156,7 +165,7 @@ def _tokens_per_s(space: Space, sync: Sync, files: list[Span]) -> float:
             if not texts:
                 continue
             tokens, start = 0, time.perf_counter()
-            for first in np.arange(0, len(texts), 128):
+            for first in range(0, len(texts), 128):
                 part = texts[first : first + 128]
                 encoder.encode_tokens(part)
                 tokens += sum(len(window) for windows in part for window in windows)

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.embedding.lance import Frozen, connect, has_table
+from pipeline.embedding.lance import Frozen, connect
 from pipeline.embedding.stores.store import Store
 from pipeline.storage.bucket import AnyPath
 from pipeline.text.identity import content_id
@@ -49,9 +49,6 @@ class Ledger:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_table": None}
-
-    def exists(self) -> bool:
-        return has_table(self.home, self.name)
 
     def begin(self) -> None:
         """Make the table where there is none, and tidy up after a job that was killed."""

@@ -4,15 +4,14 @@
     sync = open_sync(config, manifest, recipe, store)
 
 Another model's vectors, another field's, or vectors made in another way are in another table. Readers go by
-`<run>/embedded/alias.json`, which names the table that was last brought up to date and found to be right, and a copy of
-the model that made it: search goes on with both while a new model's table is filled. Imports no Ray.
+`<run>/embedded/alias.json`, which names a copy of the model whose table was last brought up to date and found to be
+right: search goes on with both while a new model's table is filled. Imports no Ray.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -139,33 +138,21 @@ def _marker(config: Config, store: Store) -> AnyPath:
     return config.run_dir / "embedded" / f"{file_name(store)}.json"
 
 
-@dataclass(frozen=True)
-class Alias:
-    """What readers use."""
-
-    store: str
-    model: AnyPath
-
-
-def publish(config: Config, recipe: EncoderRecipe, store: Store) -> Alias:
-    """Let readers use a table and its model from now on."""
+def publish(config: Config, recipe: EncoderRecipe, store: Store) -> None:
+    """Let readers use a model and its table from now on."""
     name = f"models/{model_fingerprint(recipe.local)[:16]}"
-    model, files = config.root / name, [*model_files(recipe.local)]
-    for file in files:  # each whole or not at all
-        if not (model / file).is_file():
-            place(recipe.folder / file, model / file)
-    content = {"store": store.name, "model": name}
-    write_atomically(_alias(config), json.dumps(content).encode())
-    return Alias(store.name, model)
+    for file in model_files(recipe.local):  # each whole or not at all
+        if not (config.root / name / file).is_file():
+            place(recipe.folder / file, config.root / name / file)
+    write_atomically(_alias(config), json.dumps({"model": name, "store": store.name}).encode())
 
 
-def read_alias(config: Config) -> Alias | None:
-    """What was last published; None where nothing was, or the config names a model of its own."""
+def published_model(config: Config) -> AnyPath | None:
+    """The model that readers are to use; None where none was published, or the config names one of its own."""
     path = _alias(config)
     if config.embedding.model or not path.is_file():
         return None
-    content = json.loads(path.read_text())
-    return Alias(content["store"], config.root / content["model"])
+    return config.root / json.loads(path.read_text())["model"]  # type: ignore[no-any-return]
 
 
 def _alias(config: Config) -> AnyPath:

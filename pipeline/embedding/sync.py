@@ -113,7 +113,7 @@ class Sync:
 
     def encoded(self, rows: pa.Table, encoder: TextEncoder) -> pa.Table:
         """Rows with all vectors that are to be written, and `fresh` where they were not known."""
-        fresh = np.array([tokens is not None for tokens in rows["tokens"].to_pylist()], dtype=bool)
+        fresh = np.asarray(rows["tokens"].combine_chunks().is_valid())
         vectors = np.zeros((len(rows), encoder.width), np.float32)
         known = rows["vector"].combine_chunks()
         null = np.asarray(known.is_null())
@@ -127,11 +127,11 @@ class Sync:
     def write(self, rows: pa.Table, counts: Counter[str]) -> list[Refused]:
         """Bring rows to the store, and note it. Returns what could not be written."""
         update = pc.equal(rows["action"], UPDATE)
-        new, refused = _sound(rows.filter(pc.invert(update)))
+        new = rows.filter(pc.invert(update))
         fresh = new.filter(new["fresh"])
-        if self.cache is not None and len(fresh):
+        if self.cache is not None:
             self.cache.put(fresh["key"].to_pylist(), as_matrix(fresh["vector"]))
-        refused += self._upsert(new) + self._update(rows.filter(update))
+        refused = self._upsert(new) + self._update(rows.filter(update))
         counts.update(embedded=len(fresh), written=len(rows) - len(refused), refused=len(refused))
         return refused
 
@@ -182,18 +182,6 @@ def _records(entries: pa.Table) -> dict[str, tuple[str, bool]]:
             record = record_of(row_id)
             found[record] = (digest, parts, found.get(record, ("", 0, 0))[2] + 1)
     return {record: (digest, count >= parts) for record, (digest, parts, count) in found.items()}
-
-
-def _sound(rows: pa.Table) -> tuple[pa.Table, list[Refused]]:
-    """Rows whose vectors are numbers and not all zero, and what is wrong with the others."""
-    vectors = as_matrix(rows["vector"])
-    finite, nonzero = np.isfinite(vectors).all(axis=1), vectors.any(axis=1)
-    wrong = [
-        Refused(row_id, "its vector is no finite number" if not good else "its text has no tokens", 0)
-        for row_id, good, ok in zip(rows["id"].to_pylist(), finite, finite & nonzero, strict=True)
-        if not ok
-    ]
-    return rows.filter(pa.array(finite & nonzero)), wrong
 
 
 def _without(rows: pa.Table, refused: list[Refused]) -> pa.Table:

@@ -44,20 +44,23 @@ class Reading:
         leads = [self.lead_of(source) for source in records["source"].to_pylist()]
         texts = records["text"].to_pylist()
         if self.chunks:
-            rows, tokens, keys = _as_chunks(records, tokenizer, leads)
+            rows, windows, keys = _as_chunks(records, tokenizer, leads)
         else:
             keys = [cache_key(lead + text) for lead, text in zip(leads, texts, strict=True)]
             rows = records.append_column("parts", pa.array(np.ones(len(records), np.int32)))
         embed = np.array([action == EMBED for action in rows["action"].to_pylist()], dtype=bool)
         vectors, known = _known(keys, embed, cache)
-        wanted = np.flatnonzero(embed & ~known)
-        if not self.chunks:
+        wanted = np.flatnonzero(embed & ~known).tolist()
+        if self.chunks:
+            found = [windows[i] for i in wanted]
+        else:
             found = windows_of(tokenizer, [leads[i] + texts[i] for i in wanted])
-            tokens = dict(zip(wanted.tolist(), found, strict=True))
-        column = pa.array([tokens[i] if embed[i] and not known[i] else None for i in range(len(rows))], TOKENS)
+        tokens: list[Windows | None] = [None] * len(rows)
+        for i, of_text in zip(wanted, found, strict=True):
+            tokens[i] = of_text
         return (
             rows.append_column("key", pa.array(keys, pa.string()))
-            .append_column("tokens", column)
+            .append_column("tokens", pa.array(tokens, TOKENS))
             .append_column("vector", vectors)
         )
 
@@ -73,20 +76,20 @@ def _known(keys: list[str], embed: np.ndarray, cache: VectorCache | None) -> tup
     return as_column(vectors, ~known), known
 
 
-def _as_chunks(
-    records: pa.Table, tokenizer: Tokenizer, leads: list[str]
-) -> tuple[pa.Table, dict[int, Windows], list[str]]:
-    """A row a window: the record's columns, the window's words as text, `parent_id` and place in the metadata."""
+def _as_chunks(records: pa.Table, tokenizer: Tokenizer, leads: list[str]) -> tuple[pa.Table, list[Windows], list[str]]:
+    """A row a window: the record's columns, the window's words as text, `parent_id` and place in the metadata.
+
+    Returns the rows, and the tokens and the cache's key of each.
+    """
     rows: list[dict[str, Any]] = []
-    tokens: dict[int, Windows] = {}
+    tokens: list[Windows] = []
     keys: list[str] = []
-    texts = [lead + record["text"] for lead, record in zip(leads, records.to_pylist(), strict=True)]
-    for record, lead, text, encoding in zip(
-        records.to_pylist(), leads, texts, tokenizer.encode_batch(texts), strict=True
-    ):
+    whole = records.to_pylist()
+    texts = [lead + record["text"] for lead, record in zip(leads, whole, strict=True)]
+    for record, lead, text, encoding in zip(whole, leads, texts, tokenizer.encode_batch(texts), strict=True):
         windows = [encoding, *encoding.overflowing]
         for number, window in enumerate(windows):
-            tokens[len(rows)] = [window.ids]
+            tokens.append([window.ids])
             if len(windows) == 1:
                 keys.append(cache_key(text))
                 rows.append({**record, "parts": 1})

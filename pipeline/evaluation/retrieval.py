@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.encode import EncoderRecipe
 from pipeline.embedding.nearest import Floats, Found, merged, nearest_in_block, unit
 from pipeline.evaluation.beir import BLOCK_ROWS, Corpus, RetrievalTask
@@ -35,7 +36,7 @@ def nearest_documents(
     shared = ray.put(queries)
 
     def rank(block: pa.Table) -> pa.Table:
-        return to_table(best_of_block(ray.get(shared), _vectors(block), _names(block), sizes))
+        return to_table(best_of_block(ray.get(shared), as_matrix(block["vector"]), _names(block), sizes))
 
     found: dict[int, Found] = {}
     with board.stage(f"evaluate: encode {task.name}", len(task.documents), "documents", counter="embedded"):
@@ -90,11 +91,6 @@ def _names(block: pa.Table) -> np.ndarray:
     return np.array([name.encode() for name in block["id"].to_pylist()], dtype=np.bytes_)
 
 
-def _vectors(block: pa.Table) -> Floats:
-    vectors = block["vector"]
-    return vectors.combine_chunks().flatten().to_numpy().reshape(len(block), vectors.type.list_size)
-
-
 def encode_texts(texts: list[str], name: str, recipe: EncoderRecipe, board: Board) -> Floats:
     """(N, D) vectors in the order of the texts, encoded over the cluster without a prompt."""
     import ray.data
@@ -107,4 +103,4 @@ def encode_texts(texts: list[str], name: str, recipe: EncoderRecipe, board: Boar
         vectors = encoded(ray.data.from_arrow(blocks), recipe, board, "")
         parts = list(vectors.iter_batches(batch_size=None, batch_format="pyarrow"))
     order = np.argsort(np.concatenate([part["id"].to_numpy() for part in parts]))
-    return np.concatenate([_vectors(part) for part in parts])[order]
+    return np.concatenate([as_matrix(part["vector"]) for part in parts])[order]

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import Mining
-from pipeline.embedding.nearest import Floats, unit
+from pipeline.embedding.columns import as_column, as_matrix
+from pipeline.embedding.nearest import unit
 from pipeline.mining.choosing import Answers, Block, Keys, choose
 from pipeline.runtime.files import replacing
 
@@ -25,9 +26,8 @@ ANCHORS_AT_ONCE = 512  # with a block of 8,192 texts, 16 MB of scores
 def write_block(rows: pa.Table, folder: Path) -> None:
     """Write `positive_key`, `text` and `vector` by rising key, the vectors at unit length."""
     rows = rows.select(["positive_key", "text", "vector"]).sort_by("positive_key").combine_chunks()
-    vectors = _unit_vectors(rows)
-    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-    block = pa.table({"key": rows["positive_key"], "text": rows["text"], "vector": column})
+    vectors = unit(as_matrix(rows["vector"]))
+    block = pa.table({"key": rows["positive_key"], "text": rows["text"], "vector": as_column(vectors)})
     with (
         replacing(folder / f"{rows['positive_key'][0].as_py():016x}.arrow") as temporary,
         pa.ipc.new_file(str(temporary), block.schema) as writer,
@@ -52,7 +52,7 @@ def negatives_of(
     report: Callable[[int], object] = lambda anchors: None,
 ) -> list[list[str]]:
     """The texts that are chosen for each row of `anchor_key`, `positive_key` and `vector`; reports rows as it goes."""
-    vectors = _unit_vectors(rows)
+    vectors = unit(as_matrix(rows["vector"]))
     anchors, own = rows["anchor_key"].to_numpy(), rows["positive_key"].to_numpy()
     chosen: list[Keys] = []
     for start in range(0, len(rows), ANCHORS_AT_ONCE):
@@ -68,8 +68,3 @@ def negatives_of(
         found = column.take(pa.array(places[there])).to_pylist()
         texts |= dict(zip(needed[there].tolist(), found, strict=True))
     return [[texts[key] for key in keys.tolist()] for keys in chosen]
-
-
-def _unit_vectors(rows: pa.Table) -> Floats:
-    column = rows["vector"]
-    return unit(column.combine_chunks().flatten().to_numpy().reshape(len(rows), column.type.list_size))

@@ -26,9 +26,10 @@ import pyarrow as pa
 from lancedb.index import FTS, BTree, HnswSq, IvfPq, IvfSq
 from lancedb.query import MatchQuery
 
+from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.lance import connect, has_table
 from pipeline.embedding.stores.nearest import nearest
-from pipeline.embedding.stores.rows import checked, checked_query, vectors_of
+from pipeline.embedding.stores.rows import checked, checked_query
 from pipeline.embedding.stores.store import SCHEMA, TEXTS, Refused, StoreError
 from pipeline.embedding.stores.where import Where, checked_where, keeps, quoted, to_sql
 from pipeline.runtime.console import log
@@ -210,7 +211,7 @@ class LanceStore:
         offsets = random.Random(0).sample(range(self.count()), min(sample, self.count()))
         rows = self.table.take_offsets(offsets).select(["id", "vector"]).to_arrow()
         shares = []
-        for own, vector in zip(rows["id"].to_pylist(), vectors_of(rows), strict=True):
+        for own, vector in zip(rows["id"].to_pylist(), as_matrix(rows["vector"]), strict=True):
             search = self.table.search(vector).distance_type("cosine").limit(k + 1).bypass_vector_index()
             true = [i for i in search.select(["id", "_distance"]).to_arrow()["id"].to_pylist() if i != own][:k]
             found = [row["id"] for row in self.query(vector, k + 1) if row["id"] != own][:k]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.embedding.stores.rows import vectors_of
+from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.stores.store import TEXTS
 from pipeline.embedding.stores.where import Where, keeps
 
@@ -29,7 +29,7 @@ def nearest(batches: Iterable[pa.RecordBatch], vector: np.ndarray, k: int, where
             batch = batch.take(pa.array([i for i, row in enumerate(rows) if keeps(where, row)], pa.int64()))
         if not len(batch):
             continue
-        vectors = vectors_of(batch)
+        vectors = as_matrix(batch["vector"])
         scores = vectors @ query / np.maximum(np.linalg.norm(vectors, axis=1), 1e-30)
         top = np.argsort(-scores, kind="stable")[:k]
         for score, row in zip(scores[top], batch.select(["id", *TEXTS]).take(pa.array(top)).to_pylist(), strict=True):

@@ -17,7 +17,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from pipeline.embedding.stores.rows import vectors_of
+from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.stores.store import TEXTS, Refused
 
 OWN = ("source", "source_id", "text", "metadata_json")
@@ -38,7 +38,7 @@ def to_records(
 ) -> tuple[list[dict[str, Any]], list[Refused], int]:
     """Records of rows that have a vector each, the rows that cannot be one, and how many texts were cut."""
     # Through JSON each number gets the few digits that a float32 has, not the many of a float64: half the bytes.
-    values = orjson.loads(orjson.dumps(vectors_of(rows), option=orjson.OPT_SERIALIZE_NUMPY))
+    values = orjson.loads(orjson.dumps(as_matrix(rows["vector"]), option=orjson.OPT_SERIALIZE_NUMPY))
     records, refused, cut = [], [], 0
     for row, vector in zip(rows.select(["id", *TEXTS]).to_pylist(), values, strict=True):
         try:

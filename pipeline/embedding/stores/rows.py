@@ -1,4 +1,4 @@
-"""Rows on their way into a store, and vectors on their way out."""
+"""Rows and queries on their way into a store: what of them can be used, and what is wrong with the rest."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.stores.store import SCHEMA, Refused, StoreError
 
 
@@ -25,7 +26,7 @@ def checked(rows: pa.Table, width: int, name: str) -> tuple[pa.Table, list[Refus
     bad = [*_bad_ids(ids)]
     bad += [(i, "it has no vector") for i in _positions(rows["vector"].is_null())]
     there = _without(range(len(ids)), bad)
-    length = np.linalg.norm(vectors_of(rows.take(there)).astype(np.float64), axis=1)
+    length = np.linalg.norm(as_matrix(rows.take(there)["vector"]).astype(np.float64), axis=1)
     bad += [(int(i), "its vector holds NaN or infinity") for i in there[~np.isfinite(length)]]
     bad += [(int(i), "its vector is zero, which has no direction to compare") for i in there[length == 0]]
     last = {i: position for position, i in enumerate(ids)}
@@ -43,19 +44,6 @@ def _without(positions: Iterable[int], bad: Sequence[tuple[int, str]]) -> np.nda
 
 def _positions(mask: pa.ChunkedArray) -> list[int]:
     return pc.indices_nonzero(mask).to_pylist()
-
-
-def vectors_of(rows: pa.Table | pa.RecordBatch) -> np.ndarray:
-    """(N, width) float32 vectors of rows that all have one."""
-    column = rows.column("vector")
-    chunk = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), chunk.type.list_size)
-
-
-def vector_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
-    """(N, width) numbers as a column of a store's rows."""
-    flat = np.ascontiguousarray(vectors, dtype=np.float32).ravel()
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat), vectors.shape[1])
 
 
 def checked_query(vector: np.ndarray, width: int, name: str) -> np.ndarray:
