@@ -28,8 +28,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.embedding.stores.nearest import nearest
-from pipeline.embedding.stores.rows import checked, checked_query
-from pipeline.embedding.stores.store import SCHEMA, TEXTS, Refused, StoreError
+from pipeline.embedding.stores.rows import checked, checked_query, with_vectors
+from pipeline.embedding.stores.store import SCHEMA, Refused, StoreError
 from pipeline.embedding.stores.where import checked_where
 from pipeline.runtime.files import SUFFIX
 
@@ -148,12 +148,7 @@ class ParquetStore:
         return refused
 
     def update(self, rows: pa.Table) -> list[Refused]:
-        at = {i: position for position, i in enumerate(rows["id"].to_pylist())}
-        there = self.fetch(list(at)).select(["id", "vector"])
-        new = rows.take(pa.array([at[i] for i in there["id"].to_pylist()], pa.int64()))
-        for name in TEXTS:
-            there = there.append_column(name, new[name])
-        return self.upsert(there)
+        return self.upsert(with_vectors(rows, self.fetch(rows["id"].to_pylist())))
 
     def delete(self, ids: Sequence[str]) -> None:
         if ids:

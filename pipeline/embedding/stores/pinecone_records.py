@@ -18,6 +18,7 @@ import orjson
 import pyarrow as pa
 
 from pipeline.embedding.columns import as_matrix
+from pipeline.embedding.stores.rows import grouped
 from pipeline.embedding.stores.store import TEXTS, Refused
 
 OWN = ("source", "source_id", "text", "metadata_json")
@@ -101,17 +102,7 @@ def _bytes(value: Any) -> int:
 
 def batches(records: Sequence[dict[str, Any]], rows: int, size: int) -> Iterator[list[dict[str, Any]]]:
     """Records in groups of at most so many, in requests of at most `size` bytes; one that has more is alone."""
-    room, batch = size - 1_000, list[dict[str, Any]]()
-    taken = 0
-    for record in records:
-        own = _bytes(record) + 1
-        if batch and (len(batch) == rows or taken + own > room):
-            yield batch
-            batch, taken = [], 0
-        batch.append(record)
-        taken += own
-    if batch:
-        yield batch
+    return grouped(records, lambda record: _bytes(record) + 1, rows, size - 1_000)
 
 
 def to_row(record_id: str, metadata: Mapping[str, Any] | None) -> dict[str, Any]:

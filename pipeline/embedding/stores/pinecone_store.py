@@ -24,8 +24,8 @@ from pipeline.config.pinecone import Pinecone
 from pipeline.embedding.stores.budget import Budget
 from pipeline.embedding.stores.pinecone_records import bad_id, batches, to_records, to_row, to_table
 from pipeline.embedding.stores.pinecone_service import PassingError, PineconeService, RejectedError
-from pipeline.embedding.stores.rows import checked, checked_query
-from pipeline.embedding.stores.store import SCHEMA, TEXTS, Refused, StoreError
+from pipeline.embedding.stores.rows import checked, checked_query, grouped, with_vectors
+from pipeline.embedding.stores.store import SCHEMA, Refused, StoreError
 from pipeline.embedding.stores.where import checked_where, to_pinecone
 from pipeline.runtime.console import log
 
@@ -145,7 +145,8 @@ class PineconeStore:
             found = self._ask("fetch", lambda index: index.fetch(ids=some, namespace=self.namespace))
             return to_table(found.vectors, schema)
 
-        groups = _address_sized(i for i in dict.fromkeys(ids) if not bad_id(i))
+        sound = (i for i in dict.fromkeys(ids) if not bad_id(i))
+        groups = grouped(sound, lambda i: len(quote(i, safe="")) + len("&ids="), PAGE_IDS, URL_BYTES)
         return pa.concat_tables([schema.empty_table(), *self._all(ask, groups)])
 
     def upsert(self, rows: pa.Table) -> list[Refused]:
@@ -200,12 +201,7 @@ class PineconeStore:
     def update(self, rows: pa.Table) -> list[Refused]:
         """As upsert, with the vectors that are there: Pinecone's own update takes a request a record, and never removes
         a key of the metadata."""
-        at = {i: position for position, i in enumerate(rows["id"].to_pylist())}
-        there = self.fetch(list(at)).select(["id", "vector"])
-        new = rows.take(pa.array([at[i] for i in there["id"].to_pylist()], pa.int64()))
-        for name in TEXTS:
-            there = there.append_column(name, new[name])
-        return self.upsert(there)
+        return self.upsert(with_vectors(rows, self.fetch(rows["id"].to_pylist())))
 
     def delete(self, ids: Sequence[str]) -> None:
         def remove(some: list[str]) -> None:
@@ -266,17 +262,3 @@ class PineconeStore:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-
-
-def _address_sized(ids: Iterable[str]) -> Iterator[list[str]]:
-    """Ids in groups that fit one request."""
-    group, size = list[str](), 0
-    for i in ids:
-        own = len(quote(i, safe="")) + len("&ids=")
-        if group and (len(group) == PAGE_IDS or size + own > URL_BYTES):
-            yield group
-            group, size = [], 0
-        group.append(i)
-        size += own
-    if group:
-        yield group
