@@ -75,6 +75,7 @@ def stop_logging() -> None:
     for handler in log.handlers:
         handler.close()
     log.handlers.clear()
+    log.propagate = True
 
 
 class Stage:
