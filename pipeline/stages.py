@@ -152,14 +152,16 @@ def embed_stage(config: Config, session: Session, *, dry_run: bool = False, veri
 def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
     """Scores of the model, BM25 beside, on what the config names; `again` even where they are there."""
     folder, manifest = session.prepared()
+    from pipeline.embedding.store import recipe_of
     from pipeline.model.folder import model_fingerprint
 
     model, path, wanted = _model_of(config, manifest), config.run_dir / "evaluation.json", config.evaluation
+    recipe = recipe_of(config, model)
     key = {
         "model": model_fingerprint(fetched(model)),
         "data": manifest.fingerprint,
         "evaluation": wanted.model_dump(mode="json"),
-        "dimensions": config.embedding.dimensions,
+        "space": recipe.space,
         "files": [
             change
             for path in (wanted.beir_dir, wanted.sts_file, wanted.clustering_file, wanted.classification_dir)
@@ -170,10 +172,9 @@ def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
     if earlier.get("of") == key and not again:
         log.info("evaluate: nothing to do, %s holds the scores", path)
         return Result(earlier["scores"], {"scores": str(path)})
-    from pipeline.embedding.store import recipe_of
     from pipeline.evaluation.evaluate import score_tasks
 
-    scores = score_tasks(config, folder, manifest, recipe_of(config, model), session.board)
+    scores = score_tasks(config, folder, manifest, recipe, session.board)
     write_atomically(path, json.dumps({"of": key, "scores": scores}, indent=2).encode())
     return Result(scores, {"scores": str(path)})
 

@@ -297,6 +297,20 @@ def test_the_cache_is_kept_below_its_size(world: World) -> None:
     assert vectors[-1, 0] == 900
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_onnxruntime_gives_nearly_the_same_vectors(precision: str, world: World) -> None:
+    pytest.importorskip("onnxruntime")
+    world.overrides = ["embedding.backend=onnxruntime", f"embedding.precision={precision}"]
+    assert run(world)["embedded"] == TEXTS
+    rows = _rows(world)
+    whole = TextEncoder(world.model, device="cpu").encode([row["text"] for row in rows], "document")
+    cosines = (whole * np.array([row["vector"] for row in rows])).sum(axis=1)
+    assert cosines.min() > {"fp32": 0.99999, "int8": 0.9}[precision]
+    assert (cosines.min() < 0.99999) == (precision == "int8")
+    assert not verify(world.sync(), world.files, world.encoder(), 50).wrong
+
+
 def test_another_size_and_another_model_have_tables_of_their_own(world: World, tmp_path: Path) -> None:
     run(world)
     first = world.store.name

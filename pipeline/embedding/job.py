@@ -16,7 +16,6 @@ import torch
 
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
-from pipeline.embedding.backends import check_backend, make_graph
 from pipeline.embedding.encode import EncoderRecipe, TextEncoder
 from pipeline.embedding.store import file_name, is_embedded, mark_embedded, open_store, open_sync, publish, recipe_of
 from pipeline.embedding.stores.budget import Budget
@@ -47,7 +46,6 @@ class Space:
     @classmethod
     def of(cls, config: Config, prepared: AnyPath, manifest: Manifest, model: AnyPath) -> Space:
         """Raises ConfigError for what the model or this machine cannot do."""
-        check_backend(config.embedding)
         recipe = recipe_of(config, model)
         return cls(config, prepared, manifest, recipe, open_store(config, recipe))
 
@@ -65,10 +63,6 @@ class Space:
     def sync(self, *, make: bool = True) -> Sync:
         return open_sync(self.config, self.manifest, self.recipe, self.store, make=make)
 
-    def make_graph(self) -> None:
-        if self.config.embedding.backend == "onnxruntime":
-            make_graph(self.recipe.local, self.config.embedding, self.recipe.graphs)
-
 
 def bring_up_to_date(space: Space, board: Board) -> dict[str, Any]:
     """Embed, write and delete what has to be; compare; let readers use the table. Returns the counts.
@@ -83,7 +77,6 @@ def bring_up_to_date(space: Space, board: Board) -> dict[str, Any]:
         space = replace(space, store=open_store(config, space.recipe, Budget(account)))
     store = space.store
     with alone_in(space.folder):
-        space.make_graph()
         sync, letters = space.sync(), DeadLetters(config.run_dir / "dead_letters" / file_name(store), store.width)
         remove_folder(letters.folder)  # they are tried again now
         counts = embed(sync, space.recipe, space.files, letters, board, WRITERS[config.embedding.store])
@@ -106,7 +99,6 @@ def bring_up_to_date(space: Space, board: Board) -> dict[str, Any]:
 def look(space: Space) -> dict[str, Any]:
     """Compare counts, and a sample read back. Raises JobError where something is not as it should be."""
     with alone_in(space.folder):
-        space.make_graph()
         found = _verified(space, space.sync(make=False))
     return {"rows": found.rows, "verified": found.sampled, "least_cosine": round(found.least_cosine, 6)}
 
@@ -128,7 +120,6 @@ def estimate(space: Space, board: Board) -> dict[str, Any]:
 
     wanted, pool = space.config.embedding, Pool.of(space.config.embedding.max_workers)
     with alone_in(space.folder):
-        space.make_graph()
         sync, files = space.sync(make=False), space.files
         counts = plan(sync, space.recipe, files, board)
         rate = _tokens_per_s(space, sync, files, pool.threads) if counts["tokens"] else 1.0

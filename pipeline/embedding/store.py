@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.manifest import Manifest
+from pipeline.embedding.backends import check_backend, make_graph
 from pipeline.embedding.cache import VectorCache
 from pipeline.embedding.encode import EncoderRecipe
 from pipeline.embedding.ledger import Ledger
@@ -30,12 +31,19 @@ from pipeline.storage.bucket import AnyPath, as_path
 
 
 def recipe_of(config: Config, model: AnyPath) -> EncoderRecipe:
-    """How texts are encoded with a model's folder. Raises ConfigError for a size that it was not trained for."""
+    """How texts are encoded with a model's folder; for onnxruntime, its graph is made where there is none.
+
+    Raises ConfigError for a size that the model was not trained for, and where a package is missing.
+    """
+    check_backend(config.embedding)
     wanted, card = config.embedding.dimensions, read_card(fetched(model))
     if wanted and wanted not in (card.width, *card.head.dimensions):
         allowed = ", ".join(map(str, (card.width, *card.head.dimensions)))
         raise ConfigError(f"embedding.dimensions: found {wanted}; allowed with this model are {allowed}")
-    return EncoderRecipe(model, config.embedding, config.root / "onnx")
+    recipe = EncoderRecipe(model, config.embedding, config.root / "onnx")
+    if config.embedding.backend == "onnxruntime":
+        make_graph(recipe.local, config.embedding, recipe.graphs)
+    return recipe
 
 
 def open_store(config: Config, recipe: EncoderRecipe, budget: Budget | None = None) -> Store:

@@ -14,6 +14,7 @@ import bm25s
 import numpy as np
 import pytrec_eval
 
+from pipeline.embedding.fusion import reciprocal_ranks
 from pipeline.embedding.nearest import Found, nearest_in_block
 
 Qrels = dict[str, dict[str, int]]
@@ -22,7 +23,6 @@ Ranking = dict[str, dict[str, float]]
 """Query id → document id → score."""
 
 DEPTH = 100  # documents ranked for each query
-FUSION_K = 60  # of reciprocal rank fusion (Cormack et al. 2009, section 3)
 METRICS = ("ndcg@10", "mrr@10", "map@100", "recall@1", "recall@10", "recall@100")
 
 
@@ -86,10 +86,10 @@ def bm25_ranking(
 
 
 def fused(*rankings: Ranking, depth: int = DEPTH) -> Ranking:
-    """Rankings of the same queries as one: a document's score is the sum of 1 / (FUSION_K + its rank) over them."""
-    together: Ranking = {query: {} for query in rankings[0]}
-    for ranking in rankings:
-        for query, found in ranking.items():
-            for rank, (document, _) in enumerate(_best(found, depth), 1):
-                together[query][document] = together[query].get(document, 0.0) + 1 / (FUSION_K + rank)
-    return {query: dict(_best(found, depth)) for query, found in together.items()}
+    """Rankings of the same queries as one, by reciprocal rank."""
+    return {
+        query: dict(
+            _best(reciprocal_ranks(*([name for name, _ in _best(each[query], depth)] for each in rankings)), depth)
+        )
+        for query in rankings[0]
+    }

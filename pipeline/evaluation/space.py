@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.nearest import Floats, unit
 
 COLUMNS = ("id", "source", "source_id", "text", "vector")
@@ -46,9 +47,8 @@ def sample(batches: Iterable[pa.RecordBatch], count: int) -> Points:
         kept = kept.sort_by("id").slice(0, count).combine_chunks()
     if kept is None or not len(kept):
         return Points([], [], [], np.empty((0, 0), np.float32))
-    vectors = kept["vector"].combine_chunks()
     sources, source_ids, texts = (kept[name].to_pylist() for name in ("source", "source_id", "text"))
-    return Points(sources, source_ids, texts, unit(vectors.flatten().to_numpy().reshape(len(kept), -1)))
+    return Points(sources, source_ids, texts, unit(as_matrix(kept["vector"])))
 
 
 def project(vectors: Floats) -> Floats:

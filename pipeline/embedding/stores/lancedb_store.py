@@ -27,6 +27,7 @@ from lancedb.index import FTS, BTree, HnswSq, IvfPq, IvfSq
 from lancedb.query import MatchQuery
 
 from pipeline.embedding.columns import as_matrix
+from pipeline.embedding.fusion import reciprocal_ranks
 from pipeline.embedding.lance import connect, has_table
 from pipeline.embedding.stores.nearest import nearest
 from pipeline.embedding.stores.rows import checked, checked_query
@@ -40,7 +41,6 @@ SQL_IDS = 8192  # ids in one condition; 20 µs each to parse
 SELECTIVE_ROWS = 20_000  # up to so many rows a filter names them one by one
 REFINE = 10  # an index's candidates a result, whose distances are computed again from whole vectors
 FUSED = 100  # candidates of either ranking that a hybrid query fuses
-RRF_K = 60  # Cormack, Clarke and Büttcher 2009
 WRITE_ATTEMPTS = 8
 INDEXES = {"ivf_sq": IvfSq, "ivf_pq": IvfPq, "ivf_hnsw_sq": HnswSq}
 
@@ -172,11 +172,9 @@ class LanceStore:
             search = search.where(condition)
         by_words = search.select(["id", *TEXTS, "_score"]).to_arrow().drop_columns(["_score"]).to_pylist()
         by_words = [row for row in by_words if exact or keeps(checked_conditions, row)][:depth]
-        rows: dict[str, dict[str, Any]] = {}
-        for ranking in (self.query(vector, depth, where), by_words):
-            for rank, row in enumerate(ranking, 1):
-                held = rows.setdefault(row["id"], {**row, "score": 0.0})
-                held["score"] += 1 / (RRF_K + rank)
+        by_vector = self.query(vector, depth, where)
+        scores = reciprocal_ranks(*([row["id"] for row in ranking] for ranking in (by_vector, by_words)))
+        rows = {row["id"]: {**row, "score": scores[row["id"]]} for row in (*by_vector, *by_words)}
         return sorted(rows.values(), key=lambda row: -row["score"])[:k]
 
     def _indices(self, column: str) -> list[Any]:
