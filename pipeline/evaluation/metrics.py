@@ -87,9 +87,8 @@ def bm25_ranking(
 
 def fused(*rankings: Ranking, depth: int = DEPTH) -> Ranking:
     """Rankings of the same queries as one, by reciprocal rank."""
-    return {
-        query: dict(
-            _best(reciprocal_ranks(*([name for name, _ in _best(each[query], depth)] for each in rankings)), depth)
-        )
-        for query in rankings[0]
-    }
+    together: Ranking = {}
+    for query in rankings[0]:
+        ordered = ([name for name, _ in _best(ranking[query], depth)] for ranking in rankings)
+        together[query] = dict(_best(reciprocal_ranks(*ordered), depth))
+    return together
