@@ -47,7 +47,6 @@ def main(config: Config, args: argparse.Namespace) -> Result:
         check_packages("--onnx")
     place = model_folder(config)
     model = fetched(place)
-    quiet_transformers()
     with replacing_folder(folder, MARKER) as temporary:
         metrics = write_model(config, args, model, temporary)
         text = model_card(
@@ -66,10 +65,11 @@ def main(config: Config, args: argparse.Namespace) -> Result:
 
 def write_model(config: Config, args: argparse.Namespace, model: Path, folder: Path) -> dict[str, Any]:
     """The model, and what else was asked for. Returns how near each came to the model, and the rows written."""
-    from pipeline.export.folder import export_model
+    from pipeline.export.folder import export_model, quiet_transformers
     from pipeline.export.onnx import export_onnx
     from pipeline.model.folder import read_card
 
+    quiet_transformers()
     card = read_card(model)
     metrics: dict[str, Any] = {"width": card.width, "cosine": round(export_model(model, folder), 6)}
     log.info("export: vectors as transformers gives them are at cosine %.6f or nearer", metrics["cosine"])
@@ -107,14 +107,6 @@ def evaluate_command(args: argparse.Namespace) -> str:
     config = Path(args.config).resolve()
     shown = config.relative_to(ROOT) if config.is_relative_to(ROOT) else args.config
     return shlex.join(["python", "jobs/evaluate.py", "--config", str(shown), *args.overrides])
-
-
-def quiet_transformers() -> None:
-    """The export checks itself what transformers would have to tell of loading."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 if __name__ == "__main__":

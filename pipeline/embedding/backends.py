@@ -10,6 +10,7 @@ dynamic quantisation): faster on processors with instructions for it, at vectors
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,9 +113,10 @@ def make_graph(folder: Path, settings: Embedding, graphs: AnyPath) -> None:
     target = graph_of(folder, settings, graphs)
     if (target / GRAPH).is_file():
         return
-    from pipeline.export.folder import export_model
+    from pipeline.export.folder import export_model, quiet_transformers
     from pipeline.export.onnx import export_onnx
 
+    quiet_transformers()
     with tempfile.TemporaryDirectory(dir=scratch()) as name:
         temporary, head = Path(name), read_card(folder).head
         export_model(folder, temporary)
@@ -129,5 +131,9 @@ def _quantise(path: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic  # type: ignore[import-not-found, import-untyped]
 
     whole = path.rename(path.with_name("whole.onnx"))
-    quantize_dynamic(whole, path, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+    logging.disable(logging.WARNING)  # it advises a step that changes nothing about these graphs
+    try:
+        quantize_dynamic(whole, path, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+    finally:
+        logging.disable(logging.NOTSET)
     whole.unlink()

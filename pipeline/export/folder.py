@@ -72,6 +72,14 @@ def export_model(checkpoint: Path, folder: Path) -> float:
     return check(model, tokenizer, folder)
 
 
+def quiet_transformers() -> None:
+    """The export checks itself what transformers would have to tell of loading."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def pretrained_config(card: Card, model_class: str) -> dict[str, Any]:
     """The encoder's own config, without pointers to code of its own; `model_class` is what its weights are of."""
     from transformers import __version__
