@@ -31,7 +31,7 @@ lint: .venv/.installed
 	$(BIN)/ruff format .
 	$(BIN)/mypy
 
-# make bench DATA=folder-with-debian-linux-doc-sts_b-and-wordnet: the tables in benchmarks/README.md, three hours of them
+# make bench DATA=folder-with-debian-linux-doc-sts_b-and-wordnet: the tables in benchmarks/README.md, four hours of them
 bench: .venv/.installed
 	$(BIN)/python benchmarks/retrieval.py --data $(DATA)
 	$(BIN)/python benchmarks/mining.py --data $(DATA)
@@ -44,6 +44,9 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/tokenizing.py --data $(DATA)
 	$(BIN)/python benchmarks/memory.py --data $(DATA)
 	$(BIN)/python benchmarks/feed.py --data $(DATA)
+	$(BIN)/python benchmarks/mining.py --data $(DATA)
+	$(BIN)/python benchmarks/encoding.py --data $(DATA)
+	$(BIN)/python benchmarks/embedding_memory.py --data $(DATA)
 	$(BIN)/python benchmarks/safety.py --data $(DATA)/linux-doc
 
 clean:
