@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.corpora import machine, records
-from benchmarks.memory import watch
+from benchmarks.memory import MEASURED, compared, watch
 from pipeline.runtime.console import table
 
 WIDTH = 384
@@ -63,20 +63,7 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=200_000, help="documents")
     args = parser.parse_args()
     found = {size: embedding(args.data, size) for size in (args.small, args.large)}
-    lines: list[list[object]] = [
-        [
-            f"{size:,}",
-            f"{one['last']['metrics']['rows']:,}",
-            f"{one['worker']:.0f}",
-            f"{one['driver']:.0f}",
-            one["last"]["seconds"],
-        ]
-        for size, one in found.items()
-    ]
-    small, large = found.values()
-    times = [f"{large[of] / small[of]:.2f}" for of in ("worker", "driver")]
-    lines.append([f"{args.large / args.small:g} times", "", *times, ""])
-    print(f"\n{machine()}\n\n{table(lines, ['documents', 'rows', 'peak worker MB', 'peak driver MB', 'seconds'])}")
+    print(f"\n{machine()}\n\n{table(compared(found, ('rows',)), ['documents', 'rows', *MEASURED])}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from benchmarks.corpora import machine, records
 from pipeline.runtime.console import table
 
 EVERY_S = 0.2
+MEASURED = ("peak worker MB", "peak driver MB", "seconds")
 STAGE_END = re.compile(r"(?:prepare|embed)(?:: (.+?))?: .* in [\d.]+ s\b")
 
 
@@ -114,6 +116,18 @@ def prepare(data: Path, megabytes: int) -> dict[str, Any]:
         )
 
 
+def compared(found: dict[int, dict[str, Any]], counts: Sequence[str]) -> list[list[object]]:
+    """A line a size, smallest first: the size, these counts and what MEASURED names; then how many times as much."""
+    lines: list[list[object]] = []
+    for size, one in found.items():
+        shown = [f"{one['last']['metrics'][name]:,}" for name in counts]
+        lines.append([f"{size:,}", *shown, *(f"{one[of]:.0f}" for of in ("worker", "driver")), one["last"]["seconds"]])
+    (small_size, small), (large_size, large) = found.items()
+    times = [f"{large[of] / small[of]:.2f}" for of in ("worker", "driver")]
+    seconds = f"{large['last']['seconds'] / small['last']['seconds']:.2f}"
+    return [*lines, [f"{large_size / small_size:g} times", *[""] * len(counts), *times, seconds]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with debian and linux-doc")
@@ -121,15 +135,8 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=1000, help="MB")
     args = parser.parse_args()
     found = {size: prepare(args.data, size) for size in (args.small, args.large)}
-    lines = []
-    for size, one in found.items():
-        counts = [f"{one['last']['metrics'][name]:,}" for name in ("rows_in", "rows_kept")]
-        lines.append([size, *counts, *(f"{one[of]:.0f}" for of in ("worker", "driver")), one["last"]["seconds"]])
-    small, large = found.values()
-    times = [f"{large[of] / small[of]:.2f}" for of in ("worker", "driver")]
-    seconds = f"{large['last']['seconds'] / small['last']['seconds']:.2f}"
-    lines.append([f"{args.large / args.small:g} times", "", "", *times, seconds])
-    header = ["input MB", "records", "kept", "peak worker MB", "peak driver MB", "seconds"]
+    lines, small, large = compared(found, ("rows_in", "rows_kept")), *found.values()
+    header = ["input MB", "records", "kept", *MEASURED]
     stages = [[name, *(f"{one['stages'].get(name, 0):.0f}" for one in (small, large))] for name in large["stages"]]
     by_stage = table(stages, ["peak worker MB by stage", *(f"{size} MB" for size in found)])
     print(f"\n{machine()}\n\n{table(lines, header)}\n\n{by_stage}")
