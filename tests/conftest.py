@@ -44,6 +44,14 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n`, one worker takes all tests of the shared Ray session, first, and the others a file each."""
+    items.sort(key=lambda item: "ray_cluster" not in getattr(item, "fixturenames", ()))
+    for item in items:
+        shared = "ray_cluster" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ray" if shared else item.path.name))
+
+
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Two CPUs, whatever the machine has."""

@@ -7,6 +7,8 @@ import logging
 import os
 import re
 import struct
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -240,21 +242,28 @@ class TestWeightsAndBiases:
             {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row.item} for row in rows
         ]
 
-    def test_offline_runs_lie_in_the_runs_folder_and_go_on(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], warnings: list[str]
-    ) -> None:
-        monkeypatch.delenv("WANDB_API_KEY", raising=False)
-        monkeypatch.setenv("WANDB_MODE", "online")
-        config = config_of(tmp_path, "logging.trackers=[wandb]", "logging.wandb_project=tests")
-        with Trackers.open(config, 0) as trackers:
-            trackers.log(training(10, 2.5))
-            trackers.log(validation(10, 0.75))
-            trackers.alert("loss spike", "the loss is high", 10)
-        with Trackers.open(config, 10) as trackers:
-            trackers.log(training(20, 1.5))
-            trackers.log(training(15, 1.75))
-        assert len(warnings) == 1  # the alert
-        assert capfd.readouterr() == ("", "")
+    def start(self, root: Path, resumed: int, body: str) -> subprocess.CompletedProcess[str]:
+        """A process of its own, as each start of a run has: within one, wandb may lose what the second logs."""
+        script = "\n".join(
+            [
+                "from pathlib import Path",
+                "from pipeline.training.tracking.trackers import Trackers",
+                "from tests.test_tracking import config_of, training, validation",
+                f"config = config_of(Path({str(root)!r}), 'logging.trackers=[wandb]', 'logging.wandb_project=tests')",
+                f"with Trackers.open(config, {resumed}) as trackers:",
+                f"    {body}",
+            ]
+        )
+        environ = {name: value for name, value in os.environ.items() if name != "WANDB_API_KEY"}
+        environ["WANDB_MODE"] = "online"
+        return subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True)
+
+    def test_offline_runs_lie_in_the_runs_folder_and_go_on(self, tmp_path: Path) -> None:
+        alert = "trackers.alert('loss spike', 'the loss is high', 10)"
+        begun = self.start(tmp_path, 0, f"trackers.log(training(10, 2.5)); trackers.log(validation(10, 0.75)); {alert}")
+        gone_on = self.start(tmp_path, 10, "trackers.log(training(20, 1.5)); trackers.log(training(15, 1.75))")
+        assert begun.stderr.splitlines() == ["train: loss spike: the loss is high"]
+        assert (begun.stdout, gone_on.stdout, gone_on.stderr) == ("", "", "")
         first, second = sorted((tmp_path / "runs" / "small" / "wandb").glob("offline-run-*-*"))
         assert first.name.split("-")[-1] == second.name.split("-")[-1]  # one run
         logged = [{k: v for k, v in row.items() if not k.startswith("_")} for row in self.history(first)]
