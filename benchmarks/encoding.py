@@ -2,18 +2,22 @@
 
     python benchmarks/encoding.py --data DIR
 
-Both sides have the same model, threads and documents, and take turns on blocks of them; the peer at the batch size that
-is best for it on the first block, ours as `python jobs/embed.py` encodes. The ratio is of the same block, one right
-after the other, so what else the machine does falls on both. Vectors must agree to cosine 1 - 1e-5. Then each backend
-of ours embeds the BEIR folder: its speed, the least cosine to float32, and NDCG@10. Needs the `dev` packages.
+Both sides have the same model, cores and documents, and take turns on blocks of them: the peer with a thread a core, at
+the batch size that is best for it on the first block; ours as `python jobs/embed.py` encodes, an encoder of one thread
+a core. The ratio is of the same block, one right after the other, so what else the machine does falls on both. Vectors
+must agree to cosine 1 - 1e-5. Then each backend of ours embeds the BEIR folder, in one process: its speed, the least
+cosine to float32, and NDCG@10. Needs the `dev` packages.
 """
 
 import argparse
 import json
+import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -57,36 +61,64 @@ def in_blocks(encoder: TextEncoder, prompt: str = "document") -> Encode:
     )
 
 
-def beside_the_peer(folder: Path, texts: list[str], blocks: int) -> tuple[list[list[object]], float, float]:
+class _Actor:
+    """An encoder in a process of its own."""
+
+    encode: Encode
+
+    @classmethod
+    def start(cls, folder: Path) -> None:
+        torch.set_num_threads(1)
+        cls.encode = in_blocks(TextEncoder(folder, device="cpu"))
+
+    @classmethod
+    def run(cls, texts: list[str]) -> np.ndarray:
+        return cls.encode(texts)
+
+
+@contextmanager
+def actors(folder: Path, count: int) -> Iterator[Encode]:
+    """As the job's pool: `count` encoders of one thread each, which share the texts."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, _Actor.start, (folder,)) as pool:
+        yield lambda texts: np.concatenate(
+            list(pool.map(_Actor.run, [part.tolist() for part in np.array_split(np.array(texts, object), count)]))
+        )
+
+
+def beside_the_peer(
+    folder: Path, texts: list[str], blocks: int, threads: int
+) -> tuple[list[list[object]], float, float]:
     """The lines of the table, the median ratio, and the least cosine between the sides."""
     from sentence_transformers import SentenceTransformer
 
-    start = time.perf_counter()
-    theirs = SentenceTransformer(str(folder), device="cpu")
-    loads = {"sentence-transformers": time.perf_counter() - start}
-    start = time.perf_counter()
-    ours = in_blocks(TextEncoder(folder, device="cpu"))
-    loads["ours"] = time.perf_counter() - start
-
-    def peer(size: int) -> Encode:
-        return lambda part: theirs.encode(part, batch_size=size, show_progress_bar=False)
-
     first = texts[:500]
-    ours(first), peer(32)(first)  # warms both
-    tried = {size: min(seconds(peer(size), first)[0] for _ in range(2)) for size in BATCH_SIZES}
-    best = min(tried, key=lambda size: tried[size])
-    print("the peer's batch sizes, documents/s:", {size: round(len(first) / took) for size, took in tried.items()})
-    sides = {"ours": ours, "sentence-transformers": peer(best)}
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    least = 1.0
-    for number, part in enumerate(np.array_split(np.array(texts, dtype=object), blocks)):
-        found = {}
-        for name in list(sides)[:: 1 if number % 2 else -1]:
-            took, found[name] = seconds(sides[name], part.tolist())
-            times[name].append(took)
-        least = min(least, float((found["ours"] * found["sentence-transformers"]).sum(axis=1).min()))
-    names = {"ours": f"ours, batches of {Embedding().batch_tokens:,} tokens"}
-    names["sentence-transformers"] = f"sentence-transformers, batches of {best}"
+    with actors(folder, threads) as ours:
+        start = time.perf_counter()
+        ours(first[:threads])
+        loads = {"ours": time.perf_counter() - start}
+        start = time.perf_counter()
+        theirs = SentenceTransformer(str(folder), device="cpu")
+        loads["sentence-transformers"] = time.perf_counter() - start
+
+        def peer(size: int) -> Encode:
+            return lambda part: theirs.encode(part, batch_size=size, show_progress_bar=False)
+
+        ours(first), peer(32)(first)  # warms both
+        tried = {size: min(seconds(peer(size), first)[0] for _ in range(2)) for size in BATCH_SIZES}
+        best = min(tried, key=lambda size: tried[size])
+        print("the peer's batch sizes, documents/s:", {size: round(len(first) / took) for size, took in tried.items()})
+        sides = {"ours": ours, "sentence-transformers": peer(best)}
+        times: dict[str, list[float]] = {name: [] for name in sides}
+        least = 1.0
+        for number, part in enumerate(np.array_split(np.array(texts, dtype=object), blocks)):
+            found = {}
+            for name in list(sides)[:: 1 if number % 2 else -1]:
+                took, found[name] = seconds(sides[name], part.tolist())
+                times[name].append(took)
+            least = min(least, float((found["ours"] * found["sentence-transformers"]).sum(axis=1).min()))
+    names = {"ours": f"ours, {threads} encoders of 1 thread, batches of {Embedding().batch_tokens:,} tokens"}
+    names["sentence-transformers"] = f"sentence-transformers, {threads} threads, batches of {best}"
     lines: list[list[object]] = [
         [
             names[name],
@@ -135,8 +167,8 @@ def main() -> None:
     folder, threads = Path(minilm()), torch.get_num_threads()
     with (args.data / "debian" / "pairs.jsonl").open(encoding="utf-8") as file:
         texts = [json.loads(line)["positive"] for line, _ in zip(file, range(args.documents), strict=False)]
-    lines, ratio, least = beside_the_peer(folder, texts, args.blocks)
-    print(f"\n{machine()}, {threads} threads, {len(texts):,} documents\n")
+    lines, ratio, least = beside_the_peer(folder, texts, args.blocks, threads)
+    print(f"\n{machine()}, {len(texts):,} documents\n")
     print(table(lines, ["side", "documents/s", "s to load", "s in all"]))
     print(f"\nours over theirs: {ratio:.2f} times the documents/s; least cosine between them {least:.7f}\n")
     if not args.peer_alone:

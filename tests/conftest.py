@@ -14,6 +14,8 @@ from pipeline.runtime.session import set_environment
 from tests.bucket_servers import CREDENTIALS
 
 os.environ.pop("RAY_ADDRESS", None)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers' threads that wait for each other keep both cores busy
 os.environ |= CREDENTIALS  # in Ray's workers too, which are older than the servers of tests
 set_environment()  # before anything imports Ray
 
@@ -45,11 +47,11 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n`, one worker takes all tests of the shared Ray session, first, and the others a file each."""
-    items.sort(key=lambda item: "ray_cluster" not in getattr(item, "fixturenames", ()))
+    """With `-n`, one worker takes all files of the shared Ray session, first, and the others a file each."""
+    shared = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path not in shared)
     for item in items:
-        shared = "ray_cluster" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray" if shared else item.path.name))
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in shared else item.path.name))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,7 @@
-"""A whole job whose root is a bucket, killed amid training and gone on with elsewhere. Run by `make test-slow`."""
+"""A whole job whose data and root are in a bucket, killed amid training and gone on with elsewhere.
+
+Run by `make test-slow`.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,14 @@ from tests.test_faults import ROOT, TEMPORARY, JobProcess, run, write_config
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def job_config(folder: Path, root: str) -> Path:
+def job_config(folder: Path, root: str, served: Served) -> Path:
+    """Reads from the bucket, whatever its root is."""
     file = write_config(folder, pairs=2000, max_steps=120, validate_every_steps=30)
+    served.write("input/pairs.jsonl", (folder / "pairs.jsonl").read_bytes())
+    (folder / "pairs.jsonl").unlink()
     content = json.loads(file.read_text())
     content["storage"]["root"] = root
+    content["data"]["sources"][0]["path"] = served.uri("input/pairs.jsonl")
     content["checkpointing"]["every_steps"] = 15
     content["scaling"] = {"num_workers": 2}
     file.write_text(json.dumps(content))
@@ -45,8 +52,8 @@ def elsewhere(name: str, config: Path, home: Path, *args: str) -> str:
 
 def test_a_killed_job_goes_on_from_the_bucket_alone(tmp_path: Path) -> None:
     with s3("jobs") as served:
-        alone = run("run", job_config(tmp_path / "alone", str(tmp_path / "alone" / "store")))
-        config = job_config(tmp_path / "killed", served.uri("store"))
+        alone = run("run", job_config(tmp_path / "alone", str(tmp_path / "alone" / "store"), served))
+        config = job_config(tmp_path / "killed", served.uri("store"), served)
         job = JobProcess("run", config)
         job.wait_for("train: step 60:")
         job.kill()
