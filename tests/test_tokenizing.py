@@ -231,7 +231,7 @@ def test_an_exchange_gives_each_partition_its_rows(tmp_path: Path) -> None:
         parts = [value % 4 for value in values]  # partition 4 stays empty
         for value, part in zip(values, parts, strict=True):
             expected[part][value] += 1
-        files.append(tmp_path / f"{number}.arrow")
+        files.append(tmp_path / f"{number}.parts")
         write_parts(pa.table({"value": pa.array(values, pa.int64())}), parts, 5, files[-1])
     for part, found in expected.items():
         assert Counter(read_part(files, part)["value"].to_pylist()) == found

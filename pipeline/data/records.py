@@ -38,7 +38,7 @@ def make_records(
     stage: Stage, board: Board, work: Sequence[tuple[Source, ReadTask]], data: Data, shards: int
 ) -> list[SourceCount]:
     """Fill the stage's `records/` and `rejected/`. Returns what became of each source's records, not yet checked."""
-    scratch, tallies = stage.scratch, [stage.scratch / "read" / f"{i:06d}.json" for i in range(len(work))]
+    scratch, tallies = stage.scratch, [stage.scratch / "judged" / f"{i:06d}.json" for i in range(len(work))]
 
     part_chars = max(PART_CHARS, sum(task.bytes for _, task in work) // MAX_PARTS)
 
@@ -53,7 +53,7 @@ def make_records(
     parts: list[AnyPath] = []
     for (source, _), tally in zip(work, for_each(scratch, _read_json, tallies), strict=True):
         read_in[source.name] += tally["rows_in"]
-        parts += [scratch / "read" / name for name in tally["parts"]]
+        parts += [scratch / "judged" / name for name in tally["parts"]]
     counts = [scratch / "counts" / f"{shard:05d}.json" for shard in range(shards)]
     size = sum(filter(None, sizes(parts))) // shards
 
@@ -74,7 +74,7 @@ def _judge_task(
     judge, count = Judge(source, data), 0
     parts: list[str] = []
     for rows in _in_parts(map(judge, read(task, source)), part_chars):
-        path = tally.parent / f"{tally.stem}-{len(parts)}.arrow"
+        path = tally.parent / f"{tally.stem}-{len(parts)}.parts"
         write_parts(
             pa.Table.from_pylist(rows, JUDGED_SCHEMA), [shard_of(row["id"], shards) for row in rows], shards, path
         )
