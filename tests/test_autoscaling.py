@@ -29,6 +29,10 @@ pytestmark = [pytest.mark.autoscaling, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[1]
 WAIT_S = 120
 RECORDS, MOST_WORKERS = 120, 2
+COMMANDS = (
+    *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
+    *("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files"),
+)
 FOR_A_JOB = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
 
 
@@ -47,6 +51,10 @@ def cluster_file(folder: Path, port: int) -> Path:
         "max_workers": MOST_WORKERS,
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": 0.1,
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        **{key: [] for key in COMMANDS},
         "provider": {
             "type": "external",  # its own name wants a file of defaults that Ray 2.60's wheel lacks
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",

@@ -86,7 +86,7 @@ def test_amazons_schemas_take_the_stack_and_the_cluster_names_its_roles() -> Non
     profiles = set(re.findall(r"InstanceProfileName: ([\w-]+)", text))
     used = {of["node_config"]["IamInstanceProfile"]["Name"] for of in aws()["available_node_types"].values()}
     assert used == profiles
-    assert f"ray-cluster-name\": {aws()['cluster_name']}" in text  # the head may end nodes of this name alone
+    assert f'ray-cluster-name": {aws()["cluster_name"]}' in text  # the head may end nodes of this name alone
 
 
 def test_the_linter_has_nothing_to_say_of_the_image(tmp_path: Path) -> None:

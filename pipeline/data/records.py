@@ -40,7 +40,7 @@ def make_records(
     """Fill the stage's `records/` and `rejected/`. Returns what became of each source's records, not yet checked."""
     scratch, tallies = stage.scratch, [stage.scratch / "judged" / f"{i:06d}.json" for i in range(len(work))]
 
-    part_chars = max(PART_CHARS, sum(task.bytes for _, task in work) // MAX_PARTS)
+    part_chars = _part_chars(sum(task.bytes for _, task in work))
 
     def judge(index: int, report: Report) -> None:
         source, task = work[index]
@@ -65,6 +65,15 @@ def make_records(
     run_tasks(board, "prepare: remove exact duplicates", [Task(size, path) for path in counts], write)
     rows_in = dict.fromkeys((source.name for source, _ in work), 0) | read_in
     return _merge(rows_in, for_each(scratch, _read_json, counts))
+
+
+def _part_chars(total_bytes: int) -> int:
+    return max(PART_CHARS, total_bytes // MAX_PARTS)
+
+
+def parts_at_most(total_bytes: int, tasks: int) -> int:
+    """About how many parts so many read tasks write of so much input: one a task at least."""
+    return tasks + total_bytes // _part_chars(total_bytes)
 
 
 def _judge_task(
