@@ -22,7 +22,7 @@ from benchmarks.scaling_plan import RECORD_BYTES, inputs_of
 from pipeline.data.prepare import MAX_SHARDS
 from pipeline.data.records import parts_at_most
 from pipeline.data.tokenizing import ROW_GROUP_ROWS
-from pipeline.embedding.embed import WRITE_ROWS
+from pipeline.embedding.embed import write_rows
 from pipeline.embedding.ledger import PART_ENTRIES
 
 SCALES = {"1 M": 10**6, "1 G": 10**9, "100 G": 10**11}
@@ -34,6 +34,7 @@ BANDS = 32  # of data.near_duplicates.threshold=0.8
 # Bytes a record, measured on 20,000 of Debian's descriptions, and what else costs bytes
 RECORD_FILE_BYTES, TOKEN_FILE_BYTES, EXCHANGE_RECORD_BYTES = 230, 200, 450
 BATCH_BYTES = 1400  # of a record batch in the exchange, beside its rows
+ID_BYTES = 32
 COMPONENT_BYTES = 40  # a record in the task that joins near-duplicates: labels, the graph of a band, its components
 ROW_GROUP_BYTES = 300  # of memory, a row group: an entry of the manifest and one of the plan; tests/test_scaling.py
 
@@ -134,13 +135,13 @@ class Scale:
 
     @property
     def writes(self) -> int:
-        return -(-self.records // WRITE_ROWS)
+        return -(-self.records // write_rows(self.records))
 
     @property
     def merge_s(self) -> float:
-        """All of LanceDB's upserts, one after the other: the i-th looks at the ids of i * WRITE_ROWS rows."""
+        """All of LanceDB's upserts, one after the other: each looks at the ids of all rows that are there."""
         fixed, a_row = RATES["LanceDB, a write"].value, RATES["LanceDB, a write, a row there"].value
-        return self.writes * fixed + a_row * WRITE_ROWS * self.writes**2 / 2
+        return self.writes * (fixed + a_row * self.records / 2)
 
     @property
     def ledger_s(self) -> float:
@@ -162,13 +163,12 @@ class Scale:
         moved = self.text_bytes + self.exchange_bytes + 3 * self.records * RECORD_FILE_BYTES
         hours = self.hours(max(seconds, moved / self.cpu_nodes / RATES["a node's disk or network"].value))
         requests = 3 * self.pairs / 1e6 * PRICES["S3, a million reads"]
-        component = self.records * COMPONENT_BYTES / 1e9
-        shard = self.text_bytes / self.shards / 1e6
+        component, shard = self.records * COMPONENT_BYTES, self.text_bytes / self.shards
         bottleneck = {
             "1 M": "nodes that start, 4 minutes",
-            "1 G": f"near-duplicates: one task holds a band of all records, {component:,.0f} GB, and a worker has 32",
-            "100 G": f"{shard:,.0f} MB of text a shard, three times that in a task's memory; near-duplicates "
-            f"{component:,.0f} GB",
+            "1 G": f"near-duplicates: one task holds a band of all records, {size(component)}, and a worker has 32 GB",
+            "100 G": f"{size(shard)} of text a shard, three times that in a task's memory; near-duplicates "
+            f"{size(component)} in one",
         }[self.name]
         return Line("prepare", hours, moved, self.cost(hours, self.cpu_nodes, 0) + requests, bottleneck)
 
@@ -176,22 +176,22 @@ class Scale:
         cores = self.cpu_nodes * CPU_CORES
         hours = self.hours(self.tokens / RATES["tokenize"].value / cores)
         moved = self.records * (RECORD_FILE_BYTES + TOKEN_FILE_BYTES)
-        shard = self.tokens / self.shards * 4 * 2 / 1e9
+        shard = self.tokens / self.shards * 4 * 2
         bottleneck = {
             "1 M": "nodes that start",
             "1 G": "none: cores",
-            "100 G": f"a shard's rows are in one task's memory twice, {shard:,.0f} GB",
+            "100 G": f"a shard's rows are in one task's memory twice, {size(shard)}",
         }[self.name]
         return Line("tokenize", hours, moved, self.cost(hours, self.cpu_nodes, 0), bottleneck)
 
     def train(self) -> Line:
         hours = self.hours(6 * WEIGHTS * self.tokens / RATES["L4, training"].value / self.gpu_nodes)
         groups = self.records / ROW_GROUP_ROWS
-        plan = groups * ROW_GROUP_BYTES / 1e9
+        plan = groups * ROW_GROUP_BYTES
         bottleneck = {
             "1 M": "workers that start",
-            "1 G": f"GPUs; the driver holds {groups:,.0f} row groups, {plan:,.1f} GB",
-            "100 G": f"the driver and each worker hold {groups:,.0f} row groups, {plan:,.0f} GB",
+            "1 G": f"GPUs; the driver holds {groups:,.0f} row groups, {size(plan)}",
+            "100 G": f"the driver and each worker hold {groups:,.0f} row groups, {size(plan)}",
         }[self.name]
         moved = self.records * TOKEN_FILE_BYTES
         return Line("train, one epoch", hours, moved, self.cost(hours, 0, self.gpu_nodes), bottleneck)
@@ -207,10 +207,10 @@ class Scale:
     def embed_lancedb(self) -> Line:
         merging, noting = self.hours(self.merge_s), self.hours(self.ledger_s)
         hours = max(self.encode_hours, merging + noting)
-        moved = self.records * (RECORD_FILE_BYTES + VECTOR_ROW_BYTES) + 32.0 * WRITE_ROWS * self.writes**2 / 2
+        moved = self.records * (RECORD_FILE_BYTES + VECTOR_ROW_BYTES + ID_BYTES * self.writes / 2)
         bottleneck = (
-            f"one writer: {self.writes:,} upserts that look at all ids there take {merging:,.1f} h, "
-            f"the ledger's commits {noting:,.1f} h; encoding {self.encode_hours:,.1f} h"
+            f"one writer: {self.writes:,} upserts that look at all ids there take {span(merging)}; the ledger's "
+            f"commits {span(noting)}, encoding {span(self.encode_hours)}"
         )
         return Line("embed into LanceDB", hours, moved, self.cost(hours, 0, self.gpu_nodes), bottleneck)
 
@@ -220,8 +220,8 @@ class Scale:
         hours = max(self.encode_hours, sending, noting := self.hours(self.ledger_s))
         units = sent / 1e3 / 1e6 * PRICES["Pinecone, a million write units"]
         bottleneck = (
-            f"sending {sending:,.1f} h, the ledger's commits {noting:,.1f} h, encoding {self.encode_hours:,.1f} h; "
-            f"write units ${units:,.0f}"
+            f"sending takes {span(sending)}, the ledger's commits {span(noting)}, encoding {span(self.encode_hours)}; "
+            f"write units are ${units:,.0f} of it"
         )
         moved = self.records * RECORD_FILE_BYTES + sent
         return Line("embed into Pinecone", hours, moved, self.cost(hours, 0, self.gpu_nodes) + units, bottleneck)
@@ -233,8 +233,8 @@ class Scale:
         month = held / 1e9 * PRICES["S3, a GB and month"]
         pinecone = held / 1e9 * PRICES["Pinecone, a GB and month"]
         bottleneck = (
-            f"the head builds the index alone, {self.records * WIDTH / 1e9:,.1f} GB of codes; a month of storage is "
-            f"${month:,.2f}, in Pinecone ${pinecone:,.2f}"
+            f"the head builds the index alone, {size(self.records * WIDTH)} of codes; a month of storage, which the "
+            f"dollars hold, is ${month:,.2f}, in Pinecone ${pinecone:,.2f}"
         )
         return Line("search: index", hours, held, self.cost(hours, 0, 0) + month, bottleneck)
 
@@ -244,29 +244,33 @@ class Scale:
         return [stage() for stage in stages]
 
 
-def markdown(header: list[str], rows: list[list[str]], text_columns: int = 1) -> str:
-    """A table whose first columns, and last where it is words, are aligned to the left."""
-    marks = ["---"] * text_columns + ["--:"] * (len(header) - text_columns)
+def markdown(header: list[str], rows: list[list[str]], aligned: str) -> str:
+    """A table; `aligned` has an l or an r a column."""
+    marks = ["--:" if side == "r" else "---" for side in aligned]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, marks, *rows])
 
 
 def size(number: float) -> str:
-    for unit in ("B", "KB", "MB", "GB", "TB", "PB", "EB"):
-        if number < 1000 or unit == "EB":
-            return f"{number:,.0f} {unit}" if number >= 10 or unit == "B" else f"{number:,.1f} {unit}"
-        number /= 1000
-    raise AssertionError
+    power = min(int(math.log10(max(number, 1))) // 3, 6)
+    return f"{number / 1000**power:.3g} {('B', 'KB', 'MB', 'GB', 'TB', 'PB', 'EB')[power]}"
 
 
 def span(hours: float) -> str:
-    return f"{hours * 60:,.1f} min" if hours < 1 else f"{hours:,.1f} h" if hours < 72 else f"{hours / 24:,.0f} days"
+    for unit, of_hours, most in (("min", 1 / 60, 1), ("h", 1, 72), ("days", 24, 24 * 730)):
+        if hours < most:
+            return f"{hours / of_hours:.3g} {unit}"
+    return f"{hours / 24 / 365:,.0f} years"
+
+
+def dollars(amount: float) -> str:
+    return f"{amount:,.2f}" if amount < 100 else f"{amount:,.0f}"
 
 
 def scale_table(scale: Scale) -> str:
     rows = [
-        [one.stage, span(one.hours), size(one.moved), f"{one.dollars:,.2f}", one.bottleneck] for one in scale.lines()
+        [one.stage, span(one.hours), size(one.moved), dollars(one.dollars), one.bottleneck] for one in scale.lines()
     ]
-    return markdown(["stage", "time", "bytes moved", "dollars", "gives out first"], rows)
+    return markdown(["stage", "time", "bytes moved", "dollars", "gives out first"], rows, "lrrrl")
 
 
 def counts_table(scales: list[Scale]) -> str:
@@ -281,11 +285,12 @@ def counts_table(scales: list[Scale]) -> str:
         ("encoding on the CPU workers in place of GPUs", lambda s: span(s.encode_on_cpus_hours)),
         ("near-duplicates: keys of all bands", lambda s: size(8.0 * BANDS * s.records)),
         ("row groups in the manifest", lambda s: f"{s.records // ROW_GROUP_ROWS:,}"),
-        (f"writes to the store, of {WRITE_ROWS:,} rows", lambda s: f"{s.writes:,}"),
+        ("rows of a write to the store", lambda s: f"{write_rows(s.records):,}"),
+        ("writes to the store", lambda s: f"{s.writes:,}"),
         ("entries of the ledger that the driver holds at once", lambda s: f"{entries_at_once(s.records):,}"),
     ]
     rows = [[name, *(count(scale) for scale in scales)] for name, count in of]
-    return markdown(["", *(scale.name for scale in scales)], rows)
+    return markdown(["", *(scale.name for scale in scales)], rows, "lrrr")
 
 
 def entries_at_once(entries: int) -> int:
@@ -295,11 +300,11 @@ def entries_at_once(entries: int) -> int:
 
 def rates_table() -> str:
     rows = [[name, f"{rate.value:.3g}", rate.unit, rate.source] for name, rate in RATES.items()]
-    return markdown(["rate", "value", "unit", "from"], rows)
+    return markdown(["rate", "value", "unit", "from"], rows, "lrll")
 
 
 def prices_table() -> str:
-    return markdown(["price", "dollars"], [[name, f"{price:g}"] for name, price in PRICES.items()])
+    return markdown(["price", "dollars"], [[name, f"{price:g}"] for name, price in PRICES.items()], "lr")
 
 
 def tables() -> dict[str, str]:

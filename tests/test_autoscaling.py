@@ -13,9 +13,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,7 +32,13 @@ COMMANDS = (
     *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
     *("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files"),
 )
-FOR_A_JOB = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+OF_THE_HEAD = {
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+    "RAY_FAKE_CLUSTER": "1",
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+    "RAY_enable_autoscaler_v2": "1",
+}
 
 
 def free_ports(count: int) -> list[int]:
@@ -82,27 +87,29 @@ def cluster_file(folder: Path, port: int) -> Path:
 
 
 @contextmanager
-def head_node(folder: Path, environment: dict[str, str]) -> Iterator[tuple[int, Path]]:
+def head_node(environment: dict[str, str]) -> Iterator[tuple[int, Path]]:
     """A head that scales, on loopback. Gives its port, and the folder that all its processes name; ends them by id."""
     port, client_port = free_ports(2)
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=0"]
-    command += [f"--port={port}", f"--ray-client-server-port={client_port}", "--node-ip-address=127.0.0.1"]
-    command += ["--include-dashboard=false", f"--temp-dir={folder}", "--object-store-memory=200000000"]
-    command += [f"--autoscaling-config={cluster_file(folder, port)}"]
-    with (folder / "head.log").open("w") as log:
-        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        wait_for(lambda: "Ray runtime started" in (folder / "head.log").read_text(), folder)
-        yield port, folder
-    finally:
-        head.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            head.wait(timeout=30)
-        left = [process for process in psutil.process_iter() if str(folder) in command_line(process)]
-        for process in left:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(left, timeout=30)
+    with tempfile.TemporaryDirectory(prefix="t", ignore_cleanup_errors=True) as name:  # short: Ray's sockets lie in it
+        folder = Path(name)
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=0"]
+        command += [f"--port={port}", f"--ray-client-server-port={client_port}", "--node-ip-address=127.0.0.1"]
+        command += ["--include-dashboard=false", f"--temp-dir={folder}", "--object-store-memory=200000000"]
+        command += [f"--autoscaling-config={cluster_file(folder, port)}"]
+        with (folder / "head.log").open("w") as log:
+            head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            wait_for(lambda: "Ray runtime started" in (folder / "head.log").read_text(), folder)
+            yield port, folder
+        finally:
+            head.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                head.wait(timeout=30)
+            left = [process for process in psutil.process_iter() if str(folder) in command_line(process)]
+            for process in left:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(left, timeout=30)
 
 
 def command_line(process: psutil.Process) -> str:
@@ -118,11 +125,14 @@ def workers(folder: Path) -> int:
     return sum("/raylet " in line and str(folder) in line for line in lines) - 1
 
 
-def wait_for(true: object, folder: Path) -> None:
+def wait_for(true: Callable[[], bool], folder: Path) -> None:
+    """Until it is true; fails where it takes too long, or a process of the head's has gone, such as its autoscaler."""
     deadline = time.monotonic() + WAIT_S
-    while not true():  # type: ignore[operator]
-        assert time.monotonic() < deadline, (folder / "head.log").read_text()
-        time.sleep(0.2)
+    while not true():
+        said = (folder / "head.log").read_text()
+        assert "exited unexpectedly" not in said, said
+        assert time.monotonic() < deadline, said
+        time.sleep(0.3)
 
 
 def test_nodes_come_for_a_job_and_go_when_it_is_done(tmp_path: Path) -> None:
@@ -136,48 +146,31 @@ def test_nodes_come_for_a_job_and_go_when_it_is_done(tmp_path: Path) -> None:
     }
     (tmp_path / "c.yaml").write_text(json.dumps(config))
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PIPELINE_"))}
-    environment = inherited | {
-        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    inherited |= {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # nodes listen on loopback alone
-        "RAY_FAKE_CLUSTER": "1",
-        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_enable_autoscaler_v2": "1",
     }
-    with (
-        tempfile.TemporaryDirectory(prefix="t", ignore_cleanup_errors=True) as folder,  # short: sockets lie in it
-        head_node(Path(folder), environment) as (port, home),
-    ):
+    with head_node(inherited | OF_THE_HEAD) as (port, home):
         assert workers(home) == 0
-        time.sleep(2)  # for a monitor that cannot start to say so
-        assert "exited unexpectedly" not in (home / "head.log").read_text(), (home / "head.log").read_text()
+        with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+            command = [sys.executable, "jobs/embed.py", "--config", str(tmp_path / "c.yaml")]
+            environment = inherited | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+            job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err)
         seen: list[int] = []
-        job = subprocess.Popen(
-            [sys.executable, "jobs/embed.py", "--config", str(tmp_path / "c.yaml")],
-            cwd=ROOT,
-            env={name: environment[name] for name in (*inherited, *FOR_A_JOB)} | {"RAY_ADDRESS": f"127.0.0.1:{port}"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
 
-        def watch() -> None:
-            while job.poll() is None:
-                seen.append(workers(home))
-                time.sleep(0.5)
+        def done() -> bool:
+            seen.append(workers(home))
+            return job.poll() is not None
 
-        thread = threading.Thread(target=watch)
-        thread.start()
         try:
-            out, err = job.communicate(timeout=WAIT_S)
+            wait_for(done, home)
         finally:
             job.kill()
-            thread.join()
-        assert job.returncode == 0, err
-        last = json.loads(out.splitlines()[-1])
+        assert job.returncode == 0, (tmp_path / "err").read_text()
+        last = json.loads((tmp_path / "out").read_text().splitlines()[-1])
         assert (last["metrics"]["new"], last["metrics"]["rows"]) == (RECORDS, RECORDS)
+        assert seen[0] == 0
         assert 1 <= max(seen) <= MOST_WORKERS
         wait_for(lambda: workers(home) == 0, home)

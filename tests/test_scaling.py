@@ -18,7 +18,7 @@ from benchmarks import scaling, scaling_plan
 from pipeline.data.manifest import read_manifest, write_manifest
 from pipeline.data.prepare import MAX_SHARDS
 from pipeline.embedding import ledger
-from pipeline.embedding.embed import WRITE_ROWS
+from pipeline.embedding.embed import MOST_WRITE_ROWS, WRITE_ROWS, write_rows
 from pipeline.runtime.session import Board
 from pipeline.sources.source import MAX_TASKS
 
@@ -132,6 +132,12 @@ def test_sums_of_the_arithmetic_are_those_of_a_loop() -> None:
         (i % parts, one) for i, one in enumerate(np.random.default_rng(0).integers(0, scale.shards, MILLION).tolist())
     }
     assert scale.pairs == pytest.approx(len(met), rel=0.01)
+
+
+def test_writes_are_larger_where_there_are_many() -> None:
+    assert [write_rows(records) for records in (0, MILLION, 81_930_000)] == [WRITE_ROWS, WRITE_ROWS, WRITE_ROWS + 1]
+    assert write_rows(BILLION) == 100_000
+    assert write_rows(100 * BILLION) == MOST_WRITE_ROWS
 
 
 def test_the_guides_prices_are_those_of_the_arithmetic() -> None:
