@@ -24,6 +24,7 @@ from pipeline.data.records import parts_at_most
 from pipeline.data.tokenizing import ROW_GROUP_ROWS
 from pipeline.embedding.embed import write_rows
 from pipeline.embedding.ledger import PART_ENTRIES
+from pipeline.runtime.files import REQUESTS_AT_ONCE
 
 SCALES = {"1 M": 10**6, "1 G": 10**9, "100 G": 10**11}
 NODES = {"1 M": (1, 1), "1 G": (8, 4), "100 G": (64, 32)}  # CPU workers, GPU workers
@@ -34,6 +35,7 @@ BANDS = 32  # of data.near_duplicates.threshold=0.8
 # Bytes a record, measured on 20,000 of Debian's descriptions, and what else costs bytes
 RECORD_FILE_BYTES, TOKEN_FILE_BYTES, EXCHANGE_RECORD_BYTES = 230, 200, 450
 BATCH_BYTES = 1400  # of a record batch in the exchange, beside its rows
+REQUESTS_A_MEETING = 3  # of a part and a shard, in a bucket
 ID_BYTES = 32
 COMPONENT_BYTES = 40  # a record in the task that joins near-duplicates: labels, the graph of a band, its components
 ROW_GROUP_BYTES = 300  # of memory, a row group: an entry of the manifest and one of the plan; tests/test_scaling.py
@@ -71,10 +73,8 @@ RATES = {
     "encode on CPUs": Rate(
         2000, "tokens/s a core", "2026-11-26, two Intel Xeon cores: MiniLM, 42,500 tokens of Debian's in 20.9 s of CPU"
     ),
-    "LanceDB, a write": Rate(0.05, "s", "the same day: an upsert of 8,192 rows into 50,000, 64 numbers a vector"),
-    "LanceDB, a write, a row there": Rate(
-        1.8e-7, "s", "and into 530,000: 0.136 s where it was 0.049 s, the shortest of four; other work ran beside"
-    ),
+    "LanceDB, a write": Rate(0.11, "s", "the same day: an upsert of 8,192 rows takes 0.13 s where 125,000 are there"),
+    "LanceDB, a write, a row there": Rate(1.6e-7, "s", "and 0.25 s where 874,000 are, 384 numbers each"),
     "ledger, an entry": Rate(0.004, "s", "the same day: a commit to a table of 100 fragments"),
     "ledger, an entry, a fragment there": Rate(
         9e-6, "s", "and of 1,200: 0.0157 s where it was 0.0046 s, on a local disk"
@@ -83,6 +83,7 @@ RATES = {
     "L4, training": Rate(0.25 * 121e12, "FLOP/s", "assumed: 25% of its dense bf16 peak, 121 TFLOP/s"),
     "L4, encoding": Rate(0.35 * 121e12, "FLOP/s", "assumed: 35% of it"),
     "Pinecone": Rate(50e6, "B/s a namespace", "its documentation"),
+    "a request to a bucket": Rate(0.02, "s", "assumed, on the service's own network; a process makes 16 at once"),
     "a node's disk or network": Rate(500e6, "B/s", "assumed"),
 }
 
@@ -161,16 +162,19 @@ class Scale:
         cores = self.cpu_nodes * CPU_CORES
         seconds = self.text_bytes / 1e6 / RATES["records, near-duplicates"].value / cores
         moved = self.text_bytes + self.exchange_bytes + 3 * self.records * RECORD_FILE_BYTES
-        hours = self.hours(max(seconds, moved / self.cpu_nodes / RATES["a node's disk or network"].value))
-        requests = 3 * self.pairs / 1e6 * PRICES["S3, a million reads"]
+        requests = REQUESTS_A_MEETING * self.pairs
+        waiting = requests * RATES["a request to a bucket"].value / REQUESTS_AT_ONCE / cores
+        hours = self.hours(max(seconds, moved / self.cpu_nodes / RATES["a node's disk or network"].value) + waiting)
+        reads = requests / 1e6 * PRICES["S3, a million reads"]
         component, shard = self.records * COMPONENT_BYTES, self.text_bytes / self.shards
         bottleneck = {
             "1 M": "nodes that start, 4 minutes",
-            "1 G": f"near-duplicates: one task holds a band of all records, {size(component)}, and a worker has 32 GB",
+            "1 G": f"near-duplicates: one task holds a band of all records, {size(component)}, and a worker has 32 GB; "
+            f"without them the exchange, whose requests wait {span(self.hours(waiting))}",
             "100 G": f"{size(shard)} of text a shard, three times that in a task's memory; near-duplicates "
             f"{size(component)} in one",
         }[self.name]
-        return Line("prepare", hours, moved, self.cost(hours, self.cpu_nodes, 0) + requests, bottleneck)
+        return Line("prepare", hours, moved, self.cost(hours, self.cpu_nodes, 0) + reads, bottleneck)
 
     def tokenize(self) -> Line:
         cores = self.cpu_nodes * CPU_CORES
