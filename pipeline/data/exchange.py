@@ -4,10 +4,10 @@
     read_part([Path("exchange/00007-0.parts"), …], 1)                     # rows 0 and 2, and those of the other files
 
 A file begins with where each partition lies in it, 8 bytes a partition, so that a reader fetches its own two numbers
-and its own rows and no more: at 20,000 files and 16,384 partitions an Arrow file's footer, 24 bytes a partition, would
-be read 330 million times whole. A file appears whole or not at all, so a job that was killed goes on with the tasks
-whose files are not there yet. Cost: where a file and a partition meet, a record batch with some 1.4 KB of overhead,
-none where it has no rows, and in a bucket three requests.
+and its own rows and no more: an Arrow file's footer, 24 bytes a partition, would be read whole by each of them. A file
+appears whole or not at all, so a job that was killed goes on with the tasks whose files are not there yet. Cost: where
+a file and a partition meet, a record batch with some 1.4 KB of overhead, none where it has no rows, and in a bucket
+three requests.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from pipeline.storage.bucket import AnyPath
 from pipeline.text.identity import shard_of
 
 PART_CHARS = 8 << 20  # of text that a read task holds before it writes it out
-MAX_PARTS = 20_000  # beyond that, parts are larger: each is opened by every task on the other side
+MAX_PARTS = 5_000  # beyond that, parts are larger: each is opened by every task on the other side
 
 
 def make_records(
