@@ -73,7 +73,8 @@ def test_a_manifest_and_a_plan_of_training_take_what_the_page_says(tmp_path: Pat
 def test_all_tasks_of_a_plan_go_through_ray(tmp_path: Path) -> None:
     """The simulated run of benchmarks/scaling_plan.py, of a million records."""
     inputs = scaling_plan.inputs_of(tmp_path, MILLION)
-    assert scaling_plan.run_empty(inputs, tmp_path, Board()) == len(inputs.work) + 3 * inputs.shards
+    assert scaling_plan.read_empty(inputs, tmp_path, Board()) == len(inputs.work) == 120
+    assert scaling_plan.look_empty(inputs, tmp_path) == inputs.shards == 60
 
 
 @pytest.mark.parametrize("entries", [0, MILLION, BILLION, 100 * BILLION])
