@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA ?= data
 
-.PHONY: quickstart test test-slow lint bench clean
+.PHONY: quickstart test test-slow test-autoscaling audit lint bench clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} found; 3.11 to 3.13 are allowed: make PYTHON=python3.11")'
@@ -25,6 +25,15 @@ test: .venv/.installed
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
+
+# starts a Ray of its own, whose nodes are processes: after all other tests
+test-autoscaling: .venv/.installed
+	$(BIN)/python -m pytest -m autoscaling
+
+# known vulnerabilities of the locked packages: asks the Python advisory database, so it is no part of the tests
+audit: .venv/.installed
+	$(PYTHON) -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit==2.10.1
+	.venv/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 lint: .venv/.installed
 	$(BIN)/ruff check --fix .

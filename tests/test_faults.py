@@ -174,7 +174,7 @@ def test_the_same_bytes_on_1_and_4_workers_and_killed_in_each_stage(tmp_path: Pa
     killed = tmp_path / "killed"
     config = write_config(killed, pairs=1)
     done: dict[str, int] = {}
-    for output in ("read/*.json", "counts/*.json", "keys/*.npy", "gone/*.parquet", "described/*.json"):
+    for output in ("judged/*.json", "counts/*.json", "keys/*.npy", "gone/*.parquet", "described/*.json"):
         job = JobProcess("prepare", config, *overrides)
         deadline = time.monotonic() + WAIT_S
         while not list(killed.glob(f"store/stages/*/scratch/{output}")):

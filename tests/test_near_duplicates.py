@@ -171,3 +171,19 @@ def test_components_are_those_of_all_links(tmp_path: Path) -> None:
     assert found[0] == found[1] == found[2] != near_duplicates.ALONE
     assert found[5] == found[6] != found[8] == found[9]
     assert (found[[3, 4, 7]] == near_duplicates.ALONE).all()
+
+
+def test_rows_of_an_array_in_a_bucket_are_those_on_disk(tmp_path: Path) -> None:
+    class InBucket:
+        """What a BucketPath has, over a file on disk."""
+
+        def open(self) -> Any:
+            return (tmp_path / "a.npy").open("rb")
+
+    array = np.random.default_rng(0).integers(0, 1 << 60, (5, 1000), dtype=np.uint64)
+    near_duplicates._save(array, tmp_path / "a.npy")
+    for start, stop in ((0, None), (2, 3), (1, 5), (3, 3)):
+        for path in (tmp_path / "a.npy", InBucket()):
+            assert (near_duplicates._load(path, start, stop) == array[start:stop]).all()  # type: ignore[arg-type]
+    near_duplicates._save(array[0], tmp_path / "a.npy")
+    assert (near_duplicates._load(InBucket(), 10, 20) == array[0][10:20]).all()  # type: ignore[arg-type]

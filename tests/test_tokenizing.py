@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections import Counter
 from pathlib import Path
@@ -231,7 +232,26 @@ def test_an_exchange_gives_each_partition_its_rows(tmp_path: Path) -> None:
         parts = [value % 4 for value in values]  # partition 4 stays empty
         for value, part in zip(values, parts, strict=True):
             expected[part][value] += 1
-        files.append(tmp_path / f"{number}.arrow")
+        files.append(tmp_path / f"{number}.parts")
         write_parts(pa.table({"value": pa.array(values, pa.int64())}), parts, 5, files[-1])
     for part, found in expected.items():
         assert Counter(read_part(files, part)["value"].to_pylist()) == found
+
+
+def test_who_reads_a_partition_reads_no_more_of_a_file_than_that(tmp_path: Path) -> None:
+    read: list[int] = []
+
+    class Watched(type(tmp_path)):  # type: ignore[misc]
+        def open(self, mode: str) -> Any:
+            class File(io.FileIO):
+                def read(self, size: int = -1) -> bytes:
+                    read.append(size)
+                    return super().read(size)
+
+            return File(str(self))
+
+    write_parts(pa.table({"value": np.arange(20_000)}), np.arange(20_000) % 5000, 5000, tmp_path / "a.parts")
+    path = Watched(tmp_path / "a.parts")
+    assert read_part([path], 4999)["value"].to_pylist() == [4999, 9999, 14_999, 19_999]
+    assert sum(read) < path.stat().st_size / 1000
+    assert min(read) >= 0

@@ -15,11 +15,12 @@ record) in one task, a component's shingles (8 bytes a word) in another.
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def find(stage: Stage, board: Board, files: Sequence[AnyPath], data: Data) -> in
     links = [scratch / "links" / f"{run[0]:04d}.npy" for run in runs]
 
     def link(index: int, report: Report) -> None:
-        found = [_links(np.concatenate([_load(path)[band] for path in keys])) for band in runs[index]]
+        found = [_links(np.concatenate(for_each(scratch, partial(_row, band), keys))) for band in runs[index]]
         _save(np.concatenate(found, axis=1), links[index])
         report({"bytes": band_bytes * len(runs[index])})
 
@@ -98,10 +99,10 @@ def find(stage: Stage, board: Board, files: Sequence[AnyPath], data: Data) -> in
         report({"bytes": band_bytes})
 
     run_tasks(board, "prepare: join the pairs", [Task(band_bytes, components)], join)
-    candidates = [scratch / "candidates" / f"{file.stem}.arrow" for file in files]
+    candidates = [scratch / "candidates" / f"{file.stem}.parts" for file in files]
 
     def collect(index: int, report: Report) -> None:
-        component = _load(components)[offsets[index] : offsets[index + 1]]
+        component = _load(components, int(offsets[index]), int(offsets[index + 1]))
         table = _candidates(files[index], component, int(offsets[index]))
         write_parts(table, table["component"].to_numpy() % len(files), len(files), candidates[index])
         report({"bytes": file_bytes[index]})
@@ -265,9 +266,21 @@ def _split(records: pa.Table, gone: pa.Table, hits: dict[str, tuple[str, float]]
     return records.filter(pa.array(stay)), pa.concat_tables(rejected)
 
 
-def _load(path: AnyPath) -> Any:
-    """An array, mapped into memory; one in a bucket is fetched whole."""
-    return np.load(path, mmap_mode="r") if isinstance(path, Path) else np.load(io.BytesIO(path.read_bytes()))
+def _load(path: AnyPath, start: int = 0, stop: int | None = None) -> Any:
+    """Rows of an array, mapped into memory; of one in a bucket no others are fetched."""
+    if isinstance(path, Path):
+        return np.load(path, mmap_mode="r")[start:stop]
+    with path.open() as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        row_bytes = dtype.itemsize * math.prod(shape[1:])
+        stop = shape[0] if stop is None else stop
+        file.seek(file.tell() + start * row_bytes)
+        return np.frombuffer(file.read((stop - start) * row_bytes), dtype).reshape(stop - start, *shape[1:])
+
+
+def _row(number: int, path: AnyPath) -> Any:
+    return _load(path, number, number + 1)[0]
 
 
 def _save(array: npt.NDArray[Any], path: AnyPath) -> None:

@@ -41,7 +41,7 @@ from pipeline.storage.bucket import AnyPath
 
 FORMAT = 2  # of prepared data; a change of what the stages write makes all earlier folders stale
 SHARD_BYTES = 8 << 20  # text a shard stands for: a core tokenizes it in seconds
-MAX_SHARDS = 16_384
+MAX_SHARDS = 4_096  # larger ones beyond 32 GB: each meets every part of the exchange
 _RECORD_KEYS = {"min_chars", "max_chars", "max_nonprintable", "sanitize", "safety", "quality"}
 
 

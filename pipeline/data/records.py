@@ -31,16 +31,16 @@ from pipeline.storage.bucket import AnyPath
 from pipeline.text.identity import shard_of
 
 PART_CHARS = 8 << 20  # of text that a read task holds before it writes it out
-MAX_PARTS = 20_000  # beyond that, parts are larger: each is opened by every task on the other side
+MAX_PARTS = 5_000  # beyond that, parts are larger: each is opened by every task on the other side
 
 
 def make_records(
     stage: Stage, board: Board, work: Sequence[tuple[Source, ReadTask]], data: Data, shards: int
 ) -> list[SourceCount]:
     """Fill the stage's `records/` and `rejected/`. Returns what became of each source's records, not yet checked."""
-    scratch, tallies = stage.scratch, [stage.scratch / "read" / f"{i:06d}.json" for i in range(len(work))]
+    scratch, tallies = stage.scratch, [stage.scratch / "judged" / f"{i:06d}.json" for i in range(len(work))]
 
-    part_chars = max(PART_CHARS, sum(task.bytes for _, task in work) // MAX_PARTS)
+    part_chars = _part_chars(sum(task.bytes for _, task in work))
 
     def judge(index: int, report: Report) -> None:
         source, task = work[index]
@@ -53,7 +53,7 @@ def make_records(
     parts: list[AnyPath] = []
     for (source, _), tally in zip(work, for_each(scratch, _read_json, tallies), strict=True):
         read_in[source.name] += tally["rows_in"]
-        parts += [scratch / "read" / name for name in tally["parts"]]
+        parts += [scratch / "judged" / name for name in tally["parts"]]
     counts = [scratch / "counts" / f"{shard:05d}.json" for shard in range(shards)]
     size = sum(filter(None, sizes(parts))) // shards
 
@@ -67,6 +67,15 @@ def make_records(
     return _merge(rows_in, for_each(scratch, _read_json, counts))
 
 
+def _part_chars(total_bytes: int) -> int:
+    return max(PART_CHARS, total_bytes // MAX_PARTS)
+
+
+def parts_at_most(total_bytes: int, tasks: int) -> int:
+    """About how many parts so many read tasks write of so much input: one a task at least."""
+    return tasks + total_bytes // _part_chars(total_bytes)
+
+
 def _judge_task(
     task: ReadTask, source: Source, data: Data, shards: int, part_chars: int, tally: AnyPath, report: Report
 ) -> None:
@@ -74,7 +83,7 @@ def _judge_task(
     judge, count = Judge(source, data), 0
     parts: list[str] = []
     for rows in _in_parts(map(judge, read(task, source)), part_chars):
-        path = tally.parent / f"{tally.stem}-{len(parts)}.arrow"
+        path = tally.parent / f"{tally.stem}-{len(parts)}.parts"
         write_parts(
             pa.Table.from_pylist(rows, JUDGED_SCHEMA), [shard_of(row["id"], shards) for row in rows], shards, path
         )

@@ -30,19 +30,26 @@ from pipeline.runtime.session import Board, cluster_capacity
 # a record file is one actor's from its first row to its last then, and no GPU computes while the next rows are
 # tokenized (Ray 2.60).
 READ_CPUS = 0.251
-WRITE_ROWS = 8192  # rows that a write brings to the store together, and at most lost to a kill
+WRITE_ROWS = 8192  # rows that a write brings to the store together, and at most lost to a kill; more beyond so many
+MOST_WRITES = 10_000  # writes: what a commit costs grows with their number
+MOST_WRITE_ROWS = 131_072  # 0.3 GB of vectors of 384 numbers with their texts
+
+
+def write_rows(records: int) -> int:
+    """Rows of a write, where there may be so many records to write."""
+    return min(max(WRITE_ROWS, records // MOST_WRITES), MOST_WRITE_ROWS)
 
 
 class Sink(Datasink[Counter[str]]):
     """Writes blocks of encoded rows; what the store refuses is set aside. `counts` is there once all is written."""
 
-    def __init__(self, sync: Sync, letters: DeadLetters) -> None:
-        self.sync, self.letters = sync, letters
+    def __init__(self, sync: Sync, letters: DeadLetters, rows: int) -> None:
+        self.sync, self.letters, self.rows = sync, letters, rows
         self.counts: Counter[str] = Counter()
 
     @property
     def min_rows_per_write(self) -> int:
-        return WRITE_ROWS
+        return self.rows
 
     def write(self, blocks: Iterable[Any], ctx: Any) -> Counter[str]:
         counts: Counter[str] = Counter()
@@ -141,9 +148,9 @@ def in_pool(dataset: Dataset, recipe: EncoderRecipe, board: Board, actor: type, 
 
 
 def embed(
-    sync: Sync, recipe: EncoderRecipe, files: list[Span], letters: DeadLetters, board: Board, writers: int
+    sync: Sync, recipe: EncoderRecipe, files: list[Span], records: int, letters: DeadLetters, board: Board, writers: int
 ) -> Counter[str]:
-    """Bring the store up to date with the record files. Returns the counts that `sync` keeps."""
+    """Bring the store up to date with the record files of so many records. Returns the counts that `sync` keeps."""
     fresh = sync.ledger.was_empty()
     plans: Counter[str] = Counter()
 
@@ -163,7 +170,7 @@ def embed(
     def receive(message: dict[str, Any]) -> None:
         plans.update(message.get("counts", {}))
 
-    handle, sink = board.handle, Sink(sync, letters)
+    handle, sink = board.handle, Sink(sync, letters, write_rows(records))
     with board.stage("embed", None, "records", counter="embedded", receive=receive):
         dataset = _a_task_each(files).map_batches(due, batch_size=1, num_cpus=READ_CPUS)
         in_pool(dataset, recipe, board, EncodeRows, sync).write_datasink(

@@ -57,6 +57,10 @@ class Space:
     def files(self) -> list[Span]:
         return spans(matching(self.prepared / "records", "*.parquet"))
 
+    @property
+    def records(self) -> int:
+        return sum(source.rows_kept for source in self.manifest.sources)
+
     def is_done(self) -> bool:
         return is_embedded(self.config, self.prepared, self.store)
 
@@ -79,7 +83,7 @@ def bring_up_to_date(space: Space, board: Board) -> dict[str, Any]:
     with alone_in(space.folder):
         sync, letters = space.sync(), DeadLetters(config.run_dir / "dead_letters" / file_name(store), store.width)
         remove_folder(letters.folder)  # they are tried again now
-        counts = embed(sync, space.recipe, space.files, letters, board, WRITERS[config.embedding.store])
+        counts = embed(sync, space.recipe, space.files, space.records, letters, board, WRITERS[config.embedding.store])
         store.finish()
         sync.ledger.compact()
         if sync.cache is not None:
@@ -116,7 +120,7 @@ def _verified(space: Space, sync: Sync) -> Findings:
 
 def estimate(space: Space, board: Board) -> dict[str, Any]:
     """What an embedding would do, and about how long its encoding would take on this cluster. Writes no vector."""
-    from pipeline.embedding.embed import WRITE_ROWS, Pool, plan
+    from pipeline.embedding.embed import Pool, plan, write_rows
 
     wanted, pool = space.config.embedding, Pool.of(space.config.embedding.max_workers)
     with alone_in(space.folder):
@@ -124,7 +128,7 @@ def estimate(space: Space, board: Board) -> dict[str, Any]:
         counts = plan(sync, space.recipe, files, board)
         rate = _tokens_per_s(space, sync, files, pool.threads) if counts["tokens"] else 1.0
     seconds = counts["tokens"] / (rate * pool.most)
-    rows = space.config.pinecone.batch_rows if wanted.store == "pinecone" else WRITE_ROWS
+    rows = space.config.pinecone.batch_rows if wanted.store == "pinecone" else write_rows(space.records)
     writes = counts["new"] + counts["changed"] + counts["metadata"]
     requests = -(-writes // rows) + -(-counts["deleted"] // rows)
     log.info(

@@ -119,8 +119,8 @@ class Ledger:
 
     def _parts(self) -> Iterator[pa.Table]:
         """All newest entries, one range of ids after the other."""
-        ranges = min(256, 1 + self.table.count_rows() // PART_ENTRIES)
-        edges = [f"{256 * i // ranges:02x}" for i in range(ranges)]
+        ranges = min(1 << 16, 1 + self.table.count_rows() // PART_ENTRIES)
+        edges = [f"{(i << 16) // ranges:04x}" for i in range(ranges)]
         for first, last in zip(["", *edges[1:]], [*edges[1:], None], strict=True):
             yield _between(self.table, first, last)
 

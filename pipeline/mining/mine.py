@@ -180,11 +180,11 @@ def _candidates(stage: Stage, encoding: _Encoding) -> list[Path]:
         with encoding.board.stage("mine: encode positives", count, "texts", counter="embedded"):
             dataset = encoding.of("positive", "document", wanted)
             dataset.map_batches(write, batch_size=BLOCK_ROWS, batch_format="pyarrow", num_cpus=0.5).materialize()
-        written = sum(len(open_block(path)[0].keys) for path in folder.glob("*.arrow"))
+        written = sum(len(open_block(path)[0].keys) for path in folder.glob("*.parts"))
         if written != count:  # tasks that Ray has had to repeat may have got other rows together
             raise JobError(f"mine: {written:,} of {count:,} texts were encoded; run the same command again")
         write_atomically(done, json.dumps({"rows": count}).encode())
-    return sorted(folder.glob("*.arrow"))
+    return sorted(folder.glob("*.parts"))
 
 
 def _choose_all(stage: Stage, encoding: _Encoding, blocks: Sequence[Path]) -> list[Path]:
@@ -202,7 +202,7 @@ def _choose_all(stage: Stage, encoding: _Encoding, blocks: Sequence[Path]) -> li
             if len(rows):
                 texts = negatives_of(rows, blocks, ray.get(answers), wanted, partial(board.add.remote, "mined"))
                 table = pa.table({"id": rows["id"], "negatives": texts}).cast(_CHOSEN)
-                write_parts(table, rows["file"].to_numpy(), parts, folder / f"{rows['id'][0].as_py()}.arrow")
+                write_parts(table, rows["file"].to_numpy(), parts, folder / f"{rows['id'][0].as_py()}.parts")
             return {"rows": [len(rows)]}
 
         count = int(keys.trains.sum())
@@ -210,7 +210,7 @@ def _choose_all(stage: Stage, encoding: _Encoding, blocks: Sequence[Path]) -> li
             dataset = encoding.of("anchor", "query", keys.trains)
             dataset.map_batches(choose_batch, batch_size=MINE_ROWS, batch_format="pyarrow", num_cpus=0.5).materialize()
         write_atomically(done, json.dumps({"rows": count}).encode())
-    return sorted(folder.glob("*.arrow"))
+    return sorted(folder.glob("*.parts"))
 
 
 def _write_records(stage: Stage, files: Sequence[Path], chosen: Sequence[Path], board: Board) -> dict[str, Any]:

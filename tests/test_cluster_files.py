@@ -1,0 +1,314 @@
+"""The files that describe clusters, each against the schema or the linter of those whose format it is.
+
+Not covered: the fields of KubeRay's own kinds and of Karpenter's beyond their names, types and enums as their API
+reference has them (no package carries those schemas), and whether any of it runs.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).parents[1]
+CLUSTER = ROOT / "cluster"
+GUIDE = CLUSTER / "README.md"
+KUBERNETES = "1.34"
+PINS = dict(
+    line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
+)
+
+
+def kubernetes_objects() -> list[dict[str, Any]]:
+    files = sorted((CLUSTER / "kuberay").glob("*.yaml"))
+    return [each for file in files for each in yaml.safe_load_all(file.read_text())]
+
+
+def of_kind(kind: str) -> dict[str, Any]:
+    (found,) = [each for each in kubernetes_objects() if each["kind"] == kind]
+    return found
+
+
+def pod_templates() -> dict[str, dict[str, Any]]:
+    cluster = of_kind("RayCluster")["spec"]
+    groups = {group["groupName"]: group["template"] for group in cluster["workerGroupSpecs"]}
+    return {
+        "head": cluster["headGroupSpec"]["template"],
+        **groups,
+        "submitter": of_kind("RayJob")["spec"]["submitterPodTemplate"],
+        "redis": of_kind("StatefulSet")["spec"]["template"],
+    }
+
+
+def linted(name: str, *arguments: str | Path) -> str:
+    """What a linter of this environment finds."""
+    command = [Path(sys.executable).with_name(name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert "not found" not in done.stderr
+    return done.stdout + done.stderr if done.returncode or done.stdout else ""
+
+
+def aws() -> dict[str, Any]:
+    return dict(yaml.safe_load((ROOT / "ray_cluster.yaml").read_text()))
+
+
+def test_ray_takes_its_cluster_file() -> None:
+    config = prepare_config(aws())
+    validate_config(config)
+    types = config["available_node_types"]
+    workers = {name: of for name, of in types.items() if name != config["head_node_type"]}
+    assert set(workers) == {"cpu_worker", "gpu_worker"}
+    for of in workers.values():
+        assert of["min_workers"] == 0
+        assert of["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert types["gpu_worker"]["resources"]["GPU"] == 1
+    assert types["head"]["resources"]["CPU"] == 0
+    assert sum(of["max_workers"] for of in workers.values()) == config["max_workers"]
+
+
+def test_rays_validation_would_find_a_wrong_cluster_file() -> None:
+    for key, value in (("idle_timeout", 5), ("max_workers", "many")):
+        with pytest.raises((jsonschema.ValidationError, ValueError)):
+            validate_config(prepare_config(aws() | {key: value}))
+
+
+def test_amazons_schemas_take_the_stack_and_the_cluster_names_its_roles() -> None:
+    assert linted("cfn-lint", "--", CLUSTER / "aws.yaml") == ""
+    text = (CLUSTER / "aws.yaml").read_text()
+    profiles = set(re.findall(r"InstanceProfileName: ([\w-]+)", text))
+    used = {of["node_config"]["IamInstanceProfile"]["Name"] for of in aws()["available_node_types"].values()}
+    assert used == profiles
+    assert f'ray-cluster-name": {aws()["cluster_name"]}' in text  # the head may end nodes of this name alone
+
+
+def test_the_linter_has_nothing_to_say_of_the_image(tmp_path: Path) -> None:
+    assert linted("hadolint", CLUSTER / "Dockerfile") == ""
+    wrong = tmp_path / "Dockerfile"
+    wrong.write_text("FROM python\nRUN pip install ray\nUSER root\n")
+    assert {"DL3006", "DL3013", "DL3002"} <= set(re.findall(r"DL\d+", linted("hadolint", wrong)))
+
+
+@pytest.mark.parametrize("index", range(len(kubernetes_objects())), ids=lambda i: kubernetes_objects()[i]["kind"])
+def test_kubernetes_takes_the_manifests(index: int) -> None:
+    found = kubernetes_objects()[index]
+    own = OWN_KINDS.get(found["kind"])
+    if own is None:
+        kubernetes_validate.validate(found, KUBERNETES, strict=True)
+    else:
+        jsonschema.Draft202012Validator(own).validate(found["spec"])
+
+
+@pytest.mark.parametrize("name", pod_templates())
+def test_pods_are_ones_that_kubernetes_takes_and_are_confined(name: str) -> None:
+    template = pod_templates()[name]
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name} | template.get("metadata", {})}
+    kubernetes_validate.validate(pod | {"spec": template["spec"]}, KUBERNETES, strict=True)
+    spec = template["spec"]
+    for container in spec["containers"]:
+        security = spec.get("securityContext", {}) | container["securityContext"]
+        assert security["runAsNonRoot"] is True
+        assert security["runAsUser"] > 0
+        assert security["allowPrivilegeEscalation"] is False
+        assert security["capabilities"] == {"drop": ["ALL"]}
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert set(container["resources"]) == {"requests", "limits"}
+        assert name == "submitter" or {"readinessProbe", "livenessProbe"} <= set(container)
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(pod | {"spec": {**spec, "container": []}}, KUBERNETES, strict=True)
+
+
+def test_a_cluster_on_kubernetes_scales_from_nothing_and_outlives_its_head() -> None:
+    spec = of_kind("RayCluster")["spec"]
+    assert spec["enableInTreeAutoscaling"] is True
+    assert spec["autoscalerOptions"]["version"] == "v2"
+    assert spec["gcsFaultToleranceOptions"]["redisAddress"] == "redis:6379"
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+    for group in groups.values():
+        assert (group["minReplicas"], group["replicas"]) == (0, 0)
+    limits = {name: of["template"]["spec"]["containers"][0]["resources"]["limits"] for name, of in groups.items()}
+    assert limits["gpu"]["nvidia.com/gpu"] == "1"
+    assert "nvidia.com/gpu" not in limits["cpu"]
+    pools = {each["metadata"]["name"] for each in kubernetes_objects() if each["kind"] == "NodePool"}
+    chosen = {of["template"]["spec"]["nodeSelector"]["karpenter.sh/nodepool"] for of in groups.values()}
+    assert chosen == pools
+
+
+def test_nobody_talks_to_a_cluster_without_its_token_or_from_outside() -> None:
+    commands = " ".join(aws()["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in commands
+    for start in (commands, " ".join(aws()["worker_start_ray_commands"])):
+        assert "RAY_AUTH_MODE=token" in start.split("ray start")[0]
+    assert aws()["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    cluster = of_kind("RayCluster")["spec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
+    assert "RAY_AUTH_MODE=token" in (CLUSTER / "Dockerfile").read_text()
+    assert not [each for each in kubernetes_objects() if each["kind"] == "Ingress" or "NodePort" in str(each)]
+    guarded = [each["spec"]["podSelector"]["matchLabels"] for each in kubernetes_objects() if "Policy" in each["kind"]]
+    assert guarded == [{"ray.io/cluster": "text-embedding"}, {"app.kubernetes.io/name": "redis"}]
+
+
+def test_no_secret_is_in_a_file() -> None:
+    files = [ROOT / "ray_cluster.yaml", *(path for path in CLUSTER.rglob("*") if path.is_file())]
+    assert len(files) > 8
+    for path in files:
+        text = path.read_text()
+        assert not re.search(r"AKIA\w{16}|pcsk_\w+|hf_\w{20}|eyJ\w{20}|-----BEGIN|\b\d{12}\b", text), path
+        assert not re.search(r"(?i)(password|token|secret|api_key): *['\"]?\w{12,}", text), path
+    assert not [each for each in kubernetes_objects() if each["kind"] == "Secret"]
+
+
+def test_the_image_holds_what_it_copies_and_nothing_else() -> None:
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    lines = (CLUSTER / "Dockerfile").read_text().splitlines()
+    copied = {name for line in lines if line.startswith("COPY") for name in line.split()[1:-1]}
+    assert ignored[1] == "*"
+    assert {line[1:] for line in ignored if line.startswith("!")} == copied
+    assert all((ROOT / name).exists() for name in copied)
+    assert "**/*.env" in ignored
+
+
+def test_versions_are_those_of_the_lock() -> None:
+    assert of_kind("RayCluster")["spec"]["rayVersion"] == PINS["ray"]
+    dockerfile = (CLUSTER / "Dockerfile").read_text()
+    assert "-c constraints.txt" in dockerfile
+    assert "-c ~/pipeline/constraints.txt" in " ".join(aws()["setup_commands"])
+    python = re.search(r"FROM python:(\d+\.\d+)", dockerfile)
+    assert python
+    assert python[1] == "3.11"  # what the tests run with
+    for name, version in re.findall(r"([\w-]+)==([\w.]+)", GUIDE.read_text() + dockerfile):
+        assert PINS[name] == version
+    uids = {str(template["spec"]["containers"][0]["securityContext"].get("runAsUser")) for template in ray_pods()}
+    assert uids == set(re.findall(r"^USER (\d+)", dockerfile, re.MULTILINE))
+
+
+def ray_pods() -> list[dict[str, Any]]:
+    return [template for name, template in pod_templates().items() if name != "redis"]
+
+
+def test_the_guide_names_what_there_is_and_sets_what_it_uses() -> None:
+    guide = GUIDE.read_text()
+    commands = "\n".join(re.findall(r"```\n(.*?)```", guide, re.DOTALL))
+    used, given = set(re.findall(r"\$\{?([A-Z_]+)", commands)), set(re.findall(r"\b([A-Z_]+)=", commands))
+    assert used
+    assert used <= given
+    for path in re.findall(r"\b(?:cluster|jobs|configs|tests)/[\w/.-]+\.\w+|ray_cluster\.yaml", guide):
+        assert (ROOT / path).exists(), path
+    for file in (path for path in CLUSTER.rglob("*") if path.is_file() and path != GUIDE):
+        assert file.name in guide, file
+    secrets = {each["secretRef"]["name"] for template in ray_pods() for each in _env_from(template)}
+    for name in secrets | {"redis"}:
+        assert f"create secret generic {name} " in commands
+
+
+def _env_from(template: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(template["spec"]["containers"][0].get("envFrom", []))
+
+
+def _fields(required: list[str], **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": required, "additionalProperties": False, "properties": properties}
+
+
+ANY: dict[str, Any] = {"type": "object"}
+WHOLE, TEXT, YES = {"type": "integer", "minimum": 0}, {"type": "string"}, {"type": "boolean"}
+TEXTS = {"type": "object", "additionalProperties": TEXT}
+CREDENTIAL = _fields([], value=TEXT, valueFrom=ANY)
+GROUP = {"rayStartParams": TEXTS, "template": ANY, "labels": TEXTS, "resources": TEXTS}
+OWN_KINDS: dict[str, dict[str, Any]] = {
+    # KubeRay 1.5's API reference, ray.io/v1; pod templates are looked at as pods
+    "RayCluster": _fields(
+        ["headGroupSpec"],
+        rayVersion=TEXT,
+        suspend=YES,
+        enableInTreeAutoscaling=YES,
+        authOptions=_fields([], mode={"enum": ["token", "disabled"]}),
+        autoscalerOptions=_fields(
+            [],
+            version={"enum": ["v1", "v2"]},
+            upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]},
+            idleTimeoutSeconds=WHOLE,
+            resources=ANY,
+            securityContext=ANY,
+            image=TEXT,
+            imagePullPolicy={"enum": ["Always", "IfNotPresent", "Never"]},
+            env={"type": "array"},
+            envFrom={"type": "array"},
+            volumeMounts={"type": "array"},
+        ),
+        gcsFaultToleranceOptions=_fields(
+            ["redisAddress"],
+            redisAddress=TEXT,
+            redisUsername=CREDENTIAL,
+            redisPassword=CREDENTIAL,
+            externalStorageNamespace=TEXT,
+        ),
+        headGroupSpec=_fields(
+            ["template"], serviceType={"enum": ["ClusterIP", "NodePort", "LoadBalancer"]}, enableIngress=YES, **GROUP
+        ),
+        workerGroupSpecs={
+            "type": "array",
+            "items": _fields(
+                ["groupName", "template"],
+                groupName=TEXT,
+                replicas=WHOLE,
+                minReplicas=WHOLE,
+                maxReplicas=WHOLE,
+                numOfHosts=WHOLE,
+                idleTimeoutSeconds=WHOLE,
+                suspend=YES,
+                **GROUP,
+            ),
+        },
+    ),
+    "RayJob": _fields(
+        ["entrypoint"],
+        entrypoint=TEXT,
+        clusterSelector=TEXTS,
+        submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
+        backoffLimit=WHOLE,
+        submitterConfig=_fields([], backoffLimit=WHOLE),
+        submitterPodTemplate=ANY,
+        runtimeEnvYAML=TEXT,
+        metadata=TEXTS,
+        shutdownAfterJobFinishes=YES,
+        ttlSecondsAfterFinished=WHOLE,
+        activeDeadlineSeconds=WHOLE,
+    ),
+    # Karpenter's, karpenter.sh/v1
+    "NodePool": _fields(
+        ["template"],
+        template=_fields(
+            ["spec"],
+            metadata=ANY,
+            spec=_fields(
+                ["nodeClassRef", "requirements"],
+                nodeClassRef=_fields(["group", "kind", "name"], group=TEXT, kind=TEXT, name=TEXT),
+                requirements={
+                    "type": "array",
+                    "items": _fields(
+                        ["key", "operator"],
+                        key=TEXT,
+                        operator={"enum": ["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"]},
+                        values={"type": "array", "items": TEXT},
+                    ),
+                },
+                taints={"type": "array"},
+            ),
+        ),
+        limits=ANY,
+        disruption=_fields(
+            ["consolidateAfter"],
+            consolidationPolicy={"enum": ["WhenEmpty", "WhenEmptyOrUnderutilized"]},
+            consolidateAfter=TEXT,
+        ),
+    ),
+}
