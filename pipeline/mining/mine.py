@@ -180,11 +180,11 @@ def _candidates(stage: Stage, encoding: _Encoding) -> list[Path]:
         with encoding.board.stage("mine: encode positives", count, "texts", counter="embedded"):
             dataset = encoding.of("positive", "document", wanted)
             dataset.map_batches(write, batch_size=BLOCK_ROWS, batch_format="pyarrow", num_cpus=0.5).materialize()
-        written = sum(len(open_block(path)[0].keys) for path in folder.glob("*.parts"))
+        written = sum(len(open_block(path)[0].keys) for path in folder.glob("*.arrow"))
         if written != count:  # tasks that Ray has had to repeat may have got other rows together
             raise JobError(f"mine: {written:,} of {count:,} texts were encoded; run the same command again")
         write_atomically(done, json.dumps({"rows": count}).encode())
-    return sorted(folder.glob("*.parts"))
+    return sorted(folder.glob("*.arrow"))
 
 
 def _choose_all(stage: Stage, encoding: _Encoding, blocks: Sequence[Path]) -> list[Path]:
