@@ -17,9 +17,9 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
+from pipeline.runtime.cluster import on_own_node
 from pipeline.runtime.console import LogFile, Stage, log
 from pipeline.runtime.job import signals
 
@@ -87,7 +87,7 @@ class Board:
     def __init__(self) -> None:
         import ray
 
-        self.handle = ray.remote(num_cpus=0, max_concurrency=1)(_BoardActor).remote()
+        self.handle = on_own_node(ray.remote(num_cpus=0, max_concurrency=1)(_BoardActor)).remote()
         self.seen = 0
 
     def ask_to_stop(self) -> None:
@@ -202,27 +202,6 @@ def _native_stderr_to(file: LogFile | None) -> Iterator[None]:
         finally:
             sys.stderr = console
             os.dup2(console_fd, 2)
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """CPUs and GPUs of a cluster: those `there` now, and those it may grow to (the same, where it does not scale)."""
-
-    cpus_there: float
-    gpus_there: float
-    cpus: float
-    gpus: float
-
-
-def cluster_capacity() -> Capacity:
-    """What the connected cluster has, and what its autoscaler may add."""
-    import ray
-    from ray._private.state import state
-
-    there = ray.cluster_resources()
-    limits = state.get_max_resources_from_cluster_config() or {}
-    cpus, gpus = float(there.get("CPU", 0)), float(there.get("GPU", 0))
-    return Capacity(cpus, gpus, max(cpus, limits.get("CPU", 0)), max(gpus, limits.get("GPU", 0)))
 
 
 def _route_output(file: LogFile | None) -> None:
