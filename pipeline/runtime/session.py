@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from pipeline.runtime.cluster import on_own_node
@@ -163,6 +165,20 @@ def set_environment() -> None:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local session listens on 127.0.0.1 alone
 
 
+def keep_token_private() -> None:
+    """Make the token of this user's sessions where there is none, as Ray would, but for nobody else to read."""
+    given = os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+    if given or os.environ.get("RAY_AUTH_MODE") != "token":
+        return
+    path = Path.home() / ".ray" / "auth_token"  # where Ray looks
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    try:
+        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    except FileExistsError:
+        path.chmod(0o600)
+
+
 @contextmanager
 def ray_session() -> Iterator[Board]:
     """Connect to Ray, or start it here, with its output in training.log; leave nothing running at the end."""
@@ -176,6 +192,8 @@ def ray_session() -> Iterator[Board]:
         yield Board()
         return
     log.info("ray: %s", f"connects to {address}" if address else "starts on this machine")
+    if not address:
+        keep_token_private()
     local = {} if address else {"address": "local", "include_dashboard": False, "num_cpus": max(2, os.cpu_count() or 2)}
     with _native_stderr_to(file):
         try:
