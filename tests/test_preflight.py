@@ -11,14 +11,15 @@ import pytest
 
 from pipeline.config import Config, ConfigError, load
 from pipeline.preflight.checks import (
-    View,
     check_data,
     check_encoding,
+    check_key,
     check_seen,
     check_spilling,
     check_training,
     checkpoint_bytes,
 )
+from pipeline.preflight.views import View
 from pipeline.runtime.cluster import NODE_ID, Cluster, Node
 from pipeline.runtime.findings import Finding, findings_table, refuse, room
 from tests.test_jobs import Job
@@ -97,20 +98,22 @@ def test_data_and_encoders_need_a_node_of_their_labels(tmp_path: Path) -> None:
         config(tmp_path, labels={"data": CPU, "encode": {"kind": "gpu"}})
 
 
-def test_a_folder_that_other_nodes_do_not_see_is_refused() -> None:
-    views = [View("a", (), 1, 1), View("b", ("/data",), 1, 1)]
+def test_what_other_nodes_do_not_see_is_refused() -> None:
+    views = [View("a", (), True, 1, 1), View("b", ("storage.root",), False, 1, 1)]
     assert wrong([check_seen("storage.root", "/data", [])]) == []
     assert wrong([check_seen("storage.root", "/data", views[:1])]) == []
     (found,) = wrong([check_seen("storage.root", "/data", views)])
     assert found.startswith("storage.root: found /data, which b does not see; allowed with more than one node is")
+    assert wrong([check_key(views[:1])]) == []
+    assert wrong([check_key(views)])[0].startswith("embedding.store: found no PINECONE_API_KEY on b; set it where")
 
 
 def test_disks_have_room(tmp_path: Path) -> None:
     assert wrong([room("storage.root", tmp_path / "new" / "deep", 1, "prepare")]) == []
     (found,) = wrong([room("storage.root", tmp_path, 1e18, "prepare")])
     assert "1,000,000,000.00 GB; allowed is a folder with that much room" in found
-    assert wrong([check_spilling([View("a", (), 6, 100), View("b", (), 50, 100)])]) == []
-    (found,) = wrong([check_spilling([View("a", (), 4, 100), View("b", (), 50, 100)])])
+    assert wrong([check_spilling([View("a", (), True, 6, 100), View("b", (), True, 50, 100)])]) == []
+    (found,) = wrong([check_spilling([View("a", (), True, 4, 100), View("b", (), True, 50, 100)])])
     assert "more than 95% full on a, to which" in found
 
 

@@ -73,7 +73,7 @@ def make_records(
 def _only_here(work: Sequence[tuple[Source, ReadTask]]) -> set[int]:
     """Reading of installed packages, which were listed on this node and may be others elsewhere."""
     found = {index for index, (source, _) in enumerate(work) if source.type == "python_packages" and not source.path}
-    if not found or not connected_cluster().others:
+    if not found or len(connected_cluster().nodes) == 1:
         return set()
     log.info("prepare: installed packages are read on one node, %s, where the job runs", socket.gethostname())
     return found

@@ -1,33 +1,24 @@
 """Whether a cluster has what a config asks of it. Plain functions of what was found there, without Ray.
 
 check_training(config, cluster)                      # Finding("training", "2 workers of 0.5 CPUs and 0 GPUs")
-check_seen("storage.root", "/data", [View("node-b", missing=("/data",), …)]).wrong
+check_seen("storage.root", "/data", [View("node-b", missing=("storage.root",), …)]).wrong
 # storage.root: found /data, which node-b does not see; allowed is a bucket, or …
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from pipeline.config import Config, ConfigError
+from pipeline.preflight.views import View
 from pipeline.runtime.cluster import Cluster
 from pipeline.runtime.findings import Finding
+from pipeline.runtime.job import JobError
 from pipeline.training.workers import DATA_CPUS, shortfalls, size_workers
 
 SPILL_FULL = 0.95
 """Share of a disk in use from which Ray spills no more objects to it: its `local_fs_capacity_threshold`."""
 BYTES_A_WEIGHT = 12  # in a checkpoint: the weight and AdamW's two moments, in fp32
-
-
-@dataclass(frozen=True)
-class View:
-    """What a node sees: which of the paths it lacks, and how full the disk is that Ray spills objects to."""
-
-    host: str
-    missing: tuple[str, ...]
-    spill_free: int
-    spill_total: int
 
 
 def check_data(config: Config, cluster: Cluster) -> Finding:
@@ -65,7 +56,7 @@ def check_encoding(config: Config, cluster: Cluster) -> Finding:
 
 def check_seen(key: str, path: str, views: Sequence[View]) -> Finding:
     """That other nodes see what this one does under a path."""
-    blind = sorted({view.host for view in views if path in view.missing})
+    blind = sorted({view.host for view in views if key in view.missing})
     if not views:
         return Finding(key, f"{path}, on the only node")
     if not blind:
@@ -76,6 +67,22 @@ def check_seen(key: str, path: str, views: Sequence[View]) -> Finding:
         ConfigError(
             f"{key}: found {path}, which {_some(blind)} not see; allowed with more than one node is a folder in a "
             "bucket (s3://, gs://), or one on storage that all nodes mount there"
+        ),
+    )
+
+
+def check_key(views: Sequence[View]) -> Finding:
+    """That the nodes which write to Pinecone find its key: it is sent to none of them."""
+    keyless = sorted({view.host for view in views if not view.has_key})
+    if not keyless:
+        return Finding("key", "found on each node that writes")
+    found = f"none on {', '.join(keyless)}"
+    return Finding(
+        "key",
+        found,
+        JobError(
+            f"embedding.store: found no PINECONE_API_KEY on {', '.join(keyless)}; set it where `ray start` runs there, "
+            "or write it to an api.env beside the config"
         ),
     )
 

@@ -9,8 +9,6 @@ milliseconds on one node, about a second where there are more.
 from __future__ import annotations
 
 import os
-import shutil
-import socket
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -18,20 +16,19 @@ from pathlib import Path
 
 from pipeline.config import Config, ConfigError
 from pipeline.preflight.checks import (
-    View,
     check_data,
     check_encoding,
+    check_key,
     check_seen,
     check_spilling,
     check_training,
     checkpoint_bytes,
 )
-from pipeline.runtime.cluster import NODE_ID, Cluster, connected_cluster
+from pipeline.preflight.views import ANSWER_S, view_here, views_of
+from pipeline.runtime.cluster import Cluster, connected_cluster
 from pipeline.runtime.files import scratch
 from pipeline.runtime.findings import Finding, room
 from pipeline.runtime.job import JobError
-
-ANSWER_S = 60  # for a node to say what it sees
 
 
 def look(config: Config, needs: Collection[str]) -> list[Finding]:
@@ -42,27 +39,30 @@ def look(config: Config, needs: Collection[str]) -> list[Finding]:
         found += [*check_training(config, cluster), *_room_for_checkpoints(config)]
     if "encode" in needs:
         found.append(check_encoding(config, cluster))
-    found += _paths_and_disks(config, cluster)
     if "store" in needs:
         found.append(_store(config))
-    return found
-
-
-def _paths_and_disks(config: Config, cluster: Cluster) -> Iterator[Finding]:
     with _local_paths(config) as paths:
-        try:
-            others = _views(cluster.others, list(paths.values()))
-        except Exception as error:
-            words = f"RAY_ADDRESS: a node did not say in {ANSWER_S} s what it sees ({type(error).__name__})"
-            yield Finding("nodes", words, JobError(f"{words}; run the job again once all nodes are well"))
-            return
-        for key, path in paths.items():
-            shown = str(Path(path).parent) if key == "storage.root" else path
-            seen = [View(v.host, tuple({shown} if path in v.missing else ()), 0, 1) for v in others]
-            yield check_seen(key, shown, seen)
-        if "storage.root" not in paths:
-            yield Finding("storage.root", str(config.root))
-    yield check_spilling([*others, _view(())])
+        return found + _on_nodes(config, cluster, paths, "store" in needs and config.embedding.store == "pinecone")
+
+
+def _on_nodes(config: Config, cluster: Cluster, paths: dict[str, str], keyed: bool) -> list[Finding]:
+    """What the nodes say that they see; with `keyed`, those that write must have the store's key."""
+    from ray.exceptions import RayError
+
+    key_files = config.secret_files if keyed else None
+    try:
+        views = views_of(cluster.others, paths, key_files)
+    except RayError as error:
+        words = f"no answer in {ANSWER_S} s from all of {len(cluster.others)} other nodes ({type(error).__name__})"
+        return [Finding("nodes", words, JobError(f"RAY_ADDRESS: found {words}; run it again once they are well"))]
+    shown = paths | ({"storage.root": str(config.root)} if "storage.root" in paths else {})
+    found = [check_seen(key, path, list(views.values())) for key, path in shown.items()]
+    if "storage.root" not in paths:
+        found.append(Finding("storage.root", f"{config.root}, a bucket"))
+    if keyed:
+        writers = cluster.with_labels(config.scaling.labels.data).others
+        found.append(check_key([views[node] for node in writers]))
+    return [*found, check_spilling([*views.values(), view_here({}, None)])]
 
 
 @contextmanager
@@ -84,25 +84,6 @@ def _local_paths(config: Config) -> Iterator[dict[str, str]]:
         yield {"storage.root": str(probe), **paths}
     finally:
         probe.unlink()
-
-
-def _views(node_ids: list[str], paths: list[str]) -> list[View]:
-    """What each of these nodes sees."""
-    import ray
-
-    if not node_ids:
-        return []
-    view = ray.remote(num_cpus=0)(_view)
-    asked = [view.options(label_selector={NODE_ID: node}).remote(paths) for node in node_ids]
-    return list(ray.get(asked, timeout=ANSWER_S))
-
-
-def _view(paths: Collection[str]) -> View:
-    """What the node that this runs on sees."""
-    from ray._private.worker import _global_node
-
-    disk = shutil.disk_usage(_global_node.get_session_dir_path())
-    return View(socket.gethostname(), tuple(path for path in paths if not os.path.exists(path)), disk.free, disk.total)
 
 
 def _room_for_checkpoints(config: Config) -> list[Finding]:
