@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
-from pipeline.runtime.cluster import data_on_own_node, own_node_cpus
+from pipeline.runtime.cluster import data_on_own_node
 from pipeline.runtime.files import SUFFIX, remove_folder, sizes, write_atomically
 from pipeline.runtime.job import JobError, alone_in
 from pipeline.runtime.session import Board
@@ -96,10 +96,10 @@ def run_tasks(
     total = sum(tasks[index].bytes for index in todo)
     with board.stage(name, total, "B", counter="bytes", describe=_describe):
         if anywhere:
-            _run(board, name, tasks, work, anywhere)
+            _run(board, name, tasks, work, anywhere, {})
         if here:
-            with data_on_own_node():
-                _run(board, name, tasks, work, here, own_node_cpus())
+            with data_on_own_node() as how:
+                _run(board, name, tasks, work, here, how)
 
 
 def _run(
@@ -108,9 +108,9 @@ def _run(
     tasks: Sequence[Task],
     work: Callable[[int, Report], None],
     todo: list[int],
-    at_most: int | None = None,
+    how: dict[str, Any],
 ) -> None:
-    """Run tasks as a dataset; `at_most` so many at once, each of which then reserves nothing."""
+    """Run tasks as a dataset; `how` are options of map_batches."""
     import ray.data
 
     handle, folder = board.handle, str(tasks[0].output.parent)
@@ -124,7 +124,6 @@ def _run(
             return {"error": [_sentence(error, folder)]}
         return {"error": []}
 
-    how = {"compute": ray.data.TaskPoolStrategy(size=at_most), "num_cpus": 0} if at_most else {}
     indices = ray.data.range(len(todo), override_num_blocks=len(todo))
     for row in indices.map_batches(run, batch_size=1, **how).iter_rows():  # leaving it ends what is still under way
         raise JobError(f"{name}: {row['error']}")

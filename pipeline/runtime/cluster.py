@@ -132,22 +132,18 @@ def place_data(labels: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def data_on_own_node() -> Iterator[None]:
-    """Within it, this process's datasets run their tasks on the node that it is on."""
+def data_on_own_node() -> Iterator[dict[str, Any]]:
+    """Options of map_batches whose tasks stay on this process's node: as many at once as it has CPUs, none reserved,
+    for a head may offer Ray no CPU. The labels that its datasets ask for by themselves do not count within it.
+    """
     import ray.data
 
+    own = ray.get_runtime_context().get_node_id()
+    cpus = next(int(each["Resources"].get("CPU", 0)) for each in ray.nodes() if each["NodeID"] == own)
+    at_once = ray.data.TaskPoolStrategy(size=max(1, cpus))
     options = ray.data.DataContext.get_current().execution_options
-    before = options.label_selector
-    options.label_selector = {NODE_ID: ray.get_runtime_context().get_node_id()}
+    before, options.label_selector = options.label_selector, None
     try:
-        yield
+        yield {"compute": at_once, "num_cpus": 0, "label_selector": {NODE_ID: own}}
     finally:
         options.label_selector = before
-
-
-def own_node_cpus() -> int:
-    """Tasks to run at once on the node that the driver is on: a head that offers Ray no CPU has some all the same."""
-    import ray
-
-    own = ray.get_runtime_context().get_node_id()
-    return next(max(1, int(each["Resources"].get("CPU", 0))) for each in ray.nodes() if each["NodeID"] == own)
