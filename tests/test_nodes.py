@@ -162,6 +162,7 @@ def test_nodes_are_lost_and_nothing_else_is(tmp_path: Path, monkeypatch: pytest.
         job = start("prepare", "storage.run=p", f"data.sources={packages}")
         finished(job)
         assert "installed packages are read on one node" in job.log.read_text()
+        assert set(nodes.places("MapBatches(run)")) == {"head", "cpu"}  # the later stages
     expected, found = vectors(alone), vectors(lost)
     assert found.keys() == expected.keys()
     assert metrics["new"] == metrics["rows"] == len(expected)
