@@ -48,6 +48,7 @@ class Head:
     process: psutil.Process
     environment: dict[str, str]
     token: str
+    address: str
     session: Path
     said: str = ""
 
@@ -105,7 +106,7 @@ def head_node(folder: Path, secret: dict[str, str]) -> Iterator[Head]:
             assert time.monotonic() < deadline
             time.sleep(0.2)
         submitter = environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-        yield Head(psutil.Process(head.pid), submitter, token, session)
+        yield Head(psutil.Process(head.pid), submitter, token, f"127.0.0.1:{port}", session)
     finally:
         children = psutil.Process(head.pid).children(recursive=True)
         head.terminate()
@@ -122,6 +123,25 @@ def files_with(words: list[str], *folders: Path) -> list[str]:
                 content = path.read_bytes()
                 found += [f"{path}: {word}" for word in words if word.encode() in content]
     return found
+
+
+def refused(head: Head, arguments: list[str]) -> tuple[int, str]:
+    """The exit code, and the words, of a job that comes to the head with another token."""
+    environment = {name: value for name, value in head.environment.items() if not name.startswith("RAY_AUTH_TOKEN")}
+    environment |= {"RAY_ADDRESS": head.address, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    command = [
+        sys.executable,
+        "jobs/prepare.py",
+        "--check",
+        *arguments,
+        f"storage.root={head.session.parent / 'other'}",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=WAIT_S)
+    return done.returncode, done.stderr
+
+
+def trains(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").is_file() and "loss" in (folder / "metrics.jsonl").read_text()
 
 
 def newest_step(folder: Path) -> int:
@@ -145,8 +165,11 @@ def test_submitted_stopped_and_submitted_again_and_no_secret_is_left(tmp_path: P
 
         with pytest.raises(urllib.error.HTTPError, match=r"401|403"):
             head.ask("/api/jobs/", token="of somebody else")
+        code, sentence = refused(head, arguments)
+        assert code == 1
+        assert f"prepare: RAY_ADDRESS: there is no way into the cluster at {head.address}" in sentence
         submit("first", "train", wait=False)
-        head.wait_for(lambda: (run_dir / "metrics.jsonl").exists() or head.status("first") == "FAILED", "first")
+        head.wait_for(lambda: trains(run_dir) or head.status("first") == "FAILED", "first")
         assert "RUNNING" in head.ray("job", "status", "first")
         sockets, places = outside([head.process, *head.process.children(recursive=True)])
         assert sockets > 2
@@ -159,7 +182,7 @@ def test_submitted_stopped_and_submitted_again_and_no_secret_is_left(tmp_path: P
         stopped_at = newest_step(run_dir)
         assert stopped_at > 0
 
-        said = submit("second", "run", "training.max_time_s=20")
+        said = submit("second", "run", "training.max_time_s=8")
         assert "succeeded" in said
         assert f"on from step {stopped_at:,}" in said
         assert newest_step(run_dir) > stopped_at
@@ -167,7 +190,6 @@ def test_submitted_stopped_and_submitted_again_and_no_secret_is_left(tmp_path: P
         (spaces,) = pinecone.records.values()
         rows = json.loads(said[said.index('{"job": "run"') :].splitlines()[0])["metrics"]["embed"]["rows"]
         assert sum(map(len, spaces.values())) == rows > 3000
-        assert "evaluate" in submit("third", "evaluate", "evaluation.bm25=false", "training.max_time_s=20")
 
         shown = head.ray("job", "list")
         assert "SUCCEEDED" in shown

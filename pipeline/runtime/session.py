@@ -23,7 +23,7 @@ from typing import Any
 
 from pipeline.runtime.cluster import on_own_node
 from pipeline.runtime.console import LogFile, Stage, log
-from pipeline.runtime.job import signals
+from pipeline.runtime.job import JobError, signals
 
 POLL_S = 0.5
 POLL_TIMEOUT_S = 60  # a starved machine answers late
@@ -197,12 +197,28 @@ def ray_session() -> Iterator[Board]:
     local = {} if address else {"address": "local", "include_dashboard": False, "num_cpus": max(2, os.cpu_count() or 2)}
     with _native_stderr_to(file):
         try:
-            ray.init(**local, logging_level=logging.INFO)
+            _init(address, **local, logging_level=logging.INFO)
             signals.install()  # Ray has put its own SIGTERM handler there
             _quiet_ray_data(file)
             yield Board()
         finally:
             ray.shutdown()
+
+
+def _init(cluster: str | None, **options: Any) -> None:
+    """`ray.init`; raises JobError where a `cluster` is named that is not there, or does not take this token."""
+    import ray
+
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        if not cluster:
+            raise
+        words = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise JobError(
+            f"RAY_ADDRESS: there is no way into the cluster at {cluster} ({words}); the token it asks for is read from "
+            "RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+        ) from error
 
 
 @contextmanager
