@@ -18,7 +18,9 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -144,8 +146,11 @@ def trains(folder: Path) -> bool:
     return (folder / "metrics.jsonl").is_file() and "loss" in (folder / "metrics.jsonl").read_text()
 
 
-def newest_step(folder: Path) -> int:
-    return max(int(path.parent.name.removeprefix("step-")) for path in folder.glob("attempt-*/step-*/state.json"))
+def newest_state(folder: Path) -> dict[str, Any]:
+    """What the newest checkpoint says of itself."""
+    return dict(
+        max((json.loads(p.read_text()) for p in folder.glob("attempt-*/step-*/state.json")), key=itemgetter("step"))
+    )
 
 
 def test_submitted_stopped_and_submitted_again_and_no_secret_is_left(tmp_path: Path) -> None:
@@ -179,13 +184,13 @@ def test_submitted_stopped_and_submitted_again_and_no_secret_is_left(tmp_path: P
         said = head.ray("job", "logs", "first")
         assert "train: stopped by SIGTERM; the same command goes on from here" in said
         assert '"status": "stopped"' in said
-        stopped_at = newest_step(run_dir)
-        assert stopped_at > 0
+        left = newest_state(run_dir)
+        assert left["step"] > 0
 
-        said = submit("second", "run", "training.max_time_s=8")
+        said = submit("second", "run", f"training.max_time_s={left['train_seconds'] + 4}")
         assert "succeeded" in said
-        assert f"on from step {stopped_at:,}" in said
-        assert newest_step(run_dir) > stopped_at
+        assert f"on from step {left['step']:,}" in said
+        assert newest_state(run_dir)["step"] > left["step"]
         assert key in pinecone.keys
         (spaces,) = pinecone.records.values()
         rows = json.loads(said[said.index('{"job": "run"') :].splitlines()[0])["metrics"]["embed"]["rows"]

@@ -25,7 +25,7 @@ def check_data(config: Config, cluster: Cluster) -> Finding:
     """A CPU for the tasks that read, judge and tokenize."""
     labels = config.scaling.labels.data
     nodes = cluster.with_labels(labels)
-    found = f"{nodes.capacity().cpus:g} CPUs on {len(nodes.nodes)} nodes{_of(labels)}"
+    found = f"{nodes.capacity().cpus:g} CPUs{_of(labels)}"
     wrong = None
     if not nodes.nodes:
         wrong = ConfigError(f"scaling.labels.data: found no node{_of(labels)}; allowed are labels that nodes have")
