@@ -27,9 +27,11 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(config: Config, args: argparse.Namespace) -> Result:
-    from pipeline.stages import Session, embed_stage
+    from pipeline.stages import Session, check_stage, embed_stage
 
-    with Session(config, args.rehash) as session:
+    with Session(config, args.rehash, ("prepare", "encode", "store")) as session:
+        if args.check:
+            return check_stage(session)
         return embed_stage(config, session, dry_run=args.dry_run, verify=args.verify)
 
 

@@ -21,9 +21,11 @@ from pipeline.runtime.job import Result, run_job
 
 def main(config: Config, args: Namespace) -> Result:
     from pipeline.evaluation.table import score_table
-    from pipeline.stages import Session, evaluate_stage
+    from pipeline.stages import Session, check_stage, evaluate_stage
 
-    with Session(config, args.rehash) as session:
+    with Session(config, args.rehash, ("prepare", "encode")) as session:
+        if args.check:
+            return check_stage(session)
         result = evaluate_stage(config, session, again=True)
     log.info("%s", score_table(result.metrics))
     return result

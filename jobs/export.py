@@ -25,7 +25,7 @@ MARKER, VERSION = "export.json", 1
 
 
 def arguments() -> argparse.ArgumentParser:
-    own = parser("export", __doc__ or "")
+    own = parser("export", __doc__ or "", prepares=False)
     own.add_argument("--to", required=True, metavar="DIR", help="a folder that is new, empty or an earlier export")
     own.add_argument("--license", metavar="ID", help="for the model card, in the hub's terms: mit, apache-2.0, …")
     own.add_argument("--onnx", action="store_true", help="write model.onnx too: token ids and mask in, vectors out")

@@ -18,7 +18,7 @@ from pipeline.runtime.job import JobError, Result, parser, run_job
 
 
 def arguments() -> argparse.ArgumentParser:
-    own = parser("map", __doc__ or "")
+    own = parser("map", __doc__ or "", prepares=False)
     own.add_argument("--sample", type=int, default=5000, metavar="N", help="vectors drawn (default: %(default)s)")
     own.add_argument("--clusters", type=int, default=12, metavar="K", help="of one source (default: %(default)s)")
     own.add_argument("--to", metavar="DIR", help="a folder for map.png and map.html (default: the run's)")

@@ -18,10 +18,10 @@ from pipeline.runtime.job import Result, run_job
 
 
 def main(config: Config, args: Namespace) -> Result:
-    from pipeline.stages import Session, mine_stage
+    from pipeline.stages import Session, check_stage, mine_stage
 
-    with Session(config, args.rehash) as session:
-        return mine_stage(config, session)
+    with Session(config, args.rehash, ("prepare", "encode")) as session:
+        return check_stage(session) if args.check else mine_stage(config, session)
 
 
 if __name__ == "__main__":

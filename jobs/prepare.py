@@ -17,10 +17,10 @@ from pipeline.runtime.job import Result, run_job
 
 
 def main(config: Config, args: Namespace) -> Result:
-    from pipeline.stages import Session, prepare_stage
+    from pipeline.stages import Session, check_stage, prepare_stage
 
-    with Session(config, args.rehash) as session:
-        return prepare_stage(config, session)
+    with Session(config, args.rehash, ("prepare",)) as session:
+        return check_stage(session) if args.check else prepare_stage(config, session)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,11 @@ from pipeline.runtime.job import Result, run_job
 
 def main(config: Config, args: Namespace) -> Result:
     from pipeline.evaluation.table import score_table
-    from pipeline.stages import Session, embed_stage, evaluate_stage, prepare_stage, train_stage
+    from pipeline.stages import Session, check_stage, embed_stage, evaluate_stage, prepare_stage, train_stage
 
-    with Session(config, args.rehash) as session:
+    with Session(config, args.rehash, ("prepare", "train", "encode", "store")) as session:
+        if args.check:
+            return check_stage(session)
         results = {
             "prepare": prepare_stage(config, session),
             "train": train_stage(config, session),

@@ -25,7 +25,7 @@ MAX_QUERY_CHARS = 10_000
 
 
 def arguments() -> argparse.ArgumentParser:
-    own = parser("search", __doc__ or "", query=True)
+    own = parser("search", __doc__ or "", query=True, prepares=False)
     own.add_argument("--limit", type=int, default=10, metavar="N", help="results to show (default: %(default)s)")
     own.add_argument(
         "--where",

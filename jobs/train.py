@@ -18,10 +18,10 @@ from pipeline.runtime.job import Result, run_job
 
 
 def main(config: Config, args: Namespace) -> Result:
-    from pipeline.stages import Session, train_stage
+    from pipeline.stages import Session, check_stage, train_stage
 
-    with Session(config, args.rehash) as session:
-        return train_stage(config, session)
+    with Session(config, args.rehash, ("prepare", "train")) as session:
+        return check_stage(session) if args.check else train_stage(config, session)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,22 @@ work does without.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.manifest import Manifest
-from pipeline.data.prepare import prepare
+from pipeline.data.prepare import Inputs, prepare
 from pipeline.evaluation.beir import check_beir
 from pipeline.evaluation.labels import read_classification, read_labels
 from pipeline.evaluation.sts import read_sts
+from pipeline.preflight.look import look
+from pipeline.runtime.cluster import place_data
 from pipeline.runtime.console import log
 from pipeline.runtime.files import fetched, write_atomically
+from pipeline.runtime.findings import findings_table, refuse
 from pipeline.runtime.job import JobError, Result, alone_in
 from pipeline.runtime.root import check_writable
 from pipeline.runtime.session import Board, ray_session, set_environment
@@ -26,13 +30,15 @@ from pipeline.storage.bucket import AnyPath, as_path
 
 
 class Session:
-    """A job's Ray session, started on first use."""
+    """A job's Ray session, started on first use, when the cluster is looked at for what the job `needs`: of prepare,
+    train, encode and store those that are ahead.
+    """
 
-    def __init__(self, config: Config, rehash: bool = False) -> None:
+    def __init__(self, config: Config, rehash: bool = False, needs: Collection[str] = ("prepare",)) -> None:
         set_environment()
         check_folders(config)
         check_writable(config)
-        self.config, self.rehash = config, rehash
+        self.config, self.rehash, self.needs = config, rehash, needs
         self._stack = ExitStack()
         self._board: Board | None = None
         self._prepared: tuple[AnyPath, Manifest] | None = None
@@ -44,8 +50,13 @@ class Session:
         return self._prepared
 
     def board(self) -> Board:
+        """Raises ConfigError or JobError where the cluster lacks what the job needs."""
         if self._board is None:
             self._board = self._stack.enter_context(ray_session())
+            place_data(self.config.scaling.labels.data)
+            findings = look(self.config, self.needs)
+            log.debug("%s", findings_table(findings))
+            refuse(findings)
         return self._board
 
     def __enter__(self) -> Session:
@@ -55,6 +66,17 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+
+
+def check_stage(session: Session) -> Result:
+    """What a look at the cluster finds, and no work. Raises ConfigError or JobError where a job would."""
+    with ray_session():
+        findings = look(session.config, session.needs)
+        if "prepare" in session.needs and session.config.data.prepared is None:
+            findings.append(Inputs(session.config, session.rehash).room)
+    log.info("%s", findings_table(findings))
+    refuse(findings)
+    return Result({each.what: each.found for each in findings})
 
 
 def check_folders(config: Config) -> None:

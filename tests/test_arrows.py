@@ -24,7 +24,11 @@ MAY_IMPORT = {
     "mining": {"config", "runtime", "data", "model", "text", "embedding", "storage"},
     "training": {"config", "runtime", "data", "model", "objectives", "evaluation", "storage"},
     "export": {"config", "runtime", "data", "model", "storage"},
-    "stages": {"config", "runtime", "data", "model", "embedding", "evaluation", "mining", "training", "storage"},
+    "preflight": {"config", "runtime", "data", "embedding", "training", "storage"},
+    "stages": {
+        *("config", "runtime", "data", "model", "embedding", "evaluation", "mining", "training", "storage"),
+        "preflight",
+    },
 }
 WITHOUT_RAY = {"config", "storage", "text", "sources", "model", "objectives", "export"}
 WITHOUT_TORCH = {"config", "storage", "text", "runtime", "sources", "data"}

@@ -1,4 +1,4 @@
-"""Whole jobs as processes: stopped, killed, submitted. Run by `make test-slow`."""
+"""Whole jobs as processes: stopped, killed. Run by `make test-slow`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -191,76 +190,3 @@ def test_the_same_bytes_on_1_and_4_workers_and_killed_in_each_stage(tmp_path: Pa
     assert len(done) == 3
     assert prepared_bytes(killed) == found[0]
     assert job.leftovers(WAIT_S) == []
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
-@pytest.fixture
-def head_node(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """`ray start --head` on loopback with token authentication. Yields the environment to submit from."""
-    port, dashboard, client, agent = free_ports(4)
-    token = tmp_path / "token"
-    token.write_text("0123456789abcdef" * 4)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PIPELINE_"))} | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # bind to 127.0.0.1
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PIPELINE_STORAGE": str(tmp_path / "store"),
-    }
-    command = ["ray", "start", "--head", "--block", "--port", str(port), "--num-cpus", "2", "--disable-usage-stats"]
-    command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
-    command += ["--ray-client-server-port", str(client), "--dashboard-agent-listen-port", str(agent)]
-    with (tmp_path / "head.log").open("w") as log:
-        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + WAIT_S
-        while "Ray runtime started" not in (tmp_path / "head.log").read_text():
-            assert head.poll() is None, (tmp_path / "head.log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-    finally:
-        children = psutil.Process(head.pid).children(recursive=True)
-        head.terminate()
-        head.wait(timeout=120)
-        for child in psutil.wait_procs(children, timeout=30)[1]:
-            child.kill()
-
-
-def test_a_submitted_job_trains_under_storage_root_and_resumes(head_node: dict[str, str], tmp_path: Path) -> None:
-    config = write_config(tmp_path, max_steps=50)
-    content = json.loads(config.read_text())
-    del content["storage"]["root"]  # PIPELINE_STORAGE of the cluster says where
-    config.write_text(json.dumps(content))
-
-    def submit() -> str:
-        command = [
-            "ray",
-            "job",
-            "submit",
-            "--working-dir",
-            ".",
-            "--",
-            "python",
-            "jobs/train.py",
-            "--config",
-            str(config),
-        ]
-        done = subprocess.run(command, cwd=ROOT, env=head_node, capture_output=True, text=True, timeout=WAIT_S)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    first = submit()
-    assert "succeeded" in first
-    assert (tmp_path / "store" / "runs" / "r" / "best").is_dir()
-    assert '"step": 50' in first
-    assert "train: nothing to do, the run is at its end, step 50" in submit()

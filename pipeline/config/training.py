@@ -110,6 +110,23 @@ class Checkpointing(Section):
     """Seconds that SIGTERM and Ctrl-C wait for the last checkpoint before the job ends without it."""
 
 
+class Labels(Section):
+    """Labels of the nodes, as of `ray start --labels pool=gpu`, that work goes to; by default to any node."""
+
+    data: dict[str, str] = {}
+    """Of nodes that read, judge, tokenize and write: prepare, the feed of training, what comes before encoding."""
+    train: dict[str, str] = {}
+    """Of nodes with training workers."""
+    encode: dict[str, str] = {}
+    """Of nodes with encoding actors; by default those of `data`, whose keys it must have."""
+
+    @model_validator(mode="after")
+    def _keys_of_data(self) -> Labels:
+        if self.encode and (missing := self.data.keys() - self.encode.keys()):  # Ray Data joins the two, key by key
+            raise ValueError(f"encode with a value for each key of data, {', '.join(sorted(missing))} too")
+        return self
+
+
 class Scaling(Section):
     num_workers: (
         Literal["auto"]
@@ -129,6 +146,10 @@ class Scaling(Section):
     """Seconds that a worker waits for the others before it counts as hung, and all are restarted."""
     resize_every_s: float = Field(60.0, gt=0)
     """Seconds between two looks at the cluster's size, where `num_workers` is a range."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Training workers on as few nodes as they fit on, or each on another one, as far as there are nodes."""
+    labels: Labels = Labels()
+    """Which nodes do what, where they are of several kinds."""
 
     @model_validator(mode="after")
     def _range_rises(self) -> Scaling:

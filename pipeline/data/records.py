@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import socket
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -24,6 +25,8 @@ from pipeline.data.exchange import read_part, write_parts
 from pipeline.data.judging import JUDGED_SCHEMA, Judge
 from pipeline.data.manifest import RECORD_SCHEMA, SourceCount, parquet_file, rejections, write_table
 from pipeline.data.work import Report, Stage, Task, run_tasks
+from pipeline.runtime.cluster import connected_cluster
+from pipeline.runtime.console import log
 from pipeline.runtime.files import for_each, sizes, write_atomically
 from pipeline.runtime.session import Board
 from pipeline.sources.source import ReadTask, read
@@ -47,7 +50,7 @@ def make_records(
         _judge_task(task, source, data, shards, part_chars, tallies[index], report)
 
     tasks = [Task(task.bytes, tally) for (_, task), tally in zip(work, tallies, strict=True)]
-    run_tasks(board, "prepare: read and judge", tasks, judge)
+    run_tasks(board, "prepare: read and judge", tasks, judge, _only_here(work))
 
     read_in: Counter[str] = Counter()
     parts: list[AnyPath] = []
@@ -74,6 +77,15 @@ def _part_chars(total_bytes: int) -> int:
 def parts_at_most(total_bytes: int, tasks: int) -> int:
     """About how many parts so many read tasks write of so much input: one a task at least."""
     return tasks + total_bytes // _part_chars(total_bytes)
+
+
+def _only_here(work: Sequence[tuple[Source, ReadTask]]) -> set[int]:
+    """Reading of installed packages, which were listed on this node and may be others elsewhere."""
+    found = {index for index, (source, _) in enumerate(work) if source.type == "python_packages" and not source.path}
+    if not found or len(connected_cluster().nodes) == 1:
+        return set()
+    log.info("prepare: installed packages are read on one node, %s, where the job runs", socket.gethostname())
+    return found
 
 
 def _judge_task(

@@ -17,13 +17,14 @@ import hashlib
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
+from pipeline.runtime.cluster import data_on_own_node
 from pipeline.runtime.files import SUFFIX, remove_folder, sizes, write_atomically
 from pipeline.runtime.job import JobError, alone_in
 from pipeline.runtime.session import Board
@@ -76,16 +77,42 @@ class Task:
 Report = Callable[[dict[str, int]], object]
 
 
-def run_tasks(board: Board, name: str, tasks: Sequence[Task], work: Callable[[int, Report], None]) -> None:
+def run_tasks(
+    board: Board,
+    name: str,
+    tasks: Sequence[Task],
+    work: Callable[[int, Report], None],
+    only_here: Container[int] = (),
+) -> None:
     """Run `work(index, report)` through Ray Data for each task whose output is missing.
 
-    `work` reports amounts of `bytes` (in all those of the task), `records` and `rejected` as it goes.
+    `work` reports amounts of `bytes` (in all those of the task), `records` and `rejected` as it goes. Tasks in
+    `only_here` run on the node that the job is on, after the others.
     """
-    import ray.data
-
     todo = [index for index, size in enumerate(sizes([task.output for task in tasks])) if size is None]
     if not todo:
         return
+    anywhere, here = ([i for i in todo if (i in only_here) is near] for near in (False, True))
+    total = sum(tasks[index].bytes for index in todo)
+    with board.stage(name, total, "B", counter="bytes", describe=_describe):
+        if anywhere:
+            _run(board, name, tasks, work, anywhere, {})
+        if here:
+            with data_on_own_node() as how:
+                _run(board, name, tasks, work, here, how)
+
+
+def _run(
+    board: Board,
+    name: str,
+    tasks: Sequence[Task],
+    work: Callable[[int, Report], None],
+    todo: list[int],
+    how: dict[str, Any],
+) -> None:
+    """Run tasks as a dataset; `how` are options of map_batches."""
+    import ray.data
+
     handle, folder = board.handle, str(tasks[0].output.parent)
 
     def run(batch: dict[str, Any]) -> dict[str, list[str]]:
@@ -97,11 +124,9 @@ def run_tasks(board: Board, name: str, tasks: Sequence[Task], work: Callable[[in
             return {"error": [_sentence(error, folder)]}
         return {"error": []}
 
-    dataset = ray.data.range(len(todo), override_num_blocks=len(todo)).map_batches(run, batch_size=1)
-    total = sum(tasks[index].bytes for index in todo)
-    with board.stage(name, total, "B", counter="bytes", describe=_describe):
-        for row in dataset.iter_rows():  # leaving the loop ends what is still under way
-            raise JobError(f"{name}: {row['error']}")
+    indices = ray.data.range(len(todo), override_num_blocks=len(todo))
+    for row in indices.map_batches(run, batch_size=1, **how).iter_rows():  # leaving it ends what is still under way
+        raise JobError(f"{name}: {row['error']}")
 
 
 def _sentence(error: Exception, folder: str) -> str:

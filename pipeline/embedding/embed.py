@@ -24,7 +24,8 @@ from pipeline.embedding.stores.budget import Allowance
 from pipeline.embedding.stores.dead_letters import DeadLetters
 from pipeline.embedding.sync import ROWS, Span, Sync
 from pipeline.embedding.texts import UPDATE
-from pipeline.runtime.session import Board, cluster_capacity
+from pipeline.runtime.cluster import Cluster, connected_cluster, on_own_node
+from pipeline.runtime.session import Board
 
 # NOTE: never an encoder's share of CPUs, which has two digits, or Ray Data makes one operator of reading and encoding:
 # a record file is one actor's from its first row to its last then, and no GPU computes while the next rows are
@@ -122,9 +123,9 @@ class Pool:
     threads: int
 
     @classmethod
-    def of(cls, max_workers: int | None) -> Pool:
-        """On the connected cluster."""
-        capacity = cluster_capacity()
+    def of(cls, max_workers: int | None, cluster: Cluster) -> Pool:
+        """On that part of a cluster where encoders go."""
+        capacity = cluster.capacity()
         cpus, gpus = capacity.cpus, int(capacity.gpus)
         most = max_workers or gpus or int(cpus)
         now = max(1, min(most, int(capacity.gpus_there if gpus else capacity.cpus_there)))
@@ -135,7 +136,7 @@ class Pool:
 
 def in_pool(dataset: Dataset, recipe: EncoderRecipe, board: Board, actor: type, *arguments: Any) -> Dataset:
     """The dataset through a pool of encoding actors, made with `arguments`."""
-    pool = Pool.of(recipe.settings.max_workers)
+    pool = Pool.of(recipe.settings.max_workers, connected_cluster().with_labels(recipe.labels))
     return dataset.map_batches(
         actor,
         fn_constructor_args=(recipe, pool.threads, board.handle, *arguments),
@@ -144,6 +145,7 @@ def in_pool(dataset: Dataset, recipe: EncoderRecipe, board: Board, actor: type, 
         compute=ActorPoolStrategy(min_size=1, max_size=pool.most, initial_size=pool.now),
         num_cpus=pool.cpus,
         num_gpus=pool.gpus or None,
+        label_selector=recipe.labels or None,
     )
 
 
@@ -152,14 +154,14 @@ def embed(
 ) -> Counter[str]:
     """Bring the store up to date with the record files of so many records. Returns the counts that `sync` keeps."""
     fresh = sync.ledger.was_empty()
-    plans: Counter[str] = Counter()
+    plans: dict[int, Counter[str]] = {}  # by file: one whose rows were lost with a node is looked at again
 
     def due(batch: dict[str, Any]) -> Iterator[pa.Table]:
-        counts: Counter[str] = Counter()
         for index in batch["id"].tolist():
+            counts: Counter[str] = Counter()
             for rows in sync.due(files[index], counts):
                 yield sync.ready(rows, recipe.tokenizer())
-        handle.post.remote({"counts": counts})
+            handle.post.remote({"file": index, "counts": counts})
 
     def remove(batch: dict[str, Any]) -> dict[str, Any]:
         counts: Counter[str] = Counter()
@@ -168,7 +170,8 @@ def embed(
         return {"deleted": [counts["deleted"]]}
 
     def receive(message: dict[str, Any]) -> None:
-        plans.update(message.get("counts", {}))
+        if "counts" in message:
+            plans[message["file"]] = message["counts"]
 
     handle, sink = board.handle, Sink(sync, letters, write_rows(records))
     with board.stage("embed", None, "records", counter="embedded", receive=receive):
@@ -176,7 +179,7 @@ def embed(
         in_pool(dataset, recipe, board, EncodeRows, sync).write_datasink(
             sink, concurrency=writers, ray_remote_args={"num_cpus": 0.5}
         )
-    counts = plans + sink.counts
+    counts = sum(plans.values(), Counter[str]()) + sink.counts
     if not fresh:
         removed = _a_task_each(files).map_batches(remove, batch_size=1, num_cpus=0.5)
         counts["deleted"] = int(removed.sum("deleted") or 0)
@@ -216,7 +219,8 @@ class SharedAccount:
     def __init__(self, requests_per_second: float, max_concurrency: int) -> None:
         import ray
 
-        self.actor = ray.remote(num_cpus=0)(Allowance).remote(requests_per_second, max_concurrency)
+        actor = on_own_node(ray.remote(num_cpus=0)(Allowance))
+        self.actor = actor.remote(requests_per_second, max_concurrency)
 
     def ask(self) -> float:
         import ray

@@ -9,8 +9,8 @@ than the model reads is cut, or read in windows that overlap and whose vectors a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -36,6 +36,8 @@ class EncoderRecipe:
     settings: Embedding
     graphs: AnyPath
     """Where onnxruntime's graphs lie."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Of nodes that encoding actors go to; by default all of them."""
 
     @property
     def local(self) -> Path:

@@ -23,6 +23,7 @@ from pipeline.embedding.stores.dead_letters import DeadLetters
 from pipeline.embedding.stores.store import Store
 from pipeline.embedding.sync import COUNTS, Span, Sync, spans
 from pipeline.embedding.verify import Findings, verify
+from pipeline.runtime.cluster import connected_cluster
 from pipeline.runtime.console import log
 from pipeline.runtime.files import matching, remove_folder
 from pipeline.runtime.job import JobError, alone_in
@@ -122,7 +123,8 @@ def estimate(space: Space, board: Board) -> dict[str, Any]:
     """What an embedding would do, and about how long its encoding would take on this cluster. Writes no vector."""
     from pipeline.embedding.embed import Pool, plan, write_rows
 
-    wanted, pool = space.config.embedding, Pool.of(space.config.embedding.max_workers)
+    wanted = space.config.embedding
+    pool = Pool.of(wanted.max_workers, connected_cluster().with_labels(space.recipe.labels))
     with alone_in(space.folder):
         sync, files = space.sync(make=False), space.files
         counts = plan(sync, space.recipe, files, board)

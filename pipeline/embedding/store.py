@@ -11,6 +11,7 @@ right: search goes on with both while a new model's table is filled. Imports no 
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.embedding.backends import check_backend, make_graph
 from pipeline.embedding.cache import VectorCache
 from pipeline.embedding.encode import EncoderRecipe
+from pipeline.embedding.lance import connect
 from pipeline.embedding.ledger import Ledger
 from pipeline.embedding.stores.budget import Budget
 from pipeline.embedding.stores.store import Store
@@ -40,7 +42,8 @@ def recipe_of(config: Config, model: AnyPath) -> EncoderRecipe:
     if wanted and wanted not in (card.width, *card.head.dimensions):
         allowed = ", ".join(map(str, (card.width, *card.head.dimensions)))
         raise ConfigError(f"embedding.dimensions: found {wanted}; allowed with this model are {allowed}")
-    recipe = EncoderRecipe(model, config.embedding, config.root / "onnx")
+    labels = config.scaling.labels
+    recipe = EncoderRecipe(model, config.embedding, config.root / "onnx", labels.encode or labels.data)
     if config.embedding.backend == "onnxruntime":
         make_graph(recipe.local, config.embedding, recipe.graphs)
     return recipe
@@ -58,9 +61,7 @@ def open_store(config: Config, recipe: EncoderRecipe, budget: Budget | None = No
 
 def named_store(config: Config, name: str, width: int, budget: Budget | None = None) -> Store:
     """The table of a name in the config's store."""
-    wanted = config.embedding
-    uri = wanted.uri or wanted.store
-    home = as_path(uri) if "://" in uri else config.under_root(uri)
+    wanted, home = config.embedding, _home(config)
     if wanted.store == "pinecone":
         from pipeline.embedding.stores.pinecone_store import PineconeStore
 
@@ -74,6 +75,37 @@ def named_store(config: Config, name: str, width: int, budget: Budget | None = N
     from pipeline.embedding.stores.lancedb_store import LanceStore
 
     return LanceStore(home, name, width, wanted.index, wanted.index_rows)
+
+
+def _home(config: Config) -> AnyPath:
+    """The folder of the tables of LanceDB, or of Parquet's folders."""
+    uri = config.embedding.uri or config.embedding.store
+    return as_path(uri) if "://" in uri else config.under_root(uri)
+
+
+def reach_store(config: Config) -> str:
+    """Where vectors would go. Raises ConfigError or StoreError where they could not; makes nothing there."""
+    if config.embedding.store == "pinecone":
+        from pipeline.embedding.stores.pinecone_service import PineconeService
+
+        index = config.pinecone.index
+        if PineconeService(config.pinecone, config.secret_files).find() is None and not config.pinecone.create:
+            raise ConfigError(
+                f"pinecone.index: found no index {index} under this key; allowed is one that is there, or "
+                "pinecone.create=true"
+            )
+        return f"Pinecone's index {index}"
+    home = _home(config)
+    there = next(place for place in (home, *home.parents) if place.is_dir()) if isinstance(home, Path) else None
+    if there is not None and not os.access(there, os.W_OK):
+        raise ConfigError(f"embedding.uri: found {home}, where this user may not write; allowed is a folder of its own")
+    if there is None:
+        try:
+            connect(home).list_tables(limit=1)
+        except Exception as error:  # LanceDB's own come as RuntimeError, ValueError and OSError
+            words = " ".join(str(error).split())[:200]
+            raise ConfigError(f"embedding.uri: {home} cannot be reached: {words}") from None
+    return f"{config.embedding.store} in {home}"
 
 
 def open_sync(config: Config, manifest: Manifest, recipe: EncoderRecipe, store: Store, *, make: bool = True) -> Sync:

@@ -62,8 +62,11 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"arguments: {message}; --help lists what is allowed")
 
 
-def parser(name: str, description: str, query: bool = False) -> argparse.ArgumentParser:
-    """The arguments all jobs share; with `query`, one of those without a key before an `=` is the job's query."""
+def parser(name: str, description: str, query: bool = False, prepares: bool = True) -> argparse.ArgumentParser:
+    """The arguments all jobs share, and those of jobs that prepare data where it is not there.
+
+    With `query`, one of those without a key before an `=` is the job's query.
+    """
     own = _Parser(
         prog=f"python jobs/{name}.py",
         description=description,
@@ -76,10 +79,11 @@ def parser(name: str, description: str, query: bool = False) -> argparse.Argumen
     )
     meaning = "config values that beat the file's"
     own.epilog = "Every key of the config, with its unit and default: pipeline/config/"
-    if not query:
+    if prepares:
         own.add_argument(
             "--rehash", action="store_true", help="know input files by their content, not their times of change"
         )
+        own.add_argument("--check", action="store_true", help="see whether the cluster has what the job needs; no more")
     if query:
         own.add_argument("overrides", nargs="*", metavar="QUERY | section.key=value", help=f"the query; {meaning}")
     else:

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from pipeline.runtime.cluster import on_own_node
 from pipeline.runtime.console import LogFile, Stage, log
-from pipeline.runtime.job import signals
+from pipeline.runtime.job import JobError, signals
 
 POLL_S = 0.5
 POLL_TIMEOUT_S = 60  # a starved machine answers late
@@ -87,7 +89,7 @@ class Board:
     def __init__(self) -> None:
         import ray
 
-        self.handle = ray.remote(num_cpus=0, max_concurrency=1)(_BoardActor).remote()
+        self.handle = on_own_node(ray.remote(num_cpus=0, max_concurrency=1)(_BoardActor)).remote()
         self.seen = 0
 
     def ask_to_stop(self) -> None:
@@ -163,6 +165,20 @@ def set_environment() -> None:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local session listens on 127.0.0.1 alone
 
 
+def keep_token_private() -> None:
+    """Make the token of this user's sessions where there is none, as Ray would, but for nobody else to read."""
+    given = os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+    if given or os.environ.get("RAY_AUTH_MODE") != "token":
+        return
+    path = Path.home() / ".ray" / "auth_token"  # where Ray looks
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    try:
+        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    except FileExistsError:
+        path.chmod(0o600)
+
+
 @contextmanager
 def ray_session() -> Iterator[Board]:
     """Connect to Ray, or start it here, with its output in training.log; leave nothing running at the end."""
@@ -176,15 +192,33 @@ def ray_session() -> Iterator[Board]:
         yield Board()
         return
     log.info("ray: %s", f"connects to {address}" if address else "starts on this machine")
+    if not address:
+        keep_token_private()
     local = {} if address else {"address": "local", "include_dashboard": False, "num_cpus": max(2, os.cpu_count() or 2)}
     with _native_stderr_to(file):
         try:
-            ray.init(**local, logging_level=logging.INFO)
+            _init(address, **local, logging_level=logging.INFO)
             signals.install()  # Ray has put its own SIGTERM handler there
             _quiet_ray_data(file)
             yield Board()
         finally:
             ray.shutdown()
+
+
+def _init(cluster: str | None, **options: Any) -> None:
+    """`ray.init`; raises JobError where a `cluster` is named that is not there, or does not take this token."""
+    import ray
+
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        if not cluster:
+            raise
+        words = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise JobError(
+            f"RAY_ADDRESS: there is no way into the cluster at {cluster} ({words}); the token it asks for is read from "
+            "RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+        ) from error
 
 
 @contextmanager
@@ -202,27 +236,6 @@ def _native_stderr_to(file: LogFile | None) -> Iterator[None]:
         finally:
             sys.stderr = console
             os.dup2(console_fd, 2)
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """CPUs and GPUs of a cluster: those `there` now, and those it may grow to (the same, where it does not scale)."""
-
-    cpus_there: float
-    gpus_there: float
-    cpus: float
-    gpus: float
-
-
-def cluster_capacity() -> Capacity:
-    """What the connected cluster has, and what its autoscaler may add."""
-    import ray
-    from ray._private.state import state
-
-    there = ray.cluster_resources()
-    limits = state.get_max_resources_from_cluster_config() or {}
-    cpus, gpus = float(there.get("CPU", 0)), float(there.get("GPU", 0))
-    return Capacity(cpus, gpus, max(cpus, limits.get("CPU", 0)), max(gpus, limits.get("GPU", 0)))
 
 
 def _route_output(file: LogFile | None) -> None:

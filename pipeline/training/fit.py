@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import Config, ConfigError
 from pipeline.config.deepspeed import HEADER
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan
+from pipeline.runtime.cluster import connected_cluster
 from pipeline.runtime.console import log, table
+from pipeline.runtime.findings import Finding, refuse
 from pipeline.runtime.job import JobError, signals
-from pipeline.runtime.session import Board, cluster_capacity
+from pipeline.runtime.session import Board
 from pipeline.storage.bucket import AnyPath, BucketPath
 from pipeline.training.checkpoints import TrainState, newest_valid, next_attempt, prune, read_state
 from pipeline.training.ending import is_finished
@@ -21,23 +22,7 @@ from pipeline.training.tracking.jsonl import read_rows
 from pipeline.training.tracking.summary import final_table, plot_history
 from pipeline.training.tracking.trackers import Trackers
 from pipeline.training.worker import Sent, train_worker
-
-DEFAULT_CPU_WORKERS = 2
-
-
-@dataclass(frozen=True)
-class Workers:
-    """How many training workers there are, at least and at most, what each reserves, and its torch threads."""
-
-    fewest: int
-    most: int
-    cpus: float
-    gpus: float
-    threads: int
-
-    def __str__(self) -> str:
-        number = str(self.most) if self.fewest == self.most else f"{self.fewest} to {self.most}"
-        return f"{number} workers of {self.cpus:g} CPUs and {self.gpus:g} GPUs"
+from pipeline.training.workers import Workers, shortfalls, size_workers
 
 
 def resume_point(config: Config) -> tuple[AnyPath | None, TrainState]:
@@ -128,6 +113,8 @@ def _trainer(config: Config, workers: Workers, sent: Sent) -> Any:
             use_gpu=workers.gpus > 0,
             resources_per_worker={"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {}),
             elastic_resize_monitor_interval_s=scaling.resize_every_s,
+            placement_strategy=scaling.placement.upper(),
+            label_selector=scaling.labels.train or None,
         ),
         run_config=RunConfig(
             name=next_attempt(run_dir),
@@ -177,31 +164,14 @@ def _summarise(config: Config) -> None:
 
 def _workers(config: Config, plan: Plan) -> Workers:
     """Workers that fit the cluster. Raises ConfigError saying what would fit."""
-    capacity, wanted = cluster_capacity(), config.scaling
-    cpus, gpus = capacity.cpus, capacity.gpus
-    gpu_share = (1.0 if gpus else 0.0) if wanted.gpus_per_worker == "auto" else wanted.gpus_per_worker
-    if wanted.num_workers == "auto":
-        most = max(1, int(gpus / gpu_share)) if gpu_share else DEFAULT_CPU_WORKERS
-        fewest = most = min(most, plan.global_batch_size)
-    else:
-        numbers = wanted.num_workers if isinstance(wanted.num_workers, list) else [wanted.num_workers]
-        fewest, most = numbers[0], numbers[-1]
-    fitting = int((cpus - 1) / wanted.cpus_per_worker)
-    if fewest * wanted.cpus_per_worker > cpus - 1:
-        raise ConfigError(
-            f"scaling: found {fewest} workers of {wanted.cpus_per_worker:g} CPUs and {cpus:g} CPUs in all, of which "
-            f"reading data takes 1; allowed "
-            + (f"are {fitting} workers of {wanted.cpus_per_worker:g}, or " if fitting else "is ")
-            + f"scaling.cpus_per_worker={(cpus - 1) / fewest:g}"
-        )
-    if fewest * gpu_share > gpus:
-        raise ConfigError(f"scaling: found {fewest} workers of {gpu_share:g} GPUs; allowed are the {gpus:g} there are")
-    plan.check_workers(most)
-    share = plan.global_batch_size // most
+    cluster = connected_cluster()
+    workers = size_workers(config, cluster)
+    refuse(Finding("training", str(workers), ConfigError(each)) for each in shortfalls(config, workers, cluster))
+    plan.check_workers(workers.most)
+    share = plan.global_batch_size // workers.most
     if share < config.training.gradient_accumulation_steps:
         raise ConfigError(
             f"training.gradient_accumulation_steps: found {config.training.gradient_accumulation_steps}; "
             f"allowed are at most the {share} pairs of a worker's share"
         )
-    threads = max(1, int(max(capacity.cpus_there // most, wanted.cpus_per_worker)))
-    return Workers(fewest, most, wanted.cpus_per_worker, gpu_share, threads)
+    return workers

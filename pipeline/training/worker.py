@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ConfigError
 from pipeline.data.feed import RayFeed
+from pipeline.runtime.cluster import place_data
 from pipeline.storage.bucket import AnyPath
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def train_worker(message: dict[str, Any]) -> None:
     hooks = Hooks(
         partial(_report_checkpoint, sent.task.config.run_dir), _reporter(sent.board), alert, _wishes(sent, rank)
     )
+    place_data(sent.task.config.scaling.labels.data)
     feed = RayFeed(sent.task.plan, rank, world_size)
     try:
         run_task(sent.task, feed.batches, hooks, ray.train.torch.get_device())

@@ -1,0 +1,149 @@
+"""What a cluster is made of: its nodes, and those that its autoscaler may add; and where a job's work goes in it.
+
+    cluster = connected_cluster()
+    cluster.with_labels({"pool": "gpu"}).capacity()          # of the nodes that carry the label
+    cluster.fitting(cpus=4, gpus=1)                          # 3: so many such bundles find a place, each on one node
+
+An autoscaler does not tell the labels of what it may add, so those nodes count as if they carried any.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+NODE_ID, NODE_GROUP = "ray.io/node-id", "ray.io/node-group"  # labels that Ray itself puts on nodes
+UNLIMITED = 1_000  # nodes counted of a kind that an autoscaler may add without end
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine; `labels` is None where it is yet to come."""
+
+    cpus: float
+    gpus: float
+    labels: Mapping[str, str] | None
+
+    def has(self, labels: Mapping[str, str]) -> bool:
+        return self.labels is None or labels.items() <= self.labels.items()
+
+    def fitting(self, cpus: float, gpus: float) -> int:
+        """How many bundles of so much it has room for."""
+        rooms = [there / wanted for there, wanted in ((self.cpus, cpus), (self.gpus, gpus)) if wanted]
+        return int(min(rooms) + 1e-9) if rooms else UNLIMITED
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """CPUs and GPUs of a cluster: those `there` now, and those it may grow to (the same, where it does not scale)."""
+
+    cpus_there: float
+    gpus_there: float
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The nodes that are there, and those that may be added; `own` is the id of the one that the driver is on."""
+
+    nodes: tuple[Node, ...]
+    own: str = ""
+
+    @property
+    def there(self) -> tuple[Node, ...]:
+        return tuple(node for node in self.nodes if node.labels is not None)
+
+    @property
+    def others(self) -> list[str]:
+        """Ids of the nodes that are there beside the driver's."""
+        ids = [(node.labels or {}).get(NODE_ID, "") for node in self.there]
+        return [each for each in ids if each != self.own]
+
+    def with_labels(self, labels: Mapping[str, str]) -> Cluster:
+        """The part of it where work that asks for these labels may go."""
+        return Cluster(tuple(node for node in self.nodes if node.has(labels)), self.own)
+
+    def without_labels(self, labels: Mapping[str, str]) -> Cluster:
+        """The part of it where such work will not go."""
+        return Cluster(tuple(node for node in self.nodes if not node.has(labels)), self.own)
+
+    def capacity(self) -> Capacity:
+        there = self.there
+        return Capacity(
+            sum(node.cpus for node in there),
+            sum(node.gpus for node in there),
+            sum(node.cpus for node in self.nodes),
+            sum(node.gpus for node in self.nodes),
+        )
+
+    def fitting(self, cpus: float, gpus: float) -> int:
+        """How many bundles of so much find a place, each on one node."""
+        return sum(node.fitting(cpus, gpus) for node in self.nodes)
+
+    def __str__(self) -> str:
+        now, more = self.capacity(), len(self.nodes) - len(self.there)
+        count = f"{len(self.there)} node{'s' if len(self.there) != 1 else ''}"
+        text = f"{count}, {now.cpus_there:g} CPUs, {now.gpus_there:g} GPUs"
+        return f"{text}; may grow to {now.cpus:g} CPUs and {now.gpus:g} GPUs" if more else text
+
+
+def connected_cluster() -> Cluster:
+    """The cluster that this process is connected to."""
+    import ray
+
+    there = [
+        Node(each["Resources"].get("CPU", 0.0), each["Resources"].get("GPU", 0.0), dict(each["Labels"]))
+        for each in ray.nodes()
+        if each["Alive"]
+    ]
+    return Cluster((*there, *_addable(there)), ray.get_runtime_context().get_node_id())
+
+
+def _addable(there: list[Node]) -> list[Node]:
+    """Nodes that the autoscaler, where there is one, may add to those that are there."""
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    found: list[Node] = []
+    here = Counter((node.labels or {}).get(NODE_GROUP) for node in there)
+    for group in config.node_group_configs if config else ():
+        most = UNLIMITED if group.max_count < 0 else group.max_count
+        node = Node(float(group.resources.get("CPU", 0)), float(group.resources.get("GPU", 0)), None)
+        found += [node] * max(0, most - here[group.name])
+    return found
+
+
+def on_own_node(actor: Any) -> Any:
+    """An actor class of Ray's whose actor stays where the driver is, so that it is lost with nothing else."""
+    import ray
+
+    return actor.options(label_selector={NODE_ID: ray.get_runtime_context().get_node_id()})
+
+
+def place_data(labels: Mapping[str, str]) -> None:
+    """Have this process's datasets run their tasks on nodes with these labels alone."""
+    import ray.data
+
+    ray.data.DataContext.get_current().execution_options.label_selector = dict(labels) or None
+
+
+@contextmanager
+def data_on_own_node() -> Iterator[dict[str, Any]]:
+    """Options of map_batches whose tasks stay on this process's node: as many at once as it has CPUs, none reserved,
+    for a head may offer Ray no CPU. The labels that its datasets ask for by themselves do not count within it.
+    """
+    import ray.data
+
+    own = ray.get_runtime_context().get_node_id()
+    cpus = next(int(each["Resources"].get("CPU", 0)) for each in ray.nodes() if each["NodeID"] == own)
+    at_once = ray.data.TaskPoolStrategy(size=max(1, cpus))
+    options = ray.data.DataContext.get_current().execution_options
+    before, options.label_selector = options.label_selector, None
+    try:
+        yield {"compute": at_once, "num_cpus": 0, "label_selector": {NODE_ID: own}}
+    finally:
+        options.label_selector = before

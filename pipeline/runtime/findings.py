@@ -1,0 +1,59 @@
+"""What a look before the start has found: a table of it, and a refusal that says all that is wrong.
+
+findings = [Finding("training", "2 workers of 4 CPUs", ConfigError("scaling.num_workers: found …"))]
+findings_table(findings)
+refuse(findings)                             # logs each sentence but one, and raises that
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import ConfigError
+from pipeline.runtime.console import log, table
+from pipeline.storage.bucket import AnyPath
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`what` was looked at, what was `found`, and where that will not do the error of one sentence that says so."""
+
+    what: str
+    found: str
+    wrong: Exception | None = None
+
+
+def findings_table(findings: Iterable[Finding]) -> str:
+    rows = [(each.what, "no" if each.wrong else "ok", each.found) for each in findings]
+    return table(rows, ("preflight", "", "found"))
+
+
+def refuse(findings: Iterable[Finding]) -> None:
+    """Raise the last error there is, once all before it are logged."""
+    wrong = [each.wrong for each in findings if each.wrong]
+    for error in wrong[:-1]:
+        log.error("%s", error)
+    if wrong:
+        raise wrong[-1]
+
+
+def room(key: str, folder: AnyPath, needed_bytes: float, what: str) -> Finding:
+    """Whether the disk that holds a folder has room for so much; a bucket always has."""
+    if not isinstance(folder, Path):
+        return Finding(f"room, {what}", f"{_gb(needed_bytes)} into a bucket")
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    wrong = None
+    if free < needed_bytes:
+        wrong = ConfigError(
+            f"{key}: found {_gb(free)} free on the disk that holds {folder}, where {what} takes about "
+            f"{_gb(needed_bytes)}; allowed is a folder with that much room"
+        )
+    return Finding(f"room, {what}", f"{_gb(needed_bytes)} needed, {_gb(free)} free", wrong)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB"
