@@ -24,7 +24,19 @@ MAY_IMPORT = {
     "mining": {"config", "runtime", "data", "model", "text", "embedding", "storage"},
     "training": {"config", "runtime", "data", "model", "objectives", "evaluation", "storage"},
     "export": {"config", "runtime", "data", "model", "storage"},
-    "stages": {"config", "runtime", "data", "model", "embedding", "evaluation", "mining", "training", "storage"},
+    "tuning": {"config", "runtime", "data", "training", "storage"},
+    "stages": {
+        "config",
+        "runtime",
+        "data",
+        "model",
+        "embedding",
+        "evaluation",
+        "mining",
+        "training",
+        "tuning",
+        "storage",
+    },
 }
 WITHOUT_RAY = {"config", "storage", "text", "sources", "model", "objectives", "export"}
 WITHOUT_TORCH = {"config", "storage", "text", "runtime", "sources", "data"}
@@ -47,6 +59,7 @@ RAYLESS_MODULES = {
     "embedding/verify.py",
     *(f"embedding/stores/{path.name}" for path in (ROOT / "pipeline/embedding/stores").glob("*.py")),
     "mining/blocks.py",
+    *(f"tuning/{name}.py" for name in ("journal", "pictures", "report", "slots", "space", "sweep", "terms")),
     "mining/choosing.py",
 }
 

@@ -76,7 +76,8 @@ class Tune(Section):
     can be counted."""
     scheduler: Literal["asha", "median", "none"] = "asha"
     """When a trial ends early. asha: unless it is among the best 1/`reduction_factor` at `grace_steps`, at
-    `reduction_factor` times as many, and so on (Li et al. 2020). median: when its best is below the others' median."""
+    `reduction_factor` times as many, and so on (Li et al. 2020). median: when its best is below the median of those
+    that went to their end, of which four must be there."""
     trials: int | None = Field(None, ge=1)
     """Trials in all; by default 16, and of a grid all combinations. It may be raised to go on with a sweep."""
     metric: str | None = Field(None, min_length=1)

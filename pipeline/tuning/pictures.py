@@ -5,6 +5,7 @@ draw_curves(sweep, folder / "curves.png")             # False, and no file, wher
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pipeline.runtime.files import replacing
@@ -95,10 +96,8 @@ Column = tuple[str, list[float], list[tuple[float, str]]]
 
 def _column(key: str, rows: list[Row], sweep: Sweep) -> Column:
     """Numbers by their size, by their order of magnitude where that is how they were drawn; choices in their order."""
-    import math
-
     dimension, values = sweep.space.dimensions[key], [row.values[key] for row in rows]
-    name = key.replace(".", ".\n", key.count(".") - 1).replace("_", "_\u200b")
+    name = key.replace(".", ".\n")
     if dimension.choice is not None:
         places = [dimension.choice.index(value) / max(len(dimension.choice) - 1, 1) for value in values]
         marks = [(i / max(len(dimension.choice) - 1, 1), str(each)) for i, each in enumerate(dimension.choice)]

@@ -40,7 +40,7 @@ STATES = {
     TrialState.FAIL: "failed",
     TrialState.RUNNING: "under way",
 }
-MEDIAN_OF = 4  # trials that must be done before asha's alternative compares. Ours
+MEDIAN_OF = 4  # trials that must have gone to their end before others are compared with them. Ours
 
 
 FEWEST_TO_WEIGH = 4  # trials from which importance is told. Ours

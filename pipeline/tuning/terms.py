@@ -30,7 +30,7 @@ class Terms:
     def of(cls, config: Config, total_steps: int, data_fingerprint: str = "") -> Terms:
         """Raises ConfigError where trials would end before they are compared."""
         wanted, metric = config.tune, metric_of(config)
-        grace = wanted.grace_steps or max(1, total_steps // wanted.reduction_factor**2)
+        grace = wanted.grace_steps or -(-total_steps // wanted.reduction_factor**2)  # so that the end is no rung
         if grace > total_steps:
             raise ConfigError(
                 f"tune.grace_steps: found {grace}; allowed are at most the {total_steps} steps of a whole trial"
