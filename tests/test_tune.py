@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import random
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from pipeline.tuning.slots import slots
 from pipeline.tuning.space import Space
 from pipeline.tuning.sweep import Row, Sweep
 from pipeline.tuning.terms import Terms, trial_config
+from tests.bucket_servers import s3
 from tests.conftest import make_pairs, write_jsonl
 
 RATE = "training.learning_rate"
@@ -451,3 +453,17 @@ class TestRealSweep:
         assert (code, last["status"]) == (1, "failed")
         assert "all 2 trials failed" in err
         assert "allowed is at most the " in err
+
+    def test_a_sweep_in_a_bucket_leaves_all_there(self, tuning: Tuning, capsys: pytest.CaptureFixture[str]) -> None:
+        with s3("sweeps") as served:
+            space = f"tune.space={{{RATE}: {{choice: [2e-2, 1e-3]}}}}"
+            args = [space, "tune.searcher=grid", "training.max_steps=6", f"storage.root={served.uri('store')}"]
+            code, last, err = tuning(capsys, *args)
+            assert (code, last["metrics"]["trials"]) == (0, 2), err
+            keys = {key.removeprefix("store/runs/small/tune/") for key in served.keys("store/runs/small/tune/")}
+            assert {"best.yaml", "trials.csv", "curves.png", "journal.jsonl", "metrics.jsonl"} <= keys
+            assert len({key for key in keys if re.search(r"^trials/.*/step-.*/state.json", key)}) == 1
+            assert not [key for key in keys if key.startswith("ray/")]
+            code, _, err = tuning(capsys, *args)
+            assert code == 0
+            assert "nothing to do, all 2 trials have ended" in err

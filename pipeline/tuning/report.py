@@ -59,8 +59,8 @@ def best_config(config: Config, values: dict[str, Any]) -> Config:
     return changed(config, {**values, "storage.run": f"{config.storage.run}-best"}, "best.yaml")
 
 
-def report(config: Config, sweep: Sweep) -> Result:
-    """Write everything. Raises JobError, once the table is there, where no trial gave a number."""
+def report(config: Config, sweep: Sweep, *, track: bool) -> Result:
+    """Write all of it; `track`: to the trackers too. Raises JobError, beside the table, where all trials failed."""
     folder, rows, best = config.run_dir / "tune", sweep.rows, sweep.best
     write_atomically(folder / "trials.csv", _csv(rows, sweep).encode())
     log.info("tune: the trials\n%s", trial_table(rows, sweep))
@@ -74,11 +74,13 @@ def report(config: Config, sweep: Sweep) -> Result:
     text += yaml.safe_dump(best_config(config, best.values).dump(), sort_keys=False, allow_unicode=True)
     write_atomically(folder / "best.yaml", text.encode())
     paths = {"best": str(folder / "best.yaml"), "trials": str(folder / "trials.csv")}
-    paths["model"] = str(best_checkpoint(trial_folder(config, best.number)))
+    if model := best_checkpoint(trial_folder(config, best.number)):
+        paths["model"] = str(model)
     for name, draw in (("coordinates", draw_coordinates), ("importance", draw_importance), ("curves", draw_curves)):
         if draw(sweep, folder / f"{name}.png"):
             paths[name] = str(folder / f"{name}.png")
-    _track(config, sweep)
+    if track:
+        _track(config, sweep)
     return Result(_metrics(sweep, rows, best), paths)
 
 

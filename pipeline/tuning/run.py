@@ -22,13 +22,14 @@ def sweep(config: Config, folder: AnyPath, manifest: Manifest, board: Callable[[
     """Run the trials that are left, and report on all. `board` starts Ray, which a finished sweep does without."""
     terms = _terms(config, folder, manifest)
     with Sweep.open(config, terms) as found:
-        if found.done >= found.goal:
-            log.info("tune: nothing to do, all %d trials have ended", found.done)
-        else:
+        left = found.goal - found.done
+        if left > 0:
             board()
-            _run(found, config, folder, manifest)
+            _run(found, left, config, folder, manifest)
+        else:
+            log.info("tune: nothing to do, all %d trials have ended", found.done)
         tidy(config, found)
-        return report(config, found)
+        return report(config, found, track=left > 0)
 
 
 def _terms(config: Config, folder: AnyPath, manifest: Manifest) -> Terms:
@@ -37,11 +38,10 @@ def _terms(config: Config, folder: AnyPath, manifest: Manifest) -> Terms:
     return Terms.of(config, Task.of(draft, folder, manifest).total_steps, manifest.fingerprint)
 
 
-def _run(found: Sweep, config: Config, folder: AnyPath, manifest: Manifest) -> None:
+def _run(found: Sweep, left: int, config: Config, folder: AnyPath, manifest: Manifest) -> None:
     from pipeline.tuning.drive import drive
 
     wanted, terms = config.tune.max_concurrent_trials, found.terms
-    left = found.goal - found.done
     room = slots(
         config.scaling,
         config.training.strategy,

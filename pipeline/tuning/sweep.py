@@ -40,6 +40,7 @@ STATES = {
     TrialState.FAIL: "failed",
     TrialState.RUNNING: "under way",
 }
+TRIALS = 16
 MEDIAN_OF = 4  # trials that must have gone to their end before others are compared with them. Ours
 
 
@@ -78,7 +79,9 @@ class Sweep:
         self.running: dict[int, Trial] = {}
         self.pruned: set[int] = set()
         self.unfinished = [trial for trial in self._frozen() if trial.state == TrialState.RUNNING]
-        self.goal = settings.trials or (len(list(space.grid())) if settings.searcher == "grid" else 16)
+        points = len(list(space.grid())) if settings.searcher == "grid" else None
+        wanted = settings.trials or points or TRIALS
+        self.goal = min(wanted, points) if points else wanted
 
     @classmethod
     @contextmanager
@@ -235,7 +238,7 @@ def _sampler(settings: Tune, number: int) -> BaseSampler:
     """One for each trial, so that what is drawn does not depend on how often the driver was started."""
     seed = int(np.random.SeedSequence([settings.seed, number]).generate_state(1)[0])
     if settings.searcher == "optuna":
-        return TPESampler(seed=seed, constant_liar=True, n_startup_trials=max(5, (settings.trials or 16) // 4))
+        return TPESampler(seed=seed, constant_liar=True, n_startup_trials=max(5, (settings.trials or TRIALS) // 4))
     return RandomSampler(seed=seed)
 
 

@@ -9,6 +9,7 @@ that has lost its process or its node: it goes on from its newest checkpoint.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -91,6 +92,8 @@ def _train(config: Config, errand: Errand, teller: Teller) -> TrainState:
     if errand.slots.in_process:
         import torch
 
+        gc.collect()
+        torch.cuda.empty_cache()  # of the trial that this process had before: others may share the GPU
         torch.set_num_threads(errand.slots.threads)
         return train_here(config, errand.folder, errand.manifest, teller.tell)
     from pipeline.runtime.session import Board
