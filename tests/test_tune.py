@@ -440,8 +440,37 @@ class TestRealSweep:
         metrics = last["metrics"]
         assert (metrics["done"], metrics["stopped_early"], metrics["failed"]) == (1, 1, 0)
         assert (metrics["steps"], metrics["whole_steps"]) == (18 + 2, 36)
-        assert "20 steps were taken, 56% of the 36 of all trials to their end" in err
+        assert "20 steps were taken, 56% of the 36 of all to their end" in err
         for name in ("coordinates", "curves"):
+            assert Path(last["paths"][name]).read_bytes().startswith(b"\x89PNG")
+
+    def test_the_example_config_sweeps_and_starts_with_itself(
+        self, tuning: Tuning, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        small = [
+            f"storage.root={tuning.root}",
+            "tokenizer.vocab_size=800",
+            "tokenizer.max_length=24",
+            "model.d_model=64",
+        ]
+        small += ["training.global_batch_size=64", "data.validation_fraction=0.1", "tune.max_steps=36", "tune.trials=8"]
+        source = {"name": "pages", "type": "json", "path": str(tuning.config.parent / "pairs.jsonl")}
+        code, last, err = tuning(
+            capsys, "--config", "configs/tune.yaml", f"data.sources=[{json.dumps(source)}]", *small
+        )
+        assert code == 0, err
+        metrics, folder = last["metrics"], tuning.root / "runs" / "tuned" / "tune"
+        assert metrics["done"] + metrics["stopped_early"] == metrics["trials"] == 8
+        assert metrics["stopped_early"] > 0
+        assert metrics["steps"] < metrics["whole_steps"] == 8 * 36
+        with (folder / "trials.csv").open() as file:
+            first = next(csv.DictReader(file))
+        assert float(first["training.table_learning_rate"]) == 2e-3
+        own, best = metrics["config"], metrics["best"]
+        assert (own["trial"], own["state"]) == (0, first["state"])
+        assert float(first["ndcg@10"]) == pytest.approx(own["value"])
+        assert best["value"] >= own["value"] or own["state"] == "stopped early"
+        for name in ("coordinates", "importance", "curves"):
             assert Path(last["paths"][name]).read_bytes().startswith(b"\x89PNG")
 
     def test_all_trials_failing_is_a_failed_job(self, tuning: Tuning, capsys: pytest.CaptureFixture[str]) -> None:

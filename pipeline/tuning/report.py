@@ -88,11 +88,14 @@ def _metrics(sweep: Sweep, rows: list[Row], best: Row) -> dict[str, Any]:
     own, states = sweep.config_row, Counter(row.state for row in rows)
     steps, whole_steps = sum(row.steps for row in rows), sum(row.whole_steps for row in rows)
     log.info(
-        "tune: trial %d is best, %s %.4f%s; %s steps were taken, %.0f%% of the %s of all trials to their end",
+        "tune: trial %d is best, %s %.4f at step %s%s; %s steps were taken, %.0f%% of the %s of all to their end",
         best.number,
         sweep.terms.metric,
         best.value,
-        "" if own is None or own.value is None else f", where the config as it is has {own.value:.4f}",
+        f"{best.at_step:,}",
+        ""
+        if own is None or own.value is None
+        else f"; the config as it is, {own.state}, has {own.value:.4f} at step {own.at_step:,}",
         f"{steps:,}",
         100 * steps / max(whole_steps, 1),
         f"{whole_steps:,}",
@@ -103,11 +106,21 @@ def _metrics(sweep: Sweep, rows: list[Row], best: Row) -> dict[str, Any]:
         "stopped_early": states["stopped early"],
         "failed": states["failed"],
         "metric": sweep.terms.metric,
-        "best": {"trial": best.number, "value": best.value, "step": best.at_step, "values": best.values},
-        "config_value": own.value if own else None,
+        "best": _found(best),
+        "config": _found(own) if own else None,
         "steps": steps,
         "whole_steps": whole_steps,
         "importance": sweep.importance(),
+    }
+
+
+def _found(row: Row) -> dict[str, Any]:
+    return {
+        "trial": row.number,
+        "state": row.state,
+        "value": row.value,
+        "step": row.at_step,
+        "values": row.values,
     }
 
 
