@@ -338,6 +338,7 @@ class Tuning:
             "model": {"d_model": 64, "num_layers": 0},
             "training": {"global_batch_size": 64, "max_steps": 18},
             "logging": {"trackers": ["tensorboard"]},
+            "tune": {"metric": "loss"},  # these pairs are found without training, NDCG@10 tells nothing
         }
         self.config.write_text(json.dumps(base))
 
@@ -403,21 +404,21 @@ class TestRealSweep:
         trials = tuning.root / "runs" / "small" / "tune" / "trials"
         (kept,) = trials.glob("*/*/step-*")
         rows = [json.loads(line) for line in (trials / kept.parts[-3] / "metrics.jsonl").read_text().splitlines()]
-        scores = [row["validation_ndcg@10"] for row in rows if "validation_ndcg@10" in row]
+        scores = [row["validation_loss"] for row in rows if "validation_loss" in row]
         assert len(scores) == 3
-        assert read_state(kept).best_metric == max(scores)
+        assert read_state(kept).best_metric == -min(scores)
 
     def test_trackers_have_each_trial_and_the_sweep(self, tuning: Tuning) -> None:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         folder = tuning.root / "runs" / "small" / "tune"
         with (folder / "trials.csv").open() as file:
-            scores = {int(row["trial"]) + 1: float(row["ndcg@10"]) for row in csv.DictReader(file) if row["ndcg@10"]}
+            scores = {int(row["trial"]) + 1: float(row["loss"]) for row in csv.DictReader(file) if row["loss"]}
         events = EventAccumulator(str(folder / "tensorboard")).Reload()
-        assert {e.step: pytest.approx(e.value) for e in events.Scalars("validation/ndcg@10")} == scores
+        assert {e.step: pytest.approx(e.value) for e in events.Scalars("validation/loss")} == scores
         for number in scores:
             trial = EventAccumulator(str(folder / "trials" / f"{number - 1:04d}" / "tensorboard")).Reload()
-            assert max(e.value for e in trial.Scalars("validation/ndcg@10")) == pytest.approx(scores[number])
+            assert min(e.value for e in trial.Scalars("validation/loss")) == pytest.approx(scores[number])
 
     def test_a_rerun_does_nothing_without_ray(
         self, tuning: Tuning, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -454,6 +455,7 @@ class TestRealSweep:
             "model.d_model=64",
         ]
         small += ["training.global_batch_size=64", "data.validation_fraction=0.1", "tune.max_steps=36", "tune.trials=8"]
+        small += ["tune.metric=loss"]
         source = {"name": "pages", "type": "json", "path": str(tuning.config.parent / "pairs.jsonl")}
         code, last, err = tuning(
             capsys, "--config", "configs/tune.yaml", f"data.sources=[{json.dumps(source)}]", *small
@@ -468,8 +470,8 @@ class TestRealSweep:
         assert float(first["training.table_learning_rate"]) == 2e-3
         own, best = metrics["config"], metrics["best"]
         assert (own["trial"], own["state"]) == (0, first["state"])
-        assert float(first["ndcg@10"]) == pytest.approx(own["value"])
-        assert best["value"] >= own["value"] or own["state"] == "stopped early"
+        assert float(first["loss"]) == pytest.approx(own["value"])
+        assert best["value"] <= own["value"] or own["state"] == "stopped early"
         for name in ("coordinates", "importance", "curves"):
             assert Path(last["paths"][name]).read_bytes().startswith(b"\x89PNG")
 

@@ -83,9 +83,9 @@ def drive(sweep: Sweep, errand: Errand, done: Done) -> None:
     folder = config.run_dir / "tune" / "ray"
     remove_folder(folder)
     suggestions = _Suggestions(sweep, done)
+    reserved = {"CPU": slots.cpus, "GPU": slots.gpus} if slots.in_process else {"memory": 1}  # Tune takes no nothing
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, errand=errand),
-        tune.PlacementGroupFactory([{"CPU": slots.cpus} | ({"GPU": slots.gpus} if slots.gpus else {})]),
+        tune.with_parameters(run_trial, errand=errand), tune.PlacementGroupFactory([reserved])
     )
     tune.Tuner(
         trainable,
