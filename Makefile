@@ -43,6 +43,7 @@ lint: .venv/.installed
 # make bench DATA=folder-with-debian-linux-doc-sts_b-and-wordnet: the tables in benchmarks/README.md, four hours of them
 bench: .venv/.installed
 	$(BIN)/python benchmarks/retrieval.py --data $(DATA)
+	$(BIN)/python benchmarks/sweep.py --data $(DATA)
 	$(BIN)/python benchmarks/mining.py --data $(DATA)
 	$(BIN)/python benchmarks/fine_tuning.py --data $(DATA)
 	$(BIN)/python benchmarks/pretrained.py --data $(DATA)

@@ -31,7 +31,7 @@ from pipeline.storage.bucket import AnyPath, as_path
 
 class Session:
     """A job's Ray session, started on first use, when the cluster is looked at for what the job `needs`: of prepare,
-    train, encode and store those that are ahead.
+    train, tune, encode and store those that are ahead.
     """
 
     def __init__(self, config: Config, rehash: bool = False, needs: Collection[str] = ("prepare",)) -> None:
@@ -126,14 +126,18 @@ def prepare_stage(config: Config, session: Session) -> Result:
     return Result(metrics, {"prepared": str(folder), "manifest": str(folder / "manifest.json")})
 
 
-def train_stage(config: Config, session: Session) -> Result:
-    """A trained model; prepares first where the token shards are missing or stale."""
-    folder, manifest = session.prepared()
+def _check_pairs(config: Config, manifest: Manifest) -> None:
     if config.objective.needs_pairs and not manifest.holds_pairs:
         raise ConfigError(
             f"objective: found prepared records of {', '.join(manifest.text_fields)} alone; allowed with contrastive "
             "and seq2seq are sources that give anchor and positive, and without pairs denoising, mlm and causal"
         )
+
+
+def train_stage(config: Config, session: Session) -> Result:
+    """A trained model; prepares first where the token shards are missing or stale."""
+    folder, manifest = session.prepared()
+    _check_pairs(config, manifest)
     from pipeline.training.fit import finished_state, fit
 
     state = finished_state(config, folder, manifest)
@@ -147,6 +151,16 @@ def train_stage(config: Config, session: Session) -> Result:
     metrics = {"step": state.step, "train_seconds": round(state.train_seconds, 1), **state.metrics}
     paths = {"model": str(model), "history": str(config.run_dir / "metrics.jsonl")}
     return Result(metrics, paths)
+
+
+def tune_stage(config: Config, session: Session) -> Result:
+    """A sweep, or what is left of one: trials on one prepared data set, and the best one's config."""
+    folder, manifest = session.prepared()
+    _check_pairs(config, manifest)
+    from pipeline.tuning.run import sweep
+
+    with alone_in(config.run_dir / "tune"):
+        return sweep(config, folder, manifest, session.board)
 
 
 def embed_stage(config: Config, session: Session, *, dry_run: bool = False, verify: bool = False) -> Result:

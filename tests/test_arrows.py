@@ -24,10 +24,11 @@ MAY_IMPORT = {
     "mining": {"config", "runtime", "data", "model", "text", "embedding", "storage"},
     "training": {"config", "runtime", "data", "model", "objectives", "evaluation", "storage"},
     "export": {"config", "runtime", "data", "model", "storage"},
-    "preflight": {"config", "runtime", "data", "embedding", "training", "storage"},
+    "preflight": {"config", "runtime", "data", "embedding", "training", "tuning", "storage"},
+    "tuning": {"config", "runtime", "data", "training", "storage"},
     "stages": {
         *("config", "runtime", "data", "model", "embedding", "evaluation", "mining", "training", "storage"),
-        "preflight",
+        *("preflight", "tuning"),
     },
 }
 WITHOUT_RAY = {"config", "storage", "text", "sources", "model", "objectives", "export"}
@@ -51,6 +52,7 @@ RAYLESS_MODULES = {
     "embedding/verify.py",
     *(f"embedding/stores/{path.name}" for path in (ROOT / "pipeline/embedding/stores").glob("*.py")),
     "mining/blocks.py",
+    *(f"tuning/{name}.py" for name in ("journal", "pictures", "report", "slots", "space", "sweep", "terms")),
     "mining/choosing.py",
 }
 

@@ -7,13 +7,15 @@ from pipeline.config.model import Model
 from pipeline.config.objective import Objective, Writing
 from pipeline.config.pinecone import Pinecone
 from pipeline.config.reading import ConfigError
-from pipeline.config.tree import Config, load
+from pipeline.config.tree import Config, changed, load
+from pipeline.config.tune import Dimension, Tune
 
 __all__ = [
     "Augment",
     "Config",
     "ConfigError",
     "Data",
+    "Dimension",
     "Embedding",
     "Mining",
     "Model",
@@ -25,6 +27,8 @@ __all__ = [
     "Sanitize",
     "Source",
     "Tokenizer",
+    "Tune",
     "Writing",
+    "changed",
     "load",
 ]

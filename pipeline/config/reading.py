@@ -94,7 +94,7 @@ def parse_override(override: str) -> tuple[str, Any]:
         raise ConfigError(f"argument {override!r}: {_yaml_problem(error)}; allowed is a YAML value") from None
 
 
-def explain(error: ValidationError, file: Path, arguments: list[str], root: type[BaseModel]) -> str:
+def explain(error: ValidationError, file: Path | str, arguments: list[str], root: type[BaseModel]) -> str:
     """The first error as one sentence, and how many more there are. `root` is the whole tree's class."""
     details = error.errors(include_url=False)
     first = details[0]
@@ -158,17 +158,18 @@ def _suggest(location: Sequence[Any], root: type[BaseModel]) -> str:
         return f"{unknown} stands at {' and '.join(elsewhere)}"
     section: Any = root
     for part in parent:
-        section = _inner(section.model_fields[part].annotation) if hasattr(section, "model_fields") else None
+        if hasattr(section, "model_fields") and part in section.model_fields:  # else a key of the user's own
+            section = _inner(section.model_fields[part].annotation)
     known = list(section.model_fields) if hasattr(section, "model_fields") else []
     near = difflib.get_close_matches(unknown, known, 1) or difflib.get_close_matches(unknown, _leaves(root), 1, 0.8)
     return f"did you mean {near[0]}?" if near else f"allowed are {', '.join(known) or 'no keys'}"
 
 
 def _inner(annotation: Any) -> Any:
-    """The section inside `X`, `list[X]` or `X | None`, else None."""
+    """The section inside `X`, `list[X]`, `dict[str, X]` or `X | None`, else None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if get_origin(annotation) in (list, Union, UnionType, Annotated):
+    if get_origin(annotation) in (list, dict, Union, UnionType, Annotated):
         return next((found for arg in get_args(annotation) if (found := _inner(arg))), None)
     return None
 

@@ -21,6 +21,9 @@ PathStr = Annotated[str, Field(min_length=1), AfterValidator(_expand)]
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$", max_length=128)]
+"""Names, one inside the other: a run, and what lies below it."""
+
 Share = Annotated[float, Field(ge=0, le=1)]
 
 

@@ -32,8 +32,10 @@ from pipeline.config.model import Model
 from pipeline.config.objective import Objective
 from pipeline.config.pinecone import Pinecone
 from pipeline.config.reading import ConfigError, explain, kind_of, parse_override, read_yaml
-from pipeline.config.section import Name, PathStr, Section
+from pipeline.config.section import PathStr, RunName, Section
+from pipeline.config.space import check_space
 from pipeline.config.training import Checkpointing, Scaling, Training
+from pipeline.config.tune import Tune
 from pipeline.storage.bucket import SCHEMES, AnyPath, as_path
 
 DEFAULT_ROOT = "~/.cache/text-embedding-pipeline"
@@ -44,8 +46,9 @@ class Storage(Section):
     """Folder for runs, prepared data and tables, or one in a bucket: s3://bucket/prefix, gs://bucket/prefix, with
     pyarrow's options (?region=…&endpoint_override=…) and credentials from the environment. Default:
     $PIPELINE_STORAGE, else ~/.cache/text-embedding-pipeline."""
-    run: Name = "default"
-    """Name of the run: its folder is `<root>/runs/<run>`; training in it again resumes it."""
+    run: RunName = "default"
+    """Name of the run: its folder is `<root>/runs/<run>`; training in it again resumes it. A sweep's trials are runs
+    below it, such as `default/tune/trials/0003`."""
 
 
 class Logging(Section):
@@ -73,10 +76,6 @@ class Logging(Section):
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"a format of Python's logging such as '%(asctime)s %(message)s' ({error})") from None
         return value
-
-
-class Tune(Section):
-    """Takes no keys yet: sweeps are still to come."""
 
 
 class Config(Section):
@@ -164,7 +163,7 @@ def load(
     from_arguments = {}
     for override in overrides:
         key, value = parse_override(override)
-        _assign(tree, key.split("."), value, override)
+        _assign(tree, key.split("."), value, f"argument {override!r}")
         from_arguments[key] = override
     if sources is not None:
         _assign(tree, ["data", "sources"], sources, "sources")
@@ -178,11 +177,26 @@ def load(
         where = origin(rows, file, tree["training"]["deepspeed_config"], error.errors()[0]["loc"]) if rows else file
         raise ConfigError(explain(error, where, list(from_arguments), Config)) from None
     config._deepspeed, config._folder = tuple(rows), file.absolute().parent
+    swept = any(key == "tune" or key.startswith("tune.space") for key in from_arguments)
+    check_space(config, "argument tune.space" if swept else f"{file}: tune.space", changed)
     return config
 
 
-def _assign(tree: dict[str, Any], parts: list[str], value: Any, override: str) -> None:
-    """Set a dotted key; a number picks an item of a list that is there."""
+def changed(config: Config, values: dict[str, Any], where: str) -> Config:
+    """The config with other values at dotted keys. Raises ConfigError that says `where` they come from."""
+    tree = config.dump()
+    for key, value in values.items():
+        _assign(tree, key.split("."), value, where)
+    try:
+        found = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(explain(error, where, [], Config)) from None
+    found._deepspeed, found._folder = config._deepspeed, config._folder
+    return found
+
+
+def _assign(tree: dict[str, Any], parts: list[str], value: Any, where: str) -> None:
+    """Set a dotted key; a number picks an item of a list that is there. `where` is said in the error."""
     place: Any = tree
     for depth, part in enumerate(parts):
         key: str | int = part
@@ -190,7 +204,7 @@ def _assign(tree: dict[str, Any], parts: list[str], value: Any, override: str) -
             key = int(part)
         elif not isinstance(place, dict):
             holder = ".".join(parts[:depth])
-            raise ConfigError(f"argument {override!r}: {holder} holds {kind_of(place)}; allowed is a key that is there")
+            raise ConfigError(f"{where}: {holder} holds {kind_of(place)}; allowed is a key that is there")
         if depth == len(parts) - 1:
             place[key] = value
         else:

@@ -54,7 +54,7 @@ def open_store(config: Config, recipe: EncoderRecipe, budget: Budget | None = No
 
     `budget` is what all processes of a job share of Pinecone's requests.
     """
-    parts = [config.storage.run, recipe.space]
+    parts = [config.storage.run.replace("/", "."), recipe.space]
     parts += [config.embedding.field] if config.embedding.field != "auto" else []
     return named_store(config, "-".join(parts), recipe.width, budget)
 

@@ -15,6 +15,7 @@ from pipeline.runtime.cluster import Cluster
 from pipeline.runtime.findings import Finding
 from pipeline.runtime.job import JobError
 from pipeline.training.workers import DATA_CPUS, shortfalls, size_workers
+from pipeline.tuning.slots import slots
 
 SPILL_FULL = 0.95
 """Share of a disk in use from which Ray spills no more objects to it: its `local_fs_capacity_threshold`."""
@@ -39,6 +40,18 @@ def check_training(config: Config, cluster: Cluster) -> list[Finding]:
     found = f"{workers}{_of(config.scaling.labels.train)}"
     wrong = shortfalls(config, workers, cluster)
     return [Finding("training", found, ConfigError(each)) for each in wrong] or [Finding("training", found)]
+
+
+def check_tuning(config: Config, cluster: Cluster) -> Finding:
+    """Room for a trial."""
+    labels = config.scaling.labels.train
+    try:
+        room = slots(config.scaling, config.training.strategy, cluster.with_labels(labels).capacity())
+    except ConfigError as error:
+        return Finding("trials", "no room for one", error)
+    wanted = config.tune.max_concurrent_trials
+    trials = room.trials if wanted == "auto" else min(room.trials, wanted)
+    return Finding("trials", f"{trials} at the same time, {room.workers} workers each{_of(labels)}")
 
 
 def check_encoding(config: Config, cluster: Cluster) -> Finding:

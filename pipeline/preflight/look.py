@@ -22,6 +22,7 @@ from pipeline.preflight.checks import (
     check_seen,
     check_spilling,
     check_training,
+    check_tuning,
     checkpoint_bytes,
 )
 from pipeline.preflight.views import ANSWER_S, view_here, views_of
@@ -32,11 +33,13 @@ from pipeline.runtime.job import JobError
 
 
 def look(config: Config, needs: Collection[str]) -> list[Finding]:
-    """`needs` are the kinds of work ahead: of prepare, train, encode and store those that there will be."""
+    """`needs` are the kinds of work ahead: of prepare, train, tune, encode and store those that there will be."""
     cluster = connected_cluster()
     found = [Finding("cluster", str(cluster)), check_data(config, cluster)]
     if "train" in needs:
         found += [*check_training(config, cluster), *_room_for_checkpoints(config)]
+    if "tune" in needs:
+        found += [check_tuning(config, cluster), *_room_for_checkpoints(config)]
     if "encode" in needs:
         found.append(check_encoding(config, cluster))
     if "store" in needs:

@@ -38,6 +38,11 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths of the config are looked up from where the job runs
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",  # which prints to stdout
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are the job's
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # for the workers of a trial that is ended to write their checkpoint
     "TOKENIZERS_PARALLELISM": "true",
 }
 

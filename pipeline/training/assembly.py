@@ -41,6 +41,7 @@ from pipeline.training.ending import is_finished, steps_of
 from pipeline.training.loop import Run, Wishes, train
 from pipeline.training.run_folder import claim_run_folder
 from pipeline.training.saving import Place, Saver, Take, load
+from pipeline.training.tracking.tracker import Metrics
 from pipeline.training.tracking.trackers import Trackers
 from pipeline.training.validation import StsPairs, Validation
 
@@ -102,8 +103,13 @@ def run_task(
     return state if is_finished(config, task.plan, state) else train(run, state)
 
 
-def train_here(config: Config, folder: AnyPath, manifest: Manifest) -> TrainState:
-    """Train without Ray: in this process, or in those that torch.distributed has joined. Returns the final state."""
+def train_here(
+    config: Config, folder: AnyPath, manifest: Manifest, told: Callable[[Metrics], None] = lambda metrics: None
+) -> TrainState:
+    """Train without Ray: in this process, or in those that torch.distributed has joined. Returns the final state.
+
+    `told` gets, on rank 0, what the trackers get, after them.
+    """
     task = Task.of(config, folder, manifest)
     check_model(config, Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8")))
     if rank() == 0:
@@ -117,13 +123,17 @@ def train_here(config: Config, folder: AnyPath, manifest: Manifest) -> TrainStat
         if rank() == 0:
             prune(config.run_dir, config.checkpointing.max_checkpoints)
 
+    def report(metrics: Metrics) -> None:
+        trackers.log(metrics)
+        told(metrics)
+
     checkpoint, passed_over = newest_valid(config.run_dir) if rank() == 0 else (None, [])
     for sentence in passed_over:
         log.warning("train: %s", sentence)
     with Trackers.open(config, read_state(checkpoint).step if checkpoint else 0, leader=rank() == 0) as trackers:
         feed = LocalFeed(task.plan, rank(), world_size())
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        return run_task(task, feed.batches, Hooks(place, trackers.log, trackers.alert), device)
+        return run_task(task, feed.batches, Hooks(place, report, trackers.alert), device)
 
 
 def resume(run: Run) -> TrainState:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from pipeline.config import Config, ConfigError
@@ -20,6 +23,7 @@ from pipeline.training.ending import is_finished
 from pipeline.training.run_folder import claim_run_folder, refuse_other_run
 from pipeline.training.tracking.jsonl import read_rows
 from pipeline.training.tracking.summary import final_table, plot_history
+from pipeline.training.tracking.tracker import Metrics
 from pipeline.training.tracking.trackers import Trackers
 from pipeline.training.worker import Sent, train_worker
 from pipeline.training.workers import Workers, shortfalls, size_workers
@@ -44,10 +48,18 @@ def finished_state(config: Config, folder: AnyPath, manifest: Manifest) -> Train
     return state if is_finished(config, Task.of(config, folder, manifest).plan, state) else None
 
 
-def fit(config: Config, folder: AnyPath, manifest: Manifest, board: Board) -> TrainState:
+def fit(
+    config: Config,
+    folder: AnyPath,
+    manifest: Manifest,
+    board: Board,
+    told: Callable[[Metrics], None] = lambda metrics: None,
+    beside: int = 1,
+) -> TrainState:
     """Train, or go on training, to the end. Returns the final state.
 
-    SIGINT and SIGTERM wait for a checkpoint before they end it.
+    SIGINT and SIGTERM wait for a checkpoint before they end it. `told` gets what the trackers get, after them; so many
+    runs, this one among them, train `beside` each other.
     """
     from tokenizers import Tokenizer
 
@@ -56,7 +68,7 @@ def fit(config: Config, folder: AnyPath, manifest: Manifest, board: Board) -> Tr
 
     task = Task.of(config, folder, manifest)
     check_model(config, Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8")))
-    workers = _workers(config, task.plan)
+    workers = _workers(config, task.plan, beside)
     claim_run_folder(config, manifest.fingerprint)
     _, state = resume_point(config)
     if config.deepspeed:
@@ -76,10 +88,12 @@ def fit(config: Config, folder: AnyPath, manifest: Manifest, board: Board) -> Tr
             trackers.receive(message)
             if "fatal" in message:
                 fatal.append(message)
+            if "metrics" in message:
+                told(message["metrics"])
 
         with (
             board.stage("train", task.total_steps, "steps", counter="steps", start=state.step, receive=receive),
-            signals.held(board.ask_to_stop, config.checkpointing.grace_s, "for the last checkpoint"),
+            _held(config, board),
         ):
             _fit(config, workers, sent)
     if fatal:
@@ -87,6 +101,13 @@ def fit(config: Config, folder: AnyPath, manifest: Manifest, board: Board) -> Tr
     prune(config.run_dir, config.checkpointing.max_checkpoints)
     _summarise(config)
     return resume_point(config)[1]
+
+
+def _held(config: Config, board: Board) -> AbstractContextManager[None]:
+    """Signals wait for a checkpoint; they are the main thread's, and in another one nobody's."""
+    if threading.current_thread() is not threading.main_thread():
+        return nullcontext()
+    return signals.held(board.ask_to_stop, config.checkpointing.grace_s, "for the last checkpoint")
 
 
 def _trainer(config: Config, workers: Workers, sent: Sent) -> Any:
@@ -162,10 +183,10 @@ def _summarise(config: Config) -> None:
         log.warning("train: the history could not be drawn: %s", error)
 
 
-def _workers(config: Config, plan: Plan) -> Workers:
+def _workers(config: Config, plan: Plan, beside: int) -> Workers:
     """Workers that fit the cluster. Raises ConfigError saying what would fit."""
     cluster = connected_cluster()
-    workers = size_workers(config, cluster)
+    workers = size_workers(config, cluster, beside)
     refuse(Finding("training", str(workers), ConfigError(each)) for each in shortfalls(config, workers, cluster))
     plan.check_workers(workers.most)
     share = plan.global_batch_size // workers.most

@@ -39,7 +39,7 @@ def claim_run_folder(config: Config, data_fingerprint: str) -> None:
         "git_sha": _git_sha(),
         "versions": {name: version(name) for name in ("torch", "ray", "tokenizers")},
         "python": platform.python_version(),
-        "fixed": _fixed(config),
+        "fixed": fixed_keys(config),
     }
     write_atomically(folder / "run.json", json.dumps(described, indent=2).encode())
     write_atomically(folder / "config.resolved.yaml", yaml.safe_dump(config.dump(), sort_keys=False).encode())
@@ -56,7 +56,7 @@ def refuse_other_run(config: Config, data_fingerprint: str, *, data_alone: bool 
     then, accepted = json.loads(path.read_text()), config.checkpointing.accept_changes
     differing = [
         f"{key} (then {then['fixed'].get(key)!r}, now {value!r})"
-        for key, value in ({} if data_alone else _fixed(config)).items()
+        for key, value in ({} if data_alone else fixed_keys(config)).items()
         if then["fixed"].get(key) != value and key not in accepted
     ]
     if then["data_fingerprint"] != data_fingerprint and "data" not in accepted:
@@ -69,7 +69,7 @@ def refuse_other_run(config: Config, data_fingerprint: str, *, data_alone: bool 
         )
 
 
-def _fixed(config: Config) -> dict[str, Any]:
+def fixed_keys(config: Config) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for section in FIXED_SECTIONS:
         _flatten(config.dump()[section], section, flat)

@@ -32,8 +32,8 @@ class Workers:
         return f"{number} workers of {self.cpus:g} CPUs and {self.gpus:g} GPUs"
 
 
-def size_workers(config: Config, cluster: Cluster) -> Workers:
-    """The workers that are asked for, whether or not they fit."""
+def size_workers(config: Config, cluster: Cluster, beside: int = 1) -> Workers:
+    """The workers that are asked for, whether or not they fit; so many runs train `beside` each other."""
     capacity, wanted = cluster.with_labels(config.scaling.labels.train).capacity(), config.scaling
     gpu_share = (1.0 if capacity.gpus else 0.0) if wanted.gpus_per_worker == "auto" else wanted.gpus_per_worker
     if wanted.num_workers == "auto":
@@ -42,7 +42,7 @@ def size_workers(config: Config, cluster: Cluster) -> Workers:
     else:
         numbers = wanted.num_workers if isinstance(wanted.num_workers, list) else [wanted.num_workers]
         fewest, most = numbers[0], numbers[-1]
-    threads = max(1, int(max(capacity.cpus_there // most, wanted.cpus_per_worker)))
+    threads = max(1, int(max(capacity.cpus_there // (most * beside), wanted.cpus_per_worker)))
     return Workers(fewest, most, wanted.cpus_per_worker, gpu_share, threads)
 
 

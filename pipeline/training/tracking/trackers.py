@@ -92,7 +92,7 @@ class Trackers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self.close(failed=kind is not None)
+        self.close(failed=kind not in (None, SystemExit))  # a sweep ends trials that are not worth going on with
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
         for tracker in list(self.trackers):

@@ -1,0 +1,1 @@
+"""Sweeps: the same training again and again, with other values."""

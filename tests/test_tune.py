@@ -1,0 +1,488 @@
+"""Sweeps: the space, what is tried and stopped, what a kill leaves, and a real one on two CPUs."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import math
+import random
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.config import Config, ConfigError, changed, load
+from pipeline.config.training import Scaling
+from pipeline.runtime.cluster import Capacity
+from pipeline.runtime.job import run_job
+from pipeline.tuning.slots import slots
+from pipeline.tuning.space import Space
+from pipeline.tuning.sweep import Row, Sweep
+from pipeline.tuning.terms import Terms, trial_config
+from tests.bucket_servers import s3
+from tests.conftest import make_pairs, write_jsonl
+
+RATE = "training.learning_rate"
+TRIAL = {RATE: {"loguniform": [1e-4, 1e-1]}, "training.weight_decay": {"uniform": [0.0, 1.0]}}
+
+
+def config_of(folder: Path, tune: dict[str, Any], **sections: Any) -> Config:
+    file = folder / "c.yaml"
+    file.write_text(json.dumps({"storage": {"root": str(folder), "run": "s"}, "tune": tune, **sections}))
+    return load(file, environ={})
+
+
+class TestSpace:
+    @pytest.mark.parametrize(
+        ("space", "said"),
+        [
+            ({"training.learning_rat": {"uniform": [1, 2]}}, "learning_rat: unknown key; did you mean learning_rate?"),
+            ({RATE: {"loguniform": [1e-5, 20]}}, f"{RATE}: found 20.0; allowed is less than or equal to 10"),
+            ({RATE: {"loguniform": [0, 1]}}, "allowed is loguniform of a lowest above 0 and a higher value"),
+            ({RATE: {"uniform": [1, 1]}}, "allowed is uniform of a lowest and a higher value"),
+            ({RATE: {"uniform": [1]}}, "allowed is a list with at least 2 items"),
+            ({RATE: {"lognormal": [0, 1]}}, "lognormal: unknown key; did you mean loguniform?"),
+            ({RATE: {"uniform": [0.1, 1], "choice": [1]}}, "not choice and uniform"),
+            ({RATE: {}}, "allowed is one of choice, uniform, loguniform, quniform, integer"),
+            ({"training.schedule": {"choice": ["linear", "cosin"]}}, "training.schedule: found 'cosin' (text)"),
+            ({"training.global_batch_size": {"quniform": [64, 256, 64]}}, "found 64.0; allowed is a valid integer"),
+            ({"model.num_heads": {"choice": [4, 5]}}, "even multiple of num_heads, not 256 over 5"),
+            (
+                {"data.seed": {"choice": [1, 2]}},
+                "data.seed: found a key that is the same in all trials; it would change",
+            ),
+            ({"tokenizer.vocab_size": {"integer": [600, 900]}}, "the prepared data, of which all trials share one"),
+            ({"training.max_steps": {"integer": [6, 9]}}, "all trials have as many steps, tune.max_steps"),
+            ({"embedding.batch_tokens": {"choice": [1]}}, "allowed are keys of model, objective, training"),
+            ({"objective.mlm.ratio": {"choice": [0.1]}}, "objective.mlm holds null; allowed is a key that is there"),
+        ],
+    )
+    def test_what_no_trial_could_have_is_refused_by_file_and_key(
+        self, space: dict[str, Any], said: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ConfigError) as error:
+            config_of(tmp_path, {"space": space})
+        assert str(error.value).startswith(f"{tmp_path / 'c.yaml'}: tune")
+        assert said in str(error.value)
+
+    def test_an_argument_is_named_as_one_and_refused_without_ray(self, capsys: pytest.CaptureFixture[str]) -> None:
+        job = importlib.import_module("jobs.tune")
+        code = run_job("tune", job.__doc__, job.main, None, [f"tune.space={{{RATE}: {{uniform: [0.1, 11]}}}}"])
+        assert code == 2
+        assert f"argument tune.space: {RATE}: found 11.0" in capsys.readouterr().err
+
+    def test_values_that_fit_together_alone_are_taken(self, tmp_path: Path) -> None:
+        fitting = {"model.d_model": {"choice": [96, 256]}, "model.num_heads": {"choice": [3, 4]}}
+        config_of(tmp_path, {"space": fitting})  # 256 over 3 heads is none; 96 over 3 is
+        with pytest.raises(ConfigError, match="grid with choice, quniform and integer alone"):
+            config_of(tmp_path, {"searcher": "grid", "space": TRIAL})
+
+    def test_a_grid_is_the_product_of_what_each_key_takes(self, tmp_path: Path) -> None:
+        betas = [[0.9, 0.98], [0.9, 0.999]]
+        axes = {
+            "training.betas": {"choice": betas},
+            "training.global_batch_size": {"integer": [64, 200, 64]},
+            "training.weight_decay": {"quniform": [0.0, 0.3, 0.1]},
+        }
+        space = Space.of(config_of(tmp_path, {"space": axes, "searcher": "grid"}))
+        points = [space.values(point) for point in space.grid()]
+        assert len(points) == 2 * 3 * 4
+        assert {tuple(point["training.betas"]) for point in points} == set(map(tuple, betas))
+        assert {point["training.global_batch_size"] for point in points} == {64, 128, 192}
+        assert sorted({round(point["training.weight_decay"], 9) for point in points}) == [0, 0.1, 0.2, 0.3]
+
+    @pytest.mark.parametrize("name", ["quickstart", "pairs", "fine_tune", "tune", "denoise"])
+    def test_every_config_has_a_space_round_itself(self, name: str) -> None:
+        config = load(f"configs/{name}.yaml", environ={})
+        space = Space.of(config)
+        assert space.point(config) is not None
+        for key, dimension in space.dimensions.items():
+            for value in dimension.candidates:
+                assert changed(config, {key: value}, "here").get(key) == value
+
+
+@pytest.mark.parametrize(
+    ("scaling", "cpus", "gpus", "expected"),
+    [
+        ({}, 2, 0, 2),  # a CPU each
+        ({"cpus_per_worker": 2}, 9, 0, 4),
+        ({"num_workers": 2}, 2, 0, 1),  # two halves, and a CPU to read with
+        ({"num_workers": 2}, 9, 0, 8),
+        ({"num_workers": [1, 4]}, 9, 0, 4),  # room for the most
+        ({"num_workers": 3, "cpus_per_worker": 1}, 9, 0, 2),
+        ({}, 64, 4, 4),
+        ({"gpus_per_worker": 0.25}, 64, 2, 8),
+        ({"gpus_per_worker": 0.6}, 64, 2, 2),  # a fraction is one GPU's
+        ({"num_workers": 2, "gpus_per_worker": 0.5}, 64, 3, 3),
+        ({"num_workers": 2}, 64, 5, 2),
+        ({"num_workers": 4, "gpus_per_worker": 2}, 64, 8, 1),
+        ({}, 3, 8, 3),  # CPUs may be what is short
+    ],
+)
+def test_trials_and_their_workers_fit_side_by_side(
+    scaling: dict[str, Any], cpus: int, gpus: int, expected: int
+) -> None:
+    found = slots(Scaling(**scaling), "ddp", Capacity(cpus, gpus, cpus, gpus))
+    assert found.trials == expected
+    assert found.in_process == ("num_workers" not in scaling)
+    assert slots(Scaling(**scaling), "ddp", Capacity(cpus, gpus, cpus, gpus), most=1).trials == 1
+
+
+@pytest.mark.parametrize(
+    ("scaling", "cpus", "gpus"),
+    [({"num_workers": 4}, 2, 0), ({"gpus_per_worker": 1}, 8, 0), ({"num_workers": 3}, 9, 2)],
+)
+def test_a_trial_that_never_fits_is_refused(scaling: dict[str, Any], cpus: int, gpus: int) -> None:
+    with pytest.raises(ConfigError, match="scaling: found trials of"):
+        slots(Scaling(**scaling), "ddp", Capacity(cpus, gpus, cpus, gpus))
+
+
+TERMS = Terms("ndcg@10", higher_is_better=True, total_steps=27, grace_steps=3)
+Score = Callable[[dict[str, Any], int], float]
+
+
+def by_rate(values: dict[str, Any], step: int) -> float:
+    """Best at a rate of 1e-2, whatever the decay; better with every step."""
+    return -abs(math.log10(values[RATE]) + 2) - 1 / step
+
+
+def run_trials(sweep: Sweep, count: int, score: Score = by_rate) -> list[tuple[int, dict[str, Any], list[int]]]:
+    """Up to `count` trials, one after the other: number, values, and the steps that it got to report."""
+    ran = []
+    while len(ran) < count and (candidate := sweep.next()) is not None:
+        steps = list(range(3, 28, 3))
+        reported = []
+        for step in steps:
+            reported.append(step)
+            if sweep.report(candidate.number, step, score(candidate.values, step), last=step == steps[-1]):
+                break
+        sweep.finish(candidate.number, reported[-1], 27)
+        ran.append((candidate.number, candidate.values, reported))
+    return ran
+
+
+def shown(rows: list[Row]) -> list[Any]:
+    return [(row.number, row.state, row.values, row.curve, row.steps, row.whole_steps, row.reason) for row in rows]
+
+
+class TestSweep:
+    def test_asha_goes_on_with_the_best_third_of_those_that_came_so_far(self, tmp_path: Path) -> None:
+        config = config_of(tmp_path, {"space": TRIAL, "searcher": "random", "trials": 40})
+        with Sweep.open(config, TERMS) as sweep:
+            ran = run_trials(sweep, 40)
+        rungs: dict[int, list[float]] = {3: [], 9: []}  # 27 is the end
+        for _, values, reported in ran:
+            last = 27
+            for rung, seen in rungs.items():
+                value = by_rate(values, rung)
+                seen.append(value)
+                if sum(other > value for other in seen) >= max(1, len(seen) // 3):
+                    last = rung
+                    break
+            assert reported[-1] == last
+        spent = sum(reported[-1] for _, _, reported in ran)
+        assert 40 * 3 < spent < 0.5 * 40 * 27
+
+    def test_median_stops_what_is_below_the_others(self, tmp_path: Path) -> None:
+        tune = {"space": TRIAL, "searcher": "random", "scheduler": "median", "trials": 20}
+        with Sweep.open(config_of(tmp_path, tune), TERMS) as sweep:
+            ran = run_trials(sweep, 20, lambda values, step: by_rate(values, 1))
+        done: list[float] = []
+        for _, values, reported in ran:
+            value = by_rate(values, 1)
+            below = len(done) >= 4 and value < statistics.median(done)
+            assert reported[-1] == (3 if below else 27)
+            done += [] if below else [value]
+        assert 4 < len(done) < 20
+
+    @pytest.mark.parametrize("searcher", ["random", "optuna"])
+    @pytest.mark.parametrize("scheduler", ["asha", "none"])
+    def test_killed_anywhere_it_tries_and_stops_what_it_would_have(
+        self, searcher: str, scheduler: str, tmp_path: Path
+    ) -> None:
+        tune = {"space": TRIAL, "searcher": searcher, "scheduler": scheduler, "trials": 14}
+        with Sweep.open(config_of(tmp_path, tune), TERMS) as sweep:
+            run_trials(sweep, 14)
+            expected = shown(sweep.rows)
+        chance, folder = random.Random(searcher + scheduler), tmp_path / "killed"
+        folder.mkdir()
+        config, starts = config_of(folder, tune), 0
+        journal = folder / "runs" / "s" / "tune" / "journal.jsonl"
+        while True:
+            starts += 1
+            with Sweep.open(config, TERMS) as sweep:
+                run_trials(sweep, chance.randrange(3))
+                if sweep.done == 14:
+                    break
+                candidate = sweep.next()
+                assert candidate
+                for step in range(3, chance.choice([3, 6, 12]), 3):  # is under way when the driver is killed
+                    if sweep.report(candidate.number, step, by_rate(candidate.values, step)):
+                        sweep.finish(candidate.number, step, 27)
+                        break
+            with journal.open("a") as file:
+                file.write('{"op_code": 5, "torn')
+        assert starts > 3
+        assert shown(sweep.rows) == expected
+
+    def test_what_was_under_way_comes_first_under_its_number(self, tmp_path: Path) -> None:
+        config = config_of(tmp_path, {"space": TRIAL, "trials": 9})
+        with Sweep.open(config, TERMS) as sweep:
+            begun = [sweep.next() for _ in range(3)]
+            sweep.report(1, 3, 0.5)
+            sweep.finish(1, 3, 27)
+        with Sweep.open(config, TERMS) as sweep:
+            again = [sweep.next() for _ in range(3)]
+            assert sweep.rows[1].curve == {3: 0.5}
+        assert [(c.number, c.taken_up) for c in again if c] == [(0, True), (2, True), (3, False)]
+        assert [c.values for c in again[:2] if c] == [c.values for c in (begun[0], begun[2]) if c]
+
+    def test_the_searcher_learns_and_keeps_it_over_a_restart(self, tmp_path: Path) -> None:
+        config = config_of(tmp_path, {"space": TRIAL, "scheduler": "none", "trials": 60})
+        with Sweep.open(config, TERMS) as sweep:
+            run_trials(sweep, 40)
+        with Sweep.open(config, TERMS) as sweep:
+            learnt = [math.log10(values[RATE]) for _, values, _ in run_trials(sweep, 20)]
+            assert next(iter(sweep.importance())) == RATE
+            assert sweep.importance()[RATE] > 0.8  # the decay changes nothing
+        assert sum(abs(rate + 2) for rate in learnt) / 20 < 0.4  # by chance: 0.83
+
+    def test_the_first_trial_is_the_config_as_it_is(self, tmp_path: Path) -> None:
+        config = config_of(tmp_path, {"space": TRIAL, "trials": 3}, training={"learning_rate": 3e-3})
+        with Sweep.open(config, TERMS) as sweep:
+            run_trials(sweep, 3)
+            assert sweep.rows[0].values == {RATE: 3e-3, "training.weight_decay": 0.01}
+            assert sweep.config_row == sweep.rows[0]
+
+    def test_a_grid_is_gone_through_once_over_restarts(self, tmp_path: Path) -> None:
+        space = {RATE: {"choice": [1e-3, 1e-2, 1e-1]}, "training.seed": {"integer": [1, 3]}}
+        config = config_of(tmp_path, {"space": space, "searcher": "grid", "scheduler": "none"})
+        for _ in range(6):
+            with Sweep.open(config, TERMS) as sweep:
+                run_trials(sweep, 2)
+                rows = sweep.rows
+        points = [(row.values[RATE], row.values["training.seed"]) for row in rows]
+        assert sorted(points) == [(rate, seed) for rate in (1e-3, 1e-2, 1e-1) for seed in (1, 2, 3)]
+
+    def test_failures_are_told_apart_and_never_best(self, tmp_path: Path) -> None:
+        with Sweep.open(config_of(tmp_path, {"space": TRIAL, "trials": 4}), TERMS) as sweep:
+            for number in range(4):
+                assert sweep.next()
+                sweep.report(number, 3, [0.1, 0.9, math.nan, 0.2][number])
+            sweep.finish(1, 5, 27, failed="the loss is no finite number")
+            sweep.finish(2, 3, 27)
+            assert sweep.best is None
+            sweep.finish(0, 3, 27)
+            best = sweep.best
+            rows = sweep.rows
+        assert best is not None
+        assert best.number == 0
+        assert [(row.state, row.reason) for row in rows[1:3]] == [
+            ("failed", "the loss is no finite number"),
+            ("failed", "it gave no ndcg@10"),
+        ]
+        assert (rows[1].steps, rows[1].whole_steps) == (5, 5)
+
+    def test_another_sweep_in_the_folder_is_refused_and_more_trials_are_not(self, tmp_path: Path) -> None:
+        with Sweep.open(config_of(tmp_path, {"space": TRIAL, "trials": 2}), TERMS) as sweep:
+            run_trials(sweep, 9)
+        with Sweep.open(config_of(tmp_path, {"space": TRIAL, "trials": 4}), TERMS) as sweep:
+            assert len(run_trials(sweep, 9)) == 2
+        other = config_of(tmp_path, {"space": {RATE: TRIAL[RATE]}, "seed": 1}, training={"max_grad_norm": 2.0})
+        with pytest.raises(ConfigError) as error, Sweep.open(other, TERMS):
+            pass
+        for key in ("tune.seed (then 0, now 1)", "training.max_grad_norm", "tune.space.training.weight_decay"):
+            assert key in str(error.value)
+        assert RATE not in str(error.value)
+
+    def test_a_loss_is_best_where_it_is_low(self, tmp_path: Path) -> None:
+        config = config_of(tmp_path, {"space": TRIAL, "trials": 12, "metric": "validation_loss", "searcher": "random"})
+        terms = Terms.of(config, 27)
+        assert (terms.metric, terms.higher_is_better, terms.grace_steps) == ("loss", False, 3)
+        with Sweep.open(config, terms) as sweep:
+            run_trials(sweep, 12, lambda values, step: -by_rate(values, step))
+            rows, best = sweep.rows, sweep.best
+        assert best is not None
+        assert best.value == min(row.value or math.inf for row in rows if row.state == "done")
+        assert max(row.steps for row in rows) == 27
+
+
+def test_a_trial_is_a_run_of_its_own_with_its_values_and_the_budget(tmp_path: Path) -> None:
+    config = config_of(tmp_path, {"space": TRIAL, "max_steps": 90}, training={"max_epochs": 3})
+    trial = trial_config(config, Terms.of(config, 90), 7, {RATE: 0.02})
+    assert trial.run_dir == tmp_path / "runs" / "s" / "tune" / "trials" / "0007"
+    assert (trial.training.learning_rate, trial.training.max_steps, trial.training.max_epochs) == (0.02, 90, None)
+    assert (trial.training.validate_every_steps, trial.training.best_metric) == (10, "ndcg@10")
+    with pytest.raises(ConfigError, match="trial 7"):
+        trial_config(config, Terms.of(config, 90), 7, {"model.num_heads": 3})
+
+
+class Tuning:
+    """Runs tune on one config; returns (exit code, last line, stderr)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.config = folder / "store", folder / "c.yaml"
+        write_jsonl(folder / "pairs.jsonl", make_pairs(800))
+        base = {
+            "storage": {"root": str(self.root), "run": "small"},
+            "data": {
+                "sources": [{"name": "pages", "type": "json", "path": str(folder / "pairs.jsonl")}],
+                "validation_fraction": 0.1,
+            },
+            "tokenizer": {"vocab_size": 800, "max_length": 24},
+            "model": {"d_model": 64, "num_layers": 0},
+            "training": {"global_batch_size": 64, "max_steps": 18},
+            "logging": {"trackers": ["tensorboard"]},
+            "tune": {"metric": "loss"},  # these pairs are found without training, NDCG@10 tells nothing
+        }
+        self.config.write_text(json.dumps(base))
+
+    def __call__(self, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, Any, str]:
+        job = importlib.import_module("jobs.tune")
+        code = run_job("tune", job.__doc__, job.main, None, ["--config", str(self.config), *args])
+        out, err = capsys.readouterr()
+        assert len(out.splitlines()) == 1  # Ray Tune's own words go elsewhere
+        return code, json.loads(out), err
+
+
+@pytest.fixture(scope="module")
+def tuning(tmp_path_factory: pytest.TempPathFactory) -> Tuning:
+    return Tuning(tmp_path_factory.mktemp("tune"))
+
+
+GRID = (
+    "tune.searcher=grid",
+    "tune.scheduler=none",
+    f"tune.space={{{RATE}: {{choice: [1e-6, 2e-2, 10.0]}}, training.global_batch_size: {{choice: [64, 4096]}}}}",
+    "training.validate_every_steps=6",
+    "training.max_skipped_steps=1",
+)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+class TestRealSweep:
+    """In this order: each test goes on from the one before."""
+
+    def test_trials_run_side_by_side_and_bad_ones_are_told(
+        self, tuning: Tuning, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code, last, err = tuning(capsys, *GRID)
+        assert code == 0, err
+        assert "6 of 6 trials are left, 2 at the same time, of 1 workers" in err
+        metrics, folder = last["metrics"], tuning.root / "runs" / "small" / "tune"
+        assert metrics["trials"] == 6
+        assert metrics["failed"] >= 3  # batches of 4,096 of 720 pairs
+        assert metrics["best"]["values"] == {RATE: 2e-2, "training.global_batch_size": 64}
+        assert metrics["steps"] == metrics["whole_steps"]
+        with (folder / "trials.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [row["trial"] for row in rows] == list("012345")
+        for row in rows:
+            if row["training.global_batch_size"] == "4096":
+                assert row["state"] == "failed"
+                assert "training.global_batch_size: found 4096; allowed is at most the " in row["reason"]
+        assert len(list((tuning.root / "prepared").iterdir())) == 1
+        assert not (folder / "ray").exists()
+
+    def test_best_yaml_is_the_config_with_the_best_values(self, tuning: Tuning) -> None:
+        folder = tuning.root / "runs" / "small" / "tune"
+        best = load(folder / "best.yaml", environ={})
+        expected = yaml.safe_load((folder / "best.yaml").read_text())
+        config = load(tuning.config, GRID, environ={}).dump()
+        config["training"] |= {"learning_rate": 2e-2, "global_batch_size": 64}
+        config["storage"]["run"] = "small-best"
+        assert best.dump() == expected == config
+
+    def test_the_best_model_alone_is_kept(self, tuning: Tuning) -> None:
+        from pipeline.training.checkpoints import read_state
+
+        trials = tuning.root / "runs" / "small" / "tune" / "trials"
+        (kept,) = trials.glob("*/*/step-*")
+        rows = [json.loads(line) for line in (trials / kept.parts[-3] / "metrics.jsonl").read_text().splitlines()]
+        scores = [row["validation_loss"] for row in rows if "validation_loss" in row]
+        assert len(scores) == 3
+        assert read_state(kept).best_metric == -min(scores)
+
+    def test_trackers_have_each_trial_and_the_sweep(self, tuning: Tuning) -> None:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        folder = tuning.root / "runs" / "small" / "tune"
+        with (folder / "trials.csv").open() as file:
+            scores = {int(row["trial"]) + 1: float(row["loss"]) for row in csv.DictReader(file) if row["loss"]}
+        events = EventAccumulator(str(folder / "tensorboard")).Reload()
+        assert {e.step: pytest.approx(e.value) for e in events.Scalars("validation/loss")} == scores
+        for number in scores:
+            trial = EventAccumulator(str(folder / "trials" / f"{number - 1:04d}" / "tensorboard")).Reload()
+            assert min(e.value for e in trial.Scalars("validation/loss")) == pytest.approx(scores[number])
+
+    def test_a_rerun_does_nothing_without_ray(
+        self, tuning: Tuning, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def no_ray() -> None:
+            raise AssertionError("Ray was asked for")
+
+        monkeypatch.setattr("pipeline.stages.ray_session", no_ray)
+        code, last, err = tuning(capsys, *GRID)
+        assert (code, last["metrics"]["trials"]) == (0, 6), err
+        assert "nothing to do, all 6 trials have ended" in err
+
+    def test_the_example_config_sweeps_and_starts_with_itself(
+        self, tuning: Tuning, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        small = [
+            f"storage.root={tuning.root}",
+            "tokenizer.vocab_size=800",
+            "tokenizer.max_length=24",
+            "model.d_model=64",
+        ]
+        small += ["training.global_batch_size=64", "data.validation_fraction=0.1", "tune.max_steps=36", "tune.trials=8"]
+        small += ["tune.metric=loss"]
+        source = {"name": "pages", "type": "json", "path": str(tuning.config.parent / "pairs.jsonl")}
+        code, last, err = tuning(
+            capsys, "--config", "configs/tune.yaml", f"data.sources=[{json.dumps(source)}]", *small
+        )
+        assert code == 0, err
+        metrics, folder = last["metrics"], tuning.root / "runs" / "tuned" / "tune"
+        assert metrics["done"] + metrics["stopped_early"] == metrics["trials"] == 8
+        assert metrics["stopped_early"] > 0
+        assert metrics["steps"] < metrics["whole_steps"] == 8 * 36
+        assert f"; {metrics['steps']} steps were taken, {100 * metrics['steps'] / 288:.0f}% of the 288 of all" in err
+        with (folder / "trials.csv").open() as file:
+            first = next(csv.DictReader(file))
+        assert float(first["training.table_learning_rate"]) == 2e-3
+        own, best = metrics["config"], metrics["best"]
+        assert (own["trial"], own["state"]) == (0, first["state"])
+        assert float(first["loss"]) == pytest.approx(own["value"])
+        assert best["value"] <= own["value"] or own["state"] == "stopped early"
+        for name in ("coordinates", "importance", "curves"):
+            assert Path(last["paths"][name]).read_bytes().startswith(b"\x89PNG")
+
+    def test_all_trials_failing_is_a_failed_job(self, tuning: Tuning, capsys: pytest.CaptureFixture[str]) -> None:
+        space = "tune.space={training.global_batch_size: {choice: [4096, 8192]}}"
+        code, last, err = tuning(capsys, space, "tune.trials=2", "storage.run=bad", "training.global_batch_size=4096")
+        assert code == 2  # the config itself cannot be trained
+        assert "found 4096" in err
+        code, last, err = tuning(capsys, space, "tune.trials=2", "storage.run=bad")
+        assert (code, last["status"]) == (1, "failed")
+        assert "all 2 trials failed" in err
+        assert "allowed is at most the " in err
+
+    @pytest.mark.slow
+    def test_a_sweep_in_a_bucket_leaves_all_there(self, tuning: Tuning, capsys: pytest.CaptureFixture[str]) -> None:
+        with s3("sweeps") as served:
+            space = f"tune.space={{{RATE}: {{choice: [2e-2, 1e-3]}}}}"
+            args = [space, "tune.searcher=grid", "training.max_steps=6", f"storage.root={served.uri('store')}"]
+            code, last, err = tuning(capsys, *args)
+            assert (code, last["metrics"]["trials"]) == (0, 2), err
+            keys = {key.removeprefix("store/runs/small/tune/") for key in served.keys("store/runs/small/tune/")}
+            assert {"best.yaml", "trials.csv", "curves.png", "journal.jsonl", "metrics.jsonl"} <= keys
+            assert len({key for key in keys if re.search(r"^trials/.*/step-.*/state.json", key)}) == 1
+            assert not [key for key in keys if key.startswith("ray/")]
+            code, _, err = tuning(capsys, *args)
+            assert code == 0
+            assert "nothing to do, all 2 trials have ended" in err
