@@ -54,7 +54,6 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/tokenizing.py --data $(DATA)
 	$(BIN)/python benchmarks/memory.py --data $(DATA)
 	$(BIN)/python benchmarks/feed.py --data $(DATA)
-	$(BIN)/python benchmarks/mining.py --data $(DATA)
 	$(BIN)/python benchmarks/encoding.py --data $(DATA)
 	$(BIN)/python benchmarks/embedding_memory.py --data $(DATA)
 	$(BIN)/python benchmarks/safety.py --data $(DATA)/linux-doc
