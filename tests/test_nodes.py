@@ -131,7 +131,7 @@ def test_nodes_are_lost_and_nothing_else_is(tmp_path: Path, monkeypatch: pytest.
             return JobProcess(name, configs[1], *settings, *PLACED, *args, environment=environment)
 
         job = start("prepare")
-        wait_until(lambda: list(lost.glob("store/stages/records-*/scratch/read/*.json")), job)
+        wait_until(lambda: list(lost.glob("store/stages/records-*/scratch/judged/*.json")), job)
         nodes.kill(readers.pop())
         readers.append(nodes.add(CPU))
         finished(job)
@@ -152,6 +152,11 @@ def test_nodes_are_lost_and_nothing_else_is(tmp_path: Path, monkeypatch: pytest.
         assert set(nodes.places("MapBatches(read)")) == {"cpu"}
 
         trainers.append(nodes.add(GPU))
+        job = start("tune", "storage.run=s", "tune={trials: 2, max_steps: 50, scheduler: none}")
+        swept = finished(job)["metrics"]
+        assert "tune: 2 of 2 trials are left, 2 at the same time" in job.log.read_text()
+        assert (swept["done"], set(nodes.places("ImplicitFunc"))) == (2, {"gpu"})
+
         job = start("embed")
         wait_until(lambda: rows_there(lost), job)
         wait_until(lambda: nodes.at_work(trainers[-1], "EncodeRows"), job)
