@@ -46,6 +46,7 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `-n`, one worker takes all files of the shared Ray session, first, and the others a file each."""
     shared = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
