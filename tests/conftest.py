@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,13 +47,30 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def _shares_ray(path: Path) -> bool:
+    return "ray_cluster" in path.read_text()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n`, one worker takes all files of the shared Ray session, first, and the others a file each."""
-    shared = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
-    items.sort(key=lambda item: item.path not in shared)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in shared else item.path.name))
+    shares = {path: _shares_ray(path) for path in {item.path for item in items}}
+    items.sort(key=lambda item: not shares[item.path])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`, one process takes all files of the shared Ray session, and the others a file each; slow tests, which
+    share nothing, are given out one by one.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            if config.option.markexpr == "slow":
+                return nodeid
+            return "ray" if _shares_ray(config.rootpath / file) else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
