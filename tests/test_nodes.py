@@ -152,7 +152,7 @@ def test_nodes_are_lost_and_nothing_else_is(tmp_path: Path, monkeypatch: pytest.
         assert set(nodes.places("MapBatches(read)")) == {"cpu"}
 
         trainers.append(nodes.add(GPU))
-        job = start("tune", "storage.run=s", "tune={trials: 2, max_steps: 50, scheduler: none}")
+        job = start("tune", "storage.run=s", "tune.trials=2", "tune.max_steps=50", "tune.scheduler=none")
         swept = finished(job)["metrics"]
         assert "tune: 2 of 2 trials are left, 2 at the same time" in job.log.read_text()
         assert (swept["done"], set(nodes.places("ImplicitFunc"))) == (2, {"gpu"})
