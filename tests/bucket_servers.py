@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ CREDENTIALS = {
 
 
 @dataclass(frozen=True)
-class Served:
+class Served(ABC):
     """A bucket, and a way into it past the code that is tested."""
 
     bucket: str
@@ -31,17 +32,17 @@ class Served:
     def uri(self, prefix: str) -> str:
         return f"{self.scheme}://{self.bucket}/{prefix}{self.options}"
 
-    def keys(self, prefix: str = "") -> list[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def keys(self, prefix: str = "") -> list[str]: ...
 
-    def read(self, key: str) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def read(self, key: str) -> bytes: ...
 
-    def write(self, key: str, data: bytes) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def write(self, key: str, data: bytes) -> None: ...
 
-    def delete(self, key: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def delete(self, key: str) -> None: ...
 
 
 class S3(Served):

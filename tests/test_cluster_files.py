@@ -97,13 +97,25 @@ def test_the_linter_has_nothing_to_say_of_the_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("index", range(len(kubernetes_objects())), ids=lambda i: kubernetes_objects()[i]["kind"])
-def test_kubernetes_takes_the_manifests(index: int) -> None:
+def test_kubernetes_takes_the_manifests_and_none_with_a_misspelt_key(index: int) -> None:
     found = kubernetes_objects()[index]
-    own = OWN_KINDS.get(found["kind"])
-    if own is None:
-        kubernetes_validate.validate(found, KUBERNETES, strict=True)
-    else:
-        jsonschema.Draft202012Validator(own).validate(found["spec"])
+    assert fault(found) is None
+    for part in ("metadata", "spec") if found["kind"] not in OWN_KINDS else ("spec",):
+        if part in found:
+            assert "replica" in str(fault(found | {part: {**found[part], "replica": 1}}))
+
+
+def fault(manifest: dict[str, Any]) -> Exception | None:
+    """What its schema has against it."""
+    own = OWN_KINDS.get(manifest["kind"])
+    try:
+        if own is None:
+            kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+        else:
+            jsonschema.Draft202012Validator(own).validate(manifest["spec"])
+    except (kubernetes_validate.ValidationError, jsonschema.ValidationError) as error:
+        return error
+    return None
 
 
 @pytest.mark.parametrize("name", pod_templates())

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import Config, ConfigError, changed, load
+from pipeline.config import Config, ConfigError, load
 from pipeline.config.training import Scaling
 from pipeline.runtime.cluster import Capacity
 from pipeline.runtime.job import run_job
@@ -103,7 +103,7 @@ class TestSpace:
         assert space.point(config) is not None
         for key, dimension in space.dimensions.items():
             for value in dimension.candidates:
-                assert changed(config, {key: value}, "here").get(key) == value
+                assert config.changed({key: value}, "here").get(key) == value
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,13 @@
 
 from pipeline.config.data import Augment, Data, NearDuplicates, Quality, Safety, Sanitize, Source, Tokenizer
 from pipeline.config.embedding import Embedding
+from pipeline.config.loading import load
 from pipeline.config.mining import Mining
 from pipeline.config.model import Model
 from pipeline.config.objective import Objective, Writing
 from pipeline.config.pinecone import Pinecone
 from pipeline.config.reading import ConfigError
-from pipeline.config.tree import Config, changed, load
+from pipeline.config.tree import Config
 from pipeline.config.tune import Dimension, Tune
 
 __all__ = [
@@ -29,6 +30,5 @@ __all__ = [
     "Tokenizer",
     "Tune",
     "Writing",
-    "changed",
     "load",
 ]

@@ -185,3 +185,19 @@ def _paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def _leaves(root: type[BaseModel]) -> list[str]:
     return [path.split(".")[-1] for path in _paths(root)]
+
+
+def assign(tree: dict[str, Any], parts: list[str], value: Any, where: str) -> None:
+    """Set a dotted key; a number picks an item of a list that is there. `where` is said in the error."""
+    place: Any = tree
+    for depth, part in enumerate(parts):
+        key: str | int = part
+        if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+            key = int(part)
+        elif not isinstance(place, dict):
+            holder = ".".join(parts[:depth])
+            raise ConfigError(f"{where}: {holder} holds {kind_of(place)}; allowed is a key that is there")
+        if depth == len(parts) - 1:
+            place[key] = value
+        else:
+            place = place.setdefault(key, {}) if isinstance(place, dict) else place[key]

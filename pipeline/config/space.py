@@ -1,6 +1,6 @@
 """A sweep's space held against the config: every key must be one, and every value must make a config.
 
-    check_space(config, "configs/tune.yaml: tune.space", changed)
+    check_space(config, "configs/tune.yaml: tune.space")
     # ConfigError: configs/tune.yaml: tune.space: training.learning_rat: unknown key; did you mean learning_rate?
 
 Ends of ranges and all choices are tried, each in the config as it is; where a value is refused there, with any value of
@@ -9,16 +9,10 @@ any other key beside it, since widths and heads must fit each other. What fits i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.config.reading import ConfigError
-
-if TYPE_CHECKING:
-    from pipeline.config.tree import Config
-
-Values = dict[str, Any]
-Changed = Callable[["Config", Values, str], "Config"]
+from pipeline.config.tree import Config
 
 SECTIONS = ("model", "objective", "training")
 PREPARED = "it would change the prepared data, of which all trials share one"
@@ -37,7 +31,7 @@ FIXED = {
 """Key, or section → why no trial may have its own."""
 
 
-def check_space(config: Config, where: str, changed: Changed) -> None:
+def check_space(config: Config, where: str) -> None:
     """Raise ConfigError for the first key or value of `tune.space` that no trial could have."""
     space = config.tune.space
     for key, dimension in space.items():
@@ -46,8 +40,8 @@ def check_space(config: Config, where: str, changed: Changed) -> None:
             pairs = (
                 {key: value, other: beside} for other in space if other != key for beside in space[other].candidates
             )
-            error = _refusal(config, {key: value}, where, changed)
-            if error and not any(_refusal(config, pair, where, changed) is None for pair in pairs):
+            error = _refusal(config, {key: value}, where)
+            if error and not any(_refusal(config, pair, where) is None for pair in pairs):
                 raise error
 
 
@@ -63,9 +57,9 @@ def _check_key(key: str, where: str) -> None:
         )
 
 
-def _refusal(config: Config, values: Values, where: str, changed: Changed) -> ConfigError | None:
+def _refusal(config: Config, values: dict[str, Any], where: str) -> ConfigError | None:
     try:
-        changed(config, values, where)
+        config.changed(values, where)
     except ConfigError as error:
         return error
     return None

@@ -1,42 +1,30 @@
 """The one config tree: every key, its unit, its default and where the default comes from.
 
-Precedence: defaults < YAML file < the DeepSpeed file it names < environment (`PIPELINE_STORAGE`) < `section.key=value`
-arguments.
-
-    >>> config = load("configs/quickstart.yaml", ["training.learning_rate=3e-4"])
-    >>> config.get("training.learning_rate")
-    0.0003
-
-Whatever is wrong with it is a `ConfigError` of one sentence that names the file, the key, what was found and what is
-allowed. Nothing here imports Ray or torch, so that a wrong key costs a second and not a cluster.
+Nothing in this folder imports Ray or torch, so that a wrong key costs a second and not a cluster.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import parse_qs
 
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator
 
 from pipeline.config.data import Data, Tokenizer
-from pipeline.config.deepspeed import Row, apply_deepspeed, origin
+from pipeline.config.deepspeed import Row
 from pipeline.config.embedding import Embedding
 from pipeline.config.evaluation import Evaluation
 from pipeline.config.mining import Mining
 from pipeline.config.model import Model
 from pipeline.config.objective import Objective
 from pipeline.config.pinecone import Pinecone
-from pipeline.config.reading import ConfigError, explain, kind_of, parse_override, read_yaml
+from pipeline.config.reading import ConfigError, assign, explain
 from pipeline.config.section import PathStr, RunName, Section
-from pipeline.config.space import check_space
 from pipeline.config.training import Checkpointing, Scaling, Training
 from pipeline.config.tune import Tune
-from pipeline.storage.bucket import SCHEMES, AnyPath, as_path
+from pipeline.storage.bucket import AnyPath, as_path
 
 DEFAULT_ROOT = "~/.cache/text-embedding-pipeline"
 
@@ -146,110 +134,14 @@ class Config(Section):
         tree["training"]["deepspeed_config"] = None
         return tree
 
-
-def load(
-    path: str | os.PathLike[str],
-    overrides: Sequence[str] = (),
-    environ: dict[str, str] | None = None,
-    sources: list[dict[str, Any]] | None = None,
-) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, and validate. Raises ConfigError.
-
-    `sources` take the place of `data.sources`.
-    """
-    environ = dict(os.environ) if environ is None else environ
-    file = Path(path)
-    tree = read_yaml(file)
-    from_arguments = {}
-    for override in overrides:
-        key, value = parse_override(override)
-        _assign(tree, key.split("."), value, f"argument {override!r}")
-        from_arguments[key] = override
-    if sources is not None:
-        _assign(tree, ["data", "sources"], sources, "sources")
-    rows = apply_deepspeed(tree, list(from_arguments))
-    _apply_environment(tree, from_arguments, environ)
-    _check_vectors_uri(tree)
-    _take_pretrained_tokenizer(tree)
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        where = origin(rows, file, tree["training"]["deepspeed_config"], error.errors()[0]["loc"]) if rows else file
-        raise ConfigError(explain(error, where, list(from_arguments), Config)) from None
-    config._deepspeed, config._folder = tuple(rows), file.absolute().parent
-    swept = any(key == "tune" or key.startswith("tune.space") for key in from_arguments)
-    check_space(config, "argument tune.space" if swept else f"{file}: tune.space", changed)
-    return config
-
-
-def changed(config: Config, values: dict[str, Any], where: str) -> Config:
-    """The config with other values at dotted keys. Raises ConfigError that says `where` they come from."""
-    tree = config.dump()
-    for key, value in values.items():
-        _assign(tree, key.split("."), value, where)
-    try:
-        found = Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(explain(error, where, [], Config)) from None
-    found._deepspeed, found._folder = config._deepspeed, config._folder
-    return found
-
-
-def _assign(tree: dict[str, Any], parts: list[str], value: Any, where: str) -> None:
-    """Set a dotted key; a number picks an item of a list that is there. `where` is said in the error."""
-    place: Any = tree
-    for depth, part in enumerate(parts):
-        key: str | int = part
-        if isinstance(place, list) and part.isdigit() and int(part) < len(place):
-            key = int(part)
-        elif not isinstance(place, dict):
-            holder = ".".join(parts[:depth])
-            raise ConfigError(f"{where}: {holder} holds {kind_of(place)}; allowed is a key that is there")
-        if depth == len(parts) - 1:
-            place[key] = value
-        else:
-            place = place.setdefault(key, {}) if isinstance(place, dict) else place[key]
-
-
-def _apply_environment(tree: dict[str, Any], from_arguments: dict[str, str], environ: dict[str, str]) -> None:
-    """PIPELINE_STORAGE beats the file and yields to an argument; without either, a folder under ~/.cache."""
-    if "storage" in tree and not isinstance(tree["storage"], dict):
-        return  # validation names it
-    storage = tree.setdefault("storage", {})
-    if "storage.root" not in from_arguments and environ.get("PIPELINE_STORAGE"):
-        storage["root"] = environ["PIPELINE_STORAGE"]
-    storage.setdefault("root", DEFAULT_ROOT)
-    if isinstance(storage["root"], str) and "://" in storage["root"]:
-        storage["root"] = _bucket("storage.root", storage["root"])
-    elif isinstance(storage["root"], str) and storage["root"]:
-        storage["root"] = os.path.abspath(os.path.expandvars(os.path.expanduser(storage["root"])))
-
-
-def _check_vectors_uri(tree: dict[str, Any]) -> None:
-    embedding = tree.get("embedding")
-    uri = embedding.get("uri") if isinstance(embedding, dict) else None
-    if isinstance(embedding, dict) and isinstance(uri, str) and "://" in uri:
-        embedding["uri"] = _bucket("embedding.uri", uri)
-
-
-def _bucket(key: str, uri: str) -> str:
-    """A bucket's URI as it is shown and sent about: it must hold no secret, so what may be one is not repeated."""
-    scheme, _, rest = uri.partition("://")
-    location, _, query = rest.partition("?")
-    secret = next((name for name in parse_qs(query) if re.search(r"key|secret|token|password", name)), None)
-    if "@" in rest or secret:
-        raise ConfigError(
-            f"{key}: found credentials in a URI of {scheme}://; allowed are those of the environment alone"
-        )
-    if scheme not in SCHEMES or not location.strip("/") or location.startswith("/"):
-        raise ConfigError(
-            f"{key}: found {scheme}://{location}; allowed is a folder on disk, s3://bucket/prefix or gs://bucket/prefix"
-        )
-    return str(as_path(uri))
-
-
-def _take_pretrained_tokenizer(tree: dict[str, Any]) -> None:
-    """A pretrained model reads with its own tokenizer, unless told otherwise."""
-    model, tokenizer = tree.get("model"), tree.setdefault("tokenizer", {})
-    if isinstance(model, dict) and isinstance(tokenizer, dict) and model.get("pretrained"):
-        tokenizer.setdefault("load_path", model["pretrained"])
+    def changed(self, values: dict[str, Any], where: str) -> Config:
+        """A config with other values at dotted keys. Raises ConfigError that says `where` they come from."""
+        tree = self.dump()
+        for key, value in values.items():
+            assign(tree, key.split("."), value, where)
+        try:
+            found = Config.model_validate(tree)
+        except ValidationError as error:
+            raise ConfigError(explain(error, where, [], Config)) from None
+        found._deepspeed, found._folder = self._deepspeed, self._folder
+        return found

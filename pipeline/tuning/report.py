@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import Config, changed
+from pipeline.config import Config
 from pipeline.runtime.console import log, table
 from pipeline.runtime.files import remove_folder, write_atomically
 from pipeline.runtime.job import JobError, Result
@@ -56,7 +56,7 @@ def trial_folder(config: Config, number: int) -> AnyPath:
 
 def best_config(config: Config, values: dict[str, Any]) -> Config:
     """The config with a trial's values, and a run of its own."""
-    return changed(config, {**values, "storage.run": f"{config.storage.run}-best"}, "best.yaml")
+    return config.changed({**values, "storage.run": f"{config.storage.run}-best"}, "best.yaml")
 
 
 def report(config: Config, sweep: Sweep, *, track: bool) -> Result:
@@ -162,7 +162,7 @@ def _track(config: Config, sweep: Sweep) -> None:
     """A row a trial: its metric, the best so far, its steps and its numbers. Trials have trackers of their own too."""
     run = f"{config.storage.run}/tune"
     best, sign = None, sweep.terms.sign
-    with Trackers.open(changed(config, {"storage.run": run}, "the sweep"), 0) as trackers:
+    with Trackers.open(config.changed({"storage.run": run}, "the sweep"), 0) as trackers:
         for row in sweep.rows:
             if row.value is not None:
                 best = row.value if best is None else sign * max(sign * best, sign * row.value)

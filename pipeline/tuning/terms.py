@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import Config, ConfigError, changed
+from pipeline.config import Config, ConfigError
 from pipeline.training.run_folder import fixed_keys
 from pipeline.training.stopping import lower_is_better
 from pipeline.tuning.space import Space
@@ -81,4 +81,4 @@ def trial_config(config: Config, terms: Terms, number: int, values: dict[str, An
         "checkpointing.max_checkpoints": 1,
         "scaling.num_workers": 1 if workers == "auto" else workers,
     }
-    return changed(config, values | own, f"trial {number}")
+    return config.changed(values | own, f"trial {number}")

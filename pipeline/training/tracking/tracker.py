@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 Metrics = dict[str, float]
@@ -10,7 +11,7 @@ Metrics = dict[str, float]
 VALIDATION = "validation_"
 
 
-class Tracker:
+class Tracker(ABC):
     """Takes metrics in order of step, until it is closed; after a restart of workers, steps come that came before.
 
     Any method may raise: `Trackers` then leaves the tracker out and goes on.
@@ -18,13 +19,13 @@ class Tracker:
 
     name = "tracker"
 
-    def log(self, metrics: Metrics) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def log(self, metrics: Metrics) -> None: ...
 
-    def alert(self, row: dict[str, Any]) -> None:
+    def alert(self, row: dict[str, Any]) -> None:  # noqa: B027
         """Take an alert: `step`, `title`, `text`. Most trackers have no place for one."""
 
-    def close(self, failed: bool) -> None:
+    def close(self, failed: bool) -> None:  # noqa: B027
         """Write what is still held back. `failed`: the run ends with an error."""
 
 
