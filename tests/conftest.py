@@ -1,4 +1,4 @@
-"""One Ray session for all quick tests, and small data made here."""
+"""One Ray session for all quick tests of a process, and small data made here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -47,30 +46,10 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
-def _shares_ray(path: Path) -> bool:
-    return "ray_cluster" in path.read_text()
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    shares = {path: _shares_ray(path) for path in {item.path for item in items}}
-    items.sort(key=lambda item: not shares[item.path])
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n`, one process takes all files of the shared Ray session, and the others a file each; slow tests, which
-    share nothing, are given out one by one.
-    """
-    from xdist.scheduler import LoadFileScheduling
-
-    class Scheduling(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            if config.option.markexpr == "slow":
-                return nodeid
-            return "ray" if _shares_ray(config.rootpath / file) else file
-
-    return Scheduling(config, log)
+    """Files that need Ray first: they take longest, and processes that share the tests get a file at a time."""
+    with_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path not in with_ray)
 
 
 @pytest.fixture(scope="session")
