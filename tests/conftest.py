@@ -60,6 +60,6 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     from pipeline.runtime.session import _quiet_ray_data
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    _quiet_ray_data(None)
+    _quiet_ray_data()
     yield
     ray.shutdown()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import stat
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -33,6 +34,21 @@ def test_a_session_of_this_machine_listens_on_loopback_alone() -> None:
     sockets, places = outside(processes)
     assert sockets > 2
     assert places == set()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_rendezvous_of_training_workers_listens_on_loopback_alone() -> None:
+    import ray
+
+    def serve() -> tuple[int, int, set[str]]:
+        from pipeline.training.process_group import _serve
+
+        before, _ = outside([psutil.Process()])
+        _serve(timedelta(seconds=60))
+        return before, *outside([psutil.Process()])
+
+    before, after, places = ray.get(ray.remote(serve).remote())
+    assert (after, places) == (before + 1, set())
 
 
 def test_a_token_is_made_once_for_this_user_s_eyes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

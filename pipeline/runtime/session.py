@@ -192,19 +192,19 @@ def ray_session() -> Iterator[Board]:
 
     address = os.environ.get("RAY_ADDRESS")
     file = next((handler for handler in log.handlers if isinstance(handler, LogFile)), None)
-    _route_output(file)
     if ray.is_initialized():  # the tests share one session
-        yield Board()
+        with _ray_logs_to(file):
+            yield Board()
         return
     log.info("ray: %s", f"connects to {address}" if address else "starts on this machine")
     if not address:
         keep_token_private()
     local = {} if address else {"address": "local", "include_dashboard": False, "num_cpus": max(2, os.cpu_count() or 2)}
-    with _native_stderr_to(file):
+    with _ray_logs_to(file), _native_stderr_to(file):
         try:
             _init(address, **local, logging_level=logging.INFO)
             signals.install()  # Ray has put its own SIGTERM handler there
-            _quiet_ray_data(file)
+            _quiet_ray_data()
             yield Board()
         finally:
             ray.shutdown()
@@ -243,13 +243,14 @@ def _native_stderr_to(file: LogFile | None) -> Iterator[None]:
             os.dup2(console_fd, 2)
 
 
-def _route_output(file: LogFile | None) -> None:
+@contextmanager
+def _ray_logs_to(file: LogFile | None) -> Iterator[None]:
     """Ray's driver log and its workers' output into the log file. Both are hooks that Ray offers no setting for."""
     import ray._private.worker as worker
 
+    loggers = [logging.getLogger(name) for name in ("ray", "pipeline.ray")]
     handlers: list[logging.Handler] = [file] if file else [logging.NullHandler()]
-    for name in ("ray", "pipeline.ray"):
-        logger = logging.getLogger(name)
+    for logger in loggers:
         logger.handlers[:], logger.propagate = handlers, False
     if not hasattr(worker, "_pipeline_original_print"):
         worker._pipeline_original_print = worker.print_worker_logs  # type: ignore[attr-defined]
@@ -258,6 +259,11 @@ def _route_output(file: LogFile | None) -> None:
             worker._pipeline_original_print(data, _LogWriter(), *args, **kwargs)  # type: ignore[attr-defined]
 
         worker.print_worker_logs = to_log
+    try:
+        yield
+    finally:  # the file is closed soon
+        for logger in loggers:
+            logger.handlers[:] = [logging.NullHandler()]
 
 
 class _LogWriter:
@@ -273,14 +279,13 @@ class _LogWriter:
         sys.stderr.flush()
 
 
-def _quiet_ray_data(file: LogFile | None) -> None:
+def _quiet_ray_data() -> None:
     """Importing Ray Data gives its logger a console handler and its datasets progress bars."""
     import ray.data
 
     logger = logging.getLogger("ray.data")
-    logger.handlers[:] = [h for h in logger.handlers if type(h).__name__ != "PlainRayHandler"] + (
-        [file] if file else []
-    )
+    logger.handlers[:] = [h for h in logger.handlers if type(h).__name__ != "PlainRayHandler"]
+    logger.propagate = True  # to the rest of Ray's log
     logger.setLevel(logging.INFO)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

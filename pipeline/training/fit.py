@@ -112,7 +112,9 @@ def _held(config: Config, board: Board) -> AbstractContextManager[None]:
 
 def _trainer(config: Config, workers: Workers, sent: Sent) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from pipeline.training.process_group import ProcessGroupConfig
 
     class Trainer(TorchTrainer):
         def _register_sigint_handler(self, controller: object) -> None:
@@ -128,7 +130,7 @@ def _trainer(config: Config, workers: Workers, sent: Sent) -> Any:
     return Trainer(
         train_worker,
         train_loop_config={"sent": sent},
-        torch_config=TorchConfig(timeout_s=max(1, round(scaling.collective_timeout_s))),
+        torch_config=ProcessGroupConfig(timeout_s=max(1, round(scaling.collective_timeout_s))),
         scaling_config=ScalingConfig(
             num_workers=workers.most if workers.fewest == workers.most else (workers.fewest, workers.most),
             use_gpu=workers.gpus > 0,
