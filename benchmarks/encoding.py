@@ -30,7 +30,7 @@ import torch
 from benchmarks.corpora import machine
 from benchmarks.fine_tuning import minilm
 from pipeline.config import Embedding
-from pipeline.embedding.backends import make_graph
+from pipeline.embedding.backends import CPU_BATCH_TOKENS, make_graph
 from pipeline.embedding.encode import EncoderRecipe, TextEncoder
 from pipeline.embedding.sync import ROWS
 from pipeline.evaluation.beir import read_beir
@@ -117,7 +117,7 @@ def beside_the_peer(
                 took, found[name] = seconds(sides[name], part.tolist())
                 times[name].append(took)
             least = min(least, float((found["ours"] * found["sentence-transformers"]).sum(axis=1).min()))
-    names = {"ours": f"ours, {threads} encoders of 1 thread, batches of {Embedding().batch_tokens:,} tokens"}
+    names = {"ours": f"ours, {threads} encoders of 1 thread, batches of {CPU_BATCH_TOKENS:,} tokens"}
     names["sentence-transformers"] = f"sentence-transformers, {threads} threads, batches of {best}"
     lines: list[list[object]] = [
         [

@@ -5,6 +5,7 @@ result = run_workers(4, function, *arguments)     # of function(rank, world_size
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -16,12 +17,24 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 Result = dict[str, torch.Tensor]
+PRELOADED = [
+    "pytest",
+    "transformers",
+    "matplotlib.pyplot",
+    "tensorboardX",
+    "pipeline.training.assembly",
+    "pipeline.training.fsdp",
+]
+"""What takes seconds to import, once, in a process that workers are forked from, and that has started no thread."""
 
 
 def run_workers(world_size: int, function: Callable[..., Result], *arguments: Any) -> Result:
     """`function` must be of a module, so that processes can import it. What it raises is raised here."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (world_size, function, arguments, folder), nprocs=world_size)
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        mp.start_processes(  # type: ignore[no-untyped-call]
+            _worker, (world_size, function, arguments, folder), world_size, start_method="forkserver"
+        )
         return torch.load(Path(folder) / "result.pt", weights_only=True)
 
 

@@ -26,7 +26,7 @@ NUMBERS = {  # key → values out of its range
     "training.seed": [-1, 2**32],
     "training.max_time_s": [0],
     "checkpointing.every_steps": [0],
-    "embedding.batch_tokens": [15],
+    "embedding.batch_tokens": [15, "few"],
     "evaluation.held_out_queries": [-1],
     "scaling.num_workers": [0, -2],
     "scaling.cpus_per_worker": [0],

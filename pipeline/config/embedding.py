@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -24,8 +24,8 @@ class Embedding(Section):
     `<record's id>#<number>`, with `parent_id` in its metadata."""
     window_overlap: int = Field(32, ge=0)
     """Tokens that windows of a long text share."""
-    batch_tokens: int = Field(8_192, ge=16)
-    """Tokens encoded in one forward pass."""
+    batch_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
+    """Tokens encoded in one forward pass. auto: 4,096 on CPUs, 32,768 on a GPU."""
     backend: Literal["torch", "onnxruntime"] = "torch"
     """What runs the model."""
     precision: Literal["fp32", "bf16", "int8"] = "fp32"

@@ -28,12 +28,19 @@ from pipeline.runtime.files import fetched, place, scratch
 from pipeline.storage.bucket import AnyPath
 
 GRAPH = "model.onnx"
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 4_096, 32_768
+"""On a CPU the states of 8,192 tokens are so large that the C library maps memory anew for each of them: MiniLM takes
+15% longer (benchmarks/README.md). A GPU is idle between the kernels of small batches."""
 
 
 class Backend(Protocol):
     @property
     def width(self) -> int:
         """D, the numbers in a vector."""
+
+    @property
+    def best_batch_tokens(self) -> int:
+        """Tokens to give it at once where nobody says how many."""
 
     def vectors(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
         """(N, D) float32; a sequence without tokens gives the zero vector."""
@@ -56,6 +63,10 @@ class TorchBackend:
     def width(self) -> int:
         return self.model.width
 
+    @property
+    def best_batch_tokens(self) -> int:
+        return CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
+
     @torch.inference_mode()
     def vectors(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -75,6 +86,7 @@ class OnnxBackend:
         wanted = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in there]
         self.session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
         self.width = width
+        self.best_batch_tokens = GPU_BATCH_TOKENS if len(wanted) > 1 else CPU_BATCH_TOKENS
 
     def vectors(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
         lengths = np.array([len(sequence) for sequence in sequences])

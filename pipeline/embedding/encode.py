@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -97,7 +98,7 @@ class TextEncoder:
     def __init__(
         self,
         place: AnyPath,
-        batch_tokens: int = 8192,
+        batch_tokens: int | Literal["auto"] = "auto",
         device: str | None = None,
         dimensions: int | None = None,
         backend: Backend | None = None,
@@ -107,7 +108,8 @@ class TextEncoder:
         folder = fetched(place)
         self.card, self.tokenizer = read_card(folder), load_tokenizer(folder)
         self.backend = backend or TorchBackend(load_model(folder)[0], device)
-        self.batch_tokens, self.precision = batch_tokens, precision
+        self.batch_tokens = self.backend.best_batch_tokens if batch_tokens == "auto" else batch_tokens
+        self.precision = precision
         self.width = dimensions or self.backend.width
         if window_overlap is not None:
             let_windows_overlap(self.tokenizer, window_overlap)

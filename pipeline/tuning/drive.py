@@ -84,9 +84,8 @@ def drive(sweep: Sweep, errand: Errand, done: Done) -> None:
     remove_folder(folder)
     suggestions = _Suggestions(sweep, done)
     reserved = {"CPU": slots.cpus, "GPU": slots.gpus} if slots.in_process else {"memory": 1}  # Tune takes no nothing
-    trainable = tune.with_resources(
-        tune.with_parameters(run_trial, errand=errand), tune.PlacementGroupFactory([reserved])
-    )
+    room = tune.PlacementGroupFactory([reserved], bundle_label_selector=[config.scaling.labels.train])
+    trainable = tune.with_resources(tune.with_parameters(run_trial, errand=errand), room)
     tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
