@@ -16,6 +16,7 @@ from tests.bucket_servers import CREDENTIALS
 os.environ.pop("RAY_ADDRESS", None)
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers' threads that wait for each other keep both cores busy
+os.environ.setdefault("RAY_worker_niceness", "0")  # not 15, at which other tests leave Ray's workers next to nothing
 os.environ |= CREDENTIALS  # in Ray's workers too, which are older than the servers of tests
 set_environment()  # before anything imports Ray
 

@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pipeline.config import ConfigError, load
 from pipeline.config.pinecone import Pinecone
 from pipeline.embedding.columns import as_column
 from pipeline.embedding.store import named_store
-from pipeline.embedding.stores import pinecone_records
+from pipeline.embedding.stores import pinecone_records, pinecone_service
 from pipeline.embedding.stores.budget import Allowance, Budget
 from pipeline.embedding.stores.pinecone_store import PineconeStore
 from pipeline.embedding.stores.store import SCHEMA, StoreError
@@ -156,6 +157,22 @@ class TestFaults:
             assert server.faulted == ["429-after"]
             assert len(others) == 2
             assert min(others) - first >= 0.4  # by the server's clock
+
+    @pytest.mark.parametrize(
+        ("header", "asked"),
+        [
+            (None, None),
+            ("7", 7),
+            ("Mon, 12 Jan 1970 13:47:10 GMT", 30),
+            ("Mon, 12 Jan 1970 13:46:00 GMT", 0),
+            ("soon", None),
+        ],
+    )
+    def test_retry_after_is_seconds_or_a_date(
+        self, header: str | None, asked: float | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(time, "time", lambda: 1_000_000)  # 13:46:40 of that day
+        assert pinecone_service._seconds(header) == asked
 
     def test_counts_that_lag(self, server: Service) -> None:
         store = store_at(server)

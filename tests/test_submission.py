@@ -196,6 +196,10 @@ def test_submitted_stopped_and_submitted_again_and_no_secret_is_left(tmp_path: P
         rows = json.loads(said[said.index('{"job": "run"') :].splitlines()[0])["metrics"]["embed"]["rows"]
         assert sum(map(len, spaces.values())) == rows > 3000
 
+        swept = submit("third", "tune", "storage.run=s", "tune.trials=2", "tune.max_steps=20")
+        assert "succeeded" in swept
+        assert list((tmp_path / "store/runs/s").rglob("best.yaml"))
+
         shown = head.ray("job", "list")
         assert "SUCCEEDED" in shown
         for path in (

@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 from pinecone import Pinecone as Client
@@ -187,7 +188,14 @@ class PineconeService:
 
 
 def _seconds(value: str | None) -> float | None:
+    """What Retry-After asks for: seconds, or a date (RFC 9110, section 10.2.3)."""
+    if value is None:
+        return None
     try:
-        return max(float(value), 0.0) if value is not None else None
+        return max(float(value), 0.0)
     except ValueError:
-        return None  # a date; the usual wait will do
+        pass
+    try:
+        return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    except ValueError:
+        return None
