@@ -31,7 +31,8 @@ from benchmarks.corpora import machine
 from benchmarks.fine_tuning import minilm
 from pipeline.config import Embedding
 from pipeline.embedding.backends import CPU_BATCH_TOKENS, make_graph
-from pipeline.embedding.encode import EncoderRecipe, TextEncoder
+from pipeline.embedding.encode import TextEncoder, open_encoder
+from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.sync import ROWS
 from pipeline.evaluation.beir import read_beir
 from pipeline.evaluation.metrics import nearest, retrieval_metrics
@@ -142,7 +143,7 @@ def backends(folder: Path, beir: Path, threads: int) -> list[list[object]]:
             recipe = EncoderRecipe(folder, settings, Path(graphs))
             if settings.backend == "onnxruntime":
                 make_graph(folder, settings, recipe.graphs)
-            encoder = recipe.open(threads, "cpu")
+            encoder = open_encoder(recipe, threads, "cpu")
             encode = in_blocks(encoder)
             encode(list(texts.values())[:500])  # warms it
             took, documents = seconds(encode, list(texts.values()))

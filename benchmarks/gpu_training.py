@@ -23,7 +23,8 @@ import torch
 from pipeline.config import Objective
 from pipeline.config.model import NORM_EPS, SIZES
 from pipeline.config.training import Training
-from pipeline.model.embedding_model import EmbeddingModel, Head
+from pipeline.model.card import Head
+from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.objectives.learner import Learner, Part
 from pipeline.training.optimizer import build_optimizer

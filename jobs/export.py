@@ -38,7 +38,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     from pipeline.export.card import Extras, model_card, read_origin
     from pipeline.export.destination import refuse_foreign, replacing_folder, write_marker
     from pipeline.export.onnx import check_packages
-    from pipeline.model.folder import model_fingerprint, read_card
+    from pipeline.model.reading import model_fingerprint, read_card
     from pipeline.runtime.files import fetched
     from pipeline.stages import model_folder
 
@@ -67,7 +67,7 @@ def write_model(config: Config, args: argparse.Namespace, model: Path, folder: P
     """The model, and what else was asked for. Returns how near each came to the model, and the rows written."""
     from pipeline.export.folder import export_model, quiet_transformers
     from pipeline.export.onnx import export_onnx
-    from pipeline.model.folder import read_card
+    from pipeline.model.reading import read_card
 
     quiet_transformers()
     card = read_card(model)
@@ -85,7 +85,7 @@ def write_embeddings(config: Config, dtype: Any, model: Path, folder: Path) -> i
     """The vectors of the run's table, which must hold all of its data. Returns their number."""
     from pipeline.embedding.store import is_complete, open_store, recipe_of
     from pipeline.export.embedding_matrix import save_embeddings_for_model
-    from pipeline.model.folder import model_fingerprint
+    from pipeline.model.reading import model_fingerprint
 
     store = open_store(config, recipe_of(config, model))
     if not is_complete(config, store):

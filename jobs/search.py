@@ -47,6 +47,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
 
     where = parse(args.where)
     from pipeline.data.judging import normaliser
+    from pipeline.embedding.encode import open_encoder
     from pipeline.embedding.store import open_store, published_model, recipe_of
     from pipeline.embedding.stores.store import HybridStore
     from pipeline.stages import model_folder
@@ -58,7 +59,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     if not store.exists():
         raise JobError(f"no index yet for the model in {recipe.folder}; python jobs/embed.py makes one")
     text = normaliser(config.data)(query)
-    vector = recipe.open(device="cpu").encode([text], "query")[0]
+    vector = open_encoder(recipe, device="cpu").encode([text], "query")[0]
     find = partial(store.hybrid, text) if isinstance(store, HybridStore) and args.hybrid else store.query
     found = find(vector, args.limit, where)
     results = [

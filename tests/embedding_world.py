@@ -15,11 +15,13 @@ import torch
 from pipeline.config import Config, load
 from pipeline.data.manifest import RECORD_SCHEMA, Manifest, SourceCount
 from pipeline.data.vocabulary import train_tokenizer
-from pipeline.embedding.encode import EncoderRecipe, TextEncoder
+from pipeline.embedding.encode import TextEncoder, open_encoder
+from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.store import open_store, open_sync, recipe_of
 from pipeline.embedding.stores.store import Store
 from pipeline.embedding.sync import Span, Sync, spans
-from pipeline.model.embedding_model import EmbeddingModel, Head
+from pipeline.model.card import Head
+from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import save_model
 from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.text.identity import content_id, shard_of
@@ -102,7 +104,7 @@ class World:
         return open_sync(self.config, self.manifest, self.recipe, self.store)
 
     def encoder(self) -> TextEncoder:
-        return self.recipe.open(1, "cpu")
+        return open_encoder(self.recipe, 1, "cpu")
 
     def expected(self) -> dict[str, tuple[str, str, dict[str, Any]]]:
         """id → source_id, text and metadata of all that a store in step holds."""

@@ -29,6 +29,13 @@ def test_help_has_examples_and_imports_neither_ray_nor_torch(job: str) -> None:
     assert imported.isdisjoint({"ray", "torch", "pyarrow", "lancedb"})
 
 
+def test_what_reads_and_ranks_does_without_torch() -> None:
+    """Each process of Ray's that imports it takes seconds and 200 MB for it."""
+    tasks = ("data.prepare", "data.feed", "embedding.embed", "evaluation.retrieval", "mining.mine")
+    imports = ", ".join(f"pipeline.{name}" for name in tasks)
+    assert python("-c", f"import sys, {imports}; sys.exit('torch' in sys.modules)").returncode == 0
+
+
 def test_a_wrong_key_exits_2_from_a_shell(tmp_path: Path) -> None:
     done = python("jobs/train.py", "training.learning_rat=1")
     assert done.returncode == 2

@@ -313,7 +313,8 @@ def small_model(folder: Path) -> Path:
     import torch
 
     from pipeline.data.vocabulary import train_tokenizer
-    from pipeline.model.embedding_model import EmbeddingModel, Head
+    from pipeline.model.card import Head
+    from pipeline.model.embedding_model import EmbeddingModel
     from pipeline.model.folder import save_model
     from pipeline.model.transformer import Encoder, EncoderShape
 

@@ -28,9 +28,11 @@ from pipeline.export.destination import refuse_foreign, replacing_folder, write_
 from pipeline.export.embedding_matrix import load_embeddings, save_embeddings_for_model
 from pipeline.export.folder import export_model, pad_token_id
 from pipeline.export.onnx import PaddedEmbedder, export_onnx
-from pipeline.model.embedding_model import EmbeddingModel, Head
-from pipeline.model.folder import load_model, model_fingerprint, read_card, save_model
+from pipeline.model.card import Head
+from pipeline.model.embedding_model import EmbeddingModel
+from pipeline.model.folder import load_model, save_model
 from pipeline.model.packing import pack
+from pipeline.model.reading import model_fingerprint, read_card
 from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.runtime.job import JobError, run_job
 from pipeline.text.docstrings import pairs

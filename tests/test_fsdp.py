@@ -16,9 +16,10 @@ from torch.multiprocessing import ProcessRaisedException
 
 from pipeline.config import Config, load
 from pipeline.config.training import Training
+from pipeline.model.card import Head
 from pipeline.model.compiled import compile_layers
 from pipeline.model.decoder import Decoder, DecoderShape
-from pipeline.model.embedding_model import EmbeddingModel, Head
+from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.pretrained import load_pretrained
 from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.objectives.learner import Learner, Special

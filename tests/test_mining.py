@@ -315,7 +315,7 @@ def test_other_settings_than_the_data_sets_own(
 
 
 def test_texts_alone_have_no_negatives(config: Config, tmp_path: Path) -> None:
-    from pipeline.embedding.encode import EncoderRecipe
+    from pipeline.embedding.recipe import EncoderRecipe
     from pipeline.mining.mine import mine
 
     manifest, recipe = (

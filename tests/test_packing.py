@@ -102,7 +102,7 @@ def test_a_token_table_asks_for_no_groups_or_masks() -> None:
     batch = pack(TEXTS)
     layout = Layout.of(batch)
     model = EmbeddingModel(table)
-    model.head(model.hidden(batch, layout), layout)
+    model.pooled(model.hidden(batch, layout), layout)
     assert {"mask", "cells", "position", "by_length", "host_lengths"}.isdisjoint(vars(layout))
 
 

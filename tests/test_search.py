@@ -30,9 +30,6 @@ TEXTS = {
 class Words:
     """A text's words, each at a place of its own."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
     def encode(self, texts: list[str], prompt: str = "") -> np.ndarray:
         vectors = np.zeros((len(texts), WIDTH), np.float32)
         for row, text in enumerate(texts):
@@ -47,8 +44,8 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     config = tmp_path / "c.yaml"
     config.write_text("{}")
     monkeypatch.setattr("pipeline.stages.model_folder", lambda _: tmp_path)
-    recipe = SimpleNamespace(folder=tmp_path, open=Words)
-    monkeypatch.setattr("pipeline.embedding.store.recipe_of", lambda *_: recipe)
+    monkeypatch.setattr("pipeline.embedding.store.recipe_of", lambda *_: SimpleNamespace(folder=tmp_path))
+    monkeypatch.setattr("pipeline.embedding.encode.open_encoder", lambda *_, **__: Words())
     monkeypatch.setattr("pipeline.embedding.store.open_store", lambda c, _: named_store(c, "t", WIDTH))
 
     def run(*args: str) -> tuple[int, Any, str]:

@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.embedding.cache import cache_key
 from pipeline.embedding.columns import as_matrix
-from pipeline.embedding.encode import TextEncoder
+from pipeline.embedding.encode import TextEncoder, open_encoder
 from pipeline.embedding.lookup import open_embedder
 from pipeline.embedding.store import open_cache, open_store, publish, published_model, recipe_of
 from pipeline.embedding.stores.lancedb_store import LanceStore
@@ -368,6 +368,6 @@ def test_readers_go_on_with_the_table_and_the_model_that_were_published(world: W
     assert model is not None
     recipe = recipe_of(world.config, model)
     assert open_store(world.config, recipe).count() == TEXTS
-    np.testing.assert_array_equal(recipe.open(1, "cpu").encode([text])[0], vector)
+    np.testing.assert_array_equal(open_encoder(recipe, 1, "cpu").encode([text])[0], vector)
     world.overrides = [f"embedding.model={world.model}"]
     assert published_model(world.config) is None

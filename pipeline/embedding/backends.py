@@ -22,8 +22,9 @@ import torch
 from pipeline.config import Embedding
 from pipeline.model.compiled import compile_layers
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import load_model, model_fingerprint, read_card
+from pipeline.model.folder import load_model
 from pipeline.model.packing import pack
+from pipeline.model.reading import model_fingerprint, read_card
 from pipeline.runtime.files import fetched, place, scratch
 from pipeline.storage.bucket import AnyPath
 

@@ -19,7 +19,7 @@ from ray.data import ActorPoolStrategy, Dataset, Datasink
 from ray.data.datasource import WriteResult
 
 from pipeline.embedding.columns import as_column
-from pipeline.embedding.encode import EncoderRecipe
+from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.stores.budget import Allowance
 from pipeline.embedding.stores.dead_letters import DeadLetters
 from pipeline.embedding.sync import ROWS, Span, Sync
@@ -101,8 +101,10 @@ class EncodeTexts:
 def _open(recipe: EncoderRecipe, threads: int) -> Any:
     import torch
 
+    from pipeline.embedding.encode import open_encoder
+
     torch.set_num_threads(threads)
-    return recipe.open(threads)
+    return open_encoder(recipe, threads)
 
 
 def encoded(

@@ -9,83 +9,18 @@ than the model reads is cut, or read in windows that overlap and whose vectors a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from pipeline.config import Embedding
 from pipeline.embedding.backends import Backend, TorchBackend, open_backend
 from pipeline.embedding.nearest import unit
-from pipeline.model.folder import load_model, load_tokenizer, model_fingerprint, read_card
+from pipeline.embedding.recipe import EncoderRecipe, Windows, let_windows_overlap, windows_of
+from pipeline.model.folder import load_model
+from pipeline.model.reading import load_tokenizer, read_card
 from pipeline.runtime.files import fetched
 from pipeline.storage.bucket import AnyPath
-
-Windows = list[list[int]]
-"""The token ids of a text, window by window; one window where it is not long."""
-
-
-@dataclass(frozen=True)
-class EncoderRecipe:
-    """What an encoder is made from, wherever it is to run."""
-
-    folder: AnyPath
-    settings: Embedding
-    graphs: AnyPath
-    """Where onnxruntime's graphs lie."""
-    labels: Mapping[str, str] = field(default_factory=dict)
-    """Of nodes that encoding actors go to; by default all of them."""
-
-    @property
-    def local(self) -> Path:
-        """The model's folder on this machine."""
-        return fetched(self.folder)
-
-    def open(self, threads: int | None = None, device: str | None = None) -> TextEncoder:
-        """`threads` of onnxruntime's; torch's are set for the process."""
-        settings = self.settings
-        backend = open_backend(self.local, settings, self.graphs, threads or 0, device)
-        return TextEncoder(
-            self.local,
-            settings.batch_tokens,
-            device,
-            settings.dimensions,
-            backend,
-            window_overlap=self.overlap,
-            precision=settings.precision,
-        )
-
-    @cached_property
-    def width(self) -> int:
-        return self.settings.dimensions or read_card(self.local).width
-
-    @property
-    def overlap(self) -> int | None:
-        return None if self.settings.long_texts == "cut" else self.settings.window_overlap
-
-    def tokenizer(self) -> Tokenizer:
-        """Kept in its process: tokenizers does not give back the memory of one that is dropped."""
-        return _tokenizer(self.folder, self.overlap)
-
-    @cached_property
-    def space(self) -> str:
-        """Names the vectors: what is equal in it has equal vectors for equal texts, and other names have others."""
-        settings = self.settings
-        parts = [model_fingerprint(self.local)[:12], str(self.width), settings.precision]
-        parts += [f"{settings.long_texts}{settings.window_overlap}"] if self.overlap is not None else []
-        return "-".join(parts)
-
-
-@lru_cache(maxsize=4)
-def _tokenizer(folder: AnyPath, overlap: int | None) -> Tokenizer:
-    tokenizer = load_tokenizer(fetched(folder))
-    if overlap is not None:
-        let_windows_overlap(tokenizer, overlap)
-    return tokenizer
 
 
 class TextEncoder:
@@ -149,14 +84,16 @@ def _batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
     yield from np.split(order, np.flatnonzero(np.diff(group)) + 1) if len(order) else ()
 
 
-def let_windows_overlap(tokenizer: Tokenizer, overlap: int) -> None:
-    """Set a tokenizer that cuts to also give what it cut off, in windows that share `overlap` tokens."""
-    cut = tokenizer.truncation or {}
-    tokenizer.enable_truncation(cut["max_length"], stride=overlap, direction=cut["direction"])
-
-
-def windows_of(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Windows]:
-    """Token ids of each text; several windows only after `let_windows_overlap`."""
-    overlaps = bool(tokenizer.truncation and tokenizer.truncation["stride"])
-    encodings = (tokenizer.encode_batch if overlaps else tokenizer.encode_batch_fast)(list(texts))
-    return [[encoding.ids, *(rest.ids for rest in encoding.overflowing if overlaps)] for encoding in encodings]
+def open_encoder(recipe: EncoderRecipe, threads: int | None = None, device: str | None = None) -> TextEncoder:
+    """The encoder of a recipe. `threads` of onnxruntime's; torch's are set for the process."""
+    settings = recipe.settings
+    backend = open_backend(recipe.local, settings, recipe.graphs, threads or 0, device)
+    return TextEncoder(
+        recipe.local,
+        settings.batch_tokens,
+        device,
+        settings.dimensions,
+        backend,
+        window_overlap=recipe.overlap,
+        precision=settings.precision,
+    )

@@ -16,7 +16,8 @@ import torch
 
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
-from pipeline.embedding.encode import EncoderRecipe, TextEncoder
+from pipeline.embedding.encode import TextEncoder, open_encoder
+from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.store import file_name, is_embedded, mark_embedded, open_store, open_sync, publish, recipe_of
 from pipeline.embedding.stores.budget import Budget
 from pipeline.embedding.stores.dead_letters import DeadLetters
@@ -109,7 +110,7 @@ def look(space: Space) -> dict[str, Any]:
 
 
 def _verified(space: Space, sync: Sync) -> Findings:
-    found = verify(sync, space.files, space.recipe.open(), space.config.embedding.verify_sample)
+    found = verify(sync, space.files, open_encoder(space.recipe), space.config.embedding.verify_sample)
     log.info("embed: %s", found)
     if found.wrong:
         raise JobError(
@@ -145,7 +146,7 @@ def estimate(space: Space, board: Board) -> dict[str, Any]:
 
 def _tokens_per_s(space: Space, sync: Sync, files: list[Span], threads: int) -> float:
     """Of this process, with an encoding actor's threads, on texts that are to be encoded."""
-    encoder = space.recipe.open(threads)
+    encoder = open_encoder(space.recipe, threads)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

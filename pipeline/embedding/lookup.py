@@ -15,9 +15,10 @@ import numpy as np
 from pipeline.config import Config
 from pipeline.data.judging import normaliser
 from pipeline.embedding.cache import VectorCache, cache_key
-from pipeline.embedding.encode import EncoderRecipe, TextEncoder
+from pipeline.embedding.encode import TextEncoder, open_encoder
+from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.store import open_cache, recipe_of
-from pipeline.model.folder import read_card
+from pipeline.model.reading import read_card
 from pipeline.storage.bucket import AnyPath
 
 
@@ -29,7 +30,7 @@ class Embedder:
 
     @cached_property
     def _encoder(self) -> TextEncoder:
-        return self.recipe.open()
+        return open_encoder(self.recipe)
 
     def get_embedding(self, text: str, prompt: str = "document", *, cache_only: bool = False) -> np.ndarray | None:
         """(D,) float32; None where `cache_only` is set and the cache does not have it. A long text is read whole.

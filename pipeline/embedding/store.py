@@ -20,14 +20,14 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.manifest import Manifest
 from pipeline.embedding.backends import check_backend, make_graph
 from pipeline.embedding.cache import VectorCache
-from pipeline.embedding.encode import EncoderRecipe
 from pipeline.embedding.lance import connect
 from pipeline.embedding.ledger import Ledger
+from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.stores.budget import Budget
 from pipeline.embedding.stores.store import Store
 from pipeline.embedding.sync import Sync
 from pipeline.embedding.texts import Reading
-from pipeline.model.folder import model_files, model_fingerprint, read_card
+from pipeline.model.reading import model_files, model_fingerprint, read_card
 from pipeline.runtime.files import fetched, place, write_atomically
 from pipeline.storage.bucket import AnyPath, as_path
 

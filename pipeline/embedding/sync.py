@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -26,12 +27,14 @@ from tokenizers import Tokenizer
 from pipeline.data.manifest import parquet_file
 from pipeline.embedding.cache import VectorCache
 from pipeline.embedding.columns import as_column, as_matrix
-from pipeline.embedding.encode import TextEncoder
 from pipeline.embedding.ledger import GONE, SENDING, THERE, Ledger, record_of, with_digest
 from pipeline.embedding.stores.store import SCHEMA, Refused, Store
 from pipeline.embedding.texts import EMBED, UPDATE, Reading
 from pipeline.runtime.files import for_each, readable
 from pipeline.storage.bucket import AnyPath
+
+if TYPE_CHECKING:
+    from pipeline.embedding.encode import TextEncoder  # torch, which what only reads can do without
 
 COUNTS = ("new", "changed", "metadata", "untouched", "deleted", "embedded", "written", "refused")
 """What is counted: documents by what became of them, vectors that were made, rows that were and were not written."""

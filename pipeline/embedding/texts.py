@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from pipeline.embedding.cache import VectorCache, cache_key
 from pipeline.embedding.columns import as_column
-from pipeline.embedding.encode import Windows, windows_of
+from pipeline.embedding.recipe import Windows, windows_of
 
 EMBED, UPDATE = "embed", "update"
 TOKENS = pa.list_(pa.list_(pa.int32()))

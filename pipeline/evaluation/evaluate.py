@@ -17,8 +17,9 @@ import numpy as np
 from pipeline.config import Config
 from pipeline.data.judging import normaliser
 from pipeline.data.manifest import Manifest
-from pipeline.embedding.encode import EncoderRecipe
+from pipeline.embedding.encode import open_encoder
 from pipeline.embedding.nearest import Floats, Found, unit
+from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.evaluation.beir import RetrievalTask, open_beir
 from pipeline.evaluation.held_out import held_out_task
 from pipeline.evaluation.labels import neighbour_scores, read_classification, read_labels, v_measure
@@ -37,7 +38,7 @@ def score_tasks(
 ) -> dict[str, Scores]:
     """Scores by task, in the order of the config's keys; asks for the `board` where there are texts to encode."""
     wanted, normalise = config.evaluation, normaliser(config.data)
-    encoder = recipe.open(device="cpu")
+    encoder = open_encoder(recipe, device="cpu")
     sizes = [encoder.width, *(size for size in encoder.card.head.dimensions if size < encoder.width)]
     scores: dict[str, Scores] = {}
 

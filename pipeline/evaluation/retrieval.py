@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.embedding.columns import as_matrix
-from pipeline.embedding.encode import EncoderRecipe
 from pipeline.embedding.nearest import Floats, Found, merged, nearest_in_block, unit
+from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.evaluation.beir import BLOCK_ROWS, Corpus, RetrievalTask
 from pipeline.evaluation.metrics import DEPTH
 from pipeline.runtime.session import Board

@@ -18,7 +18,7 @@ import yaml
 
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.model.card import Card
-from pipeline.model.folder import model_fingerprint
+from pipeline.model.reading import model_fingerprint
 from pipeline.runtime.files import fetched, matching
 from pipeline.storage.bucket import AnyPath
 

@@ -30,8 +30,9 @@ from pipeline.config import ConfigError
 from pipeline.data.vocabulary import SPECIAL_TOKENS
 from pipeline.model.card import Card
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import load_model, read_card
+from pipeline.model.folder import load_model
 from pipeline.model.packing import Layout, pack
+from pipeline.model.reading import read_card
 from pipeline.runtime.job import JobError
 
 POOLING_MODES = {  # ours → the key of 1_Pooling/config.json
@@ -206,7 +207,7 @@ def check(model: EmbeddingModel, tokenizer: Tokenizer, folder: Path) -> float:
     batch = their_tokenizer(texts, truncation=True, padding=True, return_tensors="pt")
     states_TD = theirs(**batch).last_hidden_state[batch["attention_mask"].bool()]
     packed = pack(sequences)
-    cosine = float(F.cosine_similarity(model(packed), model.head(states_TD, Layout.of(packed))).min())
+    cosine = float(F.cosine_similarity(model(packed), model.pooled(states_TD, Layout.of(packed))).min())
     if not cosine >= MIN_COSINE:
         raise JobError(
             f"an exported vector is at cosine {cosine:.6f} to the model's own; this is a fault of the export"

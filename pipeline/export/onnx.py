@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.config import ConfigError
 from pipeline.export.folder import MIN_COSINE
-from pipeline.model.embedding_model import Pooling
+from pipeline.model.card import Pooling
 from pipeline.runtime.job import JobError
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -33,7 +33,7 @@ from pipeline.data.manifest import RECORD_SCHEMA, Manifest, read_manifest, sha25
 from pipeline.data.shards import Parts, assemble, recipe_of, token_shards, tokens_stage
 from pipeline.data.tokenizing import Recipe
 from pipeline.data.work import Report, Stage, Task, run_tasks
-from pipeline.embedding.encode import EncoderRecipe
+from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.mining.blocks import negatives_of, open_block, write_block
 from pipeline.mining.choosing import Answers
 from pipeline.mining.keys import TextKeys, text_keys

@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from pipeline.model.embedding_model import Head
+Pooling = Literal["mean", "cls", "last", "weighted"]
+
+
+@dataclass(frozen=True)
+class Head:
+    """How states become a vector.
+
+    mean: of all tokens. cls: the first token's. last: the last token's. weighted: a mean in which the i-th token, from
+    1, weighs i (SGPT, section 3.1.2).
+    """
+
+    pooling: Pooling = "mean"
+    normalize: bool = True
+    dimensions: tuple[int, ...] = ()
+    """Sizes below D that vectors are trained to be cut to (Matryoshka), largest first."""
+    prompts: tuple[tuple[str, str], ...] = ()
+    """Names, `query` and `document`, and what such texts are led by."""
+
+    def prompt(self, name: str) -> str:
+        return dict(self.prompts).get(name, "")
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, normalizers
 
-from pipeline.model.card import Card
-from pipeline.model.embedding_model import EmbeddingModel, Head, Pooling
+from pipeline.model.card import Card, Head, Pooling
+from pipeline.model.embedding_model import EmbeddingModel
 
 if TYPE_CHECKING:
     from pipeline.model.pretrained import PretrainedEncoder

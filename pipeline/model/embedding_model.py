@@ -11,16 +11,14 @@ A backbone is any module with a `width`, `hidden(batch, layout)`, the states of 
 # Shapes: T packed tokens, N sequences, D width.
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.model.card import Head, Pooling
 from pipeline.model.packing import Layout, Packed
-
-Pooling = Literal["mean", "cls", "last", "weighted"]
 
 
 class Backbone(Protocol):
@@ -35,29 +33,6 @@ class Backbone(Protocol):
 
     def hidden(self, batch: Packed, layout: Layout) -> Tensor:
         """(T, D) states of the batch's tokens, in their order."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """How states become a vector.
-
-    mean: of all tokens. cls: the first token's. last: the last token's. weighted: a mean in which the i-th token, from
-    1, weighs i (SGPT, section 3.1.2).
-    """
-
-    pooling: Pooling = "mean"
-    normalize: bool = True
-    dimensions: tuple[int, ...] = ()
-    """Sizes below D that vectors are trained to be cut to (Matryoshka), largest first."""
-    prompts: tuple[tuple[str, str], ...] = ()
-    """Names, `query` and `document`, and what such texts are led by."""
-
-    def __call__(self, states_TD: Tensor, layout: Layout) -> Tensor:
-        vectors = pool(states_TD.float() if states_TD.dtype != torch.float64 else states_TD, layout, self.pooling)
-        return F.normalize(vectors, dim=-1) if self.normalize else vectors
-
-    def prompt(self, name: str) -> str:
-        return dict(self.prompts).get(name, "")
 
 
 class EmbeddingModel(nn.Module):
@@ -82,7 +57,13 @@ class EmbeddingModel(nn.Module):
     def forward(self, batch: Packed) -> Tensor:
         """(N, D) in float32; a sequence without tokens gives the zero vector."""
         layout = Layout.of(batch)
-        return self.head(self.hidden(batch, layout), layout)
+        return self.pooled(self.hidden(batch, layout), layout)
+
+    def pooled(self, states_TD: Tensor, layout: Layout) -> Tensor:
+        """(N, D), what the head makes of states."""
+        exact = states_TD if states_TD.dtype == torch.float64 else states_TD.float()
+        vectors = pool(exact, layout, self.head.pooling)
+        return F.normalize(vectors, dim=-1) if self.head.normalize else vectors
 
 
 def pool(states_TD: Tensor, layout: Layout, pooling: Pooling) -> Tensor:

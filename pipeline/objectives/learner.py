@@ -229,7 +229,7 @@ class Learner(nn.Module):
             return None
         layout = Layout.of(task.source)
         states = self.model.hidden(task.source, layout)
-        return Memory(states, layout) if task.sees == "states" else Memory.of_vectors(self.model.head(states, layout))
+        return Memory(states, layout) if task.sees == "states" else Memory.of_vectors(self.model.pooled(states, layout))
 
     def _task(self, name: str, batch: Batch, seed: int) -> Task:
         if name == "seq2seq":

@@ -8,8 +8,9 @@ from tokenizers import Tokenizer
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.vocabulary import framing
+from pipeline.model.card import Head
 from pipeline.model.decoder import Decoder, DecoderShape
-from pipeline.model.embedding_model import EmbeddingModel, Head
+from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.transformer import Encoder, EncoderShape, gated_width, parameter_count
 from pipeline.objectives.learner import Learner, Special
 
