@@ -50,6 +50,7 @@ def embedding(data: Path, documents: int) -> dict[str, Any]:
                 file.write(json.dumps({"text": f"{texts[place]} turn {turn} of {number}"}) + "\n")
         source = {"name": "text", "type": "json", "path": str(folder / "input.jsonl"), "fields": {"text": "text"}}
         shared = [f"storage.root={folder}/storage", f"data.sources=[{json.dumps(source)}]"]
+        shared += [f"tokenizer.load_path={folder / 'model' / 'tokenizer.json'}"]  # of no use here, and soonest made
         subprocess.run(
             [sys.executable, str(ROOT / "jobs" / "prepare.py"), *shared], check=True, stdout=subprocess.DEVNULL
         )

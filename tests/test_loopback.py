@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 import stat
 from contextlib import suppress
 from datetime import timedelta
@@ -11,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.runtime import session
+from pipeline.runtime.job import JobError
 from pipeline.runtime.session import keep_token_private
 
 
@@ -71,3 +74,15 @@ def test_no_token_is_made_where_one_is_given(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     keep_token_private()
     assert not (tmp_path / ".ray").exists()
+
+
+def test_an_address_at_which_nobody_answers_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "REACH_S", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        session._reach(address)
+        session._reach(f"ray://{address}")
+        session._reach("auto")
+    for nobody in (address, f"ray://{address}", "127.0.0.1:port"):
+        with pytest.raises(JobError, match=f"RAY_ADDRESS: nobody answers at {nobody} "):
+            session._reach(nobody)

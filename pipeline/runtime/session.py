@@ -13,13 +13,16 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pipeline.runtime.cluster import on_own_node
 from pipeline.runtime.console import LogFile, Stage, log
@@ -27,6 +30,7 @@ from pipeline.runtime.job import JobError, signals
 
 POLL_S = 0.5
 POLL_TIMEOUT_S = 60  # a starved machine answers late
+REACH_S, CONNECT_S = 10.0, 5.0
 
 # Read by Ray when it is imported. Tokens are asked for knowingly: RAY_AUTH_MODE, where it is set, is kept.
 ENVIRONMENT = {
@@ -214,6 +218,8 @@ def _init(cluster: str | None, **options: Any) -> None:
     """`ray.init`; raises JobError where a `cluster` is named that is not there, or does not take this token."""
     import ray
 
+    if cluster:
+        _reach(cluster)
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
@@ -224,6 +230,24 @@ def _init(cluster: str | None, **options: Any) -> None:
             f"RAY_ADDRESS: there is no way into the cluster at {cluster} ({words}); the token it asks for is read from "
             "RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
         ) from error
+
+
+def _reach(address: str) -> None:
+    """Raise JobError where nobody listens at host:port for REACH_S: Ray itself would try for more than a minute."""
+    deadline = time.monotonic() + REACH_S
+    while True:
+        try:
+            place = urlsplit(f"//{address.removeprefix('ray://')}")
+            if place.hostname and place.port:
+                socket.create_connection((place.hostname, place.port), timeout=CONNECT_S).close()
+            return
+        except (OSError, ValueError) as error:
+            if time.monotonic() >= deadline:
+                raise JobError(
+                    f"RAY_ADDRESS: nobody answers at {address} ({error}); give the address that `ray start` printed, "
+                    "or none, and Ray is started on this machine"
+                ) from error
+        time.sleep(POLL_S)
 
 
 @contextmanager
