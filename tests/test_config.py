@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -180,6 +184,28 @@ def test_a_last_line_without_nan(tmp_path: Path, capsys: pytest.CaptureFixture[s
     metrics = {"loss": float("nan"), "all": [{"x": float("inf")}]}
     assert run_job("train", "", lambda config, args: Result(metrics), argv=["--config", str(file)]) == 0
     assert json.loads(capsys.readouterr().out)["metrics"] == {"loss": None, "all": [{"x": None}]}
+
+
+def test_what_a_signal_leaves_half_made_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As one of Ray's datasets whose destructor looks for what its constructor had not come to."""
+
+    class Half:
+        def __init__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+
+        def __del__(self) -> None:
+            raise AttributeError("the other half")
+
+    (tmp_path / "c.yaml").write_text(f"storage: {{root: '{tmp_path}'}}\nlogging: {{level: DEBUG}}\n")
+    hook = sys.unraisablehook
+    code = run_job(
+        "train", "", lambda config, args: Result({"half": Half()}), argv=["--config", str(tmp_path / "c.yaml")]
+    )
+    said = capsys.readouterr().err
+    assert (code, sys.unraisablehook) == (130, hook)
+    assert "the other half" in said
+    assert "Traceback" not in said
 
 
 def test_a_job_holds_its_folder_alone(tmp_path: Path) -> None:

@@ -159,7 +159,12 @@ class _Signals:
     def _raise(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         self.ignore()  # clean-up is under way; a second one must not cut it short
+        sys.unraisablehook = _note  # of what was half made just now: its destructor may miss the other half
         raise KeyboardInterrupt
+
+
+def _note(ignored: sys.UnraisableHookArgs) -> None:
+    log.debug("stopping: %s goes for nothing in %s", repr(ignored.exc_value), ignored.object)
 
 
 signals = _Signals()
@@ -174,7 +179,7 @@ def run_job(
 ) -> int:
     """Parse, load the config, run `main`, report. Returns the exit code."""
     started, config, log_file = time.monotonic(), None, None
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook, before = sys.unraisablehook, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signals.install()
     status, code, result, sentence = "ok", 0, Result(), ""
     try:
@@ -217,6 +222,7 @@ def run_job(
     print(json.dumps(_finite(reply), allow_nan=False), flush=True)
     for number, handler in before.items():
         signal.signal(number, handler)
+    sys.unraisablehook = hook
     return code
 
 
