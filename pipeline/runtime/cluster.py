@@ -91,6 +91,10 @@ class Cluster:
         return f"{text}; may grow to {now.cpus:g} CPUs and {now.gpus:g} GPUs" if more else text
 
 
+UNTOLD = [Node(2.0, 0.0, None)] * 4
+"""What is counted on where an autoscaler is there and does not say what it may add, as that of `ray up` (Ray 2.60)."""
+
+
 def connected_cluster() -> Cluster:
     """The cluster that this process is connected to."""
     import ray
@@ -105,12 +109,16 @@ def connected_cluster() -> Cluster:
 
 def _addable(there: list[Node]) -> list[Node]:
     """Nodes that the autoscaler, where there is one, may add to those that are there."""
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
     from ray._private.state import state
+    from ray.experimental.internal_kv import _internal_kv_get
 
     config = state.get_cluster_config()
+    if not (config and config.node_group_configs):
+        return UNTOLD if _internal_kv_get(DEBUG_AUTOSCALING_STATUS) else []
     found: list[Node] = []
     here = Counter((node.labels or {}).get(NODE_GROUP) for node in there)
-    for group in config.node_group_configs if config else ():
+    for group in config.node_group_configs:
         most = UNLIMITED if group.max_count < 0 else group.max_count
         node = Node(float(group.resources.get("CPU", 0)), float(group.resources.get("GPU", 0)), None)
         found += [node] * max(0, most - here[group.name])
