@@ -115,7 +115,9 @@ def _addable(there: list[Node]) -> list[Node]:
 
     config = state.get_cluster_config()
     if not (config and config.node_group_configs):
-        return UNTOLD if _internal_kv_get(DEBUG_AUTOSCALING_STATUS) else []
+        # one whose nodes have no CPU at all was made to grow
+        grows = _internal_kv_get(DEBUG_AUTOSCALING_STATUS) or not any(node.cpus for node in there)
+        return UNTOLD if grows else []
     found: list[Node] = []
     here = Counter((node.labels or {}).get(NODE_GROUP) for node in there)
     for group in config.node_group_configs:
