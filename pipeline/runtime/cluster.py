@@ -92,7 +92,8 @@ class Cluster:
 
 
 UNTOLD = [Node(2.0, 0.0, None)] * 4
-"""What is counted on where an autoscaler is there and does not say what it may add, as that of `ray up` (Ray 2.60)."""
+"""What is counted on where no node has a CPU: such a cluster was made to grow, and the autoscaler of `ray up` does not
+say by what (Ray 2.60)."""
 
 
 def connected_cluster() -> Cluster:
@@ -109,15 +110,11 @@ def connected_cluster() -> Cluster:
 
 def _addable(there: list[Node]) -> list[Node]:
     """Nodes that the autoscaler, where there is one, may add to those that are there."""
-    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
     from ray._private.state import state
-    from ray.experimental.internal_kv import _internal_kv_get
 
     config = state.get_cluster_config()
     if not (config and config.node_group_configs):
-        # one whose nodes have no CPU at all was made to grow
-        grows = _internal_kv_get(DEBUG_AUTOSCALING_STATUS) or not any(node.cpus for node in there)
-        return UNTOLD if grows else []
+        return [] if any(node.cpus for node in there) else UNTOLD
     found: list[Node] = []
     here = Counter((node.labels or {}).get(NODE_GROUP) for node in there)
     for group in config.node_group_configs:
