@@ -22,6 +22,7 @@ import psutil
 import pytest
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
+from pipeline.runtime.cluster import BOOTSTRAP
 from tests.conftest import make_pairs, write_jsonl
 
 pytestmark = [pytest.mark.autoscaling, pytest.mark.timeout(600)]
@@ -81,7 +82,7 @@ def cluster_file(folder: Path, port: int) -> Path:
             },
         },
     }
-    path = folder / "cluster.json"
+    path = folder / BOOTSTRAP.name  # as `ray up` leaves it in the head's home
     path.write_text(json.dumps(config))
     return path
 
@@ -156,7 +157,7 @@ def test_nodes_come_for_a_job_and_go_when_it_is_done(tmp_path: Path) -> None:
         assert workers(home) == 0
         with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
             command = [sys.executable, "jobs/embed.py", "--config", str(tmp_path / "c.yaml")]
-            environment = inherited | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+            environment = inherited | {"RAY_ADDRESS": f"127.0.0.1:{port}", "HOME": str(home)}
             job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err)
         seen: list[int] = []
 
@@ -168,7 +169,9 @@ def test_nodes_come_for_a_job_and_go_when_it_is_done(tmp_path: Path) -> None:
             wait_for(done, home)
         finally:
             job.kill()
-        assert job.returncode == 0, (tmp_path / "err").read_text()
+        said = (tmp_path / "err").read_text()
+        assert job.returncode == 0, said
+        assert f"may grow to {2 * MOST_WORKERS} CPUs" in said
         last = json.loads((tmp_path / "out").read_text().splitlines()[-1])
         assert (last["metrics"]["new"], last["metrics"]["rows"]) == (RECORDS, RECORDS)
         assert seen[0] == 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import kubernetes_validate
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from pipeline.runtime.cluster import Node, addable
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
@@ -72,6 +75,18 @@ def test_ray_takes_its_cluster_file() -> None:
     assert types["gpu_worker"]["resources"]["GPU"] == 1
     assert types["head"]["resources"]["CPU"] == 0
     assert sum(of["max_workers"] for of in workers.values()) == config["max_workers"]
+
+
+def test_a_job_on_its_head_counts_on_what_it_may_add(tmp_path: Path) -> None:
+    """A GPU that is not there yet, for one, where `ray up` has left the file, with what Ray itself fills in."""
+    head, worker = Node(0, 0, {}), Node(8, 1, {})
+    assert {node.cpus for node in addable([head], tmp_path / "none")} == {2}  # somebody's own autoscaler
+    assert addable([worker], tmp_path / "none") == []
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(prepare_config(aws())))
+    types = aws()["available_node_types"]
+    for there, gone in (([head], 0), ([head, worker], 1)):
+        found = Counter((node.cpus, node.gpus) for node in addable(there, tmp_path / "c.yaml"))
+        assert found == {(16, 0): types["cpu_worker"]["max_workers"], (8, 1): types["gpu_worker"]["max_workers"] - gone}
 
 
 def test_rays_validation_would_find_a_wrong_cluster_file() -> None:

@@ -4,19 +4,25 @@
     cluster.with_labels({"pool": "gpu"}).capacity()          # of the nodes that carry the label
     cluster.fitting(cpus=4, gpus=1)                          # 3: so many such bundles find a place, each on one node
 
-An autoscaler does not tell the labels of what it may add, so those nodes count as if they carried any.
+Ray's autoscaler tells nobody what it may add (2.60); the file that it goes by does. Nodes to come count as if they
+carried any label.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-NODE_ID, NODE_GROUP = "ray.io/node-id", "ray.io/node-group"  # labels that Ray itself puts on nodes
-UNLIMITED = 1_000  # nodes counted of a kind that an autoscaler may add without end
+import yaml
+
+NODE_ID = "ray.io/node-id"  # a label that Ray itself puts on nodes
+BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` leaves a cluster's file on its head
+UNLIMITED = 1_000  # bundles of nothing that a node has room for
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,9 @@ class Node:
         """How many bundles of so much it has room for."""
         rooms = [there / wanted for there, wanted in ((self.cpus, cpus), (self.gpus, gpus)) if wanted]
         return int(min(rooms) + 1e-9) if rooms else UNLIMITED
+
+
+UNTOLD = [Node(2.0, 0.0, None)] * 4
 
 
 @dataclass(frozen=True)
@@ -91,11 +100,6 @@ class Cluster:
         return f"{text}; may grow to {now.cpus:g} CPUs and {now.gpus:g} GPUs" if more else text
 
 
-UNTOLD = [Node(2.0, 0.0, None)] * 4
-"""What is counted on where no node has a CPU: such a cluster was made to grow, and the autoscaler of `ray up` does not
-say by what (Ray 2.60)."""
-
-
 def connected_cluster() -> Cluster:
     """The cluster that this process is connected to."""
     import ray
@@ -105,23 +109,26 @@ def connected_cluster() -> Cluster:
         for each in ray.nodes()
         if each["Alive"]
     ]
-    return Cluster((*there, *_addable(there)), ray.get_runtime_context().get_node_id())
+    more = addable(there, BOOTSTRAP.expanduser()) if os.environ.get("RAY_ADDRESS") else []
+    return Cluster((*there, *more), ray.get_runtime_context().get_node_id())
 
 
-def _addable(there: list[Node]) -> list[Node]:
-    """Nodes that the autoscaler, where there is one, may add to those that are there."""
-    from ray._private.state import state
+def addable(there: Sequence[Node], file: Path) -> list[Node]:
+    """Nodes that an autoscaler may add to those that are there, by the cluster's own file.
 
-    config = state.get_cluster_config()
-    if not (config and config.node_group_configs):
+    Without that file a cluster in which no node has a CPU, and which so was made to grow, counts as if a few small
+    nodes might come.
+    """
+    if not file.is_file():
         return [] if any(node.cpus for node in there) else UNTOLD
-    found: list[Node] = []
-    here = Counter((node.labels or {}).get(NODE_GROUP) for node in there)
-    for group in config.node_group_configs:
-        most = UNLIMITED if group.max_count < 0 else group.max_count
-        node = Node(float(group.resources.get("CPU", 0)), float(group.resources.get("GPU", 0)), None)
-        found += [node] * max(0, most - here[group.name])
-    return found
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    kinds: Counter[tuple[float, float]] = Counter()
+    for name, kind in config["available_node_types"].items():
+        if name != config["head_node_type"]:
+            size = float(kind["resources"].get("CPU", 0)), float(kind["resources"].get("GPU", 0))
+            kinds[size] += kind.get("max_workers", config.get("max_workers", 0))
+    left = kinds - Counter((node.cpus, node.gpus) for node in there)
+    return [Node(*size, None) for size in left.elements()]
 
 
 def on_own_node(actor: Any) -> Any:
