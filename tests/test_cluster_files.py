@@ -19,7 +19,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from pipeline.runtime.cluster import Node, addable
+from pipeline.runtime.cluster import BOOTSTRAP, Node, addable
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
@@ -87,6 +87,22 @@ def test_a_job_on_its_head_counts_on_what_it_may_add(tmp_path: Path) -> None:
     for there, gone in (([head], 0), ([head, worker], 1)):
         found = Counter((node.cpus, node.gpus) for node in addable(there, tmp_path / "c.yaml"))
         assert found == {(16, 0): types["cpu_worker"]["max_workers"], (8, 1): types["gpu_worker"]["max_workers"] - gone}
+
+
+def test_on_kubernetes_it_counts_on_what_the_groups_may_add(tmp_path: Path) -> None:
+    cluster, types = of_kind("RayCluster")["spec"], of_kind("ConfigMap")
+    (told,) = types["data"].values()
+    (tmp_path / "c.yaml").write_text(told)
+    groups: Counter[tuple[float, float]] = Counter()
+    for group in cluster["workerGroupSpecs"]:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        groups[float(limits["cpu"]), float(limits.get("nvidia.com/gpu", 0))] += group["maxReplicas"]
+    assert Counter((node.cpus, node.gpus) for node in addable([Node(0, 0, {})], tmp_path / "c.yaml")) == groups
+    head = cluster["headGroupSpec"]["template"]["spec"]
+    assert {"name": "node-types", "configMap": {"name": types["metadata"]["name"]}} in head["volumes"]
+    (mount,) = [each for each in head["containers"][0]["volumeMounts"] if each["name"] == "node-types"]
+    assert mount["mountPath"] == f"/home/ray/{BOOTSTRAP.name}" == f"/home/ray/{mount['subPath']}"
+    assert set(types["data"]) == {BOOTSTRAP.name}
 
 
 def test_rays_validation_would_find_a_wrong_cluster_file() -> None:
