@@ -429,6 +429,40 @@ class TestParquet:
         late.upsert(table([row("b", chance)]))
         assert sorted(i for page in store.ids() for i in page) == ["a", "b"]
 
+    def test_what_comes_while_the_folder_is_listed_is_not_lost(self, tmp_path: Path) -> None:
+        """Of two files that come while a folder is read, a listing may have the second alone."""
+        store, chance = ParquetStore(str(tmp_path), "t", WIDTH), random.Random(0)
+        store.create()
+        looking, listed = ParquetStore(str(tmp_path), "t", WIDTH), store._all
+
+        def beside(missed: bool) -> Any:
+            def listing() -> list[Any]:
+                found = listed()
+                looking._all = listed  # type: ignore[method-assign]
+                before = store.count()
+                store.upsert(table([row(f"{before} first", chance)]))
+                store.upsert(table([row(f"{before} second", chance)]))
+                return [*found, max(listed())] if missed else found
+
+            return listing
+
+        for turn, missed in enumerate((False, True, False, True)):
+            looking._all = beside(missed)  # type: ignore[method-assign]
+            looking.finish()
+            assert looking.count() == store.count() == 2 * turn + 2
+        looking._all = beside(True)  # type: ignore[method-assign]
+        assert looking.count() == 10
+
+    def test_a_file_that_was_lost_is_named(self, tmp_path: Path) -> None:
+        store, chance = ParquetStore(str(tmp_path), "t", WIDTH), random.Random(0)
+        store.create()
+        for name in "abc":
+            store.upsert(table([row(name, chance)]))
+        (tmp_path / "t" / "000000000002.parquet").unlink()
+        for ask in (store.count, store.finish, lambda: store.upsert(table([row("d", chance)]))):
+            with pytest.raises(StoreError, match=r"found no .*000000000002\.parquet, but files that came after it"):
+                ask()
+
     def test_a_write_that_fails_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         store, chance = ParquetStore(str(tmp_path), "t", WIDTH), random.Random(0)
         store.create()

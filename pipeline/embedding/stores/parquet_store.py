@@ -6,7 +6,8 @@
 
 Files are numbered in the order in which they came to be, and of an id the last one counts. A file is written under
 another name and then linked to the next free number, so that several processes write at once and none overwrites
-another's. What a base took the place of is removed by the `finish` after, so that whoever reads it is not disturbed.
+another's. No number after the base is left out: a listing that was made while files came may miss one, and is seen to.
+What a base took the place of is removed by the `finish` after, so that whoever reads it is not disturbed.
 A query reads all vectors, block by block; a reader holds the ids that came after the base.
 """
 
@@ -34,6 +35,7 @@ from pipeline.embedding.stores.where import checked_where
 from pipeline.runtime.files import SUFFIX
 
 SCAN_ROWS = 8192
+LISTINGS = 5  # of a folder in which files come and go, until one is whole
 PART_BATCHES = 100  # of a base's files: 819,200 rows
 
 
@@ -87,32 +89,40 @@ class ParquetStore:
         matches = [re.fullmatch(r"(\d{12})\.(base|parquet)", path.name) for path in self.folder.iterdir()]
         return [_Segment(int(m[1]), m[2] == "base", self.folder / m[0]) for m in matches if m]
 
+    def _file(self, number: int) -> _Segment:
+        return _Segment(number, False, self.folder / f"{number:012d}.parquet")
+
     def _segments(self) -> list[_Segment]:
         """What counts, the newest first; at the end the base, where there is one."""
-        found = self._all()
-        base = max((segment.number for segment in found if segment.is_base), default=0)
-        counting = [s for s in found if s.number > base or (s.number == base and s.is_base)]
-        return sorted(counting, key=lambda segment: -segment.number)
+        for _ in range(LISTINGS):
+            found = self._all()
+            bases = sorted(segment for segment in found if segment.is_base)[-1:]
+            last = max((segment.number for segment in found), default=0)
+            files = [self._file(number) for number in range(last, bases[0].number if bases else 0, -1)]
+            missing = [file.path for file in set(files).difference(found) if not file.path.exists()]
+            if not missing:
+                return files + bases
+        raise StoreError(f"found no {min(missing)}, but files that came after it; put it back, or embed anew")
 
     def _append(self, rows: pa.Table) -> None:
         """A new file of the next free number."""
         temporary = self.folder / f"{uuid.uuid4().hex}{SUFFIX}"
         try:
             pq.write_table(rows, temporary, compression="zstd", use_dictionary=["source"])
-            number = max((segment.number for segment in self._all()), default=0)
+            number = max((segment.number for segment in self._segments()), default=0)
             while not self._linked(temporary, number := number + 1):
                 pass
         finally:
             temporary.unlink(missing_ok=True)
 
     def _linked(self, temporary: Path, number: int) -> bool:
-        path = self.folder / f"{number:012d}.parquet"
+        file = self._file(number)
         try:
-            os.link(temporary, path)
+            os.link(temporary, file.path)
         except FileExistsError:
             return False
-        if any(segment.is_base and segment.number >= number for segment in self._all()):
-            path.unlink()  # the number was free only because a base had taken its file's place
+        if file not in self._segments():
+            file.path.unlink(missing_ok=True)  # the number was free only because a base had taken its file's place
             return False
         return True
 
@@ -165,7 +175,7 @@ class ParquetStore:
     def finish(self) -> None:
         """A base in place of what was written so far; what comes meanwhile stays beside it."""
         segments = self._segments()
-        past = [segment for segment in self._all() if segment not in segments]
+        past = [segment for segment in self._all() if any(segment < base for base in segments if base.is_base)]
         if any(not segment.is_base for segment in segments):
             temporary = self.folder / f"{uuid.uuid4().hex}{SUFFIX}"
             temporary.mkdir()
