@@ -20,10 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.corpora import machine, records
-from benchmarks.memory import MEASURED, compared, watch
+from benchmarks.memory import MEASURED, by, compared, watch
 from pipeline.runtime.console import table
 
 WIDTH = 384
+WORKS = {"MapBatches": "read and tokenize", "MapWorker": "encode", "Write": "write", "tidy": "join files and index"}
+"""Ray's names for what its workers do; one that has read may write later, and keeps what it had."""
 
 
 def write_model(folder: Path, texts: list[str]) -> None:
@@ -64,7 +66,9 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=200_000, help="documents")
     args = parser.parse_args()
     found = {size: embedding(args.data, size) for size in (args.small, args.large)}
-    print(f"\n{machine()}\n\n{table(compared(found, ('rows',)), ['documents', 'rows', *MEASURED])}")
+    lines = table(compared(found, ("rows",)), ["documents", "rows", *MEASURED])
+    by_work = table(by("works", found, WORKS), ["peak worker MB by work", *(f"{size:,}" for size in found)])
+    print(f"\n{machine()}\n\n{lines}\n\n{by_work}")
 
 
 if __name__ == "__main__":

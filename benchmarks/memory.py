@@ -22,7 +22,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,8 @@ def own_bytes(process: psutil.Process) -> tuple[str, int]:
 
 
 def watch(command: list[str]) -> dict[str, Any]:
-    """Run a job. Returns its last line, and the peaks in MB: the driver's, and the largest worker's by stage."""
-    driver_peak, ends = 0, []
+    """Run a job. Returns its last line, and the peaks in MB: the driver's, and the largest worker's by stage and work."""
+    driver_peak, ends, works = 0, [], Counter[str]()
     samples: list[tuple[float, int]] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
         assert job.stdout
@@ -83,9 +84,11 @@ def watch(command: list[str]) -> dict[str, Any]:
         driver = psutil.Process(job.pid)
         while job.poll() is None:
             sizes = [own_bytes(process) for process in driver.children(recursive=True)]
-            samples.append(
-                (time.monotonic(), max((size for name, size in sizes if name.startswith("ray::")), default=0))
-            )
+            workers = [(name, size) for name, size in sizes if name.startswith("ray::")]
+            samples.append((time.monotonic(), max((size for _, size in workers), default=0)))
+            for name, size in workers:
+                work = name.removeprefix("ray::").partition("(")[0]
+                works[work] = max(works[work], size)
             driver_peak = max(driver_peak, own_bytes(driver)[1])
             time.sleep(EVERY_S)
         thread.join()
@@ -96,7 +99,8 @@ def watch(command: list[str]) -> dict[str, Any]:
     for at, size in samples:
         stage = next((name for end, name in ends if at <= end), ends[-1][1])
         stages[stage] = max(stages.get(stage, 0), size / 1e6)
-    return {"last": last, "driver": driver_peak / 1e6, "stages": stages, "worker": max(stages.values())}
+    peaks = {"driver": driver_peak / 1e6, "worker": max(stages.values())}
+    return {"last": last, **peaks, "stages": stages, "works": {work: size / 1e6 for work, size in works.items()}}
 
 
 def prepare(data: Path, megabytes: int) -> dict[str, Any]:
@@ -128,6 +132,13 @@ def compared(found: dict[int, dict[str, Any]], counts: Sequence[str]) -> list[li
     return [*lines, [f"{large_size / small_size:g} times", *[""] * len(counts), *times, seconds]]
 
 
+def by(of: str, found: dict[int, dict[str, Any]], names: Mapping[str, str] | None = None) -> list[list[object]]:
+    """A line a stage, or a kind of work, in the words of `names`: its largest worker's peak for each size."""
+    small, large = found.values()
+    shown = names or {name: name for name in large[of]}
+    return [[words, *(f"{one[of].get(name, 0):.0f}" for one in (small, large))] for name, words in shown.items()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with debian and linux-doc")
@@ -135,11 +146,9 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=1000, help="MB")
     args = parser.parse_args()
     found = {size: prepare(args.data, size) for size in (args.small, args.large)}
-    lines, small, large = compared(found, ("rows_in", "rows_kept")), *found.values()
     header = ["input MB", "records", "kept", *MEASURED]
-    stages = [[name, *(f"{one['stages'].get(name, 0):.0f}" for one in (small, large))] for name in large["stages"]]
-    by_stage = table(stages, ["peak worker MB by stage", *(f"{size} MB" for size in found)])
-    print(f"\n{machine()}\n\n{table(lines, header)}\n\n{by_stage}")
+    by_stage = table(by("stages", found), ["peak worker MB by stage", *(f"{size} MB" for size in found)])
+    print(f"\n{machine()}\n\n{table(compared(found, ('rows_in', 'rows_kept')), header)}\n\n{by_stage}")
 
 
 if __name__ == "__main__":

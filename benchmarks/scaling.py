@@ -231,16 +231,16 @@ class Scale:
         return Line("embed into Pinecone", hours, moved, self.cost(hours, 0, self.gpu_nodes) + units, bottleneck)
 
     def search(self) -> Line:
-        """Of LanceDB: the index, which one process of the head builds; what a month of storage costs."""
+        """Of LanceDB: the index, which one task builds; what a month of storage costs."""
         hours = self.hours(self.records * WIDTH * RATES["LanceDB, index"].value)
         held = self.records * VECTOR_ROW_BYTES
         month = held / 1e9 * PRICES["S3, a GB and month"]
         pinecone = held / 1e9 * PRICES["Pinecone, a GB and month"]
         bottleneck = (
-            f"the head builds the index alone, {size(self.records * WIDTH)} of codes; a month of storage, which the "
+            f"one task builds the index, {size(self.records * WIDTH)} of codes; a month of storage, which the "
             f"dollars hold, is ${month:,.2f}, in Pinecone ${pinecone:,.2f}"
         )
-        return Line("search: index", hours, held, self.cost(hours, 0, 0) + month, bottleneck)
+        return Line("search: index", hours, held, self.cost(hours, 1, 0) + month, bottleneck)
 
     def lines(self) -> list[Line]:
         stages: list[Callable[[], Line]] = [self.prepare, self.tokenize, self.train]
@@ -291,7 +291,7 @@ def counts_table(scales: list[Scale]) -> str:
         ("row groups in the manifest", lambda s: f"{s.records // ROW_GROUP_ROWS:,}"),
         ("rows of a write to the store", lambda s: f"{write_rows(s.records):,}"),
         ("writes to the store", lambda s: f"{s.writes:,}"),
-        ("entries of the ledger that the driver holds at once", lambda s: f"{entries_at_once(s.records):,}"),
+        ("entries of the ledger that one process holds at once", lambda s: f"{entries_at_once(s.records):,}"),
     ]
     rows = [[name, *(count(scale) for scale in scales)] for name, count in of]
     return markdown(["", *(scale.name for scale in scales)], rows, "lrrr")

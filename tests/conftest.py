@@ -58,9 +58,9 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Two CPUs, whatever the machine has."""
     import ray
 
-    from pipeline.runtime.session import _quiet_ray_data
+    from pipeline.runtime.session import _set_up_ray_data
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    _quiet_ray_data()
+    _set_up_ray_data()
     yield
     ray.shutdown()

@@ -9,7 +9,7 @@ What a task does is in embedding/sync.py. A job that is killed and run again emb
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from pipeline.embedding.stores.dead_letters import DeadLetters
 from pipeline.embedding.sync import ROWS, Span, Sync
 from pipeline.embedding.texts import UPDATE
 from pipeline.runtime.cluster import Cluster, connected_cluster, on_own_node
+from pipeline.runtime.memory import large_buffers_given_back
 from pipeline.runtime.session import Board
 
 # NOTE: never an encoder's share of CPUs, which has two digits, or Ray Data makes one operator of reading and encoding:
@@ -57,7 +58,8 @@ class Sink(Datasink[Counter[str]]):
         tables = [pa.table(block) for block in blocks]
         if any(len(table) for table in tables):
             rows = pa.concat_tables(table for table in tables if len(table))
-            self.letters.append(rows, self.sync.write(rows, counts))
+            with large_buffers_given_back():
+                self.letters.append(rows, self.sync.write(rows, counts))
         return counts
 
     def on_write_complete(self, write_result: WriteResult[Counter[str]]) -> None:
@@ -186,6 +188,17 @@ def embed(
         removed = _a_task_each(files).map_batches(remove, batch_size=1, num_cpus=0.5)
         counts["deleted"] = int(removed.sum("deleted") or 0)
     return counts
+
+
+def tidy(sync: Sync, cache_bytes: float, labels: Mapping[str, str]) -> dict[str, Any]:
+    """`Sync.tidy` on a node with these labels: an index takes CPUs and memory, of which a driver's may have none."""
+    import ray
+
+    def tidy() -> dict[str, Any]:
+        with large_buffers_given_back():
+            return sync.tidy(cache_bytes)
+
+    return dict(ray.get(ray.remote(num_cpus=1, label_selector=dict(labels))(tidy).remote()))
 
 
 def plan(sync: Sync, recipe: EncoderRecipe, files: list[Span], board: Board) -> Counter[str]:

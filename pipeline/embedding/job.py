@@ -75,7 +75,7 @@ def bring_up_to_date(space: Space, board: Board) -> dict[str, Any]:
 
     Raises JobError where rows were refused, or the store is not what it should be afterwards.
     """
-    from pipeline.embedding.embed import SharedAccount, embed
+    from pipeline.embedding.embed import SharedAccount, embed, tidy
 
     config = space.config
     if config.embedding.store == "pinecone":
@@ -86,11 +86,10 @@ def bring_up_to_date(space: Space, board: Board) -> dict[str, Any]:
         sync, letters = space.sync(), DeadLetters(config.run_dir / "dead_letters" / file_name(store), store.width)
         remove_folder(letters.folder)  # they are tried again now
         counts = embed(sync, space.recipe, space.files, space.records, letters, board, WRITERS[config.embedding.store])
-        store.finish()
-        sync.ledger.compact()
-        if sync.cache is not None:
-            sync.cache.trim(config.embedding.cache_gb * 1e9)
         log.info("embed: %s", _listed(counts) or "nothing had changed")
+        facts = tidy(sync, config.embedding.cache_gb * 1e9, config.scaling.labels.data)
+        if "recall@10" in facts:
+            log.info("embed: recall@10 of the index is %.4f", facts["recall@10"])
         if counts["refused"]:
             raise JobError(
                 f"{store.name} refused {counts['refused']:,} rows; {letters.folder} has them with the reasons, all "

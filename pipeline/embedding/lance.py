@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,8 @@ from pipeline.storage.bucket import AnyPath, BucketPath
 
 # NOTE: Ray starts its processes by fork and exec, which LanceDB's own threads outlive; it warns of forks that go on.
 warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
+# What a scan may read ahead; with Lance's own 2 GB, a whole table is in memory before its first batch was looked at.
+os.environ.setdefault("LANCE_DEFAULT_IO_BUFFER_SIZE", str(1 << 27))
 SCHEMES = {"s3": "s3", "gs": "gs", "gcs": "gs"}  # LanceDB's names for ours
 
 

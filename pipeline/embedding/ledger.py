@@ -35,7 +35,7 @@ ENTRY = pa.schema(
         ("new", pa.bool_()),  # since the table was last compacted
     ]
 )
-PART_ENTRIES = 1 << 20  # entries held at once while all of them are gone through
+PART_ENTRIES = 1 << 17  # entries held at once while all of them are gone through, 60 MB
 INDEXED_ENTRIES = 100_000  # from here on an index by id is worth its while
 
 
@@ -84,23 +84,24 @@ class Ledger:
         return bool(self._past.table.count_rows() == 0)
 
     def counts(self) -> tuple[int, int]:
-        """Ids that are in the store, and ids that may be."""
-        there = total = 0
-        for part in self._parts():
-            total += len(part)
-            there += pc.sum(pc.equal(part["state"], THERE)).as_py() or 0
-        return there, total - there
+        """Ids that are in the store, and ids that may be, as of the last `begin` or `compact`."""
+        there, sending = (self.table.count_rows(f"NOT new AND state = {state}") for state in (THERE, SENDING))
+        return there, sending
 
     def compact(self) -> None:
         """Leave the newest entry of each id. Nobody else may be writing."""
+        self._index("id")  # the new entries too, or each range would look at all of them
         schema, parts = ENTRY, self._parts()
         entries = (batch for part in parts for batch in _as_old(part).to_batches())
         reader = pa.RecordBatchReader.from_batches(schema, entries)
         self._table = connect(self.home).create_table(self.name, data=reader, schema=schema, mode="overwrite")
-        if self.table.count_rows() >= INDEXED_ENTRIES:
-            for column in ("id", "source_id"):
-                self.table.create_scalar_index(column, replace=True)
+        self._index("id", "source_id")
         self.table.optimize(cleanup_older_than=timedelta(days=2))
+
+    def _index(self, *columns: str) -> None:
+        if self.table.count_rows() >= INDEXED_ENTRIES:
+            for column in columns:
+                self.table.create_scalar_index(column, replace=True)
 
     def rebuild(self, store: Store) -> None:
         """Note what a store holds, and what it does not hold any more. Of a ledger that has begun."""

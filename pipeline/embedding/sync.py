@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -168,6 +168,14 @@ class Sync:
             self.store.delete(part["id"].to_pylist())
             self.ledger.note(part, GONE)
         counts.update(deleted=len(entries))
+
+    def tidy(self, cache_bytes: float) -> dict[str, Any]:
+        """Join what many writes left, and index what is large; once nobody writes. Returns what the store then is."""
+        self.store.finish()
+        self.ledger.compact()
+        if self.cache is not None:
+            self.cache.trim(cache_bytes)
+        return self.store.describe()
 
 
 def _action(there: tuple[str, bool] | None, digest: str) -> str | None:

@@ -31,6 +31,8 @@ from pipeline.runtime.job import JobError, signals
 POLL_S = 0.5
 POLL_TIMEOUT_S = 60  # a starved machine answers late
 REACH_S, CONNECT_S = 10.0, 5.0
+BLOCK_BYTES = 1 << 24  # of Ray Data's: about the rows of a write. A task holds several, and Ray's own are of 128 MB
+RETRY_ADVICE = "\nFailed to "  # what Ray Data adds to the words of an error follows
 
 # Read by Ray when it is imported. Tokens are asked for knowingly: RAY_AUTH_MODE, where it is set, is kept.
 ENVIRONMENT = {
@@ -197,18 +199,19 @@ def ray_session() -> Iterator[Board]:
     address = os.environ.get("RAY_ADDRESS")
     file = next((handler for handler in log.handlers if isinstance(handler, LogFile)), None)
     if ray.is_initialized():  # the tests share one session
-        with _ray_logs_to(file):
+        with _ray_logs_to(file), _errors_as_raised():
+            _set_up_ray_data()
             yield Board()
         return
     log.info("ray: %s", f"connects to {address}" if address else "starts on this machine")
     if not address:
         keep_token_private()
     local = {} if address else {"address": "local", "include_dashboard": False, "num_cpus": max(2, os.cpu_count() or 2)}
-    with _ray_logs_to(file), _native_stderr_to(file):
+    with _ray_logs_to(file), _native_stderr_to(file), _errors_as_raised():
         try:
             _init(address, **local, logging_level=logging.INFO)
             signals.install()  # Ray has put its own SIGTERM handler there
-            _quiet_ray_data()
+            _set_up_ray_data()
             yield Board()
         finally:
             ray.shutdown()
@@ -303,7 +306,20 @@ class _LogWriter:
         sys.stderr.flush()
 
 
-def _quiet_ray_data() -> None:
+@contextmanager
+def _errors_as_raised() -> Iterator[None]:
+    """What a task raised, in the words that it had there: Ray's own error has the traceback for a message."""
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        words = (arg.partition(RETRY_ADVICE)[0] if isinstance(arg, str) else arg for arg in error.cause.args)
+        error.cause.args = tuple(words)
+        raise error.cause from error
+
+
+def _set_up_ray_data() -> None:
     """Importing Ray Data gives its logger a console handler and its datasets progress bars."""
     import ray.data
 
@@ -314,3 +330,5 @@ def _quiet_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    context.target_max_block_size = BLOCK_BYTES

@@ -29,6 +29,7 @@ from lancedb.query import MatchQuery
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.fusion import reciprocal_ranks
 from pipeline.embedding.lance import connect, has_table
+from pipeline.embedding.nearest import merged, nearest_in_block, unit
 from pipeline.embedding.stores.nearest import nearest
 from pipeline.embedding.stores.rows import checked, checked_query
 from pipeline.embedding.stores.store import SCHEMA, TEXTS, Refused, StoreError
@@ -194,12 +195,10 @@ class LanceStore:
             if not self._indices("id"):
                 self.table.create_index("id", config=BTree())
             if not self._indices("vector"):
-                log.info("%s: indexes %s vectors by %s", self.name, f"{rows:,}", self.index)
                 self.table.create_index("vector", config=INDEXES[self.index](distance_type="cosine"))
         _retried(self.table.optimize)
         if self._indices("vector"):
             self.recall = self.index_recall()
-            log.info("%s: recall@10 of the index is %.4f", self.name, self.recall)
 
     def index_recall(self, sample: int = 50, k: int = 10) -> float:
         """Share of the true k nearest that queries find, by brute force over `sample` vectors of the table.
@@ -208,12 +207,15 @@ class LanceStore:
         """
         offsets = random.Random(0).sample(range(self.count()), min(sample, self.count()))
         rows = self.table.take_offsets(offsets).select(["id", "vector"]).to_arrow()
+        vectors, found = as_matrix(rows["vector"]), None
+        for batch in self.scan(["id", "vector"]):  # once for all of them
+            ids, block = np.array(batch["id"].to_pylist()), unit(as_matrix(batch["vector"]))
+            found = merged(found, nearest_in_block(unit(vectors), block, ids, k + 1), k + 1)
         shares = []
-        for own, vector in zip(rows["id"].to_pylist(), as_matrix(rows["vector"]), strict=True):
-            search = self.table.search(vector).distance_type("cosine").limit(k + 1).bypass_vector_index()
-            true = [i for i in search.select(["id", "_distance"]).to_arrow()["id"].to_pylist() if i != own][:k]
-            found = [row["id"] for row in self.query(vector, k + 1) if row["id"] != own][:k]
-            shares.append(len(set(found) & set(true)) / max(len(true), 1))
+        for own, vector, near in zip(rows["id"].to_pylist(), vectors, found.ids if found else (), strict=True):
+            true = [i for i in near.tolist() if i != own][:k]
+            seen = [row["id"] for row in self.query(vector, k + 1) if row["id"] != own][:k]
+            shares.append(len(set(seen) & set(true)) / max(len(true), 1))
         return float(np.mean(shares))
 
 

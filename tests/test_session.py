@@ -1,0 +1,63 @@
+"""What a task raises on its node is what the job says, in one sentence."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pipeline.embedding.stores.store import StoreError
+from pipeline.runtime.session import ray_session
+
+WORDS = "Pinecone's index docs is gone; python jobs/embed.py makes it"
+
+
+def fails(*_: Any) -> Any:
+    raise StoreError(WORDS)
+
+
+def of_a_task() -> None:
+    import ray
+
+    ray.get(ray.remote(fails).remote())
+
+
+def of_a_dataset() -> None:
+    import ray.data
+
+    ray.data.range(2).map_batches(fails).materialize()
+
+
+def of_an_actor() -> None:
+    import ray.data
+
+    class Fails:
+        __call__ = fails
+
+    ray.data.range(2).map_batches(Fails, compute=ray.data.ActorPoolStrategy(size=1)).materialize()
+
+
+def of_a_sink() -> None:
+    import ray.data
+
+    class Sink(ray.data.Datasink[None]):
+        write = fails
+
+    ray.data.range(2).write_datasink(Sink())
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("work", [of_a_task, of_a_dataset, of_an_actor, of_a_sink])
+def test_the_words_are_those_of_the_task(work: Callable[[], None]) -> None:
+    with pytest.raises(StoreError) as caught, ray_session():
+        work()
+    assert str(caught.value) == WORDS
+    assert "in fails" in str(caught.value.__cause__)  # where, for the log
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_error_that_is_not_ours_keeps_its_own(tmp_path: Any) -> None:
+    import ray
+
+    missing = ray.remote((tmp_path / "nothing").read_text)
+    with pytest.raises(FileNotFoundError, match=r"^\[Errno 2\] No such file .*/nothing'$"), ray_session():
+        ray.get(missing.remote())
