@@ -65,7 +65,7 @@ def own_bytes(process: psutil.Process) -> tuple[str, int]:
 
 
 def watch(command: list[str]) -> dict[str, Any]:
-    """Run a job. Returns its last line, and the peaks in MB: the driver's, and the largest worker's by stage and work."""
+    """Run a job. Returns its last line, and the peaks in MB: the driver's, the largest worker's by stage and work."""
     driver_peak, ends, works = 0, [], Counter[str]()
     samples: list[tuple[float, int]] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:

@@ -58,6 +58,8 @@ def test_the_words_are_those_of_the_task(work: Callable[[], None]) -> None:
 def test_an_error_that_is_not_ours_keeps_its_own(tmp_path: Any) -> None:
     import ray
 
-    missing = ray.remote((tmp_path / "nothing").read_text)
+    def reads() -> str:
+        return (tmp_path / "nothing").read_text()
+
     with pytest.raises(FileNotFoundError, match=r"^\[Errno 2\] No such file .*/nothing'$"), ray_session():
-        ray.get(missing.remote())
+        ray.get(ray.remote(reads).remote())
