@@ -8,6 +8,7 @@ What a task does is in embedding/sync.py. A job that is killed and run again emb
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -110,15 +111,26 @@ def _open(recipe: EncoderRecipe, threads: int) -> Any:
 
 
 def encoded(
-    dataset: Dataset, recipe: EncoderRecipe, board: Board, prompt: str, prompts: dict[str, str] | None = None
+    dataset: Dataset,
+    texts: int,
+    recipe: EncoderRecipe,
+    board: Board,
+    prompt: str,
+    prompts: dict[str, str] | None = None,
 ) -> Dataset:
-    """The dataset's `text` embedded, after the prompt of its `source`, else the model's own named `prompt`."""
-    return in_pool(dataset, recipe, board, EncodeTexts, prompt, prompts)
+    """The dataset's `text` embedded, after the prompt of its `source`, else the model's own named `prompt`.
+
+    `texts` says how many there are.
+    """
+    return in_pool(dataset, texts, recipe, board, EncodeTexts, prompt, prompts)
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Encoding actors: one a GPU, else one a CPU. At most, at once, each one's share of CPUs, and its threads."""
+    """Encoding actors: one a GPU, else one a CPU, and no more than there are batches of texts.
+
+    At most, at once, each one's share of CPUs, and its threads.
+    """
 
     most: int
     now: int
@@ -127,20 +139,21 @@ class Pool:
     threads: int
 
     @classmethod
-    def of(cls, max_workers: int | None, cluster: Cluster) -> Pool:
-        """On that part of a cluster where encoders go."""
+    def of(cls, texts: int, max_workers: int | None, cluster: Cluster) -> Pool:
+        """For so many texts, on that part of a cluster where encoders go."""
         capacity = cluster.capacity()
         cpus, gpus = capacity.cpus, int(capacity.gpus)
-        most = max_workers or gpus or int(cpus)
+        most = min(max_workers or gpus or int(cpus), max(1, math.ceil(texts / ROWS)))
         now = max(1, min(most, int(capacity.gpus_there if gpus else capacity.cpus_there)))
         # a CPU is left for reading and writing; an encoder's own threads are set by hand
         share = max(0.01, int(100 * (cpus - 1) / most) / 100) if not gpus else min(1.0, cpus / (2 * gpus))
-        return cls(most, now, min(share, 1.0), min(gpus, 1), max(1, int(capacity.cpus_there) // now))
+        node = min((int(node.cpus) for node in cluster.there if node.cpus >= 1), default=1)
+        return cls(most, now, min(share, 1.0), min(gpus, 1), max(1, min(int(capacity.cpus_there) // now, node)))
 
 
-def in_pool(dataset: Dataset, recipe: EncoderRecipe, board: Board, actor: type, *arguments: Any) -> Dataset:
-    """The dataset through a pool of encoding actors, made with `arguments`."""
-    pool = Pool.of(recipe.settings.max_workers, connected_cluster().with_labels(recipe.labels))
+def in_pool(dataset: Dataset, texts: int, recipe: EncoderRecipe, board: Board, actor: type, *arguments: Any) -> Dataset:
+    """The dataset, of so many texts, through a pool of encoding actors that are made with `arguments`."""
+    pool = Pool.of(texts, recipe.settings.max_workers, connected_cluster().with_labels(recipe.labels))
     return dataset.map_batches(
         actor,
         fn_constructor_args=(recipe, pool.threads, board.handle, *arguments),
@@ -180,7 +193,7 @@ def embed(
     handle, sink = board.handle, Sink(sync, letters, write_rows(records))
     with board.stage("embed", None, "records", counter="embedded", receive=receive):
         dataset = _a_task_each(files).map_batches(due, batch_size=1, num_cpus=READ_CPUS)
-        in_pool(dataset, recipe, board, EncodeRows, sync).write_datasink(
+        in_pool(dataset, records, recipe, board, EncodeRows, sync).write_datasink(
             sink, concurrency=writers, ray_remote_args={"num_cpus": 0.5}
         )
     counts = sum(plans.values(), Counter[str]()) + sink.counts

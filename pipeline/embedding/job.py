@@ -124,7 +124,7 @@ def estimate(space: Space, board: Board) -> dict[str, Any]:
     from pipeline.embedding.embed import Pool, plan, write_rows
 
     wanted = space.config.embedding
-    pool = Pool.of(wanted.max_workers, connected_cluster().with_labels(space.recipe.labels))
+    pool = Pool.of(space.records, wanted.max_workers, connected_cluster().with_labels(space.recipe.labels))
     with alone_in(space.folder):
         sync, files = space.sync(make=False), space.files
         counts = plan(sync, space.recipe, files, board)

@@ -40,7 +40,7 @@ def nearest_documents(
 
     found: dict[int, Found] = {}
     with board.stage(f"evaluate: encode {task.name}", len(task.documents), "documents", counter="embedded"):
-        vectors = encoded(_dataset(task.documents), recipe, board, "document")
+        vectors = encoded(_dataset(task.documents), len(task.documents), recipe, board, "document")
         ranked = vectors.map_batches(rank, batch_size=RANK_ROWS, batch_format="pyarrow", num_cpus=0.5)
         for block in ranked.iter_batches(batch_size=None, batch_format="pyarrow"):
             for row in block.to_pylist():
@@ -100,7 +100,7 @@ def encode_texts(texts: list[str], name: str, recipe: EncoderRecipe, board: Boar
     table = pa.table({"id": range(len(texts)), "text": texts})
     blocks = [table.slice(start, BLOCK_ROWS) for start in range(0, len(table), BLOCK_ROWS)]
     with board.stage(f"evaluate: encode {name}", len(texts), "texts", counter="embedded"):
-        vectors = encoded(ray.data.from_arrow(blocks), recipe, board, "")
+        vectors = encoded(ray.data.from_arrow(blocks), len(texts), recipe, board, "")
         parts = list(vectors.iter_batches(batch_size=None, batch_format="pyarrow"))
     order = np.argsort(np.concatenate([part["id"].to_numpy() for part in parts]))
     return np.concatenate([as_matrix(part["vector"]) for part in parts])[order]

@@ -143,7 +143,7 @@ class _Encoding:
 
         rows = ray.data.range(len(files), override_num_blocks=len(files)).map_batches(read, batch_size=1, num_cpus=0.5)
         prompts = {source.name: source.prompts[field] for source in self.manifest.sources if field in source.prompts}
-        return encoded(rows, self.model, self.board, prompt, prompts)
+        return encoded(rows, int(wanted.sum()), self.model, self.board, prompt, prompts)
 
 
 def _read(file: Path, index: int, field: str, keys: TextKeys, wanted: npt.NDArray[np.bool_]) -> Iterator[pa.Table]:
