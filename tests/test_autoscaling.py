@@ -144,6 +144,7 @@ def test_nodes_come_for_a_job_and_go_when_it_is_done(tmp_path: Path) -> None:
         "storage": {"root": str(tmp_path / "store"), "run": "r"},
         "data": {"sources": [{"name": "pages", "type": "json", "path": str(tmp_path / "pairs.jsonl")}]},
         "embedding": {"model": str(get_model_path())},
+        "logging": {"level": "DEBUG"},
     }
     (tmp_path / "c.yaml").write_text(json.dumps(config))
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PIPELINE_"))}
@@ -171,7 +172,8 @@ def test_nodes_come_for_a_job_and_go_when_it_is_done(tmp_path: Path) -> None:
             job.kill()
         said = (tmp_path / "err").read_text()
         assert job.returncode == 0, said
-        assert f"may grow to {2 * MOST_WORKERS} CPUs" in said
+        log = next((tmp_path / "store").rglob("training.log")).read_text()  # with what preflight found
+        assert f"may grow to {2 * MOST_WORKERS} CPUs" in log
         last = json.loads((tmp_path / "out").read_text().splitlines()[-1])
         assert (last["metrics"]["new"], last["metrics"]["rows"]) == (RECORDS, RECORDS)
         assert seen[0] == 0
