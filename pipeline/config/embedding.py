@@ -33,7 +33,10 @@ class Embedding(Section):
     compile: bool = False
     """Compile the layers with torch.compile: minutes before the first batch, faster batches after it."""
     max_workers: int | None = Field(None, ge=1)
-    """Encoding actors at most; by default as many as the cluster has CPUs (GPUs, where there are some)."""
+    """Encoding actors at most; by default as many as the cluster has CPUs (GPUs, where there are some).
+
+    There is never more than one for 1,024 texts.
+    """
     cache_gb: float = Field(10.0, ge=0)
     """Size, in 10^9 bytes, that the cache of vectors of a model is kept below: the oldest go first. 0: no cache."""
     store: Literal["lancedb", "parquet", "pinecone"] = "lancedb"

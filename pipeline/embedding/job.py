@@ -87,6 +87,7 @@ def bring_up_to_date(space: Space, board: Board) -> dict[str, Any]:
         remove_folder(letters.folder)  # they are tried again now
         counts = embed(sync, space.recipe, space.files, space.records, letters, board, WRITERS[config.embedding.store])
         log.info("embed: %s", _listed(counts) or "nothing had changed")
+        log.info("embed: joins the files of %s, and indexes them where they are many", store.name)
         facts = tidy(sync, config.embedding.cache_gb * 1e9, config.scaling.labels.data)
         if "recall@10" in facts:
             log.info("embed: recall@10 of the index is %.4f", facts["recall@10"])

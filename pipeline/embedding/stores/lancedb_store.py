@@ -207,10 +207,10 @@ class LanceStore:
         """
         offsets = random.Random(0).sample(range(self.count()), min(sample, self.count()))
         rows = self.table.take_offsets(offsets).select(["id", "vector"]).to_arrow()
-        vectors, found = as_matrix(rows["vector"]), None
+        vectors, found = unit(as_matrix(rows["vector"])), None
         for batch in self.scan(["id", "vector"]):  # once for all of them
             ids, block = np.array(batch["id"].to_pylist()), unit(as_matrix(batch["vector"]))
-            found = merged(found, nearest_in_block(unit(vectors), block, ids, k + 1), k + 1)
+            found = merged(found, nearest_in_block(vectors, block, ids, k + 1), k + 1)
         shares = []
         for own, vector, near in zip(rows["id"].to_pylist(), vectors, found.ids if found else (), strict=True):
             true = [i for i in near.tolist() if i != own][:k]
