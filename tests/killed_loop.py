@@ -10,6 +10,7 @@ left are then killed too, as Ray ends a group that has lost a worker.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import pickle
@@ -37,6 +38,8 @@ VOCABULARY = 64
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PLACES = ("forward", "reduced", "updated", "writing", "written", "moved")
 BUCKET_PLACES = ("uploading", "sealing", "sealed")
+HANGS_S = 200
+"""A start takes seconds. A worker that is still there after this says where it stands, and ends."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,7 @@ def _worker(folder: Path, config: Config, manifest: Manifest, number: int, rank:
 
     from pipeline.training import assembly
 
+    faulthandler.dump_traceback_later(HANGS_S, exit=True)
     try:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         rendezvous = f"file://{folder}/rendezvous-{number}"

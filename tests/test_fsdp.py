@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.pretrained import load_pretrained
 from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.objectives.learner import Learner, Special
+from pipeline.training import saving
 from pipeline.training.assembly import resume
 from pipeline.training.batch import to_batch
-from pipeline.training.checkpoints import TrainState, load_weights
+from pipeline.training.checkpoints import TrainState, load_weights, read_state, step_folder
 from pipeline.training.fsdp import FullySharded
-from pipeline.training.loop import Run, train
+from pipeline.training.loop import Run, TrainingStopped, train
 from pipeline.training.optimizer import build_optimizer
+from pipeline.training.saving import Saver
 from pipeline.training.sharded import consolidate, is_sharded, load_sharded, save_sharded
 from pipeline.training.step import backward, cut
 from pipeline.training.strategy import DataParallel
@@ -302,3 +305,39 @@ def test_checkpoints_of_two_workers_load_on_one_and_on_three(tmp_path: Path) -> 
     load_weights(tmp_path / "3", from_whole)
     for name, tensor in from_whole.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def _saved_by_a_slow_leader(rank: int, world_size: int, folder: str) -> Result:
+    """Rank 0 is held up between emptying the folder of a checkpoint and making it."""
+    run = run_of(rank, world_size, Path(folder), "fsdp", [])
+    run.strategy.take(run.learner)
+    if rank == 0:
+        empty = saving.shutil.rmtree
+
+        def slow(*args: Any, **kwargs: Any) -> None:
+            empty(*args, **kwargs)
+            time.sleep(0.5)
+
+        saving.shutil.rmtree = slow  # type: ignore[assignment]
+    saver = Saver(run.config, "{}", lambda state, folder, take: None)
+    saver.save(run, TrainState(step=1), False)
+    assert read_state(saver.incoming / step_folder(1)).step == 1
+    return {}
+
+
+def _saved_where_there_is_no_room(rank: int, world_size: int, folder: str) -> Result:
+    run = run_of(rank, world_size, Path(folder), "fsdp", [])
+    saver = Saver(run.config, "{}", lambda state, folder, take: None)
+    if rank == 0:
+        saver.incoming.parent.mkdir(parents=True)
+        saver.incoming.write_text("in the way")
+    reason = "Not a directory" if rank == 0 else "another worker says why"
+    with pytest.raises(TrainingStopped, match=rf"^step 1: the checkpoint could not be written to .* \({reason}\)"):
+        saver.save(run, TrainState(step=1), False)
+    return {}
+
+
+def test_no_worker_writes_its_part_before_there_is_a_folder(tmp_path: Path) -> None:
+    for saved_as in (_saved_by_a_slow_leader, _saved_where_there_is_no_room):
+        (folder := tmp_path / saved_as.__name__).mkdir()
+        run_workers(2, saved_as, str(folder))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -60,19 +61,31 @@ class Saver:
     def save(self, run: Run, state: TrainState, is_best: bool) -> None:
         """Raises TrainingStopped on all workers where the checkpoint cannot be written."""
         folder = self.incoming / step_folder(state.step)
+        with self._on_all_or_none(folder, run, state):
+            if self._writes(run):
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+        # Only now: under fsdp the others' parts go into it, and one that came first would have it emptied under it.
+        with self._on_all_or_none(folder, run, state):
+            self._write(folder, run, state, is_best)
+        self.place(state, folder, self._take(run, is_best))
+
+    @contextmanager
+    def _on_all_or_none(self, folder: Path, run: Run, state: TrainState) -> Iterator[None]:
+        """Wait for all workers; where one of them met an OSError, raise TrainingStopped on each."""
         problem: OSError | None = None
         try:
-            self._write(folder, run, state, is_best)
+            yield
         except OSError as error:
             problem = error
             shutil.rmtree(folder, ignore_errors=True)
         if total(torch.tensor(float(problem is not None), device=run.device)):
+            reason = (problem.strerror or problem) if problem else "another worker says why"
             raise TrainingStopped(
-                f"step {state.step}: the checkpoint could not be written to {folder.parent} "
-                f"({problem.strerror if problem else 'rank 0 says why'}); make room there and run the same command "
-                f"again, it goes on from the last good checkpoint, of step {run.saved_step or 'none'}"
+                f"step {state.step}: the checkpoint could not be written to {folder.parent} ({reason}); make room "
+                f"there and run the same command again, it goes on from the last good checkpoint, of step "
+                f"{run.saved_step or 'none'}"
             ) from problem
-        self.place(state, folder, self._take(run, is_best))
 
     def _take(self, run: Run, is_best: bool) -> Take | None:
         if not self._writes(run):
@@ -89,9 +102,6 @@ class Saver:
 
     def _write(self, folder: Path, run: Run, state: TrainState, is_best: bool) -> None:
         max_length = self.config.tokenizer.max_length
-        if self._writes(run):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
         if run.strategy.lockstep:
             save_sharded(folder, run.learner, run.optimizer)
             if rank() == 0:
