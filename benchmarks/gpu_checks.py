@@ -221,11 +221,11 @@ def attention(rig: Rig) -> Iterator[Deviation]:
 
 def _attended(states: list[Tensor], texts: Packed, device: torch.device, options: dict[str, Any]) -> list[Tensor]:
     """What attention gives for queries, keys and values, and their gradients for the gradient that comes last."""
-    *qkv, gradient = (x.to(device) for x in states)
+    q, k, v, gradient = (x.to(device) for x in states)
     layout = Layout.of(texts.to(device))
-    qkv = [x.requires_grad_() for x in qkv]
-    mixed = attend(*qkv, layout, layout, **options)
-    return [mixed.detach(), *torch.autograd.grad(mixed, qkv, gradient)]
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    mixed = attend(q, k, v, layout, layout, **options)
+    return [mixed.detach(), *torch.autograd.grad(mixed, inputs, gradient)]
 
 
 def compiled(rig: Rig) -> Iterator[Deviation]:

@@ -171,7 +171,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         causal = after == 0 and before != 0
         return written_out(*plain, *lengths, causal=causal, window=window, scale=options["scale"])
 
-    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     return calls
 

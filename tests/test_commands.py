@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.embedding_world import save_random_model
+
 ROOT = Path(__file__).parents[1]
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
 
@@ -34,6 +36,23 @@ def test_what_reads_and_ranks_does_without_torch() -> None:
     tasks = ("data.prepare", "data.feed", "embedding.embed", "evaluation.retrieval", "mining.mine")
     imports = ", ".join(f"pipeline.{name}" for name in tasks)
     assert python("-c", f"import sys, {imports}; sys.exit('torch' in sys.modules)").returncode == 0
+
+
+def test_an_encoder_loads_neither_a_compiler_nor_a_store(tmp_path: Path) -> None:
+    """Two seconds each, of torch's compiler and of LanceDB, that every query and every encoding actor would wait."""
+    folder = save_random_model(tmp_path / "model")
+    code = f"""
+import sys
+from pathlib import Path
+from pipeline.config.embedding import Embedding
+from pipeline.embedding import embed, sync
+from pipeline.embedding.encode import open_encoder
+from pipeline.embedding.recipe import EncoderRecipe
+vectors = open_encoder(EncoderRecipe(Path({str(folder)!r}), Embedding(), Path())).encode(["a text"])
+sys.exit(vectors.shape != (1, 32) or bool({{"torch._dynamo", "lancedb"}} & sys.modules.keys()))
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_wrong_key_exits_2_from_a_shell(tmp_path: Path) -> None:

@@ -8,8 +8,6 @@ from datetime import timedelta
 from typing import Any
 from urllib.parse import parse_qsl
 
-import lancedb
-
 from pipeline.config import ConfigError
 from pipeline.storage.bucket import AnyPath, BucketPath
 
@@ -22,6 +20,8 @@ SCHEMES = {"s3": "s3", "gs": "gs", "gcs": "gs"}  # LanceDB's names for ours
 
 def connect(home: AnyPath) -> Any:
     """A connection that sees at once what others write."""
+    import lancedb  # two seconds, which an encoder has no use for
+
     uri, options = str(home), None
     if isinstance(home, BucketPath):
         uri, options = f"{SCHEMES[home.scheme]}://{home.key}", storage_options(home)

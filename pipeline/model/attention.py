@@ -13,12 +13,12 @@ numbers of 16 bits go to flash attention, packed as they are; others, and dropou
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from pipeline.model.packing import Layout, put, take
 
@@ -26,7 +26,6 @@ FLASH_CAPABILITY = (8, 0)  # Ampere: the first GPUs that torch's flash attention
 FLASH_HEAD_WIDTH = 256  # the widest head it takes; also a multiple of 8
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(
     q_THK: Tensor,
     k_SJK: Tensor,
@@ -45,7 +44,10 @@ def attend(
     at the query's position or before. `window`: only keys at most so many positions away. A query that sees no key gets
     zeros.
     """
-    rule = _Rule(causal, window, dropout, scale)
+    return _attend(q_THK, k_SJK, v_SJK, queries, keys, _Rule(causal, window, dropout, scale))
+
+
+def _attend(q_THK: Tensor, k_SJK: Tensor, v_SJK: Tensor, queries: Layout, keys: Layout, rule: _Rule) -> Tensor:
     # Rotary positions leave queries and keys in float32 under autocast.
     q_THK, k_SJK = q_THK.to(v_SJK.dtype), k_SJK.to(v_SJK.dtype)
     if not q_THK.is_cuda:
@@ -55,6 +57,13 @@ def attend(
     else:
         path = _padded
     return path(q_THK, k_SJK, v_SJK, queries, keys, rule)
+
+
+@cache
+def keep_from_compiler() -> None:
+    """Let torch.compile call `attend` as it is. Only where something is compiled: torch loads its compiler for it."""
+    global _attend
+    _attend = torch.compiler.disable(_attend)
 
 
 @dataclass(frozen=True)
@@ -133,6 +142,8 @@ def _flash_takes(q_THK: Tensor, queries: Layout, keys: Layout, rule: _Rule) -> b
 
 
 def _flash(q_THK: Tensor, k_SJK: Tensor, v_SJK: Tensor, queries: Layout, keys: Layout, rule: _Rule) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # which loads torch's compiler: two seconds, on a CPU for nothing
+
     reach = -1 if rule.window is None else rule.window
     return varlen_attn(  # type: ignore[return-value]
         q_THK,

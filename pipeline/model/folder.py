@@ -17,11 +17,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from pipeline.model.card import Card
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.reading import is_ours, load_tokenizer, read_card
 from pipeline.model.transformer import Encoder, EncoderShape
+
+RANDOM = (init.normal_, init.uniform_, init.kaiming_uniform_)  # what embeddings and linear layers begin with
 
 
 def save_model(folder: Path, model: EmbeddingModel, tokenizer_json: str, max_length: int) -> None:
@@ -55,10 +59,17 @@ def load_model(folder: Path) -> tuple[EmbeddingModel, Tokenizer]:
 def _backbone(card: Card) -> torch.nn.Module:
     """Its parameters are not set: they wait for a state dict."""
     if card.architecture == "unified":
-        with torch.device("meta"):
+        with torch.device("meta"), _Unset():
             return Encoder(EncoderShape(**card.shape))
     if card.architecture == "pretrained":
         from pipeline.model.pretrained import PretrainedEncoder  # imports transformers, which takes seconds
 
         return PretrainedEncoder.from_description(card.shape)
     raise ValueError(f"architecture {card.architecture!r} is not known")
+
+
+class _Unset(TorchFunctionMode):
+    """Parameters get no random numbers: on the meta device torch would load its compiler for them, for two seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return kwargs["tensor"] if func in RANDOM else func(*args, **(kwargs or {}))
