@@ -27,7 +27,7 @@ from pipeline.objectives.learner import Learner, Special
 from pipeline.training import saving
 from pipeline.training.assembly import resume
 from pipeline.training.batch import to_batch
-from pipeline.training.checkpoints import TrainState, load_weights, read_state, step_folder
+from pipeline.training.checkpoints import TrainState, load_weights, read_state
 from pipeline.training.fsdp import FullySharded
 from pipeline.training.loop import Run, TrainingStopped, train
 from pipeline.training.optimizer import build_optimizer
@@ -307,6 +307,10 @@ def test_checkpoints_of_two_workers_load_on_one_and_on_three(tmp_path: Path) -> 
         assert torch.equal(tensor, expected[name]), name
 
 
+def saver_of(run: Run) -> Saver:
+    return Saver(run.config, "{}", lambda state, folder, take: None)
+
+
 def _saved_by_a_slow_leader(rank: int, world_size: int, folder: str) -> Result:
     """Rank 0 is held up between emptying the folder of a checkpoint and making it."""
     run = run_of(rank, world_size, Path(folder), "fsdp", [])
@@ -319,25 +323,33 @@ def _saved_by_a_slow_leader(rank: int, world_size: int, folder: str) -> Result:
             time.sleep(0.5)
 
         saving.shutil.rmtree = slow  # type: ignore[assignment]
-    saver = Saver(run.config, "{}", lambda state, folder, take: None)
-    saver.save(run, TrainState(step=1), False)
-    assert read_state(saver.incoming / step_folder(1)).step == 1
-    return {}
-
-
-def _saved_where_there_is_no_room(rank: int, world_size: int, folder: str) -> Result:
-    run = run_of(rank, world_size, Path(folder), "fsdp", [])
-    saver = Saver(run.config, "{}", lambda state, folder, take: None)
-    if rank == 0:
-        saver.incoming.parent.mkdir(parents=True)
-        saver.incoming.write_text("in the way")
-    reason = "Not a directory" if rank == 0 else "another worker says why"
-    with pytest.raises(TrainingStopped, match=rf"^step 1: the checkpoint could not be written to .* \({reason}\)"):
-        saver.save(run, TrainState(step=1), False)
+    saver_of(run).save(run, TrainState(step=1), False)
     return {}
 
 
 def test_no_worker_writes_its_part_before_there_is_a_folder(tmp_path: Path) -> None:
-    for saved_as in (_saved_by_a_slow_leader, _saved_where_there_is_no_room):
-        (folder := tmp_path / saved_as.__name__).mkdir()
-        run_workers(2, saved_as, str(folder))
+    run_workers(2, _saved_by_a_slow_leader, str(tmp_path))
+    (state,) = tmp_path.rglob("state.json")
+    assert read_state(state.parent).step == 1
+    assert len(list(state.parent.glob("weights/shard-*"))) == 2
+
+
+def _saved_with_a_file_in_the_way(rank: int, world_size: int, folder: str) -> Result:
+    run = run_of(rank, world_size, Path(folder), "fsdp", [])
+    saver = saver_of(run)
+    if rank == 0:
+        saver.incoming.parent.mkdir(parents=True)
+        saver.incoming.write_text("in the way")
+    try:
+        saver.save(run, TrainState(step=1), False)
+    except TrainingStopped as error:
+        Path(folder, f"{rank}.txt").write_text(str(error))
+    return {}
+
+
+def test_what_keeps_one_worker_from_writing_stops_all(tmp_path: Path) -> None:
+    run_workers(2, _saved_with_a_file_in_the_way, str(tmp_path))
+    said = [Path(tmp_path, f"{rank}.txt").read_text() for rank in range(2)]
+    for text, reason in zip(said, ("Not a directory", "another worker says why"), strict=True):
+        assert text.startswith("step 1: the checkpoint could not be written to ")
+        assert f"({reason}); make room there" in text
