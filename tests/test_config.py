@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.config import Config, ConfigError, load
 from pipeline.runtime.job import JobError, Result, alone_in, run_job
 
-SECTIONS = list(Config.model_fields)
-NUMBERS = {  # key → values out of its range
+NUMBERS: dict[str, list[object]] = {  # key → values out of its range
     "data.max_bad_fraction": [-0.1, 1.1],
     "data.validation_fraction": [0, 0.5],
     "data.min_chars": [0],
@@ -35,158 +35,155 @@ NUMBERS = {  # key → values out of its range
     "scaling.num_workers": [0, -2],
     "scaling.cpus_per_worker": [0],
 }
-WRONG_TYPES = ["abc", [1], {"a": 1}, True, None, "2024-01-01"]
+WRONG_TYPES: list[object] = ["abc", [1], {"a": 1}, True, None, "2024-01-01"]
+Write = Callable[[str], Path]
 
 
-def _nested(key: str, value: object) -> str:
-    tree: object = value
-    for part in reversed(key.split(".")):
-        tree = {part: tree}
-    return json.dumps(tree)  # JSON is YAML
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes a config file of this content."""
+
+    def write(text: str) -> Path:
+        (tmp_path / "c.yaml").write_text(text + "\n")
+        return tmp_path / "c.yaml"
+
+    return write
 
 
-def wrong_configs() -> list[tuple[str, bytes, list[str]]]:
-    """(name, file content, what the sentence must mention)."""
-    cases: list[tuple[str, bytes, list[str]]] = [
-        ("empty", b"", ["empty"]),
-        ("comment only", b"# nothing\n", ["empty"]),
-        ("a list", b"- 1\n", ["list"]),
-        ("a word", b"word\n", ["word"]),
-        ("a number", b"12\n", ["12"]),
-        ("unclosed", b"training: [1,\n", ["line"]),
-        ("tab", b"training:\n\tseed: 1\n", ["line"]),
-        ("bad anchor", b"training: *nowhere\n", ["nowhere"]),
-        ("two documents", b"training: {}\n---\nmodel: {}\n", ["line"]),
-        ("twice", b"training: {seed: 1}\ntraining: {seed: 2}\n", ["training", "twice"]),
-        ("not utf-8", b"\xff\xfe\x00", ["UTF-8"]),
-        ("nul", b"training: \x00\n", ["plain YAML"]),
-        ("python object", b"training: !!python/object/apply:os.system ['touch /tmp/x']\n", ["line 1"]),
-        ("python name", b"!!python/name:os.system\n", ["line 1"]),
-        ("bad date", b"training: 2024-13-45\n", ["plain YAML"]),
-        ("a tag without a value", b"training: !!int ''\n", ["plain YAML"]),
-        ("a tag that does not fit", b"training: !!bool foo\n", ["plain YAML"]),
-        ("a key like a type", b"str: 1\n", ["str", "unknown key"]),
-        ("a key like a type, inside", b"training: {int: 1}\n", ["training.int", "unknown key"]),
-        ("a key with brackets", b"training: {'lr[ms]': 1}\n", ["training.lr[ms]", "unknown key"]),
-        ("no format", b"logging: {format: abc}\n", ["logging.format", "abc"]),
-        ("a format of nothing", b"logging: {format: '%(nope)s'}\n", ["logging.format", "nope"]),
-        ("nan", b"training: {learning_rate: .nan}\n", ["training.learning_rate", "nan"]),
-        ("infinite", b"training: {learning_rate: .inf}\n", ["training.learning_rate", "inf"]),
-        ("unset variable", b"logging: {save_dir: $NO_SUCH_VARIABLE_1/logs}\n", ["logging.save_dir", "NO_SUCH_VARIABLE_1"]),
-        ("unset variable, braces", b"embedding: {uri: '${NO_SUCH_VARIABLE_2}'}\n", ["embedding.uri", "NO_SUCH_VARIABLE_2"]),
-        ("root of no bucket's kind", b"storage: {root: 'http://b/k'}\n", ["storage.root", "http://b/k", "s3://bucket"]),
-        ("credentials in the root", b"storage: {root: 's3://a:b@c/k'}\n", ["storage.root", "credentials", "environment"]),
-        ("no sources", b"data: {sources: []}\n", ["data.sources"]),
-        ("source without path", b"data: {sources: [{name: a, type: json}]}\n", ["data.sources.0", "path"]),
-        ("source twice", b"data: {sources: [{name: a, type: python_packages}, {name: a, type: python_packages}]}", ["a, a"]),
-        ("source of no type", b"data: {sources: [{name: a}]}\n", ["data.sources.0.type"]),
-        ("source of wrong type", b"data: {sources: [{name: a, type: xml, path: b}]}\n", ["data.sources.0.type", "xml"]),
-        ("half a pair", b"data: {sources: [{name: a, type: json, path: b, fields: {anchor: c}}]}", ["anchor", "positive"]),
-        ("odd heads", b"model: {d_model: 100, num_heads: 3}\n", ["model", "100", "3"]),
-        ("older name", b"training: {mixed_precision: fp16}\n", ["mixed_precision", "training.precision"]),
-        ("older place", b"data: {max_samples: 5}\n", ["max_samples", "data.sources[].max_samples"]),
-        ("older place 2", b"tokenizer: {save_dir: x}\n", ["save_dir", "logging.save_dir"]),
-        ("older place 3", b"training: {max_checkpoints: 3}\n", ["checkpointing.max_checkpoints"]),
-        ("near miss", b"training: {learning_rat: 1.0}\n", ["training.learning_rat", "learning_rate"]),
-        ("near section", b"trainning: {}\n", ["trainning", "training"]),
-    ]  # fmt: skip
-    cases += [(f"{s} null", f"{s}: null\n".encode(), [s, "null"]) for s in SECTIONS]
-    cases += [(f"{s} empty value", f"{s}:\n".encode(), [s, "null"]) for s in SECTIONS]
-    cases += [(f"{s} list", f"{s}: [1]\n".encode(), [s, "mapping"]) for s in SECTIONS]
-    cases += [(f"{s} text", f"{s}: yes please\n".encode(), [s, "yes please"]) for s in SECTIONS]
-    cases += [(f"{s} unknown", f"{s}: {{zzz: 1}}\n".encode(), [f"{s}.zzz", "unknown"]) for s in SECTIONS]
+# content of a file, and what the sentence must mention
+WRONG: list[tuple[str, ...]] = [
+    ("", "empty"),
+    ("# nothing", "empty"),
+    ("- 1", "list"),
+    ("word", "word"),
+    ("12", "12"),
+    ("training: [1,", "line"),
+    ("training:\n\tseed: 1", "line"),
+    ("training: *nowhere", "nowhere"),
+    ("training: {}\n---\nmodel: {}", "line"),
+    ("training: {seed: 1}\ntraining: {seed: 2}", "training", "twice"),
+    ("\xff\xfe\x00", "UTF-8"),
+    ("training: \x00", "plain YAML"),
+    ("training: !!python/object/apply:os.system ['touch /tmp/x']", "line 1"),
+    ("!!python/name:os.system", "line 1"),
+    ("training: 2024-13-45", "plain YAML"),
+    ("training: !!int ''", "plain YAML"),
+    ("training: !!bool foo", "plain YAML"),
+    ("str: 1", "str", "unknown key"),  # a type of Python's, as pydantic names the members of unions
+    ("training: {int: 1}", "training.int", "unknown key"),
+    ("training: {'lr[ms]': 1}", "training.lr[ms]", "unknown key"),
+    ("logging: {format: abc}", "logging.format", "abc"),
+    ("logging: {format: '%(nope)s'}", "logging.format", "nope"),
+    ("training: {learning_rate: .nan}", "training.learning_rate", "nan"),
+    ("training: {learning_rate: .inf}", "training.learning_rate", "inf"),
+    ("storage: {root: $NO_SUCH_VARIABLE_1/store}", "NO_SUCH_VARIABLE_1"),
+    ("logging: {save_dir: $NO_SUCH_VARIABLE_2/logs}", "logging.save_dir", "NO_SUCH_VARIABLE_2"),
+    ("embedding: {uri: '${NO_SUCH_VARIABLE_3}'}", "embedding.uri", "NO_SUCH_VARIABLE_3"),
+    ("storage: {root: 'http://b/k'}", "storage.root", "http://b/k", "s3://bucket"),
+    ("storage: {root: 's3://a:b@c/k'}", "storage.root", "credentials", "environment"),
+    ("data: {sources: []}", "data.sources"),
+    ("data: {sources: [{name: a, type: json}]}", "data.sources.0", "path"),
+    ("data: {sources: [{name: a, type: python_packages}, {name: a, type: python_packages}]}", "a, a"),
+    ("data: {sources: [{name: a}]}", "data.sources.0.type"),
+    ("data: {sources: [{name: a, type: xml, path: b}]}", "data.sources.0.type", "xml"),
+    ("data: {sources: [{name: a, type: json, path: b, fields: {anchor: c}}]}", "anchor", "positive"),
+    ("model: {d_model: 100, num_heads: 3}", "model", "100", "3"),
+    ("training: {mixed_precision: fp16}", "mixed_precision", "training.precision"),
+    ("data: {max_samples: 5}", "max_samples", "data.sources[].max_samples"),
+    ("tokenizer: {save_dir: x}", "save_dir", "logging.save_dir"),
+    ("training: {max_checkpoints: 3}", "checkpointing.max_checkpoints"),
+    ("training: {learning_rat: 1.0}", "training.learning_rat", "learning_rate"),
+    ("trainning: {}", "trainning", "training"),
+]
+
+
+def wrong_configs() -> Iterator[tuple[str, ...]]:
+    yield from WRONG
+    for section in Config.model_fields:
+        yield f"{section}:", section, "null"
+        yield f"{section}: [1]", section, "mapping"
+        yield f"{section}: yes please", section, "yes please"
+        yield f"{section}: {{zzz: 1}}", f"{section}.zzz", "unknown"
     for key, values in NUMBERS.items():
-        cases += [(f"{key}={value}", _nested(key, value).encode(), [key, str(value)]) for value in values]
-    numeric = [key for key in NUMBERS if key not in ("training.max_time_s", "model.norm_eps")]
-    for key, value in itertools.product(numeric, WRONG_TYPES):
-        cases.append((f"{key}={value!r}", _nested(key, value).encode(), [key]))
-    return cases
+        section, *names = key.split(".")
+        wrong = WRONG_TYPES if key not in ("training.max_time_s", "model.norm_eps") else []
+        for value in [*values, *wrong]:
+            inner = "".join(f"{{{name}: " for name in names) + json.dumps(value) + "}" * len(names)
+            yield f"{section}: {inner}", key, *([str(value)] if value in values else [])
 
 
-CASES = wrong_configs()
-
-
-def test_there_are_two_hundred() -> None:
-    assert len(CASES) >= 200
-
-
-@pytest.mark.parametrize(("content", "mentions"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
-def test_wrong_config_exits_2_with_one_sentence(
-    content: bytes, mentions: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "c.yaml"
-    file.write_bytes(content)
-
+def test_wrong_configs_exit_2_with_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def main(config: Config, args: object) -> Result:
         raise AssertionError("a wrong config came through")
 
-    code = run_job("train", "", main, argv=["--config", str(file)])
-    out, err = capsys.readouterr()
-    assert code == 2
-    assert "Traceback" not in err
-    assert err.strip().count("\n") == 0
-    assert "storage.root" in err or str(file) in err
-    assert "allowed" in err or "did you mean" in err or "its name here" in err or "stands at" in err
-    for mention in mentions:
-        assert mention in err
-    assert json.loads(out.splitlines()[-1])["status"] == "failed"
+    file, faults = tmp_path / "c.yaml", []
+    for content, *mentions in wrong_configs():
+        file.write_bytes(content.encode("latin-1"))
+        code = run_job("train", "", main, argv=["--config", str(file)])
+        out, err = capsys.readouterr()
+        is_told = (
+            code == 2
+            and json.loads(out.splitlines()[-1])["status"] == "failed"
+            and "Traceback" not in err
+            and "\n" not in err.strip()
+            and any(where in err for where in ("storage.root", str(file)))
+            and any(word in err for word in ("allowed", "did you mean", "its name here", "stands at"))
+            and all(mention in err for mention in mentions)
+        )
+        if not is_told:
+            faults.append(f"{content!r} must mention {mentions}; exit {code}: {err}")
+    assert not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize(
-    "argument",
-    ["nonsense", "training=1", "training.seed=[1", "training.seed.x.y=1", ".=1", "--nope", "training.nope=1"],
-)
-def test_wrong_argument_exits_2(argument: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "c.yaml"
-    file.write_text("training: {seed: 1}\n")
-    assert run_job("train", "", lambda config, args: Result(), argv=["--config", str(file), argument]) == 2
-    assert "Traceback" not in capsys.readouterr().err
+def test_wrong_arguments_exit_2(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write("training: {seed: 1}")
+    for wrong in (
+        "nonsense",
+        "training=1",
+        "training.seed=[1",
+        "training.seed.x.y=1",
+        ".=1",
+        "--nope",
+        "training.no=1",
+    ):
+        assert run_job("train", "", lambda config, args: Result(), argv=["--config", str(file), wrong]) == 2, wrong
+        assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_planted_constructor_is_not_run(tmp_path: Path) -> None:
-    planted = tmp_path / "planted"
-    file = tmp_path / "c.yaml"
-    file.write_text(
-        f"training: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{planted}']]"
-    )
+def test_a_planted_constructor_is_not_run(write: Write, tmp_path: Path) -> None:
+    apply, planted = "!!python/object/apply:pathlib.Path", tmp_path / "planted"
     with pytest.raises(ConfigError):
-        load(file)
+        load(write(f"training: {apply}.touch [{apply} ['{planted}']]"))
     assert not planted.exists()
 
 
-def test_precedence(tmp_path: Path) -> None:
-    file = tmp_path / "c.yaml"
-    file.write_text("storage: {root: /from/file}\ntraining: {seed: 1, learning_rate: 1e-3}\n")
+def test_precedence(write: Write) -> None:
+    file = write("storage: {root: /from/file}\ntraining: {seed: 1, learning_rate: 1e-3}")
+    environ = {"PIPELINE_STORAGE": "/from/env"}
     assert load(file, environ={}).storage.root == "/from/file"
-    assert load(file, environ={"PIPELINE_STORAGE": "/from/env"}).storage.root == "/from/env"
-    overridden = load(
-        file, ["storage.root=/from/argument", "training.seed=7"], environ={"PIPELINE_STORAGE": "/from/env"}
-    )
+    assert load(file, environ=environ).storage.root == "/from/env"
+    overridden = load(file, ["storage.root=/from/argument", "training.seed=7"], environ=environ)
     assert overridden.storage.root == "/from/argument"
     assert overridden.get("training.seed") == 7
     assert overridden.get("training.learning_rate") == 0.001  # YAML 1.1 would read 1e-3 as text
     assert overridden.get("training.max_grad_norm") == 1.0  # a default
 
 
-def test_variables_in_the_root_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOMEWHERE", str(tmp_path))
-    file = tmp_path / "c.yaml"
-    file.write_text("storage: {root: $SOMEWHERE/store}\n")
-    assert load(file, environ={}).storage.root == str(tmp_path / "store")
-    file.write_text("storage: {root: $NO_SUCH_VARIABLE_3/store}\n")
-    with pytest.raises(ConfigError, match="NO_SUCH_VARIABLE_3"):
-        load(file, environ={})
+def test_variables_in_the_root_are_expanded(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOMEWHERE", "/some/where")
+    assert load(write("storage: {root: $SOMEWHERE/store}"), environ={}).storage.root == "/some/where/store"
 
 
-def test_a_last_line_without_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "c.yaml"
-    file.write_text(f"storage: {{root: '{tmp_path}'}}\n")
+def test_a_last_line_without_nan(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(f"storage: {{root: '{tmp_path}'}}")
     metrics = {"loss": float("nan"), "all": [{"x": float("inf")}]}
     assert run_job("train", "", lambda config, args: Result(metrics), argv=["--config", str(file)]) == 0
     assert json.loads(capsys.readouterr().out)["metrics"] == {"loss": None, "all": [{"x": None}]}
 
 
-def test_what_a_signal_leaves_half_made_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_signal_leaves_half_made_is_not_shown(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As one of Ray's datasets whose destructor looks for what its constructor had not come to."""
 
     class Half:
@@ -197,11 +194,8 @@ def test_what_a_signal_leaves_half_made_is_not_shown(tmp_path: Path, capsys: pyt
         def __del__(self) -> None:
             raise AttributeError("the other half")
 
-    (tmp_path / "c.yaml").write_text(f"storage: {{root: '{tmp_path}'}}\nlogging: {{level: DEBUG}}\n")
-    hook = sys.unraisablehook
-    code = run_job(
-        "train", "", lambda config, args: Result({"half": Half()}), argv=["--config", str(tmp_path / "c.yaml")]
-    )
+    file, hook = write(f"storage: {{root: '{tmp_path}'}}\nlogging: {{level: DEBUG}}"), sys.unraisablehook
+    code = run_job("train", "", lambda config, args: Result({"half": Half()}), argv=["--config", str(file)])
     said = capsys.readouterr().err
     assert (code, sys.unraisablehook) == (130, hook)
     assert "the other half" in said
@@ -215,30 +209,22 @@ def test_a_job_holds_its_folder_alone(tmp_path: Path) -> None:
         pass
 
 
-def test_an_argument_can_change_an_item_of_a_list(tmp_path: Path) -> None:
-    file = tmp_path / "c.yaml"
-    file.write_text("data: {sources: [{name: a, type: json, path: x}]}\n")
+def test_an_argument_can_change_an_item_of_a_list(write: Write) -> None:
+    file = write("data: {sources: [{name: a, type: json, path: x}]}")
     assert load(file, ["data.sources.0.path=y"]).data.sources[0].path == "y"
     for wrong in ("data.sources.1.path=y", "data.sources.path=y", "data.sources.0.path.z=y"):
         with pytest.raises(ConfigError, match="allowed is a key that is there"):
             load(file, [wrong])
 
 
-def test_dotted_read_of_nothing_names_it(tmp_path: Path) -> None:
-    file = tmp_path / "c.yaml"
-    file.write_text("training: {}\n")
+def test_dotted_read_of_nothing_names_it() -> None:
     with pytest.raises(KeyError, match=r"training\.nothing"):
-        load(file).get("training.nothing")
+        Config().get("training.nothing")
 
 
-def test_resolved_config_loads_again(tmp_path: Path) -> None:
-    import yaml
-
-    file, resolved = tmp_path / "c.yaml", tmp_path / "resolved.yaml"
-    file.write_text("training: {learning_rate: 1e-4}\nmodel: {size: base, num_layers: 3}\n")
-    config = load(file)
-    resolved.write_text(yaml.safe_dump(config.dump()))
-    assert load(resolved) == config
+def test_resolved_config_loads_again(write: Write) -> None:
+    config = load(write("training: {learning_rate: 1e-4}\nmodel: {size: base, num_layers: 3}"))
+    assert load(write(yaml.safe_dump(config.dump()))) == config
 
 
 def test_every_field_has_a_docstring() -> None:
@@ -253,6 +239,8 @@ def test_every_field_has_a_docstring() -> None:
     check(Config, "")
 
 
-@pytest.mark.parametrize("file", sorted(Path(__file__).parents[1].glob("configs/*.yaml")), ids=lambda f: f.name)
-def test_shipped_configs_load(file: Path) -> None:
-    assert load(file)
+def test_shipped_configs_load() -> None:
+    files = list(Path(__file__).parents[1].glob("configs/*.yaml"))
+    assert files
+    for file in files:
+        load(file)  # the sentence of a ConfigError names the file

@@ -15,108 +15,53 @@ from pipeline.config import Config, ConfigError, load
 from pipeline.config.deepspeed import HEADER, Row
 from pipeline.config.deepspeed_batch import batch_parts
 from pipeline.config.deepspeed_keys import DEFAULTS, DIRECT, FIXED, KNOWN, NO_COUNTERPART, NOT_NEEDED
+from pipeline.config.reading import assign
 from pipeline.runtime.console import stop_logging, table
 from pipeline.runtime.job import Result, run_job
 
-FP16: dict[str, Any] = {
-    "enabled": "auto",
-    "loss_scale": 0,
-    "loss_scale_window": 1000,
-    "initial_scale_power": 16,
-    "hysteresis": 2,
-    "min_loss_scale": 1,
-}
-AUTO_OPTIMIZER = {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")}
-AUTO_BATCH: dict[str, Any] = {
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "steps_per_print": 2e3,
-    "train_batch_size": "auto",
-    "train_micro_batch_size_per_gpu": "auto",
-    "wall_clock_breakdown": False,
-}
-ZERO_2: dict[str, Any] = {  # transformers' documentation, "DeepSpeed", ZeRO-2
-    "fp16": FP16,
-    "optimizer": AUTO_OPTIMIZER,
-    "scheduler": {
-        "type": "WarmupLR",
-        "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
-    },
-    "zero_optimization": {
-        "stage": 2,
-        "offload_optimizer": {"device": "none", "pin_memory": True},
-        "allgather_partitions": True,
-        "allgather_bucket_size": 5e8,
-        "overlap_comm": True,
-        "reduce_scatter": True,
-        "reduce_bucket_size": 5e8,
-        "contiguous_gradients": True,
-        "round_robin_gradients": True,
-    },
-    **AUTO_BATCH,
-}
-ZERO_3: dict[str, Any] = {  # the same, ZeRO-3
-    "fp16": FP16,
-    "bf16": {"enabled": "auto"},
-    "optimizer": AUTO_OPTIMIZER,
-    "scheduler": {
-        "type": "WarmupDecayLR",
-        "params": dict.fromkeys(("total_num_steps", "warmup_min_lr", "warmup_max_lr", "warmup_num_steps"), "auto"),
-    },
-    "zero_optimization": {
-        "stage": 3,
-        "overlap_comm": True,
-        "contiguous_gradients": True,
-        "sub_group_size": 1e9,
-        "reduce_bucket_size": "auto",
-        "stage3_prefetch_bucket_size": "auto",
-        "stage3_param_persistence_threshold": "auto",
-        "stage3_max_live_parameters": 1e9,
-        "stage3_max_reuse_distance": 1e9,
-        "stage3_gather_16bit_weights_on_model_save": True,
-    },
-    **AUTO_BATCH,
-}
-SPECIFIED: dict[str, Any] = {
-    "train_batch_size": 64,
-    "train_micro_batch_size_per_gpu": 4,
-    "gradient_accumulation_steps": 8,
-    "steps_per_print": 50,
-    "optimizer": {
-        "type": "Adam",
-        "params": {
-            "lr": 3e-5,
-            "betas": [0.8, 0.999],
-            "eps": 1e-6,
-            "weight_decay": 3e-7,
-            "adam_w_mode": True,
-            "torch_adam": True,
-        },
-    },
-    "scheduler": {
-        "type": "WarmupCosineLR",
-        "params": {
-            "total_num_steps": 500,
-            "warmup_num_steps": 20,
-            "warmup_min_ratio": 0,
-            "cos_min_ratio": 0.1,
-            "warmup_type": "linear",
-        },
-    },
-    "gradient_clipping": 0.5,
-    "prescale_gradients": False,
-    "communication_data_type": "fp32",
-    "bf16": {"enabled": True},
-    "fp16": {"enabled": False},
-    "zero_optimization": {"stage": 1, "offload_param": None},
-    "activation_checkpointing": {"partition_activations": True, "cpu_checkpointing": False, "profile": False},
-    "wandb": {"enabled": True, "project": "theses"},
-    "tensorboard": {"enabled": True, "output_path": "logs", "job_name": "a"},
-    "csv_monitor": {"enabled": False},
-    "flops_profiler": {"enabled": False, "profile_step": 1},
-    "amp": {"enabled": "auto", "opt_level": "auto"},
-    "data_types": {"grad_accum_dtype": "fp32"},
-}
+ZERO_2 = """{
+  "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2,
+           "min_loss_scale": 1},
+  "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+  "scheduler": {"type": "WarmupLR",
+                "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}},
+  "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none", "pin_memory": true},
+                        "allgather_partitions": true, "allgather_bucket_size": 5e8, "overlap_comm": true,
+                        "reduce_scatter": true, "reduce_bucket_size": 5e8, "contiguous_gradients": true,
+                        "round_robin_gradients": true},
+  "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "steps_per_print": 2e3,
+  "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "wall_clock_breakdown": false
+}"""  # from transformers' documentation, "DeepSpeed", ZeRO-2
+ZERO_3 = """{
+  "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2,
+           "min_loss_scale": 1},
+  "bf16": {"enabled": "auto"},
+  "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+  "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_min_lr": "auto",
+                                                    "warmup_max_lr": "auto", "warmup_num_steps": "auto"}},
+  "zero_optimization": {"stage": 3, "overlap_comm": true, "contiguous_gradients": true, "sub_group_size": 1e9,
+                        "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+                        "stage3_param_persistence_threshold": "auto", "stage3_max_live_parameters": 1e9,
+                        "stage3_max_reuse_distance": 1e9, "stage3_gather_16bit_weights_on_model_save": true},
+  "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "steps_per_print": 2e3,
+  "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "wall_clock_breakdown": false
+}"""  # the same page, ZeRO-3
+SPECIFIED = """{
+  "train_batch_size": 64, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 8, "steps_per_print": 50,
+  "optimizer": {"type": "Adam", "params": {"lr": 3e-5, "betas": [0.8, 0.999], "eps": 1e-6, "weight_decay": 3e-7,
+                                           "adam_w_mode": true, "torch_adam": true}},
+  "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 500, "warmup_num_steps": 20,
+                                                     "warmup_min_ratio": 0, "cos_min_ratio": 0.1,
+                                                     "warmup_type": "linear"}},
+  "gradient_clipping": 0.5, "prescale_gradients": false, "communication_data_type": "fp32",
+  "bf16": {"enabled": true}, "fp16": {"enabled": false}, "zero_optimization": {"stage": 1, "offload_param": null},
+  "activation_checkpointing": {"partition_activations": true, "cpu_checkpointing": false, "profile": false},
+  "wandb": {"enabled": true, "project": "theses"},
+  "tensorboard": {"enabled": true, "output_path": "logs", "job_name": "a"},
+  "csv_monitor": {"enabled": false}, "flops_profiler": {"enabled": false, "profile_step": 1},
+  "amp": {"enabled": "auto", "opt_level": "auto"}, "data_types": {"grad_accum_dtype": "fp32"}
+}"""
+WORKERS_2 = "scaling: {num_workers: 2}"
 
 
 @pytest.fixture(autouse=True)
@@ -125,94 +70,72 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def config_of(content: Any, *arguments: str, yaml_text: str = "") -> Config:
-    Path("ds.json").write_text(content if isinstance(content, str) else json.dumps(content))
+def config_of(content: str | dict[str, Any], *arguments: str, yaml_text: str = "") -> Config:
+    """The config of a DeepSpeed file: its text, or its values by dotted keys."""
+    if not isinstance(content, str):
+        tree: dict[str, Any] = {}
+        for key, value in content.items():
+            assign(tree, key.split("."), value, "")
+        content = json.dumps(tree)
+    Path("ds.json").write_text(content)
     own: dict[str, Any] = yaml.safe_load(yaml_text) or {}
     own.setdefault("training", {})["deepspeed_config"] = "ds.json"
     Path("c.yaml").write_text(yaml.safe_dump(own))
     return load("c.yaml", ["storage.root=.", *arguments], environ={})
 
 
-def refusal(content: Any, *arguments: str, yaml_text: str = "") -> str:
+def refusal(content: str | dict[str, Any], *arguments: str, yaml_text: str = "") -> str:
     with pytest.raises(ConfigError) as caught:
         config_of(content, *arguments, yaml_text=yaml_text)
     return str(caught.value)
 
 
-def nested(key: str, value: object) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value  # type: ignore[return-value]
+def sizes(batch: Any, micro: Any, steps: Any) -> dict[str, Any]:
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return {key: size for key, size in zip(keys, (batch, micro, steps), strict=True) if size is not None}
 
 
 def changed(config: Config) -> dict[str, Any]:
-    """Keys that are not at their defaults."""
+    """Keys that are not at their defaults, by section."""
     mine, default = config.dump(), Config().dump()
-    keys = ((section, key) for section in mine if section != "storage" for key in mine[section])
-    return {f"{s}.{k}": mine[s][k] for s, k in keys if mine[s][k] != default[s][k]}
-
-
-def test_transformers_zero_2() -> None:
-    config = config_of(ZERO_2)
-    assert changed(config) == {
-        "training.strategy": "fsdp",
-        "training.schedule": "constant",
-        "training.log_every_steps": 2000,
+    found = {
+        section: {key: value for key, value in keys.items() if value != default[section][key]}
+        for section, keys in mine.items()
+        if section != "storage"
     }
+    return {section: keys for section, keys in found.items() if keys}
+
+
+def test_transformers_zero_2_and_3() -> None:
+    config = config_of(ZERO_2)
+    assert changed(config) == {"training": {"strategy": "fsdp", "schedule": "constant", "log_every_steps": 2000}}
     rows = {row.key: row for row in config.deepspeed}
-    assert rows["optimizer.params.lr"] == Row(
-        "optimizer.params.lr", "auto", "", "training.learning_rate stays as it is"
-    )
+    stays = Row("optimizer.params.lr", "auto", "", "training.learning_rate stays as it is")
+    assert rows["optimizer.params.lr"] == stays
     assert "at any stage" in rows["zero_optimization.stage"].note
     assert rows["zero_optimization.overlap_comm"].note.startswith("not needed")
     assert "log" in rows["scheduler.params.warmup_type"].note
-
-
-def test_transformers_zero_3() -> None:
-    config = config_of(ZERO_3, yaml_text="training: {warmup_steps: 7, precision: bf16, global_batch_size: 128}")
-    assert changed(config) == {
-        "training.strategy": "fsdp",
-        "training.final_rate_fraction": 0.0,
-        "training.log_every_steps": 2000,
-        "training.warmup_steps": 7,
-        "training.precision": "bf16",
-        "training.global_batch_size": 128,
+    own = {"warmup_steps": 7, "precision": "bf16", "global_batch_size": 128}
+    third = config_of(ZERO_3, yaml_text=json.dumps({"training": own}))
+    assert changed(third) == {
+        "training": {"strategy": "fsdp", "final_rate_fraction": 0.0, "log_every_steps": 2000, **own}
     }
 
 
-def test_a_specified_file() -> None:
-    assert changed(config_of(SPECIFIED)) == {
-        "training.global_batch_size": 64,
-        "training.gradient_accumulation_steps": 8,
-        "scaling.num_workers": 2,
-        "training.log_every_steps": 50,
-        "training.learning_rate": 3e-5,
-        "training.betas": [0.8, 0.999],
-        "training.adam_eps": 1e-6,
-        "training.weight_decay": 3e-7,
-        "training.schedule": "cosine",
-        "training.max_steps": 500,
-        "training.warmup_steps": 20,
-        "training.final_rate_fraction": 0.1,
-        "training.max_grad_norm": 0.5,
-        "training.precision": "bf16",
-        "training.strategy": "fsdp",
-        "model.gradient_checkpointing": True,
-        "logging.trackers": ["wandb", "tensorboard"],
-        "logging.wandb_project": "theses",
-    }
-
-
-def test_the_table_has_every_key_of_the_file_in_its_order() -> None:
-    rows = config_of(SPECIFIED).deepspeed
-    in_file = [row.key for row in rows]
-    assert in_file[:4] == [
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "steps_per_print",
-    ]
-    assert {"amp", "flops_profiler", "csv_monitor.enabled", "zero_optimization.offload_param"} <= set(in_file)
+def test_a_file_that_leaves_nothing_open_and_its_table() -> None:
+    config = config_of(SPECIFIED)
+    assert changed(config) == yaml.safe_load("""
+        scaling: {num_workers: 2}
+        model: {gradient_checkpointing: true}
+        logging: {trackers: [wandb, tensorboard], wandb_project: theses}
+        training:
+          {global_batch_size: 64, gradient_accumulation_steps: 8, log_every_steps: 50, max_steps: 500, strategy: fsdp,
+           learning_rate: 3.0e-5, betas: [0.8, 0.999], adam_eps: 1.0e-6, weight_decay: 3.0e-7, max_grad_norm: 0.5,
+           schedule: cosine, warmup_steps: 20, final_rate_fraction: 0.1, precision: bf16}
+    """)
+    rows, keys = config.deepspeed, [row.key for row in config.deepspeed]
+    assert keys[:4] == [*sizes(64, 4, 8), "steps_per_print"]
+    assert {"amp", "flops_profiler", "csv_monitor.enabled", "zero_optimization.offload_param"} <= set(keys)
     assert rows[1] == Row("train_micro_batch_size_per_gpu", "4", "scaling.num_workers=2", "64 = 4 x 8 x 2 workers")
     printed = table(rows, HEADER)
     assert len(printed.splitlines()) == 2 + len(rows)
@@ -221,10 +144,10 @@ def test_the_table_has_every_key_of_the_file_in_its_order() -> None:
 
 def test_yaml_yields_to_the_file_and_the_file_to_arguments() -> None:
     text = "training: {learning_rate: 1.0e-2, betas: [0.5, 0.5]}\nlogging: {trackers: [ray]}"
-    file = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}, "wandb": {"enabled": True}}
-    assert config_of(file, yaml_text=text).training.learning_rate == 1e-4
-    assert config_of(file, yaml_text=text).logging.trackers == ["ray", "wandb"]
-    assert config_of(file, yaml_text=text).training.betas == [0.5, 0.5]
+    file = {"optimizer.type": "AdamW", "optimizer.params.lr": 1e-4, "wandb.enabled": True}
+    config = config_of(file, yaml_text=text)
+    assert (config.training.learning_rate, config.training.betas) == (1e-4, [0.5, 0.5])
+    assert config.logging.trackers == ["ray", "wandb"]
     beaten = config_of(file, "training.learning_rate=2e-3", "logging.trackers=[]", yaml_text=text)
     assert (beaten.training.learning_rate, beaten.logging.trackers) == (2e-3, [])
     rows = {row.key: row for row in beaten.deepspeed}
@@ -233,58 +156,54 @@ def test_yaml_yields_to_the_file_and_the_file_to_arguments() -> None:
 
 
 def test_deepspeeds_defaults_where_neither_file_says() -> None:
-    config = config_of(
-        {
-            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
-            "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 5000}},
-        }
-    )
+    schedule = {"scheduler.type": "WarmupCosineLR", "scheduler.params.total_num_steps": 5000}
+    config = config_of({"optimizer.type": "AdamW", "optimizer.params.lr": 1e-4, **schedule})
     training = config.training
     assert (training.betas, training.adam_eps, training.weight_decay) == ([0.9, 0.999], 1e-8, 0.0)
     assert (training.warmup_steps, training.final_rate_fraction) == (1000, 1e-4)
     assert Row("optimizer.params.betas", "", "training.betas=[0.9, 0.999]", "DeepSpeed's default") in config.deepspeed
 
 
-@pytest.mark.parametrize(
-    ("file", "expected"),
-    [
-        ({}, "auto"),
-        ({"fp16": {"enabled": True}}, "fp16"),
-        ({"bf16": {"enabled": True}, "fp16": {"enabled": False}}, "bf16"),
-        ({"bfloat16": {"enabled": True}}, "bf16"),
-        ({"fp16": {"enabled": False}}, "fp32"),
-        ({"fp16": {"enabled": False}, "bf16": {"enabled": False}}, "fp32"),
-        ({"fp16": {"enabled": "auto"}, "bf16": {"enabled": False}}, "auto"),
+# key of ours → what it becomes, with the file that says so
+BECOMES: dict[str, list[tuple[Any, dict[str, Any]]]] = {
+    "precision": [
+        ("auto", {}),
+        ("fp16", {"fp16.enabled": True}),
+        ("bf16", {"bf16.enabled": True, "fp16.enabled": False}),
+        ("bf16", {"bfloat16.enabled": True}),
+        ("fp32", {"fp16.enabled": False}),
+        ("fp32", {"fp16.enabled": False, "bf16.enabled": False}),
+        ("auto", {"fp16.enabled": "auto", "bf16.enabled": False}),
     ],
-)
-def test_precision(file: dict[str, Any], expected: str) -> None:
-    assert config_of(file).training.precision == expected
+    "strategy": [
+        *(("ddp", {"zero_optimization.stage": stage}) for stage in (0, "auto")),
+        *(("fsdp", {"zero_optimization.stage": stage}) for stage in (1, 2, 3)),
+    ],
+    "gradient_compression": [
+        (found, {"communication_data_type": kind})
+        for found, kind in (("none", "fp32"), ("fp16", "fp16"), ("bf16", "bf16"), ("none", None))
+    ],
+}
 
 
-@pytest.mark.parametrize(("stage", "expected"), [(0, "ddp"), (1, "fsdp"), (2, "fsdp"), (3, "fsdp"), ("auto", "ddp")])
-def test_stages(stage: object, expected: str) -> None:
-    assert config_of({"zero_optimization": {"stage": stage}}).training.strategy == expected
+@pytest.mark.parametrize("key", BECOMES)
+def test_what_a_key_becomes(key: str) -> None:
+    for expected, file in BECOMES[key]:
+        assert config_of(file).get(f"training.{key}") == expected, file
 
 
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ({"type": "WarmupLR", "params": {"warmup_num_steps": 5, "warmup_max_lr": 0.01}}, ("constant", 5, 0.01, None)),
+def test_schedules() -> None:
+    for kind, parameters, expected in (
+        ("WarmupLR", {"warmup_num_steps": 5, "warmup_max_lr": 0.01}, ("constant", 5, 0.01, None)),
         (
-            {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 0, "total_num_steps": 9, "warmup_min_lr": 0}},
+            "WarmupDecayLR",
+            {"warmup_num_steps": 0, "total_num_steps": 9, "warmup_min_lr": 0},
             ("linear", 0, 1e-3, 9),
         ),
-        ({"type": "WarmupCosineLR", "params": {"warmup_num_steps": 5, "total_num_steps": 9}}, ("cosine", 5, 1e-3, 9)),
-    ],
-)
-def test_schedules(schedule: dict[str, Any], expected: tuple[Any, ...]) -> None:
-    training = config_of({"scheduler": schedule}).training
-    assert (training.schedule, training.warmup_steps, training.learning_rate, training.max_steps) == expected
-
-
-@pytest.mark.parametrize(("kind", "expected"), [("fp32", "none"), ("fp16", "fp16"), ("bf16", "bf16"), (None, "none")])
-def test_gradient_compression(kind: str | None, expected: str) -> None:
-    assert config_of({"communication_data_type": kind}).training.gradient_compression == expected
+        ("WarmupCosineLR", {"warmup_num_steps": 5, "total_num_steps": 9}, ("cosine", 5, 1e-3, 9)),
+    ):
+        found = config_of({"scheduler": {"type": kind, "params": parameters}}).training
+        assert (found.schedule, found.warmup_steps, found.learning_rate, found.max_steps) == expected
 
 
 REFUSED = [
@@ -323,74 +242,68 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "allowed"), REFUSED, ids=[f"{key}={value}" for key, value, _ in REFUSED])
-def test_what_has_no_counterpart_is_refused_by_name(key: str, value: object, allowed: str) -> None:
-    sentence = refusal(nested(key, value))
-    assert sentence.startswith(f"ds.json: {key}: ")
-    assert allowed in sentence
-    assert "\n" not in sentence
+def test_what_has_no_counterpart_is_refused_by_name() -> None:
+    for key, value, allowed in REFUSED:
+        sentence = refusal({key: value})
+        assert sentence.startswith(f"ds.json: {key}: ")
+        assert allowed in sentence, key
+        assert "\n" not in sentence
 
 
-@pytest.mark.parametrize("key", sorted(NO_COUNTERPART))
-def test_features_may_only_be_off(key: str) -> None:
+def test_features_may_only_be_off() -> None:
     for off in ({"enabled": False}, {"enabled": "auto"}, None, {}, False):
-        assert changed(config_of(nested(key, off))) == {}
-    for on in ({"enabled": True}, {"some": "thing"}, True):
-        assert "no counterpart" in refusal(nested(key, on))
+        assert changed(config_of(dict.fromkeys(sorted(NO_COUNTERPART), off))) == {}
+    for key in NO_COUNTERPART:
+        assert f"{key}: found" in (sentence := refusal({key: {"enabled": True}}))
+        assert "no counterpart" in sentence
+    for on in ({"some": "thing"}, True):
+        assert "no counterpart" in refusal({"amp": on})
 
 
-@pytest.mark.parametrize(("name", "as_here"), [("adam_w_mode", True), ("bias_correction", True), ("amsgrad", False)])
-def test_switches_of_adam(name: str, as_here: bool) -> None:
-    for value in (as_here, "auto"):
-        rows = config_of({"optimizer": {"type": "Adam", "params": {name: value}}}).deepspeed
-        assert next(row.note for row in rows if row.key == f"optimizer.params.{name}").startswith("as here")
-    assert f"optimizer.params.{name}: found" in refusal({"optimizer": {"type": "Adam", "params": {name: not as_here}}})
-
-
-@pytest.mark.parametrize(("name", "value"), [("warmup_min_lr", 1e-8), ("warmup_type", "log")])
-def test_warm_ups_that_ours_is_not(name: str, value: object) -> None:
-    sentence = refusal({"scheduler": {"type": "WarmupLR", "params": {name: value}}})
-    assert sentence.startswith(f"ds.json: scheduler.params.{name}: found")
+def test_what_adam_and_a_warm_up_are_here_anyway() -> None:
+    for name, as_here in (("adam_w_mode", True), ("bias_correction", True), ("amsgrad", False)):
+        key = f"optimizer.params.{name}"
+        for value in (as_here, "auto"):
+            notes = {row.key: row.note for row in config_of({"optimizer.type": "Adam", key: value}).deepspeed}
+            assert notes[key].startswith("as here")
+        assert f"{key}: found" in refusal({"optimizer.type": "Adam", key: not as_here})
+    for name, value in (("warmup_min_lr", 1e-8), ("warmup_type", "log")):
+        sentence = refusal({"scheduler.type": "WarmupLR", f"scheduler.params.{name}": value})
+        assert sentence.startswith(f"ds.json: scheduler.params.{name}: found")
 
 
 def test_contradictions_of_two_keys() -> None:
-    assert "bf16.enabled: found True (a truth value); allowed is false, as fp16.enabled is true" in refusal(
-        {"fp16": {"enabled": True}, "bf16": {"enabled": True}}
-    )
-    rates = {
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3}},
-    }
-    assert "warmup_max_lr: found 0.001; allowed is auto or optimizer.params.lr, 0.0001" in refusal(rates)
-    assert "optimizer.type: found no such key" in refusal({"optimizer": {"params": {"lr": 1e-4}}})
+    both = refusal({"fp16.enabled": True, "bf16.enabled": True})
+    assert "bf16.enabled: found True (a truth value); allowed is false, as fp16.enabled is true" in both
+    rate = {"optimizer.type": "AdamW", "optimizer.params.lr": 1e-4}
+    peaks = refusal({**rate, "scheduler.type": "WarmupLR", "scheduler.params.warmup_max_lr": 1e-3})
+    assert "warmup_max_lr: found 0.001; allowed is auto or optimizer.params.lr, 0.0001" in peaks
+    assert "optimizer.type: found no such key" in refusal({"optimizer.params.lr": 1e-4})
 
 
 def test_a_value_out_of_our_range_names_both_files() -> None:
-    rate = {"optimizer": {"type": "AdamW", "params": {"lr": 11}}}
+    rate = {"optimizer.type": "AdamW", "optimizer.params.lr": 11}
     assert refusal(rate).startswith("ds.json (optimizer.params.lr): training.learning_rate: found 11")
     assert refusal({"gradient_clipping": 0}).startswith("ds.json (gradient_clipping): training.max_grad_norm: found 0")
     assert refusal({"train_batch_size": 1}).startswith("ds.json (train_batch_size): training.global_batch_size")
     assert refusal({}, yaml_text="training: {learning_rate: 11}").startswith("c.yaml: training.learning_rate")
-    both = {"communication_data_type": "fp16", "zero_optimization": {"stage": 2}}
+    both = {"communication_data_type": "fp16", "zero_optimization.stage": 2}
     assert refusal(both).startswith("c.yaml with ds.json: training: ")
     assert refusal(rate, "training.learning_rate=12").startswith("argument training.learning_rate: found 12")
 
 
-@pytest.mark.parametrize(
-    ("content", "mentions"),
-    [
+def test_a_file_that_is_no_json_object() -> None:
+    for content, mentions in (
         ("", "not JSON"),
         ('{"fp16": ', "not JSON"),
         ('{"a": 1, "a": 2}', "key 'a' stands twice"),
         ('{"gradient_clipping": NaN}', "NaN is no number"),
         ("[1]", "found [1] (a list)"),
         ("null", "found null"),
-    ],
-)
-def test_a_file_that_is_no_json_object(content: str, mentions: str) -> None:
-    sentence = refusal(content)
-    assert sentence.startswith("ds.json: ")
-    assert mentions in sentence
+    ):
+        sentence = refusal(content)
+        assert sentence.startswith("ds.json: ")
+        assert mentions in sentence
 
 
 def test_a_file_that_is_not_there_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -403,68 +316,63 @@ def test_a_file_that_is_not_there_exits_2(capsys: pytest.CaptureFixture[str]) ->
     assert "nowhere/ds.json: No such file or directory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["model: null", "training: null", "logging: [1]", "scaling: 3"])
-def test_wrong_sections_are_left_to_validation(text: str) -> None:
-    Path("ds.json").write_text(json.dumps(SPECIFIED))
-    Path("c.yaml").write_text(f"{text}\n")
-    with pytest.raises(ConfigError, match=rf"c\.yaml: {text.split(':')[0]}"):
-        load("c.yaml", [] if "training" in text else ["training.deepspeed_config=ds.json"], environ={})
+def test_wrong_sections_and_names_are_left_to_validation() -> None:
+    Path("ds.json").write_text(SPECIFIED)
+    for text, key in (
+        ("model: null", "model"),
+        ("training: null", "training"),
+        ("logging: [1]", "logging"),
+        ("scaling: 3", "scaling"),
+        ("training: {deepspeed_config: 3}", "training.deepspeed_config"),
+        ("training: {deepspeed_config: ''}", "training.deepspeed_config"),
+        ("training: {deepspeed_config: $NO_SUCH_VARIABLE_1/ds.json}", "training.deepspeed_config"),
+    ):
+        Path("c.yaml").write_text(f"{text}\n")
+        with pytest.raises(ConfigError, match=rf"c\.yaml: {key}"):
+            load("c.yaml", [] if "training" in text else ["training.deepspeed_config=ds.json"], environ={})
 
 
-@pytest.mark.parametrize("name", ["3", "''", "$NO_SUCH_VARIABLE_1/ds.json"])
-def test_a_name_that_is_none_is_left_to_validation(name: str) -> None:
-    Path("c.yaml").write_text(f"training: {{deepspeed_config: {name}}}\n")
-    with pytest.raises(ConfigError, match=r"c\.yaml: training\.deepspeed_config"):
-        load("c.yaml", environ={})
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "expected"),
-    [
+def test_batch_arithmetic() -> None:
+    """(Global batch, micro-batch, steps) of the file, and (global batch, steps, workers) of ours."""
+    for file, text, expected in (
         ((64, None, None), "", (64, 1, "auto")),
         ((64, None, 4), "", (64, 4, "auto")),
         (("auto", "auto", "auto"), "training: {gradient_accumulation_steps: 2}", (256, 2, "auto")),
-        ((None, 4, None), "scaling: {num_workers: 2}", (8, 1, 2)),
-        (("auto", 4, 8), "scaling: {num_workers: 2}", (64, 8, 2)),
-        (("auto", 4, "auto"), "scaling: {num_workers: 2}\ntraining: {gradient_accumulation_steps: 3}", (24, 3, 2)),
-        ((64, 4, None), "scaling: {num_workers: 2}", (64, 8, 2)),
+        ((None, 4, None), WORKERS_2, (8, 1, 2)),
+        (("auto", 4, 8), WORKERS_2, (64, 8, 2)),
+        (("auto", 4, "auto"), f"{WORKERS_2}\ntraining: {{gradient_accumulation_steps: 3}}", (24, 3, 2)),
+        ((64, 4, None), WORKERS_2, (64, 8, 2)),
         ((64, 4, 8), "", (64, 8, 2)),
         ((64, 4, "auto"), "training: {gradient_accumulation_steps: 8}", (64, 8, 2)),
         ((64, 4, 8), "scaling: {num_workers: [1, 2]}", (64, 8, [1, 2])),
         ((64.0, 4, 16), "", (64, 16, 1)),
-    ],
-)
-def test_batch_arithmetic(file: tuple[Any, Any, Any], text: str, expected: tuple[int, int, Any]) -> None:
-    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    config = config_of({k: v for k, v in zip(keys, file, strict=True) if v is not None}, yaml_text=text)
-    training = config.training
-    found = (training.global_batch_size, training.gradient_accumulation_steps, config.scaling.num_workers)
-    assert found == expected
+    ):
+        config = config_of(sizes(*file), yaml_text=text)
+        training, workers = config.training, config.scaling.num_workers
+        found = (training.global_batch_size, training.gradient_accumulation_steps, workers)
+        assert found == expected, (file, text)
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "mentions"),
-    [
+def test_batches_that_do_not_add_up() -> None:
+    open_number = "train_micro_batch_size_per_gpu: found 4 while the number of workers is open"
+    for file, text, mentions in (
         ((64, 4, 8), "scaling: {num_workers: 3}", "train_batch_size: found 64, which is not 4 x 8 x 3 workers"),
         ((64, 4, 8), "scaling: {num_workers: [3, 4]}", "found 64, which is not 4 x 8 x 3 to 4 workers"),
         ((64, 4, 3), "", "found 64, which is not 4 x 3 x any number of workers"),
         ((4, 4, 8), "", "found 4, which is not 4 x 8 x any number of workers"),
-        ((63, 4, None), "scaling: {num_workers: 2}", "found 63, which is not 4 x any number of steps x 2 workers"),
-        ((4, 4, None), "scaling: {num_workers: 2}", "found 4, which is not 4 x any number of steps x 2 workers"),
-        ((64, 4, None), "", "train_micro_batch_size_per_gpu: found 4 while the number of workers is open"),
-        ((None, 4, 8), "", "train_micro_batch_size_per_gpu: found 4 while the number of workers is open"),
-        ((64, 4, None), "scaling: {num_workers: [1, 2]}", "found 4 while the number of workers is open"),
-    ],
-)
-def test_batches_that_do_not_add_up(file: tuple[Any, Any, Any], text: str, mentions: str) -> None:
-    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    sentence = refusal({k: v for k, v in zip(keys, file, strict=True) if v is not None}, yaml_text=text)
-    assert sentence.startswith("ds.json: ")
-    assert mentions in sentence
+        ((63, 4, None), WORKERS_2, "found 63, which is not 4 x any number of steps x 2 workers"),
+        ((4, 4, None), WORKERS_2, "found 4, which is not 4 x any number of steps x 2 workers"),
+        ((64, 4, None), "", open_number),
+        ((None, 4, 8), "", open_number),
+        ((64, 4, None), "scaling: {num_workers: [1, 2]}", open_number),
+    ):
+        sentence = refusal(sizes(*file), yaml_text=text)
+        assert sentence.startswith("ds.json: ")
+        assert mentions in sentence
 
 
 def test_an_argument_takes_the_place_of_a_part_of_the_batch() -> None:
-    file = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 8}
+    file = sizes(64, 4, 8)
     larger = config_of(file, "training.global_batch_size=128")
     assert (larger.training.global_batch_size, larger.training.gradient_accumulation_steps) == (128, 8)
     assert larger.scaling.num_workers == "auto"
@@ -488,14 +396,11 @@ def test_the_resolved_config_needs_no_deepspeed_file() -> None:
     config = config_of(SPECIFIED, "training.learning_rate=2e-3")
     Path("resolved.yaml").write_text(yaml.safe_dump(config.dump()))
     Path("ds.json").unlink()
-    assert load("resolved.yaml", environ={}).dump() == config.dump()
+    resolved = load("resolved.yaml", environ={})
+    assert resolved.dump() == config.dump()
+    assert resolved.deepspeed == ()  # there is no table without a file
     assert config.dump()["training"]["learning_rate"] == 2e-3
     assert pickle.loads(pickle.dumps(config)).deepspeed == config.deepspeed
-
-
-def test_without_a_file_there_is_no_table() -> None:
-    Path("c.yaml").write_text("training: {}\n")
-    assert load("c.yaml", environ={}).deepspeed == ()
 
 
 def test_the_tables_of_keys_do_not_overlap() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from pipeline.config import Source
 from pipeline.sources.fields import FieldMap, RawRecord, Row, broken, own_fields, required_fields, text_fields
 
@@ -18,23 +16,18 @@ def record(values: dict[str, Any], **settings: Any) -> RawRecord:
     return FieldMap(source(**settings))(Row("a.jsonl:7", values))
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"kind": "json"}, ["anchor", "positive"]),
-        ({"kind": "python_packages"}, ["anchor", "positive"]),
-        ({"kind": "text"}, ["anchor", "positive"]),
-        ({"kind": "text", "record": "line"}, ["text"]),
-        ({"kind": "text", "fields": {"text": "body"}}, ["text"]),
-        ({"fields": {"id": "key"}}, ["anchor", "positive"]),
-        ({"fields": {"negatives": "n", "positive": "p", "anchor": "a"}}, ["anchor", "positive", "negatives"]),
-    ],
-)
-def test_text_fields_of_a_source(settings: dict[str, Any], expected: list[str]) -> None:
-    assert text_fields(source(**settings)) == expected
-
-
-def test_own_fields_are_what_a_reader_has_to_read() -> None:
+def test_text_fields_of_a_source_and_what_a_reader_has_to_read() -> None:
+    three = {"negatives": "n", "positive": "p", "anchor": "a"}
+    for found, expected in (
+        (source("json"), ["anchor", "positive"]),
+        (source("python_packages"), ["anchor", "positive"]),
+        (source("text"), ["anchor", "positive"]),
+        (source("text", record="line"), ["text"]),
+        (source("text", fields={"text": "body"}), ["text"]),
+        (source(fields={"id": "key"}), ["anchor", "positive"]),
+        (source(fields=three), ["anchor", "positive", "negatives"]),
+    ):
+        assert text_fields(found) == expected, found
     mapped = source(fields={"text": "a.b", "id": "key"}, metadata=["year", "a.b"])
     assert own_fields(mapped) == ["a.b", "key", "year"]
     assert required_fields(mapped) == ["a.b", "key"]
@@ -42,50 +35,49 @@ def test_own_fields_are_what_a_reader_has_to_read() -> None:
     assert required_fields(source()) == ["anchor", "positive"]
 
 
-@pytest.mark.parametrize(
-    ("negatives", "expected"),
-    [(["x", "y"], ["x", "y"]), ("x", ["x"]), (None, []), ([], []), (..., [])],
-)
-def test_negatives_are_a_list_of_texts(negatives: Any, expected: list[str]) -> None:
-    values = {"a": "q", "p": "r"} | ({} if negatives is ... else {"n": negatives})
+def test_negatives_are_a_list_of_texts() -> None:
     fields = {"anchor": "a", "positive": "p", "negatives": "n"}
-    assert record(values, fields=fields).fields == {"anchor": "q", "positive": "r", "negatives": expected}
+    for given, expected in (
+        ({"n": ["x", "y"]}, ["x", "y"]),
+        ({"n": "x"}, ["x"]),
+        ({"n": None}, []),
+        ({"n": []}, []),
+        ({}, []),
+    ):
+        found = record({"a": "q", "p": "r", **given}, fields=fields)
+        assert found.fields == {"anchor": "q", "positive": "r", "negatives": expected}
+    for wrong, reason in ((["x", None], "null_field"), ([1], "wrong_type"), (7, "wrong_type")):
+        assert record({"a": "q", "p": "r", "n": wrong}, fields=fields).reason == reason
 
 
-@pytest.mark.parametrize(("negatives", "reason"), [(["x", None], "null_field"), ([1], "wrong_type"), (7, "wrong_type")])
-def test_negatives_that_are_none(negatives: Any, reason: str) -> None:
-    values, fields = {"a": "q", "p": "r", "n": negatives}, {"anchor": "a", "positive": "p", "negatives": "n"}
-    assert record(values, fields=fields).reason == reason
+NESTED: list[tuple[dict[str, Any], str | None, str | None]] = [  # row, text of its field a.b, and reason
+    ({"a": {"b": "x"}}, "x", None),
+    ({"a.b": "x", "a": {"b": "y"}}, "x", None),
+    ({"a": {"b": ["x", "y"]}}, "x\n\ny", None),
+    ({"a": {"b": []}}, "", None),
+    ({"a": None}, None, "null_field"),
+    ({"a": {"b": None}}, None, "null_field"),
+    ({"a": {"c": "x"}}, None, "missing_field"),
+    ({"a": "x"}, None, "missing_field"),
+    ({"a": {"b": b"caf\xc3\xa9"}}, "café", None),
+    ({"a": {"b": b"caf\xe9"}}, None, "invalid_utf8"),
+    ({"a": {"b": {"c": "x"}}}, None, "wrong_type"),
+    ({"a": {"b": 1.5}}, None, "wrong_type"),
+]
 
 
-@pytest.mark.parametrize(
-    ("values", "expected", "reason"),
-    [
-        ({"a": {"b": "x"}}, "x", None),
-        ({"a.b": "x", "a": {"b": "y"}}, "x", None),
-        ({"a": {"b": ["x", "y"]}}, "x\n\ny", None),
-        ({"a": {"b": []}}, "", None),
-        ({"a": None}, None, "null_field"),
-        ({"a": {"b": None}}, None, "null_field"),
-        ({"a": {"c": "x"}}, None, "missing_field"),
-        ({"a": "x"}, None, "missing_field"),
-        ({"a": {"b": b"caf\xc3\xa9"}}, "café", None),
-        ({"a": {"b": b"caf\xe9"}}, None, "invalid_utf8"),
-        ({"a": {"b": {"c": "x"}}}, None, "wrong_type"),
-        ({"a": {"b": 1.5}}, None, "wrong_type"),
-    ],
-)
-def test_nested_fields(values: dict[str, Any], expected: str | None, reason: str | None) -> None:
-    found = record(values, fields={"text": "a.b"})
-    assert (found.fields.get("text"), found.reason) == (expected, reason)
-    assert bool(found.excerpt) == bool(reason)
+def test_nested_fields() -> None:
+    for values, expected, reason in NESTED:
+        found = record(values, fields={"text": "a.b"})
+        assert (found.fields.get("text"), found.reason) == (expected, reason), values
+        assert bool(found.excerpt) == bool(reason)
 
 
-@pytest.mark.parametrize(("value", "expected"), [("k", "k"), (12, "12"), (True, "a.jsonl:7"), (1.5, "a.jsonl:7")])
-def test_ids_are_the_rows_own_else_its_position(value: Any, expected: str) -> None:
-    assert record({"text": "x", "id": value}, fields={"text": "text"}).native_id == expected
-    assert record({"text": "x", "n": {"k": value}}, fields={"text": "text", "id": "n.k"}).native_id == expected
+def test_ids_are_the_rows_own_else_its_position() -> None:
     assert record({"text": "x"}, fields={"text": "text"}).native_id == "a.jsonl:7"
+    for value, expected in (("k", "k"), (12, "12"), (True, "a.jsonl:7"), (1.5, "a.jsonl:7")):
+        assert record({"text": "x", "id": value}, fields={"text": "text"}).native_id == expected
+        assert record({"text": "x", "n": {"k": value}}, fields={"text": "text", "id": "n.k"}).native_id == expected
 
 
 def test_metadata_rides_along() -> None:
@@ -96,12 +88,9 @@ def test_metadata_rides_along() -> None:
     assert record({"text": "x", "file": "a.txt"}, kind="text", record="line").metadata == {"file": "a.txt"}
 
 
-def test_a_broken_row_is_a_record_with_its_reason() -> None:
+def test_a_broken_row_and_one_that_lacks_a_field_say_why() -> None:
     found = FieldMap(source())(broken("a.jsonl:0", "broken_json", b"\xff" + b"x" * 5_000))
     assert (found.native_id, found.fields, found.reason) == ("a.jsonl:0", {}, "broken_json")
     assert found.excerpt == "\ufffd" + "x" * 199
-
-
-def test_a_missing_field_is_told_with_all_columns_there_are() -> None:
     row = Row("a.parquet:0", {"id": 1}, names=("id", "title", "words"))
     assert FieldMap(source("parquet"))(row).excerpt == "no field 'anchor'; it has id, title, words"

@@ -11,10 +11,8 @@ from pipeline.data.judging import Judge
 from pipeline.sources.fields import RawRecord
 from pipeline.text.safety import SHIPPED, Rules, load_rules
 
-LINES = [
-    line.split("\t") for line in (Path(__file__).parent / "data" / "safety_lines.tsv").read_text().splitlines()[1:]
-]
-TEXTS = [(label, split, json.loads(text)) for label, split, text in LINES]
+LINES = (Path(__file__).parent / "data" / "safety_lines.tsv").read_text().splitlines()[1:]
+TEXTS = [(label, split, json.loads(text)) for label, split, text in (line.split("\t") for line in LINES)]
 SHIPPED_RULES = load_rules(None, {}).rules
 CATEGORY = {rule.name: rule.category for rule in SHIPPED_RULES}
 CATEGORIES = sorted(set(CATEGORY.values()))
@@ -42,13 +40,6 @@ def everything() -> Rules:
     return load_rules(None, dict.fromkeys(CATEGORIES, "redact"))
 
 
-@pytest.fixture(scope="module")
-def found() -> list[tuple[str, set[str]]]:
-    """Label and categories found, a pair for each line."""
-    rules = load_rules(None, dict.fromkeys(CATEGORIES, "reject"))
-    return [(label, {CATEGORY[name] for name in rules.apply(text).found}) for label, _, text in TEXTS]
-
-
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
     def write(content: str) -> Path:
@@ -66,12 +57,14 @@ def test_the_labelled_lines_cover_every_category_in_both_splits() -> None:
     }
 
 
-@pytest.mark.parametrize("category", CATEGORIES)
-def test_precision_and_recall_hold(category: str, found: list[tuple[str, set[str]]]) -> None:
-    hits = sum(label == category and category in names for label, names in found)
-    precision, recall = FLOORS[category]
-    assert hits / sum(category in names for _, names in found) >= precision
-    assert hits / sum(label == category for label, _ in found) >= recall
+def test_precision_and_recall_hold() -> None:
+    rules = load_rules(None, dict.fromkeys(CATEGORIES, "reject"))
+    found = [(label, {CATEGORY[name] for name in rules.apply(text).found}) for label, _, text in TEXTS]
+    for category in CATEGORIES:
+        hits = sum(label == category and category in names for label, names in found)
+        precision, recall = FLOORS[category]
+        assert hits / sum(category in names for _, names in found) >= precision, category
+        assert hits / sum(label == category for label, _ in found) >= recall, category
 
 
 def test_defaults_reject_no_clean_line_and_change_few(default: Rules) -> None:
@@ -100,27 +93,19 @@ def test_redaction_leaves_the_rest_of_the_text() -> None:
     assert verdict == (verdict.text, None, ("email", "ipv4"))
 
 
-def test_a_terminal_escape_goes_with_its_tail(default: Rules) -> None:
+def test_a_terminal_escape_hides_nothing(default: Rules) -> None:
     assert default.apply("a\x1b[1;31mred\x1b[0m \x1b]0;title\x07b").text == "ared b"
+    split = default.apply("' OR\x1b[0m 1=1 --")
+    assert (split.reason, split.found[0]) == ("unsafe_sql_injection", "terminal_escape")
+    built_to_survive = "\x1b[" * 50 + "0m" * 50
+    assert default.apply(built_to_survive).reason == "unsafe_terminal_escape"
 
 
-def test_what_an_escape_splits_is_found(default: Rules) -> None:
-    verdict = default.apply("' OR\x1b[0m 1=1 --")
-    assert verdict.reason == "unsafe_sql_injection"
-    assert verdict.found[0] == "terminal_escape"
-
-
-def test_a_text_built_to_survive_redaction_is_rejected(default: Rules) -> None:
-    assert default.apply("\x1b[" * 50 + "0m" * 50).reason == "unsafe_terminal_escape"
-
-
-@pytest.mark.parametrize(
-    "text", ["", "\x00", "a\x00b", "\ud800", "x\udfff \x1b[1m\ud83d", "😀" * 1000, "é" * 1_000_000]
-)
-def test_no_text_raises(everything: Rules, text: str) -> None:
-    verdict = everything.apply(text)
-    assert verdict.text == text.replace("\x1b[1m", "")
-    assert verdict.reason is None
+def test_no_text_raises(everything: Rules) -> None:
+    for text in ("", "\x00", "a\x00b", "\ud800", "x\udfff \x1b[1m\ud83d", "😀" * 1000, "é" * 1_000_000):
+        verdict = everything.apply(text)
+        assert verdict.text == text.replace("\x1b[1m", "")
+        assert verdict.reason is None
 
 
 def test_redacting_twice_is_redacting_once(everything: Rules) -> None:
@@ -130,20 +115,18 @@ def test_redacting_twice_is_redacting_once(everything: Rules) -> None:
         assert everything.apply(once.text) == (once.text, None, ())
 
 
-@pytest.mark.parametrize(
-    ("actions", "text", "expected"),
-    [
-        ({}, "ann@example.org", ("ann@example.org", None, ())),
-        ({"email": "redact"}, "ann@example.org", ("[EMAIL]", None, ("email",))),
-        ({"email": "reject"}, "ann@example.org", ("ann@example.org", "unsafe_personal_data", ("email",))),
-        ({"personal_data": "redact", "email": "keep"}, "ann@example.org", ("ann@example.org", None, ())),
-        ({"sql_injection": "keep"}, "' OR 1=1 --", ("' OR 1=1 --", None, ())),
-        ({"terminal_escape": "keep"}, "\x1b[0mx", ("\x1b[0mx", None, ())),
-        (dict.fromkeys(CATEGORIES, "keep"), "' OR 1=1 --", ("' OR 1=1 --", None, ())),
-    ],
-)
-def test_actions(actions: dict[str, str], text: str, expected: tuple[str, str | None, tuple[str, ...]]) -> None:
-    assert load_rules(None, actions).apply(text) == expected
+def test_actions() -> None:
+    address, injection, escape = "ann@example.org", "' OR 1=1 --", "\x1b[0mx"
+    for actions, text, expected in (
+        ({}, address, (address, None, ())),
+        ({"email": "redact"}, address, ("[EMAIL]", None, ("email",))),
+        ({"email": "reject"}, address, (address, "unsafe_personal_data", ("email",))),
+        ({"personal_data": "redact", "email": "keep"}, address, (address, None, ())),
+        ({"sql_injection": "keep"}, injection, (injection, None, ())),
+        ({"terminal_escape": "keep"}, escape, (escape, None, ())),
+        (dict.fromkeys(CATEGORIES, "keep"), injection, (injection, None, ())),
+    ):
+        assert load_rules(None, actions).apply(text) == expected, actions
 
 
 def test_rules_of_the_users_own(write: Write) -> None:
@@ -159,31 +142,29 @@ def test_rules_of_the_users_own(write: Write) -> None:
     assert load_rules(path, {"draft": "redact"}).apply("TODO").text == "[DRAFT]"
 
 
-RULE = "- {{name: n, category: c, pattern: '{pattern}', action: {action}}}\n"
+def rule(pattern: str, action: str = "keep") -> str:
+    return f"- {{name: n, category: c, pattern: '{pattern}', action: {action}}}\n"
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("rules: [", "cannot be read: while parsing"),
-        ("[]", "must be a mapping with a list `rules`"),
-        ("rules: [{name: n}]", "lacks one of name, category, pattern, action"),
-        ("rules:\n" + RULE.format(pattern="(a", action="keep"), r"rule 'n' .* RE2 refuses: missing \): "),
-        ("rules:\n" + RULE.format(pattern="(?=a)", action="keep"), "rule 'n' .* RE2 refuses: invalid perl operator"),
-        ("rules:\n" + RULE.format(pattern="a*", action="keep"), "rule 'n' .* matches the empty text"),
-        ("rules:\n" + RULE.format(pattern="a", action="drop"), "rule 'n' .* action 'drop', which is none of keep"),
-        ("rules:\n" + RULE.format(pattern="{quote}a", action="keep"), "rule 'n' .* fragment 'quote'"),
-        (
-            "rules:\n" + RULE.format(pattern="N", action="redact"),
-            "rule 'n' would write '\\[N\\]', which its own pattern",
-        ),
-        ("rules:\n" + RULE.format(pattern="a", action="keep") * 2, "use the name 'n' for two rules"),
-    ],
-)
-def test_a_wrong_file_is_one_sentence(write: Write, content: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        load_rules(write(content), {})
-    assert "\n" not in str(error.value)
+WRONG_FILES = {
+    "rules: [": "cannot be read: while parsing",
+    "[]": "must be a mapping with a list `rules`",
+    "rules: [{name: n}]": "lacks one of name, category, pattern, action",
+    "rules:\n" + rule("(a"): r"rule 'n' .* RE2 refuses: missing \): ",
+    "rules:\n" + rule("(?=a)"): "rule 'n' .* RE2 refuses: invalid perl operator",
+    "rules:\n" + rule("a*"): "rule 'n' .* matches the empty text",
+    "rules:\n" + rule("a", "drop"): "rule 'n' .* action 'drop', which is none of keep",
+    "rules:\n" + rule("{quote}a"): "rule 'n' .* fragment 'quote'",
+    "rules:\n" + rule("N", "redact"): r"rule 'n' would write '\[N\]', which its own pattern",
+    "rules:\n" + rule("a") * 2: "use the name 'n' for two rules",
+}
+
+
+def test_a_wrong_file_is_one_sentence(write: Write) -> None:
+    for content, message in WRONG_FILES.items():
+        with pytest.raises(ValueError, match=message) as error:
+            load_rules(write(content), {})
+        assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_and_wrong_actions(tmp_path: Path) -> None:
@@ -199,14 +180,13 @@ def test_every_shipped_rule_says_why() -> None:
     assert SHIPPED.read_text().count("    why: ") == len(SHIPPED_RULES)
 
 
-@pytest.mark.parametrize("hidden", ["\x01", "\u200b", "\u202e"])
-def test_a_character_that_is_taken_out_hides_nothing(hidden: str) -> None:
-    judge = Judge(
-        Source(name="s", type="json", path="none"), Data.model_validate({"safety": {"actions": {"email": "redact"}}})
-    )
-    text = f"For help with any of this, please do write to ann@exam{hidden}ple.org today."
-    kept = judge(RawRecord("0", {"anchor": "Where to get help", "positive": text}))
-    assert kept["positive"] == "For help with any of this, please do write to [EMAIL] today."
+def test_a_character_that_is_taken_out_hides_nothing() -> None:
+    redact = Data.model_validate({"safety": {"actions": {"email": "redact"}}})
+    judge = Judge(Source(name="s", type="json", path="none"), redact)
+    for hidden in ("\x01", "\u200b", "\u202e"):
+        text = f"For help with any of this, please do write to ann@exam{hidden}ple.org today."
+        kept = judge(RawRecord("0", {"anchor": "Where to get help", "positive": text}))
+        assert kept["positive"] == "For help with any of this, please do write to [EMAIL] today."
 
 
 def test_metadata_that_is_too_deep_is_a_reason() -> None:
