@@ -1,47 +1,64 @@
-# make quickstart  a fresh machine → .venv, then the whole job on the Python packages installed in it, then a search
-# make test        a fresh machine → .venv, then the quick tests; make test-slow: kills, faults, whole jobs
+# make quickstart  creates .venv, runs the whole job on the Python packages installed in it, then a search
+# make test        creates .venv, runs lint, types and the quick tests
+# make test-slow   one scenario for each promise that needs kills, faults or several nodes; .ci/run runs both
+# make test-all    everything: these two, all variants and every kill point, before a release
 PYTHON ?= python3
 BIN := .venv/bin
 DATA ?= data
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-slow test-autoscaling audit lint bench clean
+.PHONY: install install-dev quickstart test test-slow test-all audit lint bench clean
+
+# uv where it is on the PATH, else pip
+UV := $(shell command -v uv)
+VENV := $(if $(UV),uv venv --quiet --allow-existing --python $(PYTHON) .venv,$(PYTHON) -m venv .venv)
+PIP := $(if $(UV),VIRTUAL_ENV=.venv uv pip install --quiet,$(BIN)/pip install --quiet --disable-pip-version-check)
+FAILED = { echo "The packages could not be installed: see the error above. Can this machine reach a package index?" >&2; exit 1; }
 
 .venv/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} found; 3.11 to 3.13 are allowed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --progress-bar off -c constraints.txt -e '.[dev]' || { \
-		echo "The packages could not be installed: pip's own words are above. Is its index reachable from here?" >&2; exit 1; }
-	touch $@
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} found; 3.11 to 3.13 are allowed: make PYTHON=python3.11")'
+	@echo "installing the locked packages into .venv, which takes a few minutes" >&2
+	@$(VENV)
+	@$(PIP) -c constraints.txt -e . || $(FAILED)
+	@touch $@
 
-quickstart: .venv/.installed
+.venv/.installed-dev: .venv/.installed
+	@echo "installing what the tests need" >&2
+	@$(PIP) -c constraints.txt -e '.[dev]' || $(FAILED)
+	@touch $@
+
+install: .venv/.installed
+
+install-dev: .venv/.installed-dev
+
+quickstart: install
 	$(BIN)/python jobs/run.py
 	$(BIN)/python jobs/search.py "remove duplicate rows"
 
-test: .venv/.installed
+test: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
-test-slow: .venv/.installed
-	$(BIN)/python -m pytest -n 2 --maxschedchunk 1 -m slow
+test-slow: install-dev
+	$(PYTEST) -m "slow and not exhaustive"
 
-# starts a Ray of its own, whose nodes are processes: after all other tests
-test-autoscaling: .venv/.installed
-	$(BIN)/python -m pytest -m autoscaling
+test-all: test test-slow
+	$(PYTEST) -m exhaustive
 
 # known vulnerabilities of the locked packages: asks the Python advisory database, so it is no part of the tests
-audit: .venv/.installed
+audit: install
 	$(PYTHON) -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit==2.10.1
 	.venv/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
-lint: .venv/.installed
+lint: install-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/mypy
 
 # make bench DATA=folder-with-debian-linux-doc-sts_b-and-wordnet: the tables in benchmarks/README.md, four hours of them
-bench: .venv/.installed
+bench: install-dev
 	$(BIN)/python benchmarks/retrieval.py --data $(DATA)
 	$(BIN)/python benchmarks/sweep.py --data $(DATA)
 	$(BIN)/python benchmarks/mining.py --data $(DATA)

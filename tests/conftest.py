@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -10,13 +11,23 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runtime.session import set_environment
+from pipeline.runtime.session import LOCAL_ENVIRONMENT, Board, set_environment
 from tests.bucket_servers import CREDENTIALS
 
 os.environ.pop("RAY_ADDRESS", None)
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers' threads that wait for each other keep both cores busy
-os.environ.setdefault("RAY_worker_niceness", "0")  # not 15, at which other tests leave Ray's workers next to nothing
+FOR_RAY = {
+    "RAY_worker_niceness": "0",  # not 15, at which other tests leave Ray's workers next to nothing
+    **LOCAL_ENVIRONMENT,
+    # On a loaded machine processes come up late
+    "RAY_agent_register_timeout_ms": "600000",
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_gcs_server_request_timeout_seconds": "600",
+}
+"""Settings of Ray for the tests and for the jobs that they start as processes."""
+for name, value in FOR_RAY.items():
+    os.environ.setdefault(name, value)
 os.environ |= CREDENTIALS  # in Ray's workers too, which are older than the servers of tests
 set_environment()  # before anything imports Ray
 
@@ -54,13 +65,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Two CPUs, whatever the machine has."""
+def ray_cluster() -> Iterator[str]:
+    """A Ray session of two CPUs, whatever the machine has, for all tests of this process. Yields its address."""
     import ray
 
     from pipeline.runtime.session import _set_up_ray_data
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     _set_up_ray_data()
-    yield
+    yield context.address_info["gcs_address"]
     ray.shutdown()
+
+
+@functools.cache
+def board() -> Board:
+    """One board for all tests of this process: each is an actor, which takes a process's start."""
+    return Board()
+
+
+def no_board() -> Board:
+    raise AssertionError("Ray was asked for")
+
+
+@pytest.fixture
+def shared_ray(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs that the test starts as processes connect to this process's Ray session in place of starting one each."""
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
+
+
+@pytest.fixture(scope="session")
+def trained_alone(ray_cluster: str) -> Path:
+    """A folder with the run `r` of `write_config`, which nothing has disturbed: 300 steps on two workers, embedded."""
+    from tests.job_process import UNDISTURBED, JobProcess, prepared_alone, write_config
+
+    folder = prepared_alone()
+    config = write_config(folder, **UNDISTURBED)
+    last = JobProcess("run", config, small_tasks=True, RAY_ADDRESS=ray_cluster).finish()
+    (folder / "last.json").write_text(json.dumps(last))
+    return folder

@@ -1,4 +1,4 @@
-"""An autoscaling cluster for real, by Ray's fake provider of nodes: `make test-autoscaling`, after all other tests.
+"""An autoscaling cluster for real, by Ray's fake provider of nodes. Run by `make test-slow`.
 
 The head has no CPU. A job asks for some, nodes come, prepare and embed run on them, and nodes go once they are idle.
 Nodes are raylets of this machine, counted among its processes, so that what Ray says of itself is not taken for it.
@@ -7,9 +7,7 @@ Nodes are raylets of this machine, counted among its processes, so that what Ray
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,10 +22,9 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 
 from pipeline.runtime.cluster import BOOTSTRAP
 from tests.conftest import make_pairs, write_jsonl
+from tests.job_process import ROOT, WAIT_S, environment, free_ports
 
-pytestmark = [pytest.mark.autoscaling, pytest.mark.timeout(600)]
-ROOT = Path(__file__).parents[1]
-WAIT_S = 120
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 RECORDS, MOST_WORKERS = 120, 2
 COMMANDS = (
     *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
@@ -40,14 +37,6 @@ OF_THE_HEAD = {
     "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
     "RAY_enable_autoscaler_v2": "1",
 }
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def cluster_file(folder: Path, port: int) -> Path:
@@ -147,19 +136,13 @@ def test_nodes_come_for_a_job_and_go_when_it_is_done(tmp_path: Path) -> None:
         "logging": {"level": "DEBUG"},
     }
     (tmp_path / "c.yaml").write_text(json.dumps(config))
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PIPELINE_"))}
-    inherited |= {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # nodes listen on loopback alone
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
+    inherited = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_USAGE_STATS_ENABLED="0")
     with head_node(inherited | OF_THE_HEAD) as (port, home):
         assert workers(home) == 0
         with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
             command = [sys.executable, "jobs/embed.py", "--config", str(tmp_path / "c.yaml")]
-            environment = inherited | {"RAY_ADDRESS": f"127.0.0.1:{port}", "HOME": str(home)}
-            job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err)
+            of_job = inherited | {"RAY_ADDRESS": f"127.0.0.1:{port}", "HOME": str(home)}
+            job = subprocess.Popen(command, cwd=ROOT, env=of_job, stdout=out, stderr=err)
         seen: list[int] = []
 
         def done() -> bool:

@@ -15,27 +15,24 @@ from pathlib import Path
 import pytest
 
 from tests.bucket_servers import CREDENTIALS, Served, s3
-from tests.test_faults import ROOT, TEMPORARY, JobProcess, run, write_config
+from tests.job_process import ROOT, TEMPORARY, UNDISTURBED, JobProcess, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def job_config(folder: Path, root: str, served: Served) -> Path:
-    """Reads from the bucket, whatever its root is."""
-    file = write_config(folder, pairs=2000, max_steps=120, validate_every_steps=30)
-    served.write("input/pairs.jsonl", (folder / "pairs.jsonl").read_bytes())
-    (folder / "pairs.jsonl").unlink()
+def job_config(folder: Path, served: Served) -> Path:
+    """The config of `trained_alone`, with its source and its root in the bucket."""
+    file = write_config(folder, **UNDISTURBED)
     content = json.loads(file.read_text())
-    content["storage"]["root"] = root
-    content["data"]["sources"][0]["path"] = served.uri("input/pairs.jsonl")
-    content["checkpointing"]["every_steps"] = 15
-    content["scaling"] = {"num_workers": 2}
+    (source,) = content["data"]["sources"]
+    served.write("input/pairs.jsonl", Path(source["path"]).read_bytes())
+    source["path"], content["storage"]["root"] = served.uri("input/pairs.jsonl"), served.uri("store")
     file.write_text(json.dumps(content))
     return file
 
 
 def weights_in(served: Served, prefix: str) -> bytes:
-    (key,) = [key for key in served.keys(prefix) if "/attempt-" in key and key.endswith("00000120/model.safetensors")]
+    (key,) = [key for key in served.keys(prefix) if "/attempt-" in key and key.endswith("00000300/model.safetensors")]
     return served.read(key)
 
 
@@ -50,22 +47,22 @@ def elsewhere(name: str, config: Path, home: Path, *args: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-def test_a_killed_job_goes_on_from_the_bucket_alone(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("shared_ray")
+def test_a_killed_job_goes_on_from_the_bucket_alone(trained_alone: Path, tmp_path: Path) -> None:
     with s3("jobs") as served:
-        alone = run("run", job_config(tmp_path / "alone", str(tmp_path / "alone" / "store"), served))
-        config = job_config(tmp_path / "killed", served.uri("store"), served)
-        job = JobProcess("run", config)
-        job.wait_for("train: step 60:")
+        alone = json.loads((trained_alone / "last.json").read_text())
+        config = job_config(tmp_path / "killed", served)
+        job = JobProcess("run", config, small_tasks=True)
+        job.wait_for("train: step 100:")
         job.kill()
         for left in TEMPORARY.glob("text-embedding-pipeline-*"):  # as on another machine
             shutil.rmtree(left)
-        finished = JobProcess("run", config)
-        code, last = finished.end()
-        assert code == 0, finished.log.read_text()
-        assert "on from step" in finished.log.read_text()
+        job = JobProcess("run", config, small_tasks=True)
+        last = job.finish()
+        assert "on from step" in job.log.read_text()
         assert list(TEMPORARY.glob("text-embedding-pipeline-*/mirror-*")) == []
 
-        (newest,) = (tmp_path / "alone").glob("store/runs/r/attempt-*/step-00000120/model.safetensors")
+        (newest,) = trained_alone.glob("store/runs/r/attempt-*/step-00000300/model.safetensors")
         assert weights_in(served, "store") == newest.read_bytes()
         assert last["metrics"]["prepare"]["fingerprint"] == alone["metrics"]["prepare"]["fingerprint"]
         assert last["metrics"]["evaluate"] == alone["metrics"]["evaluate"]
@@ -80,7 +77,7 @@ def test_a_killed_job_goes_on_from_the_bucket_alone(tmp_path: Path) -> None:
 
         query = ["open the invoice", "--json"]
         found = json.loads(elsewhere("search", config, tmp_path / "other", *query))
-        expected = json.loads(elsewhere("search", tmp_path / "alone" / "c.yaml", tmp_path / "same", *query))
+        expected = json.loads(elsewhere("search", trained_alone / "c.yaml", tmp_path / "same", *query))
         assert [each["id"] for each in found] == [each["id"] for each in expected]
         assert len(found) == 10
         exported = tmp_path / "exported"
@@ -88,4 +85,4 @@ def test_a_killed_job_goes_on_from_the_bucket_alone(tmp_path: Path) -> None:
             elsewhere("export", config, tmp_path / "third", "--to", str(exported), "--embeddings", "float16")
         )
         assert answer["metrics"]["embeddings"] == last["metrics"]["embed"]["rows"]
-        assert "1,9" in (exported / "README.md").read_text()  # the data of its run
+        assert "3,9" in (exported / "README.md").read_text()  # the data of its run

@@ -14,11 +14,9 @@ from pipeline.data.feed import training_plan, validation_rows
 from pipeline.data.manifest import read_manifest
 from pipeline.data.prepare import Inputs, prepare
 from pipeline.evaluation.held_out import held_out_task
-from pipeline.runtime.session import Board
 from pipeline.storage.bucket import BucketPath
 from tests.bucket_servers import Served, s3
-from tests.conftest import make_pairs, write_jsonl
-from tests.test_prepare import no_board
+from tests.conftest import board, make_pairs, no_board, write_jsonl
 from tests.test_shingles import variants
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -59,8 +57,8 @@ def test_a_bucket_holds_the_bytes_of_a_disk(served: Served, tmp_path: Path, monk
     monkeypatch.setattr(tempfile, "tempdir", None)
     local = config_of(str(tmp_path / "disk"), tmp_path / "in")
     remote = config_of(served.uri("bucket"), tmp_path / "in")
-    folder, expected = prepare(local, Board)
-    place, manifest = prepare(remote, Board)
+    folder, expected = prepare(local, board)
+    place, manifest = prepare(remote, board)
     assert isinstance(folder, Path)
     assert isinstance(place, BucketPath)
     assert manifest == expected == read_manifest(place)
@@ -88,4 +86,4 @@ def test_a_bucket_holds_the_bytes_of_a_disk(served: Served, tmp_path: Path, monk
     tokens = Inputs(remote).tokens.folder  # killed before its end, with one shard short
     (tokens / "done.json").unlink()
     (place / "manifest.json").unlink()
-    assert prepare(remote, Board) == (place, manifest)
+    assert prepare(remote, board) == (place, manifest)

@@ -84,7 +84,7 @@ def test_compiled_layers_give_the_same(make: Callable[[], nn.Module]) -> None:
     check(EmbeddingModel(make()), "aot_eager")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("make", [unified, bert])
 def test_layers_compiled_to_machine_code_give_the_same(make: Callable[[], nn.Module]) -> None:
     check(EmbeddingModel(make()), "inductor")

@@ -301,7 +301,7 @@ def test_what_is_refused_is_refused_before_any_work(
         assert "prepare" not in err
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("ray_cluster")
 def test_jobs_without_training(bert: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Evaluation, the store and search, with vectors that are not of unit length."""

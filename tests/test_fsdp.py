@@ -138,7 +138,7 @@ def _both(rank: int, world_size: int, folder: str, options: list[str]) -> Result
 
 
 @pytest.mark.parametrize(
-    "variant", [pytest.param(each, marks=[pytest.mark.slow] if i else []) for i, each in enumerate(VARIANTS)]
+    "variant", [pytest.param(each, marks=[pytest.mark.exhaustive] if i else []) for i, each in enumerate(VARIANTS)]
 )
 def test_a_run_has_the_losses_and_scores_of_ddp(variant: str, tmp_path: Path) -> None:
     """Clipping, a learned temperature, denoising and masked tokens beside; validations every ten steps."""
@@ -175,8 +175,8 @@ def _gradients(rank: int, world_size: int, name: str, options: set[str]) -> Resu
     ("name", "options"),
     [
         ("hybrid", {"checkpointing"}),
-        pytest.param("contrastive", set(), marks=pytest.mark.slow),
-        pytest.param("seq2seq", {"compile"}, marks=pytest.mark.slow),
+        pytest.param("contrastive", set(), marks=pytest.mark.exhaustive),
+        pytest.param("seq2seq", {"compile"}, marks=pytest.mark.exhaustive),
     ],
 )
 def test_gradients_are_those_of_a_single_process(name: str, options: set[str]) -> None:
@@ -190,7 +190,7 @@ def test_gradients_are_those_of_a_single_process(name: str, options: set[str]) -
 
 
 @pytest.mark.parametrize(
-    "pooling", ["last", *(pytest.param(each, marks=pytest.mark.slow) for each in ("mean", "cls", "weighted"))]
+    "pooling", ["last", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in ("mean", "cls", "weighted"))]
 )
 def test_an_empty_part_changes_no_gradient(pooling: str) -> None:
     found = []

@@ -40,7 +40,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_checks_then_a_line_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--json", str(tmp_path / "found.json"), "--profile"]) == 0
     machine, _, *lines = capsys.readouterr().out.splitlines()

@@ -20,9 +20,9 @@ from pipeline.data import near_duplicates
 from pipeline.data.contamination import Contamination, check_folders
 from pipeline.data.manifest import RECORD_SCHEMA, REJECTED_SCHEMA
 from pipeline.data.work import Stage
-from pipeline.runtime.session import Board
 from pipeline.text.identity import content_id, shard_of
 from pipeline.text.shingles import Shingles, jaccard, shingles
+from tests.conftest import board
 from tests.test_shingles import likeness, variants, word_tuples
 
 
@@ -44,8 +44,8 @@ def distinct(folder: Path, files: list[Path], data: Data) -> tuple[pa.Table, pa.
     """What stays, what goes, and the counts of it."""
     stage = Stage(folder, "distinct", [])
     with stage.open():
-        near = near_duplicates.find(stage, Board(), files, data)
-        counts = near_duplicates.write_distinct(stage, Board(), files)
+        near = near_duplicates.find(stage, board(), files, data)
+        counts = near_duplicates.write_distinct(stage, board(), files)
         clusters = near_duplicates.largest_clusters(stage)
         stage.finish({})
     stay, gone = (

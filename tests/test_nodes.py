@@ -4,7 +4,6 @@ killed in mid-run. Run by `make test-slow`."""
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -18,12 +17,11 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.test_embedding_faults import rows_there
-from tests.test_faults import JobProcess, prepared_bytes, run, wait_until, write_config
+from pipeline.embedding.encode import TextEncoder
+from tests.job_process import UNDISTURBED, JobProcess, prepared_bytes, rows_there, wait_until, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 CPU, GPU = {"pool": "cpu"}, {"pool": "gpu"}
-STEPS = 150
 PLACED = (
     "scaling.labels={data: {pool: cpu}, train: {pool: gpu}, encode: {pool: gpu}}",
     "scaling.placement=spread",
@@ -92,87 +90,77 @@ def nodes_of_two_kinds() -> Iterator[Nodes]:
 
 
 def weights(folder: Path) -> bytes:
-    (newest,) = folder.glob(f"store/runs/r/attempt-*/step-{STEPS:08d}/model.safetensors")
+    (newest,) = folder.glob("store/runs/r/attempt-*/step-00000300/model.safetensors")
     return newest.read_bytes()
 
 
-def vectors(folder: Path) -> dict[str, Any]:
-    db = lancedb.connect(str(folder / "store" / "lancedb"))
-    rows = db.open_table(db.list_tables().tables[0]).to_arrow().select(["id", "vector"]).to_pylist()
-    assert len(rows) == len({row["id"] for row in rows})
-    return {row["id"]: row["vector"] for row in rows}
-
-
-def finished(job: JobProcess) -> dict[str, Any]:
-    code, last = job.end()
-    assert code == 0, job.log.read_text()
-    return last
-
-
-def test_nodes_are_lost_and_nothing_else_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_nodes_are_lost_and_nothing_else_is(
+    everything: bool, trained_alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of prepare a node that reads, of training one that trains, of embedding one that reads and one that encodes.
 
-    What is left in the end is what one machine makes when it is left alone: bytes, bits and vectors.
+    What is left in the end is what one machine makes when it is left alone: bytes and bits, and of each text the
+    vector that the model gives it here. With everything: of training one that reads too; a sweep; installed packages.
     """
-    alone, lost = tmp_path / "alone", tmp_path / "lost"
-    configs = [write_config(folder, pairs=30_000, max_steps=STEPS) for folder in (alone, lost)]
-    settings = (f"data.sources.0.path={alone / 'pairs.jsonl'}", "embedding.batch_tokens=1024")
-    for name in ("train", "embed"):
-        run(name, configs[0], *settings)
-
+    config = write_config(tmp_path, **UNDISTURBED)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # the head is of this process, which has read another mode
     monkeypatch.setenv("RAY_health_check_period_ms", "1000")  # of the head, which then misses a node after five of them
     with nodes_of_two_kinds() as nodes:
         readers, trainers = [nodes.add(CPU)], [nodes.add(GPU), nodes.add(GPU)]
-        environment = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
-        environment["RAY_ADDRESS"] = nodes.cluster.address
+        access = {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": nodes.cluster.address}
 
         def start(name: str, *args: str) -> JobProcess:
-            return JobProcess(name, configs[1], *settings, *PLACED, *args, environment=environment)
+            return JobProcess(name, config, *PLACED, *args, small_tasks=True, **access)
 
         job = start("prepare")
-        wait_until(lambda: list(lost.glob("store/stages/records-*/scratch/judged/*.json")), job)
+        wait_until(lambda: list(tmp_path.glob("store/stages/records-*/scratch/judged/*.json")), job)
         nodes.kill(readers.pop())
         readers.append(nodes.add(CPU))
-        finished(job)
+        job.finish()
         assert "4 nodes, 3 CPUs, 0 GPUs" in job.log.read_text()
-        assert f"{lost / 'store'}, seen by the 3 other nodes" in job.log.read_text()
-        assert prepared_bytes(lost) == prepared_bytes(alone)
+        assert f"{tmp_path / 'store'}, seen by the 3 other nodes" in job.log.read_text()
+        assert prepared_bytes(tmp_path) == prepared_bytes(trained_alone)
         assert set(nodes.places("MapBatches(run)")) == {"cpu"}
 
         job = start("train")
         job.wait_for("train: step 50:")
         assert nodes.places("RayTrainWorker") == ["gpu", "gpu"]
         nodes.kill(trainers.pop())
-        job.wait_for("train: step 100:")
-        nodes.kill(readers.pop())
-        readers.append(nodes.add(CPU))
-        assert finished(job)["metrics"]["step"] == STEPS
-        assert weights(lost) == weights(alone)
+        if everything:
+            job.wait_for("train: step 100:")
+            nodes.kill(readers.pop())
+            readers.append(nodes.add(CPU))
+        trained = job.finish()
+        assert trained["metrics"]["step"] == 300
+        assert weights(tmp_path) == weights(trained_alone)
         assert set(nodes.places("MapBatches(read)")) == {"cpu"}
 
         trainers.append(nodes.add(GPU))
-        job = start("tune", "storage.run=s", "tune.trials=2", "tune.max_steps=50", "tune.scheduler=none")
-        swept = finished(job)["metrics"]
-        assert "tune: 2 of 2 trials are left, 2 at the same time" in job.log.read_text()
-        assert (swept["done"], set(nodes.places("ImplicitFunc"))) == (2, {"gpu"})
+        if everything:
+            job = start("tune", "storage.run=s", "tune.trials=2", "tune.max_steps=50", "tune.scheduler=none")
+            swept = job.finish()["metrics"]
+            assert "tune: 2 of 2 trials are left, 2 at the same time" in job.log.read_text()
+            assert (swept["done"], set(nodes.places("ImplicitFunc"))) == (2, {"gpu"})
 
-        job = start("embed")
-        wait_until(lambda: rows_there(lost), job)
+        job = start("embed", "embedding.batch_tokens=1024")
+        wait_until(lambda: rows_there(tmp_path), job)
         wait_until(lambda: nodes.at_work(trainers[-1], "EncodeRows"), job)
         nodes.kill(trainers.pop())
         nodes.kill(readers.pop())
         readers.append(nodes.add(CPU))
-        metrics = finished(job)["metrics"]
+        metrics = job.finish()["metrics"]
         assert set(nodes.places("EncodeRows")) == {"gpu"}
         assert set(nodes.places("MapBatches(due)")) == {"cpu"}
 
-        packages = json.dumps([{"name": "p", "type": "python_packages", "max_samples": 300}])
-        job = start("prepare", "storage.run=p", f"data.sources={packages}")
-        finished(job)
-        assert "installed packages are read on one node" in job.log.read_text()
-        assert set(nodes.places("MapBatches(run)")) == {"head", "cpu"}  # the later stages
-    expected, found = vectors(alone), vectors(lost)
-    assert found.keys() == expected.keys()
-    assert metrics["new"] == metrics["rows"] == len(expected)
-    np.testing.assert_allclose([found[key] for key in expected], list(expected.values()), atol=1e-5)
+        if everything:
+            packages = json.dumps([{"name": "p", "type": "python_packages", "max_samples": 300}])
+            job = start("prepare", "storage.run=p", f"data.sources={packages}")
+            job.finish()
+            assert "installed packages are read on one node" in job.log.read_text()
+            assert set(nodes.places("MapBatches(run)")) == {"head", "cpu"}  # the later stages
+    db = lancedb.connect(str(tmp_path / "store" / "lancedb"))
+    rows = db.open_table(db.list_tables().tables[0]).to_arrow().to_pylist()
+    assert len({row["id"] for row in rows}) == metrics["new"] == metrics["rows"] == len(rows) > 3000
+    expected = TextEncoder(Path(trained["paths"]["model"]), 1, "cpu").encode([row["text"] for row in rows], "document")
+    np.testing.assert_allclose([row["vector"] for row in rows], expected, atol=1e-5)

@@ -8,6 +8,7 @@ import json
 import os
 import random
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,13 +17,13 @@ from tokenizers import Tokenizer
 
 from pipeline.config import Config, ConfigError, load
 from pipeline.data import prepare as prepare_module
+from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import prepare
 from pipeline.data.work import Report, Task, run_tasks
 from pipeline.runtime.job import JobError
-from pipeline.runtime.session import Board
 from pipeline.sources import source as sources
 from pipeline.text.identity import content_id, is_validation
-from tests.conftest import make_pairs, write_jsonl
+from tests.conftest import board, make_pairs, no_board, write_jsonl
 from tests.test_shingles import likeness, variants, word_tuples
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -52,19 +53,40 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.fixture
-def messy_file(tmp_path: Path) -> Path:
+def write_messy(path: Path) -> Path:
     rows = make_pairs(3000)
     rows += [dict(row, id=f"copy{i}") for i, row in enumerate(rows[:70])]
     rows += [{"anchor": "short", "positive": "s"}, {"anchor": "\x00\x01\x02" * 9, "positive": "not to be printed"}]
-    path = write_jsonl(tmp_path / "in" / "a.jsonl", rows)
-    with path.open("ab") as file:
+    with write_jsonl(path, rows).open("ab") as file:
         file.write(b'{"anchor": "broken\n{"anchor": "alone, with no positive"}\n')
     return path
 
 
-def test_every_record_is_accounted_for(messy_file: Path, tmp_path: Path) -> None:
-    folder, manifest = prepare(config_of(tmp_path, messy_file), Board)
+@dataclass
+class Messy:
+    """A source with something of everything, prepared once into several shards. Tests leave it as it is."""
+
+    root: Path
+    path: Path
+    config: Config
+    folder: Path
+    manifest: Manifest
+
+
+@pytest.fixture(scope="module")
+def messy(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Messy:
+    root = tmp_path_factory.mktemp("messy")
+    path = write_messy(root / "in" / "a.jsonl")
+    config = config_of(root, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "SHARD_BYTES", 100_000)
+        folder, manifest = prepare(config, board)
+    assert isinstance(folder, Path)
+    return Messy(root, path, config, folder, manifest)
+
+
+def test_every_record_is_accounted_for(messy: Messy) -> None:
+    folder, manifest = messy.folder, messy.manifest
     (source,) = manifest.sources
     expected = {json.dumps([row["anchor"], row["positive"]]) for row in make_pairs(3000)}
     assert source.rows_in == 3074
@@ -85,8 +107,8 @@ def test_every_record_is_accounted_for(messy_file: Path, tmp_path: Path) -> None
     assert all(set(json.loads(row["metadata"])) == {"line"} for row in kept)
 
 
-def test_shards_hold_the_tokens_of_the_records_and_the_split_is_by_hash(messy_file: Path, tmp_path: Path) -> None:
-    folder, manifest = prepare(config_of(tmp_path, messy_file), Board)
+def test_shards_hold_the_tokens_of_the_records_and_the_split_is_by_hash(messy: Messy) -> None:
+    folder, manifest = messy.folder, messy.manifest
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(16)
     records = {row["id"]: row for row in pq.read_table(folder / "records").to_pylist()}
@@ -104,38 +126,53 @@ def test_shards_hold_the_tokens_of_the_records_and_the_split_is_by_hash(messy_fi
     assert manifest.lengths["positive"]["max"] == 16
 
 
-def test_bytes_do_not_depend_on_order_or_cut(messy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_do_not_depend_on_order_or_cut(messy: Messy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same records shuffled over three files, read in many small tasks into the same number of shards."""
     monkeypatch.setattr(prepare_module, "SHARD_BYTES", 100_000)
-    first, manifest = prepare(config_of(tmp_path / "1", messy_file), Board)
-    assert len(list((first / "records").iterdir())) > 2
-    lines = messy_file.read_bytes().splitlines(keepends=True)
+    assert len(list((messy.folder / "records").iterdir())) > 2
+    lines = messy.path.read_bytes().splitlines(keepends=True)
     random.Random(1).shuffle(lines)
     other = tmp_path / "other"
     other.mkdir()
     for i in range(3):
         (other / f"{i}.jsonl").write_bytes(b"".join(lines[i::3]))
     monkeypatch.setattr(sources, "TASK_BYTES", 20_000)
-    second, again = prepare(config_of(tmp_path / "2", other), Board)
+    second, again = prepare(config_of(tmp_path, other), board)
     skip = "rejected"  # whose source_ids name files and offsets
-    assert {k: v for k, v in contents(first).items() if skip not in k} == {
+    assert {k: v for k, v in contents(messy.folder).items() if skip not in k} == {
         k: v for k, v in contents(second).items() if skip not in k
     }
-    assert manifest.fingerprint == again.fingerprint
+    assert messy.manifest.fingerprint == again.fingerprint
 
 
-def no_board() -> Board:
-    raise AssertionError("Ray was asked for")
+def test_what_is_done_is_found_and_what_changed_is_done_again(tmp_path: Path) -> None:
+    """Inputs are known by their path, size and time, or by their content; a killed job does only what is missing."""
+    path = write_jsonl(tmp_path / "a.jsonl", make_pairs(300))
+    config = config_of(tmp_path, path)
+    folder, manifest = prepare(config, board, rehash=True)
+    assert prepare(config, no_board, rehash=True) == (folder, manifest)
 
+    found, files = contents(folder), {p: p.stat().st_mtime_ns for p in folder.rglob("records/*.parquet")}
+    (folder / "manifest.json").unlink()
+    for file in folder.glob("train/*"):
+        file.unlink()
+    assert prepare(config, no_board, rehash=True) == (folder, manifest)  # every stage was done
+    assert contents(folder) == found
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("records/*.parquet")} == files
 
-def test_nothing_to_do_and_what_makes_it_stale(messy_file: Path, tmp_path: Path) -> None:
-    config = config_of(tmp_path, messy_file)
-    folder, manifest = prepare(config, Board)
-    assert prepare(config, no_board) == (folder, manifest)
-    with messy_file.open("a") as file:
+    stat = path.stat()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+    assert prepare(config, no_board, rehash=True)[0] == folder
+    path.write_bytes(path.read_bytes().replace(b"invoice", b"receipt"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert prepare(config, board, rehash=True)[0] != folder
+
+    before, manifest = prepare(config, board)
+    assert prepare(config, no_board) == (before, manifest)
+    with path.open("a") as file:
         file.write(json.dumps({"anchor": "a record added later", "positive": "which makes the data stale"}) + "\n")
-    later, changed = prepare(config, Board)
-    assert later != folder
+    later, changed = prepare(config, board)
+    assert later != before
     assert changed.sources[0].rows_kept == manifest.sources[0].rows_kept + 1
 
 
@@ -165,24 +202,12 @@ def test_a_changed_option_redoes_what_depends_on_it(
     path = shared / "a.jsonl"
     if not path.exists():
         write_jsonl(path, make_pairs(300))
-    prepare(config_of(shared, path), Board)
+    prepare(config_of(shared, path), board)
     before = stages(shared)
-    prepare(config_of(shared, path, override), Board if redone else no_board)
+    prepare(config_of(shared, path, override), board if redone else no_board)
     after = stages(shared)
     assert {name.rpartition("-")[0] for name in set(after) - set(before)} == redone
     assert {name: after[name] for name in before} == before
-
-
-def test_a_job_that_was_killed_does_only_the_tasks_that_are_missing(messy_file: Path, tmp_path: Path) -> None:
-    config = config_of(tmp_path, messy_file)
-    folder, manifest = prepare(config, Board)
-    found, files = contents(folder), {p: p.stat().st_mtime_ns for p in folder.rglob("records/*.parquet")}
-    (folder / "manifest.json").unlink()
-    for path in folder.glob("train/*"):
-        path.unlink()
-    assert prepare(config, no_board) == (folder, manifest)  # every stage was done
-    assert contents(folder) == found
-    assert {p: p.stat().st_mtime_ns for p in folder.rglob("records/*.parquet")} == files
 
 
 def test_what_goes_wrong_in_a_task_is_said_in_one_sentence(tmp_path: Path) -> None:
@@ -190,19 +215,7 @@ def test_what_goes_wrong_in_a_task_is_said_in_one_sentence(tmp_path: Path) -> No
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(JobError, match=r"^prepare: x: the disk that holds .* is full; free some space .*$"):
-        run_tasks(Board(), "prepare: x", [Task(1, tmp_path / "none")], work)
-
-
-def test_inputs_known_by_content(messy_file: Path, tmp_path: Path) -> None:
-    config = config_of(tmp_path, messy_file)
-    folder, _ = prepare(config, Board, rehash=True)
-    stat = messy_file.stat()
-    os.utime(messy_file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
-    assert prepare(config, no_board, rehash=True)[0] == folder
-    data = messy_file.read_bytes()
-    messy_file.write_bytes(data.replace(b"invoice", b"receipt"))
-    os.utime(messy_file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert prepare(config, Board, rehash=True)[0] != folder
+        run_tasks(board(), "prepare: x", [Task(1, tmp_path / "none")], work)
 
 
 def test_sources_together(tmp_path: Path) -> None:
@@ -216,7 +229,7 @@ def test_sources_together(tmp_path: Path) -> None:
         | ({"prompts": prompts[name]} if name in prompts else {})
         for i, name in enumerate(("one", "two", "copies", "empty"))
     ]
-    folder, manifest = prepare(config_of(tmp_path, tmp_path, f"data.sources={json.dumps(entries)}"), Board)
+    folder, manifest = prepare(config_of(tmp_path, tmp_path, f"data.sources={json.dumps(entries)}"), board)
     found = {source.name: source for source in manifest.sources}
     assert [found[name].rows_in for name in found] == [40, 40, 9, 0]
     assert sum(source.rows_kept for source in found.values()) == 60
@@ -241,7 +254,7 @@ def test_sources_with_and_without_negatives(tmp_path: Path) -> None:
             ("without", rows[30:], {"anchor": "anchor", "positive": "positive"}),
         )
     ]
-    folder, manifest = prepare(config_of(tmp_path, tmp_path, f"data.sources={json.dumps(entries)}"), Board)
+    folder, manifest = prepare(config_of(tmp_path, tmp_path, f"data.sources={json.dumps(entries)}"), board)
     negatives = {row["source"]: row["negatives"] for row in pq.read_table(folder / "train").to_pylist()}
     assert len(negatives["with"]) == 2
     assert negatives["without"] == []
@@ -251,14 +264,14 @@ def test_sources_with_and_without_negatives(tmp_path: Path) -> None:
 def test_the_cap_on_duplicates(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", make_pairs(10) * 3)
     with pytest.raises(JobError, match=r"20 of 30 records are duplicates, more than data\.max_removed_fraction=0\.5"):
-        prepare(config_of(tmp_path, path, "data.max_removed_fraction=0.5"), Board)
+        prepare(config_of(tmp_path, path, "data.max_removed_fraction=0.5"), board)
     words = [f"word{i}" for i in range(50)]
     near = [{"anchor": f"anchor number {i}", "positive": " ".join([*words, str(i)])} for i in range(20)]
     path = write_jsonl(tmp_path / "b.jsonl", near)
     likely = "data.near_duplicates.threshold=0.7"
     with pytest.raises(JobError, match=r"19 of 20 records are duplicates"):
-        prepare(config_of(tmp_path, path, likely, "data.max_removed_fraction=0.5"), Board)
-    _, manifest = prepare(config_of(tmp_path, path, likely), Board)
+        prepare(config_of(tmp_path, path, likely, "data.max_removed_fraction=0.5"), board)
+    _, manifest = prepare(config_of(tmp_path, path, likely), board)
     assert (manifest.sources[0].rows_kept, manifest.sources[0].rejected) == (1, {"near_duplicate": 19})
     assert [cluster["removed"] for cluster in manifest.clusters] == [19]
 
@@ -268,7 +281,7 @@ def test_train_and_validation_share_no_near_duplicate(tmp_path: Path) -> None:
     rows = [{"anchor": text.split(" ", 1)[0] + " as an anchor", "positive": text} for text in texts]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     config = config_of(tmp_path, path, "data.near_duplicates.threshold=0.7", "data.validation_fraction=0.3")
-    folder, manifest = prepare(config, Board)
+    folder, manifest = prepare(config, board)
     kept = {
         row["id"]: word_tuples(f"{row['anchor']}\n{row['positive']}")
         for row in pq.read_table(folder / "records").to_pylist()
@@ -298,7 +311,7 @@ def test_safety_quality_and_language_rules_give_their_reasons(tmp_path: Path) ->
         tmp_path, path, "data.quality={preset: short, languages: [en]}", "data.safety.actions={email: redact}",
         "data.validation_fraction=0.4",
     )  # fmt: skip
-    folder, manifest = prepare(config, Board)
+    folder, manifest = prepare(config, board)
     reasons = manifest.sources[0].rejected
     assert reasons.pop("language_de") == 1
     assert sum(rows for reason, rows in reasons.items() if reason.startswith("quality_")) == 1
@@ -311,19 +324,19 @@ def test_text_alone_in_windows(tmp_path: Path) -> None:
     path.write_text("\n\n".join(f"Paragraph {i} " + "goes on and on about it " * (i % 30) for i in range(80)))
     entry = {"name": "book", "type": "text", "record": "paragraph", "path": str(path)}
     overrides = [f"data.sources=[{json.dumps(entry)}]", "tokenizer.long_texts=windows", "tokenizer.window_overlap=4"]
-    folder, manifest = prepare(config_of(tmp_path, path, *overrides), Board)
+    folder, manifest = prepare(config_of(tmp_path, path, *overrides), board)
     table = pq.read_table(folder / "train")
     assert table["window"].to_pylist() != [0] * len(table)
     assert manifest.lengths["text"]["max"] == 16
     assert set(table["id"].to_pylist()) <= set(pq.read_table(folder / "records")["id"].to_pylist())
     with pytest.raises(ConfigError, match=r"tokenizer\.long_texts: found windows with records of anchor, positive"):
-        prepare(config_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", make_pairs(5)), *overrides[1:]), Board)
+        prepare(config_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", make_pairs(5)), *overrides[1:]), board)
 
 
 def test_names_and_ids_that_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"id": "\\ud800", "line": "\\udfff", "anchor": "an anchor text", "positive": "a positive text"}\n')
-    folder, _ = prepare(config_of(tmp_path, path), Board)
+    folder, _ = prepare(config_of(tmp_path, path), board)
     (row,) = pq.read_table(folder / "records").to_pylist()
     assert (row["source_id"], row["metadata"]) == ("s:?", '{"line": "?"}')
 
@@ -332,28 +345,24 @@ def test_of_equal_records_the_same_one_stays_in_any_order(tmp_path: Path) -> Non
     rows = [{"id": "x", "line": i, "anchor": "an anchor text", "positive": "a positive text"} for i in range(5)]
     kept = []
     for name, order in (("1", rows), ("2", rows[::-1])):
-        folder, _ = prepare(config_of(tmp_path / name, write_jsonl(tmp_path / name / "a.jsonl", order)), Board)
+        folder, _ = prepare(config_of(tmp_path / name, write_jsonl(tmp_path / name / "a.jsonl", order)), board)
         kept.append(pq.read_table(folder / "records").to_pylist())
     assert kept[0] == kept[1]
 
 
-def test_a_tokenizers_padding_is_not_trained_on(messy_file: Path, tmp_path: Path) -> None:
-    folder, _ = prepare(config_of(tmp_path, messy_file), Board)
-    own = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    own.enable_padding(length=14)
-    own.save(str(tmp_path / "own.json"))
-    other, _ = prepare(config_of(tmp_path / "2", messy_file, f"tokenizer.load_path={tmp_path / 'own.json'}"), Board)
-    assert contents(other / "train") == contents(folder / "train")
-
-
-def test_a_tokenizer_of_ones_own(messy_file: Path, tmp_path: Path) -> None:
-    folder, _ = prepare(config_of(tmp_path, messy_file), Board)
+def test_a_tokenizer_of_ones_own(tmp_path: Path) -> None:
+    """Its file is taken over as it is; the tokens are without the padding that it asks for."""
+    path = write_jsonl(tmp_path / "a.jsonl", make_pairs(300))
+    folder, _ = prepare(config_of(tmp_path, path), board)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_padding(length=14)
     own = tmp_path / "own.json"
-    own.write_bytes((folder / "tokenizer.json").read_bytes())
-    other, _ = prepare(config_of(tmp_path / "2", messy_file, f"tokenizer.load_path={own}"), Board)
+    tokenizer.save(str(own))
+    other, _ = prepare(config_of(tmp_path / "2", path, f"tokenizer.load_path={own}"), board)
     assert (other / "tokenizer.json").read_bytes() == own.read_bytes()
+    assert contents(other / "train") == contents(folder / "train")
     with pytest.raises(ConfigError, match=r"no\.json"):
-        prepare(config_of(tmp_path / "3", messy_file, f"tokenizer.load_path={tmp_path / 'no.json'}"), Board)
+        prepare(config_of(tmp_path / "3", path, f"tokenizer.load_path={tmp_path / 'no.json'}"), board)
 
 
 def test_too_much_bad_input_stops_with_a_sentence(tmp_path: Path) -> None:
@@ -361,8 +370,8 @@ def test_too_much_bad_input_stops_with_a_sentence(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write("{broken\n" * 10)
     with pytest.raises(JobError, match=r"source s: 10 broken_json of 40 records .*max_bad_fraction=0\.05"):
-        prepare(config_of(tmp_path, path), Board)
-    assert prepare(config_of(tmp_path, path, "data.max_bad_fraction=0.3"), Board)[1].sources[0].rejected == {
+        prepare(config_of(tmp_path, path), board)
+    assert prepare(config_of(tmp_path, path, "data.max_bad_fraction=0.3"), board)[1].sources[0].rejected == {
         "broken_json": 10
     }
 
@@ -370,4 +379,4 @@ def test_too_much_bad_input_stops_with_a_sentence(tmp_path: Path) -> None:
 def test_everything_rejected_is_an_error(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"anchor": "a", "positive": "b"}])
     with pytest.raises(JobError, match=r"none of its 1 records was kept \(1 too_short\)"):
-        prepare(config_of(tmp_path, path), Board)
+        prepare(config_of(tmp_path, path), board)

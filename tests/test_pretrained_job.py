@@ -74,6 +74,7 @@ def config(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "training": {"global_batch_size": 16, "max_steps": 4, "generated_texts": 4},
                 "embedding": {"dimensions": 16},
                 "evaluation": {"sts_file": str(tmp_path / "sts.tsv")},
+                "scaling": {"num_workers": 1},
             }
         )
     )

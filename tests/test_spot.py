@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,22 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.test_faults import WAIT_S, JobProcess, run, wait_until, write_config
+from pipeline.config import load
+from pipeline.data.prepare import prepare
+from pipeline.training.assembly import train_here
+from tests.conftest import no_board
+from tests.job_process import (
+    UNDISTURBED,
+    WAIT_S,
+    JobProcess,
+    copy_prepared,
+    kill,
+    ray_processes,
+    run,
+    wait_until,
+    with_prepared,
+    write_config,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -29,58 +43,61 @@ def steps_saved(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("store/runs/r/attempt-*/step-*")}
 
 
-def test_killed_at_seven_points_a_run_ends_with_the_same_bits(tmp_path: Path) -> None:
-    """A worker, both, amid a checkpoint's write, as it gets its place, the controller, the driver twice."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run("train", write_config(whole, table_warmup_fraction=0.4))
-    config = write_config(killed, table_warmup_fraction=0.4)
-    arguments = ("scaling.max_failures=8",)
+def workers() -> list[Any]:
+    return ray_processes("RayTrainWorker")
+
+
+@pytest.mark.usefixtures("shared_ray")
+@pytest.mark.parametrize("every_point", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_killed_anywhere_a_run_ends_with_the_same_bits(every_point: bool, trained_alone: Path, tmp_path: Path) -> None:
+    """A worker hangs, both are killed amid a checkpoint's write, the controller is killed, then the driver.
+
+    At every point: one worker is killed as well, both between checkpoints, both as a checkpoint gets its place, and
+    the driver a second time.
+    """
+    config = with_prepared(write_config(tmp_path, **UNDISTURBED))
+    arguments = ("scaling.max_failures=8", "scaling.collective_timeout_s=20")
 
     job = JobProcess("train", config, *arguments)
     job.wait_for("train: step 50:")
-    job.descendants("RayTrainWorker")[-1].kill()
+    if every_point:
+        workers()[-1].kill()
+        job.wait_for("train: step 70:")
+        kill(workers())
+        job.wait_for("train: step 90:")
+    hung = workers()[-1]
+    hung.send_signal(signal.SIGSTOP)
     job.wait_for("train: step 100:")
-    for worker in job.descendants("RayTrainWorker"):
-        worker.kill()
-    job.wait_for("train: step 150:")
-    workers, incoming = job.descendants("RayTrainWorker"), killed / "store/runs/r/incoming"
+    assert not hung.is_running()
+    found, incoming = workers(), tmp_path / "store/runs/r/incoming"
     wait_until(lambda: list(incoming.glob("step-*/model.safetensors")), job)
-    for worker in workers:
-        worker.kill()
+    kill(found)
     job.wait_for("train: step 200:")
-    (controller,) = job.descendants("TrainController")
-    controller.kill()
+    kill(ray_processes("TrainController"))
     job.wait_for("Ray's controller of the run died")
     job.kill()
 
-    job = JobProcess("train", config, *arguments)
-    job.wait_for("train: begins")
-    before = steps_saved(killed)
-    wait_until(lambda: steps_saved(killed) - before, job)
-    for worker in job.descendants("RayTrainWorker"):
-        worker.kill()
-    newest = max(steps_saved(killed))
-    wait_until(lambda: max(steps_saved(killed), default="") > newest or "train: step 300:" in job.log.read_text(), job)
-    job.kill()
+    if every_point:
+        job = JobProcess("train", config, *arguments)
+        job.wait_for("train: begins")
+        before = steps_saved(tmp_path)
+        wait_until(lambda: steps_saved(tmp_path) - before, job)
+        kill(workers())
+        newest = max(steps_saved(tmp_path))
+        wait_until(
+            lambda: max(steps_saved(tmp_path), default="") > newest or "train: step 300:" in job.log.read_text(), job
+        )
+        job.kill()
 
-    last = run("train", config, *arguments)
-    assert last["metrics"]["step"] == 300
-    assert weights(killed) == weights(whole)
-
-
-def test_a_worker_that_hangs_is_noticed_and_the_run_goes_on(tmp_path: Path) -> None:
-    job = JobProcess("train", write_config(tmp_path), "scaling.collective_timeout_s=20", "scaling.max_failures=3")
-    job.wait_for("train: step 50:")
-    hung = job.descendants("RayTrainWorker")[-1]
-    hung.send_signal(signal.SIGSTOP)
-    code, last = job.end()
-    assert (code, last["metrics"]["step"]) == (0, 300), job.log.read_text()
-    assert not hung.is_running()
+    assert run("train", config, *arguments)["metrics"]["step"] == 300
+    assert weights(tmp_path) == weights(trained_alone)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("shared_ray")
 def test_sigterm_waits_for_a_checkpoint_of_all_workers(tmp_path: Path) -> None:
     """Under fsdp, where each has a part of it; the next start takes it up, and makes it whole at the end."""
-    config = write_config(tmp_path, max_steps=100_000, validate_every_steps=100_000, strategy="fsdp")
+    config = with_prepared(write_config(tmp_path, max_steps=100_000, validate_every_steps=100_000, strategy="fsdp"))
     job = JobProcess("train", config)
     job.wait_for("train: begins")
     wait_until(lambda: (tmp_path / "store/runs/r/attempt-001/step-00000025").is_dir(), job)
@@ -111,20 +128,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_a_full_disk_is_said_and_leaves_the_last_checkpoint_whole(small_disk: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, pairs=1000, max_steps=200)
-    run("prepare", config)
-    store = tmp_path / "store"
-    shutil.move(store / "prepared", small_disk / "prepared")
-    shutil.move(store / "stages", small_disk / "stages")
-    arguments = (
-        f"storage.root={small_disk}",
-        "training.global_batch_size=32",
-        f"logging.save_dir={tmp_path}",
-        "logging.level=INFO",
-    )
+    config = write_config(tmp_path, max_steps=200)
+    copy_prepared(small_disk / "store")
+    arguments = (f"storage.root={small_disk / 'store'}", f"logging.save_dir={tmp_path}", "logging.level=INFO")
     job = JobProcess("train", config, *arguments)
-    first = small_disk / "runs/r/attempt-001/step-00000025"
+    first = small_disk / "store/runs/r/attempt-001/step-00000025"
     wait_until(first.is_dir, job)
     filler = small_disk / "filler"
     with filler.open("wb", buffering=0) as file:
@@ -158,45 +168,54 @@ def drain(cluster: Cluster, node: Any) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=WAIT_S)
 
 
-def test_a_node_comes_and_goes_in_mid_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One worker, two, and one again train on the batches of two that were left alone; notice gives a checkpoint."""
-    settings: dict[str, Any] = {"max_steps": 100_000, "validate_every_steps": 100_000, "log_every_steps": 5}
-    job = JobProcess("train", write_config(tmp_path / "alone", **settings))
-    wait_until(lambda: max(losses(tmp_path / "alone"), default=0) >= 200, job)
-    job.process.send_signal(signal.SIGTERM)
-    assert job.end()[0] == 143, job.log.read_text()
+class ReachedError(Exception):
+    pass
 
-    elastic, every = tmp_path / "elastic", 97
-    config = write_config(elastic, **settings)
+
+def test_a_node_comes_and_goes_in_mid_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One worker, two, and one again train on the batches of a process that was left alone; notice of a node's end
+    gives a checkpoint."""
+    settings: dict[str, Any] = {"max_steps": 100_000, "validate_every_steps": 100_000, "log_every_steps": 5}
+    every = 97
+    config = with_prepared(write_config(tmp_path, **settings))
     arguments = ("scaling.num_workers=[1, 2]", "scaling.cpus_per_worker=2", "scaling.resize_every_s=2")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     # Whatever the number of workers, a CPU is left to Ray Data
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
     try:
-        inherited = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
-        environment = inherited | {"RAY_ADDRESS": cluster.address}
-        job = JobProcess("train", config, *arguments, f"checkpointing.every_steps={every}", environment=environment)
+        access = {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": cluster.address}
+        job = JobProcess("train", config, *arguments, f"checkpointing.every_steps={every}", **access)
         job.wait_for("train: 1 workers go on from step 0")
-        wait_until(lambda: steps_saved(elastic), job)
+        wait_until(lambda: steps_saved(tmp_path), job)
         second = cluster.add_node(num_cpus=2)
         job.wait_for("train: 2 workers go on from step")
-        saved = steps_saved(elastic)
-        wait_until(lambda: steps_saved(elastic) - saved, job)
+        saved = steps_saved(tmp_path)
+        wait_until(lambda: steps_saved(tmp_path) - saved, job)
         drain(cluster, second)
-        wait_until(lambda: any(int(name.removeprefix("step-")) % every for name in steps_saved(elastic)), job)
+        wait_until(lambda: any(int(name.removeprefix("step-")) % every for name in steps_saved(tmp_path)), job)
         cluster.remove_node(second, allow_graceful=False)
         wait_until(lambda: job.log.read_text().count("train: 1 workers go on from step") == 2, job)
-        saved = steps_saved(elastic)
-        wait_until(lambda: steps_saved(elastic) - saved, job)
+        saved = steps_saved(tmp_path)
+        wait_until(lambda: steps_saved(tmp_path) - saved, job)
         job.process.send_signal(signal.SIGTERM)
         assert job.end()[0] == 143, job.log.read_text()
     finally:
         cluster.shutdown()
-    assert "train: 1 workers go on from step 0" in job.log.read_text()
-    expected, found = losses(tmp_path / "alone"), losses(elastic)
-    shared = expected.keys() & found.keys()
-    assert len(shared) > 20
-    for step in shared:
-        assert found[step] == pytest.approx(expected[step], rel=1e-3, abs=1e-4), step
+    found = losses(tmp_path)
+
+    expected: dict[int, float] = {}
+
+    def told(metrics: dict[str, float]) -> None:
+        expected[int(metrics["step"])] = metrics["loss"]
+        if metrics["step"] >= max(found):
+            raise ReachedError
+
+    alone = load(config, ["storage.run=alone"], environ={})
+    with pytest.raises(ReachedError):
+        train_here(alone, *prepare(alone, no_board), told)
+    assert found.keys() <= expected.keys()
+    assert len(found) > 40
+    for step, loss in found.items():
+        assert loss == pytest.approx(expected[step], rel=1e-3, abs=1e-4), step
     for step in range(5, 25, 5):
         assert found[step] == pytest.approx(expected[step], rel=1e-5), step

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -26,21 +25,11 @@ import psutil
 import pytest
 
 from tests.conftest import make_pairs, write_jsonl
+from tests.job_process import ROOT, TEMPORARY, WAIT_S, environment, free_ports
 from tests.pinecone_server import pinecone_server
-from tests.test_faults import ROOT, TEMPORARY, WAIT_S
 from tests.test_loopback import outside
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 @dataclass
@@ -89,13 +78,12 @@ def head_node(folder: Path, secret: dict[str, str]) -> Iterator[Head]:
     port, dashboard, client, agent = free_ports(4)
     token, session = secrets.token_hex(32), TEMPORARY / "head"
     (folder / "token").write_text(token)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PIPELINE_", "PINECONE_"))} | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # bind to 127.0.0.1
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    of_head = environment | secret | {"PIPELINE_STORAGE": str(folder / "store"), "RAY_JOB_STOP_WAIT_TIME_S": "75"}
+    of_user = environment(
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN_PATH=str(folder / "token"),
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )
+    of_head = of_user | secret | {"PIPELINE_STORAGE": str(folder / "store"), "RAY_JOB_STOP_WAIT_TIME_S": "75"}
     command = ["ray", "start", "--head", "--block", "--port", str(port), "--num-cpus", "2", "--disable-usage-stats"]
     command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--temp-dir", str(session)]
     command += ["--ray-client-server-port", str(client), "--dashboard-agent-listen-port", str(agent)]
@@ -107,7 +95,7 @@ def head_node(folder: Path, secret: dict[str, str]) -> Iterator[Head]:
             assert head.poll() is None, (folder / "head.log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        submitter = environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        submitter = of_user | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
         yield Head(psutil.Process(head.pid), submitter, token, f"127.0.0.1:{port}", session)
     finally:
         children = psutil.Process(head.pid).children(recursive=True)

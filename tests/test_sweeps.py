@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.test_faults import JobProcess, run, wait_until, write_config
+from tests.job_process import JobProcess, kill, ray_processes, run, wait_until, with_prepared, write_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.usefixtures("shared_ray")]
 RATE = "training.learning_rate"
 
 
 def sweep_config(folder: Path, **tune: Any) -> Path:
-    file = write_config(folder, max_steps=240, validate_every_steps=20, table_warmup_fraction=0.5)
+    file = with_prepared(write_config(folder, max_steps=240, validate_every_steps=20, table_warmup_fraction=0.5))
     config = json.loads(file.read_text())
     config["tune"] = {"space": {RATE: {"loguniform": [1e-4, 1e-1]}}, "metric": "loss", **tune}
     config["checkpointing"] = {"every_steps": 10}
@@ -62,8 +62,7 @@ def test_a_sweep_that_is_killed_ends_as_one_that_was_left_alone(tmp_path: Path) 
     again = JobProcess("tune", config, "storage.run=killed")
     again.wait_for("trials are left")
     wait_until(lambda: any(starts(trial) > before.get(trial.name, []) for trial in trials.iterdir()), again)
-    for process in again.descendants("ImplicitFunc"):  # the trials' own
-        process.kill()
+    kill(ray_processes("ImplicitFunc"))  # the trials' own
     code, last = again.end()
     assert code == 0, again.log.read_text()
     assert last["metrics"]["trials"] == last["metrics"]["done"] == 6

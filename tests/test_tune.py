@@ -472,7 +472,7 @@ class TestRealSweep:
         assert "all 2 trials failed" in err
         assert "allowed is at most the " in err
 
-    @pytest.mark.slow
+    @pytest.mark.exhaustive
     def test_a_sweep_in_a_bucket_leaves_all_there(self, tuning: Tuning, capsys: pytest.CaptureFixture[str]) -> None:
         with s3("sweeps") as served:
             space = f"tune.space={{{RATE}: {{choice: [2e-2, 1e-3]}}}}"

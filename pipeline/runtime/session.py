@@ -51,6 +51,11 @@ ENVIRONMENT = {
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # for the workers of a trial that is ended to write their checkpoint
     "TOKENIZERS_PARALLELISM": "true",
 }
+LOCAL_ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listen on 127.0.0.1 alone
+    "RAY_enable_metrics_collection": "0",  # Ray's exporter of metrics has crashed a driver (2.60)
+}
+"""For a session that is started here, as well."""
 
 
 SAID_EACH_SECOND = "Failed to query Ray Train Controller actor state"
@@ -173,7 +178,8 @@ def set_environment() -> None:
     # torch makes this folder whether it compiles or not, by default among the temporary ones
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/torchinductor"))
     if not os.environ.get("RAY_ADDRESS"):
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # a local session listens on 127.0.0.1 alone
+        for name, value in LOCAL_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
 
 
 def keep_token_private() -> None:

@@ -1,0 +1,204 @@
+"""Jobs run as a user runs them, each in a process of its own, and what tests do to them while they run.
+
+    config = write_config(tmp_path, max_steps=300)
+    job = JobProcess("train", config)
+    job.wait_for("train: step 50:")
+    ray_processes("RayTrainWorker")[-1].kill()
+    code, last_line = job.end()
+
+With the fixture `shared_ray`, jobs connect to the Ray session of the tests' process; without it, each job starts one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import psutil
+
+from tests.conftest import FOR_RAY, make_pairs, write_jsonl
+
+ROOT = Path(__file__).parents[1]
+WAIT_S = 900
+_TEMPORARY = tempfile.TemporaryDirectory(prefix="t")  # a short name: Ray's sockets lie under it
+TEMPORARY = Path(_TEMPORARY.name)
+_SHARED = tempfile.TemporaryDirectory(prefix="shared")
+
+
+def write_config(folder: Path, pairs: int = 4000, **training: Any) -> Path:
+    """A config for `pairs` made-up records, which lie in one file for all tests of this process."""
+    source = Path(_SHARED.name) / f"{pairs}.jsonl"
+    if not source.exists():
+        write_jsonl(source, make_pairs(pairs))
+    config = {
+        "storage": {"root": str(folder / "store"), "run": "r"},
+        "data": {"sources": [{"name": "pages", "type": "json", "path": str(source)}]},
+        "tokenizer": {"vocab_size": 800, "max_length": 24},
+        "model": {"d_model": 64, "d_ff": 64},
+        "training": {"global_batch_size": 64, "max_steps": 300, "validate_every_steps": 50, **training},
+        "checkpointing": {"every_steps": 25},
+        "logging": {"level": "DEBUG"},
+        "evaluation": {"held_out_queries": 20},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "c.yaml").write_text(json.dumps(config))
+    return folder / "c.yaml"
+
+
+def prepared_alone() -> Path:
+    """A folder whose store holds `write_config`'s 4,000 records, prepared. The first call prepares them."""
+    folder = Path(_SHARED.name) / "alone"
+    if not folder.exists():
+        JobProcess("prepare", write_config(folder), small_tasks=True).finish()
+    return folder
+
+
+def with_prepared(config: Path) -> Path:
+    """The config, its store filled with what `prepared_alone` made."""
+    copy_prepared(config.parent / "store")
+    return config
+
+
+def copy_prepared(root: Path) -> None:
+    for name in ("prepared", "stages"):
+        shutil.copytree(prepared_alone() / "store" / name, root / name)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, without what the tests have set for their own use of Ray."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in ("RAY_ADDRESS", *FOR_RAY) or not name.startswith(("RAY_", "PIPELINE_", "PINECONE_"))
+    }
+    return kept | {"TMPDIR": str(TEMPORARY)} | more
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+class JobProcess:
+    """A job in a process of its own."""
+
+    def __init__(self, name: str, config: Path, *args: str, small_tasks: bool = False, **more: str) -> None:
+        """`small_tasks`: read in many tasks, into many shards. `more` goes into the environment."""
+        self.log = config.parent / f"{name}-{time.monotonic_ns()}.err"
+        script = ["-m", "tests.small_tasks", name] if small_tasks else [f"jobs/{name}.py"]
+        with self.log.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, *script, "--config", str(config), *args],
+                cwd=ROOT,
+                env=environment(**more),
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+        self.children: set[psutil.Process] = set()
+
+    def wait_for(self, text: str) -> None:
+        """Until the log says so; fails where the job ends first."""
+        wait_until(lambda: text in self.log.read_text(), self)
+        self.children |= set(psutil.Process(self.process.pid).children(recursive=True))
+
+    def end(self) -> tuple[int, dict[str, Any]]:
+        """Exit code and last line."""
+        out, _ = self.process.communicate(timeout=WAIT_S)
+        assert "Traceback" not in self.log.read_text()
+        return self.process.returncode, json.loads(out.splitlines()[-1])
+
+    def finish(self) -> dict[str, Any]:
+        """The last line of a job that succeeds."""
+        code, last = self.end()
+        assert code == 0, self.log.read_text()
+        return last
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the workers to be gone; Ray's agents, which are idle, take a minute to notice."""
+        self.children -= set(ray_processes("ray::DashboardAgent") + ray_processes("ray::RuntimeEnvAgent"))
+        self.process.kill()
+        self.process.wait()
+        assert self.leftovers(WAIT_S) == []
+
+    def leftovers(self, timeout_s: float = 30) -> list[str]:
+        """Processes of the job's that outlive it by more than a moment."""
+        deadline = time.monotonic() + timeout_s
+        while left := [str(p) for p in (*self.children, *busy()) if p.is_running()]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        return left
+
+
+def ray_processes(title: str) -> list[psutil.Process]:
+    """Processes below this one whose command line has this in it, oldest first: Ray names a worker by its task."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def busy() -> list[psutil.Process]:
+    """Ray's workers that are at a task or an actor of a job's."""
+    resting = {*ray_processes("ray::IDLE"), *ray_processes("ray::DashboardAgent"), *ray_processes("ray::RuntimeEnvA")}
+    return [process for process in ray_processes("ray::") if process not in resting]
+
+
+def kill(processes: list[psutil.Process]) -> int:
+    """SIGKILL. Returns 1 where there was something to kill."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    return int(bool(processes))
+
+
+def wait_until(true: Callable[[], object], job: JobProcess) -> None:
+    """Fails where the job ends first."""
+    deadline = time.monotonic() + WAIT_S
+    while not true():
+        assert job.process.poll() is None, f"ended before it was true:\n{job.log.read_text()}"
+        assert time.monotonic() < deadline, job.log.read_text()
+        time.sleep(0.02)
+
+
+def run(name: str, config: Path, *args: str) -> dict[str, Any]:
+    return JobProcess(name, config, *args).finish()
+
+
+def rows_and_ids(folder: Path) -> tuple[int, int]:
+    """Rows of the only table under the folder's store, and how many different ids they have."""
+    db = lancedb.connect(str(folder / "store" / "lancedb"))
+    ids = db.open_table(db.list_tables().tables[0]).to_arrow()["id"].to_pylist()
+    return len(ids), len(set(ids))
+
+
+def rows_there(folder: Path) -> int:
+    return rows_and_ids(folder)[0] if list((folder / "store" / "lancedb").glob("*.lance/_versions/*")) else 0
+
+
+def prepared_bytes(folder: Path) -> dict[str, str]:
+    """The hash of each file of the only prepared data set, without the manifest's."""
+    (manifest,) = folder.glob("store/prepared/*/manifest.json")
+    return {
+        str(path.relative_to(manifest.parent)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(manifest.parent.rglob("*"))
+        if path.suffix in (".parquet", ".json") and path.name != "manifest.json"
+    }

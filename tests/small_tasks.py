@@ -1,0 +1,17 @@
+"""`python -m tests.small_tasks embed --config c.yaml …`: a job that reads, shards and writes in many small tasks."""
+
+import runpy
+import sys
+
+from pipeline.runtime.session import set_environment
+
+if __name__ == "__main__":
+    set_environment()
+
+    from pipeline.data import prepare
+    from pipeline.embedding import embed
+    from pipeline.sources import source
+
+    prepare.SHARD_BYTES, source.TASK_BYTES, embed.WRITE_ROWS = 1 << 17, 1 << 16, 512
+    del sys.argv[0]
+    runpy.run_path(f"jobs/{sys.argv[0]}.py", run_name="__main__")
