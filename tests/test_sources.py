@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -323,7 +324,7 @@ def test_text_files_are_title_and_rest(tmp_path: Path) -> None:
     assert whole.fields == {"anchor": "Heading", "positive": "# Heading\nbody"}
 
 
-def test_python_packages_are_parsed_and_never_run(tmp_path: Path) -> None:
+def test_python_packages_are_parsed_and_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pkg").mkdir()
     planted = tmp_path / "planted"
     code = f'open({str(planted)!r}, "w")\ndef f(x):\n    """Add one."""\n    return x + 1\n'
@@ -339,8 +340,6 @@ def test_python_packages_are_parsed_and_never_run(tmp_path: Path) -> None:
     assert not planted.exists()
     ends = [r.fields["positive"] for name, r in found.items() if name.startswith("ends.py")]
     assert ends == ["def f(x):\n    return x + 1", "def g():\n    return 2"]
-
-
-def test_installed_packages_are_found_without_a_path() -> None:
-    source = Source(name="p", type="python_packages", max_samples=50)
-    assert len([r for r in all_records(source) if r.reason is None]) == 50
+    monkeypatch.setattr(sysconfig, "get_path", {"purelib": str(tmp_path)}.get)
+    installed = all_records(Source(name="p", type="python_packages"))  # without a path
+    assert {r.native_id: r for r in installed} == found
