@@ -57,11 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.content(commit, files, inside)
         return self.json(self.described(repo, commit, files, rest[0] if rest else "revision", inside, body))
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_POST(self) -> None:
-        self.do_GET()
+    do_HEAD = do_POST = do_GET  # noqa: N815
 
     def at(self, repo: str, parts: list[str]) -> tuple[str, dict[str, bytes] | None, str]:
         """Commit, its files and the path that follows; refs such as refs/convert/parquet are keys with slashes."""

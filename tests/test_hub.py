@@ -45,6 +45,7 @@ def pubmed_qa(count: int) -> list[dict[str, Any]]:
     return [{**row, "context": context, "final_decision": "yes"} for row in pairs(0, count)]
 
 
+PUBMED_ROWS = {"artificial": 9, "labeled": 2, "unlabeled": 4}
 REPOS = {
     "owner/pairs": {
         OLD: {"data/train-0.parquet": as_parquet(pairs(0, 2))},
@@ -72,12 +73,10 @@ REPOS = {
     },
     "qiaojin/PubMedQA": {
         PUBMED_QA: {
-            "README.md": CARD.format(
-                "".join(CONFIG.format(f"pqa_{name}", "train") for name in ("artificial", "labeled", "unlabeled"))
-            ).encode(),
+            "README.md": CARD.format("".join(CONFIG.format(f"pqa_{name}", "train") for name in PUBMED_ROWS)).encode(),
             **{
                 f"pqa_{name}/train-00000-of-00001.parquet": as_parquet(pubmed_qa(count))
-                for name, count in (("artificial", 9), ("labeled", 2), ("unlabeled", 4))
+                for name, count in PUBMED_ROWS.items()
             },
         }
     },
@@ -111,14 +110,8 @@ class Reader:
     def __init__(self, endpoint: str, home: Path) -> None:
         environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
         environment.pop("HF_HUB_OFFLINE", None)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", READ],
-            env=environment,
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        command, pipes = [sys.executable, "-c", READ], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes)
 
     def __call__(self, **asked: Any) -> list[dict[str, Any]]:
         assert self.process.stdin
@@ -162,9 +155,7 @@ def test_a_revision_is_what_it_says(online: tuple[Reader, list[str]]) -> None:
 
 def test_max_samples_are_the_first_in_one_task(online: tuple[Reader, list[str]]) -> None:
     (found,) = online[0](path="owner/pairs", config="one", fields={"text": "question"}, max_samples=22)
-    assert found["tasks"] == [
-        [[f"train:{int(i >= 20)}:{i % 20}", {"text": f"q{i}"}, {}, None] for i in range(22)],
-    ]
+    assert found["tasks"] == [[[f"train:{int(i >= 20)}:{i % 20}", {"text": f"q{i}"}, {}, None] for i in range(22)]]
 
 
 def test_a_broken_shard_is_a_record(online: tuple[Reader, list[str]]) -> None:
@@ -172,25 +163,25 @@ def test_a_broken_shard_is_a_record(online: tuple[Reader, list[str]]) -> None:
     assert [[record[3] for record in task] for task in found["tasks"]] == [[None] * 3, ["unreadable_file"]]
 
 
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        ({"path": "owner/pairs", "config": "three"}, "'three' not found. Available: ['one', 'two']; allowed is"),
-        ({"path": "owner/pairs"}, "Please pick one among the available configs: ['one', 'two']; allowed is"),
-        ({"path": "owner/pairs", "config": "one", "split": "test"}, "Bad split: test. Available splits: ['train'];"),
-        ({"path": "owner/pairs", "revision": "v9"}, "found no revision v9; allowed is a commit, tag or branch"),
-        ({"path": "owner/nothing"}, "found no data set of that name on the hub, or a private one and no HF_TOKEN"),
-        ({"path": "owner/script"}, "`revision: refs/convert/parquet` is the hub's own copy of many as Parquet"),
-        ({"path": "owner/pairs", "config": "one", "fields": {"text": "body"}}, "it has question, long_answer, pubid;"),
-        ({"path": "no name"}, "data.sources s: no name: found Repo id must"),
-        ({"path": "./nothing"}, "data.sources s: ./nothing: found there is no such folder; allowed is"),
-    ],
-)
-def test_what_is_not_there_is_refused(asked: dict[str, Any], message: str, online: tuple[Reader, list[str]]) -> None:
-    (found,) = online[0](**{"fields": MAPPED, **asked})
-    assert found["error"].startswith("data.sources s: ")
-    assert message in found["error"]
-    assert "\n" not in found["error"]
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"path": "owner/pairs", "config": "three"}, "'three' not found. Available: ['one', 'two']; allowed is"),
+    ({"path": "owner/pairs"}, "Please pick one among the available configs: ['one', 'two']; allowed is"),
+    ({"path": "owner/pairs", "config": "one", "split": "test"}, "Bad split: test. Available splits: ['train'];"),
+    ({"path": "owner/pairs", "revision": "v9"}, "found no revision v9; allowed is a commit, tag or branch"),
+    ({"path": "owner/nothing"}, "found no data set of that name on the hub, or a private one and no HF_TOKEN"),
+    ({"path": "owner/script"}, "`revision: refs/convert/parquet` is the hub's own copy of many as Parquet"),
+    ({"path": "owner/pairs", "config": "one", "fields": {"text": "body"}}, "it has question, long_answer, pubid;"),
+    ({"path": "no name"}, "data.sources s: no name: found Repo id must"),
+    ({"path": "./nothing"}, "data.sources s: ./nothing: found there is no such folder; allowed is"),
+]
+
+
+def test_what_is_not_there_is_refused(online: tuple[Reader, list[str]]) -> None:
+    for asked, message in REFUSED:
+        (found,) = online[0](**{"fields": MAPPED, **asked})
+        assert found["error"].startswith("data.sources s: ")
+        assert message in found["error"]
+        assert "\n" not in found["error"]
 
 
 def test_presets_name_data_as_the_hub_has_it(online: tuple[Reader, list[str]]) -> None:
@@ -209,17 +200,14 @@ def test_a_hub_out_of_reach_is_refused(tmp_path: Path) -> None:
     assert "found no way to the hub ([Errno 111] Connection refused); allowed is a machine that" in found["error"]
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def test_a_folder_is_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Parquet or JSON lines, at a relative path or not; once changed, it is read afresh."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    (tmp_path / "set").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("set", "lines", "none"):
+        (tmp_path / name).mkdir()
     for name, rows in (("train-0", pairs(0, 7)), ("train-1", pairs(7, 12)), ("test-0", pairs(20, 22))):
         (tmp_path / "set" / f"{name}.parquet").write_bytes(as_parquet(rows))
-    return tmp_path / "set"
-
-
-def test_a_folder_is_a_data_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder.parent)
     source = Source(name="s", type="huggingface", path="set", fields=MAPPED)
     check_fields(source)
     plan = plan_source(source)
@@ -227,24 +215,13 @@ def test_a_folder_is_a_data_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir("/")
     found = [[record.native_id for record in read(task, source)] for task in plan.tasks]
     assert found == [[str(i) for i in range(7)], [str(i) for i in range(7, 12)]]
-    test = source.model_copy(update={"split": "test", "path": str(folder)})
-    assert [record.fields["anchor"] for record in all_records(test)] == ["q20", "q21"]
-
-
-def test_a_changed_folder_is_read_afresh(folder: Path) -> None:
-    source = Source(name="s", type="huggingface", path=str(folder), fields=MAPPED)
-    before = plan_source(source)
-    (folder / "train-2.parquet").write_bytes(as_parquet(pairs(30, 33)))
+    source = source.model_copy(update={"path": str(tmp_path / "set")})
+    assert [r.fields["anchor"] for r in all_records(source.model_copy(update={"split": "test"}))] == ["q20", "q21"]
+    (tmp_path / "set" / "train-2.parquet").write_bytes(as_parquet(pairs(30, 33)))
     assert len(all_records(source)) == 15
-    assert plan_source(source).inputs != before.inputs
-
-
-def test_folders_of_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set/train.jsonl").write_bytes(as_lines(pairs(0, 5)))
-    source = Source(name="s", type="huggingface", path=str(tmp_path / "set"), fields=MAPPED)
-    assert [record.native_id for record in all_records(source)] == list("01234")
-    (tmp_path / "none").mkdir()
+    assert plan_source(source).inputs != plan.inputs
+    (tmp_path / "lines" / "train.jsonl").write_bytes(as_lines(pairs(0, 5)))
+    lines = source.model_copy(update={"path": str(tmp_path / "lines")})
+    assert [record.native_id for record in all_records(lines)] == list("01234")
     with pytest.raises(ConfigError, match=r"data.sources s: found nothing to read"):
         plan_source(source.model_copy(update={"path": str(tmp_path / "none")}))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import EarlyStoppingCallback
 
 from pipeline.config import ConfigError
@@ -21,9 +24,12 @@ def judge(metric: str | None = None, weights: dict[str, float] = PAIRS, **stoppi
     return Judge(Training(best_metric=metric, early_stopping=EarlyStopping(**stopping)), weights)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("metric", "weights", "expected"),
-    [
+METRICS = {"loss": 1.5, "ndcg@10": 0.7, "recall@1": 0.5, "sts_spearman": 0.6, "mlm_nll": 3.0, "denoising_nll": 4.0}
+METRICS |= {"mlm_perplexity": 20.0, "seq2seq_bleu": 12.0}
+
+
+def test_the_metric_that_decides_and_its_direction() -> None:
+    for metric, weights, expected in (
         (None, PAIRS, 0.7),
         (None, {"contrastive": 1.0, "mlm": 2.0}, 0.7),
         (None, {"mlm": 2.0, "denoising": 0.5}, -(2.0 * 3.0 + 0.5 * 4.0)),
@@ -34,19 +40,10 @@ def judge(metric: str | None = None, weights: dict[str, float] = PAIRS, **stoppi
         ("mlm_perplexity", PAIRS, -20.0),
         ("seq2seq_bleu", PAIRS, 12.0),
         ("validation_loss", PAIRS, -1.5),
-    ],
-)
-def test_the_metric_that_decides_and_its_direction(
-    metric: str | None, weights: dict[str, float], expected: float
-) -> None:
-    metrics = {"loss": 1.5, "ndcg@10": 0.7, "recall@1": 0.5, "sts_spearman": 0.6, "mlm_nll": 3.0, "denoising_nll": 4.0}
-    metrics |= {"mlm_perplexity": 20.0, "seq2seq_bleu": 12.0}
-    assert judge(metric, weights).score(metrics) == pytest.approx(expected)
-
-
-def test_direction_by_name() -> None:
-    assert all(lower_is_better(name) for name in ("loss", "validation_loss", "mlm_nll", "causal_perplexity"))
-    assert not any(lower_is_better(name) for name in ("ndcg@10", "recall@1", "sts_spearman", "seq2seq_rougeL"))
+    ):
+        assert judge(metric, weights).score(METRICS) == pytest.approx(expected), (metric, weights)
+    assert all(lower_is_better(name) for name in ("validation_loss", "causal_perplexity"))
+    assert not lower_is_better("seq2seq_rougeL")
 
 
 def test_a_metric_that_is_not_there_is_refused_with_those_that_are() -> None:
@@ -74,9 +71,9 @@ def test_the_best_and_the_gains_of_a_run() -> None:
     ]
 
 
-@pytest.mark.parametrize(("score", "expected"), [(0.75, 5), (math.nextafter(0.75, 1), 0), (0.5, 5), (math.nan, 5)])
-def test_a_gain_is_more_than_min_delta(score: float, expected: int) -> None:
-    assert count_without_gain(score, best=0.5, so_far=4, min_delta=0.25) == expected
+def test_a_gain_is_more_than_min_delta() -> None:
+    for score, expected in ((0.75, 5), (math.nextafter(0.75, 1), 0), (0.5, 5), (math.nan, 5)):
+        assert count_without_gain(score, best=0.5, so_far=4, min_delta=0.25) == expected, score
 
 
 def test_a_score_that_is_no_number_is_never_better() -> None:
@@ -98,25 +95,21 @@ def test_without_patience_a_run_never_ends_early() -> None:
 
 
 @pytest.mark.parametrize("metric", ["ndcg@10", "loss"])
-@pytest.mark.parametrize("min_delta", [0.0, 0.05])
-@pytest.mark.parametrize("seed", range(5))
-def test_as_transformers_callback_does(metric: str, min_delta: float, seed: int, tmp_path: object) -> None:
-    chance = random.Random(seed)
-    values = [round(chance.random(), 2) for _ in range(30)]
-    args = TrainingArguments(
-        str(tmp_path), metric_for_best_model=metric, greater_is_better=metric != "loss", use_cpu=True, report_to="none"
-    )
-    callback, theirs, control = EarlyStoppingCallback(4, min_delta), TrainerState(), TrainerControl()
-    ours, ruling = TrainState(), judge(metric, patience=4, min_delta=min_delta)
-    for value in values:
-        callback.on_evaluate(args, theirs, control, metrics={f"eval_{metric}": value})
-        is_best = ruling.is_best({metric: value}, ours)
-        # transformers' Trainer notes the best after its callbacks have seen it
-        better = min if metric == "loss" else max
-        previous = theirs.best_metric
-        theirs.best_metric = value if previous is None else better(previous, value)
-        assert is_best == (theirs.best_metric != previous)
-        assert ours.validations_without_gain == callback.early_stopping_patience_counter
-        assert ours.ended_early == control.should_training_stop
-        if ours.ended_early:
-            break
+def test_as_transformers_callback_does(metric: str) -> None:
+    args: Any = SimpleNamespace(metric_for_best_model=metric, greater_is_better=metric != "loss")  # all that it reads
+    better = min if metric == "loss" else max
+    for seed, min_delta in itertools.product(range(5), (0.0, 0.05)):
+        chance = random.Random(seed)
+        callback, theirs, control = EarlyStoppingCallback(4, min_delta), TrainerState(), TrainerControl()
+        ours, ruling = TrainState(), judge(metric, patience=4, min_delta=min_delta)
+        for value in [round(chance.random(), 2) for _ in range(30)]:
+            previous = theirs.best_metric
+            callback.on_evaluate(args, theirs, control, metrics={f"eval_{metric}": value})
+            is_best = ruling.is_best({metric: value}, ours)
+            # transformers' Trainer notes the best after its callbacks have seen it
+            theirs.best_metric = value if previous is None else better(previous, value)
+            assert is_best == (theirs.best_metric != previous)
+            assert ours.validations_without_gain == callback.early_stopping_patience_counter
+            assert ours.ended_early == control.should_training_stop
+            if ours.ended_early:
+                break
