@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 from collections.abc import Callable
 
@@ -60,8 +61,9 @@ class TestStacks:
         expected = counted(lambda: encode(encoder, batch))
         assert forward_backward_flops(encoder, batch.lengths) == pytest.approx(expected, rel=0.01)
 
-    def test_layers_that_do_not_run_cost_nothing(self) -> None:
+    def test_layers_that_do_not_run_and_no_texts_cost_nothing(self) -> None:
         encoder = Encoder(EncoderShape(**SHAPE))
+        assert forward_backward_flops(encoder, []) == 0
         encoder.active_layers = 0
         assert forward_backward_flops(encoder, LENGTHS) == 0
         encoder.active_layers = 1
@@ -84,29 +86,14 @@ class TestStacks:
     def test_pretrained_encoders(self, family: str) -> None:
         from pipeline.model.pretrained import PretrainedEncoder
 
-        described = {
-            "model_type": family,
-            "vocab_size": VOCABULARY,
-            "hidden_size": WIDTH,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "intermediate_size": 96,
-            "max_position_embeddings": 128,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "cls_token_id": 1,
-            "sep_token_id": 2,
-        }
-        encoder = PretrainedEncoder.from_description(described)
+        sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 3}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128}
+        special = {f"{name}_token_id": i for name, i in (("pad", 0), ("bos", 1), ("eos", 2), ("cls", 1), ("sep", 2))}
+        encoder = PretrainedEncoder.from_description({"model_type": family, **sizes, **heads, **special})
         for parameter in encoder.parameters():
             nn.init.normal_(parameter, std=0.02)
         expected = counted(lambda: encode(encoder, texts(LENGTHS)))
         assert forward_backward_flops(encoder, LENGTHS) == pytest.approx(expected, rel=0.01)
-
-    def test_no_texts_cost_nothing(self) -> None:
-        assert forward_backward_flops(Encoder(EncoderShape(**SHAPE)), []) == 0
 
     def test_squares_of_long_texts_do_not_overflow(self) -> None:
         encoder = Encoder(EncoderShape(**SHAPE))
@@ -145,35 +132,37 @@ def test_a_step_of_each_objective(name: str) -> None:
     assert step_flops(learner, [part, part]) == 2 * step_flops(learner, [part])
 
 
+PEAKS = """
+NVIDIA A100-SXM4-80GB                bfloat16  312
+NVIDIA A100 80GB PCIe                float16   312
+NVIDIA H100 80GB HBM3                bfloat16  989.5
+NVIDIA H100 PCIe                     bfloat16  756.5
+NVIDIA H100 NVL                      bfloat16  835.5
+NVIDIA H200                          bfloat16  989.5
+NVIDIA GH200 480GB                   bfloat16  989.5
+NVIDIA L4                            bfloat16  121
+NVIDIA L40S                          bfloat16  362
+NVIDIA A10G                          bfloat16  70
+Tesla T4                             float16   65
+Tesla T4                             float32   8.1
+Tesla T4                             bfloat16  none
+Tesla V100-SXM2-16GB                 float16   125
+Tesla V100-PCIE-16GB                 float16   112
+NVIDIA GeForce RTX 4090              bfloat16  165.2
+NVIDIA GeForce RTX 4090 Laptop GPU   bfloat16  none
+NVIDIA GeForce RTX 3090 Ti           bfloat16  none
+NVIDIA RTX A4000                     bfloat16  none
+NVIDIA H100 80GB HBM3 MIG 1g.10gb    bfloat16  none
+AMD Instinct MI300X                  bfloat16  none
+"""  # device, type of the numbers and teraflops
+
+
 class TestPeaks:
-    @pytest.mark.parametrize(
-        ("name", "dtype", "teraflops"),
-        [
-            ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312),
-            ("NVIDIA A100 80GB PCIe", torch.float16, 312),
-            ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989.5),
-            ("NVIDIA H100 PCIe", torch.bfloat16, 756.5),
-            ("NVIDIA H100 NVL", torch.bfloat16, 835.5),
-            ("NVIDIA H200", torch.bfloat16, 989.5),
-            ("NVIDIA GH200 480GB", torch.bfloat16, 989.5),
-            ("NVIDIA L4", torch.bfloat16, 121),
-            ("NVIDIA L40S", torch.bfloat16, 362),
-            ("NVIDIA A10G", torch.bfloat16, 70),
-            ("Tesla T4", torch.float16, 65),
-            ("Tesla T4", torch.float32, 8.1),
-            ("Tesla T4", torch.bfloat16, None),
-            ("Tesla V100-SXM2-16GB", torch.float16, 125),
-            ("Tesla V100-PCIE-16GB", torch.float16, 112),
-            ("NVIDIA GeForce RTX 4090", torch.bfloat16, 165.2),
-            ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, None),
-            ("NVIDIA GeForce RTX 3090 Ti", torch.bfloat16, None),
-            ("NVIDIA RTX A4000", torch.bfloat16, None),
-            ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", torch.bfloat16, None),
-            ("AMD Instinct MI300X", torch.bfloat16, None),
-        ],
-    )
-    def test_a_gpu_goes_by_its_name(self, name: str, dtype: torch.dtype, teraflops: float | None) -> None:
-        assert gpu_peak(name, dtype) == (None if teraflops is None else pytest.approx(teraflops * 1e12))
+    def test_a_gpu_goes_by_its_name(self) -> None:
+        for line in PEAKS.strip().splitlines():
+            name, dtype, teraflops = re.split(r"  +", line)
+            expected = None if teraflops == "none" else pytest.approx(float(teraflops) * 1e12)
+            assert gpu_peak(name, getattr(torch, dtype)) == expected, line
 
     def test_float32_is_tf32_where_torch_may_use_it(self) -> None:
         before = torch.get_float32_matmul_precision()
@@ -186,14 +175,13 @@ class TestPeaks:
         finally:
             torch.set_float32_matmul_precision(before)
 
-    def test_a_cpu_is_measured_once(self) -> None:
+    def test_a_cpu_is_measured_once_and_other_devices_have_none(self) -> None:
         peak = peak_flops(CPU)
         assert peak
         assert peak > 1e9
         assert peak_flops(CPU, torch.float32) == peak
-
-    def test_other_devices_have_none(self) -> None:
         assert peak_flops(torch.device("meta")) is None
+        assert device_utilisation(CPU) is None
 
 
 def test_memory_is_this_process() -> None:
@@ -201,7 +189,3 @@ def test_memory_is_this_process() -> None:
     assert 0 < found["memory_bytes"] <= found["memory_peak_bytes"]
     assert found["memory_peak_bytes"] >= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert "memory_share" not in found
-
-
-def test_a_cpu_has_no_utilisation_of_its_own() -> None:
-    assert device_utilisation(CPU) is None

@@ -17,9 +17,8 @@ CODE = Sanitizer(collapse=False)
 PROSE = Sanitizer()
 
 
-@pytest.mark.parametrize(
-    ("raw", "expected"),
-    [
+def test_unreadable_at_its_thresholds() -> None:
+    for raw, expected in (
         ("abc", None),
         ("", None),
         ("x" * 20, None),
@@ -29,57 +28,46 @@ PROSE = Sanitizer()
         ("ab\x00", "nonprintable"),
         ("a\ufffd\ufffdb", "nonprintable"),
         ("def f():\n\treturn 1", None),  # newlines and tabs are no fault of code's
-    ],
-)
-def test_unreadable_at_its_thresholds(raw: str, expected: str | None) -> None:
-    assert unreadable(raw, max_chars=20, max_nonprintable=0.25) == expected
+    ):
+        assert unreadable(raw, max_chars=20, max_nonprintable=0.25) == expected, raw
 
 
 def normalise(text: str, sanitizer: Sanitizer) -> str:
     return sanitizer.tidy(sanitizer.reveal(text))
 
 
-@pytest.mark.parametrize(
-    ("raw", "code", "prose"),
-    [
-        ("e\u0301", "\u00e9", "\u00e9"),
-        ("a\r\nb\rc", "a\nb\nc", "a\nb\nc"),
-        ("a\u200b\u202eb\x00\x07", "ab", "ab"),
-        ("def f():  \n    return 1\t\n", "def f():\n    return 1", "def f():\nreturn 1"),
-        ("\n    a =  1\n      b = 2\n\n\n\nc", "    a =  1\n      b = 2\n\n\n\nc", "a = 1\nb = 2\n\nc"),
-        ("e\u200b\u0301", "\u00e9", "\u00e9"),  # composed once what stood between is gone
-        ("end.\x0cStart\u2028more", "end.\nStart\nmore", "end.\nStart\nmore"),
-        ("sch\u00c3\u00b6n", "schön", "schön"),
-        ("na\u00efve caf\u00e9 \u2013 \u201cfine\u201d", None, None),
-        ("\U0001f468\u200d\U0001f469\u200d\U0001f467", None, None),  # a family, joined
-        ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", None, None),  # Persian, with a non-joiner
-        ("a\u00a0b", "a\u00a0b", "a b"),
-    ],
-)
-def test_normalise(raw: str, code: str | None, prose: str | None) -> None:
-    """None: as it was."""
-    assert normalise(raw, CODE) == (raw if code is None else code)
-    assert normalise(raw, PROSE) == (raw if prose is None else prose)
+NORMALISED: list[tuple[str, str | None, str | None]] = [  # raw, as code and as prose; None: as it was
+    ("e\u0301", "\u00e9", "\u00e9"),
+    ("a\r\nb\rc", "a\nb\nc", "a\nb\nc"),
+    ("a\u200b\u202eb\x00\x07", "ab", "ab"),
+    ("def f():  \n    return 1\t\n", "def f():\n    return 1", "def f():\nreturn 1"),
+    ("\n    a =  1\n      b = 2\n\n\n\nc", "    a =  1\n      b = 2\n\n\n\nc", "a = 1\nb = 2\n\nc"),
+    ("e\u200b\u0301", "\u00e9", "\u00e9"),  # composed once what stood between is gone
+    ("end.\x0cStart\u2028more", "end.\nStart\nmore", "end.\nStart\nmore"),
+    ("sch\u00c3\u00b6n", "schön", "schön"),
+    ("na\u00efve caf\u00e9 \u2013 \u201cfine\u201d", None, None),
+    ("\U0001f468\u200d\U0001f469\u200d\U0001f467", None, None),  # a family, joined
+    ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", None, None),  # Persian, with a non-joiner
+    ("a\u00a0b", "a\u00a0b", "a b"),
+]
+SWITCHES = [  # name, raw, with it and without it
+    ("nfc", "e\u0301", "\u00e9", "e\u0301"),
+    ("repair_mojibake", "sch\u00c3\u00b6n", "schön", "sch\u00c3\u00b6n"),
+    ("remove_controls", "a\x00\x1bb", "ab", "a\x00\x1bb"),
+    ("remove_zero_width", "a\u200b\ufeffb", "ab", "a\u200b\ufeffb"),
+    ("remove_bidi_overrides", "a\u202eb", "ab", "a\u202eb"),
+    ("lowercase", "ÀB", "àb", "ÀB"),
+    ("collapse", "a  b", "a b", "a  b"),
+]
 
 
-@pytest.mark.parametrize(
-    ("switch", "raw", "with_it", "without"),
-    [
-        ("nfc", "e\u0301", "\u00e9", "e\u0301"),
-        ("repair_mojibake", "sch\u00c3\u00b6n", "schön", "sch\u00c3\u00b6n"),
-        ("remove_controls", "a\x00\x1bb", "ab", "a\x00\x1bb"),
-        ("remove_zero_width", "a\u200b\ufeffb", "ab", "a\u200b\ufeffb"),
-        ("remove_bidi_overrides", "a\u202eb", "ab", "a\u202eb"),
-        ("lowercase", "ÀB", "àb", "ÀB"),
-        ("collapse", "a  b", "a b", "a  b"),
-    ],
-)
-def test_each_step_is_a_switch(switch: str, raw: str, with_it: str, without: str) -> None:
-    assert normalise(raw, Sanitizer(**{switch: True})) == with_it  # type: ignore[arg-type]
-    assert normalise(raw, Sanitizer(**{switch: False})) == without  # type: ignore[arg-type]
-
-
-def test_allowed_characters() -> None:
+def test_normalise() -> None:
+    for raw, code, prose in NORMALISED:
+        assert normalise(raw, CODE) == (raw if code is None else code)
+        assert normalise(raw, PROSE) == (raw if prose is None else prose)
+    for switch, raw, with_it, without in SWITCHES:
+        assert normalise(raw, Sanitizer(**{switch: True})) == with_it, switch  # type: ignore[arg-type]
+        assert normalise(raw, Sanitizer(**{switch: False})) == without, switch  # type: ignore[arg-type]
     assert normalise("Größe: 5 €!", Sanitizer(allowed_characters=r"\p{L}\p{N}\s")) == "Größe 5"
 
 
@@ -168,7 +156,7 @@ def test_pairs_of_the_standard_library_parse_and_lack_their_docstring() -> None:
     assert count > 500
 
 
-@pytest.mark.parametrize("source", ["def f(:\n", "def f():\n  x\n y\n", "a = '\\x'", "\x00"])
-def test_source_that_does_not_parse_says_so(source: str) -> None:
-    with pytest.raises((SyntaxError, ValueError)):
-        list(pairs(source))
+def test_source_that_does_not_parse_says_so() -> None:
+    for source in ("def f(:\n", "def f():\n  x\n y\n", "a = '\\x'", "\x00"):
+        with pytest.raises((SyntaxError, ValueError)):
+            list(pairs(source))

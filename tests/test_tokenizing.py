@@ -25,11 +25,22 @@ from pipeline.text.augment import MASK, Augmentation
 from pipeline.text.identity import content_id, is_validation
 
 WORDS = [f"word{i}" for i in range(50)]
+PAIRS = ["anchor", "positive"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return train_tokenizer([" ".join(WORDS)] * 5, kind="bpe", vocab_size=600, lowercase=True)
+
+
+@pytest.fixture(scope="module")
+def framed(tokenizer: Tokenizer) -> Tokenizer:
+    """With a special token at either end."""
+    framed = Tokenizer.from_str(tokenizer.to_str())
+    framed.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return framed
 
 
 def records(folder: Path, count: int = 300, **extra: Any) -> tuple[Path, dict[str, dict[str, Any]]]:
@@ -46,9 +57,6 @@ def records(folder: Path, count: int = 300, **extra: Any) -> tuple[Path, dict[st
     path.parent.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows, RECORD_SCHEMA), path)
     return path, {str(row["id"]): row for row in rows}
-
-
-PAIRS = ["anchor", "positive"]
 
 
 def test_rows_are_in_canonical_order_and_row_groups_hold_one_source(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -70,39 +78,35 @@ def test_rows_are_in_canonical_order_and_row_groups_hold_one_source(tmp_path: Pa
     assert len(set(train["row_group_sources"])) == 2
 
 
-def test_texts_are_cut_and_special_tokens_stay(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    own = Tokenizer.from_str(tokenizer.to_str())
-    own.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
+def test_texts_are_cut_and_special_tokens_stay(tmp_path: Path, framed: Tokenizer) -> None:
     path, rows = records(tmp_path)
-    tokenize_file(path, tmp_path, Recipe(PAIRS, 9, 0.1), own)
+    tokenize_file(path, tmp_path, Recipe(PAIRS, 9, 0.1), framed)
+    own = Tokenizer.from_str(framed.to_str())
     own.enable_truncation(9)
     for row in pq.read_table(tmp_path / "train").to_pylist():
         assert row["anchor"] == own.encode(rows[row["id"]]["anchor"]).ids
+    Cutter(framed, Recipe(PAIRS, 3, 0.1))
+    with pytest.raises(ConfigError, match="leave no room beside the 2 special tokens"):
+        Cutter(framed, Recipe(PAIRS, 2, 0.1))
 
 
-@pytest.mark.parametrize(("max_length", "overlap"), [(10, 3), (7, 0), (5, 2)])
-def test_windows_cover_their_parent_and_overlap(
-    max_length: int, overlap: int, tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_windows_cover_their_parent_and_overlap(tmp_path: Path, tokenizer: Tokenizer) -> None:
     texts = {content_id([text]): text for text in (" ".join(WORDS[:count]) for count in range(1, 40))}
-    path = tmp_path / "records" / "00000.parquet"
-    path.parent.mkdir()
+    whole = {one: tokenizer.encode(text).ids for one, text in texts.items()}
     rows = [{"id": one, "source": "s", "source_id": "s:1", "text": text} for one, text in texts.items()]
-    pq.write_table(pa.Table.from_pylist(rows, RECORD_SCHEMA), path)
-    recipe = Recipe(["text"], max_length, 0.2, window_overlap=overlap)
-    found = tokenize_file(path, tmp_path, recipe, tokenizer)
-    table = pa.concat_tables([pq.read_table(tmp_path / shard["path"]) for shard in found["shards"]])
-    windows: dict[str, list[list[int]]] = {}
-    for row in sorted(table.to_pylist(), key=lambda row: row["window"]):
-        windows.setdefault(row["id"], []).append(row["text"])
-    assert set(windows) == set(texts)
-    for one, parts in windows.items():
-        whole = tokenizer.encode(texts[one]).ids
-        assert parts[0] + [token for part in parts[1:] for token in part[overlap:]] == whole
-        assert all(len(part) == max_length for part in parts[:-1])
-        assert all(len(part) > overlap for part in parts[1:])
+    pq.write_table(pa.Table.from_pylist(rows, RECORD_SCHEMA), tmp_path / "00000.parquet")
+    for max_length, overlap in ((10, 3), (7, 0), (5, 2)):
+        recipe, folder = Recipe(["text"], max_length, 0.2, window_overlap=overlap), tmp_path / f"{max_length}"
+        found = tokenize_file(tmp_path / "00000.parquet", folder, recipe, tokenizer)
+        table = pa.concat_tables([pq.read_table(folder / shard["path"]) for shard in found["shards"]])
+        windows: dict[str, list[list[int]]] = {}
+        for row in sorted(table.to_pylist(), key=lambda row: row["window"]):
+            windows.setdefault(row["id"], []).append(row["text"])
+        assert set(windows) == set(texts)
+        for one, parts in windows.items():
+            assert parts[0] + [token for part in parts[1:] for token in part[overlap:]] == whole[one]
+            assert all(len(part) == max_length for part in parts[:-1])
+            assert all(len(part) > overlap for part in parts[1:])
 
 
 def test_prompts_and_negatives(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -142,22 +146,9 @@ def test_augmentation_is_a_function_of_id_and_seed() -> None:
     assert 30 <= shortest <= 31
     assert Augmentation(word_dropout=1.0).apply(text, "a", 0) == "word0"
     assert Augmentation().apply("  as   it was", "a", 0) == "  as   it was"
-
-
-def test_masks_that_the_text_has_already() -> None:
-    change = Augmentation(span_masking=0.5)
+    change = Augmentation(span_masking=0.5)  # of texts that have masks already
     assert change.apply(f"{MASK} {MASK} word", "id", 0) == f"{MASK} {MASK} {MASK}"
     assert change.apply(f"{MASK} {MASK}", "id", 0) == f"{MASK} {MASK}"
-
-
-def test_no_room_beside_the_special_tokens(tokenizer: Tokenizer) -> None:
-    framed = Tokenizer.from_str(tokenizer.to_str())
-    framed.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    Cutter(framed, Recipe(PAIRS, 3, 0.1))
-    with pytest.raises(ConfigError, match="leave no room beside the 2 special tokens"):
-        Cutter(framed, Recipe(PAIRS, 2, 0.1))
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
