@@ -259,7 +259,8 @@ def model_folder(config: Config) -> AnyPath:
     folder_or_none = best_checkpoint(config.run_dir)
     if folder_or_none is None:
         raise JobError(f"no trained model in {config.run_dir}; python jobs/train.py makes one")
-    from pipeline.training.sharded import consolidate_where_it_lies
+    if not (folder_or_none / "model.safetensors").is_file():
+        from pipeline.training.sharded import consolidate_where_it_lies
 
-    consolidate_where_it_lies(folder_or_none)
+        consolidate_where_it_lies(folder_or_none)
     return folder_or_none

@@ -55,6 +55,15 @@ sys.exit(vectors.shape != (1, 32) or bool({{"torch._dynamo", "lancedb"}} & sys.m
     assert done.returncode == 0, done.stderr
 
 
+def test_training_loads_no_sharded_checkpoints_and_no_compiler() -> None:
+    """A second and more, in each worker and in Ray's controller of a run."""
+    code = """
+import sys, pipeline.training.worker, pipeline.training.assembly
+sys.exit(bool({"torch.distributed.checkpoint", "torch._dynamo"} & sys.modules.keys()))
+"""
+    assert python("-c", code).returncode == 0
+
+
 def test_a_wrong_key_exits_2_from_a_shell(tmp_path: Path) -> None:
     done = python("jobs/train.py", "training.learning_rat=1")
     assert done.returncode == 2

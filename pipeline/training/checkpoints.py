@@ -31,6 +31,7 @@ from pipeline.storage.bucket import AnyPath, BucketPath
 
 HALVINGS = "halvings"
 PARTNERS = "partners.safetensors"  # a decoder, a prediction head, a learned temperature
+WEIGHTS = "weights"  # the folder in place of model.safetensors, where each worker wrote its part
 
 
 @dataclass
@@ -54,6 +55,11 @@ class TrainState:
     scaler: dict[str, float] = field(default_factory=dict)
     """torch's GradScaler, where training is in fp16."""
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether each worker wrote its part of the checkpoint: see training/sharded.py."""
+    return (folder / WEIGHTS).is_dir()
 
 
 def step_folder(step: int) -> str:

@@ -23,6 +23,7 @@ from pipeline.storage.bucket import AnyPath, BucketPath
 from pipeline.training.checkpoints import (
     TrainState,
     incoming_folder,
+    is_sharded,
     keep_best,
     load_optimizer,
     load_weights,
@@ -31,7 +32,6 @@ from pipeline.training.checkpoints import (
     step_folder,
 )
 from pipeline.training.loop import Run, TrainingStopped
-from pipeline.training.sharded import is_sharded, load_sharded, save_sharded
 from pipeline.training.uploading import Upload, Writer
 
 Take = Callable[[Path, AnyPath], None]
@@ -103,6 +103,8 @@ class Saver:
     def _write(self, folder: Path, run: Run, state: TrainState, is_best: bool) -> None:
         max_length = self.config.tokenizer.max_length
         if run.strategy.lockstep:
+            from pipeline.training.sharded import save_sharded
+
             save_sharded(folder, run.learner, run.optimizer)
             if rank() == 0:
                 save_card(folder, run.learner.model, self.tokenizer_json, max_length)
@@ -128,6 +130,8 @@ def load(place: AnyPath, run: Run) -> None:
     """Take up the weights and the optimizer of a checkpoint that is whole. Raises ConfigError for ddp's under fsdp."""
     checkpoint = fetched(place)
     if is_sharded(checkpoint):
+        from pipeline.training.sharded import load_sharded
+
         load_sharded(checkpoint, run.learner, run.optimizer)
     elif run.strategy.lockstep:
         raise ConfigError(

@@ -10,7 +10,8 @@
 torch.distributed.checkpoint writes and reads them, and finds in their headers which worker needs which rows of which
 file. Its usual writer keeps an index beside them that is a pickle; that of Hugging Face's format does without. It holds
 tensors under names and nothing else: of the optimizer that is all, as its groups follow from the config, and their
-rates from the step. Cost: each worker's part once more in memory while it is written.
+rates from the step. Cost: each worker's part once more in memory while it is written. Importing this module takes a
+second, so import it only where a checkpoint is sharded.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from torch.distributed.fsdp import FSDPModule
 from pipeline.objectives.learner import Learner
 from pipeline.runtime.files import fetched, replacing
 from pipeline.storage.bucket import AnyPath
-from pipeline.training.checkpoints import PARTNERS
+from pipeline.training.checkpoints import PARTNERS, WEIGHTS, is_sharded
 
-WEIGHTS, OPTIMIZER = "weights", "optimizer"
+OPTIMIZER = "optimizer"
 BACKBONE = "model.backbone."  # what a learner's names have and those of model.safetensors have not
 
 
@@ -57,11 +58,6 @@ def load_sharded(folder: Path, learner: Learner, optimizer: torch.optim.Optimize
         of, _, key = name.rpartition(".")
         optimizer.state[parameters[of]][key] = _room_for(found, parameters[of])
     _load(folder / OPTIMIZER, _state_of(learner, optimizer))
-
-
-def is_sharded(folder: Path) -> bool:
-    """Whether `save_sharded` wrote the folder."""
-    return (folder / WEIGHTS).is_dir()
 
 
 def consolidate(folder: Path) -> None:
