@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from abc import ABC, abstractmethod
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
+
+import pytest
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "nobody",
     "AWS_SECRET_ACCESS_KEY": "nothing-of-this-may-show",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
+NOBODY = "?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:1"
 
 
 @dataclass(frozen=True)
-class Served(ABC):
+class _Bucket:
     """A bucket, and a way into it past the code that is tested."""
 
     bucket: str
@@ -32,20 +37,8 @@ class Served(ABC):
     def uri(self, prefix: str) -> str:
         return f"{self.scheme}://{self.bucket}/{prefix}{self.options}"
 
-    @abstractmethod
-    def keys(self, prefix: str = "") -> list[str]: ...
 
-    @abstractmethod
-    def read(self, key: str) -> bytes: ...
-
-    @abstractmethod
-    def write(self, key: str, data: bytes) -> None: ...
-
-    @abstractmethod
-    def delete(self, key: str) -> None: ...
-
-
-class S3(Served):
+class S3(_Bucket):
     scheme = "s3"
 
     def keys(self, prefix: str = "") -> list[str]:
@@ -63,7 +56,7 @@ class S3(Served):
         self.inside.delete_object(Bucket=self.bucket, Key=key)
 
 
-class Gcs(Served):
+class Gcs(_Bucket):
     scheme = "gs"
 
     def keys(self, prefix: str = "") -> list[str]:
@@ -79,6 +72,9 @@ class Gcs(Served):
 
     def delete(self, key: str) -> None:
         (self.inside / key).unlink()
+
+
+Served = S3 | Gcs
 
 
 @contextmanager
@@ -111,3 +107,42 @@ def gcs(bucket: str, folder: Path) -> Iterator[Gcs]:
             yield Gcs(bucket, options, folder / bucket)
         finally:
             server.terminate()
+
+
+class Forbidding(BaseHTTPRequestHandler):
+    """A service that refuses everybody."""
+
+    def do_GET(self, status: int = 403) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_PUT = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def answering(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Options of a URI of S3 that lead to a server with this handler."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield f"?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def give_up_at_once(patch: pytest.MonkeyPatch) -> None:
+    """Let new connections to S3 try a request once. By itself pyarrow tries for six seconds."""
+    from pyarrow import fs
+
+    class Once:
+        @staticmethod
+        def from_uri(uri: str) -> tuple[fs.FileSystem, str]:
+            options: dict[str, Any] = dict(parse_qsl(uri.partition("?")[2]))
+            return fs.S3FileSystem(**options, retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1)), ""
+
+    patch.setattr(fs, "FileSystem", Once)

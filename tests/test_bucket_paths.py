@@ -10,8 +10,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -23,8 +23,7 @@ from pipeline.runtime.job import JobError, alone_in
 from pipeline.runtime.root import check_reachable, check_writable
 from pipeline.stages import Session
 from pipeline.storage.bucket import BucketError, BucketPath, as_path
-from tests.bucket_servers import CREDENTIALS, Served, gcs, s3
-from tests.test_buckets import Forbidding
+from tests.bucket_servers import CREDENTIALS, NOBODY, Forbidding, Served, answering, gcs, give_up_at_once, s3
 
 
 @pytest.fixture(scope="module", params=["s3", "gs"])
@@ -57,22 +56,18 @@ def test_a_path_says_what_it_is_and_comes_back(root: BucketPath) -> None:
 
 def test_what_pathlib_says_of_a_folder_is_said_of_a_bucket(root: BucketPath, tmp_path: Path) -> None:
     names = ["a/step-01/x", "a/step-02/y", "a/step-02/deep/z", "a/other", "b/step-03/x", "c.json"]
-    for name in names:
-        (tmp_path / "disk" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "disk" / name).write_bytes(name.encode())
-        (root / name).write_bytes(name.encode())
     disk = tmp_path / "disk"
+    for name in names:
+        (disk / name).parent.mkdir(parents=True, exist_ok=True)
+        (disk / name).write_bytes(name.encode())
+        (root / name).write_bytes(name.encode())
     for pattern in ("*", "a/*", "*/step-[0-9]*", "*/step-0[12]/x", "a/step-02", "nothing/*", "c.*", "a/nothing"):
-        assert {path.key.removeprefix(root.key) for path in root.glob(pattern)} == {
-            str(path).removeprefix(str(disk)) for path in disk.glob(pattern)
-        }, pattern
+        expected = {str(path).removeprefix(str(disk)) for path in disk.glob(pattern)}
+        assert {path.key.removeprefix(root.key) for path in root.glob(pattern)} == expected, pattern
     for name in ("a", "a/other", "c.json", "nothing", "a/step-02/deep", "a/st"):
         found, expected = root / name, disk / name
-        assert (found.exists(), found.is_file(), found.is_dir()) == (
-            expected.exists(),
-            expected.is_file(),
-            expected.is_dir(),
-        )
+        for ask in ("exists", "is_file", "is_dir"):
+            assert getattr(found, ask)() == getattr(expected, ask)(), (name, ask)
     assert list(root.files()) == sorted(names)
     assert sizes([root / "c.json", root / "nothing", disk / "c.json", root / "a/step-01/x"]) == [6, None, 6, 11]
     remove_folder(root / "a")
@@ -170,28 +165,19 @@ def test_one_job_at_a_time(root: BucketPath, monkeypatch: pytest.MonkeyPatch) ->
 def test_of_many_that_begin_together_no_two_are_in(root: BucketPath, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "SIGN_EVERY_S", 0.05)
     monkeypatch.setattr(lease, "DEAD_AFTER_S", 60)
-    inside, most, lock, barrier = 0, 0, threading.Lock(), threading.Barrier(6)
+    busy, barrier = threading.Lock(), threading.Barrier(6)
 
-    def job() -> None:
-        nonlocal inside, most
+    def is_alone(_: int) -> bool:
         barrier.wait()
-        try:
-            with alone_in(root):
-                with lock:
-                    inside += 1
-                    most = max(most, inside)
-                time.sleep(0.2)
-                with lock:
-                    inside -= 1
-        except JobError:
-            pass
+        with suppress(JobError), alone_in(root):
+            if not busy.acquire(blocking=False):
+                return False
+            time.sleep(0.2)
+            busy.release()
+        return True
 
-    threads = [threading.Thread(target=job) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most <= 1
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(is_alone, range(6)))
 
 
 def config_file(tmp_path: Path) -> Path:
@@ -201,12 +187,7 @@ def config_file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "uri",
-    [
-        "s3://AKIAX:hunter2@bucket/prefix",
-        "gs://hunter2@bucket/prefix",
-        "s3://bucket/prefix?secret_key=hunter2",
-        "s3://bucket/prefix?region=x&session_token=hunter2",
-    ],
+    ["s3://AKIAX:hunter2@b/p", "gs://hunter2@b/p", "s3://b/p?secret_key=hunter2", "s3://b?x=y&session_token=hunter2"],
 )
 def test_credentials_are_refused_and_not_repeated(uri: str, tmp_path: Path) -> None:
     for arguments, environ in (([f"storage.root={uri}"], {}), ([], {"PIPELINE_STORAGE": uri})):
@@ -233,7 +214,6 @@ def test_folders_under_a_root_in_a_bucket(tmp_path: Path) -> None:
     assert (local.root, local.log_dir) == (tmp_path, tmp_path / "logs")
 
 
-@pytest.mark.timeout(60)
 def test_a_root_that_cannot_be_reached_is_one_sentence(tmp_path: Path) -> None:
     def refused(uri: str) -> str:
         config = load(config_file(tmp_path), [f"storage.root={uri}"], environ={})
@@ -249,47 +229,32 @@ def test_a_root_that_cannot_be_reached_is_one_sentence(tmp_path: Path) -> None:
         elsewhere = refused(f"s3://elsewhere/x{served.options}")
         assert elsewhere.startswith("storage.root: found no bucket elsewhere at s3://")
     assert "Unexpected query parameter in S3 URI: 'regio'" in refused("s3://store/x?regio=here")
-    nobody = "?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:1"
-    assert refused(f"s3://store/x{nobody}").startswith("storage.root: found no way into s3://store (AWS Error NETWORK")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Forbidding)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    port = server.server_address[1]
-    try:
-        found = refused(f"s3://store/x?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{port}")
-        assert found.startswith("storage.root: found no way into s3://store (AWS Error ACCESS_DENIED")
+    no_way = "storage.root: found no way into s3://store (AWS Error "
+    with pytest.MonkeyPatch.context() as patch:
+        give_up_at_once(patch)
+        assert refused(f"s3://store/x{NOBODY}").startswith(f"{no_way}NETWORK")
+    with answering(Forbidding) as options:
+        found = refused(f"s3://store/x{options}")
+        assert found.startswith(f"{no_way}ACCESS_DENIED")
         assert "credentials in the environment" in found
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 class ReadOnly(Forbidding):
     def do_HEAD(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def do_PUT(self) -> None:
-        super().do_GET()
+        self.do_GET(200)
 
 
 def test_a_root_that_may_only_be_read_is_refused_to_jobs_that_write(tmp_path: Path) -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), ReadOnly)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    where = f"?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{server.server_address[1]}"
-    config = load(config_file(tmp_path), [f"storage.root=s3://store/x{where}"], environ={})
-    try:
+    with answering(ReadOnly) as options:
+        config = load(config_file(tmp_path), [f"storage.root=s3://store/x{options}"], environ={})
         check_reachable(config)
         with pytest.raises(ConfigError, match=r"^storage\.root: found no way into s3://store/x/.* \(AWS Error ACCESS"):
             Session(config)
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
-@pytest.mark.timeout(60)
-def test_a_bucket_that_goes_away_is_no_missing_file() -> None:
+def test_a_bucket_that_goes_away_is_no_missing_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint that cannot be read for want of a network must not count as one that is broken."""
+    give_up_at_once(monkeypatch)
     with s3("gone") as other:
         path = as_path(other.uri("x"))
     assert isinstance(path, BucketPath)

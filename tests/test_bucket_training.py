@@ -11,9 +11,10 @@ import random
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -48,12 +49,6 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield server
 
 
-@pytest.fixture
-def s3_alone() -> Iterator[Served]:
-    with s3("models") as server:
-        yield server
-
-
 @pytest.fixture(autouse=True)
 def own_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Temporary folders of the test's own, here and in the processes that it starts."""
@@ -68,7 +63,8 @@ def config(served: Served, request: pytest.FixtureRequest, tmp_path: Path) -> Co
     return load(tmp_path / "c.yaml", [f"storage.root={served.uri(request.node.name)}"], environ={})
 
 
-def in_bucket(config: Config) -> BucketPath:
+@pytest.fixture
+def run_dir(config: Config) -> BucketPath:
     assert isinstance(config.run_dir, BucketPath)
     return config.run_dir
 
@@ -83,31 +79,31 @@ def written(folder: Path, step: int, files: tuple[str, ...] = FILES) -> Path:
     return folder
 
 
-def save(config: Config, tmp_path: Path, step: int, *, attempt: int = 1, is_best: bool = False) -> BucketPath:
-    run_dir = in_bucket(config)
-    target = run_dir / f"attempt-{attempt:03d}" / step_folder(step)
-    folder = written(tmp_path / "incoming", step)
-    Upload(run_dir, Writer(0, 1, "start"), is_best, 60)(folder, target)
-    assert not folder.exists()
-    return target
+@pytest.fixture
+def save(run_dir: BucketPath, tmp_path: Path) -> Callable[..., BucketPath]:
+    def save_step(step: int, *, attempt: int = 1, is_best: bool = False) -> BucketPath:
+        target, folder = run_dir / f"attempt-{attempt:03d}" / step_folder(step), written(tmp_path / "incoming", step)
+        Upload(run_dir, Writer(0, 1, "start"), is_best, 60)(folder, target)
+        assert not folder.exists()
+        return target
+
+    return save_step
 
 
-def test_a_checkpoint_arrives_as_it_was_written(config: Config, tmp_path: Path, served: Served) -> None:
+def test_a_checkpoint_arrives_as_it_was_written(save: Any, run_dir: BucketPath, tmp_path: Path, served: Served) -> None:
     expected = {path.name: path.read_bytes() for path in written(tmp_path, 7).iterdir()}
-    target = save(config, tmp_path, 7)
+    target = save(7)
     prefix = target.key.removeprefix("models/")
     assert {key.removeprefix(f"{prefix}/"): served.read(key) for key in served.keys(prefix)} == expected
-    assert newest_valid(in_bucket(config)) == (target, [])
+    assert newest_valid(run_dir) == (target, [])
     assert {path.name: path.read_bytes() for path in fetched(target).iterdir()} == expected
     assert read_state(target).step == 7
-    assert next_attempt(in_bucket(config)) == "attempt-002"
+    assert next_attempt(run_dir) == "attempt-002"
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "gone", "unsealed", "half a seal"])
-def test_a_damaged_object_has_its_checkpoint_passed_over(
-    damage: str, config: Config, tmp_path: Path, served: Served
-) -> None:
-    whole, damaged = save(config, tmp_path, 1), save(config, tmp_path, 2)
+def test_a_damaged_checkpoint_is_passed_over(damage: str, save: Any, run_dir: BucketPath, served: Served) -> None:
+    whole, damaged = save(1), save(2)
     path = damaged / ("state.json" if damage in ("unsealed", "half a seal") else "optimizer.pt")
     key, data = path.key.removeprefix("models/"), path.read_bytes()
     if damage == "bit":
@@ -116,20 +112,17 @@ def test_a_damaged_object_has_its_checkpoint_passed_over(
         served.write(key, data[: len(data) // 2])
     else:
         served.delete(key)
-    found, passed_over = newest_valid(in_bucket(config))
-    assert found == whole
-    assert passed_over == [f"{damaged} was passed over: its {path.name} is missing or broken"]
+    said = f"{damaged} was passed over: its {path.name} is missing or broken"
+    assert newest_valid(run_dir) == (whole, [said])
     assert read_state(whole).step == 1
-    prune(in_bucket(config), 1, spared=found)
-    assert newest_valid(in_bucket(config))[0] == whole
+    prune(run_dir, 1, spared=whole)
+    assert newest_valid(run_dir)[0] == whole
 
 
 @pytest.mark.parametrize("at", range(1, len(FILES) + 2))
-def test_an_upload_that_ends_anywhere_leaves_no_checkpoint(
-    at: int, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_upload_that_ends_anywhere_leaves_no_checkpoint(at: int, save: Any, run_dir: BucketPath) -> None:
     """At each of its files, and at the state.json that ends it."""
-    save(config, tmp_path, 1)
+    whole = save(1)
     left, lock, upload, write = at, threading.Lock(), BucketPath.upload, BucketPath.write_bytes
 
     def counted(path: BucketPath, *args: Any) -> None:
@@ -140,34 +133,23 @@ def test_an_upload_that_ends_anywhere_leaves_no_checkpoint(
             raise BucketError("lost")
         (upload if isinstance(args[0], Path) else write)(path, *args)
 
-    monkeypatch.setattr(BucketPath, "upload", counted)
-    monkeypatch.setattr(BucketPath, "write_bytes", counted)
-    with pytest.raises(BucketError):
-        save(config, tmp_path, 2)
-    monkeypatch.undo()
-    found, passed_over = newest_valid(in_bucket(config))
-    assert found is not None
-    assert found.name == step_folder(1)
-    assert len(passed_over) == (at > 1)
+    with patch.multiple(BucketPath, upload=counted, write_bytes=counted), pytest.raises(BucketError):
+        save(2)
+    found, passed_over = newest_valid(run_dir)
+    assert (found, len(passed_over)) == (whole, at > 1)
 
 
-def test_a_bucket_that_fails_passes_no_checkpoint_over(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_bucket_that_fails_passes_no_checkpoint_over(save: Any, run_dir: BucketPath) -> None:
+    save(1)
+    with patch.object(BucketPath, "download", side_effect=BucketError("lost")), pytest.raises(BucketError):
+        newest_valid(run_dir)
+
+
+def test_the_newest_are_kept_and_the_best_beside_them(
+    save: Any, run_dir: BucketPath, tmp_path: Path, served: Served
 ) -> None:
-    save(config, tmp_path, 1)
-
-    def lost(*_: Any) -> None:
-        raise BucketError("lost")
-
-    monkeypatch.setattr(BucketPath, "download", lost)
-    with pytest.raises(BucketError):
-        newest_valid(in_bucket(config))
-
-
-def test_the_newest_are_kept_and_the_best_beside_them(config: Config, tmp_path: Path, served: Served) -> None:
-    run_dir = in_bucket(config)
     for step in range(1, 7):
-        save(config, tmp_path, step, attempt=1 + step // 3, is_best=step in (1, 2))
+        save(step, attempt=1 + step // 3, is_best=step in (1, 2))
         prune(run_dir, 2)
         assert len(list(run_dir.glob("attempt-*/step-*"))) == min(step, 2)
     assert {path.name for path in run_dir.glob("attempt-*/step-*")} == {step_folder(5), step_folder(6)}
@@ -175,18 +157,16 @@ def test_the_newest_are_kept_and_the_best_beside_them(config: Config, tmp_path: 
     best = run_dir / "best" / step_folder(2)
     assert best_checkpoint(run_dir) == best
     assert list((run_dir / "best").iterdir()) == [best]
-    expected = {path.name: path.read_bytes() for path in written(tmp_path / "again", 2).iterdir()}
-    assert {name: (best / name).read_bytes() for name in best.files() if name != "state.json"} == {
-        name: data for name, data in expected.items() if name not in ("state.json", "optimizer.pt")
-    }
+    again = written(tmp_path / "again", 2)
+    expected = {name: (again / name).read_bytes() for name in FILES if name != "optimizer.pt"}
+    assert {name: (best / name).read_bytes() for name in best.files() if name != "state.json"} == expected
     assert read_state(best).step == 2
     served.write((best / "model.json").key.removeprefix("models/"), b"broken")
     assert best_checkpoint(run_dir) == run_dir / "attempt-003" / step_folder(6)
 
 
-def test_a_checkpoint_without_all_its_files_does_not_count_as_kept(config: Config, tmp_path: Path) -> None:
-    run_dir = in_bucket(config)
-    kept, broken = save(config, tmp_path, 1), save(config, tmp_path, 2)
+def test_a_checkpoint_without_all_its_files_does_not_count_as_kept(save: Any, run_dir: BucketPath) -> None:
+    kept, broken = save(1), save(2)
     (broken / "optimizer.pt").unlink()
     half = run_dir / "attempt-001" / step_folder(3)
     (half / "model.json").write_bytes(b"{}")
@@ -194,12 +174,9 @@ def test_a_checkpoint_without_all_its_files_does_not_count_as_kept(config: Confi
     assert list(run_dir.glob("attempt-*/step-*")) == [kept]
 
 
-def test_parts_of_several_workers_are_sealed_by_the_first_once_all_are_there(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@patch.object(uploading, "POLL_S", 0.01)
+def test_the_first_of_several_workers_seals_once_all_parts_are_there(run_dir: BucketPath, tmp_path: Path) -> None:
     """The last worker comes late; another start of the workers has left its parts in the same folder."""
-    monkeypatch.setattr(uploading, "POLL_S", 0.01)
-    run_dir = in_bucket(config)
     target = run_dir / "attempt-001" / step_folder(4)
     parts = [written(tmp_path / f"{i}", 4, (f"weights/shard-{i}", f"optimizer/shard-{i}")) for i in range(3)]
     (target / Writer(1, 3, "earlier").part(1)).write_bytes(b'{"files": {"weights/shard-1": "another"}}')
@@ -220,16 +197,14 @@ def test_parts_of_several_workers_are_sealed_by_the_first_once_all_are_there(
     assert best.files().keys() == {"state.json", *(f"weights/shard-{rank}" for rank in range(3))}
 
 
-def test_a_worker_that_never_comes_is_given_up(config: Config, tmp_path: Path) -> None:
-    run_dir = in_bucket(config)
+def test_a_worker_that_never_comes_is_given_up(run_dir: BucketPath, tmp_path: Path) -> None:
     target = run_dir / "attempt-001" / step_folder(4)
     with pytest.raises(BucketError, match=r"^worker 1 has not written its part of (s3|gs)://.* in 0 s"):
         Upload(run_dir, Writer(0, 2, "now"), False, 0)(written(tmp_path, 4), target)
     assert newest_valid(run_dir)[0] is None
 
 
-def test_metrics_go_on_on_another_machine(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_dir = in_bucket(config)
+def test_metrics_go_on_on_another_machine(config: Config, run_dir: BucketPath) -> None:
     with Trackers.open(config, 0) as trackers:
         for step in (10, 20):
             trackers.log({"step": step, "loss": 1.0})
@@ -243,12 +218,12 @@ def test_metrics_go_on_on_another_machine(config: Config, tmp_path: Path, monkey
     assert list(scratch().glob("mirror-*")) == []
 
 
-def test_no_credential_is_written(config: Config, tmp_path: Path, served: Served) -> None:
+def test_no_credential_is_written(config: Config, save: Any, run_dir: BucketPath, served: Served) -> None:
     claim_run_folder(config, "data")
-    save(config, tmp_path, 1, is_best=True)
+    save(1, is_best=True)
     with Trackers.open(config, 0) as trackers:
         trackers.log({"step": 1, "loss": 1.0})
-    prefix = in_bucket(config).key.removeprefix("models/")
+    prefix = run_dir.key.removeprefix("models/")
     assert {"config.resolved.yaml", "run.json"} <= {key.rpartition("/")[2] for key in served.keys(prefix)}
     written_bytes = b"".join(served.read(key) for key in served.keys(prefix)) + json.dumps(config.dump()).encode()
     secrets = [CREDENTIALS["AWS_SECRET_ACCESS_KEY"], CREDENTIALS["AWS_ACCESS_KEY_ID"]]
@@ -256,32 +231,32 @@ def test_no_credential_is_written(config: Config, tmp_path: Path, served: Served
 
 
 @pytest.mark.timeout(300)
-def test_killed_amid_uploads_a_run_ends_with_the_bits_of_one_on_disk(s3_alone: Served, tmp_path: Path) -> None:
+@pytest.mark.parametrize("served", ["s3"], indirect=True)
+def test_killed_amid_uploads_a_run_ends_with_the_bits_of_one_on_disk(served: Served, tmp_path: Path) -> None:
     kills = [Kill("uploading", 5, [0]), Kill("sealing", 2, [0]), Kill("sealed", 1, [0])]
     alone = train_in(tmp_path / "alone", SETTINGS, [Start(2)])
     starts = [*(Start(2, [kill]) for kill in kills), Start(2)]
-    killed = train_in(tmp_path / "killed", SETTINGS, starts, root=s3_alone.uri("ddp"))
+    killed = train_in(tmp_path / "killed", SETTINGS, starts, root=served.uri("ddp"))
     assert killed.weights == alone.weights
     assert_same_batches(killed, alone)
     assert killed.losses == alone.losses
-
-    on_disk = left_on(tmp_path / "alone")
-    assert left_in(s3_alone, "ddp") == on_disk
+    assert left_in(served, "ddp") == left_on(tmp_path / "alone")
     assert not (tmp_path / "killed" / "runs").exists()
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.slow
-def test_fsdp_workers_that_share_no_disk_end_with_the_bits_of_those_that_do(s3_alone: Served, tmp_path: Path) -> None:
+@pytest.mark.parametrize("served", ["s3"], indirect=True)
+def test_fsdp_workers_that_share_no_disk_end_with_the_bits_of_those_that_do(served: Served, tmp_path: Path) -> None:
     settings = SETTINGS | {"training": SETTINGS["training"] | {"strategy": "fsdp"}}
     alone = train_in(tmp_path / "alone", settings, [Start(2)])
     kills = [Kill("uploading", 3, [1]), Kill("sealing", 1, [0])]
     starts = [*(Start(2, [kill]) for kill in kills), Start(2)]
-    killed = train_in(tmp_path / "killed", settings, starts, root=s3_alone.uri("fsdp"))
+    killed = train_in(tmp_path / "killed", settings, starts, root=served.uri("fsdp"))
     assert killed.weights == alone.weights
     assert_same_batches(killed, alone)
     whole = {f"runs/r/attempt/{step_folder(STEPS)}/{name}" for name in ("model.safetensors", "partners.safetensors")}
-    assert left_in(s3_alone, "fsdp") == left_on(tmp_path / "alone") - whole  # which the test has put together there
+    assert left_in(served, "fsdp") == left_on(tmp_path / "alone") - whole  # which the test has put together there
 
     config = load(tmp_path / "killed" / "c.yaml", environ={})
     best, expected = best_checkpoint(config.run_dir), best_checkpoint(tmp_path / "alone" / "runs" / "r")
