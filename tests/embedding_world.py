@@ -38,9 +38,8 @@ def corpus_of(count: int, seed: int = 0) -> Corpus:
 
 def save_random_model(folder: Path, seed: int = 0) -> Path:
     folder.mkdir(parents=True)
-    tokenizer = train_tokenizer(
-        [text for text, _ in corpus_of(200).values()], kind="bpe", vocab_size=600, lowercase=False
-    )
+    texts = [text for text, _ in corpus_of(200).values()]
+    tokenizer = train_tokenizer(texts, kind="bpe", vocab_size=600, lowercase=False)
     torch.manual_seed(seed)
     encoder = Encoder(EncoderShape(vocab_size=600, d_model=32, num_layers=1, num_heads=2, d_ff=32))
     for parameter in encoder.parameters():
@@ -72,10 +71,8 @@ class World:
             shards[shard_of(row_id, FILES)].append(values | {"metadata": json.dumps(metadata)})
         (self.folder / "records").mkdir(exist_ok=True)
         for index, rows in enumerate(shards):
-            rows.sort(key=lambda row: str(row["id"]))
-            pq.write_table(
-                pa.Table.from_pylist(rows, schema=RECORD_SCHEMA), self.folder / "records" / f"{index:05d}.parquet"
-            )
+            table = pa.Table.from_pylist(sorted(rows, key=lambda row: str(row["id"])), schema=RECORD_SCHEMA)
+            pq.write_table(table, self.folder / "records" / f"{index:05d}.parquet")
 
     @property
     def config(self) -> Config:

@@ -9,6 +9,7 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -60,43 +61,28 @@ def edited(corpus: Corpus) -> Corpus:
     return corpus | {f"new{i}": (f"A page that was not there, number {i}.", {"line": i}) for i in range(4)}
 
 
-def test_each_document_once_and_a_second_run_sends_nothing(world: World) -> None:
+ENCODE = (TextEncoder, "encode_tokens")
+
+
+def spy(owner: type, name: str) -> Any:
+    """Note the calls of a method, which does what it does."""
+    return patch.object(owner, name, autospec=True, side_effect=getattr(owner, name))
+
+
+def test_just_what_changed_is_embedded_and_sent(world: World) -> None:
     assert run(world) == {"new": TEXTS, "embedded": TEXTS, "written": TEXTS}
     world.check()
     assert run(world) == {"untouched": TEXTS}
-
-
-def test_just_what_changed_is_embedded_and_sent(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(world)
-    world.corpus = edited(world.corpus)
-    sent: list[str] = []
-    encoded: list[int] = []
-    encode = TextEncoder.encode_tokens
-    for name, original in (("upsert", LanceStore.upsert), ("update", LanceStore.update)):
-
-        def writing(self: LanceStore, rows: Any, original: Any = original) -> Any:
-            sent.extend(rows["id"].to_pylist())
-            return original(self, rows)
-
-        monkeypatch.setattr(LanceStore, name, writing)
-
-    def encoding(self: TextEncoder, texts: Any) -> Any:
-        encoded.append(len(texts))
-        return encode(self, texts)
-
-    monkeypatch.setattr(TextEncoder, "encode_tokens", encoding)
-    changes = {"new": 4, "changed": 2, "metadata": 3, "untouched": TEXTS - 6}
-    assert run(world) == {**changes, "embedded": 6, "written": 9, "deleted": 3}
-    assert (sum(encoded), len(sent), len(set(sent))) == (6, 9, 9)
-    world.check()
-
-
-def test_texts_that_come_back_are_not_embedded_again(world: World) -> None:
-    run(world)
     before = world.corpus
     world.corpus = edited(before)
-    run(world)
-    world.corpus = before
+    changes = {"new": 4, "changed": 2, "metadata": 3, "untouched": TEXTS - 6}
+    with spy(LanceStore, "upsert") as upsert, spy(LanceStore, "update") as update, spy(*ENCODE) as encode:
+        assert run(world) == {**changes, "embedded": 6, "written": 9, "deleted": 3}
+    writes = [*upsert.call_args_list, *update.call_args_list]
+    sent = [row_id for write in writes for row_id in write.args[1]["id"].to_pylist()]
+    assert (sum(len(call.args[1]) for call in encode.call_args_list), len(sent), len(set(sent))) == (6, 9, 9)
+    world.check()
+    world.corpus = before  # texts that come back are in the cache
     counts = run(world)
     assert "embedded" not in counts
     assert (counts["new"] + counts["changed"], counts["deleted"]) == (3, 6)
@@ -117,9 +103,7 @@ def die_at(sync: Any, calls: int, *, after: bool) -> None:
     def dying(original: Any) -> Any:
         def call(*args: Any) -> Any:
             last = next(left, None) is None
-            if last and not after:
-                raise Killed
-            result = original(*args)
+            result = None if last and not after else original(*args)
             if last:
                 raise Killed
             return result
@@ -165,8 +149,11 @@ def test_killed_at_any_step_the_next_run_makes_it_whole(world: World, monkeypatc
     assert sum(made.values()) - len(made) <= 16 * killed
 
 
-def test_a_lost_ledger_is_rebuilt_from_the_store(world: World) -> None:
+def test_rows_lost_come_back_from_the_cache_and_a_lost_ledger_from_the_store(world: World) -> None:
     run(world)
+    world.store.delete(next(world.store.ids())[:7])
+    assert run(world) == {"new": 7, "written": 7, "untouched": TEXTS - 7}
+    world.check()
     shutil.rmtree(world.folder / "ledgers")
     assert run(world) == {"untouched": TEXTS}
     world.corpus = edited(world.corpus)
@@ -176,17 +163,7 @@ def test_a_lost_ledger_is_rebuilt_from_the_store(world: World) -> None:
     world.check()
 
 
-def test_rows_lost_from_the_store_come_back_from_the_cache(world: World) -> None:
-    run(world)
-    ids = next(world.store.ids())[:7]
-    world.store.delete(ids)
-    assert run(world) == {"new": 7, "written": 7, "untouched": TEXTS - 7}
-    world.check()
-
-
-def test_a_vector_that_is_no_number_is_refused_alone_and_tried_again(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_vector_that_is_no_number_is_refused_alone_and_tried_again(world: World) -> None:
     encode = TextEncoder.encode_tokens
 
     def broken(self: TextEncoder, texts: Any) -> np.ndarray:
@@ -194,8 +171,7 @@ def test_a_vector_that_is_no_number_is_refused_alone_and_tried_again(
         vectors[0] = np.nan
         return vectors
 
-    with monkeypatch.context() as patch:
-        patch.setattr(TextEncoder, "encode_tokens", broken)
+    with patch.object(*ENCODE, broken):
         counts, refused = sync_here(world.sync(), world.files, world.encoder())
     assert len(refused) == counts["refused"] > 0
     assert {each.reason for each in refused} == {"its vector holds NaN or infinity"}
@@ -204,15 +180,14 @@ def test_a_vector_that_is_no_number_is_refused_alone_and_tried_again(
     world.check()
 
 
-def test_what_a_store_refuses_is_tried_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_store_refuses_is_tried_again(world: World) -> None:
     upsert = LanceStore.upsert
 
     def picky(self: LanceStore, rows: Any) -> list[Refused]:
         upsert(self, rows.slice(1))
         return [Refused(rows["id"][0].as_py(), "too heavy", 3)]
 
-    with monkeypatch.context() as patch:
-        patch.setattr(LanceStore, "upsert", picky)
+    with patch.object(LanceStore, "upsert", picky):
         _, refused = sync_here(world.sync(), world.files, world.encoder())
     counts = run(world)
     assert counts["written"] == len(refused)
@@ -269,13 +244,12 @@ def _rows(world: World) -> list[dict[str, Any]]:
     return world.store.fetch([row_id for page in world.store.ids() for row_id in page]).to_pylist()  # type: ignore[no-any-return]
 
 
-def test_a_vector_of_the_cache_by_its_text(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vector_of_the_cache_by_its_text(world: World) -> None:
     run(world)
     text = world.corpus["doc3"][0]
     encoder = TextEncoder(world.model, device="cpu")
     embedder = open_embedder(world.config, world.model)
-    with monkeypatch.context() as patch:
-        patch.setattr("pipeline.embedding.encode.TextEncoder.encode_tokens", None)
+    with patch.object(*ENCODE, None):
         found = embedder.get_embedding(f"  {text} ", cache_only=True)
         assert embedder.get_embedding(text, "query", cache_only=True) is None
         assert embedder.get_embedding("never seen", cache_only=True) is None
@@ -318,9 +292,8 @@ def test_another_size_and_another_model_have_tables_of_their_own(world: World, t
     assert run(world)["embedded"] == TEXTS
     rows = _rows(world)
     whole = TextEncoder(world.model, device="cpu").encode([row["text"] for row in rows], "document")[:, :16]
-    np.testing.assert_allclose(
-        [row["vector"] for row in rows], whole / np.linalg.norm(whole, axis=1, keepdims=True), atol=1e-5
-    )
+    whole /= np.linalg.norm(whole, axis=1, keepdims=True)
+    np.testing.assert_allclose([row["vector"] for row in rows], whole, atol=1e-5)
     world.overrides = []
     shutil.rmtree(world.model)
     save_random_model(world.model, seed=1)
@@ -335,15 +308,9 @@ def test_pinecone_with_faults_of_all_kinds_and_kills(world: World, monkeypatch: 
     monkeypatch.setattr("pipeline.embedding.sync.ROWS", 32)
     kinds = ("429", "429-after", "500", "503", "cut-before", "cut-after", "part", "short")
     with pinecone_server(faults=dict.fromkeys(kinds, 0.2 / len(kinds)), retry_after_s=0.01) as server:
-        world.overrides = [
-            "embedding.store=pinecone",
-            f"pinecone.host={server.url}",
-            "pinecone.create=true",
-            "pinecone.requests_per_second=5000",
-            "pinecone.batch_rows=2",
-            "pinecone.max_wait_s=0.02",
-            "pinecone.max_attempts=12",
-        ]
+        settings = {"host": server.url, "create": "true", "requests_per_second": 5000, "batch_rows": 2}
+        settings |= {"max_wait_s": 0.02, "max_attempts": 12}
+        world.overrides = ["embedding.store=pinecone", *(f"pinecone.{name}={each}" for name, each in settings.items())]
         for turn in range(4):
             sync = world.sync()
             die_at(sync, 3 + 2 * turn, after=bool(turn % 2))
