@@ -57,10 +57,9 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     def fill(*overrides: str) -> None:
         store = named_store(load(config, [f"storage.root={tmp_path}", *overrides]), "t", WIDTH)
         store.create()
-        texts = [text for text, _ in TEXTS.values()]
+        texts, metadata = zip(*TEXTS.values(), strict=True)
         columns = {"id": list(TEXTS), "source": ["code", "web", "web"], "source_id": [f"s:{i}" for i in TEXTS]}
-        metadata = [json.dumps(metadata) for _, metadata in TEXTS.values()]
-        columns |= {"text": texts, "metadata": metadata}
+        columns |= {"text": texts, "metadata": list(map(json.dumps, metadata))}
         assert store.upsert(pa.table({**columns, "vector": as_column(Words().encode(texts))})) == []
 
     run.fill = fill  # type: ignore[attr-defined]
