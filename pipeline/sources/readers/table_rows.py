@@ -28,8 +28,9 @@ def parquet_rows(
     file: IO[bytes], name: str, columns: Sequence[str], start: int = 0, stop: int | None = None
 ) -> Iterator[Row]:
     """Rows of the row groups `start` to `stop`, positions by row number; the rest of one that breaks off is broken."""
-    # A buffer, or a column of a whole row group would be held. Checksums are verified where a file has them.
-    parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, page_checksum_verification=True)
+    # With pyarrow's defaults, no buffer size and pre_buffer, a whole row group is held.
+    # Checksums are verified where a file has them.
+    parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, page_checksum_verification=True, pre_buffer=False)
     names = parquet.schema_arrow.names
     groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
     row = sum(groups[:start])
