@@ -35,6 +35,13 @@ WAIT_S = 900
 _TEMPORARY = tempfile.TemporaryDirectory(prefix="t")  # a short name: Ray's sockets lie under it
 TEMPORARY = Path(_TEMPORARY.name)
 _SHARED = tempfile.TemporaryDirectory(prefix="shared")
+RESTING = (
+    *("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent"),
+    *("ray::_AutoscalingCoordinatorActor", "ray::_StatsActor", "ray::ActorLocationTracker"),
+    "ray::PlacementGroupCleaner",  # of Ray Train, which stays for some minutes after a controller that was killed
+)
+UNDISTURBED: dict[str, Any] = {"table_warmup_fraction": 0.4}
+"""What a config needs for its training to end with the weights of `trained_alone`."""
 
 
 def write_config(folder: Path, pairs: int = 4000, **training: Any) -> Path:
@@ -157,8 +164,8 @@ def ray_processes(title: str) -> list[psutil.Process]:
 
 
 def busy() -> list[psutil.Process]:
-    """Ray's workers that are at a task or an actor of a job's."""
-    resting = {*ray_processes("ray::IDLE"), *ray_processes("ray::DashboardAgent"), *ray_processes("ray::RuntimeEnvA")}
+    """Ray's workers that are at a job's task or actor, without those that Ray keeps for all jobs."""
+    resting = {process for title in RESTING for process in ray_processes(title)}
     return [process for process in ray_processes("ray::") if process not in resting]
 
 

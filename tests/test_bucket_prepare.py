@@ -29,7 +29,7 @@ def served() -> Iterator[Served]:
 
 
 def config_of(root: str, folder: Path) -> Config:
-    rows = make_pairs(1500)
+    rows = make_pairs(500)
     near = [dict(rows[0], id=f"near{i}", positive=text) for i, text in enumerate(variants(20, seed=1))]
     write_jsonl(folder / "a.jsonl", rows + [dict(row, id=f"copy{i}") for i, row in enumerate(rows[:70])])
     write_jsonl(folder / "b.jsonl", [*near, {"anchor": "short", "positive": "s"}])
@@ -53,7 +53,7 @@ def config_of(root: str, folder: Path) -> Config:
 
 
 def test_a_bucket_holds_the_bytes_of_a_disk(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.data.prepare.SHARD_BYTES", 1 << 16)
+    monkeypatch.setattr("pipeline.data.prepare.SHARD_BYTES", 1 << 14)
     monkeypatch.setattr(tempfile, "tempdir", None)
     local = config_of(str(tmp_path / "disk"), tmp_path / "in")
     remote = config_of(served.uri("bucket"), tmp_path / "in")

@@ -85,11 +85,11 @@ def test_killed_at_four_points_and_changed_it_ends_with_one_vector_a_document(tm
     with pinecone_server(faults={"429": 0.05, "503": 0.05, "part": 0.05}, retry_after_s=0.01) as server:
         options = ["embedding.store=pinecone", f"pinecone.host={server.url}", "pinecone.create=true"]
         options += ["pinecone.max_wait_s=0.1", "pinecone.requests_per_second=500", "pinecone.batch_rows=50"]
-        job = embed(*options, PINECONE_API_KEY="pc-wrong")
+        job = embed(*options, RAY_ADDRESS="", PINECONE_API_KEY="pc-wrong")  # a session with the key in its environment
         code, ended = job.end()
         assert (code, ended["status"]) == (1, "failed")
         assert "401" in job.log.read_text()
-        metrics = embed(*options, PINECONE_API_KEY="pc-test").finish()["metrics"]
+        metrics = embed(*options, RAY_ADDRESS="", PINECONE_API_KEY="pc-test").finish()["metrics"]
         assert (metrics["written"], metrics["rows"], metrics["embedded"]) == (rows, rows, 0)
         (spaces,) = server.records.values()
         assert sum(map(len, spaces.values())) == rows
