@@ -69,7 +69,7 @@ def aws() -> dict[str, Any]:
     return dict(yaml.safe_load((ROOT / "ray_cluster.yaml").read_text()))
 
 
-def test_ray_takes_its_cluster_file() -> None:
+def test_ray_takes_its_cluster_file_and_no_wrong_one() -> None:
     config = prepare_config(aws())
     validate_config(config)
     types = config["available_node_types"]
@@ -81,6 +81,9 @@ def test_ray_takes_its_cluster_file() -> None:
     assert types["gpu_worker"]["resources"]["GPU"] == 1
     assert types["head"]["resources"]["CPU"] == 0
     assert sum(of["max_workers"] for of in workers.values()) == config["max_workers"]
+    for wrong in ({"idle_timeout": 5}, {"max_workers": "many"}):
+        with pytest.raises((jsonschema.ValidationError, ValueError)):
+            validate_config(prepare_config(aws() | wrong))
 
 
 def test_a_job_on_its_head_counts_on_what_it_may_add(tmp_path: Path) -> None:
@@ -109,12 +112,6 @@ def test_on_kubernetes_it_counts_on_what_the_groups_may_add(tmp_path: Path) -> N
     (mount,) = [each for each in head["containers"][0]["volumeMounts"] if each["name"] == "node-types"]
     assert mount["mountPath"] == f"/home/ray/{BOOTSTRAP.name}" == f"/home/ray/{mount['subPath']}"
     assert set(types["data"]) == {BOOTSTRAP.name}
-
-
-def test_rays_validation_would_find_a_wrong_cluster_file() -> None:
-    for key, value in (("idle_timeout", 5), ("max_workers", "many")):
-        with pytest.raises((jsonschema.ValidationError, ValueError)):
-            validate_config(prepare_config(aws() | {key: value}))
 
 
 def test_amazons_schemas_take_the_stack_and_the_cluster_names_its_roles() -> None:

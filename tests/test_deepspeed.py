@@ -16,8 +16,7 @@ from pipeline.config.deepspeed import HEADER, Row
 from pipeline.config.deepspeed_batch import batch_parts
 from pipeline.config.deepspeed_keys import DEFAULTS, DIRECT, FIXED, KNOWN, NO_COUNTERPART, NOT_NEEDED
 from pipeline.config.reading import assign
-from pipeline.runtime.console import stop_logging, table
-from pipeline.runtime.job import Result, run_job
+from pipeline.runtime.console import table
 
 ZERO_2 = """{
   "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2,
@@ -292,7 +291,7 @@ def test_a_value_out_of_our_range_names_both_files() -> None:
     assert refusal(rate, "training.learning_rate=12").startswith("argument training.learning_rate: found 12")
 
 
-def test_a_file_that_is_no_json_object() -> None:
+def test_a_file_that_is_no_json_object_or_not_there() -> None:
     for content, mentions in (
         ("", "not JSON"),
         ('{"fp16": ', "not JSON"),
@@ -304,16 +303,9 @@ def test_a_file_that_is_no_json_object() -> None:
         sentence = refusal(content)
         assert sentence.startswith("ds.json: ")
         assert mentions in sentence
-
-
-def test_a_file_that_is_not_there_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
-    def main(config: Config, args: object) -> Result:
-        raise AssertionError("a wrong config came through")
-
-    stop_logging()  # whatever another test left there
-    Path("c.yaml").write_text("training: {deepspeed_config: nowhere/ds.json}\n")
-    assert run_job("train", "", main, argv=["--config", "c.yaml"]) == 2
-    assert "nowhere/ds.json: No such file or directory" in capsys.readouterr().err
+    Path("c.yaml").write_text("training: {deepspeed_config: nowhere/ds.json}")
+    with pytest.raises(ConfigError, match=r"^nowhere/ds\.json: No such file or directory"):
+        load("c.yaml")
 
 
 def test_wrong_sections_and_names_are_left_to_validation() -> None:

@@ -58,6 +58,7 @@ def repeated(n: int, n_chars: int, total: int) -> str:
     return f"{gram} XX {gram} {'Y' * (total - 2 * n_chars - 2)}"
 
 
+SHORTER, LONGER = "@" + "-" * 28, "@" + "-" * 29  # than a line of 30 characters, which is short
 # rule, threshold, a text that just passes, a text that just fails
 BOUNDARIES: list[tuple[str, float, str, str]] = [
     ("max_curly_brackets", 0, "a } b", "a { b"),
@@ -91,12 +92,7 @@ BOUNDARIES: list[tuple[str, float, str, str]] = [
     ("max_ellipsis_lines", 0.3, lines((2, "@..."), (1, "@…"), (7, "@")), lines((2, "@..."), (1, "@…"), (6, "@"))),
     ("max_newlines_per_word", 0.3, "a\n\n\n" + "b " * 9, "a\n\n\n" + "b " * 8),
     ("min_punctuated_lines", 0.12, lines((3, "@."), (22, "@")), lines((3, "@."), (23, "@"))),
-    (
-        "max_short_lines",
-        0.67,
-        lines((67, "@" + "-" * 28), (33, "@" + "-" * 29)),
-        lines((68, "@"), (32, "@" + "-" * 29)),
-    ),
+    ("max_short_lines", 0.67, lines((67, SHORTER), (33, LONGER)), lines((68, "@"), (32, LONGER))),
     ("max_javascript_lines", 0.3, lines((3, "JavaScript @"), (7, "@")), lines((3, "JavaScript @"), (6, "@"))),
     ("max_policy_lines", 0.3, lines((3, "Cookie Policy @"), (7, "@")), lines((3, "We use cookies @"), (6, "@"))),
     ("max_data_lines", 0.8, "1,\n-2.5e3,\n'a, b',\n[True],\n)\nx = y", "1,\n0xFF,\n\"a\": 'b',\n[None],\n5,\n)\nx = y"),
@@ -245,14 +241,11 @@ def test_patterns_end_on_whatever_is_repeated() -> None:
         assert quality_verdict(unit * (300_000 // len(unit)) + "x", NEVER) is None
 
 
-def test_thresholds_replace_the_presets_own() -> None:
+def test_thresholds_replace_the_presets_own_and_an_unknown_one_is_named() -> None:
     assert with_thresholds("web", {}) == PRESETS["web"]
     rules = with_thresholds("web", {"min_words": 3, "max_curly_brackets": 1})
     assert (rules.min_words, rules.max_curly_brackets, rules.max_words) == (3, 1, 100_000)
     assert with_thresholds("none", {"min_words": 3}) == QualityRules(min_words=3)
-
-
-def test_an_unknown_threshold_is_named_with_what_is_meant() -> None:
     with pytest.raises(ValueError, match=r"`max_top_2grams` is unknown: use one of max_top_2gram, max_top_\dgram"):
         with_thresholds("web", {"max_top_2grams": 0.3})
     with pytest.raises(ValueError, match=r"`zzz` is unknown: use one of max_curly_brackets, .*, max_duplicate_10gram$"):

@@ -1,7 +1,7 @@
 """Safety rules: against labelled lines (the oracle), and each action, override and error."""
 
+import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,10 +13,9 @@ from pipeline.text.safety import SHIPPED, Rules, load_rules
 
 LINES = (Path(__file__).parent / "data" / "safety_lines.tsv").read_text().splitlines()[1:]
 TEXTS = [(label, split, json.loads(text)) for label, split, text in (line.split("\t") for line in LINES)]
-SHIPPED_RULES = load_rules(None, {}).rules
-CATEGORY = {rule.name: rule.category for rule in SHIPPED_RULES}
+DEFAULT = load_rules(None, {})
+CATEGORY = {rule.name: rule.category for rule in DEFAULT.rules}
 CATEGORIES = sorted(set(CATEGORY.values()))
-Write = Callable[[str], Path]
 
 # Precision and recall with all rules on: a little under what benchmarks/safety.py measures, both splits together.
 FLOORS = {
@@ -31,30 +30,14 @@ FLOORS = {
 
 
 @pytest.fixture(scope="module")
-def default() -> Rules:
-    return load_rules(None, {})
-
-
-@pytest.fixture(scope="module")
 def everything() -> Rules:
     return load_rules(None, dict.fromkeys(CATEGORIES, "redact"))
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def write(content: str) -> Path:
-        path = tmp_path / "rules.yaml"
-        path.write_text(content)
-        return path
-
-    return write
-
-
 def test_the_labelled_lines_cover_every_category_in_both_splits() -> None:
     assert len(TEXTS) >= 300
-    assert {(label, split) for label, split, _ in TEXTS} == {
-        (label, split) for label in ("clean", *CATEGORIES) for split in ("dev", "held_out")
-    }
+    expected = itertools.product(("clean", *CATEGORIES), ("dev", "held_out"))
+    assert {(label, split) for label, split, _ in TEXTS} == set(expected)
 
 
 def test_precision_and_recall_hold() -> None:
@@ -67,22 +50,22 @@ def test_precision_and_recall_hold() -> None:
         assert hits / sum(label == category for label, _ in found) >= recall, category
 
 
-def test_defaults_reject_no_clean_line_and_change_few(default: Rules) -> None:
-    verdicts = [(text, default.apply(text)) for label, _, text in TEXTS if label == "clean"]
+def test_defaults_reject_no_clean_line_and_change_few() -> None:
+    verdicts = [(text, DEFAULT.apply(text)) for label, _, text in TEXTS if label == "clean"]
     assert [text for text, verdict in verdicts if verdict.reason] == []
     assert sum(verdict.text != text for text, verdict in verdicts) <= 0.02 * len(verdicts)
 
 
-def test_defaults_leave_no_escape_and_no_secret(default: Rules) -> None:
+def test_defaults_leave_no_escape_and_no_secret() -> None:
     for label, _, text in TEXTS:
-        verdict = default.apply(text)
+        verdict = DEFAULT.apply(text)
         if label == "terminal_escape":
             assert "\x1b" not in verdict.text
             assert "\x9b" not in verdict.text
         if label == "personal_data":
             assert verdict == (text, None, ())
     secrets = [text for label, _, text in TEXTS if label == "secret"]
-    assert sum(default.apply(text).text != text for text in secrets) >= 0.85 * len(secrets)
+    assert sum(DEFAULT.apply(text).text != text for text in secrets) >= 0.85 * len(secrets)
 
 
 def test_redaction_leaves_the_rest_of_the_text() -> None:
@@ -93,12 +76,12 @@ def test_redaction_leaves_the_rest_of_the_text() -> None:
     assert verdict == (verdict.text, None, ("email", "ipv4"))
 
 
-def test_a_terminal_escape_hides_nothing(default: Rules) -> None:
-    assert default.apply("a\x1b[1;31mred\x1b[0m \x1b]0;title\x07b").text == "ared b"
-    split = default.apply("' OR\x1b[0m 1=1 --")
+def test_a_terminal_escape_hides_nothing() -> None:
+    assert DEFAULT.apply("a\x1b[1;31mred\x1b[0m \x1b]0;title\x07b").text == "ared b"
+    split = DEFAULT.apply("' OR\x1b[0m 1=1 --")
     assert (split.reason, split.found[0]) == ("unsafe_sql_injection", "terminal_escape")
     built_to_survive = "\x1b[" * 50 + "0m" * 50
-    assert default.apply(built_to_survive).reason == "unsafe_terminal_escape"
+    assert DEFAULT.apply(built_to_survive).reason == "unsafe_terminal_escape"
 
 
 def test_no_text_raises(everything: Rules) -> None:
@@ -129,8 +112,9 @@ def test_actions() -> None:
         assert load_rules(None, actions).apply(text) == expected, actions
 
 
-def test_rules_of_the_users_own(write: Write) -> None:
-    path = write(
+def test_rules_of_the_users_own(tmp_path: Path) -> None:
+    path = tmp_path / "rules.yaml"
+    path.write_text(
         "fragments: {digit: '[0-9]', four: ['{digit}{4}', 'none']}\n"
         "rules:\n"
         "- {name: badge, category: house, pattern: 'badge ({four})', action: redact, replacement: '#'}\n"
@@ -160,10 +144,11 @@ WRONG_FILES = {
 }
 
 
-def test_a_wrong_file_is_one_sentence(write: Write) -> None:
+def test_a_wrong_file_is_one_sentence(tmp_path: Path) -> None:
     for content, message in WRONG_FILES.items():
+        (tmp_path / "rules.yaml").write_text(content)
         with pytest.raises(ValueError, match=message) as error:
-            load_rules(write(content), {})
+            load_rules(tmp_path / "rules.yaml", {})
         assert "\n" not in str(error.value)
 
 
@@ -177,7 +162,7 @@ def test_a_missing_file_and_wrong_actions(tmp_path: Path) -> None:
 
 
 def test_every_shipped_rule_says_why() -> None:
-    assert SHIPPED.read_text().count("    why: ") == len(SHIPPED_RULES)
+    assert SHIPPED.read_text().count("    why: ") == len(DEFAULT.rules)
 
 
 def test_a_character_that_is_taken_out_hides_nothing() -> None:

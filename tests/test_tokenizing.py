@@ -200,10 +200,8 @@ def test_each_kind_of_vocabulary_encodes_and_decodes(kind: str) -> None:
 
 def test_byte_level_bpe_trains_to_the_same_file() -> None:
     texts = [" ".join(random.Random(i).choices(WORDS, k=9)) for i in range(500)]
-    made = {
-        train_tokenizer(some, kind="bpe", vocab_size=700, lowercase=False).to_str() for some in (texts, texts[::-1])
-    }
-    assert len(made) == 1
+    one, other = (train_tokenizer(some, kind="bpe", vocab_size=700, lowercase=False) for some in (texts, texts[::-1]))
+    assert one.to_str() == other.to_str()
 
 
 def test_a_pretrained_tokenizers_folder(tmp_path: Path, tokenizer: Tokenizer) -> None:
