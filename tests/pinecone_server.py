@@ -18,11 +18,12 @@ data plane a share fails, by kind:
 from __future__ import annotations
 
 import json
+import operator
 import random
 import select
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -117,16 +118,17 @@ class Service:
             raise RefusalError(400, f"Batch size of {len(vectors)} exceeds the limit of 1000")
         for one in vectors:
             i, values = one["id"], one["values"]
-            if i in self.poison:
-                raise RefusalError(400, f"Record {i} is not to our taste")
-            if not 0 < len(i) <= 512 or not i.isascii():
-                raise RefusalError(400, "Vector ID is invalid")
-            if len(values) != dimension:
-                raise RefusalError(400, f"Vector dimension {len(values)} does not match the index's {dimension}")
-            if not any(values):
-                raise RefusalError(400, "Dense vectors must contain at least one non-zero value")
-            if len(json.dumps(one.get("metadata", {}), ensure_ascii=False, separators=(",", ":")).encode()) > 40960:
-                raise RefusalError(400, "Metadata size is over the limit of 40960 bytes")
+            metadata = json.dumps(one.get("metadata", {}), ensure_ascii=False, separators=(",", ":")).encode()
+            wrong = {
+                f"Record {i} is not to our taste": i in self.poison,
+                "Vector ID is invalid": not 0 < len(i) <= 512 or not i.isascii(),
+                f"Vector dimension {len(values)} does not match the index's {dimension}": len(values) != dimension,
+                "Dense vectors must contain at least one non-zero value": not any(values),
+                "Metadata size is over the limit of 40960 bytes": len(metadata) > 40960,
+            }
+            for words, found in wrong.items():
+                if found:
+                    raise RefusalError(400, words)
         return {one["id"]: {"values": one["values"], "metadata": stored(one.get("metadata") or {})} for one in vectors}
 
     def upsert(self, index: str, body: Record, share: float = 1.0) -> Record:
@@ -197,26 +199,23 @@ def stored(metadata: Record) -> Record:
 
 
 def matches(conditions: Record, metadata: Record) -> bool:
-    tests = {
-        "$eq": lambda have, want: have == want and isinstance(have, bool) == isinstance(want, bool),
-        "$in": lambda have, want: any(tests["$eq"](have, one) for one in want),
-        "$gt": lambda have, want: is_number(have) and have > want,
-        "$gte": lambda have, want: is_number(have) and have >= want,
-        "$lt": lambda have, want: is_number(have) and have < want,
-        "$lte": lambda have, want: is_number(have) and have <= want,
-    }
-    for name, condition in conditions.items():
-        if name not in metadata:
-            return False
-        values = metadata[name] if isinstance(metadata[name], list) else [metadata[name]]
-        for sign, want in condition.items():
-            if not any(tests[sign](value, want) for value in values):
-                return False
-    return True
+    return all(
+        any(meets(value, sign, want) for value in (have if isinstance(have, list) else [have]))
+        for name, condition in conditions.items()
+        for sign, want in condition.items()
+        for have in [metadata.get(name)]
+    )
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+ORDERS = {"$gt": operator.gt, "$gte": operator.ge, "$lt": operator.lt, "$lte": operator.le}
+
+
+def meets(have: Any, sign: str, want: Any) -> bool:
+    if sign in ORDERS:
+        return isinstance(have, int | float) and not isinstance(have, bool) and bool(ORDERS[sign](have, want))
+    if sign == "$in":
+        return any(meets(have, "$eq", one) for one in want)
+    return bool(have == want and isinstance(have, bool) == isinstance(want, bool))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -237,15 +236,15 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_DELETE = do_GET  # noqa: N815
 
     def serve(self) -> None:
-        url = urlsplit(self.path)
-        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        _, plane, *rest = unquote(url.path).split("/")
-        operation = "/".join(rest[1:]) if plane == "data" else ""
-        service = self.service
+        url, service = urlsplit(self.path), self.service
+        self.query = parse_qs(url.query)
+        self.raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        _, plane, *self.rest = unquote(url.path).split("/")
+        self.operation = "/".join(self.rest[1:]) if plane == "data" else ""
         with service.lock:
             service.keys.append(self.headers.get("Api-Key"))
             if plane == "data":
-                service.requests.append((time.monotonic(), operation))
+                service.requests.append((time.monotonic(), self.operation))
                 service.under_way += 1
                 service.most_under_way = max(service.most_under_way, service.under_way)
             else:
@@ -255,7 +254,7 @@ class Handler(BaseHTTPRequestHandler):
                 service.faulted.append(fault)
         time.sleep(service.work_s)
         with service.lock:
-            answer = self.answer(fault, plane, rest, operation, parse_qs(url.query), raw)
+            answer = self.answer(fault, plane)
             service.under_way -= plane == "data"  # before the client knows that it may send the next
         if answer is None:
             if fault == "timeout":
@@ -270,9 +269,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def answer(
-        self, fault: str | None, plane: str, rest: list[str], operation: str, query: dict[str, list[str]], raw: bytes
-    ) -> tuple[int, Record, dict[str, str]] | None:
+    def answer(self, fault: str | None, plane: str) -> tuple[int, Record, dict[str, str]] | None:
         """Status, body and headers; None where the connection is to end."""
         after = {"Retry-After": f"{self.service.retry_after_s:g}"} if fault == "429-after" else {}
         broken = {"error": {"code": "UNKNOWN", "message": "so it goes"}}
@@ -280,42 +277,43 @@ class Handler(BaseHTTPRequestHandler):
             return int(fault[:3]), broken, after
         if fault in ("timeout", "cut-before"):
             return None
-        writes = operation == "vectors/upsert"
-        share = 0.5 if writes and fault in ("part", "short") else 1.0
         try:
-            body = self.act(plane, rest, operation, query, raw, share)
+            body = self.act(plane, 0.5 if fault in ("part", "short") else 1.0)
         except RefusalError as refusal:
             return refusal.status, refusal.body, {}
         if fault == "cut-after":
             return None
         return (500, broken, {}) if fault == "part" else (200, body, {})
 
-    def act(
-        self, plane: str, rest: list[str], operation: str, query: dict[str, list[str]], raw: bytes, share: float
-    ) -> Record:
-        service, key = self.service, self.headers.get("Api-Key")
+    def act(self, plane: str, share: float) -> Record:
+        """What is asked, of an upsert so large a share."""
+        service, key, operation = self.service, self.headers.get("Api-Key"), self.operation
         if key != service.key:
             raise RefusalError(401, f"Invalid API Key {key}", "UNAUTHENTICATED")
-        if len(raw) > 2_097_152:
+        if len(self.raw) > 2_097_152:
             raise RefusalError(413, "Request is over the limit of 2 MB")
-        body = json.loads(raw or b"{}")
+        body = json.loads(self.raw or b"{}")
         if plane == "indexes":
             if self.command == "POST":
                 return service.create(body)
-            if not rest:
+            if not self.rest:
                 return {"indexes": list(service.indexes.values())}
-            return service.remove(rest[0]) if self.command == "DELETE" else service.described(rest[0])
-        index = rest[0]
+            return service.remove(self.rest[0]) if self.command == "DELETE" else service.described(self.rest[0])
+        index = self.rest[0]
         if index not in service.indexes:
             raise RefusalError(404, f"Index {index} not found", "NOT_FOUND")
-        if operation == "vectors/upsert":
-            return service.upsert(index, body, share)
-        if operation == "vectors/fetch":
-            return service.fetch(index, query.get("ids", []), query.get("namespace", [""])[0])
-        if operation == "vectors/list":
-            return service.listed(index, query)
-        acts = {"query": service.query, "vectors/delete": service.delete, "vectors/update": service.update}
-        return service.stats(index) if operation == "describe_index_stats" else acts[operation](index, body)
+        acts: dict[str, Callable[[], Record]] = {
+            "vectors/upsert": lambda: service.upsert(index, body, share),
+            "vectors/fetch": lambda: service.fetch(
+                index, self.query.get("ids", []), self.query.get("namespace", [""])[0]
+            ),
+            "vectors/list": lambda: service.listed(index, self.query),
+            "vectors/delete": lambda: service.delete(index, body),
+            "vectors/update": lambda: service.update(index, body),
+            "query": lambda: service.query(index, body),
+            "describe_index_stats": lambda: service.stats(index),
+        }
+        return acts[operation]()
 
     def log_message(self, *_: object) -> None:
         pass

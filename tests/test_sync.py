@@ -118,6 +118,7 @@ def die_at(sync: Any, calls: int, *, after: bool) -> None:
 def test_killed_at_any_step_the_next_run_makes_it_whole(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """At twenty seeded points, with changes between them."""
     monkeypatch.setattr("pipeline.embedding.sync.ROWS", 16)
+    world.corpus = corpus_of(80)
     chance, made, encoder = random.Random(0), Counter[str](), world.encoder()
     encode = encoder.encode_tokens
 
@@ -130,7 +131,7 @@ def test_killed_at_any_step_the_next_run_makes_it_whole(world: World, monkeypatc
     while killed < 20:
         turn += 1
         sync = world.sync()
-        die_at(sync, chance.randrange(1, 60 if turn == 1 else 12), after=turn % 2 == 1)
+        die_at(sync, chance.randrange(1, 24 if turn == 1 else 12), after=turn % 2 == 1)
         try:
             sync_here(sync, world.files, encoder)
         except Killed:
