@@ -40,8 +40,8 @@ def validation(step: int, value: float = 0.5) -> Metrics:
     return {"step": step, "validation_ndcg@10": value}
 
 
-def steps_and_kinds(path: Path) -> list[tuple[int, str]]:
-    return [(row["step"], metrics_kind(row)) for row in map(json.loads, path.read_text().splitlines())]
+def lines_of(path: Path) -> list[Metrics]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -59,11 +59,13 @@ class TestHistory:
     def path(self, root: Path) -> Path:
         return root / "runs" / "small" / "metrics.jsonl"
 
-    def test_lines_come_as_they_were_reported(self, tmp_path: Path) -> None:
+    def test_lines_come_as_they_were_reported_and_a_new_run_begins_an_empty_file(self, tmp_path: Path) -> None:
         with Trackers.open(config_of(tmp_path), 0) as trackers:
             trackers.receive({"metrics": training(10, 2.5), "shown": "loss 2.500"})
             trackers.receive({"log": "a line that is no metric"})
-        assert [json.loads(line) for line in self.path(tmp_path).read_text().splitlines()] == [training(10, 2.5)]
+        assert lines_of(self.path(tmp_path)) == [training(10, 2.5)]
+        Trackers.open(config_of(tmp_path), 0).close()
+        assert self.path(tmp_path).read_text() == ""
 
     @pytest.mark.parametrize(("resumed", "left"), [(19, [10]), (20, [10, 20, 20]), (29, [10, 20, 20])])
     def test_a_resumed_run_keeps_what_lies_before(self, tmp_path: Path, resumed: int, left: list[int]) -> None:
@@ -72,36 +74,20 @@ class TestHistory:
                 trackers.log(row)
         with Trackers.open(config_of(tmp_path), resumed) as trackers:
             trackers.log(training(35))
-        assert [step for step, _ in steps_and_kinds(self.path(tmp_path))] == [*left, 35]
-
-    def test_a_new_run_begins_an_empty_file(self, tmp_path: Path) -> None:
-        with Trackers.open(config_of(tmp_path), 0) as trackers:
-            trackers.log(training(10))
-        Trackers.open(config_of(tmp_path), 0).close()
-        assert self.path(tmp_path).read_text() == ""
-
-    def test_half_a_last_line_is_dropped(self, tmp_path: Path) -> None:
-        path = self.path(tmp_path)
-        path.parent.mkdir(parents=True)
-        path.write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "lo')
-        with Trackers.open(config_of(tmp_path), 10) as trackers:
-            trackers.log(training(20))
-        assert steps_and_kinds(path) == [(10, "training"), (20, "training")]
+        assert [row["step"] for row in lines_of(self.path(tmp_path))] == [*left, 35]
 
     def test_restarted_workers_replace_what_they_report_again(self, tmp_path: Path) -> None:
-        lines = JsonLines(tmp_path / "m.jsonl", 0, metrics_kind)
-        for row in (training(10), training(20), validation(20), training(30), validation(40), training(40)):
-            lines.write(row)
-        for row in (training(20, 7.0), validation(20, 0.7), training(30, 7.0)):
-            lines.write(row)
-        rows = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
-        assert rows == [training(10), training(20, 7.0), validation(20, 0.7), training(30, 7.0)]
+        def left_of(name: str, *rows: Metrics) -> list[Metrics]:
+            lines = JsonLines(tmp_path / name, 0, metrics_kind)
+            for row in rows:
+                lines.write(row)
+            return lines_of(lines.path)
 
-    def test_restarted_workers_may_begin_with_a_validation(self, tmp_path: Path) -> None:
-        lines = JsonLines(tmp_path / "m.jsonl", 0, metrics_kind)
-        for row in (training(14), validation(20), training(21), training(28), validation(20), training(21)):
-            lines.write(row)
-        assert steps_and_kinds(lines.path) == [(14, "training"), (20, "validation"), (21, "training")]
+        done = [training(10), training(20), validation(20), training(30), validation(40), training(40)]
+        again = [training(20, 7.0), validation(20, 0.7), training(30, 7.0)]
+        assert left_of("training first", *done, *again) == [training(10), *again]
+        before = [training(14), validation(20), training(21)]
+        assert left_of("validation first", *before, training(28), *before[1:]) == before
 
     def test_any_order_of_kills_gives_the_uninterrupted_file(self, tmp_path: Path) -> None:
         """A checkpoint every 20 steps, lines every 10, validations every 30; killed after each line in turn."""
@@ -122,18 +108,7 @@ class TestHistory:
                 for row in whole:
                     if row["step"] > resumed:
                         lines.write(row)
-                assert [json.loads(line) for line in path.read_text().splitlines()] == whole
-
-
-class Failing(Tracker):
-    name = "failing"
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def log(self, metrics: Metrics) -> None:
-        self.calls += 1
-        raise ConnectionError("the server\nis gone")
+                assert lines_of(path) == whole
 
 
 class Kept(Tracker):
@@ -154,14 +129,21 @@ class Kept(Tracker):
         self.closed.append(failed)
 
 
+class Failing(Kept):
+    name = "failing"
+
+    def log(self, metrics: Metrics) -> None:
+        super().log(metrics)
+        raise ConnectionError("the server\nis gone")
+
+
 def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(warnings: list[str]) -> None:
     failing, kept = Failing(), Kept()
     trackers = Trackers([failing, kept], LossSpikes(6), FullMemory(0.85))
     for step in (10, 20):
         trackers.log(training(step))
     trackers.close()
-    assert failing.calls == 1
-    assert [row["step"] for row in kept.rows] == [10, 20]
+    assert [[row["step"] for row in each.rows] for each in (failing, kept)] == [[10], [10, 20]]
     assert kept.closed == [False]
     assert warnings == ["train: failing fails and is left out from here on, training goes on: the server is gone"]
 
@@ -174,7 +156,7 @@ def test_a_tracker_that_cannot_be_opened_is_left_out(tmp_path: Path, warnings: l
         trackers.log(training(10))
     assert len(warnings) == 1
     assert "tensorboard fails" in warnings[0]
-    assert steps_and_kinds(folder / "metrics.jsonl") == [(10, "training")]
+    assert lines_of(folder / "metrics.jsonl") == [training(10)]
 
 
 def test_trackers_learn_that_a_run_failed() -> None:
@@ -193,29 +175,21 @@ class TestTensorBoard:
         scalars = {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
         return {tag: [(event.step, round(event.value, 4)) for event in events] for tag, events in scalars.items()}
 
-    def test_it_reads_back_what_was_reported(self, tmp_path: Path) -> None:
-        with Trackers.open(config_of(tmp_path, "logging.trackers=[tensorboard]"), 0) as trackers:
-            trackers.log(training(10, 2.5, learning_rate=0.1))
-            trackers.log(training(20, 1.5, learning_rate=0.2))
-            trackers.log(validation(20, 0.75))
-        assert self.events(tmp_path) == {
-            "train/loss": [(10, 2.5), (20, 1.5)],
-            "train/learning_rate": [(10, 0.1), (20, 0.2)],
-            "validation/ndcg_10": [(20, 0.75)],
-        }
-
-    def test_a_resumed_run_and_restarted_workers_hide_what_they_take_again(self, tmp_path: Path) -> None:
+    def test_it_reads_back_what_was_reported_without_what_a_restart_takes_again(self, tmp_path: Path) -> None:
         config = config_of(tmp_path, "logging.trackers=[tensorboard]")
         with Trackers.open(config, 0) as trackers:
-            for step in (10, 20, 30, 40):
-                trackers.log(training(step, 1.0))
+            for row in (training(10, learning_rate=0.1), training(20), validation(20, 0.75), *map(training, (30, 40))):
+                trackers.log(row)
         with Trackers.open(config, 20) as trackers:  # in the same second, as a rule
             for step in (30, 40, 50):
                 trackers.log(training(step, 2.0))
-            for step in (40, 50, 60):
+            for step in (40, 50, 60):  # of restarted workers
                 trackers.log(training(step, 3.0))
-        expected = [(10, 1.0), (20, 1.0), (30, 2.0), (40, 3.0), (50, 3.0), (60, 3.0)]
-        assert self.events(tmp_path)["train/loss"] == expected
+        assert self.events(tmp_path) == {
+            "train/loss": [(10, 1.0), (20, 1.0), (30, 2.0), (40, 3.0), (50, 3.0), (60, 3.0)],
+            "train/learning_rate": [(10, 0.1)],
+            "validation/ndcg_10": [(20, 0.75)],
+        }
 
 
 class TestWeightsAndBiases:
@@ -244,16 +218,11 @@ class TestWeightsAndBiases:
 
     def start(self, root: Path, resumed: int, body: str) -> subprocess.CompletedProcess[str]:
         """A process of its own, as each start of a run has: within one, wandb may lose what the second logs."""
-        script = "\n".join(
-            [
-                "from pathlib import Path",
-                "from pipeline.training.tracking.trackers import Trackers",
-                "from tests.test_tracking import config_of, training, validation",
-                f"config = config_of(Path({str(root)!r}), 'logging.trackers=[wandb]', 'logging.wandb_project=tests')",
-                f"with Trackers.open(config, {resumed}) as trackers:",
-                f"    {body}",
-            ]
-        )
+        script = f"""if True:
+            from tests.test_tracking import Path, Trackers, config_of, training, validation
+            config = config_of(Path({str(root)!r}), "logging.trackers=[wandb]", "logging.wandb_project=tests")
+            with Trackers.open(config, {resumed}) as trackers:
+                {body}"""
         environ = {name: value for name, value in os.environ.items() if name != "WANDB_API_KEY"}
         environ["WANDB_MODE"] = "online"
         return subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True)
@@ -282,19 +251,13 @@ class TestWeightsAndBiases:
         assert run_id(tmp_path / "a") == first
         assert run_id(tmp_path / "b") != first
 
-    @pytest.mark.parametrize(
-        ("environ", "mode"),
-        [
-            ({}, "offline"),
-            ({"WANDB_MODE": "online"}, "offline"),
-            ({"WANDB_API_KEY": "k"}, "online"),
-            ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
-        ],
-    )
-    def test_without_a_key_it_is_offline(self, environ: dict[str, str], mode: str) -> None:
+    def test_without_a_key_it_is_offline(self) -> None:
         from pipeline.training.tracking.wandb import _mode
 
-        assert _mode(environ) == mode
+        key = {"WANDB_API_KEY": "k"}
+        assert _mode(key) == "online"
+        for without in ({}, {"WANDB_MODE": "online"}, {**key, "WANDB_MODE": "offline"}):
+            assert _mode(without) == "offline"
 
 
 class TestRay:
@@ -333,37 +296,31 @@ def feed(spikes: LossSpikes, losses: list[float], first_step: int = 1) -> list[i
 class TestLossSpikes:
     QUIET = [0.9, 1.1] * 10  # mean 1, standard deviation 0.1
 
-    @pytest.mark.parametrize(("loss", "found"), [(1.599, []), (1.601, [21])])
-    def test_more_than_so_many_deviations(self, loss: float, found: list[int]) -> None:
-        assert feed(LossSpikes(6.0), [*self.QUIET, loss]) == found
+    @pytest.mark.parametrize(
+        ("losses", "found"),
+        [
+            pytest.param([*QUIET, 1.599], [], id="fewer deviations"),
+            pytest.param([*QUIET, 1.601], [21], id="more deviations"),
+            pytest.param([*QUIET[1 - LEAST :], 9.0], [], id="too few losses"),
+            pytest.param([*QUIET[-LEAST:], 9.0], [LEAST + 1], id="enough losses"),
+            pytest.param([*QUIET, 9.0, 1.0, 1.7], [21, 23], id="a spike does not hide the next"),
+            pytest.param([*QUIET, *[5.0, 5.2] * 11, 9.0], [21, 43], id="what stays high is one spike, then a level"),
+            pytest.param([*[2.0] * 20, 2.0001, 2.13], [22], id="all alike, but for a last digit"),
+        ],
+    )
+    def test_where_they_are(self, losses: list[float], found: list[int]) -> None:
+        assert feed(LossSpikes(6.0), losses) == found
 
-    @pytest.mark.parametrize(("losses", "found"), [(LEAST - 1, []), (LEAST, [LEAST + 1])])
-    def test_only_after_enough_losses(self, losses: int, found: list[int]) -> None:
-        assert feed(LossSpikes(6.0), [*([0.9, 1.1] * 10)[-losses:], 9.0]) == found
+    @pytest.mark.parametrize(("window", "found"), [(20, [41]), (40, [])])
+    def test_only_the_window_counts(self, window: int, found: list[int]) -> None:
+        assert feed(LossSpikes(6.0, window=window), [*[100.0, 50.0] * 10, *self.QUIET, 2.0]) == found
 
     def test_what_it_says(self) -> None:
         spikes = LossSpikes(6.0)
         feed(spikes, self.QUIET)
-        said = spikes.update(1234, 2.0)
-        assert said
-        assert said.startswith(
+        assert str(spikes.update(1234, 2.0)).startswith(
             "step 1,234: the loss is 2, 10.0 standard deviations above 1, the mean of the last 20 logged ones; "
         )
-
-    def test_a_spike_does_not_hide_the_next(self) -> None:
-        assert feed(LossSpikes(6.0), [*self.QUIET, 9.0, 1.0, 1.7]) == [21, 23]
-
-    def test_losses_that_stay_high_are_one_spike_and_then_a_new_level(self) -> None:
-        high = [5.0, 5.2] * 10
-        assert feed(LossSpikes(6.0), [*self.QUIET, *high, 5.1, 5.2, 9.0]) == [21, 43]
-
-    def test_losses_all_alike_allow_a_last_digit(self) -> None:
-        assert feed(LossSpikes(6.0), [*[2.0] * 20, 2.0001, 2.13]) == [22]
-
-    def test_only_the_window_counts(self) -> None:
-        falling = [*[100.0, 50.0] * 10, *[0.9, 1.1] * 10]
-        assert feed(LossSpikes(6.0, window=20), [*falling, 2.0]) == [41]
-        assert feed(LossSpikes(6.0, window=40), [*falling, 2.0]) == []
 
     def test_steps_that_come_again_are_found_again(self) -> None:
         spikes = LossSpikes(6.0)
@@ -445,15 +402,9 @@ class TestSummary:
         assert sorted(os.listdir(tmp_path)) == ["history.png", "metrics.jsonl"]
 
     def test_no_metric_is_drawn_in_two_panels(self) -> None:
-        names = [
-            "loss",
-            "validation_loss",
-            "validation_seq2seq_bleu",
-            "validation_seq2seq_rouge1",
-            "seq2seq_perplexity",
-        ]
-        names += ["validation_seq2seq_perplexity", "validation_sts_spearman", "grad_norm", "mrr", "mfu", "memory_bytes"]
-        for name in names:
+        names = "loss validation_loss validation_seq2seq_bleu validation_seq2seq_rouge1 seq2seq_perplexity mrr mfu"
+        names += " validation_seq2seq_perplexity validation_sts_spearman grad_norm memory_bytes"
+        for name in names.split():
             assert sum(bool(re.fullmatch(panel.names, name)) for panel in PANELS) == 1, name
 
 
