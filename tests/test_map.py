@@ -20,10 +20,10 @@ from tests.test_evaluation import small_model
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
-def batch(ids: list[str], chance: np.random.Generator) -> pa.RecordBatch:
-    vectors = chance.normal(size=(len(ids), 3)).astype(np.float32)
+def batch(ids: list[str], chance: np.random.Generator, width: int = 3) -> pa.RecordBatch:
+    vectors = chance.normal(size=(len(ids), width)).astype(np.float32)
     columns: list[Any] = [ids, ["s"] * len(ids), [f"s:{i}" for i in ids], [f"text {i}" for i in ids]]
-    vector = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 3)
+    vector = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), width)
     return pa.RecordBatch.from_arrays([*map(pa.array, columns), vector], list(COLUMNS))
 
 
@@ -127,9 +127,8 @@ def test_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from pipeline.embedding.store import open_store, recipe_of
 
     model = small_model(tmp_path / "model")
-    (tmp_path / "c.yaml").write_text(
-        json.dumps({"storage": {"root": str(tmp_path / "store")}, "embedding": {"model": str(model)}})
-    )
+    settings = {"storage": {"root": str(tmp_path / "store")}, "embedding": {"model": str(model)}}
+    (tmp_path / "c.yaml").write_text(json.dumps(settings))
 
     def job(*options: str) -> tuple[int, dict[str, Any], str]:
         arguments = ["--config", str(tmp_path / "c.yaml"), *options]
@@ -146,13 +145,8 @@ def test_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = load(tmp_path / "c.yaml", environ={})
     store = open_store(config, recipe_of(config, model))
     store.create()
-    chance, ids = np.random.default_rng(0), [f"{i:032x}" for i in range(50)]
-    vectors = pa.array(chance.normal(size=(50, 16)).astype(np.float32).ravel())
-    rows = {name: [f"{name} {i}" for i in ids] for name in ("source_id", "text", "metadata")}
-    table = pa.table(
-        {"id": ids, "vector": pa.FixedSizeListArray.from_arrays(vectors, 16), **rows, "source": ["s"] * 50}
-    )
-    store.upsert(table)
+    rows = pa.Table.from_batches([batch([f"{i:032x}" for i in range(50)], np.random.default_rng(0), 16)])
+    store.upsert(rows.append_column("metadata", pa.array(["{}"] * 50)))
     code, last, err = job("--sample", "40", "--clusters", "3", "--to", str(tmp_path / "out"))
     assert code == 0, err
     assert last["metrics"] == {"points": 40, "groups": 3}

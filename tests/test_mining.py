@@ -18,7 +18,6 @@ from pipeline.config import Config, ConfigError, Mining, load
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.mining.blocks import negatives_of, open_block, write_block
 from pipeline.mining.choosing import Answers, Block, choose
-from pipeline.mining.keys import TextKeys
 from pipeline.mining.mine import with_negatives
 from pipeline.runtime.job import run_job
 from pipeline.text.identity import is_validation
@@ -68,14 +67,11 @@ def test_choosing_against_a_loop_over_all_texts(name: str, seed: int) -> None:
     own = chance.choice(keys, size=40)
     rows = np.repeat(np.arange(40), 3)
     others = chance.choice(keys, size=120)
-    blocks = [
-        Block(part, np.array([texts[int(key)] for key in part]))
-        for part in (np.sort(part) for part in np.split(chance.permutation(keys), [1, 60, 61]))
-    ]
+    parts = [np.sort(part) for part in np.split(chance.permutation(keys), [1, 60, 61])]
+    blocks = [Block(part, np.array([texts[int(key)] for key in part])) for part in parts]
     found = choose(anchors, own, (rows, others), blocks, wanted)
-    expected = [
-        by_hand(anchors[i], int(own[i]), {int(key) for key in others[rows == i]}, texts, wanted) for i in range(40)
-    ]
+    right = [{int(key) for key in others[rows == i]} for i in range(40)]
+    expected = [by_hand(anchors[i], int(own[i]), right[i], texts, wanted) for i in range(40)]
     assert [keys.tolist() for keys in found] == expected
     assert any(expected)
 
@@ -86,31 +82,16 @@ def test_without_texts_there_are_no_negatives() -> None:
     assert found.tolist() == []
 
 
-def test_answers() -> None:
-    answers = Answers.of(np.array([5, 2, 5, 9], np.uint64), np.array([50, 20, 51, 90], np.uint64))
-    rows, texts = answers.to(np.array([5, 7, 2, 5], np.uint64))
-    assert sorted(zip(rows.tolist(), texts.tolist(), strict=True)) == [(0, 50), (0, 51), (2, 20), (3, 50), (3, 51)]
-
-
-def test_the_first_of_equal_positives_of_the_training_split() -> None:
-    keys = TextKeys(
-        np.arange(6, dtype=np.uint64),
-        np.array([4, 4, 7, 4, 7, 8], np.uint64),
-        np.array([False, True, True, True, True, False]),
-        [0, 6],
-    )
-    assert keys.first_of_each_positive().tolist() == [False, True, True, False, False, False]
-
-
 def test_blocks_on_disk(tmp_path: Path) -> None:
     chance = np.random.default_rng(0)
     vectors = chance.normal(size=(9, 4)).astype(np.float32)
     keys = chance.permutation(9).astype(np.uint64) + 2**63
     texts = [f"text {key}" for key in keys]
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 4)
-    rows = pa.table({"positive_key": keys, "text": texts, "vector": column})
+    anchors = np.arange(9, dtype=np.uint64)
+    rows = pa.table({"anchor_key": anchors, "positive_key": keys, "text": texts, "vector": column})
     for start in (0, 5):
-        write_block(rows.slice(start, 5), tmp_path)
+        write_block(rows.slice(start, 5).drop_columns(["anchor_key"]), tmp_path)
     files = sorted(tmp_path.glob("*.arrow"))
     assert len(files) == 2
     for file in files:
@@ -118,13 +99,9 @@ def test_blocks_on_disk(tmp_path: Path) -> None:
         assert block.keys.tolist() == sorted(block.keys.tolist())
         assert found.to_pylist() == [f"text {key}" for key in block.keys]
         np.testing.assert_allclose(np.linalg.norm(block.vectors, axis=1), 1, rtol=1e-6)
-    anchors = pa.table(
-        {"anchor_key": np.arange(9, dtype=np.uint64), "positive_key": keys, "text": texts, "vector": column}
-    )
-    answers = Answers.of(np.arange(9, dtype=np.uint64), keys)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     expected = [[texts[j] for j in np.argsort(-(unit @ unit[i])) if j != i][:2] for i in range(9)]
-    assert negatives_of(anchors, files, answers, Mining(num_negatives=2)) == expected
+    assert negatives_of(rows, files, Answers.of(anchors, keys), Mining(num_negatives=2)) == expected
 
 
 def test_own_negatives_stay_behind_the_mined() -> None:
@@ -156,6 +133,8 @@ def test_wrong_settings(overrides: list[str], sentence: str, tmp_path: Path) -> 
 
 # Through Ray, on real records.
 
+Mined = tuple[Path, Manifest, Path, Manifest]
+"""A data set as prepared, and as mined."""
 PROMPTS = {"anchor": "find: ", "positive": "page: "}
 
 
@@ -174,35 +153,28 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("mining")
     model = small_model(folder / "model")
     source = {"name": "pages", "type": "json", "path": str(write_jsonl(folder / "pairs.jsonl", rows()))}
-    (folder / "c.yaml").write_text(
-        json.dumps(
-            {
-                "storage": {"root": str(folder / "store"), "run": "mined"},
-                "data": {"sources": [source | {"metadata": ["line"], "prompts": PROMPTS}], "validation_fraction": 0.1},
-                "tokenizer": {"vocab_size": 600, "max_length": 24},
-                "model": {"d_model": 16, "num_layers": 0, "d_ff": 16},
-                "embedding": {"model": str(model)},
-                "mining": {"num_negatives": 3, "relative_margin": 0.9},
-                "training": {"global_batch_size": 32, "max_steps": 4, "log_every_steps": 1},
-                "objective": {"contrastive": {"hard_negatives": 2}},
-            }
-        )
-    )
+    settings = {
+        "storage": {"root": str(folder / "store"), "run": "mined"},
+        "data": {"sources": [source | {"metadata": ["line"], "prompts": PROMPTS}], "validation_fraction": 0.1},
+        "tokenizer": {"vocab_size": 600, "max_length": 24},
+        "model": {"d_model": 16, "num_layers": 0, "d_ff": 16},
+        "embedding": {"model": str(model)},
+        "mining": {"num_negatives": 3, "relative_margin": 0.9},
+        "training": {"global_batch_size": 32, "max_steps": 4, "log_every_steps": 1},
+        "objective": {"contrastive": {"hard_negatives": 2}},
+    }
+    (folder / "c.yaml").write_text(json.dumps(settings))
     return load(folder / "c.yaml", environ={})
 
 
 @pytest.fixture(scope="module")
-def mined(config: Config, ray_cluster: None) -> tuple[Path, Manifest, Path, Manifest]:
-    """The data set as prepared, and as mined."""
+def mined(config: Config, ray_cluster: None) -> Mined:
     import jobs.mine
 
-    patch = pytest.MonkeyPatch()
-    patch.setattr("pipeline.mining.mine.BLOCK_ROWS", 150)
-    patch.setattr("pipeline.mining.mine.MINE_ROWS", 200)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.mining.mine.BLOCK_ROWS", 150)
+        patch.setattr("pipeline.mining.mine.MINE_ROWS", 200)
         code = run_job("mine", jobs.mine.__doc__ or "", jobs.mine.main, None, ["--config", str(yaml_of(config))])
-    finally:
-        patch.undo()
     assert code == 0
     folders = {}
     for path in (config.root / "prepared").iterdir():
@@ -220,15 +192,13 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
     return pq.read_table(folder / "records").to_pylist()
 
 
-def test_mined_records_against_a_loop(config: Config, mined: tuple[Path, Manifest, Path, Manifest]) -> None:
+def test_mined_records_against_a_loop(config: Config, mined: Mined) -> None:
     from pipeline.embedding.encode import TextEncoder
 
     before, after = records_of(mined[0]), records_of(mined[2])
-    strip = [{key: value for key, value in row.items() if key != "negatives"} for row in after]
-    assert strip == [{key: value for key, value in row.items() if key != "negatives"} for row in before]
+    assert [row | {"negatives": 0} for row in after] == [row | {"negatives": 0} for row in before]
     training = [row for row in after if not is_validation(row["id"], 0.1)]
-    held_out = [row for row in after if is_validation(row["id"], 0.1)]
-    assert all(row["negatives"] is None for row in held_out)
+    assert all(row["negatives"] is None for row in after if is_validation(row["id"], 0.1))
     texts = sorted({row["positive"] for row in training})
     encoder = TextEncoder(Path(str(config.embedding.model)), device="cpu")
     vectors = dict(zip(texts, encoder.encode([PROMPTS["positive"] + text for text in texts]), strict=True))
@@ -251,7 +221,7 @@ def test_mined_records_against_a_loop(config: Config, mined: tuple[Path, Manifes
     assert numbers[3] > 100
 
 
-def test_the_split_and_its_tokens_stay(mined: tuple[Path, Manifest, Path, Manifest]) -> None:
+def test_the_split_and_its_tokens_stay(mined: Mined) -> None:
     folder, manifest, target, new = mined
     assert new.fingerprint != manifest.fingerprint
     assert (new.splits, new.sources, new.settings) == (manifest.splits, manifest.sources, manifest.settings)
@@ -266,7 +236,7 @@ def test_the_split_and_its_tokens_stay(mined: tuple[Path, Manifest, Path, Manife
             assert row["negatives"] == expected, split
 
 
-def test_it_is_made_once(config: Config, mined: tuple[Path, Manifest, Path, Manifest]) -> None:
+def test_it_is_made_once(config: Config, mined: Mined) -> None:
     from pipeline.embedding.store import recipe_of
     from pipeline.mining.mine import mine
 
@@ -275,7 +245,7 @@ def test_it_is_made_once(config: Config, mined: tuple[Path, Manifest, Path, Mani
     assert again == (mined[2], mined[3])
 
 
-def test_it_trains(config: Config, mined: tuple[Path, Manifest, Path, Manifest]) -> None:
+def test_it_trains(config: Config, mined: Mined) -> None:
     from pipeline.data.prepare import prepare
     from pipeline.training.assembly import train_here
 
@@ -293,24 +263,19 @@ def test_it_trains(config: Config, mined: tuple[Path, Manifest, Path, Manifest])
     assert losses[2] > losses[0] + 0.05  # more candidates to tell the positive from
 
 
-@pytest.mark.parametrize(
-    ("override", "sentence"),
-    [
-        ("tokenizer.max_length=32", "tokenizer.max_length: found 32; allowed with data.prepared is 24, as in "),
-        ("data.validation_fraction=0.2", "data.validation_fraction: found 0.2; allowed with data.prepared is 0.1"),
-        (
-            "data.sources.0.name=other",
-            "data.sources: found other with prompts .*; allowed with data.prepared are pages",
-        ),
-    ],
-)
-def test_other_settings_than_the_data_sets_own(
-    override: str, sentence: str, config: Config, mined: tuple[Path, Manifest, Path, Manifest]
-) -> None:
+OTHERS = {
+    "tokenizer.max_length=32": "tokenizer.max_length: found 32; allowed with data.prepared is 24, as in ",
+    "data.validation_fraction=0.2": "data.validation_fraction: found 0.2; allowed with data.prepared is 0.1",
+    "data.sources.0.name=other": "data.sources: found other with prompts .*; allowed with data.prepared are pages",
+}
+
+
+@pytest.mark.parametrize("override", OTHERS)
+def test_other_settings_than_the_data_sets_own(override: str, config: Config, mined: Mined) -> None:
     from pipeline.data.prepare import prepare
 
     name = mined[2].relative_to(config.root)
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(ConfigError, match=OTHERS[override]):
         prepare(load(yaml_of(config), [f"data.prepared={name}", override], environ={}), lambda: pytest.fail("Ray"))
 
 
@@ -318,9 +283,7 @@ def test_texts_alone_have_no_negatives(config: Config, tmp_path: Path) -> None:
     from pipeline.embedding.recipe import EncoderRecipe
     from pipeline.mining.mine import mine
 
-    manifest, recipe = (
-        Manifest("", [], {}, [], {"text": {}}, [], {}),
-        EncoderRecipe(tmp_path, config.embedding, tmp_path),
-    )
+    manifest = Manifest("", [], {}, [], {"text": {}}, [], {})
+    recipe = EncoderRecipe(tmp_path, config.embedding, tmp_path)
     with pytest.raises(ConfigError, match="found records of text alone; allowed for mining are sources that give"):
         mine(config, tmp_path, manifest, recipe, lambda: pytest.fail("asked for Ray"))

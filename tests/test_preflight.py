@@ -132,11 +132,8 @@ def test_all_that_is_wrong_is_said(caplog: pytest.LogCaptureFixture) -> None:
         refuse(findings)
     assert [record.getMessage() for record in caplog.records] == ["first"]
     refuse(findings[:1])
-    assert [line.split() for line in findings_table(findings).splitlines()[2:]] == [
-        ["a", "ok", "1"],
-        ["b", "no", "2"],
-        ["c", "no", "3"],
-    ]
+    table = [line.split() for line in findings_table(findings).splitlines()[2:]]
+    assert table == [["a", "ok", "1"], ["b", "no", "2"], ["c", "no", "3"]]
 
 
 def test_the_driver_s_node_is_not_among_the_others() -> None:
@@ -154,13 +151,9 @@ def test_check_looks_and_does_no_more(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "preflight" in err
     left = {path.name for path in (tmp_path / "store").rglob("*") if path.is_file()}
     assert left == {"training.log"}
-    code, last, _, err = job(
-        capsys,
-        "run",
-        "--check",
-        *("scaling.cpus_per_worker=4", "scaling.labels.encode={pool: gpu}", "training.global_batch_size=32"),
-        *("embedding.store=pinecone", "pinecone.host=http://127.0.0.1:9", "pinecone.max_attempts=1"),
-    )
+    wanted = ["scaling.cpus_per_worker=4", "scaling.labels.encode={pool: gpu}", "training.global_batch_size=32"]
+    wanted += ["embedding.store=pinecone", "pinecone.host=http://127.0.0.1:9", "pinecone.max_attempts=1"]
+    code, last, _, err = job(capsys, "run", "--check", *wanted)
     assert (code, last["status"]) == (1, "failed")
     for words in ("scaling: found 2 workers of 4 CPUs", "scaling.labels.encode: found no", "embedding.store: found no"):
         assert words in err
