@@ -100,6 +100,6 @@ def trained_alone(ray_cluster: str) -> Path:
 
     folder = prepared_alone()
     config = write_config(folder, **UNDISTURBED)
-    last = JobProcess("run", config, small_tasks=True, RAY_ADDRESS=ray_cluster).finish()
+    last = JobProcess("run", config, RAY_ADDRESS=ray_cluster).finish()
     (folder / "last.json").write_text(json.dumps(last))
     return folder

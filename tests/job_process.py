@@ -68,7 +68,7 @@ def prepared_alone() -> Path:
     """A folder whose store holds `write_config`'s 4,000 records, prepared. The first call prepares them."""
     folder = Path(_SHARED.name) / "alone"
     if not folder.exists():
-        JobProcess("prepare", write_config(folder), small_tasks=True).finish()
+        JobProcess("prepare", write_config(folder)).finish()
     return folder
 
 
@@ -102,15 +102,14 @@ def free_ports(count: int) -> list[int]:
 
 
 class JobProcess:
-    """A job in a process of its own."""
+    """A job in a process of its own, with small tasks, so that a kill lands in the middle of its work."""
 
-    def __init__(self, name: str, config: Path, *args: str, small_tasks: bool = False, **more: str) -> None:
-        """`small_tasks`: read in many tasks, into many shards. `more` goes into the environment."""
+    def __init__(self, name: str, config: Path, *args: str, **more: str) -> None:
+        """`more` goes into its environment."""
         self.log = config.parent / f"{name}-{time.monotonic_ns()}.err"
-        script = ["-m", "tests.small_tasks", name] if small_tasks else [f"jobs/{name}.py"]
         with self.log.open("w") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, *script, "--config", str(config), *args],
+                [sys.executable, "-m", "tests.small_tasks", name, "--config", str(config), *args],
                 cwd=ROOT,
                 env=environment(**more),
                 stdout=subprocess.PIPE,

@@ -52,12 +52,12 @@ def test_a_killed_job_goes_on_from_the_bucket_alone(trained_alone: Path, tmp_pat
     with s3("jobs") as served:
         alone = json.loads((trained_alone / "last.json").read_text())
         config = job_config(tmp_path / "killed", served)
-        job = JobProcess("run", config, small_tasks=True)
+        job = JobProcess("run", config)
         job.wait_for("train: step 100:")
         job.kill()
         for left in TEMPORARY.glob("text-embedding-pipeline-*"):  # as on another machine
             shutil.rmtree(left)
-        job = JobProcess("run", config, small_tasks=True)
+        job = JobProcess("run", config)
         last = job.finish()
         assert "on from step" in job.log.read_text()
         assert list(TEMPORARY.glob("text-embedding-pipeline-*/mirror-*")) == []

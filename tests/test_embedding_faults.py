@@ -40,7 +40,7 @@ def test_killed_at_four_points_and_changed_it_ends_with_one_vector_a_document(tm
     store = tmp_path / "store"
 
     def embed(*more: str, **environment: str) -> JobProcess:
-        return JobProcess("embed", config, *arguments, *more, small_tasks=True, **environment)
+        return JobProcess("embed", config, *arguments, *more, **environment)
 
     kills = 0
     for point in ("cache", "table", "encoder, then table"):

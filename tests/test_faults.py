@@ -80,14 +80,14 @@ def test_the_same_bytes_on_1_and_4_workers_and_killed_in_each_stage(tmp_path: Pa
     config = write_config(killed, pairs=12_000)
     done: dict[str, int] = {}
     for output in ("judged/*.json", "counts/*.json", "keys/*.npy", "gone/*.parquet", "described/*.json"):
-        job = JobProcess("prepare", config, option, small_tasks=True)
+        job = JobProcess("prepare", config, option)
         wait_until(lambda output=output: list(killed.glob(f"store/stages/*/scratch/{output}")), job)
         job.process.kill()
         job.process.wait()
         finished = {str(p): p.stat().st_mtime_ns for p in killed.glob("store/stages/*/done.json")}
         assert done.items() <= finished.items()  # nothing that was done is done again
         done = finished
-    job = JobProcess("prepare", config, option, small_tasks=True)
+    job = JobProcess("prepare", config, option)
     job.finish()
     assert len(done) == 3
     assert prepared_bytes(killed) == found[0]

@@ -111,7 +111,7 @@ def test_nodes_are_lost_and_nothing_else_is(
         access = {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": nodes.cluster.address}
 
         def start(name: str, *args: str) -> JobProcess:
-            return JobProcess(name, config, *PLACED, *args, small_tasks=True, **access)
+            return JobProcess(name, config, *PLACED, *args, **access)
 
         job = start("prepare")
         wait_until(lambda: list(tmp_path.glob("store/stages/records-*/scratch/judged/*.json")), job)
