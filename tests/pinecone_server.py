@@ -149,9 +149,10 @@ class Service:
         found = [{"id": i, "score": float(score), "metadata": space[i]["metadata"]} for score, i in best]
         return {"matches": found, "namespace": body.get("namespace", ""), "usage": {"readUnits": 1}}
 
-    def fetch(self, index: str, ids: list[str], namespace: str) -> Record:
+    def fetch(self, index: str, query: dict[str, list[str]]) -> Record:
+        namespace = query.get("namespace", [""])[0]
         space = self.space(index, namespace)
-        found = {i: {"id": i, **space[i]} for i in ids if i in space}
+        found = {i: {"id": i, **space[i]} for i in query.get("ids", []) if i in space}
         return {"vectors": found, "namespace": namespace, "usage": {"readUnits": 1}}
 
     def delete(self, index: str, body: Record) -> Record:
@@ -304,9 +305,7 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusalError(404, f"Index {index} not found", "NOT_FOUND")
         acts: dict[str, Callable[[], Record]] = {
             "vectors/upsert": lambda: service.upsert(index, body, share),
-            "vectors/fetch": lambda: service.fetch(
-                index, self.query.get("ids", []), self.query.get("namespace", [""])[0]
-            ),
+            "vectors/fetch": lambda: service.fetch(index, self.query),
             "vectors/list": lambda: service.listed(index, self.query),
             "vectors/delete": lambda: service.delete(index, body),
             "vectors/update": lambda: service.update(index, body),

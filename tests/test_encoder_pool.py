@@ -25,7 +25,5 @@ GPUS = (Node(0, 0, {}), *[Node(8, 1, {})] * 4, *[Node(8, 1, None)] * 12)
         (GPUS, 5000, None, Pool(most=5, now=4, cpus=1.0, gpus=1, threads=8)),
     ],
 )
-def test_no_more_encoders_than_batches_and_no_more_threads_than_a_node_has(
-    nodes: tuple[Node, ...], texts: int, wanted: int | None, pool: Pool
-) -> None:
+def test_a_pool_fits_batches_and_nodes(nodes: tuple[Node, ...], texts: int, wanted: int | None, pool: Pool) -> None:
     assert Pool.of(texts, wanted, Cluster(nodes)) == pool

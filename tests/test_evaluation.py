@@ -148,24 +148,6 @@ def test_sts(tmp_path: Path) -> None:
     assert pearson([1, 2], [0.5, 0.5]) == pearson([1, 2], [0.5, math.inf]) == 0
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ("a\tb\tc\n", "line 1: a header of score, sentence1, sentence2 is wanted"),
-        ("", "a header of score, sentence1, sentence2 is wanted"),
-        ("score\tsentence1\tsentence2\nx\ta\tb\n", "line 2: could not convert"),
-        ("score\tsentence1\tsentence2\n1\ta\tb\n2\ta\n", "line 3: not enough values"),
-        ("score\tsentence1\tsentence2\nnan\ta\tb\n", "line 2: nan is no score"),
-        ("score\tsentence1\tsentence2\n1\ta\tb\n1\tc\td\n", "fewer than two scores"),
-    ],
-)
-def test_sts_files_that_are_none(content: str, sentence: str, tmp_path: Path) -> None:
-    file = tmp_path / "sts.tsv"
-    file.write_text(content)
-    with pytest.raises(ConfigError, match=sentence):
-        read_sts(file)
-
-
 class GivenVectors:
     """Stands in for a SentenceTransformer in its own evaluators: texts have vectors already."""
 
@@ -350,22 +332,31 @@ def test_labels(tmp_path: Path) -> None:
         (tmp_path / f"{name}.tsv").write_text(f'text\tlabel\na "{name}\tx\nb\ty\n')
     assert read_labels(tmp_path / "test.tsv", "key") == (['a "test', "b"], ["x", "y"])
     assert read_classification(tmp_path) == (['a "train', "b"], ["x", "y"], ['a "test', "b"], ["x", "y"])
+    with pytest.raises(ConfigError, match=r"key: .*No such file or directory; allowed is a TSV of text, label"):
+        read_labels(tmp_path / "other.tsv", "key")
+
+
+PAIRS, LABELS = "score\tsentence1\tsentence2\n", "text\tlabel\n"
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"),
+    ("key", "content", "sentence"),
     [
-        ("a\tb\n", "line 1: a header of text, label is wanted"),
-        ("text\tlabel\na\tb\tc\n", "line 2: too many values; allowed are rows of text, label"),
-        ("text\tlabel\na\tx\nb\tx\n", "has 1 labels; allowed are two or more"),
+        ("sts_file", "a\tb\tc\n", "line 1: a header of score, sentence1, sentence2 is wanted"),
+        ("sts_file", "", "a header of score, sentence1, sentence2 is wanted"),
+        ("sts_file", f"{PAIRS}x\ta\tb\n", "line 2: could not convert"),
+        ("sts_file", f"{PAIRS}1\ta\tb\n2\ta\n", "line 3: not enough values"),
+        ("sts_file", f"{PAIRS}nan\ta\tb\n", "line 2: nan is no score"),
+        ("sts_file", f"{PAIRS}1\ta\tb\n1\tc\td\n", "fewer than two scores"),
+        ("classification_dir", "a\tb\n", "line 1: a header of text, label is wanted"),
+        ("classification_dir", f"{LABELS}a\tb\tc\n", "line 2: too many values; allowed are rows of text, label"),
+        ("classification_dir", f"{LABELS}a\tx\nb\tx\n", "has 1 labels; allowed are two or more"),
     ],
 )
-def test_label_files_that_are_none(content: str, sentence: str, tmp_path: Path) -> None:
+def test_files_of_pairs_and_labels_that_are_none(key: str, content: str, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text(content)
-    with pytest.raises(ConfigError, match=f"evaluation.classification_dir: .*{sentence}"):
-        read_classification(tmp_path)
-    with pytest.raises(ConfigError, match=r"key: .*No such file or directory; allowed is a TSV of text, label"):
-        read_labels(tmp_path / "other.tsv", "key")
+    with pytest.raises(ConfigError, match=f"^evaluation.{key}: .*{sentence}"):
+        read_sts(tmp_path / "train.tsv") if key == "sts_file" else read_classification(tmp_path)
 
 
 def test_the_table_has_a_line_for_each_system() -> None:

@@ -113,24 +113,6 @@ def test_own_negatives_stay_behind_the_mined() -> None:
     assert found.column_names == records.column_names
 
 
-@pytest.mark.parametrize(
-    ("overrides", "sentence"),
-    [
-        (["mining.range_min=100"], "a range_min below range_max, not 100 and 100"),
-        (["mining.min_score=0.5", "mining.max_score=0.4"], "a min_score up to max_score, not 0.5 and 0.4"),
-        (["mining.num_negatives=0"], "mining.num_negatives"),
-        (["data.prepared=nowhere"], r"data.prepared: found no manifest\.json of a prepared data set in .*nowhere"),
-    ],
-)
-def test_wrong_settings(overrides: list[str], sentence: str, tmp_path: Path) -> None:
-    from pipeline.data.prepare import prepare
-
-    file = tmp_path / "c.yaml"
-    file.write_text("training: {max_steps: 1}\n")
-    with pytest.raises(ConfigError, match=sentence):
-        prepare(load(file, [*overrides, f"storage.root={tmp_path}"], environ={}), lambda: pytest.fail("asked for Ray"))
-
-
 # Through Ray, on real records.
 
 Mined = tuple[Path, Manifest, Path, Manifest]
@@ -263,20 +245,24 @@ def test_it_trains(config: Config, mined: Mined) -> None:
     assert losses[2] > losses[0] + 0.05  # more candidates to tell the positive from
 
 
-OTHERS = {
+WRONG = {
+    "mining.range_min=100": "a range_min below range_max, not 100 and 100",
+    "mining.min_score=0.5 mining.max_score=0.4": "a min_score up to max_score, not 0.5 and 0.4",
+    "mining.num_negatives=0": "mining.num_negatives",
+    "data.prepared=nowhere": r"data.prepared: found no manifest\.json of a prepared data set in .*nowhere",
     "tokenizer.max_length=32": "tokenizer.max_length: found 32; allowed with data.prepared is 24, as in ",
     "data.validation_fraction=0.2": "data.validation_fraction: found 0.2; allowed with data.prepared is 0.1",
     "data.sources.0.name=other": "data.sources: found other with prompts .*; allowed with data.prepared are pages",
 }
 
 
-@pytest.mark.parametrize("override", OTHERS)
-def test_other_settings_than_the_data_sets_own(override: str, config: Config, mined: Mined) -> None:
+@pytest.mark.parametrize("overrides", WRONG)
+def test_wrong_settings_and_others_than_the_data_sets_own(overrides: str, config: Config, mined: Mined) -> None:
     from pipeline.data.prepare import prepare
 
-    name = mined[2].relative_to(config.root)
-    with pytest.raises(ConfigError, match=OTHERS[override]):
-        prepare(load(yaml_of(config), [f"data.prepared={name}", override], environ={}), lambda: pytest.fail("Ray"))
+    prepared = f"data.prepared={mined[2].relative_to(config.root)}"
+    with pytest.raises(ConfigError, match=WRONG[overrides]):
+        prepare(load(yaml_of(config), [prepared, *overrides.split()], environ={}), lambda: pytest.fail("Ray"))
 
 
 def test_texts_alone_have_no_negatives(config: Config, tmp_path: Path) -> None:

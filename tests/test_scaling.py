@@ -8,7 +8,9 @@ import re
 import tracemalloc
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +21,8 @@ from pipeline.data.manifest import read_manifest, write_manifest
 from pipeline.data.prepare import MAX_SHARDS
 from pipeline.embedding import ledger
 from pipeline.embedding.embed import MOST_WRITE_ROWS, WRITE_ROWS, write_rows
-from pipeline.runtime.session import Board
 from pipeline.sources.source import MAX_TASKS
+from tests.conftest import board
 
 ROOT = Path(__file__).parents[1]
 MILLION, BILLION = 10**6, 10**9
@@ -73,22 +75,16 @@ def test_a_manifest_and_a_plan_of_training_take_what_the_page_says(tmp_path: Pat
 def test_all_tasks_of_a_plan_go_through_ray(tmp_path: Path) -> None:
     """The simulated run of benchmarks/scaling_plan.py, of a million records."""
     inputs = scaling_plan.inputs_of(tmp_path, MILLION)
-    assert scaling_plan.read_empty(inputs, tmp_path, Board()) == len(inputs.work) == 120
+    assert scaling_plan.read_empty(inputs, tmp_path, board()) == len(inputs.work) == 120
     assert scaling_plan.look_empty(inputs, tmp_path) == inputs.shards == 60
 
 
 @pytest.mark.parametrize("entries", [0, MILLION, BILLION, 100 * BILLION])
-def test_the_ledger_is_gone_through_in_ranges_that_fit_in_memory(
-    entries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Table:
-        def count_rows(self) -> int:
-            return entries
-
+def test_the_ledger_is_gone_through_in_ranges_that_fit_in_memory(entries: int, tmp_path: Path) -> None:
     ranges: list[tuple[str, str | None]] = []
-    monkeypatch.setattr(ledger, "_between", lambda table, first, last: ranges.append((first, last)))
-    monkeypatch.setattr(ledger.Ledger, "table", Table())
-    list(ledger.Ledger(tmp_path, "t")._parts())
+    table = SimpleNamespace(count_rows=lambda: entries)
+    with patch.object(ledger.Ledger, "table", table), patch.object(ledger, "_between", lambda _, *r: ranges.append(r)):
+        list(ledger.Ledger(tmp_path, "t")._parts())
     assert (ranges[0][0], ranges[-1][1]) == ("", None)
     assert all(one[1] == other[0] for one, other in pairwise(ranges))
     starts = [int(first.ljust(4, "0"), 16) for first, _ in ranges]
@@ -102,14 +98,8 @@ def test_a_ledger_in_many_ranges_has_each_entry_once(tmp_path: Path, monkeypatch
     ids = [os.urandom(16).hex() for _ in range(300)]
     one = ledger.Ledger(tmp_path, "t")
     one.begin()
-    columns = {
-        "id": ids,
-        "source": ["s"] * 300,
-        "source_id": ids,
-        "digest": ids,
-        "parts": pa.array([1] * 300, pa.int32()),
-    }
-    one.note(pa.table(columns), ledger.THERE)
+    columns = {"id": ids, "source": ["s"] * 300, "source_id": ids, "digest": ids}
+    one.note(pa.table({**columns, "parts": pa.array([1] * 300, pa.int32())}), ledger.THERE)
     one.compact()
     assert one.counts() == (300, 0)
     assert sorted(one.table.to_arrow()["id"].to_pylist()) == sorted(ids)
@@ -129,9 +119,8 @@ def test_sums_of_the_arithmetic_are_those_of_a_loop() -> None:
     fixed, a_fragment = rates["ledger, an entry"].value, rates["ledger, an entry, a fragment there"].value
     assert scale.ledger_s == pytest.approx(sum(fixed + a_fragment * i for i in range(2 * scale.writes)), rel=0.02)
     parts = scaling.parts_at_most(scale.text_bytes, scale.read_tasks)
-    met = {
-        (i % parts, one) for i, one in enumerate(np.random.default_rng(0).integers(0, scale.shards, MILLION).tolist())
-    }
+    shards = np.random.default_rng(0).integers(0, scale.shards, MILLION)
+    met = np.unique(np.arange(MILLION) % parts * scale.shards + shards)
     assert scale.pairs == pytest.approx(len(met), rel=0.01)
 
 

@@ -24,6 +24,7 @@ from pipeline.training.tracking.jsonl import JsonLines, metrics_kind, read_rows
 from pipeline.training.tracking.summary import PANELS, _series, final_table, plot_history
 from pipeline.training.tracking.tracker import Metrics, Tracker, grouped
 from pipeline.training.tracking.trackers import Trackers
+from pipeline.training.tracking.wandb import _mode, run_id
 
 
 def config_of(root: Path, *overrides: str) -> Config:
@@ -245,15 +246,11 @@ class TestWeightsAndBiases:
         assert not Path("wandb").exists()  # none where the tests run
 
     def test_a_run_deleted_and_begun_anew_is_another(self, tmp_path: Path) -> None:
-        from pipeline.training.tracking.wandb import run_id
-
         first = run_id(tmp_path / "a")
         assert run_id(tmp_path / "a") == first
         assert run_id(tmp_path / "b") != first
 
     def test_without_a_key_it_is_offline(self) -> None:
-        from pipeline.training.tracking.wandb import _mode
-
         key = {"WANDB_API_KEY": "k"}
         assert _mode(key) == "online"
         for without in ({}, {"WANDB_MODE": "online"}, {**key, "WANDB_MODE": "offline"}):
