@@ -107,9 +107,13 @@ class World:
         """id → source_id, text and metadata of all that a store in step holds."""
         return {content_id([text]): (source_id, text, meta) for source_id, (text, meta) in self.corpus.items()}
 
+    def rows(self) -> list[dict[str, Any]]:
+        """All that the store holds."""
+        return self.store.fetch([row_id for page in self.store.ids() for row_id in page]).to_pylist()  # type: ignore[no-any-return]
+
     def check(self) -> None:
         """The store holds each document once, with its own vector, and nothing else."""
-        rows = self.store.fetch([row_id for page in self.store.ids() for row_id in page]).to_pylist()
+        rows = self.rows()
         found = {row["id"]: (row["source_id"], row["text"], json.loads(row["metadata"])) for row in rows}
         assert len(rows) == len(found)
         assert found == self.expected()

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -107,16 +108,13 @@ def test_what_fails_is_not_put_in_place(root: BucketPath) -> None:
     assert not (root / "x").exists()
 
 
-def test_a_folder_is_fetched_once_and_again_when_it_changed(
-    root: BucketPath, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_folder_is_fetched_once_and_again_when_it_changed(root: BucketPath, tmp_path: Path) -> None:
     for name in ("a", "deep/b"):
         (root / "m" / name).write_bytes(name.encode())
     first = fetched(root / "m")
     assert first.name == "m"
     assert {path.relative_to(first).as_posix() for path in first.rglob("*") if path.is_file()} == {"a", "deep/b"}
-    with monkeypatch.context() as patch:
-        patch.setattr(BucketPath, "download", lambda *_: pytest.fail("it is there"))
+    with patch.object(BucketPath, "download", side_effect=AssertionError("it is there")):
         assert fetched(root / "m") == first
     (root / "m" / "a").write_bytes(b"another")
     assert (fetched(root / "m") / "a").read_bytes() == b"another"
@@ -230,8 +228,8 @@ def test_a_root_that_cannot_be_reached_is_one_sentence(tmp_path: Path) -> None:
         assert elsewhere.startswith("storage.root: found no bucket elsewhere at s3://")
     assert "Unexpected query parameter in S3 URI: 'regio'" in refused("s3://store/x?regio=here")
     no_way = "storage.root: found no way into s3://store (AWS Error "
-    with pytest.MonkeyPatch.context() as patch:
-        give_up_at_once(patch)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        give_up_at_once(monkeypatch)
         assert refused(f"s3://store/x{NOBODY}").startswith(f"{no_way}NETWORK")
     with answering(Forbidding) as options:
         found = refused(f"s3://store/x{options}")
