@@ -160,8 +160,7 @@ def test_seq2seq(smoothing: float) -> None:
     encoder, decoder = partners()
     ours = written_loss(decoder, pack(TEXTS), seen_states(encoder, pack(ANCHORS)), smoothing)
     memories = [seen_states(encoder, pack([anchor])) for anchor in ANCHORS]
-    expected = one_by_one(decoder, TEXTS, [*memories], smoothing)
-    assert_same(ours, expected, 6 + 1 + 3 + 0 + 4, encoder, decoder)
+    assert_same(ours, one_by_one(decoder, TEXTS, [*memories], smoothing), 6 + 1 + 3 + 0 + 4, encoder, decoder)
 
 
 def test_tsdae() -> None:
@@ -231,17 +230,20 @@ def test_a_batch_without_masked_tokens_has_no_loss() -> None:
 
 
 def test_a_small_transformer_learns_to_turn_texts_round() -> None:
+    """Three of four tokens in all orders: without the source's positions a text costs log(6) at least."""
     torch.manual_seed(0)
-    model = build_unified_transformer(12, 12, 8, 8, 32, 1, 4, dropout=0.0, tie_embeddings=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    texts = [[int(t) for t in torch.randperm(8)[:4] + 4] for _ in range(24)]
+    model = build_unified_transformer(8, 8, 8, 8, 32, 1, 4, dropout=0.0, tie_embeddings=True)
+    for matrix in (parameter for parameter in model.parameters() if parameter.ndim > 1):
+        nn.init.normal_(matrix, std=0.1)  # from smaller weights it takes longer to look at its source
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    texts = [[a, b, c] for a in range(4, 8) for b in range(4, 8) for c in range(4, 8) if len({a, b, c}) == 3]
     source, target = pack(texts), pack([text[::-1] for text in texts])
     losses = []
-    for _ in range(80):
-        loss = written_loss(model.decoder, target, model.memory(source))
+    for _ in range(60):
         optimizer.zero_grad()
+        loss = written_loss(model.decoder, target, model.memory(source))
         (loss.sum / loss.count).backward()
         optimizer.step()
         losses.append(loss.nll.item() / loss.count)
-    assert losses[-1] < 0.05 < 1 < losses[0]
+    assert losses[-1] < 0.1 < np.log(6) / 4 < losses[0]
     assert model.eval().generate(source, CLS, SEP) == [text[::-1] for text in texts]
