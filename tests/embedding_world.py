@@ -109,7 +109,8 @@ class World:
 
     def rows(self) -> list[dict[str, Any]]:
         """All that the store holds."""
-        return self.store.fetch([row_id for page in self.store.ids() for row_id in page]).to_pylist()  # type: ignore[no-any-return]
+        ids = [row_id for page in self.store.ids() for row_id in page]
+        return self.store.fetch(ids).to_pylist()  # type: ignore[no-any-return]
 
     def check(self) -> None:
         """The store holds each document once, with its own vector, and nothing else."""
