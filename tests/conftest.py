@@ -15,8 +15,7 @@ from pipeline.runtime.session import LOCAL_ENVIRONMENT, Board, set_environment
 from tests.bucket_servers import CREDENTIALS
 
 os.environ.pop("RAY_ADDRESS", None)
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers' threads that wait for each other keep both cores busy
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of tiny products that wait for each other keep all cores busy
 FOR_RAY = {
     "RAY_worker_niceness": "0",  # not 15, at which other tests leave Ray's workers next to nothing
     **LOCAL_ENVIRONMENT,

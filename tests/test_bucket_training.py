@@ -245,7 +245,7 @@ def test_killed_amid_uploads_a_run_ends_with_the_bits_of_one_on_disk(served: Ser
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("served", ["s3"], indirect=True)
 def test_fsdp_workers_that_share_no_disk_end_with_the_bits_of_those_that_do(served: Served, tmp_path: Path) -> None:
     settings = SETTINGS | {"training": SETTINGS["training"] | {"strategy": "fsdp"}}

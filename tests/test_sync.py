@@ -267,7 +267,7 @@ def test_the_cache_is_kept_below_its_size(world: World) -> None:
     assert vectors[-1, 0] == 900
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_onnxruntime_gives_nearly_the_same_vectors(precision: str, world: World) -> None:
     pytest.importorskip("onnxruntime")
