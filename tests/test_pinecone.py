@@ -85,7 +85,7 @@ class TestFaults:
             server.retry_after_s = 0.1
             budget = Budget(Allowance(rate, at_once))
             # Two stores, as of two processes, that share one budget.
-            settings = {"batch_rows": 20, "max_attempts": 12, "timeout_s": 0.7, "max_concurrency": 16}
+            settings = {"batch_rows": 20, "max_attempts": 12, "timeout_s": 1.5, "max_concurrency": 16}
             stores = [store_at(server, budget=budget, **settings) for _ in range(2)]
             stores[0].create()
             ids = numbered(1500)
@@ -112,7 +112,7 @@ class TestFaults:
     @pytest.mark.parametrize("kind", ["429", "503", "timeout", "cut-before", "cut-after", "part"])
     def test_what_cannot_be_written_is_refused_with_the_reason(self, kind: str) -> None:
         with pinecone_server(KEY, {kind: 1.0}, retry_after_s=0.01) as server:
-            store = made(server, timeout_s=0.5 if kind == "timeout" else 20.0, batch_rows=4)
+            store = made(server, timeout_s=1.0 if kind == "timeout" else 20.0, batch_rows=4)
             refused = store.upsert(rows_of(numbered(6)))
             assert sorted(one.id for one in refused) == numbered(6)
             assert {one.attempts for one in refused} == {3}
