@@ -15,9 +15,8 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from pipeline.config import load
-from pipeline.data.prepare import prepare
+from pipeline.data.manifest import read_manifest
 from pipeline.training.assembly import train_here
-from tests.conftest import no_board
 from tests.job_process import (
     UNDISTURBED,
     WAIT_S,
@@ -211,8 +210,11 @@ def test_a_node_comes_and_goes_in_mid_run(tmp_path: Path, monkeypatch: pytest.Mo
             raise ReachedError
 
     alone = load(config, ["storage.run=alone"], environ={})
+    (prepared,) = (tmp_path / "store" / "prepared").iterdir()
+    manifest = read_manifest(prepared)
+    assert manifest
     with pytest.raises(ReachedError):
-        train_here(alone, *prepare(alone, no_board), told)
+        train_here(alone, prepared, manifest, told)
     assert found.keys() <= expected.keys()
     assert len(found) > 40
     for step, loss in found.items():
