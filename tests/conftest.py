@@ -1,20 +1,24 @@
-"""One Ray session for all quick tests of a process, and small data made here."""
+"""One Ray session for all tests of a process, jobs in that process, and small data made here."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline.runtime.job import run_job
 from pipeline.runtime.session import LOCAL_ENVIRONMENT, Board, set_environment
 from tests.bucket_servers import CREDENTIALS
 
-os.environ.pop("RAY_ADDRESS", None)
+for name in ("RAY_ADDRESS", "PIPELINE_STORAGE"):
+    os.environ.pop(name, None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of tiny products that wait for each other keep all cores busy
 FOR_RAY = {
     "RAY_worker_niceness": "0",  # not 15, at which other tests leave Ray's workers next to nothing
@@ -55,6 +59,14 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def run_here(capsys: pytest.CaptureFixture[str], name: str, *args: str) -> tuple[int, Any, str, str]:
+    """A job in this process: its exit code, its last line, all of stdout, and stderr."""
+    job = importlib.import_module(f"jobs.{name}")
+    code = run_job(name, job.__doc__, job.main, job.arguments() if hasattr(job, "arguments") else None, [*args])
+    out, err = capsys.readouterr()
+    return code, json.loads(out.splitlines()[-1]), out, err
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

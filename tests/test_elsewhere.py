@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import shutil
@@ -28,8 +27,7 @@ from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import load_model, save_model
 from pipeline.model.reading import model_fingerprint, read_card
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.runtime.job import run_job
-from tests.conftest import make_pairs, write_jsonl
+from tests.conftest import make_pairs, run_here, write_jsonl
 
 WIDTH, POSITIONS = 32, 40
 TEXTS = [str(row[field]) for row in make_pairs(12) for field in ("anchor", "positive")] + ["", "X", "Violin " * 60]
@@ -277,24 +275,12 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "c.json"
 
 
-def job(config: Path, capsys: pytest.CaptureFixture[str], name: str, *args: str) -> tuple[int, Any, str]:
-    module = importlib.import_module(f"jobs.{name}")
-    arguments = module.arguments() if hasattr(module, "arguments") else None
-    code = run_job(name, module.__doc__, module.main, arguments, ["--config", str(config), *args])
-    out, err = capsys.readouterr()
-    return code, json.loads(out.splitlines()[-1]), err
-
-
-@pytest.fixture(autouse=True)
-def _no_other_storage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PIPELINE_STORAGE", raising=False)
-
-
 def test_what_is_refused_is_refused_before_any_work(
     dense: Path, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    with_config = ("--config", str(config))
     for folder, words in ((dense, f"found Transformer, Pooling, Dense; {ALLOWED}"), (dense / "no", "found no folder")):
-        code, last, err = job(config, capsys, "evaluate", f"embedding.model={folder}")
+        code, last, _, err = run_here(capsys, "evaluate", *with_config, f"embedding.model={folder}")
         assert (code, last["status"]) == (2, "failed")
         assert "embedding.model: " in err
         assert words in err
@@ -306,8 +292,9 @@ def test_what_is_refused_is_refused_before_any_work(
 def test_jobs_without_training(bert: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Evaluation, the store and search, with vectors that are not of unit length."""
     folder = saved(bert, tmp_path / "st", mode="cls")
-    arguments = f"embedding.model={folder}", f"evaluation.beir_dir={beir(tmp_path / 'beir')}"
-    code, last, err = job(config, capsys, "evaluate", *arguments)
+    arguments = ["--config", str(config), f"embedding.model={folder}"]
+    arguments += [f"evaluation.beir_dir={beir(tmp_path / 'beir')}"]
+    code, last, _, err = run_here(capsys, "evaluate", *arguments)
     assert code == 0, err
     scores = last["metrics"]
     rows = [line.split("\t") for line in (tmp_path / "sts.tsv").read_text().splitlines()[1:]]
@@ -319,8 +306,8 @@ def test_jobs_without_training(bert: Path, config: Path, tmp_path: Path, capsys:
     (retrieval,) = (value for name, value in scores.items() if name != "sts")
     ranks = (found > found.diagonal()[:, None]).sum(axis=1)
     assert retrieval["model"]["recall@10"] == pytest.approx((ranks < 10).mean(), abs=1e-4)
-    assert job(config, capsys, "embed", *arguments)[:2][0] == 0
-    code, last, err = job(config, capsys, "search", *arguments, "--json", str(make_pairs(1)[0]["positive"]))
+    assert run_here(capsys, "embed", *arguments)[0] == 0
+    code, last, _, err = run_here(capsys, "search", *arguments, "--json", str(make_pairs(1)[0]["positive"]))
     assert code == 0, err
     assert last[0]["text"] == make_pairs(1)[0]["positive"]
 

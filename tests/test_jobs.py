@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.runtime.job import run_job
-from tests.conftest import make_pairs, no_board, write_jsonl
+from tests.conftest import make_pairs, no_board, run_here, write_jsonl
 
 
 class Job:
@@ -48,23 +46,12 @@ class Job:
         )
 
     def __call__(self, capsys: pytest.CaptureFixture[str], name: str, *args: str) -> tuple[int, Any, str, str]:
-        job = importlib.import_module(f"jobs.{name}")
-        arguments = job.arguments() if hasattr(job, "arguments") else None
-        code = run_job(name, job.__doc__, job.main, arguments, ["--config", str(self.config), *args])
-        out, err = capsys.readouterr()
-        return code, json.loads(out.splitlines()[-1]), out, err
+        return run_here(capsys, name, "--config", str(self.config), *args)
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return Job(tmp_path_factory.mktemp("jobs"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_other_storage() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("PIPELINE_STORAGE", raising=False)
-        yield
 
 
 @pytest.mark.usefixtures("ray_cluster")

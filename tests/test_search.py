@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ import xxhash
 from pipeline.config import load
 from pipeline.embedding.columns import as_column
 from pipeline.embedding.store import named_store
-from pipeline.runtime.job import run_job
+from tests.conftest import run_here
 from tests.pinecone_server import pinecone_server
 
 WIDTH = 64
@@ -40,7 +39,6 @@ class Words:
 
 @pytest.fixture
 def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    job = importlib.import_module("jobs.search")
     config = tmp_path / "c.yaml"
     config.write_text("{}")
     monkeypatch.setattr("pipeline.stages.model_folder", lambda _: tmp_path)
@@ -50,9 +48,8 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
     def run(*args: str) -> tuple[int, Any, str]:
         shared = ["--config", str(config), f"storage.root={tmp_path}"]
-        code = run_job("search", job.__doc__ or "", job.main, job.arguments(), [*shared, *args])
-        out, err = capsys.readouterr()
-        return code, json.loads(out.splitlines()[-1]), out + err
+        code, last, out, err = run_here(capsys, "search", *shared, *args)
+        return code, last, out + err
 
     def fill(*overrides: str) -> None:
         store = named_store(load(config, [f"storage.root={tmp_path}", *overrides]), "t", WIDTH)
