@@ -107,8 +107,9 @@ def test_folder_round_trip(family: str, tmp_path: Path) -> None:
         save_model(folder, content or load_model(first)[0], tokenizer_json, max_length=30)
     batch = batch_of(*RAGGED)
     loaded = load_model(second)[0]
-    assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
-    assert torch.equal(loaded(batch), model(batch))
+    tensors = ([*each.parameters(), *each.buffers()] for each in (loaded, model))
+    assert all(torch.equal(*pair) for pair in zip(*tensors, strict=True))
+    torch.testing.assert_close(loaded(batch), model(batch))  # where weights lie in memory may decide a last bit
     assert model_fingerprint(first) == model_fingerprint(second)
     assert str(tmp_path) not in (first / "model.json").read_text()
 
