@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.embedding_world import save_random_model
 
 ROOT = Path(__file__).parents[1]
@@ -17,51 +15,74 @@ JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
 
 
 def python(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("job", JOBS)
-def test_help_has_examples_and_imports_neither_ray_nor_torch(job: str) -> None:
-    done = python("-X", "importtime", f"jobs/{job}.py", "--help")
-    assert done.returncode == 0
-    assert "--config" in done.stdout
-    assert f"python jobs/{job}.py" in done.stdout.split("examples:")[1]
-    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if "|" in line}
-    assert "pydantic" in imported
-    assert imported.isdisjoint({"ray", "torch", "pyarrow", "lancedb"})
-
-
-def test_what_reads_and_ranks_does_without_torch() -> None:
-    """Each process of Ray's that imports it takes seconds and 200 MB for it."""
-    tasks = ("data.prepare", "data.feed", "embedding.embed", "evaluation.retrieval", "mining.mine")
-    imports = ", ".join(f"pipeline.{name}" for name in tasks)
-    assert python("-c", f"import sys, {imports}; sys.exit('torch' in sys.modules)").returncode == 0
-
-
-def test_an_encoder_loads_neither_a_compiler_nor_a_store(tmp_path: Path) -> None:
-    """Two seconds each, of torch's compiler and of LanceDB, that every query and every encoding actor would wait."""
-    folder = save_random_model(tmp_path / "model")
+def test_help_has_examples_and_imports_neither_ray_nor_torch() -> None:
+    """Each job runs in a fork of a process that has loaded what they all start with."""
     code = f"""
-import sys
+import os, runpy, sys
+import pipeline.runtime.job
+for job in {JOBS}:
+    if os.fork() == 0:
+        sys.argv = [f"jobs/{{job}}.py", "--help"]
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            loaded = {{"ray", "torch", "pyarrow", "lancedb"}} & sys.modules.keys()
+            print(end.code, *loaded, end="\\f", flush=True)
+            os._exit(0)
+    os.wait()
+"""
+    outputs = python("-c", code).stdout.removesuffix("\f").split("\f")
+    for job, output in zip(JOBS, outputs, strict=True):
+        assert "--config" in output
+        assert f"python jobs/{job}.py" in output.split("examples:")[1]
+        assert output.splitlines()[-1] == "0"
+
+
+def test_no_process_loads_more_than_its_work_needs(tmp_path: Path) -> None:
+    """Each task, worker, encoder and query would wait seconds for it; torch also takes 200 MB.
+
+    The steps share one process, which keeps what earlier steps loaded; tasks without torch get a fork.
+    """
+    code = f"""
+import os, runpy, sys
 from pathlib import Path
+
+def check_absent(*names):
+    found = set(names) & sys.modules.keys()
+    assert not found, found
+
+child = os.fork()
+if child == 0:
+    import pipeline.data.prepare, pipeline.data.feed, pipeline.embedding.embed
+    import pipeline.evaluation.retrieval, pipeline.mining.mine
+    check_absent("torch")
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+
+sys.argv = ["benchmarks/gpu.py", "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+check_absent("ray", "transformers")
+
+import pipeline.training.worker, pipeline.training.assembly
+check_absent("torch.distributed.checkpoint", "torch._dynamo")
+
 from pipeline.config.embedding import Embedding
 from pipeline.embedding import embed, sync
 from pipeline.embedding.encode import open_encoder
 from pipeline.embedding.recipe import EncoderRecipe
-vectors = open_encoder(EncoderRecipe(Path({str(folder)!r}), Embedding(), Path())).encode(["a text"])
-sys.exit(vectors.shape != (1, 32) or bool({{"torch._dynamo", "lancedb"}} & sys.modules.keys()))
+model = Path({str(save_random_model(tmp_path / "model"))!r})
+assert open_encoder(EncoderRecipe(model, Embedding(), Path())).encode(["a text"]).shape == (1, 32)
+check_absent("torch._dynamo", "lancedb")
 """
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
-
-
-def test_training_loads_no_sharded_checkpoints_and_no_compiler() -> None:
-    """A second and more, in each worker and in Ray's controller of a run."""
-    code = """
-import sys, pipeline.training.worker, pipeline.training.assembly
-sys.exit(bool({"torch.distributed.checkpoint", "torch._dynamo"} & sys.modules.keys()))
-"""
-    assert python("-c", code).returncode == 0
+    assert "python benchmarks/gpu.py" in done.stdout.split("examples:")[1]
 
 
 def test_a_wrong_key_exits_2_from_a_shell(tmp_path: Path) -> None:
@@ -74,9 +95,8 @@ def test_a_wrong_key_exits_2_from_a_shell(tmp_path: Path) -> None:
 def test_make_installs_from_the_constraints() -> None:
     makefile = (ROOT / "Makefile").read_text()
     assert "-c constraints.txt" in makefile
-    pins = dict(
-        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
-    )
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert pins["torch"] == "2.13.0"
     cuda = [name for name in pins if name.startswith(("nvidia", "triton", "cuda"))]
     assert cuda == ["nvidia-ml-py"]  # which reads a GPU's use, and is no part of torch

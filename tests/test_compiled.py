@@ -28,7 +28,7 @@ def batches() -> Iterator[Packed]:
 
 def unified() -> nn.Module:
     torch.manual_seed(0)
-    return Encoder(EncoderShape(vocab_size=50, d_model=16, num_layers=3, num_heads=2, d_ff=24))
+    return Encoder(EncoderShape(vocab_size=50, d_model=16, num_layers=2, num_heads=2, d_ff=24))
 
 
 def bert() -> nn.Module:
@@ -36,16 +36,9 @@ def bert() -> nn.Module:
 
     from pipeline.model.pretrained import PretrainedEncoder
 
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=40,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(vocab_size=50, max_position_embeddings=40, **shape, **no_dropout)
     backbone = PretrainedEncoder.from_description(config.to_dict())
     for parameter in backbone.parameters():
         nn.init.normal_(parameter, std=0.2)

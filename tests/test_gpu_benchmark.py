@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +21,6 @@ from pipeline.model.packing import Layout
 from pipeline.training import step
 from pipeline.training.batch import to_batch
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 # torch.compile keeps this warning of its own from being shown, which is too late where warnings are errors.
@@ -174,12 +171,3 @@ def test_base_has_the_parameters_of_bert() -> None:
     with torch.device("meta"):
         learner = learner_of(shape_of("base"), torch.device("meta"))
     assert transformer.parameter_count(learner) == pytest.approx(110e6, rel=0.01)
-
-
-def test_it_takes_no_ray() -> None:
-    command = [sys.executable, "-X", "importtime", "benchmarks/gpu.py", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
-    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if "|" in line}
-    assert "torch" in imported
-    assert imported.isdisjoint({"ray", "transformers"})
-    assert "python benchmarks/gpu.py" in done.stdout.split("examples:")[1]
