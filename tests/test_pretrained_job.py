@@ -25,9 +25,8 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     folder = tmp_path_factory.mktemp("pretrained") / "bert"
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    BertModel(BertConfig(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=40, **shape)).save_pretrained(
-        folder
-    )
+    config = BertConfig(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=40, **shape)
+    BertModel(config).save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -48,36 +47,26 @@ def _no_other_storage(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def config(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tmp_path = tmp_path_factory.mktemp("texts")
+    (tmp_path / "texts").mkdir()
     for number in range(30):
-        rows = make_pairs(12, seed=number)
-        (tmp_path / "texts").mkdir(exist_ok=True)
-        (tmp_path / "texts" / f"{number}.txt").write_text(" ".join(str(row["positive"]) for row in rows))
-    sts = [
-        f"{score}\ta page on {one}\ta page on {two}"
-        for score, one, two in [(5, "a", "a"), (1, "b", "c"), (0, "d", "e")]
-    ]
-    (tmp_path / "sts.tsv").write_text("\n".join(["score\tsentence1\tsentence2", *sts]) + "\n")
+        text = " ".join(str(row["positive"]) for row in make_pairs(12, seed=number))
+        (tmp_path / "texts" / f"{number}.txt").write_text(text)
+    sts = [f"{score}\ta page on {one}\ta page on {two}\n" for score, one, two in ("5aa", "1bc", "0de")]
+    (tmp_path / "sts.tsv").write_text("".join(["score\tsentence1\tsentence2\n", *sts]))
+    source = {"name": "t", "type": "text", "path": str(tmp_path / "texts"), "fields": {"text": "text"}}
     file = tmp_path / "c.yaml"
-    file.write_text(
-        json.dumps(
-            {
-                "storage": {"root": str(tmp_path / "store"), "run": "texts"},
-                "data": {
-                    "sources": [
-                        {"name": "t", "type": "text", "path": str(tmp_path / "texts"), "fields": {"text": "text"}}
-                    ],
-                    "validation_fraction": 0.2,
-                },
-                "tokenizer": {"max_length": 32, "long_texts": "windows", "window_overlap": 4},
-                "model": {"pretrained": str(bert), "decoder_layers": 1, "matryoshka_dims": [16]},
-                "objective": {"denoising": {}, "mlm": {"weight": 0.5}},
-                "training": {"global_batch_size": 16, "max_steps": 4, "generated_texts": 4},
-                "embedding": {"dimensions": 16},
-                "evaluation": {"sts_file": str(tmp_path / "sts.tsv")},
-                "scaling": {"num_workers": 1},
-            }
-        )
-    )
+    sections = {
+        "storage": {"root": str(tmp_path / "store"), "run": "texts"},
+        "data": {"sources": [source], "validation_fraction": 0.2},
+        "tokenizer": {"max_length": 32, "long_texts": "windows", "window_overlap": 4},
+        "model": {"pretrained": str(bert), "decoder_layers": 1, "matryoshka_dims": [16]},
+        "objective": {"denoising": {}, "mlm": {"weight": 0.5}},
+        "training": {"global_batch_size": 16, "max_steps": 4, "generated_texts": 4},
+        "embedding": {"dimensions": 16},
+        "evaluation": {"sts_file": str(tmp_path / "sts.tsv")},
+        "scaling": {"num_workers": 1},
+    }
+    file.write_text(json.dumps(sections))
     return file
 
 
@@ -90,10 +79,8 @@ def test_texts_alone_train_a_pretrained_encoder(
     metrics = last["metrics"]
     assert metrics["prepare"]["rows_kept"] == 30
     assert metrics["prepare"]["splits"]["train"] > 100  # windows
-    assert metrics["train"].keys() >= {
-        f"validation_{name}"
-        for name in ("denoising_nll", "denoising_perplexity", "denoising_bleu", "denoising_rougeL", "mlm_perplexity")
-    }
+    validated = ["denoising_nll", "denoising_perplexity", "denoising_bleu", "denoising_rougeL", "mlm_perplexity"]
+    assert metrics["train"].keys() >= {f"validation_{name}" for name in validated}
     assert "parameters:" in err
     assert metrics["embed"]["rows"] == 30
     assert metrics["evaluate"]["sts"]["pairs"] == 3
@@ -112,19 +99,16 @@ def test_texts_alone_train_a_pretrained_encoder(
     assert (ours * theirs).sum(axis=1).min() > 0.9999
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
+def test_what_does_not_fit_is_refused_before_training(
+    config: Path, capsys: pytest.CaptureFixture[str], ray_cluster: None
+) -> None:
+    for options, sentence in (
         (["objective.contrastive.weight=1"], "objective: found prepared records of text alone"),
         (["tokenizer.max_length=64"], "tokenizer.max_length: found 64; allowed with model.pretrained="),
         (["model.pretrained=nowhere/at-all", "tokenizer.load_path=nowhere"], "nowhere"),
         (["model.matryoshka_dims=[32]"], "model.matryoshka_dims: found [32]; allowed are sizes below 32"),
         (["evaluation.sts_file=nowhere.tsv"], "evaluation.sts_file: nowhere.tsv: No such file"),
-    ],
-)
-def test_what_does_not_fit_is_refused_before_training(
-    options: list[str], sentence: str, config: Path, capsys: pytest.CaptureFixture[str], ray_cluster: None
-) -> None:
-    code, _, err = run(config, capsys, "train", "storage.run=other", *options)
-    assert code == 2, err
-    assert sentence in err
+    ):
+        code, _, err = run(config, capsys, "train", "storage.run=other", *options)
+        assert code == 2, err
+        assert sentence in err
