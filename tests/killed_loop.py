@@ -37,7 +37,6 @@ from pipeline.training.sharded import consolidate
 VOCABULARY = 64
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PLACES = ("forward", "reduced", "updated", "writing", "written", "moved")
-BUCKET_PLACES = ("uploading", "sealing", "sealed")
 HANGS_S = 200
 """A start takes seconds. A worker that is still there after this says where it stands, and ends."""
 
@@ -80,14 +79,13 @@ def prepared(folder: Path, rows: int = 200) -> Manifest:
     for split, count in (("train", rows), ("validation", 16)):
         keys = chance.integers(5, VOCABULARY, count)
         texts = [[2, *chance.integers(5, VOCABULARY, chance.integers(2, 9)).tolist(), int(key), 3] for key in keys]
-        table = pa.table(
-            {
-                "id": [f"{split}{i:04d}" for i in range(count)],
-                "source": ["made"] * count,
-                "anchor": pa.array([[2, int(key), 3] for key in keys], pa.list_(pa.int32())),
-                "positive": pa.array(texts, pa.list_(pa.int32())),
-            }
-        )
+        columns = {
+            "id": [f"{split}{i:04d}" for i in range(count)],
+            "source": ["made"] * count,
+            "anchor": pa.array([[2, int(key), 3] for key in keys], pa.list_(pa.int32())),
+            "positive": pa.array(texts, pa.list_(pa.int32())),
+        }
+        table = pa.table(columns)
         (folder / split).mkdir()
         for i, part in enumerate((table.slice(0, count // 2), table.slice(count // 2))):
             write_table(part, folder / split / f"{i:05d}.parquet")
@@ -107,11 +105,9 @@ def train_in(
     (folder / "c.yaml").write_text(yaml.safe_dump(settings | {"storage": {"root": root or str(folder), "run": "r"}}))
     (folder / "manifest.pickle").write_bytes(pickle.dumps(prepared(folder / "data", rows)))
     (folder / "starts.pickle").write_bytes(pickle.dumps(starts))
-    log = folder / "log"
+    log, command = folder / "log", [sys.executable, "-m", "tests.killed_loop", str(folder)]
     with log.open("w") as file:
-        code = subprocess.run(
-            [sys.executable, "-m", "tests.killed_loop", str(folder)], stdout=file, stderr=file
-        ).returncode
+        code = subprocess.run(command, stdout=file, stderr=file).returncode
     assert code == 0, log.read_text()[-3000:]
     return _finished(folder, len(starts))
 
@@ -124,15 +120,15 @@ def _finished(folder: Path, starts: int) -> Finished:
     consolidate(checkpoint)
     ids: dict[int, set[tuple[str, ...]]] = {}
     for start in range(starts):
-        of_step: dict[int, list[tuple[int, list[str]]]] = {}
+        of_step: dict[int, list[list[str]]] = {}
         ranks = sorted(folder.glob(f"seen-{start}-*"))
         for path in ranks:
             for line in path.read_text().splitlines():
                 step, found = json.loads(line)
-                of_step.setdefault(step, []).append((0, found))
+                of_step.setdefault(step, []).append(found)
         for step, parts in of_step.items():
             if len(parts) == len(ranks):  # all of them took it up before one was killed
-                ids.setdefault(step, set()).add(tuple(sorted(one for _, part in parts for one in part)))
+                ids.setdefault(step, set()).add(tuple(sorted(one for part in parts for one in part)))
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     return Finished((checkpoint / "model.safetensors").read_bytes(), ids, losses, starts)
@@ -236,57 +232,43 @@ def _plant(kill: Kill) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def before(function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            here()
-            return function(*args, **kwargs)
-
-        return wrapped
+        return lambda *args, **kwargs: (here(), function(*args, **kwargs))[1]
 
     def after(function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            found = function(*args, **kwargs)
+        return lambda *args, **kwargs: (function(*args, **kwargs), here())[0]
+
+    def amid(save: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(tensors: Any, path: Path) -> None:
+            save(tensors, path)
+            if passed + 1 == kill.count:
+                os.truncate(path, path.stat().st_size // 2)
             here()
-            return found
 
         return wrapped
 
-    def amid(tensors: Any, path: Path) -> None:
-        nonlocal passed
-        whole(tensors, path)
-        if passed + 1 == kill.count:
-            os.truncate(path, path.stat().st_size // 2)
-        here()
+    def half(upload: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(path: BucketPath, file: Path) -> None:
+            if passed + 1 == kill.count:
+                stream = path.filesystem.open_output_stream(path.key)
+                stream.write(file.read_bytes()[: file.stat().st_size // 2])
+                stream.flush()
+            here()
+            upload(path, file)
 
-    def half(path: BucketPath, file: Path) -> None:
-        nonlocal passed
-        if passed + 1 == kill.count:
-            stream = path.filesystem.open_output_stream(path.key)
-            stream.write(file.read_bytes()[: file.stat().st_size // 2])
-            stream.flush()
-        here()
-        upload(path, file)
+        return wrapped
 
-    whole, upload = checkpoints.torch.save, BucketPath.upload
-    if kill.place == "forward":
-        loop.backward = before(loop.backward)
-    elif kill.place == "reduced":
-        DataParallel.clip = before(DataParallel.clip)  # type: ignore[method-assign]
-    elif kill.place == "updated":
-        Precision.step = after(Precision.step)  # type: ignore[method-assign]
-    elif kill.place == "writing":
-        checkpoints.torch.save = amid
-    elif kill.place == "written":
-        saving.move = before(saving.move)
-    elif kill.place == "moved":
-        saving.move = after(saving.move)
-    elif kill.place == "uploading":
-        BucketPath.upload = half  # type: ignore[method-assign]
-    elif kill.place == "sealing":
-        Upload._whole = after(Upload._whole)  # type: ignore[method-assign]
-    elif kill.place == "sealed":
-        Upload.__call__ = after(Upload.__call__)  # type: ignore[method-assign]
-    else:
-        raise ValueError(kill.place)
+    owner, name, planted = {
+        "forward": (loop, "backward", before),
+        "reduced": (DataParallel, "clip", before),
+        "updated": (Precision, "step", after),
+        "writing": (checkpoints.torch, "save", amid),
+        "written": (saving, "move", before),
+        "moved": (saving, "move", after),
+        "uploading": (BucketPath, "upload", half),
+        "sealing": (Upload, "_whole", after),
+        "sealed": (Upload, "__call__", after),
+    }[kill.place]
+    setattr(owner, name, planted(getattr(owner, name)))
 
 
 if __name__ == "__main__":
