@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from pipeline.config import ConfigError, load
 from pipeline.data.manifest import Manifest, SourceCount, write_manifest
@@ -40,7 +41,7 @@ from pipeline.text.docstrings import pairs
 WIDTH, VOCABULARY, MAX_LENGTH = 64, 1200, 48
 VARIANTS = {
     "table": ({"num_layers": 0}, Head(), "bpe"),
-    "grouped": ({"num_layers": 2, "num_kv_heads": 2}, Head(dimensions=(16,)), "bpe"),
+    "grouped": ({"num_layers": 1, "num_kv_heads": 2}, Head(dimensions=(16,)), "bpe"),
     "cls": ({"num_layers": 1}, Head(pooling="cls"), "wordpiece"),
     "last": ({"num_layers": 1}, Head(pooling="last"), "unigram"),
     "weighted": (
@@ -62,14 +63,11 @@ def texts() -> list[str]:
 @pytest.fixture(scope="module")
 def checkpoints(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Model folders of random encoders."""
+    settings = {"vocab_size": VOCABULARY}
     kinds = {kind for _, _, kind in VARIANTS.values()}
-    tokenizers = {
-        kind: train_tokenizer(texts[:400], kind=kind, vocab_size=VOCABULARY, lowercase=kind != "bpe") for kind in kinds
-    }
-    return {
-        name: checkpoint(tmp_path_factory.mktemp(name), layers, head, tokenizers[kind])
-        for name, (layers, head, kind) in VARIANTS.items()
-    }
+    tokenizers = {k: train_tokenizer(texts[:400], kind=k, lowercase=k != "bpe", **settings) for k in kinds}
+    made = VARIANTS.items()
+    return {n: checkpoint(tmp_path_factory.mktemp(n), layers, head, tokenizers[k]) for n, (layers, head, k) in made}
 
 
 def checkpoint(folder: Path, layers: dict[str, Any], head: Head, tokenizer: Tokenizer) -> Path:
@@ -135,25 +133,16 @@ class TestFolder:
         np.testing.assert_allclose(np.linalg.norm(theirs, axis=1), np.linalg.norm(own, axis=1), rtol=1e-3)
         head = VARIANTS[name][1]
         assert (model.max_seq_length, model.similarity_fn_name) == (MAX_LENGTH, "cosine")
-        assert model.prompts == {"query": head.prompt("query"), "document": head.prompt("document")}
-
-    def test_its_queries_and_documents_are_led_by_our_prompts(
-        self, checkpoints: dict[str, Path], exports: dict[str, Path], texts: list[str]
-    ) -> None:
-        from sentence_transformers import SentenceTransformer
-
-        model, few = SentenceTransformer(str(exports["weighted"]), device="cpu"), texts[:20]
-        led = {"find: ": model.encode_query(few), "text: ": model.encode_document(few)}
-        for prompt, theirs in led.items():
-            assert cosines(theirs, ours(checkpoints["weighted"], [prompt + text for text in few])).min() >= 0.9999
-
-    def test_it_cuts_vectors_to_a_size_of_matryoshka(self, exports: dict[str, Path], texts: list[str]) -> None:
-        from sentence_transformers import SentenceTransformer
-
-        whole = SentenceTransformer(str(exports["grouped"]), device="cpu").encode(texts[:20])
-        cut = SentenceTransformer(str(exports["grouped"]), device="cpu", truncate_dim=16)
-        own = torch.nn.functional.normalize(torch.from_numpy(whole[:, :16]), dim=1)
-        np.testing.assert_allclose(cut.encode(texts[:20], normalize_embeddings=True), own, atol=1e-5)
+        prompts = {use: head.prompt(use) for use in ("query", "document")}
+        assert model.prompts == prompts
+        few = texts[:20]
+        for use, encode in {"query": model.encode_query, "document": model.encode_document}.items():
+            led = ours(checkpoints[name], [prompts[use] + text for text in few])
+            assert cosines(encode(few), led).min() >= 0.9999
+        for size in head.dimensions:
+            shortened = SentenceTransformer(str(exports[name]), device="cpu", truncate_dim=size)
+            expected = torch.nn.functional.normalize(torch.from_numpy(theirs[:20, :size]), dim=1)
+            np.testing.assert_allclose(shortened.encode(few, normalize_embeddings=True), expected, atol=1e-5)
 
     @torch.inference_mode()
     @pytest.mark.parametrize("name", ["table", "grouped"])
@@ -209,7 +198,7 @@ class TestFolder:
             export_model(checkpoint(tmp_path, layers, Head(), tokenizer), tmp_path / "out")
 
     def test_padding_takes_a_token_that_is_special_already(self, checkpoints: dict[str, Path]) -> None:
-        card, tokenizer = read_card(checkpoints["table"]), Tokenizer.from_str(train_bpe_without_specials())
+        card, tokenizer = read_card(checkpoints["table"]), Tokenizer(BPE())
         with pytest.raises(ConfigError, match="no special token to pad with"):
             pad_token_id(card, tokenizer)
         tokenizer.add_special_tokens(["<s>", "<|endoftext|>"])
@@ -241,17 +230,10 @@ def pretrained_checkpoint(folder: Path, family: str, texts: list[str]) -> Path:
     tokenizer = train_tokenizer(texts[:400], kind="wordpiece", vocab_size=VOCABULARY, lowercase=True)
     frame = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=frame)
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_LENGTH + 2,
-        pad_token_id=0,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 2),
-    )
+    shape = {"hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"pad_token_id": 0, **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 2)}
+    limits = {"vocab_size": VOCABULARY, "max_position_embeddings": MAX_LENGTH + 2}
+    config = AutoConfig.for_model(family, **shape, **limits, **ids)
     torch.manual_seed(0)
     encoder = PretrainedEncoder.from_description(json.loads(config.to_json_string(use_diff=False)))
     for parameter in encoder.parameters():
@@ -259,15 +241,6 @@ def pretrained_checkpoint(folder: Path, family: str, texts: list[str]) -> Path:
     folder.mkdir()
     save_model(folder, EmbeddingModel(encoder, Head(pooling="cls")), tokenizer.to_str(), MAX_LENGTH)
     return folder
-
-
-def train_bpe_without_specials() -> str:
-    from tokenizers import models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    tokenizer.train_from_iterator(["a word"], trainers.BpeTrainer(show_progress=False))
-    return tokenizer.to_str()
 
 
 class TestOnnx:
@@ -298,10 +271,8 @@ class TestOnnx:
         assert export_onnx(tmp_path, pooling=head.pooling, normalize=head.normalize) >= 0.9999
         assert str(Path(__file__).parents[1]).encode() not in (tmp_path / "model.onnx").read_bytes()
         session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-        assert [(i.name, i.shape) for i in session.get_inputs()] == [
-            ("input_ids", ["batch", "length"]),
-            ("attention_mask", ["batch", "length"]),
-        ]
+        found = [(given.name, given.shape) for given in session.get_inputs()]
+        assert found == [(key, ["batch", "length"]) for key in ("input_ids", "attention_mask")]
         tokenizer, theirs = load_model(checkpoints[name])[1], []
         tokenizer.enable_padding(pad_id=0)
         for start, count in ((0, 1), (1, 2), (3, 97), (100, 200)):
@@ -334,52 +305,43 @@ class TestEmbeddingMatrix:
         table = vectors_of(50)
         assert save_embeddings_for_model(tmp_path / "out", scan_of(table), model="9f0c", dtype=dtype) == 50
         layer, ids = load_embeddings(tmp_path / "out")
-        expected = {row["id"]: row["vector"] for row in table.to_pylist()}
-        assert ids == sorted(expected)
+        vectors = {row["id"]: row["vector"] for row in table.to_pylist()}
+        assert ids == sorted(vectors)
         assert (layer.weight.dtype, layer.weight.requires_grad) == (getattr(torch, dtype), False)
         looked_up = layer(torch.arange(50)).float().numpy()
-        np.testing.assert_allclose(looked_up, [expected[i] for i in ids], rtol=0 if dtype == "float32" else 1e-3)
+        np.testing.assert_allclose(looked_up, [vectors[i] for i in ids], rtol=0 if dtype == "float32" else 1e-3)
         np.testing.assert_array_equal(load_file(tmp_path / "out" / "embeddings.safetensors")["weight"], layer.weight)
         rows = pq.read_table(tmp_path / "out" / "ids.parquet").to_pylist()
         assert [row["row"] for row in rows] == list(range(50))
         assert {row["id"]: row["source_id"] for row in rows} == {r["id"]: r["source_id"] for r in table.to_pylist()}
         described = json.loads((tmp_path / "out" / "embeddings.json").read_text())
-        assert {key: described[key] for key in ("version", "dtype", "rows", "width", "model")} == {
-            "version": 1,
-            "dtype": dtype,
-            "rows": 50,
-            "width": 6,
-            "model": "9f0c",
-        }
+        expected = {"version": 1, "dtype": dtype, "rows": 50, "width": 6, "model": "9f0c"}
+        assert {key: described[key] for key in expected} == expected
 
-    def test_the_order_of_the_rows_changes_no_byte(self, tmp_path: Path) -> None:
-        table = vectors_of(40)
-        for name, rows in (("a", table), ("b", table.take(list(range(40))[::-1]))):
-            save_embeddings_for_model(tmp_path / name, scan_of(rows), model="9f0c")
-        for file in (tmp_path / "a").iterdir():
-            assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
-
-    def test_from_a_table_of_lancedb(self, tmp_path: Path) -> None:
+    def test_neither_the_order_of_the_rows_nor_the_store_changes_a_byte(self, tmp_path: Path) -> None:
         store, rows = LanceStore(tmp_path / "lancedb", "vectors", 6), vectors_of(30)
         store.create()
         for part in (rows.slice(0, 11), rows.slice(11), rows.slice(5, 9)):  # written in parts, some twice
             store.upsert(with_all_columns(part))
-        save_embeddings_for_model(tmp_path / "stored", store.scan, model="9f0c")
-        save_embeddings_for_model(tmp_path / "direct", scan_of(rows), model="9f0c")
-        for file in (tmp_path / "direct").iterdir():
-            assert file.read_bytes() == (tmp_path / "stored" / file.name).read_bytes()
+        backwards = rows.take(list(range(30))[::-1])
+        scans = {"direct": scan_of(rows), "backwards": scan_of(backwards), "stored": store.scan}
+        for name, scan in scans.items():
+            save_embeddings_for_model(tmp_path / name, scan, model="9f0c")
+            for file in (tmp_path / "direct").iterdir():
+                assert file.read_bytes() == (tmp_path / name / file.name).read_bytes()
 
-    @pytest.mark.parametrize("name", ["embeddings.safetensors", "ids.parquet"])
-    def test_a_changed_file_is_refused(self, name: str, tmp_path: Path) -> None:
+    def test_changed_files_and_other_versions_are_refused(self, tmp_path: Path) -> None:
         save_embeddings_for_model(tmp_path / "out", scan_of(vectors_of(9)), model="9f0c")
-        content = bytearray((tmp_path / "out" / name).read_bytes())
-        content[len(content) // 2] ^= 1
-        (tmp_path / "out" / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name} is missing, or not the file that embeddings\.json describes"):
-            load_embeddings(tmp_path / "out")
-
-    def test_another_version_is_refused(self, tmp_path: Path) -> None:
-        save_embeddings_for_model(tmp_path / "out", scan_of(vectors_of(9)), model="9f0c")
+        for name in ("embeddings.safetensors", "ids.parquet"):
+            whole = (tmp_path / "out" / name).read_bytes()
+            changed = bytearray(whole)
+            changed[len(whole) // 2] ^= 1
+            (tmp_path / "out" / name).write_bytes(changed)
+            with pytest.raises(
+                ValueError, match=rf"{name} is missing, or not the file that embeddings\.json describes"
+            ):
+                load_embeddings(tmp_path / "out")
+            (tmp_path / "out" / name).write_bytes(whole)
         marker = tmp_path / "out" / "embeddings.json"
         marker.write_text(json.dumps(json.loads(marker.read_text()) | {"version": 2}))
         with pytest.raises(ValueError, match="is of version 2; this reader knows version 1"):
@@ -460,9 +422,8 @@ def run(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
     scores = {"held-out": {"queries": 50, "documents": 800, "model": {"ndcg@10": 0.75}, "bm25": {"ndcg@10": 0.5}}}
     evaluated = {"of": {"model": model_fingerprint(best)}, "scores": scores}
     (run_dir / "evaluation.json").write_text(json.dumps(evaluated))
-    sources = [SourceCount("pages", 900, 800, {"duplicate": 100})]
-    manifest = Manifest("d4", sources, {"train": 700, "validation": 100}, [], {}, [], {})
-    write_manifest(root / "prepared" / "k", manifest)
+    sources, splits = [SourceCount("pages", 900, 800, {"duplicate": 100})], {"train": 700, "validation": 100}
+    write_manifest(root / "prepared" / "k", Manifest("d4", sources, splits, [], {}, [], {}))
     return root
 
 
@@ -477,14 +438,8 @@ class TestCard:
     def test_it_says_what_is_known(self, run: Path) -> None:
         best = run / "runs" / "small" / "best" / "step-00000060"
         origin = read_origin(best, run / "runs" / "small" / "evaluation.json")
-        text = model_card(
-            read_card(best),
-            origin,
-            name="mine",
-            license_id="mit",
-            evaluate_command="python jobs/evaluate.py",
-            extras=Extras(onnx=True, embeddings=2),
-        )
+        named = {"name": "mine", "license_id": "mit", "evaluate_command": "python jobs/evaluate.py"}
+        text = model_card(read_card(best), origin, extras=Extras(onnx=True, embeddings=2), **named)
         front = yaml.safe_load(text.split("---")[1])
         assert (front["license"], front["pipeline_tag"]) == ("mit", "sentence-similarity")
         assert front["library_name"] in front["tags"]
@@ -505,9 +460,8 @@ class TestCard:
 
     def test_it_leaves_out_what_is_not(self, checkpoints: dict[str, Path], run: Path) -> None:
         origin = read_origin(checkpoints["table"], run / "runs" / "small" / "evaluation.json")
-        text = model_card(
-            read_card(checkpoints["table"]), origin, name="m", license_id=None, evaluate_command="", extras=Extras()
-        )
+        named: dict[str, Any] = {"name": "m", "license_id": None, "evaluate_command": ""}
+        text = model_card(read_card(checkpoints["table"]), origin, extras=Extras(), **named)
         assert "license" not in text.split("---")[1]
         headings = [line for line in text.splitlines() if line.startswith("## ")]
         assert headings == ["## Use", "## Model", "## Limits"]
@@ -548,13 +502,9 @@ class TestJob:
         assert code == 0, err
         assert not (to / "embeddings").exists()
 
+    @pytest.mark.usefixtures("run")
     def test_arguments_that_cannot_be(
-        self,
-        run: Path,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        caplog: pytest.LogCaptureFixture,
-        monkeypatch: pytest.MonkeyPatch,
+        self, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "thesis.txt").write_text("years of work")

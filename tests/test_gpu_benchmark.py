@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,21 +82,20 @@ def test_a_wrong_result_ends_it_before_anything_is_measured(
 
 
 def _attention_of_few_bits(change: pytest.MonkeyPatch) -> None:
+    def attend(*given: Any, **options: Any) -> Tensor:
+        mixed = right(*given, **options)
+        return mixed if mixed.dtype == torch.float64 else mixed * 1.1
+
     right = gpu_checks.attend
-    change.setattr(gpu_checks, "attend", lambda q, *rest, **options: _unless_exact(right(q, *rest, **options)))
-
-
-def _unless_exact(mixed: Tensor) -> Tensor:
-    return mixed if mixed.dtype == torch.float64 else mixed * 1.1
+    change.setattr(gpu_checks, "attend", attend)
 
 
 def _texts_that_see_each_other(change: pytest.MonkeyPatch) -> None:
-    right = transformer.attend
-
     def attend(q: Tensor, k: Tensor, v: Tensor, *layouts: Layout, **options: Any) -> Tensor:
         whole = Layout(torch.tensor([0, len(q)]), len(q))
         return right(q, k, v, whole, whole, **options)
 
+    right = transformer.attend
     change.setattr(transformer, "attend", attend)
 
 
@@ -115,21 +114,19 @@ def _copies_of_another_batch(change: pytest.MonkeyPatch) -> None:
     change.setattr(gpu_checks, "to_device", lambda part, device: replace(part, keys=part.keys + 1))
 
 
-@pytest.mark.parametrize(
-    ("name", "plant"),
-    [
-        ("attention", _attention_of_few_bits),
-        ("packing", _texts_that_see_each_other),
-        ("compiled", _compiled_into_another),
-        ("micro-batches", _dropout_drawn_anew),
-        ("prefetch", _copies_of_another_batch),
-    ],
-)
-def test_a_check_finds_what_it_is_for(
-    name: str, plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+PLANTS = {
+    "attention": _attention_of_few_bits,
+    "packing": _texts_that_see_each_other,
+    "compiled": _compiled_into_another,
+    "micro-batches": _dropout_drawn_anew,
+    "prefetch": _copies_of_another_batch,
+}
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_a_check_finds_what_it_is_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(CPU, shape_of("toy"), pairs=4)
-    plant(monkeypatch)
+    PLANTS[name](monkeypatch)
     assert any(one.is_wrong for one in CHECKS[name](rig))
 
 
