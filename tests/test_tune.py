@@ -250,7 +250,7 @@ class TestSweep:
             learnt = [math.log10(values[RATE]) for _, values, _ in run_trials(sweep, 20)]
             assert next(iter(sweep.importance())) == RATE
             assert sweep.importance()[RATE] > 0.8  # the decay changes nothing
-        assert sum(abs(rate + 2) for rate in learnt) / 20 < 0.4  # by chance: 0.83
+        assert sum(abs(rate + 2) for rate in learnt) / 20 < 0.53  # up to 0.43 over seeds; from 0.62 on if it forgets
 
     def test_a_grid_is_gone_through_once_over_restarts(self, tmp_path: Path) -> None:
         space = {RATE: {"choice": [1e-3, 1e-2, 1e-1]}, "training.seed": {"integer": [1, 3]}}
