@@ -179,10 +179,12 @@ def kill(processes: list[psutil.Process]) -> int:
 def wait_until(true: Callable[[], object], job: JobProcess) -> None:
     """Fails where the job ends first."""
     deadline = time.monotonic() + WAIT_S
+    ended = False
     while not true():
-        assert job.process.poll() is None, f"ended before it was true:\n{job.log.read_text()}"
+        assert not ended, f"ended before it was true:\n{job.log.read_text()}"
         assert time.monotonic() < deadline, job.log.read_text()
         time.sleep(0.02)
+        ended = job.process.poll() is not None
 
 
 def run(name: str, config: Path, *args: str) -> dict[str, Any]:
