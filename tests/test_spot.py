@@ -58,20 +58,21 @@ def test_killed_anywhere_a_run_ends_with_the_same_bits(every_point: bool, traine
     arguments = ("scaling.max_failures=8", "scaling.collective_timeout_s=20")
 
     job = JobProcess("train", config, *arguments)
-    job.wait_for("train: step 50:")
+    steps = iter(f"train: step {step}:" for step in range(50, 301, 50))  # of its validations
+    job.wait_for(next(steps))
     if every_point:
         workers()[-1].kill()
-        job.wait_for("train: step 70:")
+        job.wait_for(next(steps))
         kill(workers())
-        job.wait_for("train: step 90:")
+        job.wait_for(next(steps))
     hung = workers()[-1]
     hung.send_signal(signal.SIGSTOP)
-    job.wait_for("train: step 100:")
+    job.wait_for(next(steps))
     assert not hung.is_running()
     found, incoming = workers(), tmp_path / "store/runs/r/incoming"
     wait_until(lambda: list(incoming.glob("step-*/model.safetensors")), job)
     kill(found)
-    job.wait_for("train: step 200:")
+    job.wait_for(next(steps))
     kill(ray_processes("TrainController"))
     job.wait_for("Ray's controller of the run died")
     job.kill()
