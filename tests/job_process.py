@@ -140,11 +140,11 @@ class JobProcess:
         self.children -= set(ray_processes("ray::DashboardAgent") + ray_processes("ray::RuntimeEnvAgent"))
         self.process.kill()
         self.process.wait()
-        assert self.leftovers(WAIT_S) == []
+        assert self.leftovers() == []
 
-    def leftovers(self, timeout_s: float = 30) -> list[str]:
-        """Processes of the job's that outlive it by more than a moment."""
-        deadline = time.monotonic() + timeout_s
+    def leftovers(self) -> list[str]:
+        """Processes of the job's that are still there after WAIT_S."""
+        deadline = time.monotonic() + WAIT_S
         while left := [str(p) for p in (*self.children, *busy()) if p.is_running()]:
             if time.monotonic() > deadline:
                 break

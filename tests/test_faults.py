@@ -91,4 +91,4 @@ def test_the_same_bytes_on_1_and_4_workers_and_killed_in_each_stage(tmp_path: Pa
     job.finish()
     assert len(done) == 3
     assert prepared_bytes(killed) == found[0]
-    assert job.leftovers(WAIT_S) == []
+    assert job.leftovers() == []

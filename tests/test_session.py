@@ -1,11 +1,14 @@
-"""What a task raises on its node is what the job says, in one sentence."""
+"""What a task raises on its node is what the job says, in one sentence; and so is a signal, whenever it comes."""
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from pipeline.config import Config
 from pipeline.embedding.stores.store import StoreError
+from pipeline.runtime.job import Result, run_job
 from pipeline.runtime.session import ray_session
 
 WORDS = "Pinecone's index docs is gone; python jobs/embed.py makes it"
@@ -63,3 +66,19 @@ def test_an_error_that_is_not_ours_keeps_its_own(tmp_path: Any) -> None:
 
     with pytest.raises(FileNotFoundError, match=r"^\[Errno 2\] No such file .*/nothing'$"), ray_session():
         ray.get(ray.remote(reads).remote())
+
+
+class Interrupted:
+    def __set_name__(self, owner: type, name: str) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_stops_a_job_that_is_importing(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Python 3.11 makes a RuntimeError of it where a class is under way."""
+
+    def main(config: Config, args: Any) -> Result:
+        type("Imported", (), {"attribute": Interrupted()})
+        return Result()
+
+    assert run_job("prepare", "", main, None, [f"storage.root={tmp_path}"]) == 130
+    assert "prepare: stopped by SIGINT; the same command goes on from here" in capsys.readouterr().err

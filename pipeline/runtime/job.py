@@ -194,18 +194,19 @@ def run_job(
         status, code, sentence = "failed", 1, str(error)
     except BucketError as error:
         status, code, sentence = "failed", 1, f"storage.root: {error}"
-    except KeyboardInterrupt:
-        status, code = "stopped", 128 + signals.number
-        sentence = f"stopped by {signal.Signals(signals.number).name}; the same command goes on from here"
     except SystemExit as error:  # what Ray makes of SIGTERM while it starts
         if log_file is None:
             raise  # --help
         signals.number = signal.SIGTERM if error.code == signal.SIGTERM else signal.SIGINT
         status, code, sentence = "stopped", 128 + signals.number, "stopped while Ray was starting"
     except BaseException as error:  # a panic in a Rust library is no Exception
-        status, code, sentence = "failed", 1, f"{type(error).__name__}: {error}"
-        if log_file:
-            log_file.write_traceback(error)
+        if _is_interrupt(error):
+            status, code = "stopped", 128 + signals.number
+            sentence = f"stopped by {signal.Signals(signals.number).name}; the same command goes on from here"
+        else:
+            status, code, sentence = "failed", 1, f"{type(error).__name__}: {error}"
+            if log_file:
+                log_file.write_traceback(error)
     signals.ignore()
     if sentence:
         _say(sentence if sentence.startswith(f"{name}: ") else f"{name}: {sentence}")
@@ -224,6 +225,13 @@ def run_job(
         signal.signal(number, handler)
     sys.unraisablehook = hook
     return code
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether a signal is the cause: Python wraps what is raised while a class is made, as it is in an import."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def load_config(args: argparse.Namespace) -> Config:
