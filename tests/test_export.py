@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import socket
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ from pipeline.model.folder import load_model, save_model
 from pipeline.model.packing import pack
 from pipeline.model.reading import model_fingerprint, read_card
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.runtime.job import JobError, run_job
+from pipeline.runtime.job import JobError
 from pipeline.text.docstrings import pairs
 
 WIDTH, VOCABULARY, MAX_LENGTH = 64, 1200, 48
@@ -226,6 +225,7 @@ def pretrained_checkpoint(folder: Path, family: str, texts: list[str]) -> Path:
     from transformers import AutoConfig
 
     from pipeline.model.pretrained import PretrainedEncoder
+from tests.conftest import run_here
 
     tokenizer = train_tokenizer(texts[:400], kind="wordpiece", vocab_size=VOCABULARY, lowercase=True)
     frame = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
@@ -469,11 +469,9 @@ class TestCard:
 
 class TestJob:
     def job(self, capsys: pytest.CaptureFixture[str], folder: Path, *args: str) -> tuple[int, Any, str]:
-        job = importlib.import_module("jobs.export")
         shared = ["--config", str(empty_config(folder)), f"storage.root={folder / 'secret-place'}", "storage.run=small"]
-        code = run_job("export", job.__doc__ or "", job.main, job.arguments(), [*shared, *args])
-        out, err = capsys.readouterr()
-        return code, json.loads(out.splitlines()[-1]), err
+        code, last, _, err = run_here(capsys, "export", *shared, *args)
+        return code, last, err
 
     def test_a_run_becomes_a_folder(
         self, run: Path, tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]

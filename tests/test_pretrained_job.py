@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ import pytest
 from tokenizers import processors
 
 from pipeline.data.vocabulary import train_tokenizer
-from pipeline.runtime.job import run_job
-from tests.conftest import make_pairs
+from tests.conftest import make_pairs, run_here
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +30,8 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(config: Path, capsys: pytest.CaptureFixture[str], name: str, *args: str) -> tuple[int, Any, str]:
-    job = importlib.import_module(f"jobs.{name}")
-    arguments = job.arguments() if hasattr(job, "arguments") else None
-    code = run_job(name, job.__doc__, job.main, arguments, ["--config", str(config), *args])
-    out, err = capsys.readouterr()
-    return code, json.loads(out.splitlines()[-1]), err
-
-
-@pytest.fixture(autouse=True)
-def _no_other_storage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PIPELINE_STORAGE", raising=False)
+    code, last, _, err = run_here(capsys, name, "--config", str(config), *args)
+    return code, last, err
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import math
 import random
@@ -20,13 +19,12 @@ import yaml
 from pipeline.config import Config, ConfigError, load
 from pipeline.config.training import Scaling
 from pipeline.runtime.cluster import Capacity
-from pipeline.runtime.job import run_job
 from pipeline.tuning.slots import slots
 from pipeline.tuning.space import Space
 from pipeline.tuning.sweep import Row, Sweep
 from pipeline.tuning.terms import Terms, trial_config
 from tests.bucket_servers import s3
-from tests.conftest import make_pairs, no_board, write_jsonl
+from tests.conftest import make_pairs, no_board, run_here, write_jsonl
 
 RATE = "training.learning_rate"
 TRIAL = {RATE: {"loguniform": [1e-4, 1e-1]}, "training.weight_decay": {"uniform": [0.0, 1.0]}}
@@ -72,10 +70,9 @@ class TestSpace:
         assert said in str(error.value)
 
     def test_an_argument_is_named_as_one_and_refused_without_ray(self, capsys: pytest.CaptureFixture[str]) -> None:
-        job = importlib.import_module("jobs.tune")
-        code = run_job("tune", job.__doc__, job.main, None, [f"tune.space={{{RATE}: {{uniform: [0.1, 11]}}}}"])
+        code, *_, err = run_here(capsys, "tune", f"tune.space={{{RATE}: {{uniform: [0.1, 11]}}}}")
         assert code == 2
-        assert f"argument tune.space: {RATE}: found 11.0" in capsys.readouterr().err
+        assert f"argument tune.space: {RATE}: found 11.0" in err
 
     def test_values_that_fit_together_alone_are_taken(self, tmp_path: Path) -> None:
         fitting = {"model.d_model": {"choice": [96, 256]}, "model.num_heads": {"choice": [3, 4]}}
@@ -332,11 +329,9 @@ class Tuning:
         self.config.write_text(json.dumps(base))
 
     def __call__(self, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, Any, str]:
-        job = importlib.import_module("jobs.tune")
-        code = run_job("tune", job.__doc__, job.main, None, ["--config", str(self.config), *args])
-        out, err = capsys.readouterr()
+        code, last, out, err = run_here(capsys, "tune", "--config", str(self.config), *args)
         assert len(out.splitlines()) == 1  # Ray Tune's own words go elsewhere
-        return code, json.loads(out), err
+        return code, last, err
 
 
 @pytest.fixture(scope="module")
