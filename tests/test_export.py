@@ -36,6 +36,7 @@ from pipeline.model.reading import model_fingerprint, read_card
 from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.runtime.job import JobError
 from pipeline.text.docstrings import pairs
+from tests.conftest import run_here
 
 WIDTH, VOCABULARY, MAX_LENGTH = 64, 1200, 48
 VARIANTS = {
@@ -225,7 +226,6 @@ def pretrained_checkpoint(folder: Path, family: str, texts: list[str]) -> Path:
     from transformers import AutoConfig
 
     from pipeline.model.pretrained import PretrainedEncoder
-from tests.conftest import run_here
 
     tokenizer = train_tokenizer(texts[:400], kind="wordpiece", vocab_size=VOCABULARY, lowercase=True)
     frame = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
