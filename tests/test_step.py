@@ -220,7 +220,7 @@ def test_workers_give_the_single_process_gradient_in_one_reduction(
     result = run_workers(world_size, _share, name, micro_batches)
     assert int(result.pop("sent")) == sum(gradient.numel() for gradient in expected.values()) + MAX_FLAGS
     for key, value in metrics.items():
-        torch.testing.assert_close(result.pop(f"metric {key}"), value.double(), atol=1e-7, rtol=0)
+        torch.testing.assert_close(result.pop(f"metric {key}"), value.double(), atol=1e-6, rtol=0)  # ranks are float32
     assert_equal(result, expected)
 
 
