@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -94,11 +95,12 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Between Ray's own and those that the kernel hands out, so that nobody else gets one in the meantime."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        with suppress(OSError), socket.create_server(("127.0.0.1", random.randrange(20_000, 32_000))) as server:
+            ports.add(server.getsockname()[1])
+    return list(ports)
 
 
 class JobProcess:

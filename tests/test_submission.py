@@ -98,7 +98,7 @@ def head_node(folder: Path, secret: dict[str, str]) -> Iterator[Head]:
         submitter = of_user | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
         yield Head(psutil.Process(head.pid), submitter, token, f"127.0.0.1:{port}", session)
     finally:
-        children = psutil.Process(head.pid).children(recursive=True)
+        children = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
         head.terminate()
         head.wait(timeout=120)
         for child in psutil.wait_procs(children, timeout=30)[1]:
