@@ -168,8 +168,7 @@ def drain(cluster: Cluster, node: Any) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=WAIT_S)
 
 
-class ReachedError(Exception):
-    pass
+class ReachedError(Exception): ...
 
 
 def test_a_node_comes_and_goes_in_mid_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
