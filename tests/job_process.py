@@ -108,7 +108,7 @@ class JobProcess:
 
     def __init__(self, name: str, config: Path, *args: str, **more: str) -> None:
         """`more` goes into its environment."""
-        self.log = config.parent / f"{name}-{time.monotonic_ns()}.err"
+        self.log, self.before = config.parent / f"{name}-{time.monotonic_ns()}.err", set(busy())
         with self.log.open("w") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.small_tasks", name, "--config", str(config), *args],
@@ -147,7 +147,7 @@ class JobProcess:
     def leftovers(self) -> list[str]:
         """Processes of the job's that are still there after WAIT_S."""
         deadline = time.monotonic() + WAIT_S
-        while left := [str(p) for p in (*self.children, *busy()) if p.is_running()]:
+        while left := [str(p) for p in {*self.children, *busy()} - self.before if p.is_running()]:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.2)
