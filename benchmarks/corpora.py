@@ -19,8 +19,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.data.manifest import RECORD_SCHEMA, write_table
+from pipeline.data.manifest import RECORD_SCHEMA
 from pipeline.data.prepare import SHARD_BYTES
+from pipeline.runtime.artifact import write_parquet
 from pipeline.text.identity import content_id, shard_of
 
 CORPORA = ("wordnet", "linux-doc", "debian")
@@ -66,7 +67,7 @@ def write_records(rows: Sequence[Record], folder: Path, shards: int | None = Non
     for row in rows:
         parts[shard_of(row["id"], shards)].append(row)
     for part, file in zip(parts, files, strict=True):
-        write_table(pa.Table.from_pylist(part, RECORD_SCHEMA), file)
+        write_parquet(pa.Table.from_pylist(part, RECORD_SCHEMA), file)
     return files
 
 

@@ -41,7 +41,7 @@ from benchmarks.gpu_checks import CHECKS, Deviation, Rig
 from benchmarks.gpu_speed import Bounds, Case, Speed, measure, profile, release
 from benchmarks.gpu_training import shape_of
 from pipeline.runtime.console import table
-from pipeline.runtime.files import write_atomically
+from pipeline.storage.files import write_atomically
 from pipeline.training.step import OutOfMemory
 
 LIMIT_S = 530.0  # a configuration takes up to a minute, and the whole is to take under ten

@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.runtime.artifact import Artifact
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -30,7 +32,6 @@ set_environment()
 from benchmarks.corpora import CORPORA, Record, machine, records, text_bytes, text_of, with_copies, write_records
 from pipeline.config import Data, NearDuplicates
 from pipeline.data import near_duplicates
-from pipeline.data.work import Stage
 from pipeline.runtime.console import table
 
 CORES = max(2, os.cpu_count() or 2)  # as ray_session has it
@@ -40,8 +41,8 @@ PEERS = {"datatrove": "spacy", "datatrove, words by \\w+": "regex"}
 def ours(rows: list[Record], folder: Path, threshold: float) -> dict[str, Any]:
     """Seconds and records kept."""
     files = write_records(rows, folder / "input")
-    stage, data = Stage(folder, "distinct", []), Data(near_duplicates=NearDuplicates(threshold=threshold))
-    with ray_session() as board, stage.open():
+    stage, data = Artifact(folder, "distinct", []), Data(near_duplicates=NearDuplicates(threshold=threshold))
+    with ray_session() as board:
         began = time.perf_counter()
         near_duplicates.find(stage, board, files, data)
         counts = near_duplicates.write_distinct(stage, board, files)

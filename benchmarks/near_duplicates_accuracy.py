@@ -23,6 +23,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.runtime.artifact import Artifact
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -36,7 +38,6 @@ import pyarrow.parquet as pq
 from benchmarks.corpora import CORPORA, Record, machine, records, text_of, write_records
 from pipeline.config import Data, NearDuplicates
 from pipeline.data import near_duplicates
-from pipeline.data.work import Stage
 from pipeline.runtime.console import table
 from pipeline.text.shingles import band_keys, bands_of, jaccard, shingle_sets
 
@@ -94,10 +95,9 @@ def end_to_end(rows: Sequence[Record], data: Data, board: Board) -> dict[int, in
     """What the stage removes, and who stands for it, by their places."""
     with tempfile.TemporaryDirectory() as folder:
         files = write_records(rows, Path(folder) / "input", shards=4)
-        stage = Stage(Path(folder), "distinct", [])
-        with stage.open():
-            near_duplicates.find(stage, board, files, data)
-            near_duplicates.write_distinct(stage, board, files)
+        stage = Artifact(Path(folder), "distinct", [])
+        near_duplicates.find(stage, board, files, data)
+        near_duplicates.write_distinct(stage, board, files)
         rejected = pa.concat_tables([pq.read_table(stage.folder / "rejected" / file.name) for file in files])
     by_id = {row["id"]: place for place, row in enumerate(rows)}
     by_name = {row["source_id"]: place for place, row in enumerate(rows)}

@@ -24,7 +24,7 @@ from pipeline.data.records import parts_at_most
 from pipeline.data.tokenizing import ROW_GROUP_ROWS
 from pipeline.embedding.embed import write_rows
 from pipeline.embedding.ledger import PART_ENTRIES
-from pipeline.runtime.files import REQUESTS_AT_ONCE
+from pipeline.storage.files import REQUESTS_AT_ONCE
 
 SCALES = {"1 M": 10**6, "1 G": 10**9, "100 G": 10**11}
 NODES = {"1 M": (1, 1), "1 G": (8, 4), "100 G": (64, 32)}  # CPU workers, GPU workers

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.runtime.artifact import Artifact, Output
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -36,7 +38,6 @@ from pipeline.data.plan import Plan
 from pipeline.data.prepare import Inputs
 from pipeline.data.records import parts_at_most
 from pipeline.data.tokenizing import ROW_GROUP_ROWS
-from pipeline.data.work import Report, Task, run_tasks
 from pipeline.embedding.embed import _a_task_each
 from pipeline.embedding.sync import Span
 from pipeline.runtime.console import table
@@ -106,12 +107,11 @@ def plan_of(records: int, shards: int) -> Plan:
 def read_empty(inputs: Inputs, folder: Path, board: Board) -> int:
     """Send prepare's first tasks through Ray, as `make_records` does. Returns their number."""
 
-    def nothing(index: int, report: Report) -> None:
-        report({"bytes": inputs.work[index][1].bytes})
+    def nothing(index: int, output: Output) -> None:
+        return
 
-    tasks = [Task(task.bytes, folder / "judged" / f"{i:06d}.json") for i, (_, task) in enumerate(inputs.work)]
-    run_tasks(board, "prepare: read and judge", tasks, nothing)
-    return len(tasks)
+    task_bytes = [task.bytes for _, task in inputs.work]
+    return len(Artifact(folder, "empty", []).tasks(board, "prepare: read and judge", task_bytes, nothing))
 
 
 def look_empty(inputs: Inputs, folder: Path) -> int:

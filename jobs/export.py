@@ -39,8 +39,8 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     from pipeline.export.destination import refuse_foreign, replacing_folder, write_marker
     from pipeline.export.onnx import check_packages
     from pipeline.model.reading import model_fingerprint, read_card
-    from pipeline.runtime.files import fetched
     from pipeline.stages import model_folder
+    from pipeline.storage.files import fetched
 
     refuse_foreign(folder, MARKER)
     if args.onnx:

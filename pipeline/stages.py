@@ -7,9 +7,9 @@ work does without.
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Collection
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
 
 from pipeline.config import Config, ConfigError
@@ -21,12 +21,12 @@ from pipeline.evaluation.sts import read_sts
 from pipeline.preflight.look import look
 from pipeline.runtime.cluster import place_data
 from pipeline.runtime.console import log
-from pipeline.runtime.files import fetched, write_atomically
 from pipeline.runtime.findings import findings_table, refuse
 from pipeline.runtime.job import JobError, Result, alone_in
-from pipeline.runtime.root import check_writable
 from pipeline.runtime.session import Board, ray_session, set_environment
-from pipeline.storage.bucket import AnyPath, as_path
+from pipeline.storage.files import fetched, files_below, write_atomically
+from pipeline.storage.object_store import BucketError
+from pipeline.storage.path import StoragePath, as_path
 
 
 class Session:
@@ -37,13 +37,12 @@ class Session:
     def __init__(self, config: Config, rehash: bool = False, needs: Collection[str] = ("prepare",)) -> None:
         set_environment()
         check_folders(config)
-        check_writable(config)
         self.config, self.rehash, self.needs = config, rehash, needs
         self._stack = ExitStack()
         self._board: Board | None = None
-        self._prepared: tuple[AnyPath, Manifest] | None = None
+        self._prepared: tuple[StoragePath, Manifest] | None = None
 
-    def prepared(self) -> tuple[AnyPath, Manifest]:
+    def prepared(self) -> tuple[StoragePath, Manifest]:
         """The prepared data set, brought up to date on first use."""
         if self._prepared is None:
             self._prepared = prepare(self.config, self.board, self.rehash)
@@ -52,6 +51,7 @@ class Session:
     def board(self) -> Board:
         """Raises ConfigError or JobError where the cluster lacks what the job needs."""
         if self._board is None:
+            check_writable(self.config)
             self._board = self._stack.enter_context(ray_session())
             place_data(self.config.scaling.labels.data)
             findings = look(self.config, self.needs)
@@ -66,6 +66,21 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+
+
+def check_writable(config: Config) -> None:
+    """Raise ConfigError if nothing can be written to storage.root."""
+    probe = config.root / f".probe-{uuid.uuid4().hex}"
+    try:
+        write_atomically(probe, b"")
+        probe.unlink()
+    except BucketError as error:
+        raise ConfigError(f"storage.root: {error}, which may write and delete there") from None
+    except OSError as error:
+        raise ConfigError(
+            f"storage.root: found {config.root}, where nothing can be written ({error.strerror}); allowed is a folder "
+            "that this user may write to, as in storage.root=DIR"
+        ) from None
 
 
 def check_stage(session: Session) -> Result:
@@ -83,18 +98,18 @@ def check_folders(config: Config) -> None:
     """Raise ConfigError for a folder that a later stage would miss, before an earlier one has worked for hours."""
     wanted = config.evaluation
     if wanted.beir_dir:
-        check_beir(Path(wanted.beir_dir))
+        check_beir(as_path(wanted.beir_dir))
     if wanted.sts_file:
-        read_sts(Path(wanted.sts_file))
+        read_sts(as_path(wanted.sts_file))
     if wanted.clustering_file:
-        read_labels(Path(wanted.clustering_file), "evaluation.clustering_file")
+        read_labels(as_path(wanted.clustering_file), "evaluation.clustering_file")
     if wanted.classification_dir:
-        read_classification(Path(wanted.classification_dir))
+        read_classification(as_path(wanted.classification_dir))
     if config.embedding.model:
         check_model(as_path(config.embedding.model))
 
 
-def check_model(place: AnyPath) -> None:
+def check_model(place: StoragePath) -> None:
     """Raise ConfigError where there is no model to embed with, as far as that shows without its weights."""
     if not place.is_dir():
         raise ConfigError(
@@ -235,11 +250,14 @@ def mine_stage(config: Config, session: Session) -> Result:
 
 def _changes(path: str | None) -> list[list[str | int]]:
     """Name, size and time of change (ns) of a file, or of the files in a folder."""
-    files = [] if path is None else [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("*.*"))
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    if path is None:
+        return []
+    place = as_path(path)
+    files = {place.name: place.stat()} if place.is_file() else files_below(place)
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files.items()]
 
 
-def _model_of(config: Config, manifest: Manifest) -> AnyPath:
+def _model_of(config: Config, manifest: Manifest) -> StoragePath:
     """The model to use with a data set: a run's own model goes with the data that it was trained on."""
     from pipeline.training.run_folder import refuse_other_run
 
@@ -249,7 +267,7 @@ def _model_of(config: Config, manifest: Manifest) -> AnyPath:
     return model
 
 
-def model_folder(config: Config) -> AnyPath:
+def model_folder(config: Config) -> StoragePath:
     """The model to embed with: `embedding.model`, else the run's best. Raises JobError where there is none."""
     from pipeline.training.checkpoints import best_checkpoint
 

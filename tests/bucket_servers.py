@@ -1,25 +1,46 @@
-"""Buckets on loopback: S3 by moto, in a thread of the test's process, and GCS by a stand-in of our own."""
+"""Buckets on loopback: S3 by moto, in a thread of the test's process, GCS by a stand-in of our own, and Azure by
+Azurite, Microsoft's emulator.
+"""
 
 from __future__ import annotations
 
+import base64
+import hmac
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.request import Request, urlopen
 
 import pytest
+
+from pipeline.storage import object_store
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "nobody",
     "AWS_SECRET_ACCESS_KEY": "nothing-of-this-may-show",
     "AWS_EC2_METADATA_DISABLED": "true",
+    # The key that every Azurite has
+    "AZURE_STORAGE_ACCOUNT_KEY": "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr"
+    "/KBHBeksoGMGw==",
 }
+AZURE_ACCOUNT = "devstoreaccount1"
+KEEP_CONNECTIONS = (
+    "--import=data:text/javascript,import { Server } from 'node:http';"
+    "Object.defineProperty(Server.prototype, 'keepAliveTimeout', { get: () => 0, set: () => {} })"
+)
+"""Node ends connections that are idle for five seconds, even while a busy Azurite has a request on them to read. It does
+not heed its own option for that.
+"""
+AZURITE = Path(__file__).parents[1] / ".azurite/node_modules/.bin/azurite-blob"
 NOBODY = "?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:1"
 
 
@@ -31,7 +52,7 @@ class _Bucket:
     options: str
     """Of a URI, that lead to the server."""
     inside: Any
-    """boto3's client, or the folder of the stand-in."""
+    """boto3's client, the folder of the stand-in, or a store of obstore."""
     scheme = ""
 
     def uri(self, prefix: str) -> str:
@@ -74,7 +95,24 @@ class Gcs(_Bucket):
         (self.inside / key).unlink()
 
 
-Served = S3 | Gcs
+class Azure(_Bucket):
+    scheme = "az"
+
+    def keys(self, prefix: str = "") -> list[str]:
+        found = (each["path"] for page in self.inside.list() for each in page)
+        return sorted(key for key in found if key.startswith(prefix))
+
+    def read(self, key: str) -> bytes:
+        return bytes(self.inside.get(key).bytes())
+
+    def write(self, key: str, data: bytes) -> None:
+        self.inside.put(key, data)
+
+    def delete(self, key: str) -> None:
+        self.inside.delete(key)
+
+
+Served = S3 | Gcs | Azure
 
 
 @contextmanager
@@ -109,6 +147,55 @@ def gcs(bucket: str, folder: Path) -> Iterator[Gcs]:
             server.terminate()
 
 
+@contextmanager
+def azure(container: str, folder: Path) -> Iterator[Azure]:
+    """A server with one container. The key for it is in the environment: conftest sets it."""
+    from obstore.store import AzureStore
+
+    from tests.job_process import free_ports
+
+    if not AZURITE.exists():
+        pytest.skip("Azurite is not installed: npm install --prefix .azurite azurite@3.35.0")
+    (port,) = free_ports(1)
+    command = ["node", KEEP_CONNECTIONS, str(AZURITE), "--blobHost", "127.0.0.1", "--blobPort", str(port)]
+    command += ["--location", str(folder), "--disableTelemetry", "--silent", "--skipApiVersionCheck"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+        try:
+            while not _answers(port):
+                assert server.poll() is None, "Azurite has ended"
+                time.sleep(0.05)
+            _create_container(f"http://127.0.0.1:{port}", container)
+            inside = AzureStore(
+                container,
+                account_name=AZURE_ACCOUNT,
+                account_key=CREDENTIALS["AZURE_STORAGE_ACCOUNT_KEY"],
+                endpoint=f"http://127.0.0.1:{port}/{AZURE_ACCOUNT}",
+                client_options={"allow_http": True},
+            )
+            options = f"?account_name={AZURE_ACCOUNT}&scheme=http&endpoint_override=127.0.0.1:{port}"
+            yield Azure(container, options, inside)
+        finally:
+            server.kill()
+
+
+def _answers(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+        return True
+    return False
+
+
+def _create_container(server: str, container: str) -> None:
+    """What obstore has no call for."""
+    path = f"/{AZURE_ACCOUNT}/{container}"
+    headers = {"x-ms-date": formatdate(usegmt=True), "x-ms-version": "2021-12-02"}
+    lines = ["PUT", *11 * [""], *(f"{name}:{value}" for name, value in headers.items())]
+    text = "\n".join([*lines, f"/{AZURE_ACCOUNT}{path}", "restype:container"])
+    key = base64.b64decode(CREDENTIALS["AZURE_STORAGE_ACCOUNT_KEY"])
+    signature = base64.b64encode(hmac.digest(key, text.encode(), "sha256")).decode()
+    headers["Authorization"] = f"SharedKey {AZURE_ACCOUNT}:{signature}"
+    urlopen(Request(f"{server}{path}?restype=container", method="PUT", headers=headers), timeout=60).close()
+
+
 class Forbidding(BaseHTTPRequestHandler):
     """A service that refuses everybody."""
 
@@ -136,13 +223,5 @@ def answering(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 
 def give_up_at_once(patch: pytest.MonkeyPatch) -> None:
-    """Let new connections to S3 try a request once. By itself pyarrow tries for six seconds."""
-    from pyarrow import fs
-
-    class Once:
-        @staticmethod
-        def from_uri(uri: str) -> tuple[fs.FileSystem, str]:
-            options: dict[str, Any] = dict(parse_qsl(uri.partition("?")[2]))
-            return fs.S3FileSystem(**options, retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1)), ""
-
-    patch.setattr(fs, "FileSystem", Once)
+    """Let new connections try a request once. By themselves they try for six seconds."""
+    patch.setattr(object_store, "MAX_RETRIES", 0)

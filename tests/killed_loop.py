@@ -29,8 +29,9 @@ import yaml
 from tokenizers import Tokenizer, models, processors
 
 from pipeline.config import Config, load
-from pipeline.data.manifest import Manifest, Shard, write_table
-from pipeline.runtime.files import fetched
+from pipeline.data.manifest import Manifest, Shard
+from pipeline.runtime.artifact import write_parquet
+from pipeline.storage.files import fetched
 from pipeline.training.checkpoints import newest_valid
 from pipeline.training.sharded import consolidate
 
@@ -88,7 +89,7 @@ def prepared(folder: Path, rows: int = 200) -> Manifest:
         table = pa.table(columns)
         (folder / split).mkdir()
         for i, part in enumerate((table.slice(0, count // 2), table.slice(count // 2))):
-            write_table(part, folder / split / f"{i:05d}.parquet")
+            write_parquet(part, folder / split / f"{i:05d}.parquet")
             shards.append(Shard(f"{split}/{i:05d}.parquet", split, len(part), [len(part)], ["made"], ""))
     lengths: dict[str, dict[str, float]] = {"anchor": {}, "positive": {}}
     return Manifest("made", [], {"train": rows, "validation": 16}, shards, lengths, [], {})
@@ -217,8 +218,10 @@ def _record(path: Path) -> None:
 
 def _plant(kill: Kill) -> None:
     """Let this process kill itself at the count-th pass of a place."""
-    from pipeline.storage.bucket import BucketPath
-    from pipeline.training import checkpoints, loop, saving
+    import obstore
+
+    from pipeline.storage.path import BucketPath
+    from pipeline.training import checkpoints, loop
     from pipeline.training.precision import Precision
     from pipeline.training.strategy import DataParallel
     from pipeline.training.uploading import Upload
@@ -249,9 +252,9 @@ def _plant(kill: Kill) -> None:
     def half(upload: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(path: BucketPath, file: Path) -> None:
             if passed + 1 == kill.count:
-                stream = path.filesystem.open_output_stream(path.key)
-                stream.write(file.read_bytes()[: file.stat().st_size // 2])
-                stream.flush()
+                half_written = obstore.open_writer(path.store.connect(), path.key)
+                half_written.write(file.read_bytes()[: file.stat().st_size // 2])
+                half_written.flush()
             here()
             upload(path, file)
 
@@ -262,8 +265,8 @@ def _plant(kill: Kill) -> None:
         "reduced": (DataParallel, "clip", before),
         "updated": (Precision, "step", after),
         "writing": (checkpoints.torch, "save", amid),
-        "written": (saving, "move", before),
-        "moved": (saving, "move", after),
+        "written": (Upload, "__call__", before),
+        "moved": (Upload, "__call__", after),
         "uploading": (BucketPath, "upload", half),
         "sealing": (Upload, "_whole", after),
         "sealed": (Upload, "__call__", after),

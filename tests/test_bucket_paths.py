@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import random
@@ -18,12 +19,12 @@ from unittest.mock import patch
 import pytest
 
 from pipeline.config import ConfigError, load
-from pipeline.runtime import lease, mirror
-from pipeline.runtime.files import fetched, place, remove_folder, replacing, scratch, sizes, write_atomically
-from pipeline.runtime.job import JobError, alone_in
-from pipeline.runtime.root import check_reachable, check_writable
-from pipeline.stages import Session
-from pipeline.storage.bucket import BucketError, BucketPath, as_path
+from pipeline.runtime.job import JobError, alone_in, check_reachable
+from pipeline.stages import check_writable
+from pipeline.storage import lock, mirror
+from pipeline.storage.files import fetched, place, remove_folder, replacing, scratch, sizes, write_atomically
+from pipeline.storage.object_store import BucketError
+from pipeline.storage.path import BucketPath, as_path
 from tests.bucket_servers import CREDENTIALS, NOBODY, Forbidding, Served, answering, gcs, give_up_at_once, s3
 
 
@@ -146,23 +147,23 @@ def test_a_mirror_sends_what_grows(root: BucketPath, monkeypatch: pytest.MonkeyP
 
 
 def test_one_job_at_a_time(root: BucketPath, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "SIGN_EVERY_S", 0.05)
-    monkeypatch.setattr(lease, "DEAD_AFTER_S", 60)
+    monkeypatch.setattr(lock, "RENEW_EVERY_S", 0.05)
+    monkeypatch.setattr(lock, "LIMIT_S", 60)
     with alone_in(root):
         with pytest.raises(JobError, match=r"^another job is at work in (s3|gs)://store/"), alone_in(root):
             pytest.fail("two at once")
-        assert len((root / ".lock").files()) == 1
+        assert json.loads((root / ".lock").read_bytes())["holder"]
     with alone_in(root):  # at once: the other has left
         pass
-    monkeypatch.setattr(lease, "DEAD_AFTER_S", 0.2)
-    (root / ".lock" / "killed").write_bytes(b"7")
+    monkeypatch.setattr(lock, "LIMIT_S", 0.2)
+    (root / ".lock").write_bytes(b'{"holder": "killed", "renewals": 7}')
     with alone_in(root):
-        assert not (root / ".lock" / "killed").exists()
+        assert json.loads((root / ".lock").read_bytes())["holder"] not in ("", "killed")
 
 
 def test_of_many_that_begin_together_no_two_are_in(root: BucketPath, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "SIGN_EVERY_S", 0.05)
-    monkeypatch.setattr(lease, "DEAD_AFTER_S", 60)
+    monkeypatch.setattr(lock, "RENEW_EVERY_S", 0.05)
+    monkeypatch.setattr(lock, "LIMIT_S", 60)
     busy, barrier = threading.Lock(), threading.Barrier(6)
 
     def is_alone(_: int) -> bool:
@@ -184,6 +185,22 @@ def config_file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
+    "key",
+    [
+        *("embedding.uri", "embedding.model", "tokenizer.load_path", "model.pretrained", "logging.save_dir"),
+        *("evaluation.beir_dir", "evaluation.sts_file", "data.decontaminate.0", "data.sources.0.path"),
+    ],
+)
+def test_credentials_are_refused_whatever_the_key(key: str, tmp_path: Path) -> None:
+    source = {"name": "s", "type": "json", "path": "x"}
+    arguments = [f"data.sources=[{json.dumps(source)}]", "data.decontaminate=[x]"]
+    for value in ("s3://KEY:hunter2@b/x", "az://b/x?sig=hunter2"):
+        with pytest.raises(ConfigError, match=r"found credentials in a URI of (s3|az)://") as refused:
+            load(config_file(tmp_path), [*arguments, f"{key}={value}"], environ={})
+        assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
     "uri",
     ["s3://AKIAX:hunter2@b/p", "gs://hunter2@b/p", "s3://b/p?secret_key=hunter2", "s3://b?x=y&session_token=hunter2"],
 )
@@ -194,9 +211,9 @@ def test_credentials_are_refused_and_not_repeated(uri: str, tmp_path: Path) -> N
         assert "hunter2" not in str(refused.value)
 
 
-@pytest.mark.parametrize("uri", ["s3://", "s3:///x", "http://bucket/x", "hdfs://host/x", "file:///x"])
+@pytest.mark.parametrize("uri", ["s3://", "s3:///x", "http://bucket/x", "hdfs://host/x", "s3://b/x?regio=here"])
 def test_what_is_no_bucket_is_refused(uri: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^storage\.root: found .*; allowed is a folder on disk, s3://bucket"):
+    with pytest.raises(ConfigError, match=r"^storage\.root: found .*; allowed is a path on disk, s3://bucket"):
         load(config_file(tmp_path), [f"storage.root={uri}"], environ={})
 
 
@@ -205,9 +222,7 @@ def test_folders_under_a_root_in_a_bucket(tmp_path: Path) -> None:
     assert str(config.run_dir) == "gs://b/p/runs/r?anonymous=true"
     assert str(config.log_dir) == str(config.run_dir)
     assert config.under_root("/logs") == Path("/logs")
-    with pytest.raises(ConfigError, match=r"^logging\.save_dir: found a URI; ") as refused:
-        config.under_root("s3://user:hunter2@other/x")
-    assert "hunter2" not in str(refused.value)
+    assert str(config.under_root("s3://other/logs")) == "s3://other/logs"
     local = load(config_file(tmp_path), [f"storage.root={tmp_path}", "logging.save_dir=logs"], environ={})
     assert (local.root, local.log_dir) == (tmp_path, tmp_path / "logs")
 
@@ -225,15 +240,14 @@ def test_a_root_that_cannot_be_reached_is_one_sentence(tmp_path: Path) -> None:
         check_writable(load(config_file(tmp_path), [f"storage.root={served.uri('x')}"], environ={}))
         assert served.keys("x/") == []
         elsewhere = refused(f"s3://elsewhere/x{served.options}")
-        assert elsewhere.startswith("storage.root: found no bucket elsewhere at s3://")
-    assert "Unexpected query parameter in S3 URI: 'regio'" in refused("s3://store/x?regio=here")
-    no_way = "storage.root: found no way into s3://store (AWS Error "
+        assert elsewhere.startswith("storage.root: found no way into s3://elsewhere/x (404 Not Found, NoSuchBucket)")
+    no_way = "storage.root: found no way into s3://store/x ("
     with pytest.MonkeyPatch.context() as monkeypatch:
         give_up_at_once(monkeypatch)
-        assert refused(f"s3://store/x{NOBODY}").startswith(f"{no_way}NETWORK")
+        assert refused(f"s3://store/x{NOBODY}").startswith(f"{no_way}Connection refused)")
     with answering(Forbidding) as options:
         found = refused(f"s3://store/x{options}")
-        assert found.startswith(f"{no_way}ACCESS_DENIED")
+        assert found.startswith(f"{no_way}403 Forbidden)")
         assert "credentials in the environment" in found
 
 
@@ -246,8 +260,8 @@ def test_a_root_that_may_only_be_read_is_refused_to_jobs_that_write(tmp_path: Pa
     with answering(ReadOnly) as options:
         config = load(config_file(tmp_path), [f"storage.root=s3://store/x{options}"], environ={})
         check_reachable(config)
-        with pytest.raises(ConfigError, match=r"^storage\.root: found no way into s3://store/x/.* \(AWS Error ACCESS"):
-            Session(config)
+        with pytest.raises(ConfigError, match=r"^storage\.root: found no way into s3://store/x/.* \(403 Forbidden"):
+            check_writable(config)
 
 
 def test_a_bucket_that_goes_away_is_no_missing_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,6 +271,6 @@ def test_a_bucket_that_goes_away_is_no_missing_file(monkeypatch: pytest.MonkeyPa
         path = as_path(other.uri("x"))
     assert isinstance(path, BucketPath)
     for read in (path.read_bytes, path.files):
-        with pytest.raises(BucketError, match=r"^found no way into s3://gone/x \(AWS Error NETWORK_CONNECTION"):
+        with pytest.raises(BucketError, match=r"^found no way into s3://gone/x \(Connection refused\)"):
             read()
     assert not isinstance(BucketError(""), OSError)

@@ -11,10 +11,10 @@ import pytest
 
 from pipeline.config import Config, load
 from pipeline.data.feed import training_plan, validation_rows
-from pipeline.data.manifest import read_manifest
+from pipeline.data.manifest import read_prepared
 from pipeline.data.prepare import Inputs, prepare
 from pipeline.evaluation.held_out import held_out_task
-from pipeline.storage.bucket import BucketPath
+from pipeline.storage.path import BucketPath
 from tests.bucket_servers import Served, s3
 from tests.conftest import board, make_pairs, no_board, write_jsonl
 from tests.test_shingles import variants
@@ -61,7 +61,7 @@ def test_a_bucket_holds_the_bytes_of_a_disk(served: Served, tmp_path: Path, monk
     place, manifest = prepare(remote, board)
     assert isinstance(folder, Path)
     assert isinstance(place, BucketPath)
-    assert manifest == expected == read_manifest(place)
+    assert manifest == expected == read_prepared(place)
     (source,) = manifest.sources
     assert {"duplicate", "near_duplicate", "contaminated", "broken_json"} <= source.rejected.keys()
     assert len([shard for shard in manifest.shards if shard.split == "train"]) > 2
@@ -71,9 +71,10 @@ def test_a_bucket_holds_the_bytes_of_a_disk(served: Served, tmp_path: Path, monk
         for path in (tmp_path / "disk").rglob("*")
         if path.is_file() and path.name != ".lock"
     }
-    assert {key.removeprefix("bucket/") for key in served.keys("bucket/")} == on_disk.keys()
+    there = {key.removeprefix("bucket/") for key in served.keys("bucket/")}
+    assert {name for name in there if not name.endswith(".lock")} == on_disk.keys()
     for name, path in on_disk.items():
-        if path.name not in ("done.json", "manifest.json"):  # which hold seconds; the other was compared
+        if path.name != "manifest.json":  # which holds seconds; the data set's was compared
             assert served.read(f"bucket/{name}") == path.read_bytes(), name
     assert prepare(remote, no_board) == (place, manifest)
 
@@ -84,6 +85,6 @@ def test_a_bucket_holds_the_bytes_of_a_disk(served: Served, tmp_path: Path, monk
     assert held_out_task(local, folder) == held_out_task(remote, place)
 
     tokens = Inputs(remote).tokens.folder  # killed before its end, with one shard short
-    (tokens / "done.json").unlink()
+    (tokens / "manifest.json").unlink()
     (place / "manifest.json").unlink()
     assert prepare(remote, board) == (place, manifest)

@@ -19,8 +19,9 @@ from unittest.mock import patch
 import pytest
 
 from pipeline.config import Config, load
-from pipeline.runtime.files import fetched, scratch
-from pipeline.storage.bucket import BucketError, BucketPath
+from pipeline.storage.files import fetched, scratch
+from pipeline.storage.object_store import BucketError
+from pipeline.storage.path import BucketPath
 from pipeline.training import uploading
 from pipeline.training.checkpoints import (
     TrainState,

@@ -86,7 +86,7 @@ def test_a_path_with_nothing_in_it_is_refused(path: str, bucket: Served) -> None
 
 
 def test_a_bucket_that_is_not_there_is_refused(bucket: Served) -> None:
-    with pytest.raises(ConfigError, match=r"^data.sources s: found no bucket elsewhere at (s3|gs)://elsewhere/x;"):
+    with pytest.raises(ConfigError, match=r"^data.sources s: found no way into (s3|gs|az)://elsewhere/x \(404 Not Found"):
         plan_source(source_at(replace(bucket, bucket="elsewhere"), "x"))
 
 
@@ -99,21 +99,21 @@ def test_public_data_needs_no_credentials(bucket: Served, monkeypatch: pytest.Mo
 
 
 def test_an_option_that_is_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match="Unexpected query parameter in S3 URI: 'regio'"):
+    with pytest.raises(ConfigError, match="found the option 'regio' at s3://"):
         plan_source(Source(name="s", type="json", path="s3://corpus/x?regio=here"))
 
 
 def test_a_server_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     give_up_at_once(monkeypatch)
     source = Source(name="s", type="json", path=f"s3://corpus/pages{NOBODY}")
-    words = r"^data.sources s: found no way into s3://corpus/pages \(AWS Error NETWORK_CONNECTION"
+    words = r"^data.sources s: found no way into s3://corpus/pages \(Connection refused"
     with pytest.raises(ConfigError, match=words) as refused:
         plan_source(source)
     assert "\n" not in str(refused.value)
 
 
 def test_wrong_credentials_are_refused() -> None:
-    words = r"found no way into s3://corpus/x \(AWS Error ACCESS_DENIED .*credentials"
+    words = r"found no way into s3://corpus/x \(403 Forbidden.*credentials"
     with answering(Forbidding) as options, pytest.raises(ConfigError, match=words):
         plan_source(Source(name="s", type="json", path=f"s3://corpus/x{options}"))
 
@@ -125,5 +125,5 @@ def test_a_server_that_goes_away_stops_the_run(monkeypatch: pytest.MonkeyPatch) 
         served.write("a.jsonl", as_lines(ROWS))
         source = source_at(served, "a.jsonl")
         task = plan_source(source).tasks[0]
-    with pytest.raises(JobError, match=r"^source s: a.jsonl could not be read: AWS Error NETWORK_CONNECTION"):
+    with pytest.raises(JobError, match=r"^source s: a.jsonl could not be read: Connection refused"):
         list(read(task, source))

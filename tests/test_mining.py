@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from pipeline.config import Config, ConfigError, Mining, load
-from pipeline.data.manifest import Manifest, read_manifest
+from pipeline.data.manifest import Manifest, read_prepared
 from pipeline.mining.blocks import negatives_of, open_block, write_block
 from pipeline.mining.choosing import Answers, Block, choose
 from pipeline.mining.mine import with_negatives
@@ -160,7 +160,7 @@ def mined(config: Config, ray_cluster: None) -> Mined:
     assert code == 0
     folders = {}
     for path in (config.root / "prepared").iterdir():
-        manifest = read_manifest(path)
+        manifest = read_prepared(path)
         assert manifest is not None
         folders["negatives" in manifest.text_fields] = (path, manifest)
     return (*folders[False], *folders[True])

@@ -19,7 +19,7 @@ from pipeline.config import ConfigError, Data, NearDuplicates
 from pipeline.data import near_duplicates
 from pipeline.data.contamination import Contamination, check_folders
 from pipeline.data.manifest import RECORD_SCHEMA, REJECTED_SCHEMA
-from pipeline.data.work import Stage
+from pipeline.runtime.artifact import Artifact, Output
 from pipeline.text.identity import content_id, shard_of
 from pipeline.text.shingles import Shingles, jaccard, shingles
 from tests.conftest import board
@@ -42,12 +42,11 @@ def record_files(folder: Path, texts: Sequence[str], shards: int) -> list[Path]:
 
 def distinct(folder: Path, files: list[Path], data: Data) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
     """What stays, what goes, and the counts of it."""
-    stage = Stage(folder, "distinct", [])
-    with stage.open():
-        near = near_duplicates.find(stage, board(), files, data)
-        counts = near_duplicates.write_distinct(stage, board(), files)
-        clusters = near_duplicates.largest_clusters(stage)
-        stage.finish({})
+    stage = Artifact(folder, "distinct", [])
+    near = near_duplicates.find(stage, board(), files, data)
+    counts = near_duplicates.write_distinct(stage, board(), files)
+    clusters = near_duplicates.largest_clusters(stage)
+    stage.finish({})
     stay, gone = (
         pa.concat_tables([pq.read_table(stage.folder / k / f.name) for f in files]) for k in ("records", "rejected")
     )
@@ -173,17 +172,10 @@ def test_components_are_those_of_all_links(tmp_path: Path) -> None:
     assert (found[[3, 4, 7]] == near_duplicates.ALONE).all()
 
 
-def test_rows_of_an_array_in_a_bucket_are_those_on_disk(tmp_path: Path) -> None:
-    class InBucket:
-        """What a BucketPath has, over a file on disk."""
-
-        def open(self) -> Any:
-            return (tmp_path / "a.npy").open("rb")
-
+def test_rows_of_an_array_are_read_alone(tmp_path: Path) -> None:
     array = np.random.default_rng(0).integers(0, 1 << 60, (5, 1000), dtype=np.uint64)
-    near_duplicates._save(array, tmp_path / "a.npy")
+    near_duplicates._save(array, Output(tmp_path), "a.npy")
     for start, stop in ((0, None), (2, 3), (1, 5), (3, 3)):
-        for path in (tmp_path / "a.npy", InBucket()):
-            assert (near_duplicates._load(path, start, stop) == array[start:stop]).all()  # type: ignore[arg-type]
-    near_duplicates._save(array[0], tmp_path / "a.npy")
-    assert (near_duplicates._load(InBucket(), 10, 20) == array[0][10:20]).all()  # type: ignore[arg-type]
+        assert (near_duplicates._load(tmp_path / "a.npy", start, stop) == array[start:stop]).all()
+    near_duplicates._save(array[0], Output(tmp_path), "a.npy")
+    assert (near_duplicates._load(tmp_path / "a.npy", 10, 20) == array[0][10:20]).all()

@@ -19,7 +19,7 @@ from pipeline.config import Config, ConfigError, load
 from pipeline.data import prepare as prepare_module
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import prepare
-from pipeline.data.work import Report, Task, run_tasks
+from pipeline.runtime.artifact import Artifact, Output
 from pipeline.runtime.job import JobError
 from pipeline.sources import source as sources
 from pipeline.text.identity import content_id, is_validation
@@ -178,7 +178,7 @@ def test_what_is_done_is_found_and_what_changed_is_done_again(tmp_path: Path) ->
 
 def stages(root: Path) -> dict[str, int]:
     """Each finished stage and when it was."""
-    found = (root / "store" / "stages").glob("*/done.json")
+    found = (root / "store" / "stages").glob("*/manifest.json")
     return {path.parent.name: path.stat().st_mtime_ns for path in found}
 
 
@@ -211,11 +211,11 @@ def test_a_changed_option_redoes_what_depends_on_it(
 
 
 def test_what_goes_wrong_in_a_task_is_said_in_one_sentence(tmp_path: Path) -> None:
-    def work(index: int, report: Report) -> None:
+    def work(index: int, output: Output) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(JobError, match=r"^prepare: x: the disk that holds .* is full; free some space .*$"):
-        run_tasks(board(), "prepare: x", [Task(1, tmp_path / "none")], work)
+        Artifact(tmp_path, "x", []).tasks(board(), "prepare: x", [1], work)
 
 
 def test_sources_together(tmp_path: Path) -> None:

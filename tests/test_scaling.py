@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tracemalloc
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pytest
 
 from benchmarks import scaling, scaling_plan
-from pipeline.data.manifest import read_manifest, write_manifest
+from pipeline.data.manifest import read_prepared
 from pipeline.data.prepare import MAX_SHARDS
 from pipeline.embedding import ledger
 from pipeline.embedding.embed import MOST_WRITE_ROWS, WRITE_ROWS, write_rows
@@ -59,10 +60,10 @@ def test_a_manifest_and_a_plan_of_training_take_what_the_page_says(tmp_path: Pat
     manifest = scaling_plan.manifest_of(records, MAX_SHARDS // 20)
     groups = sum(len(shard.row_groups) for shard in manifest.of_split("train"))
     assert groups == pytest.approx(0.98 * records / 1024, rel=0.02)
-    write_manifest(tmp_path, manifest)
+    (tmp_path / "manifest.json").write_text(json.dumps(asdict(manifest)))
     del manifest
     before = tracemalloc.get_traced_memory()[0]
-    read = read_manifest(tmp_path)
+    read = read_prepared(tmp_path)
     assert read
     plan = scaling_plan.training_plan(tmp_path, read, 512, 0)
     held = (tracemalloc.get_traced_memory()[0] - before) / groups

@@ -15,7 +15,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from pipeline.config import load
-from pipeline.data.manifest import read_manifest
+from pipeline.data.manifest import read_prepared
 from pipeline.training.assembly import train_here
 from tests.job_process import (
     UNDISTURBED,
@@ -211,7 +211,7 @@ def test_a_node_comes_and_goes_in_mid_run(tmp_path: Path, monkeypatch: pytest.Mo
 
     alone = load(config, ["storage.run=alone"], environ={})
     (prepared,) = (tmp_path / "store" / "prepared").iterdir()
-    manifest = read_manifest(prepared)
+    manifest = read_prepared(prepared)
     assert manifest
     with pytest.raises(ReachedError):
         train_here(alone, prepared, manifest, told)

@@ -25,7 +25,7 @@ from pipeline.embedding.stores.parquet_store import ParquetStore
 from pipeline.embedding.stores.pinecone_store import PineconeStore
 from pipeline.embedding.stores.store import SCHEMA, Refused, Store, StoreError
 from pipeline.embedding.stores.where import parse
-from pipeline.storage.bucket import as_path
+from pipeline.storage.path import as_path
 from tests.bucket_servers import s3
 from tests.pinecone_server import pinecone_server
 

@@ -21,6 +21,7 @@ from pipeline.data.lengths import LengthCounts, draw
 from pipeline.data.manifest import RECORD_SCHEMA
 from pipeline.data.tokenizing import Cutter, Recipe, tokenize_file
 from pipeline.data.vocabulary import load_tokenizer, train_tokenizer
+from pipeline.runtime.artifact import Output
 from pipeline.text.augment import MASK, Augmentation
 from pipeline.text.identity import content_id, is_validation
 
@@ -61,7 +62,7 @@ def records(folder: Path, count: int = 300, **extra: Any) -> tuple[Path, dict[st
 
 def test_rows_are_in_canonical_order_and_row_groups_hold_one_source(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path, rows = records(tmp_path, 4000)
-    found = tokenize_file(path, tmp_path, Recipe(PAIRS, 16, 0.1, seed=7), tokenizer)
+    found = tokenize_file(path, Output(tmp_path), Recipe(PAIRS, 16, 0.1, seed=7), tokenizer)
     train, validation = found["shards"]
     order = [(row["source"], xxhash.xxh3_64_intdigest(one.encode(), seed=7), one) for one, row in rows.items()]
     held_out = {one for one in rows if is_validation(one, 0.1)}
@@ -80,7 +81,7 @@ def test_rows_are_in_canonical_order_and_row_groups_hold_one_source(tmp_path: Pa
 
 def test_texts_are_cut_and_special_tokens_stay(tmp_path: Path, framed: Tokenizer) -> None:
     path, rows = records(tmp_path)
-    tokenize_file(path, tmp_path, Recipe(PAIRS, 9, 0.1), framed)
+    tokenize_file(path, Output(tmp_path), Recipe(PAIRS, 9, 0.1), framed)
     own = Tokenizer.from_str(framed.to_str())
     own.enable_truncation(9)
     for row in pq.read_table(tmp_path / "train").to_pylist():
@@ -97,7 +98,7 @@ def test_windows_cover_their_parent_and_overlap(tmp_path: Path, tokenizer: Token
     pq.write_table(pa.Table.from_pylist(rows, RECORD_SCHEMA), tmp_path / "00000.parquet")
     for max_length, overlap in ((10, 3), (7, 0), (5, 2)):
         recipe, folder = Recipe(["text"], max_length, 0.2, window_overlap=overlap), tmp_path / f"{max_length}"
-        found = tokenize_file(tmp_path / "00000.parquet", folder, recipe, tokenizer)
+        found = tokenize_file(tmp_path / "00000.parquet", Output(folder), recipe, tokenizer)
         table = pa.concat_tables([pq.read_table(folder / shard["path"]) for shard in found["shards"]])
         windows: dict[str, list[list[int]]] = {}
         for row in sorted(table.to_pylist(), key=lambda row: row["window"]):
@@ -112,7 +113,7 @@ def test_windows_cover_their_parent_and_overlap(tmp_path: Path, tokenizer: Token
 def test_prompts_and_negatives(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path, rows = records(tmp_path, negatives=["word1 word2", "word3"])
     recipe = Recipe([*PAIRS, "negatives"], 32, 0.1, prompts={"a": {"anchor": "query: "}})
-    found = tokenize_file(path, tmp_path, recipe, tokenizer)
+    found = tokenize_file(path, Output(tmp_path), recipe, tokenizer)
     for row in pq.read_table(tmp_path / "train").to_pylist():
         prompt = "query: " if row["source"] == "a" else ""
         assert row["anchor"] == tokenizer.encode(prompt + rows[row["id"]]["anchor"]).ids[:32]
@@ -124,7 +125,7 @@ def test_prompts_and_negatives(tmp_path: Path, tokenizer: Tokenizer) -> None:
 def test_anchors_of_the_training_split_alone_are_augmented(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path, rows = records(tmp_path)
     change = Augmentation(word_dropout=0.5)
-    tokenize_file(path, tmp_path, Recipe(PAIRS, 256, 0.2, seed=3, augmentation=change), tokenizer)
+    tokenize_file(path, Output(tmp_path), Recipe(PAIRS, 256, 0.2, seed=3, augmentation=change), tokenizer)
     for split in ("train", "validation"):
         for row in pq.read_table(tmp_path / split).to_pylist():
             whole = rows[row["id"]]
@@ -156,7 +157,7 @@ def test_unknown_tokens_are_counted_by_the_models_own_id(kind: str, tmp_path: Pa
     trained = train_tokenizer([" ".join(WORDS)] * 5, kind=kind, vocab_size=120, lowercase=True)
     renamed = Tokenizer.from_str(trained.to_str().replace("[UNK]", "<unk>"))
     path, _ = records(tmp_path, 20, anchor="word1 漢 word2 漢")
-    found = tokenize_file(path, tmp_path / "out", Recipe(PAIRS, 64, 0.1), renamed)
+    found = tokenize_file(path, Output(tmp_path / "out"), Recipe(PAIRS, 64, 0.1), renamed)
     assert found["lengths"]["anchor"]["unknown"] == 2 * 20
 
 

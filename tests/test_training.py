@@ -96,7 +96,7 @@ def saver(folder: Path):  # type: ignore[no-untyped-def]
         target.mkdir(parents=True, exist_ok=True)
         save_checkpoint(target, run.learner, run.optimizer, state, tokenizer_json="{}", max_length=8)
         if is_best:
-            keep_best(target, folder)
+            keep_best(target, folder, (target / "state.json").read_text())
 
     return save
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
 import regex
@@ -24,7 +23,7 @@ class Source(Section):
     folder of one. python_packages: the functions and classes of the installed packages.
     Files ending in .gz or .zst are decompressed on the way."""
     path: PathStr | None = None
-    """A file, a folder or a glob, on local disk, s3:// or gs:// (options as in `?region=eu-west-1`, `?anonymous=true`).
+    """A file, a folder or a glob, on local disk, s3://, gs:// or az:// (options as in `?region=eu-west-1`, `?anonymous=true`).
     huggingface: the data set's name. python_packages: a folder of packages, by default this Python's site-packages."""
     record: Literal["file", "paragraph", "line"] = "file"
     """What a text source's record is. A file has the fields `title` (its title or first line), `body` (the rest) and
@@ -54,8 +53,6 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Source:
-        if re.match(r"\w+://[^/]*@", self.path or ""):
-            raise ValueError("a `path` without keys in it: credentials are read from the environment")
         if self.path is None and self.type != "python_packages":
             raise ValueError(f"a source of type {self.type} with a `path`")
         mapped = set(self.fields) - {"id"}

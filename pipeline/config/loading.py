@@ -14,19 +14,18 @@ allowed.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
 
 from pydantic import ValidationError
 
 from pipeline.config.deepspeed import apply_deepspeed, origin
 from pipeline.config.reading import ConfigError, assign, explain, parse_override, read_yaml
 from pipeline.config.space import check_space
-from pipeline.config.tree import DEFAULT_ROOT, Config
-from pipeline.storage.bucket import SCHEMES, as_path
+from pipeline.config.tree import DEFAULT_ROOT, EVALUATION_PATHS, Config
+from pipeline.storage.object_store import OPTIONS, holds_credentials
+from pipeline.storage.path import as_path
 
 
 def load(
@@ -51,13 +50,14 @@ def load(
         assign(tree, ["data", "sources"], sources, "sources")
     rows = apply_deepspeed(tree, list(from_arguments))
     _apply_environment(tree, from_arguments, environ)
-    _check_vectors_uri(tree)
+    _refuse_credentials(tree)
     _take_pretrained_tokenizer(tree)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         where = origin(rows, file, tree["training"]["deepspeed_config"], error.errors()[0]["loc"]) if rows else file
         raise ConfigError(explain(error, where, list(from_arguments), Config)) from None
+    _check_uris(config)
     config._deepspeed, config._folder = tuple(rows), file.absolute().parent
     swept = any(key == "tune" or key.startswith("tune.space") for key in from_arguments)
     check_space(config, "argument tune.space" if swept else f"{file}: tune.space")
@@ -72,33 +72,44 @@ def _apply_environment(tree: dict[str, Any], from_arguments: dict[str, str], env
     if "storage.root" not in from_arguments and environ.get("PIPELINE_STORAGE"):
         storage["root"] = environ["PIPELINE_STORAGE"]
     storage.setdefault("root", DEFAULT_ROOT)
-    if isinstance(storage["root"], str) and "://" in storage["root"]:
-        storage["root"] = _bucket("storage.root", storage["root"])
-    elif isinstance(storage["root"], str) and storage["root"]:
+    if isinstance(storage["root"], str) and storage["root"] and "://" not in storage["root"]:
         storage["root"] = os.path.abspath(os.path.expandvars(os.path.expanduser(storage["root"])))
 
 
-def _check_vectors_uri(tree: dict[str, Any]) -> None:
-    embedding = tree.get("embedding")
-    uri = embedding.get("uri") if isinstance(embedding, dict) else None
-    if isinstance(embedding, dict) and isinstance(uri, str) and "://" in uri:
-        embedding["uri"] = _bucket("embedding.uri", uri)
+def _refuse_credentials(value: Any, key: str = "") -> None:
+    """Raise ConfigError for a URI with credentials in it, whatever its key, and do not repeat them."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_credentials(inner, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            _refuse_credentials(inner, f"{key}[{place}]")
+    elif isinstance(value, str) and holds_credentials(value):
+        raise ConfigError(
+            f"{key}: found credentials in a URI of {value.partition('://')[0]}://; allowed are those of the environment "
+            "alone"
+        )
 
 
-def _bucket(key: str, uri: str) -> str:
-    """A bucket's URI as it is shown and sent about: it must hold no secret, so what may be one is not repeated."""
-    scheme, _, rest = uri.partition("://")
-    location, _, query = rest.partition("?")
-    secret = next((name for name in parse_qs(query) if re.search(r"key|secret|token|password", name)), None)
-    if "@" in rest or secret:
-        raise ConfigError(
-            f"{key}: found credentials in a URI of {scheme}://; allowed are those of the environment alone"
-        )
-    if scheme not in SCHEMES or not location.strip("/") or location.startswith("/"):
-        raise ConfigError(
-            f"{key}: found {scheme}://{location}; allowed is a folder on disk, s3://bucket/prefix or gs://bucket/prefix"
-        )
-    return str(as_path(uri))
+def _check_uris(config: Config) -> None:
+    """Raise ConfigError for a URI that names no bucket, or holds credentials now that variables are expanded."""
+    _refuse_credentials(config.dump())
+    wanted = config.evaluation
+    named = {f"evaluation.{key}": getattr(wanted, key) for key in EVALUATION_PATHS}
+    named |= {"storage.root": config.storage.root, "embedding.uri": config.embedding.uri}
+    named |= {
+        "logging.save_dir": config.logging.save_dir,
+        "embedding.model": config.embedding.model,
+        "tokenizer.load_path": config.tokenizer.load_path,
+    }
+    for key, text in named.items():
+        try:
+            as_path(text or "")
+        except ValueError as error:
+            raise ConfigError(
+                f"{key}: found {error}; allowed is a path on disk, s3://bucket/prefix, gs://bucket/prefix or "
+                f"az://container/prefix, with options out of {', '.join(OPTIONS)}"
+            ) from None
 
 
 def _take_pretrained_tokenizer(tree: dict[str, Any]) -> None:

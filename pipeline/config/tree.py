@@ -24,16 +24,17 @@ from pipeline.config.reading import ConfigError, assign, explain
 from pipeline.config.section import PathStr, RunName, Section
 from pipeline.config.training import Checkpointing, Scaling, Training
 from pipeline.config.tune import Tune
-from pipeline.storage.bucket import AnyPath, as_path
+from pipeline.storage.path import StoragePath, as_path
 
 DEFAULT_ROOT = "~/.cache/text-embedding-pipeline"
+EVALUATION_PATHS = ("beir_dir", "sts_file", "clustering_file", "classification_dir")
 
 
 class Storage(Section):
     root: PathStr = DEFAULT_ROOT
-    """Folder for runs, prepared data and tables, or one in a bucket: s3://bucket/prefix, gs://bucket/prefix, with
-    pyarrow's options (?region=…&endpoint_override=…) and credentials from the environment. Default:
-    $PIPELINE_STORAGE, else ~/.cache/text-embedding-pipeline."""
+    """Folder for runs, prepared data and tables, on disk or in a bucket: s3://bucket/prefix, gs://bucket/prefix or
+    az://container/prefix, with options such as ?region=…&endpoint_override=… and credentials from the environment.
+    Default: $PIPELINE_STORAGE, else ~/.cache/text-embedding-pipeline."""
     run: RunName = "default"
     """Name of the run: its folder is `<root>/runs/<run>`; training in it again resumes it. A sweep's trials are runs
     below it, such as `default/tune/trials/0003`."""
@@ -104,24 +105,19 @@ class Config(Section):
         return [str(folder.absolute() / "api.env") for folder in (Path(), self._folder)]
 
     @property
-    def root(self) -> AnyPath:
+    def root(self) -> StoragePath:
         return as_path(self.storage.root)
 
-    def under_root(self, folder: str) -> AnyPath:
-        """A folder relative to `root`, or an absolute one on disk; ConfigError for a URI, which may hold secrets."""
-        if "://" in folder:
-            raise ConfigError(
-                "logging.save_dir: found a URI; allowed is a folder relative to storage.root, which may be in a "
-                "bucket, or an absolute one on disk"
-            )
-        return Path(folder) if os.path.isabs(folder) else self.root / folder
+    def under_root(self, folder: str) -> StoragePath:
+        """A folder relative to `root`, an absolute one on disk, or one that a URI names."""
+        return as_path(folder) if "://" in folder or os.path.isabs(folder) else self.root / folder
 
     @property
-    def run_dir(self) -> AnyPath:
+    def run_dir(self) -> StoragePath:
         return self.root / "runs" / self.storage.run
 
     @property
-    def log_dir(self) -> AnyPath:
+    def log_dir(self) -> StoragePath:
         return self.under_root(self.logging.save_dir) if self.logging.save_dir else self.run_dir
 
     def dump(self) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from pathlib import Path
 
 from pipeline.config import ConfigError
 from pipeline.data.manifest import sha256
+from pipeline.storage.files import fetched
+from pipeline.storage.path import StoragePath, as_path
 from pipeline.text.shingles import Survivors, shingles
 
 FILES = {"corpus.jsonl": "document", "queries.jsonl": "query"}
@@ -27,7 +28,7 @@ class Contamination:
         self.names: list[str] = []
         self._texts = Survivors(threshold)
         for folder in folders:
-            for name, text in _texts(Path(folder)):
+            for name, text in _texts(as_path(folder)):
                 self.names.append(name)
                 self._texts.add(shingles(text))
 
@@ -52,16 +53,16 @@ def check_folders(folders: Iterable[str], rehash: bool = False) -> list[tuple[st
     found = []
     for folder in folders:
         for name in FILES:
-            path = Path(folder) / name
+            path = as_path(folder) / name
             if not path.is_file():
                 raise ConfigError(f"data.decontaminate: found no {name} in {folder}; allowed are BEIR folders")
             found.append((str(path), sha256(path) if rehash else path.stat().st_mtime_ns))
     return found
 
 
-def _texts(folder: Path) -> Iterator[tuple[str, str]]:
+def _texts(folder: StoragePath) -> Iterator[tuple[str, str]]:
     for file, kind in FILES.items():
-        with (folder / file).open("rb") as lines:
+        with fetched(folder / file).open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
                     row = json.loads(line)

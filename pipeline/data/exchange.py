@@ -4,8 +4,7 @@
     read_part([Path("exchange/00007-0.parts"), …], 1)                     # rows 0 and 2, and those of the other files
 
 A file begins with where each partition lies in it, 8 bytes a partition, so that a reader fetches its own two numbers
-and its own rows and no more: an Arrow file's footer, 24 bytes a partition, would be read whole by each of them. A file
-appears whole or not at all, so a job that was killed goes on with the tasks whose files are not there yet. Cost: where
+and its own rows and no more: an Arrow file's footer, 24 bytes a partition, would be read whole by each of them. Cost: where
 a file and a partition meet, a record batch with some 1.4 KB of overhead, none where it has no rows, and in a bucket
 three requests.
 """
@@ -14,25 +13,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.runtime.files import for_each, replacing
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.files import for_each
+from pipeline.storage.path import StoragePath
 
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 _PLACE = np.dtype("<u8")
 
 
-def write_parts(table: pa.Table, partition: Sequence[int] | npt.NDArray[np.int64], parts: int, path: AnyPath) -> None:
+def write_parts(table: pa.Table, partition: Sequence[int] | npt.NDArray[np.int64], parts: int, path: Path) -> None:
     """Write `table` cut by partition; `partition` says which each row belongs to."""
     order = np.argsort(partition, kind="stable")
     bounds = np.searchsorted(np.asarray(partition)[order], np.arange(parts + 1))
     table = table.take(order).combine_chunks()
     places = np.zeros(parts + 2, _PLACE)  # of the schema, of each partition, and the end
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with path.open("wb") as file:
         file.write(places.tobytes())
         places[0] = file.tell()
         with pa.ipc.new_stream(file, table.schema, options=_OPTIONS) as writer:
@@ -46,18 +46,18 @@ def write_parts(table: pa.Table, partition: Sequence[int] | npt.NDArray[np.int64
         file.write(places.tobytes())
 
 
-def read_part(files: Sequence[AnyPath], partition: int) -> pa.Table:
+def read_part(files: Sequence[StoragePath], partition: int) -> pa.Table:
     """The rows of one partition, in the order of the files, of which there is one or more."""
     schema = pa.ipc.read_schema(pa.py_buffer(_between(files[0], 0)))
 
-    def batches(path: AnyPath) -> list[pa.RecordBatch]:
+    def batches(path: StoragePath) -> list[pa.RecordBatch]:
         found = _between(path, partition + 1)
         return [pa.ipc.read_record_batch(pa.py_buffer(found), schema)] if found else []
 
     return pa.Table.from_batches(itertools.chain.from_iterable(for_each(files[0], batches, files)), schema)
 
 
-def _between(path: AnyPath, place: int) -> bytes:
+def _between(path: StoragePath, place: int) -> bytes:
     """What lies between the place of this number and the next."""
     with path.open("rb") as file:
         file.seek(place * _PLACE.itemsize)

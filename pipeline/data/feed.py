@@ -21,8 +21,8 @@ import pyarrow as pa
 from pipeline.config import ConfigError
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan, RowGroup
-from pipeline.runtime.files import readable
-from pipeline.storage.bucket import AnyPath
+from pipeline.runtime.artifact import open_parquet
+from pipeline.storage.path import StoragePath
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -38,7 +38,7 @@ MIN_VALIDATION = 2  # pairs that can be told from each other
 
 
 def training_plan(
-    folder: AnyPath,
+    folder: StoragePath,
     manifest: Manifest,
     global_batch_size: int,
     seed: int,
@@ -137,13 +137,11 @@ def _cut(table: pa.Table) -> Iterator[pa.Table]:
         yield table.slice(start, stop - start)
 
 
-def validation_rows(folder: AnyPath, manifest: Manifest, limit: int) -> pa.Table:
+def validation_rows(folder: StoragePath, manifest: Manifest, limit: int) -> pa.Table:
     """The first `limit` rows of the validation split in canonical order, which is a random one."""
-    import pyarrow.parquet as pq
-
     tables = []
     for shard in manifest.of_split("validation"):
-        tables.append(pq.read_table(readable(folder / shard.path)))
+        tables.append(open_parquet(folder / shard.path).read())
         if sum(map(len, tables)) >= limit:
             break
     return pa.concat_tables(tables).slice(0, limit)

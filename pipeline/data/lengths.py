@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from pipeline.runtime.files import replacing
-from pipeline.storage.bucket import AnyPath
 
 Ints = npt.NDArray[np.integer]
 
@@ -76,7 +74,7 @@ def _figures(counts: Counter[int]) -> dict[str, float]:
     }
 
 
-def draw(counts: dict[str, LengthCounts], max_length: int, path: AnyPath) -> None:
+def draw(counts: dict[str, LengthCounts], max_length: int, path: Path) -> None:
     """A histogram a field of texts by their whole length, with a line where they are cut."""
     from matplotlib.figure import Figure
 
@@ -95,5 +93,4 @@ def draw(counts: dict[str, LengthCounts], max_length: int, path: AnyPath) -> Non
         )
         axis.set_ylabel("texts")
     axes[-1].set_xlabel("tokens before cutting; the last bar holds all that are longer still")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    figure.savefig(path, format="png", dpi=110)

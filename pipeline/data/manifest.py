@@ -7,7 +7,7 @@
     train/00000.parquet               token shards: id, source, and the text fields as lists of token ids
     validation/00000.parquet
     lengths.png                       how long the texts are, in tokens
-    manifest.json                     {fingerprint, sources, splits, shards, lengths, clusters, versions, settings}
+    manifest.json                     {fingerprint, sources, splits, shards, lengths, clusters, versions, settings, files}
 
 The files are second names (hard links) of those in the folders of the stages that made them, <root>/stages/; in a
 bucket they are copies.
@@ -16,17 +16,14 @@ bucket they are copies.
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from pipeline.runtime.files import readable, replacing, write_atomically
-from pipeline.storage.bucket import AnyPath
+from pipeline.runtime.artifact import Files, read_manifest
+from pipeline.storage.path import StoragePath
 
 SPLITS = ("train", "validation")
 EXCERPT_CHARS = 200
@@ -87,6 +84,7 @@ class Manifest:
     clusters: list[dict[str, Any]]  # the records that stand for the most near-duplicates
     versions: dict[str, str]
     settings: dict[str, Any] = field(default_factory=dict)  # keys of the config that the shards depend on
+    files: Files = field(default_factory=dict)
 
     def of_split(self, split: str) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]
@@ -100,18 +98,16 @@ class Manifest:
         return [name for name in TEXT_FIELDS if name in self.lengths]
 
 
-def write_manifest(folder: AnyPath, manifest: Manifest) -> None:
-    write_atomically(folder / "manifest.json", json.dumps(asdict(manifest), indent=2).encode())
-
-
-def read_manifest(folder: AnyPath) -> Manifest | None:
+def read_prepared(folder: StoragePath) -> Manifest | None:
     """The manifest of a finished data set; None where there is none, or one that cannot be read."""
+    content = read_manifest(folder)
+    if content is None:
+        return None
     try:
-        content: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
         content["sources"] = [SourceCount(**source) for source in content["sources"]]
         content["shards"] = [Shard(**shard) for shard in content["shards"]]
         return Manifest(**content)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
 
 
@@ -126,16 +122,9 @@ def rejections(rows: pa.Table, reason: str, similarity: pa.Array | None) -> pa.T
     return pa.table(columns).cast(REJECTED_SCHEMA)
 
 
-def parquet_file(path: AnyPath) -> Any:
-    """A pyarrow.parquet.ParquetFile; of one in a bucket, what is read together comes in one request."""
-    return pq.ParquetFile(readable(path), pre_buffer=not isinstance(path, Path))
-
-
-def write_table(table: pa.Table, path: AnyPath) -> None:
-    with replacing(path) as temporary:
-        pq.write_table(table.combine_chunks(), temporary, compression="zstd", row_group_size=8192)
-
-
-def sha256(path: AnyPath) -> str:
+def sha256(path: StoragePath) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(8 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -21,7 +21,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,16 +34,17 @@ from scipy.sparse.csgraph import connected_components
 from pipeline.config import Data
 from pipeline.data.contamination import contamination
 from pipeline.data.exchange import read_part, write_parts
-from pipeline.data.manifest import parquet_file, rejections, write_table
-from pipeline.data.work import Report, Stage, Task, run_tasks
-from pipeline.runtime.files import for_each, readable, replacing, sizes, write_atomically
+from pipeline.data.manifest import rejections
+from pipeline.runtime.artifact import Artifact, Output, open_parquet
 from pipeline.runtime.session import Board
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.files import for_each, parquet_file, sizes
+from pipeline.storage.path import StoragePath
 from pipeline.text.shingles import Shingles, band_keys, bands_of, shingle_sets, thin_out
 
 Ints = npt.NDArray[np.int64]
 
 CLUSTERS_REPORTED = 10
+GONE = "scratch/gone.parquet"
 BATCH_ROWS = 4096
 KEYS_A_TASK = 1_000_000  # seconds of work; bands are sorted together up to that many keys
 ALONE = -1  # the component of a record that is like no other
@@ -64,114 +64,104 @@ _GONE = pa.schema(
 )
 
 
-def find(stage: Stage, board: Board, files: Sequence[AnyPath], data: Data) -> int:
-    """Find what has to go, in the stage's scratch folder. Returns the number of near-duplicates."""
-    scratch, threshold = stage.scratch, data.near_duplicates.threshold
+def find(distinct: Artifact, board: Board, files: Sequence[StoragePath], data: Data) -> int:
+    """Find what has to go, in the artifact's scratch folder. Returns the number of near-duplicates."""
+    scratch, threshold = distinct.scratch, data.near_duplicates.threshold
     file_bytes = [size or 0 for size in sizes(files)]
     offsets = _offsets(files)
     keys = [scratch / "keys" / f"{file.stem}.npy" for file in files]
     bands = bands_of(threshold, data.near_duplicates.permutations)[0] if threshold else 0
 
-    def sign(index: int, report: Report) -> None:
-        _sign(files[index], scratch, data)
-        report({"bytes": file_bytes[index]})
+    def sign(index: int, output: Output) -> None:
+        _sign(files[index], output, data)
 
-    run_tasks(board, "prepare: signatures", [Task(*of) for of in zip(file_bytes, keys, strict=True)], sign)
+    distinct.tasks(board, "prepare: signatures", file_bytes, sign)
     if threshold is None:
-        write_table(_GONE.empty_table(), scratch / "gone.parquet")
+        distinct.output.write_table(GONE, _GONE.empty_table())
         return 0
 
     band_bytes, together = 8 * int(offsets[-1]), max(1, KEYS_A_TASK // int(offsets[-1] or 1))
     runs = [range(first, min(first + together, bands)) for first in range(0, bands, together)]
     links = [scratch / "links" / f"{run[0]:04d}.npy" for run in runs]
 
-    def link(index: int, report: Report) -> None:
+    def link(index: int, output: Output) -> None:
         found = [_links(np.concatenate(for_each(scratch, partial(_row, band), keys))) for band in runs[index]]
-        _save(np.concatenate(found, axis=1), links[index])
-        report({"bytes": band_bytes * len(runs[index])})
+        _save(np.concatenate(found, axis=1), output, f"scratch/links/{links[index].name}")
 
-    tasks = [Task(band_bytes * len(run), path) for run, path in zip(runs, links, strict=True)]
-    run_tasks(board, "prepare: likely pairs", tasks, link)
-    components = scratch / "components.npy"
+    distinct.tasks(board, "prepare: likely pairs", [band_bytes * len(run) for run in runs], link)
 
-    def join(index: int, report: Report) -> None:
-        _save(_components(links, int(offsets[-1])), components)
-        report({"bytes": band_bytes})
+    def join(index: int, output: Output) -> None:
+        _save(_components(links, int(offsets[-1])), output, "scratch/components.npy")
 
-    run_tasks(board, "prepare: join the pairs", [Task(band_bytes, components)], join)
+    distinct.tasks(board, "prepare: join the pairs", [band_bytes], join)
     candidates = [scratch / "candidates" / f"{file.stem}.parts" for file in files]
 
-    def collect(index: int, report: Report) -> None:
-        component = _load(components, int(offsets[index]), int(offsets[index + 1]))
+    def collect(index: int, output: Output) -> None:
+        component = _load(scratch / "components.npy", int(offsets[index]), int(offsets[index + 1]))
         table = _candidates(files[index], component, int(offsets[index]))
-        write_parts(table, table["component"].to_numpy() % len(files), len(files), candidates[index])
-        report({"bytes": file_bytes[index]})
+        with output.writing(f"scratch/candidates/{candidates[index].name}") as file:
+            write_parts(table, table["component"].to_numpy() % len(files), len(files), file)
 
-    tasks = [Task(*of) for of in zip(file_bytes, candidates, strict=True)]
-    run_tasks(board, "prepare: collect the alike", tasks, collect)
-    gone = [scratch / "gone" / f"{part:05d}.parquet" for part in range(len(files))]
+    distinct.tasks(board, "prepare: collect the alike", file_bytes, collect)
     part_bytes = sum(filter(None, sizes(candidates))) // len(files)
 
-    def thin(part: int, report: Report) -> None:
-        write_table(_thin_out(read_part(candidates, part), threshold), gone[part])
-        report({"bytes": part_bytes})
+    def thin(part: int, output: Output) -> None:
+        output.write_table(f"scratch/gone/{part:05d}.parquet", _thin_out(read_part(candidates, part), threshold))
 
-    run_tasks(board, "prepare: compare them", [Task(part_bytes, path) for path in gone], thin)
-    found = pa.concat_tables(for_each(scratch, lambda path: pq.read_table(readable(path)), gone)).sort_by("record")
-    write_table(found, scratch / "gone.parquet")
+    distinct.tasks(board, "prepare: compare them", [part_bytes] * len(files), thin)
+    gone = [scratch / "gone" / f"{part:05d}.parquet" for part in range(len(files))]
+    found = pa.concat_tables(for_each(scratch, lambda path: parquet_file(path).read(), gone)).sort_by("record")
+    distinct.output.write_table(GONE, found)
     return len(found)
 
 
-def write_distinct(stage: Stage, board: Board, files: Sequence[AnyPath]) -> dict[str, Counter[str]]:
+def write_distinct(distinct: Artifact, board: Board, files: Sequence[StoragePath]) -> dict[str, Counter[str]]:
     """Write `records/` without what has to go, and that to `rejected/`. Returns source → `kept` or a reason → rows."""
-    scratch, folder, offsets = stage.scratch, stage.folder, _offsets(files)
+    scratch, folder, offsets = distinct.scratch, distinct.folder, _offsets(files)
     file_bytes = [size or 0 for size in sizes(files)]
-    counts = [scratch / "counts" / f"{file.stem}.json" for file in files]
 
-    def write(index: int, report: Report) -> None:
+    def write(index: int, output: Output) -> dict[str, Counter[str]]:
         file, first, last = files[index], int(offsets[index]), int(offsets[index + 1])
-        filters = [("record", ">=", first), ("record", "<", last)]
-        gone = pq.read_table(readable(scratch / "gone.parquet"), filters=filters)
+        with (folder / GONE).open("rb") as opened:
+            gone = pq.read_table(opened, filters=[("record", ">=", first), ("record", "<", last)])
         hits = json.loads((scratch / "hits" / f"{file.stem}.json").read_text())
-        kept, rejected = _split(
-            pq.read_table(readable(file)), gone.set_column(0, "record", pc.subtract(gone["record"], first)), hits
-        )
-        write_table(kept, folder / "records" / file.name)
-        write_table(rejected, folder / "rejected" / file.name)
+        gone = gone.set_column(0, "record", pc.subtract(gone["record"], first))
+        kept, rejected = _split(open_parquet(file).read(), gone, hits)
+        output.write_table(f"records/{file.name}", kept)
+        output.write_table(f"rejected/{file.name}", rejected)
         outcome = {source: Counter(kept=rows) for source, rows in Counter(kept["source"].to_pylist()).items()}
         for source, reason in zip(rejected["source"].to_pylist(), rejected["reason"].to_pylist(), strict=True):
             outcome.setdefault(source, Counter())[reason] += 1
-        write_atomically(counts[index], json.dumps(outcome).encode())
-        report({"bytes": file_bytes[index], "records": len(kept) + len(rejected), "rejected": len(rejected)})
+        output.report(records=len(kept) + len(rejected), rejected=len(rejected))
+        return outcome
 
-    run_tasks(board, "prepare: write what stays", [Task(*of) for of in zip(file_bytes, counts, strict=True)], write)
     total: dict[str, Counter[str]] = {}
-    for text in for_each(scratch, lambda path: path.read_text(), counts):
-        for source, outcome in json.loads(text).items():
+    for outcomes in distinct.tasks(board, "prepare: write what stays", file_bytes, write):
+        for source, outcome in outcomes.items():
             total.setdefault(source, Counter()).update(outcome)
     return total
 
 
-def largest_clusters(stage: Stage) -> list[dict[str, Any]]:
+def largest_clusters(distinct: Artifact) -> list[dict[str, Any]]:
     """The records that stand for the most near-duplicates: source_id and how many went for it."""
-    gone = pq.read_table(readable(stage.scratch / "gone.parquet"), columns=["duplicate_of"])
-    sizes = gone.group_by("duplicate_of").aggregate([([], "count_all")])
-    largest = sizes.sort_by([("count_all", "descending"), ("duplicate_of", "ascending")]).slice(0, CLUSTERS_REPORTED)
+    gone = parquet_file(distinct.folder / GONE).read(columns=["duplicate_of"])
+    counts = gone.group_by("duplicate_of").aggregate([([], "count_all")])
+    largest = counts.sort_by([("count_all", "descending"), ("duplicate_of", "ascending")]).slice(0, CLUSTERS_REPORTED)
     return [{"source_id": row["duplicate_of"], "removed": row["count_all"]} for row in largest.to_pylist()]
 
 
-def _offsets(files: Sequence[AnyPath]) -> Ints:
+def _offsets(files: Sequence[StoragePath]) -> Ints:
     """The place of each file's first record, and the number of all."""
-    return np.cumsum([0, *for_each(files[0], lambda file: pq.read_metadata(readable(file)).num_rows, files)])
+    return np.cumsum([0, *for_each(files[0], lambda file: parquet_file(file).metadata.num_rows, files)])
 
 
-def _texts(file: AnyPath) -> Iterator[list[list[str]]]:
+def _texts(file: StoragePath) -> Iterator[list[list[str]]]:
     """Batches of records, each its text fields that are searched or searched with."""
-    for batch in parquet_file(file).iter_batches(BATCH_ROWS, columns=["anchor", "positive", "text"]):
+    for batch in open_parquet(file).iter_batches(BATCH_ROWS, columns=["anchor", "positive", "text"]):
         yield [[text for text in row.values() if text is not None] for row in batch.to_pylist()]
 
 
-def _sign(file: AnyPath, scratch: AnyPath, data: Data) -> None:
+def _sign(file: StoragePath, output: Output, data: Data) -> None:
     """The band keys of a file's records, (bands, records), and which of them an evaluation set knows."""
     near = data.near_duplicates
     known = contamination(tuple(data.decontaminate), data.decontaminate_threshold) if data.decontaminate else None
@@ -186,8 +176,8 @@ def _sign(file: AnyPath, scratch: AnyPath, data: Data) -> None:
         if near.threshold:
             sets = shingle_sets(["" if hit else "\n".join(texts) for texts, hit in zip(batch, found, strict=True)])
             keys.append(band_keys(sets, near.threshold, near.permutations).T)
-    write_atomically(scratch / "hits" / f"{file.stem}.json", json.dumps(hits).encode())
-    _save(np.concatenate(keys, axis=1), scratch / "keys" / f"{file.stem}.npy")
+    output.write(f"scratch/hits/{file.stem}.json", json.dumps(hits).encode())
+    _save(np.concatenate(keys, axis=1), output, f"scratch/keys/{file.stem}.npy")
 
 
 def _links(keys: npt.NDArray[np.uint64]) -> Ints:
@@ -198,7 +188,7 @@ def _links(keys: npt.NDArray[np.uint64]) -> Ints:
     return np.stack([order[same], order[same + 1]])
 
 
-def _components(links: Sequence[AnyPath], records: int) -> Ints:
+def _components(links: Sequence[StoragePath], records: int) -> Ints:
     """Each record's component, ALONE where it has no link."""
     labels = np.arange(records)
     for path in links:  # one band at a time: only one band's pairs are in memory
@@ -208,12 +198,12 @@ def _components(links: Sequence[AnyPath], records: int) -> Ints:
     return np.where(np.bincount(labels, minlength=records)[labels] > 1, labels, ALONE)
 
 
-def _candidates(file: AnyPath, component: Ints, offset: int) -> pa.Table:
+def _candidates(file: StoragePath, component: Ints, offset: int) -> pa.Table:
     """The file's records that are in a component of more than one, with their shingles."""
     chosen = np.flatnonzero(component != ALONE)
     if not len(chosen):
         return _CANDIDATES.empty_table()
-    keys = pq.read_table(readable(file), columns=["id", "source_id"]).take(chosen)
+    keys = open_parquet(file).read(columns=["id", "source_id"]).take(chosen)
     sets: list[Shingles] = []
     first = 0
     for batch in _texts(file):
@@ -266,11 +256,9 @@ def _split(records: pa.Table, gone: pa.Table, hits: dict[str, tuple[str, float]]
     return records.filter(pa.array(stay)), pa.concat_tables(rejected)
 
 
-def _load(path: AnyPath, start: int = 0, stop: int | None = None) -> Any:
-    """Rows of an array, mapped into memory; of one in a bucket no others are fetched."""
-    if isinstance(path, Path):
-        return np.load(path, mmap_mode="r")[start:stop]
-    with path.open() as file:
+def _load(path: StoragePath, start: int = 0, stop: int | None = None) -> Any:
+    """Rows of an array; no others are read."""
+    with path.open("rb") as file:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         row_bytes = dtype.itemsize * math.prod(shape[1:])
@@ -279,10 +267,10 @@ def _load(path: AnyPath, start: int = 0, stop: int | None = None) -> Any:
         return np.frombuffer(file.read((stop - start) * row_bytes), dtype).reshape(stop - start, *shape[1:])
 
 
-def _row(number: int, path: AnyPath) -> Any:
+def _row(number: int, path: StoragePath) -> Any:
     return _load(path, number, number + 1)[0]
 
 
-def _save(array: npt.NDArray[Any], path: AnyPath) -> None:
-    with replacing(path) as temporary, temporary.open("wb") as file:
+def _save(array: npt.NDArray[Any], output: Output, name: str) -> None:
+    with output.writing(name) as temporary, temporary.open("wb") as file:
         np.save(file, array)

@@ -28,8 +28,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.config import ConfigError
-from pipeline.data.manifest import parquet_file
-from pipeline.storage.bucket import as_path
+from pipeline.runtime.artifact import open_parquet
+from pipeline.storage.path import as_path
 
 MAX_LANES = 32
 MAX_ROWS_A_LANE = 64
@@ -75,7 +75,7 @@ class Selection:
     def read(self) -> pa.Table:
         """The rows in training order, with a `step` column."""
         first, tables, order = 0, [], []
-        folder, files = as_path(self.folder), lru_cache(maxsize=None)(parquet_file)
+        folder, files = as_path(self.folder), lru_cache(maxsize=None)(open_parquet)
         for group, number, turn in self.groups:
             tables.append(files(folder / group.path).read_row_group(group.index))
             order.append(first + np.random.default_rng([self.seed, turn, number, 1]).permutation(group.rows))

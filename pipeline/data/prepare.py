@@ -4,43 +4,40 @@
     read, judge,            near-duplicates and       one task      a task a file  last
     exact duplicates        evaluation texts out
 
-Every file's rows follow from content alone, so the shards are byte-identical for any number of workers. A stage lies in
-a folder named by the hash of what goes into it (work.Stage), so a changed option redoes the stages that depend on it,
-and a killed job goes on with the tasks that were not done. A prepared data set lies in a folder named by all of that:
-where it has a manifest there is nothing to do.
+Every file's rows follow from content alone, so the shards are byte-identical for any number of workers. Each stage is an
+artifact (runtime/artifact.py): a changed option redoes the stages that depend on it, and a killed job resumes with the
+tasks that were not done. The prepared data set is an artifact too, made of the stages' files.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
+import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, ConfigError, Source
 from pipeline.data import contamination, near_duplicates
 from pipeline.data.judging import Judge
-from pipeline.data.manifest import Manifest, SourceCount, read_manifest, sha256
+from pipeline.data.manifest import Manifest, SourceCount, read_prepared, sha256
 from pipeline.data.records import make_records, record_texts
 from pipeline.data.report import check_duplicates, check_sources, log_clusters, summary_table, warn_of_bad_input
-from pipeline.data.shards import Parts, assemble, recipe_of, token_shards, tokens_stage
+from pipeline.data.shards import Parts, assemble, recipe_of, token_shards, tokens_of
 from pipeline.data.tokenizing import ROW_GROUP_ROWS, Cutter
 from pipeline.data.vocabulary import load_tokenizer, tokenizer_file, train_tokenizer
-from pipeline.data.work import Report, Stage, Task, run_tasks
+from pipeline.runtime.artifact import Artifact, Output
 from pipeline.runtime.console import log
-from pipeline.runtime.files import matching, sizes, write_atomically
 from pipeline.runtime.findings import Finding, refuse, room
-from pipeline.runtime.job import alone_in
 from pipeline.runtime.session import Board
 from pipeline.sources.content import inputs_by_content
 from pipeline.sources.source import Plan, check_fields, plan_source, text_fields
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.files import matching, sizes
+from pipeline.storage.path import StoragePath, as_path
 
-FORMAT = 2  # of prepared data; a change of what the stages write makes all earlier folders stale
+FORMAT = 3  # of prepared data; a change of what the stages write makes all earlier folders stale
 SHARD_BYTES = 8 << 20  # text a shard stands for: a core tokenizes it in seconds
 MAX_SHARDS = 4_096  # larger ones beyond 32 GB: each meets every part of the exchange
 DISK_A_TEXT_BYTE = 1.7  # that all stages take at their most: 40.0 MB of 23.5 MB of Debian's descriptions. Ours
@@ -59,7 +56,7 @@ class Inputs:
             )
         self.recipe = recipe_of(config, self.fields)
         if config.tokenizer.load_path is not None:
-            Cutter(load_tokenizer(Path(config.tokenizer.load_path)), self.recipe)
+            Cutter(load_tokenizer(as_path(config.tokenizer.load_path)), self.recipe)
         self.plans: list[tuple[Source, Plan]] = [(source, plan_source(source)) for source in config.data.sources]
         for source in config.data.sources:
             check_fields(source)
@@ -71,12 +68,14 @@ class Inputs:
     @property
     def room(self) -> Finding:
         """Whether there is room to prepare them."""
-        return room("storage.root", self.folder, DISK_A_TEXT_BYTE * sum(p.text_bytes for _, p in self.plans), "prepare")
+        return room(
+            "storage.root", self.prepared.folder, DISK_A_TEXT_BYTE * sum(p.text_bytes for _, p in self.plans), "prepare"
+        )
 
     def _name_stages(self, config: Config, rehash: bool) -> None:
         data, tokenizer, root = config.data, config.tokenizer, config.root / "stages"
         unread = {"weight", "prompts"}
-        self.records = Stage(
+        self.records = Artifact(
             root,
             "records",
             {
@@ -91,25 +90,27 @@ class Inputs:
                 "cut": [len(self.work), self.shards],
             },
         )
-        self.distinct: Stage | None = None
+        self.distinct: Artifact | None = None
         if data.near_duplicates.threshold is not None or data.decontaminate:
             evaluation = contamination.check_folders(data.decontaminate, rehash)
             near = data.near_duplicates.model_dump(mode="json")
-            self.distinct = Stage(root, "distinct", [self.records.key, near, evaluation, data.decontaminate_threshold])
+            self.distinct = Artifact(
+                root, "distinct", [self.records.key, near, evaluation, data.decontaminate_threshold]
+            )
         source_of_texts = (self.distinct or self.records).key
-        self.tokenizer: Stage | None = None
+        self.tokenizer: Artifact | None = None
         if tokenizer.load_path is None:
             trained = tokenizer.model_dump(mode="json", include={"type", "vocab_size", "lowercase", "train_mb"})
-            self.tokenizer = Stage(root, "tokenizer", [source_of_texts, trained, self.fields])
+            self.tokenizer = Artifact(root, "tokenizer", [source_of_texts, trained, self.fields])
             tokenizer_key = self.tokenizer.key
         else:
-            tokenizer_key = sha256(tokenizer_file(Path(tokenizer.load_path)))
-        self.tokens = tokens_stage(root, source_of_texts, tokenizer_key, self.recipe)
+            tokenizer_key = sha256(tokenizer_file(as_path(tokenizer.load_path)))
+        self.tokens = tokens_of(root, source_of_texts, tokenizer_key, self.recipe)
         whole = [self.tokens.key, data.model_dump(mode="json", exclude={"prepared"}), tokenizer.model_dump(mode="json")]
-        self.folder = config.root / "prepared" / hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
+        self.prepared = Artifact(config.root / "prepared", "", whole)
 
 
-def prepare(config: Config, board: Callable[[], Board], rehash: bool = False) -> tuple[AnyPath, Manifest]:
+def prepare(config: Config, board: Callable[[], Board], rehash: bool = False) -> tuple[StoragePath, Manifest]:
     """Bring the prepared data up to date. Returns its folder and manifest; asks for the `board` if there is work.
 
     With `rehash`, inputs are known by their content rather than by their times of change. `data.prepared` is taken as
@@ -118,27 +119,33 @@ def prepare(config: Config, board: Callable[[], Board], rehash: bool = False) ->
     if config.data.prepared is not None:
         return prepared_elsewhere(config)
     inputs = Inputs(config, rehash)
-    folder = inputs.folder
-    manifest = read_manifest(folder)
-    if manifest:
+    folder = inputs.prepared.folder
+    if inputs.prepared.read():
         log.info("prepare: nothing to do, %s is up to date", folder)
-        return folder, manifest
-    refuse([inputs.room])
-    with alone_in(folder):
-        sources, clusters = _distinct(inputs, config, board, _records(inputs, config, board))
-        _tokenizer(inputs, config, board)
-        described = _tokens(inputs, config, board)
-        manifest = _assemble(inputs, config, sources, clusters, described)
-    log_clusters(clusters)
-    seconds = {stage.name: (stage.summary or {}).get("seconds", 0.0) for stage in _stages(inputs)}
-    log.info("%s", summary_table(manifest, seconds))
+    else:
+        refuse([inputs.room])
+        inputs.prepared.make(lambda: _fill(inputs, config, board))
+    manifest = read_prepared(folder)
+    assert manifest
     return folder, manifest
 
 
-def prepared_elsewhere(config: Config) -> tuple[AnyPath, Manifest]:
+def _fill(inputs: Inputs, config: Config, board: Callable[[], Board]) -> dict[str, Any]:
+    sources = _records(inputs, config, board)
+    sources, clusters = _distinct(inputs, config, board, sources)
+    _tokenizer(inputs, config, board)
+    files, tokenizer = _record_files(inputs), _tokenizer_path(inputs, config)
+    described = _made(inputs.tokens, lambda: token_shards(inputs.tokens, board(), files, inputs.recipe, tokenizer))
+    manifest = _assemble(inputs, config, sources, clusters, described)
+    log_clusters(clusters)
+    log.info("%s", summary_table(manifest, _seconds(inputs)))
+    return asdict(manifest)
+
+
+def prepared_elsewhere(config: Config) -> tuple[StoragePath, Manifest]:
     """The data set that `data.prepared` names. Raises ConfigError where it is none, or of other settings or sources."""
     folder = config.root / str(config.data.prepared)
-    manifest = read_manifest(folder)
+    manifest = read_prepared(folder)
     if manifest is None:
         raise ConfigError(
             f"data.prepared: found no manifest.json of a prepared data set in {folder}; allowed is a folder that "
@@ -160,34 +167,37 @@ def _named(prompts: dict[str, dict[str, str]]) -> str:
     return ", ".join(f"{name} with prompts {of}" if of else name for name, of in prompts.items())
 
 
-def _stages(inputs: Inputs) -> list[Stage]:
+def _stages(inputs: Inputs) -> list[Artifact]:
     return [stage for stage in (inputs.records, inputs.distinct, inputs.tokenizer, inputs.tokens) if stage]
 
 
-def _record_files(inputs: Inputs) -> list[AnyPath]:
-    return [(inputs.distinct or inputs.records).folder / "records" / f"{i:05d}.parquet" for i in range(inputs.shards)]
+def _made(stage: Artifact, fill: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A stage's manifest, which has the seconds that it took."""
 
+    def timed() -> dict[str, Any]:
+        began = time.monotonic()
+        return fill() | {"seconds": round(time.monotonic() - began, 1)}
 
-def _skip(stage: Stage) -> dict[str, Any] | None:
-    """The summary of a stage that an earlier job has finished."""
-    summary = stage.summary
-    if summary is not None:
+    if stage.read():
         log.info("prepare: %s are there from an earlier job", stage.name)
-    return summary
+    return stage.make(timed)
+
+
+def _record_files(inputs: Inputs) -> list[StoragePath]:
+    return [(inputs.distinct or inputs.records).folder / "records" / f"{i:05d}.parquet" for i in range(inputs.shards)]
 
 
 def _records(inputs: Inputs, config: Config, board: Callable[[], Board]) -> list[SourceCount]:
     """Read, judge and deduplicate every source. Returns what became of each, checked."""
     stage = inputs.records
-    summary = _skip(stage)
-    if summary is None:
-        with stage.open():
-            found = make_records(stage, board(), inputs.work, config.data, inputs.shards)
-            check_sources(found, config.data, stage.folder)
-            stage.finish({"sources": [vars(source) for source in found]})
-    else:
-        found = [SourceCount(**source) for source in summary["sources"]]
+
+    def fill() -> dict[str, Any]:
+        found = make_records(stage, board(), inputs.work, config.data, inputs.shards)
         check_sources(found, config.data, stage.folder)
+        return {"sources": [vars(source) for source in found]}
+
+    found = [SourceCount(**source) for source in _made(stage, fill)["sources"]]
+    check_sources(found, config.data, stage.folder)
     warn_of_bad_input(found, stage.folder)
     check_duplicates(found, config.data.max_removed_fraction)
     return found
@@ -200,19 +210,19 @@ def _distinct(
     stage = inputs.distinct
     if stage is None:
         return sources, []
-    summary = _skip(stage)
-    if summary is None:
+
+    def fill() -> dict[str, Any]:
         files = [inputs.records.folder / "records" / f"{i:05d}.parquet" for i in range(inputs.shards)]
-        with stage.open():
-            near = near_duplicates.find(stage, board(), files, config.data)
-            check_duplicates(sources, config.data.max_removed_fraction, near)
-            outcomes = near_duplicates.write_distinct(stage, board(), files)
-            summary = {"outcomes": outcomes, "clusters": near_duplicates.largest_clusters(stage)}
-            stage.finish(summary)
-    found = [_after(source, Counter(summary["outcomes"].get(source.name, {}))) for source in sources]
+        near = near_duplicates.find(stage, board(), files, config.data)
+        check_duplicates(sources, config.data.max_removed_fraction, near)
+        outcomes = near_duplicates.write_distinct(stage, board(), files)
+        return {"outcomes": outcomes, "clusters": near_duplicates.largest_clusters(stage)}
+
+    made = _made(stage, fill)
+    found = [_after(source, Counter(made["outcomes"].get(source.name, {}))) for source in sources]
     check_duplicates(found, config.data.max_removed_fraction)
     check_sources(found, config.data, stage.folder)
-    return found, summary["clusters"]
+    return found, made["clusters"]
 
 
 def _after(source: SourceCount, outcome: Counter[str]) -> SourceCount:
@@ -224,35 +234,32 @@ def _after(source: SourceCount, outcome: Counter[str]) -> SourceCount:
 def _tokenizer(inputs: Inputs, config: Config, board: Callable[[], Board]) -> None:
     """Train a tokenizer where none was given."""
     stage, wanted = inputs.tokenizer, config.tokenizer
-    if stage is None or _skip(stage) is not None:
+    if stage is None:
         return
-    files, fields, output = _record_files(inputs), inputs.fields, stage.folder / "tokenizer.json"
-    sample = min(sum(filter(None, sizes(files))), wanted.train_mb << 20)
+    files, fields = _record_files(inputs), inputs.fields
 
-    def train(_: int, report: Report) -> None:
+    def train(_: int, output: Output) -> None:
         texts = record_texts(files, fields, wanted.train_mb << 20)
         trained = train_tokenizer(texts, kind=wanted.type, vocab_size=wanted.vocab_size, lowercase=wanted.lowercase)
-        write_atomically(output, trained.to_str().encode())
-        report({"bytes": sample})
+        output.write("tokenizer.json", trained.to_str().encode())
 
-    with stage.open():
-        run_tasks(board(), "prepare: train the tokenizer", [Task(sample, output)], train)
-        stage.finish({})
+    def fill() -> dict[str, Any]:
+        sample = min(sum(filter(None, sizes(files))), wanted.train_mb << 20)
+        stage.tasks(board(), "prepare: train the tokenizer", [sample], train)
+        return {}
+
+    _made(stage, fill)
 
 
-def _tokenizer_path(inputs: Inputs, config: Config) -> AnyPath:
+def _tokenizer_path(inputs: Inputs, config: Config) -> StoragePath:
     if inputs.tokenizer:
         return inputs.tokenizer.folder / "tokenizer.json"
     assert config.tokenizer.load_path
-    return tokenizer_file(Path(config.tokenizer.load_path))
+    return tokenizer_file(as_path(config.tokenizer.load_path))
 
 
-def _tokens(inputs: Inputs, config: Config, board: Callable[[], Board]) -> dict[str, Any]:
-    """Tokenize every record file, where that is not done. Returns what `token_shards` does."""
-    summary = _skip(inputs.tokens)
-    if summary is not None:
-        return summary
-    return token_shards(inputs.tokens, board(), _record_files(inputs), inputs.recipe, _tokenizer_path(inputs, config))
+def _seconds(inputs: Inputs) -> dict[str, float]:
+    return {stage.name: (stage.read() or {}).get("seconds", 0.0) for stage in _stages(inputs)}
 
 
 def _assemble(
@@ -274,7 +281,7 @@ def _assemble(
     }
     tokenizer = _tokenizer_path(inputs, config)
     parts = Parts(_record_files(inputs), tokenizer, inputs.recipe, sources, clusters, rejected)
-    return assemble(inputs.folder, inputs.tokens, described, parts)
+    return assemble(inputs.prepared, inputs.tokens, described, parts)
 
 
 def _common_fields(config: Config) -> list[str]:

@@ -11,7 +11,6 @@ records the one with the least source_id stays, so no file depends on the order 
 from __future__ import annotations
 
 import itertools
-import json
 import socket
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,14 +22,14 @@ import pyarrow.compute as pc
 from pipeline.config import Data, Source
 from pipeline.data.exchange import read_part, write_parts
 from pipeline.data.judging import JUDGED_SCHEMA, Judge
-from pipeline.data.manifest import RECORD_SCHEMA, SourceCount, parquet_file, rejections, write_table
-from pipeline.data.work import Report, Stage, Task, run_tasks
+from pipeline.data.manifest import RECORD_SCHEMA, SourceCount, rejections
+from pipeline.runtime.artifact import Artifact, Output, open_parquet
 from pipeline.runtime.cluster import connected_cluster
 from pipeline.runtime.console import log
-from pipeline.runtime.files import for_each, sizes, write_atomically
 from pipeline.runtime.session import Board
 from pipeline.sources.source import ReadTask, read
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.files import sizes
+from pipeline.storage.path import StoragePath
 from pipeline.text.identity import shard_of
 
 PART_CHARS = 8 << 20  # of text that a read task holds before it writes it out
@@ -38,36 +37,29 @@ MAX_PARTS = 5_000  # beyond that, parts are larger: each is opened by every task
 
 
 def make_records(
-    stage: Stage, board: Board, work: Sequence[tuple[Source, ReadTask]], data: Data, shards: int
+    records: Artifact, board: Board, work: Sequence[tuple[Source, ReadTask]], data: Data, shards: int
 ) -> list[SourceCount]:
-    """Fill the stage's `records/` and `rejected/`. Returns what became of each source's records, not yet checked."""
-    scratch, tallies = stage.scratch, [stage.scratch / "judged" / f"{i:06d}.json" for i in range(len(work))]
+    """Fill the artifact's `records/` and `rejected/`. Returns what became of each source's records, not yet checked."""
+    task_bytes = [task.bytes for _, task in work]
+    part_chars = _part_chars(sum(task_bytes))
 
-    part_chars = _part_chars(sum(task.bytes for _, task in work))
-
-    def judge(index: int, report: Report) -> None:
+    def judge(index: int, output: Output) -> dict[str, Any]:
         source, task = work[index]
-        _judge_task(task, source, data, shards, part_chars, tallies[index], report)
+        return _judge_task(index, task, source, data, shards, part_chars, output)
 
-    tasks = [Task(task.bytes, tally) for (_, task), tally in zip(work, tallies, strict=True)]
-    run_tasks(board, "prepare: read and judge", tasks, judge, _only_here(work))
-
-    read_in: Counter[str] = Counter()
-    parts: list[AnyPath] = []
-    for (source, _), tally in zip(work, for_each(scratch, _read_json, tallies), strict=True):
+    tallies = records.tasks(board, "prepare: read and judge", task_bytes, judge, _only_here(work))
+    read_in: Counter[str] = Counter(dict.fromkeys((source.name for source, _ in work), 0))
+    parts: list[StoragePath] = []
+    for (source, _), tally in zip(work, tallies, strict=True):
         read_in[source.name] += tally["rows_in"]
-        parts += [scratch / "judged" / name for name in tally["parts"]]
-    counts = [scratch / "counts" / f"{shard:05d}.json" for shard in range(shards)]
+        parts += [records.folder / name for name in tally["parts"]]
     size = sum(filter(None, sizes(parts))) // shards
 
-    def write(shard: int, report: Report) -> None:
-        outcome = _write_shard(read_part(parts, shard), stage.folder, shard) if parts else {}
-        write_atomically(counts[shard], json.dumps(outcome).encode())
-        report({"bytes": size})
+    def write(shard: int, output: Output) -> dict[str, dict[str, int]]:
+        return _write_shard(read_part(parts, shard), output, shard) if parts else {}
 
-    run_tasks(board, "prepare: remove exact duplicates", [Task(size, path) for path in counts], write)
-    rows_in = dict.fromkeys((source.name for source, _ in work), 0) | read_in
-    return _merge(rows_in, for_each(scratch, _read_json, counts))
+    counts = records.tasks(board, "prepare: remove exact duplicates", [size] * shards, write)
+    return _merge(read_in, counts)
 
 
 def _part_chars(total_bytes: int) -> int:
@@ -89,21 +81,19 @@ def _only_here(work: Sequence[tuple[Source, ReadTask]]) -> set[int]:
 
 
 def _judge_task(
-    task: ReadTask, source: Source, data: Data, shards: int, part_chars: int, tally: AnyPath, report: Report
-) -> None:
-    """Write the task's judged rows in parts, then what was read and written."""
+    index: int, task: ReadTask, source: Source, data: Data, shards: int, part_chars: int, output: Output
+) -> dict[str, Any]:
+    """Write the task's judged rows in parts. Returns how many rows were read, and the names of the parts."""
     judge, count = Judge(source, data), 0
     parts: list[str] = []
     for rows in _in_parts(map(judge, read(task, source)), part_chars):
-        path = tally.parent / f"{tally.stem}-{len(parts)}.parts"
-        write_parts(
-            pa.Table.from_pylist(rows, JUDGED_SCHEMA), [shard_of(row["id"], shards) for row in rows], shards, path
-        )
-        parts.append(path.name)
+        parts.append(f"scratch/judged/{index:06d}-{len(parts)}.parts")
+        table, shard = pa.Table.from_pylist(rows, JUDGED_SCHEMA), [shard_of(row["id"], shards) for row in rows]
+        with output.writing(parts[-1]) as file:
+            write_parts(table, shard, shards, file)
         count += len(rows)
-        report({"records": len(rows), "rejected": sum("reason" in row for row in rows)})
-    write_atomically(tally, json.dumps({"rows_in": count, "parts": parts}).encode())
-    report({"bytes": task.bytes})
+        output.report(records=len(rows), rejected=sum("reason" in row for row in rows))
+    return {"rows_in": count, "parts": parts}
 
 
 def _in_parts(rows: Iterable[dict[str, Any]], part_chars: int) -> Iterator[list[dict[str, Any]]]:
@@ -119,13 +109,13 @@ def _in_parts(rows: Iterable[dict[str, Any]], part_chars: int) -> Iterator[list[
         yield part
 
 
-def _write_shard(judged: pa.Table, folder: AnyPath, shard: int) -> dict[str, dict[str, int]]:
+def _write_shard(judged: pa.Table, output: Output, shard: int) -> dict[str, dict[str, int]]:
     """Drop exact duplicates and write one shard. Returns source → outcome (`kept` or a reason) → rows."""
     keys = ("id", "source_id", "reason", "metadata", "excerpt")
     judged = judged.sort_by([(key, "ascending") for key in keys])
     kept, rejected = _without_duplicates(judged)
-    write_table(kept.select(RECORD_SCHEMA.names).cast(RECORD_SCHEMA), folder / "records" / f"{shard:05d}.parquet")
-    write_table(rejected, folder / "rejected" / f"{shard:05d}.parquet")
+    output.write_table(f"records/{shard:05d}.parquet", kept.select(RECORD_SCHEMA.names).cast(RECORD_SCHEMA))
+    output.write_table(f"rejected/{shard:05d}.parquet", rejected)
     counts: dict[str, Counter[str]] = {source: Counter() for source in judged["source"].unique().to_pylist()}
     for source in kept["source"].to_pylist():
         counts[source]["kept"] += 1
@@ -159,15 +149,11 @@ def _merge(read_in: dict[str, int], counts: Iterable[dict[str, dict[str, int]]])
     ]
 
 
-def _read_json(path: AnyPath) -> dict[str, Any]:
-    return dict(json.loads(path.read_text()))
-
-
-def record_texts(files: Iterable[AnyPath], fields: list[str], max_bytes: int) -> Iterator[str]:
+def record_texts(files: Iterable[StoragePath], fields: list[str], max_bytes: int) -> Iterator[str]:
     """Texts of records in canonical order, up to about `max_bytes`: what a vocabulary is trained on."""
     total = 0
     for file in files:
-        for batch in parquet_file(file).iter_batches(1024, columns=fields):
+        for batch in open_parquet(file).iter_batches(1024, columns=fields):
             for row in batch.to_pylist():
                 for text in itertools.chain.from_iterable(map(_each, row.values())):
                     total += len(text.encode())

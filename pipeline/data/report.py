@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow.dataset as ds
@@ -12,7 +11,8 @@ from pipeline.config import Data
 from pipeline.data.manifest import Manifest, SourceCount
 from pipeline.runtime.console import log, table
 from pipeline.runtime.job import JobError
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.files import arrow_location, matching
+from pipeline.storage.path import StoragePath
 
 BAD_REASONS = (  # what cannot be read, as against what is not wanted; counted by data.max_bad_fraction
     *("broken_csv", "broken_json", "broken_python", "invalid_utf8", "wrong_cell_count"),
@@ -31,7 +31,7 @@ NOT_ITS_FAULT = (*DUPLICATES, "contaminated")  # a source may lose all its recor
 EXAMPLES = 3
 
 
-def check_sources(sources: Sequence[SourceCount], data: Data, folder: AnyPath) -> None:
+def check_sources(sources: Sequence[SourceCount], data: Data, folder: StoragePath) -> None:
     """The books must balance, no more may be broken than the user allows, and something must be kept."""
     for source in sources:
         found = source.rows_kept + sum(source.rejected.values())
@@ -65,7 +65,7 @@ def check_duplicates(sources: Sequence[SourceCount], allowed: float, more: int =
         )
 
 
-def warn_of_bad_input(sources: Sequence[SourceCount], folder: AnyPath) -> None:
+def warn_of_bad_input(sources: Sequence[SourceCount], folder: StoragePath) -> None:
     """Say which sources are empty, and name some of what could not be read."""
     for source in sources:
         if not source.rows_in:
@@ -78,11 +78,10 @@ def warn_of_bad_input(sources: Sequence[SourceCount], folder: AnyPath) -> None:
                 log.warning("source %s: %s %s, such as %s", source.name, f"{rows:,}", reason, examples)
 
 
-def _dataset(folder: AnyPath) -> Any:
+def _dataset(folder: StoragePath) -> Any:
     """Of the Parquet files of a folder, and of none that a killed worker left unfinished."""
-    if isinstance(folder, Path):
-        return ds.dataset(sorted(folder.glob("*.parquet")))
-    return ds.dataset(sorted(path.key for path in folder.glob("*.parquet")), filesystem=folder.filesystem)
+    paths, filesystem = zip(*map(arrow_location, matching(folder, "*.parquet")), strict=True)
+    return ds.dataset(list(paths), filesystem=filesystem[0])
 
 
 def log_clusters(clusters: Sequence[dict[str, Any]]) -> None:

@@ -1,6 +1,6 @@
 """Record files turned into token shards.
 
-    tokenize_file(Path("records/00007.parquet"), folder, recipe, tokenizer)
+    tokenize_file(Path("records/00007.parquet"), Output(folder), recipe, tokenizer)
     # train/00007.parquet, validation/00007.parquet: id, source, anchor and positive as lists of token ids
 
 A shard's rows are in the order of a hash of (id, seed); in train, of their source first, so that a row group holds rows
@@ -24,10 +24,10 @@ from tokenizers import Tokenizer
 
 from pipeline.config import ConfigError
 from pipeline.data.lengths import LengthCounts
-from pipeline.data.manifest import SPLITS, parquet_file, sha256
+from pipeline.data.manifest import SPLITS, sha256
 from pipeline.data.vocabulary import unknown_token_id
-from pipeline.runtime.files import replacing
-from pipeline.storage.bucket import AnyPath
+from pipeline.runtime.artifact import Output, open_parquet
+from pipeline.storage.path import StoragePath
 from pipeline.text.augment import Augmentation
 from pipeline.text.identity import is_validation
 
@@ -101,20 +101,20 @@ def _count_up(lengths: Ints) -> Ints:
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
-def tokenize_file(records: AnyPath, folder: AnyPath, recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Any]:
+def tokenize_file(records: StoragePath, output: Output, recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Any]:
     """Write one record file's token shards, one a split. Returns their descriptions and the counts of lengths."""
     cutter = Cutter(tokenizer, recipe)
     counts = {name: LengthCounts() for name in recipe.fields}
     tables = [
         _encode(batch, recipe, tokenizer, cutter, counts)
-        for batch in parquet_file(records).iter_batches(ENCODE_ROWS, columns=["id", "source", *recipe.fields])
+        for batch in open_parquet(records).iter_batches(ENCODE_ROWS, columns=["id", "source", *recipe.fields])
     ]
     shards = []
     for split in SPLITS if tables else ():
         rows = pa.concat_tables(tables)
         rows = rows.filter(pa.array([split == of for of in rows["split"].to_pylist()])).drop_columns("split")
         if len(rows):
-            shards.append(_write_split(rows, folder / split / records.name, split, recipe))
+            shards.append(_write_split(rows, output, f"{split}/{records.name}", split, recipe))
     return {"shards": shards, "lengths": {name: count.to_json() for name, count in counts.items()}}
 
 
@@ -188,7 +188,7 @@ def _encode_lists(
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), rows)
 
 
-def _write_split(table: pa.Table, path: AnyPath, split: str, recipe: Recipe) -> dict[str, Any]:
+def _write_split(table: pa.Table, output: Output, file_name: str, split: str, recipe: Recipe) -> dict[str, Any]:
     """Write rows in canonical order. Raises AssertionError for a row that is too long: the cutter would be broken."""
     for name in set(recipe.fields) - {"negatives"}:
         assert pa.compute.max(pa.compute.list_value_length(table[name])).as_py() <= recipe.max_length
@@ -198,8 +198,8 @@ def _write_split(table: pa.Table, path: AnyPath, split: str, recipe: Recipe) -> 
     table = table.append_column("hash", pa.array(hashes, pa.uint64())).sort_by(by_source + keys).drop_columns("hash")
     groups: list[int] = []
     of: list[str | None] = []
-    with replacing(path) as temporary:
-        with pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer:
+    with output.writing(file_name) as temporary:
+        with pq.ParquetWriter(temporary, table.schema, compression="zstd", write_page_checksum=True) as writer:
             for source, rows in _runs(table, split):
                 for start in range(0, len(rows), ROW_GROUP_ROWS):
                     writer.write_table(rows.slice(start, ROW_GROUP_ROWS).combine_chunks())
@@ -207,7 +207,7 @@ def _write_split(table: pa.Table, path: AnyPath, split: str, recipe: Recipe) -> 
                     of.append(source)
         digest = sha256(temporary)
     return {
-        "path": f"{split}/{path.name}",
+        "path": file_name,
         "split": split,
         "rows": len(table),
         "row_groups": groups,

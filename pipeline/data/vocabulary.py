@@ -16,7 +16,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from pipeline.config import ConfigError
-from pipeline.storage.bucket import AnyPath, BucketError
+from pipeline.storage.object_store import BucketError
+from pipeline.storage.path import StoragePath
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 START_NAMES = ("[CLS]", "<s>", "<|begin_of_text|>", "<bos>")
@@ -24,7 +25,7 @@ END_NAMES = ("[SEP]", "</s>", "<|end_of_text|>", "<eos>")
 MASK_NAMES = ("[MASK]", "<mask>", "<|mask|>")
 
 
-def tokenizer_file(path: Path) -> Path:
+def tokenizer_file(path: StoragePath) -> StoragePath:
     """The tokenizer.json that a path stands for: itself, a pretrained tokenizer folder's, or a hub repository's."""
     if path.is_dir():
         return path / "tokenizer.json"
@@ -47,11 +48,11 @@ def _from_hub(repository: str) -> Path:
         ) from None
 
 
-def load_tokenizer(path: AnyPath) -> Tokenizer:
+def load_tokenizer(path: StoragePath) -> Tokenizer:
     """Read a tokenizer.json or a pretrained tokenizer's folder. Raises ConfigError where it is none."""
-    file = tokenizer_file(path) if isinstance(path, Path) else path
+    file = tokenizer_file(path)
     try:
-        tokenizer = Tokenizer.from_file(str(file)) if isinstance(file, Path) else Tokenizer.from_str(file.read_text())
+        tokenizer = Tokenizer.from_str(file.read_text("utf-8"))
     except BucketError:
         raise
     except Exception as error:  # tokenizers raises bare Exception for a missing or broken file alike
@@ -62,7 +63,7 @@ def load_tokenizer(path: AnyPath) -> Tokenizer:
 
 
 @lru_cache(maxsize=1)
-def loaded_tokenizer(path: AnyPath, changed_ns: int) -> Tokenizer:
+def loaded_tokenizer(path: StoragePath, changed_ns: int) -> Tokenizer:
     """The same object again for the same file: of each one that is dropped, tokenizers 0.23 keeps some MB."""
     return load_tokenizer(path)
 

@@ -25,8 +25,8 @@ from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import load_model
 from pipeline.model.packing import pack
 from pipeline.model.reading import model_fingerprint, read_card
-from pipeline.runtime.files import fetched, place, scratch
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.files import fetched, place, scratch
+from pipeline.storage.path import StoragePath
 
 GRAPH = "model.onnx"
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 4_096, 32_768
@@ -99,7 +99,7 @@ class OnnxBackend:
 
 
 def open_backend(
-    folder: Path, settings: Embedding, graphs: AnyPath, threads: int, device: str | None = None
+    folder: Path, settings: Embedding, graphs: StoragePath, threads: int, device: str | None = None
 ) -> Backend:
     """The backend that the config names. `graphs` is where `make_graph` has put onnxruntime's."""
     if settings.backend == "onnxruntime":
@@ -116,12 +116,12 @@ def check_backend(settings: Embedding) -> None:
         check_packages("embedding.backend=onnxruntime")
 
 
-def graph_of(folder: Path, settings: Embedding, graphs: AnyPath) -> AnyPath:
+def graph_of(folder: Path, settings: Embedding, graphs: StoragePath) -> StoragePath:
     """The folder of a model's graph, once `make_graph` has made it."""
     return graphs / f"{model_fingerprint(folder)[:16]}-{settings.precision}"
 
 
-def make_graph(folder: Path, settings: Embedding, graphs: AnyPath) -> None:
+def make_graph(folder: Path, settings: Embedding, graphs: StoragePath) -> None:
     """Export a model for onnxruntime where that has not been done, quantised where the config says so."""
     target = graph_of(folder, settings, graphs)
     if (target / GRAPH).is_file():

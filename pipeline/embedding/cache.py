@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from pipeline.embedding.columns import as_column, as_matrix
 from pipeline.embedding.lance import Frozen, connect
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.path import StoragePath
 from pipeline.text.identity import content_id
 
 INDEXED_ROWS = 50_000  # from here on an index by key is worth its while
@@ -35,7 +35,7 @@ def cache_key(text: str, window: int | None = None) -> str:
 class VectorCache:
     """Sent to other processes by pickle, it connects in each on first use."""
 
-    def __init__(self, home: AnyPath, name: str, width: int) -> None:
+    def __init__(self, home: StoragePath, name: str, width: int) -> None:
         self.home, self.name, self.width = home, name, width
         self._table: Any = None
         self._past: Frozen | None = None

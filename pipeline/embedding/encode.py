@@ -19,8 +19,8 @@ from pipeline.embedding.nearest import unit
 from pipeline.embedding.recipe import EncoderRecipe, Windows, let_windows_overlap, windows_of
 from pipeline.model.folder import load_model
 from pipeline.model.reading import load_tokenizer, read_card
-from pipeline.runtime.files import fetched
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.files import fetched
+from pipeline.storage.path import StoragePath
 
 
 class TextEncoder:
@@ -32,7 +32,7 @@ class TextEncoder:
 
     def __init__(
         self,
-        place: AnyPath,
+        place: StoragePath,
         batch_tokens: int | Literal["auto"] = "auto",
         device: str | None = None,
         dimensions: int | None = None,

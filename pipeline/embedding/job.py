@@ -26,10 +26,10 @@ from pipeline.embedding.sync import COUNTS, Span, Sync, spans
 from pipeline.embedding.verify import Findings, verify
 from pipeline.runtime.cluster import connected_cluster
 from pipeline.runtime.console import log
-from pipeline.runtime.files import matching, remove_folder
 from pipeline.runtime.job import JobError, alone_in
 from pipeline.runtime.session import Board
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.files import matching, remove_folder
+from pipeline.storage.path import StoragePath
 
 WRITERS = {"lancedb": 1, "parquet": 2, "pinecone": 4}  # at once; commits to one LanceDB table wait for each other
 MEASURED_FOR_S = 2.0  # encoding, for an estimate of a rate
@@ -40,19 +40,19 @@ class Space:
     """A prepared data set, a model, and the store that its vectors are in."""
 
     config: Config
-    prepared: AnyPath
+    prepared: StoragePath
     manifest: Manifest
     recipe: EncoderRecipe
     store: Store
 
     @classmethod
-    def of(cls, config: Config, prepared: AnyPath, manifest: Manifest, model: AnyPath) -> Space:
+    def of(cls, config: Config, prepared: StoragePath, manifest: Manifest, model: StoragePath) -> Space:
         """Raises ConfigError for what the model or this machine cannot do."""
         recipe = recipe_of(config, model)
         return cls(config, prepared, manifest, recipe, open_store(config, recipe))
 
     @property
-    def folder(self) -> AnyPath:
+    def folder(self) -> StoragePath:
         return self.config.run_dir / "embedded"
 
     @property

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from pipeline.embedding.lance import Frozen, connect
 from pipeline.embedding.stores.store import Store
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.path import StoragePath
 from pipeline.text.identity import content_id
 
 SENDING, THERE, GONE = 0, 1, 2
@@ -42,7 +42,7 @@ INDEXED_ENTRIES = 100_000  # from here on an index by id is worth its while
 class Ledger:
     """Entries of one store. Sent to other processes by pickle, it connects in each on first use."""
 
-    def __init__(self, home: AnyPath, name: str) -> None:
+    def __init__(self, home: StoragePath, name: str) -> None:
         self.home, self.name = home, name
         self._table: Any = None
         self._past: Frozen | None = None

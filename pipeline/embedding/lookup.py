@@ -19,7 +19,7 @@ from pipeline.embedding.encode import TextEncoder, open_encoder
 from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.store import open_cache, recipe_of
 from pipeline.model.reading import read_card
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.path import StoragePath
 
 
 class Embedder:
@@ -49,7 +49,7 @@ class Embedder:
         return vectors[0]  # type: ignore[no-any-return]
 
 
-def open_embedder(config: Config, model: AnyPath) -> Embedder:
+def open_embedder(config: Config, model: StoragePath) -> Embedder:
     """For a model's folder, such as `pipeline.stages.model_folder(config)` gives."""
     recipe = recipe_of(config, model)
     return Embedder(recipe, open_cache(config, recipe), normaliser(config.data))

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from pipeline.config import Embedding
 from pipeline.model.reading import load_tokenizer, model_fingerprint, read_card
-from pipeline.runtime.files import fetched
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.files import fetched
+from pipeline.storage.path import StoragePath
 
 Windows = list[list[int]]
 """The token ids of a text, window by window; one window where it is not long."""
@@ -25,9 +25,9 @@ Windows = list[list[int]]
 class EncoderRecipe:
     """What an encoder is made from, wherever it is to run."""
 
-    folder: AnyPath
+    folder: StoragePath
     settings: Embedding
-    graphs: AnyPath
+    graphs: StoragePath
     """Where onnxruntime's graphs lie."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """Of nodes that encoding actors go to; by default all of them."""
@@ -59,7 +59,7 @@ class EncoderRecipe:
 
 
 @lru_cache(maxsize=4)
-def _tokenizer(folder: AnyPath, overlap: int | None) -> Tokenizer:
+def _tokenizer(folder: StoragePath, overlap: int | None) -> Tokenizer:
     tokenizer = load_tokenizer(fetched(folder))
     if overlap is not None:
         let_windows_overlap(tokenizer, overlap)

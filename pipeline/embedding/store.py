@@ -11,9 +11,7 @@ right: search goes on with both while a new model's table is filled. Imports no 
 from __future__ import annotations
 
 import json
-import os
 import re
-from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, ConfigError
@@ -28,11 +26,11 @@ from pipeline.embedding.stores.store import Store
 from pipeline.embedding.sync import Sync
 from pipeline.embedding.texts import Reading
 from pipeline.model.reading import model_files, model_fingerprint, read_card
-from pipeline.runtime.files import fetched, place, write_atomically
-from pipeline.storage.bucket import AnyPath, as_path
+from pipeline.storage.files import fetched, free_bytes, may_write, place, write_atomically
+from pipeline.storage.path import StoragePath, on_disk
 
 
-def recipe_of(config: Config, model: AnyPath) -> EncoderRecipe:
+def recipe_of(config: Config, model: StoragePath) -> EncoderRecipe:
     """How texts are encoded with a model's folder; for onnxruntime, its graph is made where there is none.
 
     Raises ConfigError for a size that the model was not trained for, and where a package is missing.
@@ -69,7 +67,7 @@ def named_store(config: Config, name: str, width: int, budget: Budget | None = N
     if wanted.store == "parquet":
         from pipeline.embedding.stores.parquet_store import ParquetStore
 
-        if not isinstance(home, Path):
+        if on_disk(home) is None:
             raise ConfigError(f"embedding.uri: found {home}; allowed with embedding.store=parquet is a folder on disk")
         return ParquetStore(str(home), name, width)
     from pipeline.embedding.stores.lancedb_store import LanceStore
@@ -77,10 +75,10 @@ def named_store(config: Config, name: str, width: int, budget: Budget | None = N
     return LanceStore(home, name, width, wanted.index, wanted.index_rows)
 
 
-def _home(config: Config) -> AnyPath:
+def _home(config: Config) -> StoragePath:
     """The folder of the tables of LanceDB, or of Parquet's folders."""
     uri = config.embedding.uri or config.embedding.store
-    return as_path(uri) if "://" in uri else config.under_root(uri)
+    return config.under_root(uri)
 
 
 def reach_store(config: Config) -> str:
@@ -96,10 +94,9 @@ def reach_store(config: Config) -> str:
             )
         return f"Pinecone's index {index}"
     home = _home(config)
-    there = next(place for place in (home, *home.parents) if place.is_dir()) if isinstance(home, Path) else None
-    if there is not None and not os.access(there, os.W_OK):
+    if not may_write(home):
         raise ConfigError(f"embedding.uri: found {home}, where this user may not write; allowed is a folder of its own")
-    if there is None:
+    if free_bytes(home) is None:
         try:
             connect(home).list_tables(limit=1)
         except Exception as error:  # LanceDB's own come as RuntimeError, ValueError and OSError
@@ -148,7 +145,7 @@ def embedded_field(config: Config, manifest: Manifest) -> str:
     return field
 
 
-def is_embedded(config: Config, prepared: AnyPath, store: Store) -> bool:
+def is_embedded(config: Config, prepared: StoragePath, store: Store) -> bool:
     """Whether an earlier embedding of this data set into this table ran to its end, and the table is as it was then."""
     return is_complete(config, store) and _note(config, store)["data"] == prepared.name
 
@@ -158,7 +155,7 @@ def is_complete(config: Config, store: Store) -> bool:
     return _marker(config, store).is_file() and store.exists() and _note(config, store)["rows"] == store.count()
 
 
-def mark_embedded(config: Config, prepared: AnyPath, store: Store) -> None:
+def mark_embedded(config: Config, prepared: StoragePath, store: Store) -> None:
     """Note that all of a data set is in the table."""
     # The folder's name follows from the inputs, metadata among them; the fingerprint of token shards does not see that.
     note = {"data": prepared.name, "rows": store.count()}
@@ -174,7 +171,7 @@ def file_name(store: Store) -> str:
     return re.sub(r"[^\w.-]", "-", store.name, flags=re.ASCII)
 
 
-def _marker(config: Config, store: Store) -> AnyPath:
+def _marker(config: Config, store: Store) -> StoragePath:
     return config.run_dir / "embedded" / f"{file_name(store)}.json"
 
 
@@ -187,7 +184,7 @@ def publish(config: Config, recipe: EncoderRecipe, store: Store) -> None:
     write_atomically(_alias(config), json.dumps({"model": name, "store": store.name}).encode())
 
 
-def published_model(config: Config) -> AnyPath | None:
+def published_model(config: Config) -> StoragePath | None:
     """The model that readers are to use; None where none was published, or the config names one of its own."""
     path = _alias(config)
     if config.embedding.model or not path.is_file():
@@ -195,5 +192,5 @@ def published_model(config: Config) -> AnyPath | None:
     return config.root / json.loads(path.read_text())["model"]  # type: ignore[no-any-return]
 
 
-def _alias(config: Config) -> AnyPath:
+def _alias(config: Config) -> StoragePath:
     return config.run_dir / "embedded" / "alias.json"

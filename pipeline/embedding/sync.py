@@ -21,17 +21,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from pipeline.data.manifest import parquet_file
 from pipeline.embedding.cache import VectorCache
 from pipeline.embedding.columns import as_column, as_matrix
 from pipeline.embedding.ledger import GONE, SENDING, THERE, Ledger, record_of, with_digest
 from pipeline.embedding.stores.store import SCHEMA, Refused, Store
 from pipeline.embedding.texts import EMBED, UPDATE, Reading
-from pipeline.runtime.files import for_each, readable
-from pipeline.storage.bucket import AnyPath
+from pipeline.runtime.artifact import open_parquet
+from pipeline.storage.files import for_each
+from pipeline.storage.path import StoragePath
 
 if TYPE_CHECKING:
     from pipeline.embedding.encode import TextEncoder  # torch, which what only reads can do without
@@ -45,12 +44,12 @@ ROWS = 1024  # records looked at, and encoded, together: seconds of work
 class Span:
     """A record file, and the ids that it would hold: from `first` up to `last`, which is not among them."""
 
-    file: AnyPath
+    file: StoragePath
     first: str
     last: str | None
 
 
-def spans(files: list[AnyPath]) -> list[Span]:
+def spans(files: list[StoragePath]) -> list[Span]:
     """The files of a prepared set's records, each with its range; together they are all ids there can be."""
     least_ids = for_each(files[0], _least_id, files) if files else []
     filled = [(file, least) for file, least in zip(files, least_ids, strict=True) if least is not None]
@@ -58,9 +57,9 @@ def spans(files: list[AnyPath]) -> list[Span]:
     return [Span(file, first or "", last) for (file, _), (first, last) in zip(filled, pairwise(edges), strict=True)]
 
 
-def _least_id(file: AnyPath) -> str | None:
+def _least_id(file: StoragePath) -> str | None:
     """The first id of a record file, which is sorted by it; None where it has no rows."""
-    with parquet_file(file) as parquet:
+    with open_parquet(file) as parquet:
         batch = next(parquet.iter_batches(1, columns=["id"]), None)
     return str(batch["id"][0]) if batch is not None and len(batch) else None
 
@@ -83,7 +82,7 @@ class Sync:
     def due(self, span: Span, counts: Counter[str]) -> Iterator[pa.Table]:
         """Records that the store lacks, or has with other metadata: the columns of a store, `digest` and `action`."""
         there = _records(self.ledger.between(span.first, span.last))
-        with parquet_file(span.file) as parquet:
+        with open_parquet(span.file) as parquet:
             for batch in parquet.iter_batches(ROWS, columns=list(self.columns.values())):
                 rows = with_digest(pa.Table.from_batches([batch]).rename_columns(list(self.columns)))
                 actions = [
@@ -156,7 +155,7 @@ class Sync:
     def vanished(self, span: Span) -> pa.Table:
         """Ledger entries of records that are no longer in the file."""
         entries = self.ledger.between(span.first, span.last)
-        ids = set(pq.read_table(readable(span.file), columns=["id"])["id"].to_pylist())
+        ids = set(open_parquet(span.file).read(columns=["id"])["id"].to_pylist())
         gone = [record_of(row_id) not in ids for row_id in entries["id"].to_pylist()]
         return entries.filter(pa.array(gone, pa.bool_()))
 

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.encode import TextEncoder
 from pipeline.embedding.ledger import with_digest
 from pipeline.embedding.sync import Span, Sync
 from pipeline.embedding.texts import EMBED
-from pipeline.runtime.files import readable
+from pipeline.runtime.artifact import open_parquet
 
 LEAST_COSINE = {"fp32": 0.9999, "bf16": 0.999, "int8": 0.98}
 """Of a vector to that of the same text among others, by precision. MiniLM on Debian, 2026-11-26: 0.999999, 0.99999 and
@@ -71,7 +70,7 @@ def _sample(sync: Sync, files: list[Span], size: int, seed: int) -> pa.Table:
     chance, tables = np.random.default_rng(seed), []
     drawn = chance.permutation(len(files))[: 8 if size else 0]
     for index in drawn:
-        rows = pq.read_table(readable(files[index].file), columns=list(sync.columns.values()))
+        rows = open_parquet(files[index].file).read(columns=list(sync.columns.values()))
         share = min(len(rows), -(-size // len(drawn)))
         tables.append(rows.take(np.sort(chance.choice(len(rows), share, replace=False))))
     if not tables:

@@ -15,13 +15,14 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
 from pipeline.config import ConfigError
+from pipeline.storage.files import fetched
+from pipeline.storage.path import StoragePath
 
 if TYPE_CHECKING:
     from pipeline.evaluation.metrics import Qrels  # whose libraries a check of the folder need not pay for
@@ -35,7 +36,7 @@ Normalise = Callable[[str], str]
 class Corpus:
     """A corpus.jsonl on disk. `starts` has the byte and the number of the line that each block begins with."""
 
-    path: Path
+    path: StoragePath
     starts: list[tuple[int, int]]
     rows: int
     normalise: Normalise | None = None
@@ -77,14 +78,14 @@ class RetrievalTask:
         return replace(self, queries=queries, documents=documents)
 
 
-def check_beir(folder: Path) -> None:
+def check_beir(folder: StoragePath) -> None:
     """Raise ConfigError where a file of the three is missing."""
     for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
         if not (folder / name).is_file():
             raise ConfigError(f"evaluation.beir_dir: found no {name} in {folder}; allowed is a folder in BEIR's format")
 
 
-def open_beir(folder: Path) -> RetrievalTask:
+def open_beir(folder: StoragePath) -> RetrievalTask:
     """Read a folder, all but its documents' texts. Raises ConfigError naming the file and line that are not BEIR's."""
     documents = _corpus(folder / "corpus.jsonl")
     queries = {row["_id"]: row["text"] for _, _, row in _rows(folder / "queries.jsonl")}
@@ -97,13 +98,13 @@ def open_beir(folder: Path) -> RetrievalTask:
     return RetrievalTask(folder.name, {query: queries[query] for query in qrels}, documents, qrels)
 
 
-def read_beir(folder: Path) -> RetrievalTask:
+def read_beir(folder: StoragePath) -> RetrievalTask:
     """The same with all documents in memory."""
     task = open_beir(folder)
     return replace(task, documents=dict(task.documents.items()))
 
 
-def _corpus(path: Path) -> Corpus:
+def _corpus(path: StoragePath) -> Corpus:
     starts: list[tuple[int, int]] = []
     ids = array("Q")
     for start, number, row in _rows(path):
@@ -120,14 +121,14 @@ def _corpus(path: Path) -> Corpus:
     return Corpus(path, starts, len(ids))
 
 
-def _open_error(path: Path, error: OSError) -> ConfigError:
+def _open_error(path: StoragePath, error: OSError) -> ConfigError:
     return ConfigError(f"evaluation.beir_dir: {path}: {error.strerror}; allowed is a folder in BEIR's format")
 
 
-def _rows(path: Path, start: int = 0, number: int = 1) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def _rows(path: StoragePath, start: int = 0, number: int = 1) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Each line from byte `start` on, which begins line `number`: its first byte, its number, and what it says."""
     try:
-        with path.open("rb") as file:
+        with fetched(path).open("rb") as file:
             file.seek(start)
             for line in file:
                 if line.strip():
@@ -143,9 +144,9 @@ def _rows(path: Path, start: int = 0, number: int = 1) -> Iterator[tuple[int, in
         raise ConfigError(f"evaluation.beir_dir: {path} line {number}: {error}") from None
 
 
-def _judgements(path: Path) -> Iterator[tuple[str, str, int]]:
+def _judgements(path: StoragePath) -> Iterator[tuple[str, str, int]]:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with fetched(path).open(encoding="utf-8", newline="") as file:
             rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             next(rows, None)  # the header
             for row in rows:

@@ -9,7 +9,6 @@ scores = score_tasks(config, prepared_folder, manifest, model_folder, session.bo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,13 +27,13 @@ from pipeline.evaluation.retrieval import encode_texts, nearest_documents
 from pipeline.evaluation.sts import StsTask, pearson, read_sts, spearman
 from pipeline.runtime.console import Stage, log
 from pipeline.runtime.session import Board
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.path import StoragePath, as_path
 
 Scores = dict[str, Any]
 
 
 def score_tasks(
-    config: Config, folder: AnyPath, manifest: Manifest, recipe: EncoderRecipe, board: Callable[[], Board]
+    config: Config, folder: StoragePath, manifest: Manifest, recipe: EncoderRecipe, board: Callable[[], Board]
 ) -> dict[str, Scores]:
     """Scores by task, in the order of the config's keys; asks for the `board` where there are texts to encode."""
     wanted, normalise = config.evaluation, normaliser(config.data)
@@ -55,18 +54,18 @@ def score_tasks(
             scores[_unused(task.name, scores)] = score_retrieval(task, found, bm25=wanted.bm25)
             stage.advance(len(task.queries))
     if wanted.sts_file:
-        pairs = read_sts(Path(wanted.sts_file))
+        pairs = read_sts(as_path(wanted.sts_file))
         with Stage(f"evaluate: {pairs.name}", len(pairs.scores), "pairs") as stage:
             texts = ([normalise(text) for text in each] for each in (pairs.first, pairs.second))
             first, second = (encoder.encode(each) for each in texts)
             scores[_unused(pairs.name, scores)] = score_sts(pairs, first, second, sizes)
             stage.advance(len(pairs.scores))
     if wanted.clustering_file:
-        path = Path(wanted.clustering_file)
+        path = as_path(wanted.clustering_file)
         found_texts, labels = read_labels(path, "evaluation.clustering_file")
         scores[_unused(path.stem, scores)] = score_clustering(vectors(found_texts, path.stem), labels, sizes)
     if wanted.classification_dir:
-        path = Path(wanted.classification_dir)
+        path = as_path(wanted.classification_dir)
         train, train_labels, test, test_labels = read_classification(path)
         both = vectors(train + test, path.name)
         scores[_unused(path.name, scores)] = score_classification(
@@ -76,10 +75,10 @@ def score_tasks(
 
 
 def _retrieval_tasks(
-    config: Config, folder: AnyPath, manifest: Manifest, normalise: Callable[[str], str]
+    config: Config, folder: StoragePath, manifest: Manifest, normalise: Callable[[str], str]
 ) -> Iterator[RetrievalTask]:
     if config.evaluation.beir_dir:
-        yield open_beir(Path(config.evaluation.beir_dir)).normalised(normalise)
+        yield open_beir(as_path(config.evaluation.beir_dir)).normalised(normalise)
     if config.evaluation.held_out_queries and manifest.holds_pairs:
         yield held_out_task(config, folder)
 

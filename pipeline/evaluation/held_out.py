@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.config import Config
-from pipeline.data.manifest import parquet_file
 from pipeline.evaluation.beir import RetrievalTask
-from pipeline.runtime.files import matching
-from pipeline.storage.bucket import AnyPath
+from pipeline.runtime.artifact import open_parquet
+from pipeline.storage.files import matching
+from pipeline.storage.path import StoragePath
 from pipeline.text.identity import content_id, is_validation
 
 
-def held_out_task(config: Config, folder: AnyPath) -> RetrievalTask:
+def held_out_task(config: Config, folder: StoragePath) -> RetrievalTask:
     """Held-out anchors, to be found among their positives and the records first by hash.
 
     A document is named by its text's hash: of two records with equal text either is the right answer.
@@ -37,7 +37,7 @@ def held_out_task(config: Config, folder: AnyPath) -> RetrievalTask:
     return RetrievalTask("held-out", queries, documents, qrels)
 
 
-def _pairs(folder: AnyPath) -> Iterator[dict[str, str]]:
+def _pairs(folder: StoragePath) -> Iterator[dict[str, str]]:
     for file in matching(folder / "records", "*.parquet"):
-        for batch in parquet_file(file).iter_batches(1024, columns=["id", "anchor", "positive"]):
+        for batch in open_parquet(file).iter_batches(1024, columns=["id", "anchor", "positive"]):
             yield from batch.to_pylist()

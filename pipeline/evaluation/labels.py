@@ -11,20 +11,19 @@ Cost: k-means wants all vectors of the file in memory; neighbours are found in b
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from pipeline.config import ConfigError
 from pipeline.embedding.nearest import unit
 from pipeline.evaluation.tsv import read_tsv
+from pipeline.storage.path import StoragePath
 
 COLUMNS = ("text", "label")
 KMEANS_BATCH = 500
 NEIGHBOURS = 5
 
 
-def read_labels(path: Path, key: str) -> tuple[list[str], list[str]]:
+def read_labels(path: StoragePath, key: str) -> tuple[list[str], list[str]]:
     """Texts and their labels. Raises ConfigError naming the config `key` and the line that is not as it should be."""
     texts: list[str] = []
     labels: list[str] = []
@@ -39,7 +38,7 @@ def read_labels(path: Path, key: str) -> tuple[list[str], list[str]]:
     return texts, labels
 
 
-def read_classification(folder: Path) -> tuple[list[str], list[str], list[str], list[str]]:
+def read_classification(folder: StoragePath) -> tuple[list[str], list[str], list[str], list[str]]:
     """Training texts, their labels, test texts, theirs. Raises ConfigError."""
     key = "evaluation.classification_dir"
     return (*read_labels(folder / "train.tsv", key), *read_labels(folder / "test.tsv", key))

@@ -7,14 +7,14 @@ import textwrap
 
 from pipeline.embedding.nearest import Floats
 from pipeline.evaluation.space import Points
-from pipeline.runtime.files import replacing, write_atomically
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.files import replacing, write_atomically
+from pipeline.storage.path import StoragePath
 
 SHOWN_CHARS = 400  # of a text
 LINE_CHARS = 80
 
 
-def draw_png(plane: Floats, groups: list[str], title: str, path: AnyPath) -> None:
+def draw_png(plane: Floats, groups: list[str], title: str, path: StoragePath) -> None:
     """A point a record, a colour a group."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ def draw_png(plane: Floats, groups: list[str], title: str, path: AnyPath) -> Non
         figure.savefig(temporary, dpi=110, format="png")
 
 
-def write_page(plane: Floats, groups: list[str], points: Points, title: str, path: AnyPath) -> None:
+def write_page(plane: Floats, groups: list[str], points: Points, title: str, path: StoragePath) -> None:
     """The same to look into: hovering shows where a record is from and how it begins, the legend hides groups."""
     import plotly.colors
     import plotly.graph_objects as graph

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
 from pipeline.evaluation.tsv import read_tsv
+from pipeline.storage.path import StoragePath
 
 COLUMNS = ("score", "sentence1", "sentence2")
 
@@ -27,7 +27,7 @@ class StsTask:
     scores: list[float]
 
 
-def read_sts(path: Path) -> StsTask:
+def read_sts(path: StoragePath) -> StsTask:
     """Read a file. Raises ConfigError naming the line that is not as it should be."""
     task = StsTask(path.stem, [], [], [])
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from pipeline.config import ConfigError
+from pipeline.storage.files import fetched
+from pipeline.storage.path import StoragePath
 
 
-def read_tsv(path: Path, columns: Sequence[str], key: str, take: Callable[[list[str]], None]) -> None:
+def read_tsv(path: StoragePath, columns: Sequence[str], key: str, take: Callable[[list[str]], None]) -> None:
     """Call `take` with the cells of each line; what it raises ValueError for is wrong with that line.
 
     Raises ConfigError naming the config `key`, the file and the line that is not as it should be.
     """
     names = ", ".join(columns)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with fetched(path).open(encoding="utf-8", newline="") as file:
             rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             if next(rows, None) != list(columns):
                 raise ValueError(f"a header of {names} is wanted")

@@ -11,16 +11,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pipeline.data.manifest import Manifest, read_manifest
+from pipeline.data.manifest import Manifest, read_prepared
 from pipeline.model.card import Card
 from pipeline.model.reading import model_fingerprint
-from pipeline.runtime.files import fetched, matching
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.files import fetched, matching
+from pipeline.storage.path import StoragePath, absolute
 
 SECTIONS = ("model", "objective", "training")  # of the run's config; the others name folders of one machine
 TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "text-embeddings")
@@ -63,12 +62,12 @@ class Extras:
     embeddings: int = 0  # rows
 
 
-def read_origin(checkpoint: AnyPath, evaluation: AnyPath) -> Origin:
+def read_origin(checkpoint: StoragePath, evaluation: StoragePath) -> Origin:
     """Of a checkpoint in its run's folder (<root>/runs/<run>/best/step-…); next to nothing of one that lies elsewhere.
 
     `evaluation` is the evaluation.json to take scores from, where they are this model's.
     """
-    run_dir = (checkpoint.resolve() if isinstance(checkpoint, Path) else checkpoint).parent.parent
+    run_dir = absolute(checkpoint).parent.parent
     run, scored = _read_json(run_dir / "run.json"), _read_json(evaluation)
     resolved = run_dir / "config.resolved.yaml"
     settings = yaml.safe_load(resolved.read_text(encoding="utf-8")) if run and resolved.is_file() else {}
@@ -82,10 +81,10 @@ def read_origin(checkpoint: AnyPath, evaluation: AnyPath) -> Origin:
     )
 
 
-def prepared_manifests(root: AnyPath) -> Iterator[Manifest]:
+def prepared_manifests(root: StoragePath) -> Iterator[Manifest]:
     """Of the finished data sets under storage.root."""
     for path in matching(root, "prepared/*/manifest.json"):
-        manifest = read_manifest(path.parent)
+        manifest = read_prepared(path.parent)
         if manifest:
             yield manifest
 
@@ -226,5 +225,5 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
-def _read_json(path: AnyPath) -> dict[str, Any]:
+def _read_json(path: StoragePath) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

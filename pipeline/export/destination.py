@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
-from pipeline.runtime.files import SUFFIX
+from pipeline.storage.files import SUFFIX
 
 
 def refuse_foreign(folder: Path, marker: str) -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
-from pipeline.data.work import Report, Task, run_tasks
 from pipeline.mining.choosing import Keys
-from pipeline.runtime.files import replacing
+from pipeline.runtime.artifact import Artifact, Output, open_parquet
 from pipeline.runtime.session import Board
+from pipeline.storage.files import sizes
+from pipeline.storage.path import StoragePath
 from pipeline.text.identity import content_id, is_validation
 
 
@@ -40,20 +39,20 @@ def text_key(text: str) -> int:
     return int(content_id([text])[:16], 16)
 
 
-def text_keys(folder: Path, files: Sequence[Path], fraction: float, board: Board) -> TextKeys:
-    """Hash the texts of record files; `fraction` of the records are held out. Leaves a file each in `folder`."""
-    outputs = [folder / f"{file.stem}.npy" for file in files]
-    sizes = [file.stat().st_size for file in files]
+def text_keys(mined: Artifact, files: Sequence[StoragePath], fraction: float, board: Board) -> TextKeys:
+    """Hash the texts of record files; `fraction` of the records are held out. Leaves a file each in the scratch folder."""
 
-    def hash_texts(index: int, report: Report) -> None:
-        rows = pq.read_table(files[index], columns=["id", "anchor", "positive"]).to_pylist()
+    def hash_texts(index: int, output: Output) -> None:
+        rows = open_parquet(files[index]).read(columns=["id", "anchor", "positive"]).to_pylist()
         found = [(text_key(r["anchor"]), text_key(r["positive"]), not is_validation(r["id"], fraction)) for r in rows]
-        with replacing(outputs[index]) as temporary, temporary.open("wb") as file:
+        with output.writing(f"scratch/keys/{files[index].stem}.npy") as temporary, temporary.open("wb") as file:
             np.save(file, np.array(found, dtype=np.uint64).reshape(-1, 3))
-        report({"bytes": sizes[index]})
 
-    run_tasks(board, "mine: hash texts", [Task(*of) for of in zip(sizes, outputs, strict=True)], hash_texts)
-    found = [np.load(output) for output in outputs]
+    mined.tasks(board, "mine: hash texts", [size or 0 for size in sizes(files)], hash_texts)
+    found = []
+    for path in files:
+        with (mined.scratch / "keys" / f"{path.stem}.npy").open("rb") as file:
+            found.append(np.load(file))
     whole = np.concatenate(found)
     starts = list(itertools.accumulate(map(len, found), initial=0))
     return TextKeys(whole[:, 0], whole[:, 1], whole[:, 2].astype(bool), starts)

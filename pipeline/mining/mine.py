@@ -12,12 +12,10 @@ in the driver. A killed job goes on after the last of its stages that was done.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,25 +23,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.exchange import read_part, write_parts
-from pipeline.data.manifest import RECORD_SCHEMA, Manifest, read_manifest, sha256, write_table
-from pipeline.data.shards import Parts, assemble, recipe_of, token_shards, tokens_stage
+from pipeline.data.manifest import RECORD_SCHEMA, Manifest, read_prepared, sha256
+from pipeline.data.shards import Parts, assemble, recipe_of, token_shards, tokens_of
 from pipeline.data.tokenizing import Recipe
-from pipeline.data.work import Report, Stage, Task, run_tasks
 from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.mining.blocks import negatives_of, open_block, write_block
 from pipeline.mining.choosing import Answers
 from pipeline.mining.keys import TextKeys, text_keys
+from pipeline.runtime.artifact import Artifact, Output, open_parquet
 from pipeline.runtime.console import log
-from pipeline.runtime.files import write_atomically
-from pipeline.runtime.job import JobError, alone_in
+from pipeline.runtime.job import JobError
 from pipeline.runtime.session import Board
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.files import matching, replacing, sizes
+from pipeline.storage.path import StoragePath, on_disk
 
-FORMAT = 1  # of what is written; a change makes earlier mined data sets stale
+FORMAT = 2  # of what is written; a change makes earlier mined data sets stale
 READ_ROWS = 1024
 BLOCK_ROWS = 8192  # candidates ranked together
 MINE_ROWS = 8192  # anchors a task, for which it goes through all blocks once
@@ -51,8 +48,8 @@ _CHOSEN = pa.schema([("id", pa.string()), ("negatives", pa.list_(pa.string()))])
 
 
 def mine(
-    config: Config, folder: AnyPath, manifest: Manifest, model: EncoderRecipe, board: Callable[[], Board]
-) -> tuple[Path, Manifest]:
+    config: Config, folder: StoragePath, manifest: Manifest, model: EncoderRecipe, board: Callable[[], Board]
+) -> tuple[StoragePath, Manifest]:
     """The data set in `folder` with mined negatives, in a folder of its own. Raises ConfigError where it has no pairs.
 
     A record's own negatives, where it has some, stay behind those that are mined.
@@ -62,38 +59,32 @@ def mine(
             f"data.sources: found records of {', '.join(manifest.text_fields)} alone; allowed for mining are sources "
             "that give anchor and positive"
         )
-    root = config.root
-    if not isinstance(root, Path) or not isinstance(folder, Path):
+    if on_disk(config.root) is None:
         raise ConfigError(
-            f"storage.root: found {root}; allowed for mining, which maps its vectors into memory, is a folder on disk "
-            "that all nodes see"
+            f"storage.root: found {config.root}; allowed for mining, which maps its vectors into memory, is a folder on "
+            "disk that all nodes see"
         )
-    files, recipe = sorted((folder / "records").glob("*.parquet")), _recipe(config, manifest)
-    tokenizer = folder / "tokenizer.json"
+    files, recipe = matching(folder / "records", "*.parquet"), _recipe(config, manifest)
+    tokenizer, stages = folder / "tokenizer.json", config.root / "stages"
     settings = [config.mining.model_dump(), recipe.validation_fraction]
-    of = [FORMAT, folder.name, manifest.fingerprint, model.space, settings]
-    mined = Stage(root / "stages", "mined", of)
-    tokens = tokens_stage(root / "stages", mined.key, sha256(tokenizer), recipe)
-    target = root / "prepared" / hashlib.sha256(json.dumps(["mined", tokens.key]).encode()).hexdigest()[:16]
-    there = read_manifest(target)
-    if there:
-        log.info("mine: nothing to do, %s is up to date", target)
-        return target, there
-    with alone_in(target):
-        if mined.summary is None:
-            with mined.open():
-                mined.finish(_fill(mined, config, files, manifest, model, board()))
+    mined = Artifact(stages, "mined", [FORMAT, folder.name, manifest.fingerprint, model.space, settings])
+    tokens = tokens_of(stages, mined.key, sha256(tokenizer), recipe)
+    target = Artifact(config.root / "prepared", "", ["mined", tokens.key])
+
+    def fill() -> dict[str, Any]:
+        mined.make(lambda: _fill(mined, config, files, manifest, model, board()))
         records = [mined.folder / "records" / file.name for file in files]
-        described = tokens.summary or token_shards(tokens, board(), records, recipe, tokenizer)
-        rejected = {path.name: path for path in (folder / "rejected").glob("*.parquet")}
+        described = tokens.make(lambda: token_shards(tokens, board(), records, recipe, tokenizer))
+        rejected = {path.name: path for path in matching(folder / "rejected", "*.parquet")}
         parts = Parts(records, tokenizer, recipe, manifest.sources, manifest.clusters, rejected)
-        return target, assemble(target, tokens, described, parts)
+        return asdict(assemble(target, tokens, described, parts))
 
-
-def on_disk(path: AnyPath) -> Path:
-    """A path under a storage.root that `mine` has let pass."""
-    assert isinstance(path, Path)
-    return path
+    if target.read():
+        log.info("mine: nothing to do, %s is up to date", target.folder)
+    target.make(fill)
+    made = read_prepared(target.folder)
+    assert made
+    return target.folder, made
 
 
 def _recipe(config: Config, manifest: Manifest) -> Recipe:
@@ -107,14 +98,22 @@ def _recipe(config: Config, manifest: Manifest) -> Recipe:
 
 
 def _fill(
-    stage: Stage, config: Config, files: Sequence[Path], manifest: Manifest, model: EncoderRecipe, board: Board
+    mined: Artifact,
+    config: Config,
+    files: Sequence[StoragePath],
+    manifest: Manifest,
+    model: EncoderRecipe,
+    board: Board,
 ) -> dict[str, Any]:
-    """Write the stage's record files. Returns how many negatives there are."""
-    keys = text_keys(on_disk(stage.scratch) / "keys", files, config.data.validation_fraction, board)
+    """Write the record files. Returns how many negatives there are."""
+    scratch = on_disk(mined.scratch)
+    assert scratch  # `mine` has seen to it
+    keys = text_keys(mined, files, config.data.validation_fraction, board)
     encoding = _Encoding(config, manifest, files, keys, model, board)
-    blocks = _candidates(stage, encoding)
-    chosen = _choose_all(stage, encoding, blocks)
-    return _write_records(stage, files, chosen, board)
+    mined.once("candidates", lambda: _candidates(scratch / "candidates", encoding))
+    blocks = sorted((scratch / "candidates").glob("*.arrow"))
+    mined.once("chosen", lambda: _choose_all(scratch / "chosen", encoding, blocks))
+    return _write_records(mined, files, sorted((scratch / "chosen").glob("*.parts")), board)
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class _Encoding:
 
     config: Config
     manifest: Manifest
-    files: Sequence[Path]
+    files: Sequence[StoragePath]
     keys: TextKeys
     model: EncoderRecipe
     board: Board
@@ -146,9 +145,11 @@ class _Encoding:
         return encoded(rows, int(wanted.sum()), self.model, self.board, prompt, prompts)
 
 
-def _read(file: Path, index: int, field: str, keys: TextKeys, wanted: npt.NDArray[np.bool_]) -> Iterator[pa.Table]:
+def _read(
+    file: StoragePath, index: int, field: str, keys: TextKeys, wanted: npt.NDArray[np.bool_]
+) -> Iterator[pa.Table]:
     start = keys.file_starts[index]
-    for batch in pq.ParquetFile(file).iter_batches(READ_ROWS, columns=["id", "source", field]):
+    for batch in open_parquet(file).iter_batches(READ_ROWS, columns=["id", "source", field]):
         here = slice(start, start + len(batch))
         start += len(batch)
         table = pa.table(
@@ -164,71 +165,64 @@ def _read(file: Path, index: int, field: str, keys: TextKeys, wanted: npt.NDArra
         yield table.filter(pa.array(wanted[here]))
 
 
-def _candidates(stage: Stage, encoding: _Encoding) -> list[Path]:
-    """Encode every distinct positive of the training split. Returns the files of the blocks."""
-    folder, done = on_disk(stage.scratch) / "candidates", stage.scratch / "candidates.json"
-    if not done.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        wanted = encoding.keys.first_of_each_positive()
-        count = int(wanted.sum())
+def _candidates(folder: Path, encoding: _Encoding) -> int:
+    """Encode every distinct positive of the training split, in blocks. Returns their number."""
+    shutil.rmtree(folder, ignore_errors=True)
+    wanted = encoding.keys.first_of_each_positive()
+    count = int(wanted.sum())
 
-        def write(block: pa.Table) -> dict[str, list[int]]:
-            if len(block):
-                write_block(block, folder)
-            return {"rows": [len(block)]}
+    def write(block: pa.Table) -> dict[str, list[int]]:
+        if len(block):
+            write_block(block, folder)
+        return {"rows": [len(block)]}
 
-        with encoding.board.stage("mine: encode positives", count, "texts", counter="embedded"):
-            dataset = encoding.of("positive", "document", wanted)
-            dataset.map_batches(write, batch_size=BLOCK_ROWS, batch_format="pyarrow", num_cpus=0.5).materialize()
-        written = sum(len(open_block(path)[0].keys) for path in folder.glob("*.arrow"))
-        if written != count:  # tasks that Ray has had to repeat may have got other rows together
-            raise JobError(f"mine: {written:,} of {count:,} texts were encoded; run the same command again")
-        write_atomically(done, json.dumps({"rows": count}).encode())
-    return sorted(folder.glob("*.arrow"))
+    with encoding.board.stage("mine: encode positives", count, "texts", counter="embedded"):
+        dataset = encoding.of("positive", "document", wanted)
+        dataset.map_batches(write, batch_size=BLOCK_ROWS, batch_format="pyarrow", num_cpus=0.5).materialize()
+    written = sum(len(open_block(path)[0].keys) for path in folder.glob("*.arrow"))
+    if written != count:  # tasks that Ray has had to repeat may have got other rows together
+        raise JobError(f"mine: {written:,} of {count:,} texts were encoded; run the same command again")
+    return count
 
 
-def _choose_all(stage: Stage, encoding: _Encoding, blocks: Sequence[Path]) -> list[Path]:
-    """Choose the negatives of every training record. Returns files for `read_part` by record file."""
-    folder, done = on_disk(stage.scratch) / "chosen", stage.scratch / "chosen.json"
-    if not done.exists():
-        import ray
+def _choose_all(folder: Path, encoding: _Encoding, blocks: Sequence[Path]) -> int:
+    """Choose the negatives of every training record, as files for `read_part` by record file. Returns their number."""
+    import ray
 
-        shutil.rmtree(folder, ignore_errors=True)
-        keys, wanted = encoding.keys, encoding.config.mining
-        answers, parts = ray.put(Answers.of(keys.anchors, keys.positives)), len(encoding.files)
-        board = encoding.board.handle
+    shutil.rmtree(folder, ignore_errors=True)
+    keys, wanted = encoding.keys, encoding.config.mining
+    answers, parts = ray.put(Answers.of(keys.anchors, keys.positives)), len(encoding.files)
+    board = encoding.board.handle
 
-        def choose_batch(rows: pa.Table) -> dict[str, list[int]]:
-            if len(rows):
-                texts = negatives_of(rows, blocks, ray.get(answers), wanted, partial(board.add.remote, "mined"))
-                table = pa.table({"id": rows["id"], "negatives": texts}).cast(_CHOSEN)
-                write_parts(table, rows["file"].to_numpy(), parts, folder / f"{rows['id'][0].as_py()}.parts")
-            return {"rows": [len(rows)]}
+    def choose_batch(rows: pa.Table) -> dict[str, list[int]]:
+        if len(rows):
+            texts = negatives_of(rows, blocks, ray.get(answers), wanted, partial(board.add.remote, "mined"))
+            table = pa.table({"id": rows["id"], "negatives": texts}).cast(_CHOSEN)
+            with replacing(folder / f"{rows['id'][0].as_py()}.parts") as file:
+                write_parts(table, rows["file"].to_numpy(), parts, file)
+        return {"rows": [len(rows)]}
 
-        count = int(keys.trains.sum())
-        with encoding.board.stage("mine: nearest texts", count, "anchors", counter="mined"):
-            dataset = encoding.of("anchor", "query", keys.trains)
-            dataset.map_batches(choose_batch, batch_size=MINE_ROWS, batch_format="pyarrow", num_cpus=0.5).materialize()
-        write_atomically(done, json.dumps({"rows": count}).encode())
-    return sorted(folder.glob("*.parts"))
+    count = int(keys.trains.sum())
+    with encoding.board.stage("mine: nearest texts", count, "anchors", counter="mined"):
+        dataset = encoding.of("anchor", "query", keys.trains)
+        dataset.map_batches(choose_batch, batch_size=MINE_ROWS, batch_format="pyarrow", num_cpus=0.5).materialize()
+    return count
 
 
-def _write_records(stage: Stage, files: Sequence[Path], chosen: Sequence[Path], board: Board) -> dict[str, Any]:
+def _write_records(
+    mined: Artifact, files: Sequence[StoragePath], chosen: Sequence[Path], board: Board
+) -> dict[str, Any]:
     """The record files with their negatives. Returns the counts of training records by how many they got."""
-    counts = [stage.scratch / "counts" / f"{file.stem}.json" for file in files]
-    sizes = [file.stat().st_size for file in files]
 
-    def write(index: int, report: Report) -> None:
-        mined = read_part(chosen, index).to_pylist() if chosen else []
-        records, by_id = pq.read_table(files[index]), {row["id"]: row["negatives"] for row in mined}
-        table = with_negatives(records, by_id)
-        write_table(table, stage.folder / "records" / files[index].name)
-        found = np.bincount([len(texts) for texts in by_id.values()] or [0], minlength=1)
-        write_atomically(counts[index], json.dumps(found.tolist() if by_id else []).encode())
-        report({"bytes": sizes[index], "records": len(records)})
+    def write(index: int, output: Output) -> list[int]:
+        rows = read_part(chosen, index).to_pylist() if chosen else []
+        records, by_id = open_parquet(files[index]).read(), {row["id"]: row["negatives"] for row in rows}
+        output.write_table(f"records/{files[index].name}", with_negatives(records, by_id))
+        output.report(records=len(records))
+        found: list[int] = np.bincount([len(texts) for texts in by_id.values()] or [0], minlength=1).tolist()
+        return found if by_id else []
 
-    run_tasks(board, "mine: write records", [Task(*of) for of in zip(sizes, counts, strict=True)], write)
-    found = [json.loads(path.read_text()) for path in counts]
+    found = mined.tasks(board, "mine: write records", [size or 0 for size in sizes(files)], write)
     return {"records_by_negatives": [sum(column) for column in itertools.zip_longest(*found, fillvalue=0)]}
 
 

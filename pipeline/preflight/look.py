@@ -27,9 +27,10 @@ from pipeline.preflight.checks import (
 )
 from pipeline.preflight.views import ANSWER_S, view_here, views_of
 from pipeline.runtime.cluster import Cluster, connected_cluster
-from pipeline.runtime.files import scratch
 from pipeline.runtime.findings import Finding, room
 from pipeline.runtime.job import JobError
+from pipeline.storage.files import free_bytes, scratch, write_atomically
+from pipeline.storage.path import as_path, on_disk
 
 
 def look(config: Config, needs: Collection[str]) -> list[Finding]:
@@ -76,13 +77,12 @@ def _local_paths(config: Config) -> Iterator[dict[str, str]]:
         for source in config.data.sources
         if source.path and os.path.exists(source.path) and source.type != "huggingface"
     }
-    root = config.root
-    if not isinstance(root, Path):
+    root = on_disk(config.root)
+    if root is None:
         yield paths
         return
-    root.mkdir(parents=True, exist_ok=True)
     probe = root / f".probe-{uuid.uuid4().hex}"
-    probe.touch()
+    write_atomically(probe, b"")
     try:
         yield {"storage.root": str(probe), **paths}
     finally:
@@ -97,11 +97,11 @@ def _room_for_checkpoints(config: Config) -> list[Finding]:
     if config.tokenizer.load_path:
         from pipeline.data.vocabulary import load_tokenizer
 
-        vocab_size = load_tokenizer(Path(config.tokenizer.load_path)).get_vocab_size()
+        vocab_size = load_tokenizer(as_path(config.tokenizer.load_path)).get_vocab_size()
     needed = checkpoint_bytes(config, vocab_size)
-    if isinstance(config.root, Path):
-        return [room("storage.root", config.root, needed, "checkpoints")]
-    return [room("TMPDIR", scratch(), 2 * needed / (config.checkpointing.max_checkpoints + 1), "checkpoints")]
+    one = 2 * needed / (config.checkpointing.max_checkpoints + 1)
+    found = [room("storage.root", config.root, needed, "checkpoints")]
+    return found if free_bytes(config.root) is not None else [room("TMPDIR", scratch(), one, "checkpoints")]
 
 
 def _store(config: Config) -> Finding:

@@ -6,7 +6,6 @@ Everything goes to stderr and to training.log; stdout belongs to a job's result.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -15,8 +14,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from pipeline.runtime.mirror import Mirror
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.mirror import Mirror
+from pipeline.storage.path import StoragePath
 
 log = logging.getLogger("pipeline")
 
@@ -32,19 +31,23 @@ class _ConsoleHandler(logging.Handler):
 
 
 class LogFile(logging.FileHandler):
-    """training.log. Ray sets the format of every handler that it finds on its loggers; this one keeps its own.
+    """training.log. Ray sets the format of every handler that it finds on its loggers; this one keeps its own."""
 
-    In a bucket, where jobs cannot append to one object, training.log is a folder with a file a job.
-    """
-
-    def __init__(self, folder: AnyPath, line_format: str) -> None:
-        if isinstance(folder, Path):
-            folder.mkdir(parents=True, exist_ok=True)
-            self.mirror, name = Mirror(folder), LOG_NAME
-        else:
-            self.mirror, name = Mirror(folder / LOG_NAME), f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log"
-        super().__init__(self.mirror.folder / name, encoding="utf-8", delay=True)
+    def __init__(self, folder: StoragePath, line_format: str) -> None:
+        self.mirror, path = Mirror.of_log(folder, LOG_NAME)
+        super().__init__(path, encoding="utf-8", delay=True)
         super().setFormatter(logging.Formatter(line_format))
+        self._read_only = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._read_only:
+            return
+        try:
+            if self.stream is None:
+                Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+            super().emit(record)
+        except OSError:  # jobs that only read work where nothing can be written
+            self._read_only = True
 
     def close(self) -> None:
         super().close()
@@ -59,7 +62,7 @@ class LogFile(logging.FileHandler):
         self.emit(log.makeRecord(log.name, logging.ERROR, __file__, 0, "the job failed", (), trace))
 
 
-def start_logging(folder: AnyPath, level: str, line_format: str) -> LogFile:
+def start_logging(folder: StoragePath, level: str, line_format: str) -> LogFile:
     """Send our own messages to the console and to `folder/training.log`. Returns the file's handler, for Ray's."""
     file = LogFile(folder, line_format)
     console = _ConsoleHandler()

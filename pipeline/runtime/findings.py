@@ -7,14 +7,13 @@ refuse(findings)                             # logs each sentence but one, and r
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.config import ConfigError
 from pipeline.runtime.console import log, table
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.files import free_bytes
+from pipeline.storage.path import StoragePath
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,11 @@ def refuse(findings: Iterable[Finding]) -> None:
         raise wrong[-1]
 
 
-def room(key: str, folder: AnyPath, needed_bytes: float, what: str) -> Finding:
+def room(key: str, folder: StoragePath, needed_bytes: float, what: str) -> Finding:
     """Whether the disk that holds a folder has room for so much; a bucket always has."""
-    if not isinstance(folder, Path):
+    free = free_bytes(folder)
+    if free is None:
         return Finding(f"room, {what}", f"{_gb(needed_bytes)} into a bucket")
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    free = shutil.disk_usage(there).free
     wrong = None
     if free < needed_bytes:
         wrong = ConfigError(

@@ -27,9 +27,9 @@ from typing import Any, NoReturn
 
 from pipeline.config import Config, ConfigError, load
 from pipeline.runtime.console import log, start_logging, stop_logging
-from pipeline.runtime.lease import Occupied, alone
-from pipeline.runtime.root import check_reachable
-from pipeline.storage.bucket import AnyPath, BucketError
+from pipeline.storage.lock import LockLost, Occupied, locked
+from pipeline.storage.object_store import BucketError
+from pipeline.storage.path import StoragePath
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
@@ -39,13 +39,17 @@ class JobError(Exception):
 
 
 @contextmanager
-def alone_in(folder: AnyPath) -> Iterator[None]:
-    """Hold a folder for this job. Raises JobError where another one does; a killed job's hold ends with it."""
+def alone_in(folder: StoragePath, *, wait: bool = False) -> Iterator[str]:
+    """Hold a folder for this job; see `locked`. Raises JobError while another job holds it, unless it is to `wait`."""
     try:
-        with alone(folder):
-            yield
+        with locked(folder, wait=wait) as token:
+            yield token
     except Occupied:
-        raise JobError(f"another job is at work in {folder}; wait for it, or name another run") from None
+        raise JobError(
+            f"another job is at work in {folder}; wait until it has ended, or name another run with storage.run=NAME"
+        ) from None
+    except LockLost as error:
+        raise JobError(str(error)) from None
 
 
 @dataclass
@@ -55,6 +59,14 @@ class Result:
     metrics: dict[str, Any] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
     reply: Any = None
+
+
+def check_reachable(config: Config) -> None:
+    """Raise ConfigError if storage.root is in a bucket that does not exist or cannot be reached."""
+    try:
+        config.root.exists()
+    except BucketError as error:
+        raise ConfigError(f"storage.root: {error}") from None
 
 
 class _Parser(argparse.ArgumentParser):

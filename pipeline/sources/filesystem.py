@@ -1,4 +1,4 @@
-"""Files of a source, on local disk, S3 and GCS: listed by path, folder or glob, and opened for reading.
+"""Files of a source, on local disk and in buckets: listed by path, folder or glob, and opened for reading.
 
     base, files = list_files("pages", "s3://corpus/2024/*.jsonl.gz?region=eu-west-1", suffixes=(".jsonl",))
     files[0]                                        # File(name='a.jsonl.gz', size=1048576, mtime_ns=17…)
@@ -6,29 +6,27 @@
         lines.readline(1 << 20)
 
 A base is an absolute folder, or a bucket's URI with its options; names are relative to it, so that they are the same
-wherever the data lies. Listing a folder of a bucket costs a request per 1,000 files, a glob one more per file.
+wherever the data lies. Listing a bucket costs a request per 1,000 files below the folder, or above the first wildcard.
 """
 
 from __future__ import annotations
 
 import errno
-import glob
 import gzip
 import io
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import IO, Any, NamedTuple, cast
-from urllib.parse import unquote
+from typing import IO, Any, cast
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 
 from pipeline.config import ConfigError
-from pipeline.storage.bucket import SCHEMES, cause, connect, is_of_service, no_way_into
+from pipeline.storage.files import find
+from pipeline.storage.object_store import BucketError, cause
+from pipeline.storage.path import absolute, as_path
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 BUFFER_BYTES = 1 << 20  # of a read from disk, and of a request to a bucket
@@ -50,18 +48,21 @@ def list_files(source: str, path: str, suffixes: tuple[str, ...]) -> tuple[str, 
     Of a folder these are the files with one of the `suffixes`, compressed or not; a path and a glob are taken at their
     word. Raises ConfigError, which names the source, where there is nothing or no way to look.
     """
+
+    def keep(name: str) -> bool:
+        return without_compression(name).lower().endswith(suffixes)
+
     try:
-        place = _place(path)
-        folder, files = _in_bucket(place, suffixes) if place.scheme else _on_disk(place.path, suffixes)
-    except (OSError, pa.ArrowException) as error:
+        folder, found = find(absolute(as_path(path)), keep)
+    except (OSError, ValueError, BucketError) as error:
         raise ConfigError(refusal(source, path, error)) from None
-    if not files:
+    if not found:
         kinds = f" ({', '.join(suffixes)}, or these with .gz or .zst)" if any(suffixes) else ""
         raise ConfigError(
             f"data.sources {source}: found nothing to read at {_shown(path)}; allowed is a file, a folder with files "
             f"in it{kinds} or a glob that matches some"
         )
-    return str(place._replace(path=folder)), sorted(files, key=lambda file: file.name)
+    return str(folder), [File(name, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()]
 
 
 def open_stream(base: str, name: str) -> io.BufferedReader:
@@ -102,110 +103,19 @@ def may_pass(error: BaseException) -> bool:
 
     NOTE: libraries give no errno with what they find wrong in a file, but EINVAL comes of damaged offsets into it.
     """
-    return is_of_service(error) or getattr(error, "errno", None) not in (None, errno.EINVAL)
+    return isinstance(error, BucketError) or getattr(error, "errno", None) not in (None, errno.EINVAL)
 
 
 def refusal(source: str, path: str, error: Exception) -> str:
     """The sentence of a ConfigError on a path of a source that cannot be listed or opened."""
-    if not is_of_service(error):
-        allowed = "a file, a folder or a glob that can be read, on local disk, s3:// or gs://"
-        return f"data.sources {source}: found {cause(error)} at {_shown(path)}; allowed is {allowed}"
-    return f"data.sources {source}: {no_way_into(_shown(path), error)}"
-
-
-class _Place(NamedTuple):
-    """`s3://bucket/a/b?region=x` in parts: scheme, bucket and path, options."""
-
-    scheme: str  # "" on local disk
-    path: str
-    query: str
-
-    def __str__(self) -> str:
-        return (f"{self.scheme}://" if self.scheme else "") + self.path + (f"?{self.query}" if self.query else "")
-
-
-def _place(path: str) -> _Place:
-    scheme, mark, rest = path.partition("://")
-    if not mark:
-        return _Place("", os.path.abspath(path), "")
-    if scheme == "file":
-        return _Place("", os.path.abspath(unquote(rest)), "")
-    if scheme not in SCHEMES:
-        raise OSError(None, f"{scheme}://")
-    location, _, query = rest.partition("?")
-    return _Place(scheme, location.rstrip("/"), query)
-
-
-def _filesystem(place: _Place) -> Any:
-    return connect(place.scheme, place.path.partition("/")[0], place.query)
+    if isinstance(error, BucketError):
+        return f"data.sources {source}: {error}"
+    allowed = "a file, a folder or a glob that can be read, on local disk, s3://, gs:// or az://"
+    return f"data.sources {source}: found {cause(error)} at {_shown(path)}; allowed is {allowed}"
 
 
 def _open(base: str, name: str) -> Any:
-    place = _place(base)
-    if not place.scheme:
-        return open(os.path.join(place.path, name), "rb", buffering=0)
-    return _filesystem(place).open_input_file(f"{place.path}/{name}")
-
-
-def _on_disk(path: str, suffixes: tuple[str, ...]) -> tuple[str, list[File]]:
-    if os.path.isfile(path):
-        folder, names = os.path.dirname(path), [os.path.basename(path)]
-    elif os.path.isdir(path):
-        folder, names = path, [name for name in _walk(path) if _matches(name, suffixes)]
-    else:
-        folder, pattern = _split_glob(path)
-        names = glob.glob(pattern, root_dir=folder, recursive=True)
-    full = {name: os.path.join(folder, name) for name in names}
-    stats = {name: os.stat(path) for name, path in full.items() if os.path.isfile(path)}
-    return folder, [File(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
-
-
-def _walk(folder: str) -> Iterator[str]:
-    """Names of the files under a folder; links to folders are not followed, for they can lead in circles."""
-    for current, folders, names in os.walk(folder, onerror=_raise):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = os.path.relpath(current, folder)
-        yield from (os.path.normpath(os.path.join(inside, name)) for name in names if not name.startswith("."))
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _in_bucket(place: _Place, suffixes: tuple[str, ...]) -> tuple[str, list[File]]:
-    from fsspec.implementations.arrow import ArrowFSWrapper
-
-    filesystem, path = _filesystem(place), place.path
-    bucket = path.partition("/")[0]
-    info = filesystem.get_file_info(path)
-    if info.type == pafs.FileType.NotFound and filesystem.get_file_info(bucket).type == pafs.FileType.NotFound:
-        raise FileNotFoundError(2, f"no bucket {bucket}")
-    if info.type == pafs.FileType.File:
-        folder, found = path.rpartition("/")[0], [info]
-    elif info.type == pafs.FileType.Directory:
-        folder = path
-        inside = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
-        found = [info for info in inside if _matches(info.path, suffixes)]
-    else:
-        folder, _ = _split_glob(path)
-        found = filesystem.get_file_info(ArrowFSWrapper(filesystem).glob(path)) if folder != path else []
-    files = [
-        File(info.path[len(folder) + 1 :], info.size, info.mtime_ns or 0)
-        for info in found
-        if info.type == pafs.FileType.File
-    ]
-    return folder, [file for file in files if not any(part.startswith(".") for part in file.name.split("/"))]
-
-
-def _matches(name: str, suffixes: tuple[str, ...]) -> bool:
-    return without_compression(name).lower().endswith(suffixes)
-
-
-def _split_glob(pattern: str) -> tuple[str, str]:
-    """The folder above the first wildcard, and what follows: `/a/b*/c` → `/a`, `b*/c`. No wildcard: all, and ""."""
-    magic = re.search(r"[*?\[]", pattern)
-    cut = pattern.rfind("/", 0, magic.start()) if magic else len(pattern)
-    return pattern[:cut] or "/", pattern[cut + 1 :]
+    return (as_path(base) / name).open("rb", buffering=0)
 
 
 def _shown(path: str) -> str:

@@ -22,7 +22,7 @@ from pipeline.runtime.job import JobError
 from pipeline.sources.fields import Row, broken
 from pipeline.sources.filesystem import list_files
 from pipeline.sources.readers.table_rows import BATCH_ROWS, asked_for, batch_rows
-from pipeline.storage.bucket import cause
+from pipeline.storage.object_store import cause
 
 LOOKUP_TIMEOUT_S = 30.0
 

@@ -35,7 +35,7 @@ from pipeline.sources.filesystem import (
     refusal,
 )
 from pipeline.sources.readers import csv_rows, json_rows, package_rows, table_rows, text_rows
-from pipeline.storage.bucket import cause
+from pipeline.storage.object_store import BucketError, cause
 
 __all__ = ["Plan", "RawRecord", "ReadTask", "check_fields", "plan_source", "read", "text_fields"]
 
@@ -54,7 +54,7 @@ SUFFIXES = {
 }
 _WITH_COLUMNS = ("csv", "parquet", "arrow", "huggingface")
 _DAMAGED = (pa.ArrowException, MemoryError, UnicodeDecodeError)  # the last two: lengths and names of damaged columns
-_UNREADABLE = (OSError, EOFError, zlib.error, *_DAMAGED)
+_UNREADABLE = (OSError, EOFError, zlib.error, BucketError, *_DAMAGED)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pipeline.evaluation.sts import read_sts
 from pipeline.model.packing import pack
 from pipeline.objectives.collectives import rank, world_size
 from pipeline.runtime.console import log
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.path import StoragePath, as_path
 from pipeline.training.batch import to_batch
 from pipeline.training.build import build_learner, check_model, describe
 from pipeline.training.checkpoints import (
@@ -51,13 +51,13 @@ class Task:
     """What every worker of a run is to know."""
 
     config: Config
-    folder: AnyPath
+    folder: StoragePath
     manifest: Manifest
     plan: Plan
     total_steps: int
 
     @classmethod
-    def of(cls, config: Config, folder: AnyPath, manifest: Manifest) -> Task:
+    def of(cls, config: Config, folder: StoragePath, manifest: Manifest) -> Task:
         """Raises ConfigError where a split is too small for the batch."""
         settings = config.training
         plan = training_plan(folder, manifest, settings.global_batch_size, settings.seed, settings.batching)
@@ -104,7 +104,7 @@ def run_task(
 
 
 def train_here(
-    config: Config, folder: AnyPath, manifest: Manifest, told: Callable[[Metrics], None] = lambda metrics: None
+    config: Config, folder: StoragePath, manifest: Manifest, told: Callable[[Metrics], None] = lambda metrics: None
 ) -> TrainState:
     """Train without Ray: in this process, or in those that torch.distributed has joined. Returns the final state.
 
@@ -142,7 +142,7 @@ def resume(run: Run) -> TrainState:
     Rank 0 chooses it: all workers see the same disk or bucket, but not at the same moment.
     """
     folder = run.config.run_dir
-    chosen: list[tuple[AnyPath | None, int]] = [(None, 0)]
+    chosen: list[tuple[StoragePath | None, int]] = [(None, 0)]
     if rank() == 0:
         chosen = [(newest_valid(folder)[0], noted_halvings(folder))]
     if world_size() > 1:
@@ -160,7 +160,7 @@ def _validation(task: Task, tokenizer: Tokenizer) -> Validation:
     config, sts = task.config, None
     rows = validation_rows(task.folder, task.manifest, config.training.validation_pairs)
     if config.evaluation.sts_file:
-        pairs, normalise = read_sts(Path(config.evaluation.sts_file)), normaliser(config.data)
+        pairs, normalise = read_sts(as_path(config.evaluation.sts_file)), normaliser(config.data)
         tokenizer.enable_truncation(config.tokenizer.max_length)
         first, second = (
             pack([encoding.ids for encoding in tokenizer.encode_batch_fast([normalise(text) for text in texts])])

@@ -13,6 +13,8 @@ from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.transformer import Encoder, EncoderShape, gated_width, parameter_count
 from pipeline.objectives.learner import Learner, Special
+from pipeline.storage.files import fetched
+from pipeline.storage.path import as_path
 
 if TYPE_CHECKING:
     from pipeline.model.pretrained import PretrainedEncoder  # whose libraries our own encoder need not pay for
@@ -67,7 +69,7 @@ def _unified(config: Config, tokenizer: Tokenizer) -> Encoder:
 def _pretrained(config: Config) -> PretrainedEncoder:
     from pipeline.model.pretrained import load_pretrained
 
-    backbone = load_pretrained(str(config.model.pretrained))
+    backbone = load_pretrained(fetched(as_path(str(config.model.pretrained))))
     if config.model.gradient_checkpointing:
         backbone.checkpoint_gradients()
     return backbone

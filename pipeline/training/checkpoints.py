@@ -3,8 +3,7 @@
 `state.json` holds the step, the metrics and every file's hash, so a folder without it, or with a file that does not
 match it, is passed over; `newest_valid` says which those were. Ray's rotation keeps the newest K of one start of the
 driver; `newest_valid` looks over all starts (`attempt-*`), and the best by validation lies outside Ray's list, in
-`best/`, because Ray's rotation cannot keep both the newest and the best. In a bucket things lie as on disk; a
-checkpoint there is fetched to be read, and its hashes hold for what arrived.
+`best/`, because Ray's rotation cannot keep both the newest and the best. A checkpoint in a bucket is fetched to be read.
 
     <run>/attempt-001/step-00000200/{model.safetensors, model.json, tokenizer.json, partners.safetensors, optimizer.pt,
                                      state.json}
@@ -14,7 +13,6 @@ checkpoint there is fetched to be read, and its hashes hold for what arrived.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,8 +24,17 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.model.folder import save_model
 from pipeline.objectives.learner import Learner
-from pipeline.runtime.files import fetched, matching, remove_folder, scratch, write_atomically
-from pipeline.storage.bucket import AnyPath, BucketPath
+from pipeline.storage.files import (
+    fetched,
+    files_below,
+    for_each,
+    matching,
+    place,
+    remove_folder,
+    staging,
+    write_atomically,
+)
+from pipeline.storage.path import StoragePath
 
 HALVINGS = "halvings"
 PARTNERS = "partners.safetensors"  # a decoder, a prediction head, a learned temperature
@@ -66,13 +73,6 @@ def step_folder(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def incoming_folder(run_dir: AnyPath) -> Path:
-    """Where a checkpoint is put together before Ray takes it to the attempt's folder."""
-    if isinstance(run_dir, BucketPath):
-        return scratch() / "incoming" / xxhash.xxh3_64_hexdigest(str(run_dir).encode())
-    return run_dir / "incoming"
-
-
 def save_checkpoint(
     folder: Path,
     learner: Learner,
@@ -100,20 +100,19 @@ def seal(folder: Path, state: TrainState) -> None:
     temporary.rename(folder / "state.json")
 
 
-def read_state(folder: AnyPath) -> TrainState:
+def read_state(folder: StoragePath) -> TrainState:
     """The state of a checkpoint whose files all match their hashes. Raises ValueError saying what does not."""
-    if isinstance(folder, BucketPath):
-        if not (folder / "state.json").is_file():
-            raise ValueError("its state.json is missing or broken")
-        folder = fetched(folder)
+    if not (folder / "state.json").is_file():
+        raise ValueError("its state.json is missing or broken")
+    local = fetched(folder)
     try:
-        content: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        content: dict[str, Any] = json.loads((local / "state.json").read_text())
         hashes = content.pop("files")
         state = TrainState(**content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("its state.json is missing or broken") from None
     for name, expected in hashes.items():
-        path = folder / name
+        path = local / name
         if not path.is_file() or _hash(path) != expected:
             raise ValueError(f"its {name} is missing or broken")
     return state
@@ -136,7 +135,7 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, device: torch
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
 
 
-def newest_valid(run_dir: AnyPath) -> tuple[AnyPath | None, list[str]]:
+def newest_valid(run_dir: StoragePath) -> tuple[StoragePath | None, list[str]]:
     """The checkpoint furthest on whose files are whole, and a sentence for each one that was passed over."""
     passed_over: list[str] = []
     for folder in _newest_first(run_dir):
@@ -148,61 +147,49 @@ def newest_valid(run_dir: AnyPath) -> tuple[AnyPath | None, list[str]]:
     return None, passed_over
 
 
-def best_checkpoint(run_dir: AnyPath) -> AnyPath | None:
+def best_checkpoint(run_dir: StoragePath) -> StoragePath | None:
     """The checkpoint kept for its validation score, else the newest whole one."""
     best = sorted(matching(run_dir / "best", "step-*[0-9]"), key=lambda folder: folder.name, reverse=True)
     return next((folder for folder in best if _is_valid(folder)), None) or newest_valid(run_dir)[0]
 
 
-def keep_best(checkpoint: Path, run_dir: Path) -> None:
-    """Give a checkpoint a second place in `best/`, whole or not at all, then drop the one it beats.
-
-    Without what only training needs; files are second names (hard links), as they are never written again.
-    """
-    target = run_dir / "best" / checkpoint.name
-    temporary = target.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(checkpoint, temporary, copy_function=_link, ignore=shutil.ignore_patterns("optimizer*"))
-    _forget_optimizer(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    for other in target.parent.iterdir():
-        if other != target:
-            shutil.rmtree(other, ignore_errors=True)
+def keep_best(checkpoint: StoragePath, run_dir: StoragePath, state_json: str) -> None:
+    """Give a checkpoint a second place in `best/`, without what only training needs, then drop the one it beats."""
+    best = run_dir / "best" / checkpoint.name
+    remove_folder(best)
+    content = json.loads(state_json)
+    content["files"] = {name: found for name, found in content["files"].items() if not name.startswith("optimizer")}
+    for_each(best, lambda name: place(checkpoint / name, best / name), list(content["files"]))
+    write_atomically(best / "state.json", json.dumps(content, indent=2).encode())
+    for other in matching(best.parent, "*"):
+        if other != best:
+            remove_folder(other)
 
 
-def _link(source: str, target: str) -> None:
-    """A second name; a copy on file systems that know none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def next_attempt(run_dir: AnyPath) -> str:
+def next_attempt(run_dir: StoragePath) -> str:
     """A folder name no start of the driver has had: Ray takes an old one for a run to restore."""
     taken = [int(folder.name.removeprefix("attempt-")) for folder in run_dir.glob("attempt-[0-9]*")]
     return f"attempt-{max(taken, default=0) + 1:03d}"
 
 
-def note_halvings(run_dir: AnyPath, halvings: int) -> None:
+def note_halvings(run_dir: StoragePath, halvings: int) -> None:
     """For the next start of a run that cannot go on without one: its micro-batches are to be halved so often."""
     write_atomically(run_dir / HALVINGS, str(halvings).encode())
 
 
-def noted_halvings(run_dir: AnyPath) -> int:
+def noted_halvings(run_dir: StoragePath) -> int:
     path = run_dir / HALVINGS
     return int(path.read_text()) if path.is_file() else 0
 
 
-def prune(run_dir: AnyPath, keep: int, spared: AnyPath | None = None) -> None:
+def prune(run_dir: StoragePath, keep: int, spared: StoragePath | None = None) -> None:
     """Keep the newest `keep` whole checkpoints over all attempts; drop the rest, and what attempts leave behind.
 
-    Not while an attempt is under way: Ray must find the checkpoints that it knows of. In a bucket a checkpoint counts
-    as whole where all its files are, which no hash has looked at: `spared`, which one has, stays whatever is newer.
+    Not while an attempt is under way: Ray must find the checkpoints that it knows of. A checkpoint counts as whole if all
+    its files are there, whose hashes are not checked here: `spared`, which passed that check, stays in any case.
     """
-    shutil.rmtree(incoming_folder(run_dir), ignore_errors=True)
-    kept: list[AnyPath] = []
+    shutil.rmtree(staging(run_dir), ignore_errors=True)
+    kept: list[StoragePath] = []
     for folder in _newest_first(run_dir):
         if folder == spared or (len(kept) < keep and _seems_valid(folder)):
             kept.append(folder)
@@ -213,38 +200,24 @@ def prune(run_dir: AnyPath, keep: int, spared: AnyPath | None = None) -> None:
             remove_folder(attempt)
 
 
-def _newest_first(run_dir: AnyPath) -> list[AnyPath]:
+def _newest_first(run_dir: StoragePath) -> list[StoragePath]:
     folders = matching(run_dir, "attempt-[0-9]*/step-[0-9]*")
     return sorted(folders, key=lambda folder: (folder.name, folder.parent.name), reverse=True)
 
 
-def _seems_valid(folder: AnyPath) -> bool:
-    """Whole, as far as that shows without fetching it."""
-    if isinstance(folder, Path):
-        return _is_valid(folder)
+def _seems_valid(folder: StoragePath) -> bool:
+    """Whole, as far as that shows without reading it."""
     try:
-        return bool(json.loads((folder / "state.json").read_text())["files"].keys() <= folder.files().keys())
-    except (FileNotFoundError, ValueError, KeyError):
+        return bool(json.loads((folder / "state.json").read_text())["files"].keys() <= files_below(folder).keys())
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def _is_valid(folder: AnyPath) -> bool:
+def _is_valid(folder: StoragePath) -> bool:
     try:
         return bool(read_state(folder))
     except ValueError:
         return False
-
-
-def _forget_optimizer(folder: Path) -> None:
-    """state.json is replaced, not written: its other name keeps what it says."""
-    write_atomically(folder / "state.json", without_optimizer((folder / "state.json").read_text()))
-
-
-def without_optimizer(state_json: str) -> bytes:
-    """A state.json that lists no file of the optimizer's."""
-    content = json.loads(state_json)
-    content["files"] = {name: found for name, found in content["files"].items() if not name.startswith("optimizer")}
-    return json.dumps(content, indent=2).encode()
 
 
 def _hash(path: Path) -> str:

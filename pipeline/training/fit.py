@@ -17,7 +17,8 @@ from pipeline.runtime.console import log, table
 from pipeline.runtime.findings import Finding, refuse
 from pipeline.runtime.job import JobError, signals
 from pipeline.runtime.session import Board
-from pipeline.storage.bucket import AnyPath, BucketPath
+from pipeline.storage.files import arrow_location
+from pipeline.storage.path import StoragePath
 from pipeline.training.checkpoints import TrainState, newest_valid, next_attempt, prune, read_state
 from pipeline.training.ending import is_finished
 from pipeline.training.run_folder import claim_run_folder, refuse_other_run
@@ -29,7 +30,7 @@ from pipeline.training.worker import Sent, train_worker
 from pipeline.training.workers import Workers, shortfalls, size_workers
 
 
-def resume_point(config: Config) -> tuple[AnyPath | None, TrainState]:
+def resume_point(config: Config) -> tuple[StoragePath | None, TrainState]:
     """The newest whole checkpoint and its state; says which ones were passed over."""
     checkpoint, passed_over = newest_valid(config.run_dir)
     for sentence in passed_over:
@@ -37,7 +38,7 @@ def resume_point(config: Config) -> tuple[AnyPath | None, TrainState]:
     return checkpoint, read_state(checkpoint) if checkpoint else TrainState()
 
 
-def finished_state(config: Config, folder: AnyPath, manifest: Manifest) -> TrainState | None:
+def finished_state(config: Config, folder: StoragePath, manifest: Manifest) -> TrainState | None:
     """The state of a run that has nothing left to do. Refuses a run folder of another config or data set."""
     refuse_other_run(config, manifest.fingerprint)
     _, state = resume_point(config)
@@ -50,7 +51,7 @@ def finished_state(config: Config, folder: AnyPath, manifest: Manifest) -> Train
 
 def fit(
     config: Config,
-    folder: AnyPath,
+    folder: StoragePath,
     manifest: Manifest,
     board: Board,
     told: Callable[[Metrics], None] = lambda metrics: None,
@@ -127,6 +128,7 @@ def _trainer(config: Config, workers: Workers, sent: Sent) -> Any:
         os.environ[name] = str(scaling.collective_timeout_s)
     # Elastic workers may be counted on a node that is gone, until Ray has noticed: let it count again soon.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "300" if workers.fewest == workers.most else "60"
+    storage_path, filesystem = arrow_location(run_dir)
     return Trainer(
         train_worker,
         train_loop_config={"sent": sent},
@@ -141,8 +143,8 @@ def _trainer(config: Config, workers: Workers, sent: Sent) -> Any:
         ),
         run_config=RunConfig(
             name=next_attempt(run_dir),
-            storage_path=run_dir.key if isinstance(run_dir, BucketPath) else str(run_dir),
-            storage_filesystem=run_dir.filesystem if isinstance(run_dir, BucketPath) else None,
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=scaling.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpointing.max_checkpoints),
         ),
@@ -155,8 +157,7 @@ def _fit(config: Config, workers: Workers, sent: Sent) -> None:
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     for starts_left in reversed(range(config.scaling.max_failures + 1)):
-        spared = newest_valid(config.run_dir)[0] if isinstance(config.run_dir, BucketPath) else None
-        prune(config.run_dir, config.checkpointing.max_checkpoints, spared)
+        prune(config.run_dir, config.checkpointing.max_checkpoints, spared=newest_valid(config.run_dir)[0])
         try:
             _trainer(config, workers, sent).fit()
             return

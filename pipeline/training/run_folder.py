@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from pipeline.config import Config, ConfigError
-from pipeline.runtime.files import write_atomically
+from pipeline.storage.files import write_atomically
 
 FIXED_SECTIONS = ("model", "objective", "training")
 FREE_KEYS = (

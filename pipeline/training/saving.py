@@ -18,13 +18,11 @@ import torch.distributed as dist
 from pipeline.config import Config, ConfigError
 from pipeline.model.folder import save_card
 from pipeline.objectives.collectives import rank, total, world_size
-from pipeline.runtime.files import fetched
-from pipeline.storage.bucket import AnyPath, BucketPath
+from pipeline.storage.files import fetched, staging
+from pipeline.storage.path import StoragePath
 from pipeline.training.checkpoints import (
     TrainState,
-    incoming_folder,
     is_sharded,
-    keep_best,
     load_optimizer,
     load_weights,
     save_checkpoint,
@@ -34,29 +32,22 @@ from pipeline.training.checkpoints import (
 from pipeline.training.loop import Run, TrainingStopped
 from pipeline.training.uploading import Upload, Writer
 
-Take = Callable[[Path, AnyPath], None]
+Take = Callable[[Path, StoragePath], None]
 """Gives a finished folder its place."""
 Place = Callable[[TrainState, Path, Take | None], None]
 
 
 class Saver:
-    """Rank 0 writes; under fsdp all workers write their parts: into its folder on a disk that all of them see, or each
-    into one of its own, from where it goes to a bucket.
+    """Rank 0 writes; under fsdp every worker writes its part, into a folder of its own.
 
-    `place` is called on every worker, and says where a resume looks for the folder; what it is to call with the folder
-    and that place is None on a worker that has nothing there.
+    `place` is called on every worker, and says where a resume looks for the checkpoint; what it is to call with the
+    folder and that place is None on a worker that has written nothing.
     """
 
-    def __init__(self, config: Config, tokenizer_json: str, place: Place) -> None:
-        self.config, self.tokenizer_json, self.place = config, tokenizer_json, place
-        self.incoming = incoming_folder(config.run_dir)
-        if self.in_bucket:
-            self.incoming /= str(rank())
-            self.start = agreed(uuid.uuid4().hex[:8])
-
-    @property
-    def in_bucket(self) -> bool:
-        return isinstance(self.config.run_dir, BucketPath)
+    def __init__(self, config: Config, tokenizer_json: str, place: Place, lock: str = "") -> None:
+        self.config, self.tokenizer_json, self.place, self.lock = config, tokenizer_json, place, lock
+        self.incoming = staging(config.run_dir) / str(rank())
+        self.start = agreed(uuid.uuid4().hex[:8])
 
     def save(self, run: Run, state: TrainState, is_best: bool) -> None:
         """Raises TrainingStopped on all workers where the checkpoint cannot be written."""
@@ -65,9 +56,7 @@ class Saver:
             if self._writes(run):
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
-        # Only now: under fsdp the others' parts go into it, and one that came first would have it emptied under it.
-        with self._on_all_or_none(folder, run, state):
-            self._write(folder, run, state, is_best)
+                self._write(folder, run, state)
         self.place(state, folder, self._take(run, is_best))
 
     @contextmanager
@@ -90,17 +79,15 @@ class Saver:
     def _take(self, run: Run, is_best: bool) -> Take | None:
         if not self._writes(run):
             return None
-        if isinstance(self.config.run_dir, Path):
-            return move
         writers = world_size() if run.strategy.lockstep else 1
         wait_s = self.config.scaling.collective_timeout_s
-        return Upload(self.config.run_dir, Writer(rank(), writers, self.start), is_best, wait_s)
+        return Upload(self.config.run_dir, Writer(rank(), writers, self.start), is_best, wait_s, self.lock)
 
     def _writes(self, run: Run) -> bool:
         """Whether this worker has a folder of its own to give its place."""
-        return rank() == 0 or (self.in_bucket and run.strategy.lockstep)
+        return rank() == 0 or run.strategy.lockstep
 
-    def _write(self, folder: Path, run: Run, state: TrainState, is_best: bool) -> None:
+    def _write(self, folder: Path, run: Run, state: TrainState) -> None:
         max_length = self.config.tokenizer.max_length
         if run.strategy.lockstep:
             from pipeline.training.sharded import save_sharded
@@ -108,14 +95,11 @@ class Saver:
             save_sharded(folder, run.learner, run.optimizer)
             if rank() == 0:
                 save_card(folder, run.learner.model, self.tokenizer_json, max_length)
-            if self._writes(run):
-                seal(folder, state)
-        elif rank() == 0:
+            seal(folder, state)
+        else:
             save_checkpoint(
                 folder, run.learner, run.optimizer, state, tokenizer_json=self.tokenizer_json, max_length=max_length
             )
-        if is_best and rank() == 0 and isinstance(self.config.run_dir, Path):
-            keep_best(folder, self.config.run_dir)
 
 
 def agreed(value: str) -> str:
@@ -126,7 +110,7 @@ def agreed(value: str) -> str:
     return values[0]
 
 
-def load(place: AnyPath, run: Run) -> None:
+def load(place: StoragePath, run: Run) -> None:
     """Take up the weights and the optimizer of a checkpoint that is whole. Raises ConfigError for ddp's under fsdp."""
     checkpoint = fetched(place)
     if is_sharded(checkpoint):
@@ -140,11 +124,3 @@ def load(place: AnyPath, run: Run) -> None:
     else:
         load_weights(checkpoint, run.learner)
         load_optimizer(checkpoint, run.optimizer, run.device)
-
-
-def move(folder: Path, target: AnyPath) -> None:
-    """Give a finished folder its place; on one file system it appears there whole."""
-    assert isinstance(target, Path)
-    shutil.rmtree(target, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder.rename(target)

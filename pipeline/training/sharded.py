@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 
 from pipeline.objectives.learner import Learner
-from pipeline.runtime.files import fetched, replacing
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.files import fetched, place, replacing
+from pipeline.storage.path import StoragePath
 from pipeline.training.checkpoints import PARTNERS, WEIGHTS, is_sharded
 
 OPTIMIZER = "optimizer"
@@ -81,16 +81,14 @@ def consolidate(folder: Path) -> None:
         save_file(model, temporary)
 
 
-def consolidate_where_it_lies(folder: AnyPath) -> None:
+def consolidate_where_it_lies(folder: StoragePath) -> None:
     """`consolidate`; for a folder in a bucket with a copy that is fetched, whose whole model then goes there."""
-    if isinstance(folder, Path):
-        consolidate(folder)
-    elif not (folder / "model.safetensors").is_file():
+    if not (folder / "model.safetensors").is_file():
         copy = fetched(folder)
         consolidate(copy)
         for name in (PARTNERS, "model.safetensors"):
             if (copy / name).is_file():
-                (folder / name).upload(copy / name)
+                place(copy / name, folder / name)
 
 
 def _state_of(learner: Learner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

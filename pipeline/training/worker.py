@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import ConfigError
 from pipeline.data.feed import RayFeed
 from pipeline.runtime.cluster import place_data
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.path import StoragePath
 
 if TYPE_CHECKING:
     from pipeline.training.assembly import Task
@@ -84,7 +84,7 @@ def _send_log(tell: Callable[[dict[str, Any]], None]) -> None:
     log.propagate = False
 
 
-def _report_checkpoint(run_dir: AnyPath, state: TrainState, folder: Path, take: Take | None) -> None:
+def _report_checkpoint(run_dir: StoragePath, state: TrainState, folder: Path, take: Take | None) -> None:
     """Every rank reports, which is a barrier. Ray takes the folders away in threads, while training goes on."""
     from ray.train import Checkpoint, CheckpointUploadMode, report
 
@@ -98,7 +98,7 @@ def _report_checkpoint(run_dir: AnyPath, state: TrainState, folder: Path, take: 
     )
 
 
-def _upload(run_dir: AnyPath, take: Take, checkpoint: Any, name: str) -> Any:
+def _upload(run_dir: StoragePath, take: Take, checkpoint: Any, name: str) -> Any:
     from ray.train import Checkpoint, get_context
 
     storage: Any = get_context().get_storage()

@@ -17,8 +17,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from pipeline.runtime.files import remove_folder
-from pipeline.storage.bucket import BucketPath
+from pipeline.storage.files import arrow_location, remove_folder
 from pipeline.tuning.sweep import Row, Sweep
 from pipeline.tuning.trial import Errand, run_trial
 
@@ -85,6 +84,7 @@ def drive(sweep: Sweep, errand: Errand, done: Done) -> None:
     suggestions = _Suggestions(sweep, done)
     reserved = {"CPU": slots.cpus, "GPU": slots.gpus} if slots.in_process else {"memory": 1}  # Tune takes no nothing
     room = tune.PlacementGroupFactory([reserved], bundle_label_selector=[config.scaling.labels.train])
+    storage_path, filesystem = arrow_location(folder)
     trainable = tune.with_resources(tune.with_parameters(run_trial, errand=errand), room)
     tune.Tuner(
         trainable,
@@ -98,8 +98,8 @@ def drive(sweep: Sweep, errand: Errand, done: Done) -> None:
         ),
         run_config=tune.RunConfig(
             name="trials",
-            storage_path=folder.key if isinstance(folder, BucketPath) else str(folder),
-            storage_filesystem=folder.filesystem if isinstance(folder, BucketPath) else None,
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
             failure_config=tune.FailureConfig(max_failures=config.scaling.max_failures),
             verbose=0,
         ),

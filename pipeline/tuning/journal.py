@@ -16,8 +16,8 @@ from typing import Any
 
 from optuna.storages.journal import BaseJournalBackend
 
-from pipeline.runtime.mirror import Mirror
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.mirror import Mirror
+from pipeline.storage.path import StoragePath
 
 NAME = "journal.jsonl"
 
@@ -25,7 +25,7 @@ NAME = "journal.jsonl"
 class Journal(BaseJournalBackend):
     """Events in the order in which they were written. An event costs an fsync, in a bucket the file's upload."""
 
-    def __init__(self, folder: AnyPath) -> None:
+    def __init__(self, folder: StoragePath) -> None:
         self.mirror = Mirror(folder, [NAME])
         self.path = self.mirror.folder / NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pipeline.runtime.files import replacing
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.files import replacing
+from pipeline.storage.path import StoragePath
 from pipeline.tuning.sweep import Row, Sweep
 
 EARLY = "0.7"  # grey, of trials that were stopped early
 COLOURS = "viridis"
 
 
-def draw_coordinates(sweep: Sweep, png: AnyPath) -> bool:
+def draw_coordinates(sweep: Sweep, png: StoragePath) -> bool:
     """A line a trial through its values, a column a key, the score last and as the line's colour."""
     rows = [row for row in sweep.rows if row.value is not None]
     if not rows:
@@ -44,7 +44,7 @@ def draw_coordinates(sweep: Sweep, png: AnyPath) -> bool:
     return _save(figure, png)
 
 
-def draw_importance(sweep: Sweep, png: AnyPath) -> bool:
+def draw_importance(sweep: Sweep, png: StoragePath) -> bool:
     """Bars: the share of the score's variance that goes with each key."""
     shares = sweep.importance()
     if not shares:
@@ -62,7 +62,7 @@ def draw_importance(sweep: Sweep, png: AnyPath) -> bool:
     return _save(figure, png)
 
 
-def draw_curves(sweep: Sweep, png: AnyPath) -> bool:
+def draw_curves(sweep: Sweep, png: StoragePath) -> bool:
     """The metric by step: trials that went to their end in colour, the best one thick, the others grey."""
     rows, best = [row for row in sweep.rows if row.curve], sweep.best
     if not rows:
@@ -124,7 +124,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def _save(figure: Any, png: AnyPath) -> bool:
+def _save(figure: Any, png: StoragePath) -> bool:
     with replacing(png) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     return True

@@ -19,9 +19,9 @@ import yaml
 
 from pipeline.config import Config
 from pipeline.runtime.console import log, table
-from pipeline.runtime.files import remove_folder, write_atomically
 from pipeline.runtime.job import JobError, Result
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.files import remove_folder, write_atomically
+from pipeline.storage.path import StoragePath
 from pipeline.training.checkpoints import best_checkpoint
 from pipeline.training.tracking.tracker import VALIDATION
 from pipeline.training.tracking.trackers import Trackers
@@ -50,7 +50,7 @@ def tidy(config: Config, sweep: Sweep, spared: int | None = None) -> None:
                 remove_folder(folder / "best")
 
 
-def trial_folder(config: Config, number: int) -> AnyPath:
+def trial_folder(config: Config, number: int) -> StoragePath:
     return config.run_dir / "tune" / "trials" / f"{number:04d}"
 
 

@@ -10,7 +10,7 @@ from pipeline.runtime.cluster import connected_cluster
 from pipeline.runtime.console import Stage, log
 from pipeline.runtime.job import Result
 from pipeline.runtime.session import Board
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.path import StoragePath
 from pipeline.training.assembly import Task
 from pipeline.tuning.report import describe, report, tidy
 from pipeline.tuning.slots import slots
@@ -19,7 +19,7 @@ from pipeline.tuning.terms import Terms, trial_config
 from pipeline.tuning.trial import Errand
 
 
-def sweep(config: Config, folder: AnyPath, manifest: Manifest, board: Callable[[], Board]) -> Result:
+def sweep(config: Config, folder: StoragePath, manifest: Manifest, board: Callable[[], Board]) -> Result:
     """Run the trials that are left, and report on all. `board` starts Ray, which a finished sweep does without."""
     terms = _terms(config, folder, manifest)
     with Sweep.open(config, terms) as found:
@@ -33,13 +33,13 @@ def sweep(config: Config, folder: AnyPath, manifest: Manifest, board: Callable[[
         return report(config, found, track=left > 0)
 
 
-def _terms(config: Config, folder: AnyPath, manifest: Manifest) -> Terms:
+def _terms(config: Config, folder: StoragePath, manifest: Manifest) -> Terms:
     """The budget is the length of a trial with the config's own values."""
     draft = trial_config(config, Terms("", True, 1, 1), 0, {})
     return Terms.of(config, Task.of(draft, folder, manifest).total_steps, manifest.fingerprint)
 
 
-def _run(found: Sweep, left: int, config: Config, folder: AnyPath, manifest: Manifest) -> None:
+def _run(found: Sweep, left: int, config: Config, folder: StoragePath, manifest: Manifest) -> None:
     from pipeline.tuning.drive import drive
 
     wanted, terms = config.tune.max_concurrent_trials, found.terms

@@ -22,7 +22,7 @@ from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.runtime.console import LogFile, log
 from pipeline.runtime.job import JobError, alone_in
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.path import StoragePath
 from pipeline.training.checkpoints import TrainState
 from pipeline.training.tracking.tracker import VALIDATION, Metrics
 from pipeline.tuning.slots import Slots
@@ -39,7 +39,7 @@ class Errand:
     config: Config
     terms: Terms
     slots: Slots
-    folder: AnyPath
+    folder: StoragePath
     manifest: Manifest
 
 

@@ -18,14 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.embedding.stores.store import SCHEMA, TEXTS, Refused
-from pipeline.runtime.files import matching, readable, replacing
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.files import matching, parquet_file, replacing
+from pipeline.storage.path import StoragePath
 
 
 class DeadLetters:
     """A folder that need not be there, and is empty then."""
 
-    def __init__(self, folder: AnyPath, width: int) -> None:
+    def __init__(self, folder: StoragePath, width: int) -> None:
         self.folder = folder
         self.schema = SCHEMA(width).append(pa.field("reason", pa.string())).append(pa.field("attempts", pa.int32()))
 
@@ -44,19 +44,19 @@ class DeadLetters:
         self._write(pa.table([columns[name] for name in self.schema.names], names=self.schema.names).cast(self.schema))
         return set(at)
 
-    def _write(self, rows: pa.Table) -> AnyPath:
+    def _write(self, rows: pa.Table) -> StoragePath:
         path = self.folder / f"{uuid.uuid4().hex}.parquet"
         with replacing(path) as temporary:
             pq.write_table(rows, temporary, compression="zstd")
         return path
 
-    def _files(self) -> list[AnyPath]:
+    def _files(self) -> list[StoragePath]:
         """The oldest first."""
         return sorted(matching(self.folder, "*.parquet"), key=lambda path: (path.stat().st_mtime_ns, path.name))
 
     def read(self) -> pa.Table:
         """All of them, of each id the one that was set aside last."""
-        rows = pa.concat_tables([self.schema.empty_table(), *(pq.read_table(readable(file)) for file in self._files())])
+        rows = pa.concat_tables([self.schema.empty_table(), *(parquet_file(file).read() for file in self._files())])
         last = {i: position for position, i in enumerate(rows["id"].to_pylist())}
         return rows.take(pa.array(list(last.values()), pa.int64()))
 

@@ -35,7 +35,7 @@ from pipeline.embedding.stores.rows import checked, checked_query
 from pipeline.embedding.stores.store import SCHEMA, TEXTS, Refused, StoreError
 from pipeline.embedding.stores.where import Where, checked_where, keeps, quoted, to_sql
 from pipeline.runtime.console import log
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.path import StoragePath
 
 SCAN_ROWS = 8192  # a batch of a scan: 8 MB of vectors of 256 numbers
 SQL_IDS = 8192  # ids in one condition; 20 µs each to parse
@@ -50,7 +50,7 @@ class LanceStore:
     """One table, which `create` makes where it is not there."""
 
     def __init__(
-        self, home: AnyPath, name: str, width: int, index: str | None = "ivf_sq", index_rows: int = 200_000
+        self, home: StoragePath, name: str, width: int, index: str | None = "ivf_sq", index_rows: int = 200_000
     ) -> None:
         self.home, self.name, self.width, self.index, self.index_rows = home, name, width, index, index_rows
         self.recall: float | None = None

@@ -32,7 +32,7 @@ from pipeline.embedding.stores.nearest import nearest
 from pipeline.embedding.stores.rows import checked, checked_query, with_vectors
 from pipeline.embedding.stores.store import SCHEMA, Refused, StoreError
 from pipeline.embedding.stores.where import checked_where
-from pipeline.runtime.files import SUFFIX
+from pipeline.storage.files import SUFFIX
 
 SCAN_ROWS = 8192
 LISTINGS = 5  # of a folder in which files come and go, until one is whole

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.sources.fields import Row, broken
 from pipeline.sources.filesystem import BUFFER_BYTES, may_pass
-from pipeline.storage.bucket import cause
+from pipeline.storage.object_store import cause
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
 ARROW_SUFFIXES = (".arrow", ".arrows", ".ipc", ".feather")

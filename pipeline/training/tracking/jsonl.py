@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.runtime.files import write_atomically
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.files import write_atomically
+from pipeline.storage.path import StoragePath
 from pipeline.training.tracking.tracker import Metrics, Tracker
 
 Row = dict[str, Any]
@@ -77,7 +77,7 @@ def metrics_kind(row: Row) -> str:
     return "training" if "loss" in row else "validation"
 
 
-def read_rows(path: AnyPath) -> list[Row]:
+def read_rows(path: StoragePath) -> list[Row]:
     """All rows of a file, or none without one. What is no row is passed over: a kill may leave half a last line."""
     lines = path.read_text().splitlines() if path.is_file() else []
     return [row for line in lines if (row := _parsed(line)) is not None]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.runtime.console import table
-from pipeline.runtime.files import replacing
-from pipeline.storage.bucket import AnyPath
+from pipeline.storage.files import replacing
+from pipeline.storage.path import StoragePath
 from pipeline.training.stopping import LOWER_IS_BETTER
 from pipeline.training.tracking.jsonl import Row, metrics_kind, read_rows
 from pipeline.training.tracking.tracker import VALIDATION
@@ -49,7 +49,7 @@ PANELS = (
 )
 
 
-def plot_history(history: AnyPath, png: AnyPath) -> None:
+def plot_history(history: StoragePath, png: StoragePath) -> None:
     """Draw a metrics.jsonl: a panel for each of PANELS that has data. Without any, nothing is written."""
     from matplotlib.figure import Figure
 

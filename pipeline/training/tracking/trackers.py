@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.runtime.console import log
-from pipeline.runtime.mirror import Mirror
+from pipeline.storage.mirror import Mirror
 from pipeline.training.tracking.alerts import FullMemory, LossSpikes
 from pipeline.training.tracking.jsonl import History, metrics_kind
 from pipeline.training.tracking.tracker import Metrics, Tracker

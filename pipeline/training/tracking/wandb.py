@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.runtime.files import write_atomically
+from pipeline.storage.files import write_atomically
 from pipeline.training.tracking.tracker import Metrics, Tracker, grouped
 
 INIT_TIMEOUT_S = 30  # until a server that does not answer is given up, and the tracker with it

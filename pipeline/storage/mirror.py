@@ -1,31 +1,34 @@
-"""A folder on disk whose files go to a bucket while they grow: logs and metrics, which are written line by line.
+"""A folder on disk whose files are copied to a bucket while they grow: logs and metrics, which are written line by line.
 
-mirror = Mirror(config.run_dir, ["metrics.jsonl"])              # fetches that, where it is in the bucket
+mirror = Mirror(config.run_dir, ["metrics.jsonl"])              # fetches that file first, if it is in the bucket
 (mirror.folder / "metrics.jsonl").open("a").write("…")          # is in the bucket 10 s later, and after mirror.close()
 
-Of a folder on disk the mirror is that folder. An object cannot be appended to, so a file that changed is sent whole. A
-kill costs what was not sent yet; a bucket that fails costs a warning, and is tried again.
+For a folder on disk, the mirror is that folder. An object cannot be appended to, so a file that changed is sent whole.
+A kill costs what was not sent yet. A bucket that fails costs a warning, and the mirror tries again.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.runtime.files import SUFFIX, scratch
-from pipeline.storage.bucket import AnyPath, BucketError, BucketPath
+from pipeline.storage.files import SUFFIX, scratch
+from pipeline.storage.object_store import BucketError
+from pipeline.storage.path import BucketPath, StoragePath
 
 SEND_EVERY_S = 10.0
 
 
 class Mirror:
-    """Sends from a thread of its own until it is closed. `names` are fetched first, where they are there."""
+    """Sends from a thread of its own until it is closed. `names` are fetched first, if they are there."""
 
-    def __init__(self, target: AnyPath, names: Sequence[str] = ()) -> None:
+    def __init__(self, target: StoragePath, names: Sequence[str] = ()) -> None:
         if isinstance(target, Path):
             self.target, self.folder = None, target
             return
@@ -39,6 +42,18 @@ class Mirror:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="mirror", daemon=True)
         self._thread.start()
+
+    @classmethod
+    def of_log(cls, folder: StoragePath, name: str) -> tuple[Mirror, Path]:
+        """A mirror, and the file in it that this process appends to.
+
+        Jobs cannot append to one object, so in a bucket the log is a folder with one file for each job.
+        """
+        if not isinstance(folder, Path):
+            mirror = cls(folder / name)
+            return mirror, mirror.folder / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log"
+        mirror = cls(folder)
+        return mirror, mirror.folder / name
 
     def close(self) -> None:
         """Send what is left."""
@@ -66,7 +81,7 @@ class Mirror:
             self._failing = False
         except BucketError as error:
             if not self._failing:
-                logging.getLogger("pipeline").warning("what is logged does not get there, work goes on: %s", error)
+                logging.getLogger("pipeline").warning("logs and metrics cannot be sent; work goes on: %s", error)
             self._failing = True
 
     def _send_file(self, path: Path, target: BucketPath) -> None:

@@ -1,0 +1,322 @@
+"""Artifacts: folders of files that follow from their inputs, made once by tasks that can be killed anywhere.
+
+    records = Artifact(root / "stages", "records", {"sources": …})           # <root>/stages/records-3f9c2a…/
+    summary = records.make(lambda: fill(records, board))                     # at once if it is there already
+
+    def fill(artifact, board):
+        def work(index: int, output: Output) -> dict[str, int]:
+            with output.writing(f"records/{index:05d}.parquet") as file: ...
+            return {"rows": 1200}
+        return {"rows": sum(each["rows"] for each in artifact.tasks(board, "prepare: read", task_bytes, work))}
+
+The folder is named by the hash of its inputs, so it is never stale. A task writes under temporary names and then a note
+with its result and the size and hash of each of its files; a rerun skips the tasks that have a note. `manifest.json`
+comes last: it holds the summary and all files. Reading checks sizes, and a file's hash the first time that a process
+opens it, so a flipped bit is found and named. What lies under `scratch/` is removed at the end and is not in the
+manifest.
+
+    <folder>/records/00000.parquet
+    <folder>/scratch/prepare-read/000000.json       a task's note
+    <folder>/manifest.json                          {…summary, "files": {name: {"bytes": …, "xxh3": …}}}
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import re
+import traceback
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from pipeline.config import ConfigError
+from pipeline.runtime.cluster import data_on_own_node
+from pipeline.runtime.console import log
+from pipeline.runtime.job import JobError, alone_in
+from pipeline.runtime.session import Board
+from pipeline.storage.files import (
+    files_below,
+    for_each,
+    parquet_file,
+    place,
+    remove_folder,
+    replacing,
+    sizes,
+    write_atomically,
+)
+from pipeline.storage.object_store import BucketError
+from pipeline.storage.path import StoragePath
+
+MANIFEST = "manifest.json"
+HELD_BYTES = 128 << 20  # a file of this size or less is read once, to be hashed and parsed from memory
+
+Files = dict[str, dict[str, Any]]
+"""Name in the folder → {"bytes": size, "xxh3": hash}; "from" is the folder of which a file is a second name."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one task writes: files of an artifact, and progress."""
+
+    folder: StoragePath
+    files: Files = field(default_factory=dict)
+    send: Callable[[dict[str, int]], object] = lambda counts: None
+
+    def report(self, **counts: int) -> None:
+        """Progress: `records` and `rejected` so far."""
+        self.send(counts)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A file on disk to write, which gets its name in the folder when it is whole."""
+        with replacing(self.folder / name) as temporary:
+            yield temporary
+            if not name.startswith("scratch/"):
+                self.files[name] = _entry(temporary)
+
+    def write(self, name: str, data: bytes) -> None:
+        with self.writing(name) as temporary:
+            temporary.write_bytes(data)
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        with self.writing(name) as temporary:
+            write_parquet(table, temporary)
+
+    def link(self, name: str, source: StoragePath) -> None:
+        """Give another artifact's file a second name here, or a copy in a bucket; its hash is taken over."""
+        place(source, self.folder / name)
+        home, inside = _home(source)
+        if home:
+            entry = _files_of(home, (home / MANIFEST).stat())[inside]
+            self.files[name] = {**entry, "from": f"{home.parent.name}/{home.name}"}
+        else:
+            self.files[name] = _entry(source)
+
+
+class Artifact:
+    """A folder below `home`, which is named by `name` and the hash of `inputs`, or by the hash alone."""
+
+    def __init__(self, home: StoragePath, name: str, inputs: Any) -> None:
+        self.name = name
+        self.key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = home / "-".join(filter(None, (name, self.key)))
+        self.scratch = self.folder / "scratch"
+        self.output = Output(self.folder)
+
+    def read(self) -> dict[str, Any] | None:
+        """The manifest; None if the artifact is not finished, or no longer whole, which is logged."""
+        manifest = read_manifest(self.folder)
+        damage = manifest and _missing(self.folder, manifest["files"])
+        if damage:
+            log.warning("%s has to be made again: its %s is missing or of another size", self.folder, damage)
+        return None if damage else manifest
+
+    def make(self, fill: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The manifest; first `fill` writes the files and returns the summary, unless an earlier job has done so.
+
+        Waits for another job that is making it.
+        """
+        found = self.read()
+        if found is None:
+            with alone_in(self.folder, wait=True):
+                found = self.read()
+                if found is None:
+                    found = self.finish(fill())
+        return found
+
+    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Write the manifest, which makes what was written the artifact."""
+        manifest = {**summary, "files": dict(sorted(self.output.files.items()))}
+        write_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+        remove_folder(self.scratch)
+        return manifest
+
+    def once(self, name: str, work: Callable[[], Any]) -> Any:
+        """What `work` returns as JSON; not done again after a job that was killed later on."""
+        note = self.scratch / f"{name}.json"
+        found = _read_note(note)
+        if found is None:
+            found = {"result": work()}
+            write_atomically(note, json.dumps(found).encode())
+        return found["result"]
+
+    def tasks(
+        self,
+        board: Board,
+        title: str,
+        task_bytes: Sequence[int],
+        work: Callable[[int, Output], Any],
+        only_here: Container[int] = (),
+    ) -> list[Any]:
+        """Run `work(index, output)` through Ray Data for each task that is not done, and return all results in order.
+
+        Results are JSON. `task_bytes` is the input that each task reads, for progress. Tasks in `only_here` run on the
+        job's own node, after the others.
+        """
+        notes = self.scratch / re.sub(r"\W+", "-", title)
+        names = [notes / f"{index:06d}.json" for index in range(len(task_bytes))]
+        todo = [index for index, size in enumerate(sizes(names)) if not size]
+        if todo:
+            total = sum(task_bytes[index] for index in todo)
+            with board.stage(title, total, "B", counter="bytes", describe=_describe):
+                run = _Tasks(self.folder, title, names, task_bytes, work, board.handle.add_all.remote)
+                if anywhere := [index for index in todo if index not in only_here]:
+                    run(anywhere, {})
+                if here := [index for index in todo if index in only_here]:
+                    with data_on_own_node() as options:
+                        run(here, options)
+        results = []
+        for found in for_each(self.scratch, lambda note: json.loads(note.read_text()), names):
+            self.output.files.update(found["files"])
+            results.append(found["result"])
+        return results
+
+
+@dataclass(frozen=True)
+class _Tasks:
+    folder: StoragePath
+    title: str
+    notes: Sequence[StoragePath]
+    task_bytes: Sequence[int]
+    work: Callable[[int, Output], Any]
+    send: Callable[[dict[str, int]], object]
+
+    def __call__(self, todo: list[int], options: dict[str, Any]) -> None:
+        """Run tasks as a dataset; `options` are those of map_batches."""
+        import ray.data
+
+        def run(batch: dict[str, Any]) -> dict[str, list[str]]:
+            try:
+                for place in batch["id"].tolist():
+                    self._run(todo[place])
+            except Exception as error:  # returned as data: Ray would raise an error that has lost the cause
+                traceback.print_exc()  # to the log
+                return {"error": [self._sentence(error)]}
+            return {"error": []}
+
+        indices = ray.data.range(len(todo), override_num_blocks=len(todo))
+        for row in indices.map_batches(run, batch_size=1, **options).iter_rows():  # leaving it ends the other tasks
+            raise JobError(f"{self.title}: {row['error']}")
+
+    def _run(self, index: int) -> None:
+        output = Output(self.folder, {}, self.send)
+        result = self.work(index, output)
+        write_atomically(self.notes[index], json.dumps({"result": result, "files": output.files}).encode())
+        self.send({"bytes": self.task_bytes[index]})
+
+    def _sentence(self, error: Exception) -> str:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return f"the disk that holds {self.folder} is full; free some space and run the same command again"
+        says_all = isinstance(error, OSError | JobError | ConfigError | BucketError)
+        return str(error) if says_all else f"{type(error).__name__}: {error}"
+
+
+def read_manifest(folder: StoragePath) -> dict[str, Any] | None:
+    """The manifest of a finished artifact; None if there is none, or one that cannot be read.
+
+    Raises ConfigError for a folder of an earlier version, which held no hashes.
+    """
+    try:
+        found = json.loads((folder / MANIFEST).read_text())
+        if isinstance(found, dict) and "fingerprint" in found and "files" not in found:
+            raise ConfigError(f"{folder} was written by an earlier version, which this one cannot read; delete it")
+        return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else None
+    except (OSError, ValueError):
+        return None
+
+
+def checked(path: StoragePath) -> StoragePath:
+    """A path whose content is what its artifact's manifest says, or which is in none (yet).
+
+    Each process reads a file once for this. Raises JobError for a file that has changed.
+    """
+    stat = path.stat()
+    if (path, stat) not in _checked:
+        _check(path, _hash(path))
+        _checked.add((path, stat))
+    return path
+
+
+def open_parquet(path: StoragePath) -> pq.ParquetFile:
+    """A Parquet file of an artifact, checked as by `checked`; each page's checksum is checked again as it is read."""
+    stat = path.stat()
+    if (path, stat) in _checked or stat.st_size > HELD_BYTES:
+        return parquet_file(checked(path))
+    data = path.read_bytes()
+    _check(path, xxhash.xxh3_128_hexdigest(data))
+    _checked.add((path, stat))
+    return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    pq.write_table(table.combine_chunks(), path, compression="zstd", row_group_size=8192, write_page_checksum=True)
+
+
+_checked: set[tuple[StoragePath, Any]] = set()
+"""Files that this process has checked, with their size and time of change."""
+
+
+def _check(path: StoragePath, found: str) -> None:
+    """Raise JobError if the hash of a file is not the one in its artifact's manifest."""
+    home, name = _home(path)
+    entry = _files_of(home, (home / MANIFEST).stat()).get(name) if home else None
+    if home and entry and found != entry["xxh3"]:
+        folders = [home, *([home.parent.parent / entry["from"]] if "from" in entry else [])]
+        raise JobError(
+            f"{path} is damaged: its content is not what was written; delete {' and '.join(map(str, folders))}, and run "
+            "the same command again, which makes it again"
+        )
+
+
+@lru_cache(maxsize=8)
+def _files_of(home: StoragePath, changed: Any) -> Files:
+    return (read_manifest(home) or {"files": {}})["files"]  # type: ignore[no-any-return]
+
+
+def _home(path: StoragePath) -> tuple[StoragePath | None, str]:
+    """The artifact's folder that a file is in, at most one folder down, and its name there."""
+    for home, name in ((path.parent, path.name), (path.parent.parent, f"{path.parent.name}/{path.name}")):
+        if (home / MANIFEST).is_file():
+            return home, name
+    return None, ""
+
+
+def _missing(folder: StoragePath, files: Files) -> str | None:
+    there = files_below(folder)
+    return next(
+        (name for name, each in files.items() if name not in there or there[name].st_size != each["bytes"]), None
+    )
+
+
+def _entry(path: StoragePath) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "xxh3": _hash(path)}
+
+
+def _hash(path: StoragePath) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(8 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_note(note: StoragePath) -> Any:
+    try:
+        return json.loads(note.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _describe(counts: dict[str, int]) -> str:
+    records, rejected = counts.get("records", 0), counts.get("rejected")
+    share = f", {rejected / records:.1%} rejected" if records and rejected is not None else ""
+    return f"{records:,} records{share}" if records else ""

@@ -1,0 +1,168 @@
+"""Connections to buckets of S3, GCS and Azure: one URI, and the options that each client library takes for it.
+
+    place = ObjectStore("s3", "corpus", "region=eu-west-1")
+    place.connect()                     # obstore's store, which reads and writes objects by key
+    place.lance_options                 # what LanceDB takes
+    place.arrow_filesystem()            # what Ray Train and Ray Tune take
+
+A URI's options: `region`, `scheme` (http or https), `endpoint_override` (host:port), `anonymous` (true for public data)
+and `account_name` (Azure). Credentials come from the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,
+GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY, or the machine's own identity.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any
+from urllib.parse import parse_qsl
+
+SCHEMES = {"s3": "s3", "gs": "gs", "gcs": "gs", "az": "az", "azure": "az"}
+OPTIONS = ("region", "scheme", "endpoint_override", "anonymous", "account_name")
+MAX_RETRIES = 6  # with waits of 0.1 s that double: about 6 s
+RETRY_S = 30.0
+_SECRET = re.compile(r"key|secret|token|password|signature|\bsig\b", re.IGNORECASE)
+_URI = re.compile(r"\b(https?|s3|gs|az)://\S+")
+
+
+class BucketError(RuntimeError):
+    """A bucket that cannot be reached, or refuses. Not an OSError: those mean that a file is missing or broken."""
+
+
+@dataclass(frozen=True, order=True)
+class ObjectStore:
+    """A bucket (Azure: a container) and how to reach it. `query` holds the URI's options."""
+
+    scheme: str
+    bucket: str
+    query: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.bucket}"
+
+    def connect(self) -> Any:
+        """obstore's store, one for each process."""
+        return _connect(self)
+
+    @property
+    def lance_options(self) -> dict[str, str]:
+        """LanceDB's storage options."""
+        config, http = self._config
+        prefix = {"s3": "aws_", "gs": "google_", "az": "azure_storage_"}[self.scheme]
+        named = {"skip_signature": "skip_signature", "base_url": "google_base_url", "endpoint": f"{prefix}endpoint"}
+        return {named.get(name, prefix + name): value for name, value in config.items()} | (
+            {"allow_http": "true"} if http else {}
+        )
+
+    def arrow_filesystem(self) -> Any:
+        """pyarrow's filesystem for the same bucket; paths in it begin with the bucket's name."""
+        from pyarrow import fs
+
+        options = self._options
+        scheme, endpoint = options.get("scheme", "https"), options.get("endpoint_override")
+        anonymous = options.get("anonymous") == "true"
+        place = {"scheme": scheme, "endpoint_override": endpoint} if endpoint else {}
+        if self.scheme == "s3":
+            return fs.S3FileSystem(anonymous=anonymous, region=self._region, **place)
+        if self.scheme == "gs":
+            return fs.GcsFileSystem(anonymous=anonymous, retry_time_limit=timedelta(seconds=RETRY_S), **place)
+        place = {"blob_storage_authority": endpoint, "blob_storage_scheme": scheme} if endpoint else {}
+        account = options.get("account_name") or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")
+        return fs.AzureFileSystem(account, account_key=os.environ.get("AZURE_STORAGE_ACCOUNT_KEY"), **place)
+
+    @property
+    def _options(self) -> dict[str, str]:
+        return dict(parse_qsl(self.query))
+
+    @property
+    def _region(self) -> str | None:
+        """S3's region: the URI's, the environment's, else what the service says."""
+        options = self._options
+        region = options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        if region or "endpoint_override" in options or os.environ.get("AWS_ENDPOINT_URL"):
+            return region
+        from pyarrow import fs
+
+        return str(fs.resolve_s3_region(self.bucket))
+
+    @property
+    def _config(self) -> tuple[dict[str, str], bool]:
+        """obstore's configuration, and whether the connection is plain HTTP."""
+        options = self._options
+        http = options.get("scheme") == "http"
+        config = {}
+        if options.get("anonymous") == "true":
+            config["skip_signature"] = "true"
+        if self.scheme == "s3" and (region := self._region):
+            config["region"] = region
+        if account := options.get("account_name"):
+            config["account_name"] = account
+        if endpoint := options.get("endpoint_override"):
+            url = f"{'http' if http else 'https'}://{endpoint}"
+            if self.scheme == "az":
+                url += f"/{options.get('account_name', '')}"
+            config["base_url" if self.scheme == "gs" else "endpoint"] = url
+        return config, http
+
+
+@lru_cache(maxsize=32)
+def _connect(place: ObjectStore) -> Any:
+    from obstore import store
+
+    kind = {"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}[place.scheme]
+    config, http = place._config
+    retry: Any = {"max_retries": MAX_RETRIES, "retry_timeout": timedelta(seconds=RETRY_S)}
+    return kind(place.bucket, config=config, client_options={"allow_http": http}, retry_config=retry)
+
+
+@contextmanager
+def reaching(place: ObjectStore, key: str) -> Iterator[None]:
+    """Turn what a request raises into a BucketError; a missing object stays a FileNotFoundError."""
+    from obstore.exceptions import BaseError
+
+    where = f"{place}/{key}".rstrip("/")
+    try:
+        yield
+    except FileNotFoundError as error:
+        if re.search(r"<Code>(NoSuchBucket|ContainerNotFound)", str(error)):
+            raise BucketError(no_way_into(where, error)) from None
+        raise FileNotFoundError(2, "No such object", where) from None
+    except (BaseError, ValueError) as error:
+        raise BucketError(no_way_into(where, error)) from None
+
+
+def cause(error: BaseException) -> str:
+    """An error in a few words, without URLs, which can hold keys, and without paths, which differ between machines."""
+    text = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, BucketError):
+        return text.partition("(")[2].partition("); allowed")[0]
+    if "169.254.169.254" in text or "metadata.google.internal" in text:  # asked last
+        return "no credentials in the environment"
+    status = re.search(r"status code: (\d+ [A-Za-z ]+)", text)
+    if status:  # of the service
+        code = re.search(r"<Code>(\w+)</Code>", text)
+        return status[1].strip() + (f", {code[1]}" if code else "")
+    network = re.search(r'(?:message|error): "([^"]+)"|HTTP error: ([^\n]*)', text.partition("Debug source")[2])
+    words = _URI.sub("", (network[1] if network else text.partition("\n\nDebug source")[0])).split()
+    return " ".join(words)[:200] or type(error).__name__
+
+
+def no_way_into(where: str, error: BaseException) -> str:
+    """A sentence's words on a bucket that fails. `where` has no options."""
+    return (
+        f"found no way into {where} ({cause(error)}); allowed is a bucket that this machine reaches, with its region "
+        "and its credentials in the environment"
+    )
+
+
+def holds_credentials(uri: str) -> bool:
+    """Whether a URI names a user or has an option that looks like a key."""
+    _, mark, rest = uri.partition("://")
+    location, _, query = rest.partition("?")
+    names = [name for name, _ in parse_qsl(query, keep_blank_values=True)]
+    return bool(mark) and ("@" in location or any(map(_SECRET.search, names)))
