@@ -8,6 +8,7 @@ examples:
 """
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -20,6 +21,8 @@ sys.path.insert(0, str(ROOT))
 from pipeline.config import Config, ConfigError
 from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError, Result, parser, run_job
+from pipeline.storage.object_store import holds_credentials
+from pipeline.storage.path import StoragePath, absolute, as_path
 
 MARKER, VERSION = "export.json", 1
 
@@ -34,9 +37,9 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(config: Config, args: argparse.Namespace) -> Result:
-    license_id, folder = checked_license(args.license), Path(args.to).expanduser().absolute()
+    license_id, folder = checked_license(args.license), destination(args.to)
     from pipeline.export.card import Extras, model_card, read_origin
-    from pipeline.export.destination import refuse_foreign, replacing_folder, write_marker
+    from pipeline.export.destination import exporting, refuse_foreign
     from pipeline.export.onnx import check_packages
     from pipeline.model.reading import model_fingerprint, read_card
     from pipeline.stages import model_folder
@@ -47,7 +50,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
         check_packages("--onnx")
     place = model_folder(config)
     model = fetched(place)
-    with replacing_folder(folder, MARKER) as temporary:
+    with exporting(folder, MARKER, {"version": VERSION, "model": model_fingerprint(model)}) as temporary:
         metrics = write_model(config, args, model, temporary)
         text = model_card(
             read_card(model),
@@ -58,7 +61,6 @@ def main(config: Config, args: argparse.Namespace) -> Result:
             extras=Extras(args.onnx, metrics.get("embeddings", 0)),
         )
         (temporary / "README.md").write_text(text, encoding="utf-8")
-        write_marker(temporary, MARKER, {"version": VERSION, "model": model_fingerprint(model)})
     log.info("export: %s", folder)
     return Result(metrics, {"export": str(folder), "model": str(place)})
 
@@ -94,6 +96,15 @@ def write_embeddings(config: Config, dtype: Any, model: Path, folder: Path) -> i
         return save_embeddings_for_model(folder, store.scan, model=model_fingerprint(model), dtype=dtype)
     except ValueError as error:
         raise JobError(f"--embeddings: {error}") from None
+
+
+def destination(to: str) -> StoragePath:
+    try:
+        if holds_credentials(to):
+            raise ValueError("credentials in a URI")
+        return absolute(as_path(os.path.expanduser(to)))
+    except ValueError as error:
+        raise ConfigError(f"--to: found {error}; allowed is a folder on disk, or s3://, gs:// or az://") from None
 
 
 def checked_license(name: str | None) -> str | None:

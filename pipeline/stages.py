@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Collection
 from contextlib import ExitStack
 from types import TracebackType
+from typing import Any
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.manifest import Manifest
@@ -19,12 +20,13 @@ from pipeline.evaluation.beir import check_beir
 from pipeline.evaluation.labels import read_classification, read_labels
 from pipeline.evaluation.sts import read_sts
 from pipeline.preflight.look import look
+from pipeline.runtime.artifact import Artifact
 from pipeline.runtime.cluster import place_data
 from pipeline.runtime.console import log
 from pipeline.runtime.findings import findings_table, refuse
 from pipeline.runtime.job import JobError, Result, alone_in
 from pipeline.runtime.session import Board, ray_session, set_environment
-from pipeline.storage.files import fetched, files_below, write_atomically
+from pipeline.storage.files import fetched, files_below, place, remove_folder, write_atomically
 from pipeline.storage.object_store import BucketError
 from pipeline.storage.path import StoragePath, as_path
 
@@ -206,7 +208,7 @@ def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
     from pipeline.embedding.store import recipe_of
     from pipeline.model.reading import model_fingerprint
 
-    model, path, wanted = _model_of(config, manifest), config.run_dir / "evaluation.json", config.evaluation
+    model, latest, wanted = _model_of(config, manifest), config.run_dir / "evaluation.json", config.evaluation
     recipe = recipe_of(config, model)
     key = {
         "model": model_fingerprint(fetched(model)),
@@ -219,15 +221,23 @@ def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
             for change in _changes(path)
         ],
     }
-    earlier = json.loads(path.read_text()) if path.is_file() else {}
-    if earlier.get("of") == key and not again:
-        log.info("evaluate: nothing to do, %s holds the scores", path)
-        return Result(earlier["scores"], {"scores": str(path)})
-    from pipeline.evaluation.evaluate import score_tasks
+    scored = Artifact(config.run_dir / "evaluations", "", key)
 
-    scores = score_tasks(config, folder, manifest, recipe, session.board)
-    write_atomically(path, json.dumps({"of": key, "scores": scores}, indent=2).encode())
-    return Result(scores, {"scores": str(path)})
+    def fill() -> dict[str, Any]:
+        from pipeline.evaluation.evaluate import score_tasks
+
+        scores = score_tasks(config, folder, manifest, recipe, session.board)
+        scored.output.write("scores.json", json.dumps({"of": key, "scores": scores}, indent=2).encode())
+        return {"scores": scores}
+
+    if again:
+        remove_folder(scored.folder)
+    elif scored.read():
+        log.info("evaluate: nothing to do, %s holds the scores", scored.folder)
+    scores = scored.make(fill)["scores"]
+    if not latest.is_file() or latest.read_bytes() != (scored.folder / "scores.json").read_bytes():
+        place(scored.folder / "scores.json", latest)
+    return Result(scores, {"scores": str(latest)})
 
 
 def mine_stage(config: Config, session: Session) -> Result:

@@ -37,8 +37,8 @@ KEEP_CONNECTIONS = (
     "--import=data:text/javascript,import { Server } from 'node:http';"
     "Object.defineProperty(Server.prototype, 'keepAliveTimeout', { get: () => 0, set: () => {} })"
 )
-"""Node ends connections that are idle for five seconds, even while a busy Azurite has a request on them to read. It does
-not heed its own option for that.
+"""An argument of Node, which else ends connections that are idle for five seconds, even if a request on one waits for a
+busy Azurite. Azurite's own option for that has no effect.
 """
 AZURITE = Path(__file__).parents[1] / ".azurite/node_modules/.bin/azurite-blob"
 NOBODY = "?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:1"

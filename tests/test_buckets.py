@@ -86,7 +86,9 @@ def test_a_path_with_nothing_in_it_is_refused(path: str, bucket: Served) -> None
 
 
 def test_a_bucket_that_is_not_there_is_refused(bucket: Served) -> None:
-    with pytest.raises(ConfigError, match=r"^data.sources s: found no way into (s3|gs|az)://elsewhere/x \(404 Not Found"):
+    with pytest.raises(
+        ConfigError, match=r"^data.sources s: found no way into (s3|gs|az)://elsewhere/x \(404 Not Found"
+    ):
         plan_source(source_at(replace(bucket, bucket="elsewhere"), "x"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from pipeline.config import ConfigError, load
-from pipeline.data.manifest import Manifest, SourceCount, write_manifest
+from pipeline.data.manifest import Manifest, SourceCount
 from pipeline.data.vocabulary import train_tokenizer
 from pipeline.embedding.store import mark_embedded, open_store, recipe_of
 from pipeline.embedding.stores.lancedb_store import LanceStore
 from pipeline.export.card import Extras, model_card, read_origin
-from pipeline.export.destination import refuse_foreign, replacing_folder, write_marker
+from pipeline.export.destination import exporting, refuse_foreign
 from pipeline.export.embedding_matrix import load_embeddings, save_embeddings_for_model
 from pipeline.export.folder import export_model, pad_token_id
 from pipeline.export.onnx import PaddedEmbedder, export_onnx
@@ -377,10 +378,9 @@ class TestDestination:
     def test_an_earlier_export_is_replaced_whole_and_nothing_else_is(self, tmp_path: Path) -> None:
         folder = tmp_path / "new" / "out"
         for name in ("first.txt", "second.txt"):
-            with replacing_folder(folder, "m.json") as temporary:
+            with exporting(folder, "m.json", {"version": 1}) as temporary:
                 (temporary / "inner").mkdir()
                 (temporary / "inner" / name).write_text(name)
-                write_marker(temporary, "m.json", {"version": 1})
             assert [p.name for p in (folder / "inner").iterdir()] == [name]
         (folder / ".git").mkdir()
         (folder / ".git" / "HEAD").write_text("ref")
@@ -390,9 +390,9 @@ class TestDestination:
 
     def test_a_failure_leaves_the_earlier_one(self, tmp_path: Path) -> None:
         folder = tmp_path / "out"
-        with replacing_folder(folder, "m.json") as temporary:
-            write_marker(temporary, "m.json", {})
-        with pytest.raises(FileNotFoundError), replacing_folder(folder, "m.json") as temporary:
+        with exporting(folder, "m.json", {}):
+            pass
+        with pytest.raises(FileNotFoundError), exporting(folder, "m.json", {}) as temporary:
             (temporary / "no such folder" / "file").write_text("")
         assert [p.name for p in folder.iterdir()] == ["m.json"]
         assert list(tmp_path.iterdir()) == [folder]
@@ -423,7 +423,9 @@ def run(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
     evaluated = {"of": {"model": model_fingerprint(best)}, "scores": scores}
     (run_dir / "evaluation.json").write_text(json.dumps(evaluated))
     sources, splits = [SourceCount("pages", 900, 800, {"duplicate": 100})], {"train": 700, "validation": 100}
-    write_manifest(root / "prepared" / "k", Manifest("d4", sources, splits, [], {}, [], {}))
+    (root / "prepared" / "k").mkdir(parents=True)
+    manifest = asdict(Manifest("d4", sources, splits, [], {}, [], {}))
+    (root / "prepared" / "k" / "manifest.json").write_text(json.dumps(manifest))
     return root
 
 

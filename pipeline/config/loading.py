@@ -86,8 +86,8 @@ def _refuse_credentials(value: Any, key: str = "") -> None:
             _refuse_credentials(inner, f"{key}[{place}]")
     elif isinstance(value, str) and holds_credentials(value):
         raise ConfigError(
-            f"{key}: found credentials in a URI of {value.partition('://')[0]}://; allowed are those of the environment "
-            "alone"
+            f"{key}: found credentials in a URI of {value.partition('://')[0]}://; allowed are those of the "
+            "environment alone"
         )
 
 

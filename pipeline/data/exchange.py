@@ -4,9 +4,9 @@
     read_part([Path("exchange/00007-0.parts"), …], 1)                     # rows 0 and 2, and those of the other files
 
 A file begins with where each partition lies in it, 8 bytes a partition, so that a reader fetches its own two numbers
-and its own rows and no more: an Arrow file's footer, 24 bytes a partition, would be read whole by each of them. Cost: where
-a file and a partition meet, a record batch with some 1.4 KB of overhead, none where it has no rows, and in a bucket
-three requests.
+and its own rows and no more: an Arrow file's footer, 24 bytes a partition, would be read whole by each of them. Cost:
+where a file and a partition meet, a record batch with some 1.4 KB of overhead, none where it has no rows, and in a
+bucket three requests.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@
     train/00000.parquet               token shards: id, source, and the text fields as lists of token ids
     validation/00000.parquet
     lengths.png                       how long the texts are, in tokens
-    manifest.json                     {fingerprint, sources, splits, shards, lengths, clusters, versions, settings, files}
+    manifest.json                     {fingerprint, sources, splits, shards, lengths, clusters, versions, settings,
+                                       files}
 
 The files are second names (hard links) of those in the folders of the stages that made them, <root>/stages/; in a
 bucket they are copies.

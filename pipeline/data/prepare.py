@@ -4,9 +4,9 @@
     read, judge,            near-duplicates and       one task      a task a file  last
     exact duplicates        evaluation texts out
 
-Every file's rows follow from content alone, so the shards are byte-identical for any number of workers. Each stage is an
-artifact (runtime/artifact.py): a changed option redoes the stages that depend on it, and a killed job resumes with the
-tasks that were not done. The prepared data set is an artifact too, made of the stages' files.
+Every file's rows follow from content alone, so the shards are byte-identical for any number of workers. Each stage is
+an artifact (runtime/artifact.py): a changed option redoes the stages that depend on it, and a killed job resumes with
+the tasks that were not done. The prepared data set is an artifact too, made of the stages' files.
 """
 
 from __future__ import annotations

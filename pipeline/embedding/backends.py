@@ -25,7 +25,8 @@ from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import load_model
 from pipeline.model.packing import pack
 from pipeline.model.reading import model_fingerprint, read_card
-from pipeline.storage.files import fetched, place, scratch
+from pipeline.runtime.artifact import Artifact, checked
+from pipeline.storage.files import fetched, scratch
 from pipeline.storage.path import StoragePath
 
 GRAPH = "model.onnx"
@@ -103,7 +104,9 @@ def open_backend(
 ) -> Backend:
     """The backend that the config names. `graphs` is where `make_graph` has put onnxruntime's."""
     if settings.backend == "onnxruntime":
-        return OnnxBackend(fetched(graph_of(folder, settings, graphs)) / GRAPH, read_card(folder).width, threads)
+        graph = graph_of(folder, settings, graphs).folder
+        checked(graph / GRAPH)
+        return OnnxBackend(fetched(graph) / GRAPH, read_card(folder).width, threads)
     model, _ = load_model(folder)
     return TorchBackend(model, device, bf16=settings.precision == "bf16", compiled=settings.compile)
 
@@ -116,28 +119,31 @@ def check_backend(settings: Embedding) -> None:
         check_packages("embedding.backend=onnxruntime")
 
 
-def graph_of(folder: Path, settings: Embedding, graphs: StoragePath) -> StoragePath:
-    """The folder of a model's graph, once `make_graph` has made it."""
-    return graphs / f"{model_fingerprint(folder)[:16]}-{settings.precision}"
+def graph_of(folder: Path, settings: Embedding, graphs: StoragePath) -> Artifact:
+    """A model's graph, once `make_graph` has made it."""
+    return Artifact(graphs, "", {"model": model_fingerprint(folder), "precision": settings.precision})
 
 
 def make_graph(folder: Path, settings: Embedding, graphs: StoragePath) -> None:
     """Export a model for onnxruntime where that has not been done, quantised where the config says so."""
-    target = graph_of(folder, settings, graphs)
-    if (target / GRAPH).is_file():
-        return
-    from pipeline.export.folder import export_model, quiet_transformers
-    from pipeline.export.onnx import export_onnx
+    graph = graph_of(folder, settings, graphs)
 
-    quiet_transformers()
-    with tempfile.TemporaryDirectory(dir=scratch()) as name:
-        temporary, head = Path(name), read_card(folder).head
-        export_model(folder, temporary)
-        export_onnx(temporary, pooling=head.pooling, normalize=head.normalize)
-        if settings.precision == "int8":
-            _quantise(temporary / GRAPH)
-        for file in sorted(temporary.glob(f"{GRAPH}*"), reverse=True):  # weights beside the graph come before it
-            place(file, target / file.name)
+    def fill() -> dict[str, Any]:
+        from pipeline.export.folder import export_model, quiet_transformers
+        from pipeline.export.onnx import export_onnx
+
+        quiet_transformers()
+        with tempfile.TemporaryDirectory(dir=scratch()) as name:
+            temporary, head = Path(name), read_card(folder).head
+            export_model(folder, temporary)
+            export_onnx(temporary, pooling=head.pooling, normalize=head.normalize)
+            if settings.precision == "int8":
+                _quantise(temporary / GRAPH)
+            for file in temporary.glob(f"{GRAPH}*"):  # larger models have their weights beside the graph
+                graph.output.link(file.name, file)
+        return {"precision": settings.precision}
+
+    graph.make(fill)
 
 
 def _quantise(path: Path) -> None:

@@ -1,31 +1,31 @@
-"""A folder that appears whole, or not at all, and never in place of files that it did not write itself.
+"""Exports: artifacts in a folder that the user names, which never take the place of files that they did not write.
 
-with replacing_folder(Path("exported"), "export.json") as folder:      # exported.<hex>.tmp, beside it
+with exporting(Path("exported"), "export.json", {"version": 1}) as folder:      # exported.<hex>.tmp, beside it
     (folder / "README.md").write_text("…")
-    write_marker(folder, "export.json", {"version": 1})
 
-A later export may take the folder's place as long as all that lies in it is listed in its marker.
+The manifest, here called `export.json`, holds every file's size and hash. A later export may take the folder's place as
+long as all files in it are listed there. In a bucket the files are uploaded one by one, the manifest last.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
-from pipeline.storage.files import SUFFIX
+from pipeline.runtime.artifact import entries_of
+from pipeline.storage.files import files_below, replacing_folder
+from pipeline.storage.path import StoragePath
 
 
-def refuse_foreign(folder: Path, marker: str) -> None:
-    """Raise ConfigError where `folder` holds anything that `marker` in it does not list."""
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+def refuse_foreign(folder: StoragePath, manifest: str) -> None:
+    """Raise ConfigError where `folder` holds anything that the manifest in it does not list."""
+    if folder.is_symlink() or folder.is_file():
         raise ConfigError(f"{folder} is no folder; name one that is new, empty or an earlier export")
-    foreign = sorted(_files(folder) - _listed(folder / marker)) if folder.is_dir() else []
+    foreign = sorted(files_below(folder).keys() - _listed(folder / manifest))
     if foreign:
         raise ConfigError(
             f"{folder} holds {foreign[0]}, which no export wrote; name a folder that is new, empty or an earlier export"
@@ -33,39 +33,21 @@ def refuse_foreign(folder: Path, marker: str) -> None:
 
 
 @contextmanager
-def replacing_folder(folder: Path, marker: str) -> Iterator[Path]:
-    """A folder to fill that then takes `folder`'s place. Raises ConfigError as `refuse_foreign` does.
+def exporting(folder: StoragePath, manifest: str, content: dict[str, Any]) -> Iterator[Path]:
+    """A folder to fill, which then gets the manifest, with `content`, and takes `folder`'s place.
 
-    NOTE: between the renames of the old folder and of the new one, neither has the name; a kill there leaves both
-    beside it.
+    Raises ConfigError as `refuse_foreign` does.
     """
-    refuse_foreign(folder, marker)
-    stem = f"{folder.name}.{uuid.uuid4().hex}"
-    temporary, old = folder.with_name(stem + SUFFIX), folder.with_name(f"{stem}.old")
-    temporary.mkdir(parents=True)
-    try:
+    refuse_foreign(folder, manifest)
+    with replacing_folder(folder, manifest) as temporary:
         yield temporary
-        refuse_foreign(folder, marker)  # the work may have taken hours
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        text = json.dumps({**content, "files": entries_of(temporary)}, indent=2) + "\n"
+        (temporary / manifest).write_text(text, encoding="utf-8")
+        refuse_foreign(folder, manifest)  # the work may have taken hours
 
 
-def write_marker(folder: Path, marker: str, content: dict[str, Any]) -> None:
-    """Write `content` and the names of the files that are there, as `files` where it has none."""
-    listed = {"files": sorted(_files(folder))} | content
-    (folder / marker).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
-
-
-def _files(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-
-
-def _listed(marker: Path) -> set[str]:
+def _listed(manifest: StoragePath) -> set[str]:
     try:
-        return {marker.name, *json.loads(marker.read_text(encoding="utf-8"))["files"]}
+        return {manifest.name, *json.loads(manifest.read_text(encoding="utf-8"))["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         return set()

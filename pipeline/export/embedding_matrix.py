@@ -2,7 +2,7 @@
 
     embeddings.safetensors    `weight`, (N, D) float32 or float16
     ids.parquet               row, id, source_id; rows in order of id, so the same vectors give the same files
-    embeddings.json           version, dtype, rows, width, the model's fingerprint, sha256 of the two files
+    embeddings.json           version, dtype, rows, width, the model's fingerprint, size and hash of the two files
 
     save_embeddings_for_model(folder, store.scan, model=fingerprint, dtype="float16")
     layer, ids = load_embeddings(folder)              # a torch.nn.Embedding whose row ids.index("9f0c…") is that text's
@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 
-from pipeline.data.manifest import sha256
-from pipeline.export.destination import replacing_folder, write_marker
+from pipeline.export.destination import exporting
+from pipeline.runtime.artifact import entries_of
 
 VERSION = 1
 WEIGHTS, IDS, MARKER = "embeddings.safetensors", "ids.parquet", "embeddings.json"
@@ -46,12 +46,10 @@ def save_embeddings_for_model(
     `scan` is called twice, for the ids and for the vectors; ids are ASCII. `model` is the fingerprint of what made the
     vectors. Raises ValueError where there are no rows, an id comes twice or the rows change between the two.
     """
-    with replacing_folder(folder, MARKER) as temporary:
+    described: dict[str, Any] = {"version": VERSION, "dtype": dtype, "model": model}
+    with exporting(folder, MARKER, described) as temporary:
         ids = _write_ids(temporary / IDS, scan)
-        width = _write_vectors(temporary / WEIGHTS, scan, ids, dtype)
-        described = {"version": VERSION, "dtype": dtype, "rows": len(ids), "width": width, "model": model}
-        hashes = {name: sha256(temporary / name) for name in (WEIGHTS, IDS)}
-        write_marker(temporary, MARKER, {**described, "files": hashes})
+        described |= {"rows": len(ids), "width": _write_vectors(temporary / WEIGHTS, scan, ids, dtype)}
     return len(ids)
 
 
@@ -67,8 +65,9 @@ def load_embeddings(folder: Path) -> tuple[torch.nn.Embedding, list[str]]:
         raise ValueError(f"{folder} holds no embedding matrix: its {MARKER} is missing or broken") from None
     if version != VERSION:
         raise ValueError(f"{folder / MARKER} is of version {version}; this reader knows version {VERSION}")
+    found = entries_of(folder)
     for name in (WEIGHTS, IDS):
-        if not (folder / name).is_file() or sha256(folder / name) != hashes.get(name):
+        if name not in found or found[name] != hashes.get(name):
             raise ValueError(f"{folder / name} is missing, or not the file that {MARKER} describes; export it again")
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         weight = file.get_tensor("weight")

@@ -40,7 +40,7 @@ def text_key(text: str) -> int:
 
 
 def text_keys(mined: Artifact, files: Sequence[StoragePath], fraction: float, board: Board) -> TextKeys:
-    """Hash the texts of record files; `fraction` of the records are held out. Leaves a file each in the scratch folder."""
+    """Hash the texts of record files, into files in the scratch folder; `fraction` of the records are held out."""
 
     def hash_texts(index: int, output: Output) -> None:
         rows = open_parquet(files[index]).read(columns=["id", "anchor", "positive"]).to_pylist()

@@ -61,8 +61,8 @@ def mine(
         )
     if on_disk(config.root) is None:
         raise ConfigError(
-            f"storage.root: found {config.root}; allowed for mining, which maps its vectors into memory, is a folder on "
-            "disk that all nodes see"
+            f"storage.root: found {config.root}; allowed for mining, which maps its vectors into memory, is a folder "
+            "on disk that all nodes see"
         )
     files, recipe = matching(folder / "records", "*.parquet"), _recipe(config, manifest)
     tokenizer, stages = folder / "tokenizer.json", config.root / "stages"

@@ -272,8 +272,8 @@ def _check(path: StoragePath, found: str) -> None:
     if home and entry and found != entry["xxh3"]:
         folders = [home, *([home.parent.parent / entry["from"]] if "from" in entry else [])]
         raise JobError(
-            f"{path} is damaged: its content is not what was written; delete {' and '.join(map(str, folders))}, and run "
-            "the same command again, which makes it again"
+            f"{path} is damaged: its content is not what was written; delete {' and '.join(map(str, folders))} and "
+            "run the same command again, which makes it again"
         )
 
 
@@ -295,6 +295,11 @@ def _missing(folder: StoragePath, files: Files) -> str | None:
     return next(
         (name for name, each in files.items() if name not in there or there[name].st_size != each["bytes"]), None
     )
+
+
+def entries_of(folder: StoragePath) -> Files:
+    """The size and hash of every file below a folder."""
+    return {name: _entry(folder / name) for name in files_below(folder)}
 
 
 def _entry(path: StoragePath) -> dict[str, Any]:

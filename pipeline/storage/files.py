@@ -61,6 +61,37 @@ def replacing(path: StoragePath) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing_folder(folder: StoragePath, last: str) -> Iterator[Path]:
+    """A folder on disk to fill, which takes the other's place when the block ends without an error.
+
+    On disk by a rename: between that of the old folder and that of the new one, neither has the name, and a kill there
+    leaves both beside it. In a bucket the file named `last` comes last.
+    """
+    stem = f"{folder.name}.{uuid.uuid4().hex}"
+    if isinstance(folder, BucketPath):
+        with tempfile.TemporaryDirectory(dir=scratch()) as name:
+            temporary = Path(name) / folder.name
+            temporary.mkdir()
+            yield temporary
+            names = [*(name for name in files_below(temporary) if name != last), last]
+            gone = folder.files().keys() - set(names)
+            for_each(folder, lambda name: (folder / name).upload(temporary / name), names[:-1])
+            (folder / last).upload(temporary / last)
+            for_each(folder, lambda name: (folder / name).unlink(missing_ok=True), list(gone))
+        return
+    temporary, old = folder.with_name(stem + SUFFIX), folder.with_name(f"{stem}.old")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def sync(path: Path) -> None:
     """Wait until a file's content is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -125,8 +156,8 @@ def remove_folder(folder: StoragePath) -> None:
 def files_below(folder: StoragePath, *, hidden: bool = True) -> dict[str, Stat]:
     """All files below a folder by their names relative to it, sorted; none if the folder is not there.
 
-    Without `hidden`, those are left out that have a part of their name which begins with a dot. Links to folders are not
-    followed, for they can lead in circles.
+    Without `hidden`, it leaves out files and folders whose names begin with a dot. Links to folders are not followed,
+    for they can lead in circles.
     """
     if isinstance(folder, BucketPath):
         return {name: stat for name, stat in folder.files().items() if hidden or not _is_hidden(name)}
@@ -141,7 +172,7 @@ def files_below(folder: StoragePath, *, hidden: bool = True) -> dict[str, Stat]:
 
 
 def find(path: StoragePath, keep: Callable[[str], bool]) -> tuple[StoragePath, dict[str, Stat]]:
-    """The files that a path names: itself, those below a folder whose names are to `keep`, or those that a glob matches.
+    """The files that a path names: itself, those below a folder that `keep` accepts, or those that a glob matches.
 
     Returns the folder above them and their names relative to it, sorted, without hidden ones.
     """

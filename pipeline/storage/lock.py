@@ -95,7 +95,7 @@ def _now() -> float:
 
 
 class _Lease:
-    """The object that says who holds a folder of a bucket: `{"holder": …, "renewals": 7}`, no holder when it is free."""
+    """The object that says who holds a folder of a bucket: `{"holder": …, "renewals": 7}`; "" if nobody does."""
 
     def __init__(self, folder: BucketPath) -> None:
         self.folder, self.path = folder, folder / NAME

@@ -1,4 +1,4 @@
-"""A folder on disk whose files are copied to a bucket while they grow: logs and metrics, which are written line by line.
+"""A folder on disk whose files are copied to a bucket while they grow: logs and metrics, written line by line.
 
 mirror = Mirror(config.run_dir, ["metrics.jsonl"])              # fetches that file first, if it is in the bucket
 (mirror.folder / "metrics.jsonl").open("a").write("…")          # is in the bucket 10 s later, and after mirror.close()

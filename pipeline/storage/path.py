@@ -74,6 +74,9 @@ class BucketPath:
         except FileNotFoundError:
             return False
 
+    def is_symlink(self) -> bool:
+        return False
+
     def is_dir(self) -> bool:
         return next(self._listed(chunk_size=2), None) is not None
 
@@ -233,7 +236,7 @@ def check_guards(path: BucketPath) -> None:
 
 
 def as_path(text: str) -> StoragePath:
-    """The path that a URI or a path on disk names. Raises ValueError for an unknown scheme or option, which it names."""
+    """The path that a URI or a path on disk names. Raises ValueError, with the unknown scheme or option."""
     scheme, mark, rest = text.partition("://")
     if not mark:
         return Path(text)

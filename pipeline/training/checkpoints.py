@@ -3,7 +3,8 @@
 `state.json` holds the step, the metrics and every file's hash, so a folder without it, or with a file that does not
 match it, is passed over; `newest_valid` says which those were. Ray's rotation keeps the newest K of one start of the
 driver; `newest_valid` looks over all starts (`attempt-*`), and the best by validation lies outside Ray's list, in
-`best/`, because Ray's rotation cannot keep both the newest and the best. A checkpoint in a bucket is fetched to be read.
+`best/`, because Ray's rotation cannot keep both the newest and the best. A checkpoint in a bucket is fetched to be
+read.
 
     <run>/attempt-001/step-00000200/{model.safetensors, model.json, tokenizer.json, partners.safetensors, optimizer.pt,
                                      state.json}
@@ -185,8 +186,8 @@ def noted_halvings(run_dir: StoragePath) -> int:
 def prune(run_dir: StoragePath, keep: int, spared: StoragePath | None = None) -> None:
     """Keep the newest `keep` whole checkpoints over all attempts; drop the rest, and what attempts leave behind.
 
-    Not while an attempt is under way: Ray must find the checkpoints that it knows of. A checkpoint counts as whole if all
-    its files are there, whose hashes are not checked here: `spared`, which passed that check, stays in any case.
+    Not while an attempt is under way: Ray must find the checkpoints that it knows of. A checkpoint counts as whole if
+    all its files are there. Hashes are not checked here: `spared`, which passed that check, stays in any case.
     """
     shutil.rmtree(staging(run_dir), ignore_errors=True)
     kept: list[StoragePath] = []
