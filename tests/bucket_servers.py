@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -141,7 +141,7 @@ def gcs(bucket: str, folder: Path) -> Iterator[Gcs]:
         assert server.stdout
         try:
             address = server.stdout.readline().strip()
-            options = f"?anonymous=true&scheme=http&endpoint_override={address}&retry_limit_seconds=3"
+            options = f"?anonymous=true&scheme=http&endpoint_override={address}"
             yield Gcs(bucket, options, folder / bucket)
         finally:
             server.terminate()
@@ -194,6 +194,11 @@ def _create_container(server: str, container: str) -> None:
     signature = base64.b64encode(hmac.digest(key, text.encode(), "sha256")).decode()
     headers["Authorization"] = f"SharedKey {AZURE_ACCOUNT}:{signature}"
     urlopen(Request(f"{server}{path}?restype=container", method="PUT", headers=headers), timeout=60).close()
+
+
+def serving(scheme: str, bucket: str, folder: Path) -> AbstractContextManager[Served]:
+    """A server with one bucket, for a scheme of URIs."""
+    return s3(bucket) if scheme == "s3" else (gcs if scheme == "gs" else azure)(bucket, folder)
 
 
 class Forbidding(BaseHTTPRequestHandler):

@@ -8,10 +8,8 @@ import pickle
 import random
 import stat
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from unittest.mock import patch
@@ -19,18 +17,18 @@ from unittest.mock import patch
 import pytest
 
 from pipeline.config import ConfigError, load
-from pipeline.runtime.job import JobError, alone_in, check_reachable
+from pipeline.runtime.job import check_reachable
 from pipeline.stages import check_writable
-from pipeline.storage import lock, mirror
+from pipeline.storage import mirror
 from pipeline.storage.files import fetched, place, remove_folder, replacing, scratch, sizes, write_atomically
 from pipeline.storage.object_store import BucketError
 from pipeline.storage.path import BucketPath, as_path
-from tests.bucket_servers import CREDENTIALS, NOBODY, Forbidding, Served, answering, gcs, give_up_at_once, s3
+from tests.bucket_servers import CREDENTIALS, NOBODY, Forbidding, Served, answering, give_up_at_once, s3, serving
 
 
-@pytest.fixture(scope="module", params=["s3", "gs"])
+@pytest.fixture(scope="module", params=["s3", "gs", "az"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with s3("store") if request.param == "s3" else gcs("store", tmp_path_factory.mktemp("gcs")) as server:
+    with serving(request.param, "store", tmp_path_factory.mktemp("served")) as server:
         yield server
 
 
@@ -144,39 +142,6 @@ def test_a_mirror_sends_what_grows(root: BucketPath, monkeypatch: pytest.MonkeyP
     found.close()
     assert list(root.files()) == ["deep/events", "last", "metrics.jsonl"]
     assert not found.folder.exists()
-
-
-def test_one_job_at_a_time(root: BucketPath, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "RENEW_EVERY_S", 0.05)
-    monkeypatch.setattr(lock, "LIMIT_S", 60)
-    with alone_in(root):
-        with pytest.raises(JobError, match=r"^another job is at work in (s3|gs)://store/"), alone_in(root):
-            pytest.fail("two at once")
-        assert json.loads((root / ".lock").read_bytes())["holder"]
-    with alone_in(root):  # at once: the other has left
-        pass
-    monkeypatch.setattr(lock, "LIMIT_S", 0.2)
-    (root / ".lock").write_bytes(b'{"holder": "killed", "renewals": 7}')
-    with alone_in(root):
-        assert json.loads((root / ".lock").read_bytes())["holder"] not in ("", "killed")
-
-
-def test_of_many_that_begin_together_no_two_are_in(root: BucketPath, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "RENEW_EVERY_S", 0.05)
-    monkeypatch.setattr(lock, "LIMIT_S", 60)
-    busy, barrier = threading.Lock(), threading.Barrier(6)
-
-    def is_alone(_: int) -> bool:
-        barrier.wait()
-        with suppress(JobError), alone_in(root):
-            if not busy.acquire(blocking=False):
-                return False
-            time.sleep(0.2)
-            busy.release()
-        return True
-
-    with ThreadPoolExecutor(6) as pool:
-        assert all(pool.map(is_alone, range(6)))
 
 
 def config_file(tmp_path: Path) -> Path:

@@ -37,16 +37,16 @@ from pipeline.training.run_folder import claim_run_folder
 from pipeline.training.sharded import consolidate_where_it_lies
 from pipeline.training.tracking.trackers import Trackers
 from pipeline.training.uploading import Upload, Writer
-from tests.bucket_servers import CREDENTIALS, Served, gcs, s3
+from tests.bucket_servers import CREDENTIALS, Served, serving
 from tests.killed_loop import Kill, Start, train_in
 from tests.test_resume import SETTINGS, STEPS, assert_same_batches
 
 FILES = ("model.safetensors", "model.json", "tokenizer.json", "optimizer.pt")
 
 
-@pytest.fixture(scope="module", params=["s3", "gs"])
+@pytest.fixture(scope="module", params=["s3", "gs", "az"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with s3("models") if request.param == "s3" else gcs("models", tmp_path_factory.mktemp("gcs")) as server:
+    with serving(request.param, "models", tmp_path_factory.mktemp("served")) as server:
         yield server
 
 
@@ -200,7 +200,7 @@ def test_the_first_of_several_workers_seals_once_all_parts_are_there(run_dir: Bu
 
 def test_a_worker_that_never_comes_is_given_up(run_dir: BucketPath, tmp_path: Path) -> None:
     target = run_dir / "attempt-001" / step_folder(4)
-    with pytest.raises(BucketError, match=r"^worker 1 has not written its part of (s3|gs)://.* in 0 s"):
+    with pytest.raises(BucketError, match=r"^worker 1 has not written its part of (s3|gs|az)://.* in 0 s"):
         Upload(run_dir, Writer(0, 2, "now"), False, 0)(written(tmp_path, 4), target)
     assert newest_valid(run_dir)[0] is None
 

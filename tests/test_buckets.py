@@ -13,7 +13,7 @@ from pipeline.config import ConfigError, Source
 from pipeline.runtime.job import JobError
 from pipeline.sources import source as sources
 from pipeline.sources.source import check_fields, plan_source, read
-from tests.bucket_servers import NOBODY, Forbidding, Served, answering, gcs, give_up_at_once, s3
+from tests.bucket_servers import NOBODY, Forbidding, Served, answering, give_up_at_once, s3, serving
 from tests.test_sources import FORMATS, ROWS, all_records, as_csv, as_lines, as_parquet, compressed
 
 OBJECTS = {
@@ -29,9 +29,9 @@ OBJECTS = {
 KINDS = {"pages/d.csv": "csv", "pages/e.parquet": "parquet", "pages/f.arrow.gz": "arrow"}
 
 
-@pytest.fixture(scope="module", params=["s3", "gs"])
+@pytest.fixture(scope="module", params=["s3", "gs", "az"])
 def bucket(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with s3("corpus") if request.param == "s3" else gcs("corpus", tmp_path_factory.mktemp("gcs")) as served:
+    with serving(request.param, "corpus", tmp_path_factory.mktemp("served")) as served:
         for key, data in OBJECTS.items():
             served.write(key, data)
         yield served

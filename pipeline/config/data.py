@@ -24,7 +24,8 @@ class Source(Section):
     Files ending in .gz or .zst are decompressed on the way."""
     path: PathStr | None = None
     """A file, a folder or a glob, on local disk, s3://, gs:// or az:// (with options as in `?region=eu-west-1` and
-    `?anonymous=true`). huggingface: the data set's name. python_packages: a folder of packages, by default this Python's site-packages."""
+    `?anonymous=true`). huggingface: the data set's name. python_packages: a folder of packages, by default this
+    Python's site-packages."""
     record: Literal["file", "paragraph", "line"] = "file"
     """What a text source's record is. A file has the fields `title` (its title or first line), `body` (the rest) and
     `text` (all); a paragraph and a line have `text`."""

@@ -39,11 +39,11 @@ class JobError(Exception):
 
 
 @contextmanager
-def alone_in(folder: StoragePath, *, wait: bool = False) -> Iterator[str]:
+def alone_in(folder: StoragePath, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder for this job; see `locked`. Raises JobError while another job holds it, unless it is to `wait`."""
     try:
-        with locked(folder, wait=wait) as token:
-            yield token
+        with locked(folder, wait=wait):
+            yield
     except Occupied:
         raise JobError(
             f"another job is at work in {folder}; wait until it has ended, or name another run with storage.run=NAME"

@@ -1,6 +1,6 @@
 """One job at a time in a folder: a lock of the file system's, and in a bucket an object that its holder keeps renewing.
 
-    with locked(config.run_dir) as lock: ...           # Occupied if another job is at work there
+    with locked(config.run_dir): ...                   # Occupied if another job is at work there
 
 On disk the kernel holds the lock and drops it with the process. In a bucket the lock is the object `.lock`, which names
 its holder and counts its renewals. It is created and replaced by conditional writes, so only one of several jobs that
@@ -48,8 +48,8 @@ class LockLost(RuntimeError):  # noqa: N818
 
 
 @contextmanager
-def locked(folder: StoragePath, *, wait: bool = False) -> Iterator[str]:
-    """Hold a folder; gives a token by which other processes can ask `still_holds`.
+def locked(folder: StoragePath, *, wait: bool = False) -> Iterator[None]:
+    """Hold a folder.
 
     Raises Occupied while another job holds it, or waits for that job with `wait`. Raises LockLost at the end of the
     block, and from every write in it, once the lock was lost.
@@ -59,19 +59,19 @@ def locked(folder: StoragePath, *, wait: bool = False) -> Iterator[str]:
         lock = FileLock(folder / NAME)
         _until_free(lambda: lock.acquire(timeout=0), folder, wait)
         try:
-            yield ""
+            yield
         finally:
             lock.release()
         return
     lease = _Lease(folder)
     _until_free(lease.acquire, folder, wait)
     with guarded(folder, lease.check), lease.renewing():
-        yield lease.holder
+        yield
 
 
-def still_holds(folder: StoragePath, token: str) -> bool:
-    """Whether the lock is still the one that gave the token; for workers, which hold no lock themselves."""
-    return isinstance(folder, Path) or _Lease(folder).read()[0] == token
+def holder_of(folder: StoragePath) -> str:
+    """Who holds a folder of a bucket, "" if nobody does, or on disk; workers see by it that their driver lost it."""
+    return "" if isinstance(folder, Path) else _Lease(folder).read()[0]
 
 
 def _until_free(acquire: Any, folder: StoragePath, wait: bool) -> None:

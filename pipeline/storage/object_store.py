@@ -54,10 +54,7 @@ class ObjectStore:
         """LanceDB's storage options."""
         config, http = self._config
         prefix = {"s3": "aws_", "gs": "google_", "az": "azure_storage_"}[self.scheme]
-        named = {"skip_signature": "skip_signature", "base_url": "google_base_url", "endpoint": f"{prefix}endpoint"}
-        return {named.get(name, prefix + name): value for name, value in config.items()} | (
-            {"allow_http": "true"} if http else {}
-        )
+        return {prefix + name: value for name, value in config.items()} | ({"allow_http": "true"} if http else {})
 
     def arrow_filesystem(self) -> Any:
         """pyarrow's filesystem for the same bucket; paths in it begin with the bucket's name."""
@@ -98,6 +95,8 @@ class ObjectStore:
         config = {}
         if options.get("anonymous") == "true":
             config["skip_signature"] = "true"
+            if self.scheme == "gs":
+                config["bearer_token"] = ""  # or writes would ask the machine for one
         if self.scheme == "s3" and (region := self._region):
             config["region"] = region
         if account := options.get("account_name"):

@@ -130,10 +130,13 @@ class BucketPath:
         import obstore
 
         check_guards(self)
-        if not missing_ok:
-            self.stat()
-        with reaching(self.store, self.key):
-            obstore.delete(self.store.connect(), self.key)
+        try:
+            self.stat()  # S3 deletes what is not there, the others refuse
+            with reaching(self.store, self.key):
+                obstore.delete(self.store.connect(), self.key)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
 
     def iterdir(self) -> Iterator[BucketPath]:
         """Objects and folders directly below, sorted; nothing if there are none."""

@@ -25,6 +25,7 @@ from pipeline.evaluation.sts import read_sts
 from pipeline.model.packing import pack
 from pipeline.objectives.collectives import rank, world_size
 from pipeline.runtime.console import log
+from pipeline.storage.lock import holder_of
 from pipeline.storage.path import StoragePath, as_path
 from pipeline.training.batch import to_batch
 from pipeline.training.build import build_learner, check_model, describe
@@ -55,13 +56,15 @@ class Task:
     manifest: Manifest
     plan: Plan
     total_steps: int
+    holder: str
+    """Who holds the run's folder: see `Upload`."""
 
     @classmethod
     def of(cls, config: Config, folder: StoragePath, manifest: Manifest) -> Task:
         """Raises ConfigError where a split is too small for the batch."""
         settings = config.training
         plan = training_plan(folder, manifest, settings.global_batch_size, settings.seed, settings.batching)
-        return cls(config, folder, manifest, plan, steps_of(config, plan))
+        return cls(config, folder, manifest, plan, steps_of(config, plan), holder_of(config.run_dir))
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def run_task(
         batches=batches,
         validation=_validation(task, tokenizer),
         total_steps=task.total_steps,
-        save=Saver(config, tokenizer_json, hooks.place).save,
+        save=Saver(config, tokenizer_json, hooks.place, task.holder).save,
         report=hooks.report,
         device=device,
         wishes=hooks.wishes,

@@ -44,8 +44,8 @@ class Saver:
     folder and that place is None on a worker that has written nothing.
     """
 
-    def __init__(self, config: Config, tokenizer_json: str, place: Place, lock: str = "") -> None:
-        self.config, self.tokenizer_json, self.place, self.lock = config, tokenizer_json, place, lock
+    def __init__(self, config: Config, tokenizer_json: str, place: Place, holder: str = "") -> None:
+        self.config, self.tokenizer_json, self.place, self.holder = config, tokenizer_json, place, holder
         self.incoming = staging(config.run_dir) / str(rank())
         self.start = agreed(uuid.uuid4().hex[:8])
 
@@ -81,7 +81,7 @@ class Saver:
             return None
         writers = world_size() if run.strategy.lockstep else 1
         wait_s = self.config.scaling.collective_timeout_s
-        return Upload(self.config.run_dir, Writer(rank(), writers, self.start), is_best, wait_s, self.lock)
+        return Upload(self.config.run_dir, Writer(rank(), writers, self.start), is_best, wait_s, self.holder)
 
     def _writes(self, run: Run) -> bool:
         """Whether this worker has a folder of its own to give its place."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.storage.files import files_below, for_each, place, write_atomically
-from pipeline.storage.lock import LockLost, still_holds
+from pipeline.storage.lock import LockLost, holder_of
 from pipeline.storage.object_store import BucketError
 from pipeline.storage.path import StoragePath
 from pipeline.training.checkpoints import keep_best
@@ -46,8 +46,8 @@ class Upload:
     writer: Writer
     is_best: bool
     wait_s: float
-    lock: str = ""
-    """The token of the run folder's lock, which the driver holds."""
+    holder: str = ""
+    """Who held the run's folder when training began: the driver."""
 
     def __call__(self, folder: Path, target: StoragePath) -> None:
         """Take a sealed folder to its place, and delete it here.
@@ -55,7 +55,7 @@ class Upload:
         Raises BucketError if the bucket fails, or if another worker's part has not come after `wait_s` seconds, and
         LockLost if another job holds the run's folder by now.
         """
-        if not still_holds(self.run_dir, self.lock):
+        if holder_of(self.run_dir) != self.holder:
             raise LockLost(f"another job has taken over {self.run_dir}")
         names = [name for name in files_below(folder) if name != "state.json"]
         if self.writer.rank == 0:
