@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import hmac
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -216,9 +217,12 @@ class Forbidding(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def answering(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+def answering(handler: type[BaseHTTPRequestHandler], tls: ssl.SSLContext | None = None) -> Iterator[str]:
     """Options of a URI of S3 that lead to a server with this handler."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that hangs up
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield f"?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{server.server_address[1]}"

@@ -26,11 +26,12 @@ MAY_IMPORT = {
         "export": "config runtime data model storage",
         "preflight": "config runtime data embedding training tuning storage",
         "tuning": "config runtime data training storage",
+        "cleaning": "config runtime data model embedding storage",
         "stages": "config runtime data model embedding evaluation mining training storage preflight tuning",
     }.items()
 }
-WITHOUT_RAY = {"config", "storage", "text", "sources", "model", "objectives", "export"}
-WITHOUT_TORCH = {"config", "storage", "text", "runtime", "sources", "data"}
+WITHOUT_RAY = {"config", "storage", "text", "sources", "model", "objectives", "export", "cleaning"}
+WITHOUT_TORCH = {"config", "storage", "text", "runtime", "sources", "data", "cleaning"}
 RAYLESS_MODULES = {
     f"{folder}/{name}.py"
     for folder, names in {

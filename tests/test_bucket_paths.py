@@ -6,17 +6,27 @@ import json
 import os
 import pickle
 import random
+import ssl
 import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from pipeline.config import ConfigError, load
+from pipeline.data.vocabulary import load_tokenizer, train_tokenizer
+from pipeline.evaluation.beir import check_beir, open_beir
+from pipeline.evaluation.sts import read_sts
+from pipeline.export.destination import exporting
 from pipeline.runtime.job import check_reachable
 from pipeline.stages import check_writable
 from pipeline.storage import mirror
@@ -124,6 +134,42 @@ def test_a_folder_is_fetched_once_and_again_when_it_changed(root: BucketPath, tm
     assert not first.exists()
     assert stat.S_IMODE(scratch().stat().st_mode) == 0o700
     assert fetched(tmp_path) == tmp_path
+
+
+def test_what_reads_a_file_or_a_folder_reads_one_in_a_bucket(root: BucketPath) -> None:
+    """Evaluation data and tokenizers: names, bytes and lines are those of a disk."""
+    documents = [{"_id": f"d{i}", "text": f"text number {i}"} for i in range(3)]
+    (root / "beir/corpus.jsonl").write_bytes("".join(json.dumps(row) + "\n" for row in documents).encode())
+    (root / "beir/queries.jsonl").write_bytes(b'{"_id": "q", "text": "which one?"}\n')
+    (root / "beir/qrels/test.tsv").write_bytes(b"query-id\tcorpus-id\tscore\nq\td1\t1\n")
+    check_beir(root / "beir")
+    task = open_beir(root / "beir")
+    assert task.queries == {"q": "which one?"}
+    assert dict(task.documents.items()) == {row["_id"]: row["text"] for row in documents}
+    (root / "sts.tsv").write_bytes(b"score\tsentence1\tsentence2\n4.5\ta\tb\n1\tc\td\n2\te\tf\n")
+    assert read_sts(root / "sts.tsv").scores == [4.5, 1, 2]
+    trained = train_tokenizer(["one two three"] * 9, kind="bpe", vocab_size=300, lowercase=False)
+    (root / "tokenizer/tokenizer.json").write_bytes(trained.to_str().encode())
+    assert load_tokenizer(root / "tokenizer").get_vocab() == trained.get_vocab()
+    assert fetched(root / "sts.tsv").name == "sts.tsv"
+    with pytest.raises(FileNotFoundError):
+        fetched(root / "nothing")
+
+
+def test_an_export_in_a_bucket_takes_the_place_of_an_earlier_one_alone(root: BucketPath) -> None:
+    for names in (("a", "deep/b"), ("a", "c")):
+        with exporting(root / "to", "export.json", {"version": 1}) as folder:
+            for name in names:
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text(name)
+        assert root.files().keys() == {f"to/{name}" for name in (*names, "export.json")}
+        assert (root / "to" / names[1]).read_text() == names[1]
+    (root / "to" / "mine").write_bytes(b"")
+    with (
+        pytest.raises(ConfigError, match=r"holds mine, which no export wrote"),
+        exporting(root / "to", "export.json", {}),
+    ):
+        pytest.fail("it is not ours alone")
 
 
 def test_a_mirror_sends_what_grows(root: BucketPath, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,3 +285,26 @@ def test_a_bucket_that_goes_away_is_no_missing_file(monkeypatch: pytest.MonkeyPa
         with pytest.raises(BucketError, match=r"^found no way into s3://gone/x \(Connection refused\)"):
             read()
     assert not isinstance(BucketError(""), OSError)
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    give_up_at_once(monkeypatch)
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    today = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, today - timedelta(days=1), today + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    plain = serialization.NoEncryption(), serialization.PrivateFormat.PKCS8
+    (tmp_path / "own.pem").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, plain[1], plain[0])
+        + certificate.public_bytes(serialization.Encoding.PEM)
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "own.pem")
+    with answering(ReadOnly, context) as options:
+        path = as_path(f"s3://store/x{options.replace('scheme=http&', '')}")
+        with pytest.raises(BucketError, match=r"^found no way into s3://store/x \(.*certificate.*\); "):
+            path.read_bytes()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +51,13 @@ class Job:
 
     def __call__(self, capsys: pytest.CaptureFixture[str], name: str, *args: str) -> tuple[int, Any, str, str]:
         return run_here(capsys, name, "--config", str(self.config), *args)
+
+
+def _obey_permissions() -> None:
+    """Let a process of root's, once it runs a program, be refused as other users are."""
+    libc, drop_from_bounding_set = ctypes.CDLL(None), 24
+    for override in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        libc.prctl(drop_from_bounding_set, override, 0, 0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +152,29 @@ class TestWholeJob:
         assert out.startswith(" 1  0.")
 
     @pytest.mark.parametrize(("query", "found"), [("", "nothing"), (" \n", "nothing"), ("x" * 100_000, "100,000")])
+    def test_what_only_reads_works_on_a_root_that_can_only_be_read(self, job: Job) -> None:
+        def run(name: str, *args: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, f"jobs/{name}.py", "--config", str(job.config), *args]
+            return subprocess.run(command, capture_output=True, text=True, preexec_fn=_obey_permissions)
+
+        before = {path: path.stat().st_mtime_ns for path in job.root.rglob("*")}
+        folders = [path for path in (job.root, *before) if path.is_dir()]
+        for folder in folders:
+            folder.chmod(0o555)
+        try:
+            for arguments in (["search", "merge the invoice"], ["run"], ["evaluate"], ["clean", "--dry-run"]):
+                done = run(*arguments)
+                assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+            refused = run("prepare", "tokenizer.max_length=12")
+            assert refused.returncode == 1
+            assert re.search(
+                r"^prepare: \S+ cannot be read or written \(Permission denied\); .*$", refused.stderr, re.M
+            )
+        finally:
+            for folder in folders:
+                folder.chmod(0o755)
+        assert {path: path.stat().st_mtime_ns for path in job.root.rglob("*")} == before
+
     def test_search_refuses_queries_that_are_none(
         self, query: str, found: str, job: Job, capsys: pytest.CaptureFixture[str]
     ) -> None:

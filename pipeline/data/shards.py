@@ -19,7 +19,7 @@ from pipeline.data.lengths import LengthCounts, draw
 from pipeline.data.manifest import SPLITS, Manifest, Shard, SourceCount, sha256
 from pipeline.data.tokenizing import Recipe, tokenize_file
 from pipeline.data.vocabulary import loaded_tokenizer
-from pipeline.runtime.artifact import Artifact, Output
+from pipeline.runtime.artifact import Artifact, Output, checked
 from pipeline.runtime.session import Board
 from pipeline.storage.files import for_each, sizes
 from pipeline.storage.path import StoragePath
@@ -53,7 +53,7 @@ def token_shards(
     changed_ns = tokenizer.stat().st_mtime_ns
 
     def tokenize(index: int, output: Output) -> dict[str, Any]:
-        found = tokenize_file(files[index], output, recipe, loaded_tokenizer(tokenizer, changed_ns))
+        found = tokenize_file(files[index], output, recipe, loaded_tokenizer(checked(tokenizer), changed_ns))
         output.report(records=sum(shard["rows"] for shard in found["shards"]))
         return found
 

@@ -33,7 +33,7 @@ from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.mining.blocks import negatives_of, open_block, write_block
 from pipeline.mining.choosing import Answers
 from pipeline.mining.keys import TextKeys, text_keys
-from pipeline.runtime.artifact import Artifact, Output, open_parquet
+from pipeline.runtime.artifact import Artifact, Output, checked, open_parquet
 from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError
 from pipeline.runtime.session import Board
@@ -65,7 +65,7 @@ def mine(
             "on disk that all nodes see"
         )
     files, recipe = matching(folder / "records", "*.parquet"), _recipe(config, manifest)
-    tokenizer, stages = folder / "tokenizer.json", config.root / "stages"
+    tokenizer, stages = checked(folder / "tokenizer.json"), config.root / "stages"
     settings = [config.mining.model_dump(), recipe.validation_fraction]
     mined = Artifact(stages, "mined", [FORMAT, folder.name, manifest.fingerprint, model.space, settings])
     tokens = tokens_of(stages, mined.key, sha256(tokenizer), recipe)

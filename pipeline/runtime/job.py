@@ -10,6 +10,7 @@ Exit codes: 0 done, 1 failed, 2 bad config or arguments, 130 on Ctrl-C, 143 on S
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -216,7 +217,7 @@ def run_job(
             status, code = "stopped", 128 + signals.number
             sentence = f"stopped by {signal.Signals(signals.number).name}; the same command goes on from here"
         else:
-            status, code, sentence = "failed", 1, f"{type(error).__name__}: {error}"
+            status, code, sentence = "failed", 1, _sentence_of(error)
             if log_file:
                 log_file.write_traceback(error)
     signals.ignore()
@@ -237,6 +238,18 @@ def run_job(
         signal.signal(number, handler)
     sys.unraisablehook = hook
     return code
+
+
+def _sentence_of(error: BaseException) -> str:
+    """What to do about a disk that takes nothing; else the error as it is."""
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (
+            f"{error.filename} cannot be read or written ({error.strerror}); change its permissions, or choose another "
+            "folder with storage.root=DIR"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error.filename or 'no file named'}); free some space and run the same command again"
+    return f"{type(error).__name__}: {error}"
 
 
 def _is_interrupt(error: BaseException | None) -> bool:

@@ -146,8 +146,10 @@ def cause(error: BaseException) -> str:
     if status:  # of the service
         code = re.search(r"<Code>(\w+)</Code>", text)
         return status[1].strip() + (f", {code[1]}" if code else "")
-    network = re.search(r'(?:message|error): "([^"]+)"|HTTP error: ([^\n]*)', text.partition("Debug source")[2])
-    words = _URI.sub("", (network[1] if network else text.partition("\n\nDebug source")[0])).split()
+    if "InvalidCertificate" in text:
+        return "invalid certificate"
+    network = re.search(r'(?:message|error): "([^"]+)"', text) or re.search(r"HTTP error: ([^\n]*)", text)
+    words = _URI.sub("", network[1] if network else text.partition("\n")[0]).split()
     return " ".join(words)[:200] or type(error).__name__
 
 

@@ -24,6 +24,7 @@ from pipeline.data.plan import Plan
 from pipeline.evaluation.sts import read_sts
 from pipeline.model.packing import pack
 from pipeline.objectives.collectives import rank, world_size
+from pipeline.runtime.artifact import checked
 from pipeline.runtime.console import log
 from pipeline.storage.lock import holder_of
 from pipeline.storage.path import StoragePath, as_path
@@ -84,7 +85,7 @@ def run_task(
     config = task.config
     task.plan.check_workers(world_size())
     torch.manual_seed(config.training.seed)
-    tokenizer_json = (task.folder / "tokenizer.json").read_text(encoding="utf-8")
+    tokenizer_json = checked(task.folder / "tokenizer.json").read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_str(tokenizer_json)
     learner = build_learner(config, tokenizer, negatives="negatives" in task.manifest.text_fields)
     run = Run(
@@ -114,7 +115,7 @@ def train_here(
     `told` gets, on rank 0, what the trackers get, after them.
     """
     task = Task.of(config, folder, manifest)
-    check_model(config, Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8")))
+    check_model(config, Tokenizer.from_str(checked(folder / "tokenizer.json").read_text(encoding="utf-8")))
     if rank() == 0:
         claim_run_folder(config, manifest.fingerprint)
     attempt = next_attempt(config.run_dir)

@@ -12,6 +12,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.config.deepspeed import HEADER
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan
+from pipeline.runtime.artifact import checked
 from pipeline.runtime.cluster import connected_cluster
 from pipeline.runtime.console import log, table
 from pipeline.runtime.findings import Finding, refuse
@@ -68,7 +69,7 @@ def fit(
     from pipeline.training.build import check_model
 
     task = Task.of(config, folder, manifest)
-    check_model(config, Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8")))
+    check_model(config, Tokenizer.from_str(checked(folder / "tokenizer.json").read_text(encoding="utf-8")))
     workers = _workers(config, task.plan, beside)
     claim_run_folder(config, manifest.fingerprint)
     _, state = resume_point(config)

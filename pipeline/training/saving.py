@@ -56,6 +56,9 @@ class Saver:
             if self._writes(run):
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
+        # Only now: under fsdp, writing is collective, and would wait for a worker that has no folder.
+        with self._on_all_or_none(folder, run, state):
+            if self._writes(run):
                 self._write(folder, run, state)
         self.place(state, folder, self._take(run, is_best))
 
