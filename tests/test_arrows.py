@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +76,14 @@ def test_imports() -> None:
     found = {str(path.relative_to(ROOT)): sorted(faults(path)) for path in modules()}
     assert not {path: names for path, names in found.items() if names}
     assert {str(path.relative_to(ROOT / "pipeline")) for path in modules()} >= RAYLESS_MODULES
+
+
+def test_only_storage_asks_where_a_path_lies() -> None:
+    asking = re.compile(
+        r"isinstance\([^)]*\b(Path|BucketPath)\b|pyarrow\.fs|import obstore|urlparse|\.startswith\(.(s3|gs|az):"
+    )
+    found = [path for path in modules() if path.parent.name != "storage" and asking.search(path.read_text("utf-8"))]
+    assert not found
 
 
 def test_the_table_has_no_cycle() -> None:

@@ -31,7 +31,7 @@ from pipeline.training.checkpoints import TrainState, load_weights, read_state
 from pipeline.training.fsdp import FullySharded
 from pipeline.training.loop import Run, TrainingStopped, train
 from pipeline.training.optimizer import build_optimizer
-from pipeline.training.saving import Saver
+from pipeline.training.saving import Saver, Take
 from pipeline.training.sharded import consolidate, is_sharded, load_sharded, save_sharded
 from pipeline.training.step import backward, cut
 from pipeline.training.strategy import DataParallel
@@ -308,7 +308,11 @@ def test_checkpoints_of_two_workers_load_on_one_and_on_three(tmp_path: Path) -> 
 
 
 def saver_of(run: Run) -> Saver:
-    return Saver(run.config, "{}", lambda state, folder, take: None)
+    def place(state: TrainState, folder: Path, take: Take | None) -> None:
+        assert take
+        take(folder, run.config.run_dir / "attempt-001" / folder.name)
+
+    return Saver(run.config, "{}", place)
 
 
 def _saved_by_a_slow_leader(rank: int, world_size: int, folder: str) -> Result:
@@ -327,9 +331,10 @@ def _saved_by_a_slow_leader(rank: int, world_size: int, folder: str) -> Result:
     return {}
 
 
-def test_no_worker_writes_its_part_before_there_is_a_folder(tmp_path: Path) -> None:
+def test_the_parts_of_all_workers_are_one_checkpoint(tmp_path: Path) -> None:
     run_workers(2, _saved_by_a_slow_leader, str(tmp_path))
     (state,) = tmp_path.rglob("state.json")
+    assert not list(tmp_path.glob("runs/*/incoming/*/step-*"))
     assert read_state(state.parent).step == 1
     assert len(list(state.parent.glob("weights/shard-*"))) == 2
 
@@ -338,7 +343,7 @@ def _saved_with_a_file_in_the_way(rank: int, world_size: int, folder: str) -> Re
     run = run_of(rank, world_size, Path(folder), "fsdp", [])
     saver = saver_of(run)
     if rank == 0:
-        saver.incoming.parent.mkdir(parents=True)
+        saver.incoming.parent.mkdir(parents=True, exist_ok=True)
         saver.incoming.write_text("in the way")
     try:
         saver.save(run, TrainState(step=1), False)

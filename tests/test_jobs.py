@@ -151,16 +151,15 @@ class TestWholeJob:
         assert (code, last["metrics"]["results"]) == (0, 2)
         assert out.startswith(" 1  0.")
 
-    @pytest.mark.parametrize(("query", "found"), [("", "nothing"), (" \n", "nothing"), ("x" * 100_000, "100,000")])
     def test_what_only_reads_works_on_a_root_that_can_only_be_read(self, job: Job) -> None:
         def run(name: str, *args: str) -> subprocess.CompletedProcess[str]:
             command = [sys.executable, f"jobs/{name}.py", "--config", str(job.config), *args]
             return subprocess.run(command, capture_output=True, text=True, preexec_fn=_obey_permissions)
 
         before = {path: path.stat().st_mtime_ns for path in job.root.rglob("*")}
-        folders = [path for path in (job.root, *before) if path.is_dir()]
-        for folder in folders:
-            folder.chmod(0o555)
+        modes = {path: path.stat().st_mode for path in (job.root, *before)}
+        for path, mode in modes.items():
+            path.chmod(mode & 0o555)
         try:
             for arguments in (["search", "merge the invoice"], ["run"], ["evaluate"], ["clean", "--dry-run"]):
                 done = run(*arguments)
@@ -171,10 +170,11 @@ class TestWholeJob:
                 r"^prepare: \S+ cannot be read or written \(Permission denied\); .*$", refused.stderr, re.M
             )
         finally:
-            for folder in folders:
-                folder.chmod(0o755)
+            for path, mode in modes.items():
+                path.chmod(mode)
         assert {path: path.stat().st_mtime_ns for path in job.root.rglob("*")} == before
 
+    @pytest.mark.parametrize(("query", "found"), [("", "nothing"), (" \n", "nothing"), ("x" * 100_000, "100,000")])
     def test_search_refuses_queries_that_are_none(
         self, query: str, found: str, job: Job, capsys: pytest.CaptureFixture[str]
     ) -> None:

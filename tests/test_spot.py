@@ -70,7 +70,7 @@ def test_killed_anywhere_a_run_ends_with_the_same_bits(every_point: bool, traine
     job.wait_for(next(steps))
     assert not hung.is_running()
     found, incoming = workers(), tmp_path / "store/runs/r/incoming"
-    wait_until(lambda: list(incoming.glob("step-*/model.safetensors")), job)
+    wait_until(lambda: list(incoming.glob("*/step-*/model.safetensors")), job)
     kill(found)
     job.wait_for(next(steps))
     kill(ray_processes("TrainController"))

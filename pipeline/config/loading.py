@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from pipeline.config.reading import ConfigError, assign, explain, parse_override
 from pipeline.config.space import check_space
 from pipeline.config.tree import DEFAULT_ROOT, EVALUATION_PATHS, Config
 from pipeline.storage.object_store import OPTIONS, holds_credentials
-from pipeline.storage.path import as_path
+from pipeline.storage.path import absolute, as_path, without_options
 
 
 def load(
@@ -72,8 +73,9 @@ def _apply_environment(tree: dict[str, Any], from_arguments: dict[str, str], env
     if "storage.root" not in from_arguments and environ.get("PIPELINE_STORAGE"):
         storage["root"] = environ["PIPELINE_STORAGE"]
     storage.setdefault("root", DEFAULT_ROOT)
-    if isinstance(storage["root"], str) and storage["root"] and "://" not in storage["root"]:
-        storage["root"] = os.path.abspath(os.path.expandvars(os.path.expanduser(storage["root"])))
+    if isinstance(storage["root"], str) and storage["root"]:
+        with suppress(ValueError):  # `_check_uris` names it
+            storage["root"] = str(absolute(as_path(os.path.expandvars(os.path.expanduser(storage["root"])))))
 
 
 def _refuse_credentials(value: Any, key: str = "") -> None:
@@ -107,8 +109,8 @@ def _check_uris(config: Config) -> None:
             as_path(text or "")
         except ValueError as error:
             raise ConfigError(
-                f"{key}: found {error}; allowed is a path on disk, s3://bucket/prefix, gs://bucket/prefix or "
-                f"az://container/prefix, with options out of {', '.join(OPTIONS)}"
+                f"{key}: found {error} in {without_options(str(text))}; allowed is a path on disk, s3://bucket/prefix, "
+                f"gs://bucket/prefix or az://container/prefix, with options out of {', '.join(OPTIONS)}"
             ) from None
 
 

@@ -6,7 +6,6 @@ Nothing in this folder imports Ray or torch, so that a wrong key costs a second 
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from pipeline.config.reading import ConfigError, assign, explain
 from pipeline.config.section import PathStr, RunName, Section
 from pipeline.config.training import Checkpointing, Scaling, Training
 from pipeline.config.tune import Tune
-from pipeline.storage.path import StoragePath, as_path
+from pipeline.storage.path import StoragePath, as_path, below
 
 DEFAULT_ROOT = "~/.cache/text-embedding-pipeline"
 EVALUATION_PATHS = ("beir_dir", "sts_file", "clustering_file", "classification_dir")
@@ -110,7 +109,7 @@ class Config(Section):
 
     def under_root(self, folder: str) -> StoragePath:
         """A folder relative to `root`, an absolute one on disk, or one that a URI names."""
-        return as_path(folder) if "://" in folder or os.path.isabs(folder) else self.root / folder
+        return below(self.root, folder)
 
     @property
     def run_dir(self) -> StoragePath:

@@ -123,11 +123,21 @@ def prepare(config: Config, board: Callable[[], Board], rehash: bool = False) ->
     if inputs.prepared.read():
         log.info("prepare: nothing to do, %s is up to date", folder)
     else:
+        _refuse_older(config.root)
         refuse([inputs.room])
         inputs.prepared.make(lambda: _fill(inputs, config, board))
     manifest = read_prepared(folder)
     assert manifest
     return folder, manifest
+
+
+def _refuse_older(root: StoragePath) -> None:
+    """Raise ConfigError for stages of a version that noted what was done in another way."""
+    if older := matching(root, "stages/*/done.json"):
+        raise ConfigError(
+            f"storage.root: found {older[0].parent}, which an earlier version wrote; delete {root / 'stages'} and "
+            f"{root / 'prepared'}, and run the same command again"
+        )
 
 
 def _fill(inputs: Inputs, config: Config, board: Callable[[], Board]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import pyarrow as pa
 from pipeline.config import ConfigError
 from pipeline.storage.files import find
 from pipeline.storage.object_store import BucketError, cause
-from pipeline.storage.path import absolute, as_path
+from pipeline.storage.path import absolute, as_path, without_options
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 BUFFER_BYTES = 1 << 20  # of a read from disk, and of a request to a bucket
@@ -59,8 +59,8 @@ def list_files(source: str, path: str, suffixes: tuple[str, ...]) -> tuple[str, 
     if not found:
         kinds = f" ({', '.join(suffixes)}, or these with .gz or .zst)" if any(suffixes) else ""
         raise ConfigError(
-            f"data.sources {source}: found nothing to read at {_shown(path)}; allowed is a file, a folder with files "
-            f"in it{kinds} or a glob that matches some"
+            f"data.sources {source}: found nothing to read at {without_options(path)}; allowed is a file, a folder "
+            f"with files in it{kinds} or a glob that matches some"
         )
     return str(folder), [File(name, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()]
 
@@ -111,16 +111,11 @@ def refusal(source: str, path: str, error: Exception) -> str:
     if isinstance(error, BucketError):
         return f"data.sources {source}: {error}"
     allowed = "a file, a folder or a glob that can be read, on local disk, s3://, gs:// or az://"
-    return f"data.sources {source}: found {cause(error)} at {_shown(path)}; allowed is {allowed}"
+    return f"data.sources {source}: found {cause(error)} at {without_options(path)}; allowed is {allowed}"
 
 
 def _open(base: str, name: str) -> Any:
     return (as_path(base) / name).open("rb", buffering=0)
-
-
-def _shown(path: str) -> str:
-    """A path without a bucket's options."""
-    return path.partition("?")[0] if "://" in path else path
 
 
 class _Decompressed(io.RawIOBase):

@@ -149,7 +149,7 @@ def cause(error: BaseException) -> str:
     if "InvalidCertificate" in text:
         return "invalid certificate"
     network = re.search(r'(?:message|error): "([^"]+)"', text) or re.search(r"HTTP error: ([^\n]*)", text)
-    words = _URI.sub("", network[1] if network else text.partition("\n")[0]).split()
+    words = _URI.sub("", network[1] if network else text.partition("\n\nDebug source")[0]).split()
     return " ".join(words)[:200] or type(error).__name__
 
 

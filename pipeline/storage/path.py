@@ -255,6 +255,17 @@ def as_path(text: str) -> StoragePath:
     return BucketPath(ObjectStore(SCHEMES[scheme], bucket, query), re.sub("/+", "/", key).strip("/"))
 
 
+def below(root: StoragePath, text: str) -> StoragePath:
+    """The path that a text names, relative to `root` if it is a relative one on disk."""
+    path = as_path(text)
+    return root / text if isinstance(path, Path) and not path.is_absolute() else path
+
+
+def without_options(text: str) -> str:
+    """A URI as it is shown."""
+    return text.partition("?")[0] if "://" in text else text
+
+
 def on_disk(path: StoragePath) -> Path | None:
     """The path, if it is on a local disk; for what cannot work in a bucket at all, such as a memory map."""
     return path if isinstance(path, Path) else None
