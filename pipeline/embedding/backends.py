@@ -141,7 +141,7 @@ def make_graph(folder: Path, settings: Embedding, graphs: StoragePath) -> None:
                 _quantise(temporary / GRAPH)
             for file in temporary.glob(f"{GRAPH}*"):  # larger models have their weights beside the graph
                 graph.output.link(file.name, file)
-        return {"precision": settings.precision}
+        return {"model": model_fingerprint(folder), "precision": settings.precision}
 
     graph.make(fill)
 

@@ -258,6 +258,14 @@ def lance_location(path: StoragePath) -> tuple[str, dict[str, str] | None]:
     return (str(path), None) if isinstance(path, Path) else (path.uri, path.store.lance_options)
 
 
+def disk_bytes(folder: StoragePath) -> float:
+    """The space that a folder takes; of a file with several names (hard links), its share."""
+    if isinstance(folder, BucketPath):
+        return sum(stat.st_size for stat in files_below(folder).values())
+    stats = ((folder / name).stat() for name in files_below(folder))
+    return sum(stat.st_size / stat.st_nlink for stat in stats)
+
+
 def may_write(path: StoragePath) -> bool:
     """Whether this user may write there, as far as that shows without trying: in a bucket it never does."""
     if isinstance(path, BucketPath):

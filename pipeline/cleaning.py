@@ -1,0 +1,144 @@
+"""What nothing under `storage.root` uses any more: found, and removed.
+
+    for each in find_unused(config):                 # Unused(kind="prepared", path=…, why="no run names it", …)
+        remove(each)                                 # False if another job holds it
+
+    runs ──name──► prepared ──is made of──► stages
+         ──alias──► models, tables
+
+A run names things by its run.json, its config and its alias. What any run mentions stays, and so does what the given
+config would prepare. Folders that are not named as this project names them are never touched. Cost: a listing of the
+root's folders, and a read of the JSON files of each run and data set.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from pipeline.config import Config, ConfigError
+from pipeline.data.prepare import Inputs
+from pipeline.embedding.lance import connect
+from pipeline.runtime.artifact import read_manifest
+from pipeline.runtime.job import JobError
+from pipeline.storage.files import disk_bytes, files_below, matching, remove_folder
+from pipeline.storage.lock import NAME as LOCK
+from pipeline.storage.lock import Occupied, locked
+from pipeline.storage.object_store import BucketError
+from pipeline.storage.path import StoragePath
+
+READ_FOR = timedelta(days=2)  # how long a job may read an old version of a table, as in embedding/ledger.py
+NAMING = ("run.json", "config.resolved.yaml", "alias.json", "journal.jsonl")
+_KEY = "[0-9a-f]{16}"
+_TABLE = r".+-[0-9a-f]{12}-\d+-(fp32|bf16|int8)(-.*)?\.lance"  # as open_store and EncoderRecipe.space name them
+_RESULT = re.compile(r"(.*/)?((attempt-\d+|best)/step-\d+/.*|embedded/alias\.json|evaluation\.json|tune/.*)")
+
+
+@dataclass(frozen=True)
+class Unused:
+    kind: str
+    path: StoragePath
+    why: str
+    bytes: float
+    """What its removal frees; of a file with several names (hard links), its share."""
+    age_s: float
+    """Since a file in it last changed."""
+
+
+def find_unused(config: Config) -> Iterator[Unused]:
+    """Failed runs, and prepared data, stages, models, graphs and tables that neither a run nor the config names."""
+    root, texts, failed = config.root, [json.dumps(config.dump())], []
+    for folder, names in _runs(root / "runs").items():
+        mentions = [folder / name for name in names if name.rpartition("/")[2] in NAMING]
+        texts += [path.read_text("utf-8") for path in mentions]
+        if not any(map(_RESULT.fullmatch, names)):
+            failed.append(folder)
+    named = {name for text in texts for name in re.findall(r"[\w.-]+", text)}
+    for folder in failed:
+        yield _unused("run", folder, "it failed: no checkpoint, no alias, no evaluation, no sweep")
+    current = kept = _current(config)
+    for folder in _named(root / "prepared", _KEY):
+        manifest = _manifest(folder)
+        if folder in current or folder.name in named or manifest.get("fingerprint", "?") in named:
+            kept = kept | {root / each["from"] for each in manifest.get("files", {}).values() if "from" in each}
+        else:
+            yield _unused("prepared", folder, "no run names it" if manifest else "it was not finished")
+    for folder in _named(root / "stages", rf"\w+-{_KEY}"):
+        if folder not in kept:
+            yield _unused("stage", folder, "no prepared data that is used is made of it")
+    models = _named(root / "models", _KEY)
+    used = {folder for folder in models if folder.name in named}
+    for folder in models:
+        if folder not in used:
+            yield _unused("model", folder, "no run's readers use it")
+    for folder in _named(root / "onnx", _KEY):
+        if root / "models" / _manifest(folder).get("model", "?")[:16] not in used:
+            yield _unused("graph", folder, "no run's readers use its model")
+    for folder in [*_named(root / "lancedb", _TABLE), *_named(root / "ledgers", _TABLE)]:
+        if folder.stem not in named:
+            yield _unused("table", folder, "no run's readers use it")
+
+
+def remove(found: Unused) -> bool:
+    """Remove a folder. Returns False, and leaves it, if another job holds it."""
+    try:
+        with locked(found.path):
+            remove_folder(found.path)
+    except Occupied:
+        return False
+    (found.path / LOCK).unlink(missing_ok=True)  # in a bucket, giving the lock back has written it anew
+    return True
+
+
+def forget_versions(config: Config, apart_from: Collection[StoragePath], age: timedelta) -> float:
+    """Remove versions of tables that are older than that, two days at least. Returns the bytes that it freed."""
+    freed = 0.0
+    for folder in _named(config.root / "lancedb", _TABLE):
+        if folder not in apart_from:
+            before = disk_bytes(folder)
+            with suppress(OSError, RuntimeError, ValueError):  # LanceDB's own, for a table that is broken
+                connect(folder.parent).open_table(folder.stem).optimize(cleanup_older_than=max(age, READ_FOR))
+            freed += max(0.0, before - disk_bytes(folder))
+    return freed
+
+
+def _named(home: StoragePath, pattern: str) -> list[StoragePath]:
+    return [folder for folder in matching(home, "*") if re.fullmatch(pattern, folder.name)]
+
+
+def _runs(home: StoragePath) -> dict[StoragePath, list[str]]:
+    """Each run's folder, and the names of the files in it. A sweep's trials belong to the sweep's run."""
+    names = list(files_below(home))
+    runs = {name.removesuffix("/run.json") for name in names if name.endswith("/run.json") and "/tune/" not in name}
+    runs |= {name.partition("/")[0] for name in names if not any(name.startswith(f"{run}/") for run in runs)}
+    own: dict[StoragePath, list[str]] = {home / run: [] for run in sorted(runs)}
+    for name in names:
+        if found := [run for run in runs if name.startswith(f"{run}/")]:
+            own[home / max(found, key=len)].append(name[len(max(found, key=len)) + 1 :])
+    return own
+
+
+def _current(config: Config) -> set[StoragePath]:
+    """What the config would prepare, as far as that can be told."""
+    with suppress(ConfigError, JobError, BucketError, OSError):
+        inputs = Inputs(config)
+        stages = (inputs.prepared, inputs.records, inputs.distinct, inputs.tokenizer, inputs.tokens)
+        return {stage.folder for stage in stages if stage}
+    return set()
+
+
+def _manifest(folder: StoragePath) -> dict[str, Any]:
+    with suppress(ConfigError):  # of an earlier version, which nothing can use
+        return read_manifest(folder) or {}
+    return {}
+
+
+def _unused(kind: str, folder: StoragePath, why: str) -> Unused:
+    changed_ns = max((stat.st_mtime_ns for name, stat in files_below(folder).items() if name != LOCK), default=0)
+    return Unused(kind, folder, why, disk_bytes(folder), time.time() - changed_ns / 1e9)
