@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from pipeline.runtime import artifact
 from pipeline.runtime.artifact import Artifact, open_parquet
 from pipeline.runtime.console import table
-from pipeline.storage.files import arrow_location, parquet_file, remove_folder
+from pipeline.storage.files import parquet_file, remove_folder
 from pipeline.storage.path import StoragePath, as_path
 
 SHARDS, ROWS, GROUP_ROWS, ROUNDS = 24, 16_384, 1024, 5
@@ -70,9 +70,8 @@ class Ours:
 class Pyarrow:
     def __init__(self, root: StoragePath, tables: list[pa.Table]) -> None:
         self.tables = tables
-        path, filesystem = arrow_location(root / "pyarrow")
-        self.path, self.filesystem = path, filesystem or pa.fs.LocalFileSystem()
-        self.is_local = filesystem is None
+        self.filesystem, path = pa.fs.FileSystem.from_uri(str(root))
+        self.path, self.is_local = f"{path}/pyarrow", self.filesystem.type_name == "local"
 
     def write(self) -> None:
         self.filesystem.create_dir(self.path)

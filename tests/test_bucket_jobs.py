@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.bucket_servers import CREDENTIALS, Served, s3
+from tests.bucket_servers import CREDENTIALS, Served, s3, serving
+from tests.conftest import run_here
 from tests.job_process import ROOT, TEMPORARY, UNDISTURBED, JobProcess, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -31,8 +32,9 @@ def job_config(folder: Path, served: Served) -> Path:
     return file
 
 
-def weights_in(served: Served, prefix: str) -> bytes:
-    (key,) = [key for key in served.keys(prefix) if "/attempt-" in key and key.endswith("00000300/model.safetensors")]
+def weights_in(served: Served, prefix: str, step: int = 300) -> bytes:
+    name = f"step-{step:08d}/model.safetensors"
+    (key,) = [key for key in served.keys(prefix) if "/attempt-" in key and key.endswith(name)]
     return served.read(key)
 
 
@@ -86,3 +88,25 @@ def test_a_killed_job_goes_on_from_the_bucket_alone(trained_alone: Path, tmp_pat
         )
         assert answer["metrics"]["embeddings"] == last["metrics"]["embed"]["rows"]
         assert "3,9" in (exported / "README.md").read_text()  # the data of its run
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("scheme", ["gs", "az"])
+def test_a_whole_job_on_the_other_services(scheme: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prepared, trained, embedded, evaluated, searched and exported; a rerun has nothing to do."""
+    config = write_config(tmp_path, pairs=800, max_steps=20)
+    with serving(scheme, "jobs", tmp_path) as served:
+        arguments = ["--config", str(config), f"storage.root={served.uri('store')}"]
+        code, first, _, err = run_here(capsys, "run", *arguments)
+        assert code == 0, err
+        code, again, _, err = run_here(capsys, "run", *arguments)
+        assert "nothing to do" in err
+        assert (code, again["metrics"]["train"]) == (0, first["metrics"]["train"])
+        assert again["metrics"]["embed"] == {"embedded": 0, "rows": first["metrics"]["embed"]["rows"]}
+        code, _, out, _ = run_here(capsys, "search", "--json", "open the invoice", *arguments)
+        assert len(json.loads(out)) == 10
+        code, _, _, err = run_here(capsys, "export", "--to", served.uri("exported"), *arguments)
+        assert code == 0, err
+        assert {"exported/export.json", "exported/model.safetensors"} <= set(served.keys("exported/"))
+        assert weights_in(served, "store", 20)
+    assert not (tmp_path / "store").exists()

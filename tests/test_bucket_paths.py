@@ -21,6 +21,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from pyarrow import fs
 
 from pipeline.config import ConfigError, load
 from pipeline.data.vocabulary import load_tokenizer, train_tokenizer
@@ -30,6 +31,7 @@ from pipeline.export.destination import exporting
 from pipeline.runtime.job import check_reachable
 from pipeline.stages import check_writable
 from pipeline.storage import mirror
+from pipeline.storage.arrow import arrow_location
 from pipeline.storage.files import fetched, place, remove_folder, replacing, scratch, sizes, write_atomically
 from pipeline.storage.object_store import BucketError
 from pipeline.storage.path import BucketPath, as_path
@@ -170,6 +172,39 @@ def test_an_export_in_a_bucket_takes_the_place_of_an_earlier_one_alone(root: Buc
         exporting(root / "to", "export.json", {}),
     ):
         pytest.fail("it is not ours alone")
+
+
+def test_as_a_filesystem_of_pyarrow_it_answers_as_a_disk_does(root: BucketPath, tmp_path: Path) -> None:
+    """In what Ray asks of it."""
+    place, in_bucket = arrow_location(root)
+    disk, in_bucket = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), pickle.loads(pickle.dumps(in_bucket))
+    for system, home in ((disk, "home"), (in_bucket, f"{place}/home")):
+        for name, size in (("a/x", 3), ("a/deep/y", 9 << 20), ("b", 0)):
+            system.create_dir(f"{home}/{name}".rpartition("/")[0])
+            with system.open_output_stream(f"{home}/{name}") as file:
+                file.write(b"x" * size)
+    for name in ("home", "home/a", "home/a/x", "home/none", "home/b"):
+        found, expected = in_bucket.get_file_info(f"{place}/{name}"), disk.get_file_info(name)
+        assert (found.type, found.size) == (expected.type, expected.size), name
+
+    def listed(system: fs.FileSystem, home: str, recursive: bool) -> set[tuple[str, str]]:
+        infos = system.get_file_info(fs.FileSelector(home, recursive=recursive))
+        return {(info.path[len(home) :], info.type.name) for info in infos}
+
+    for recursive in (False, True):
+        assert listed(in_bucket, f"{place}/home", recursive) == listed(disk, "home", recursive)
+    with in_bucket.open_input_file(f"{place}/home/a/x") as file:
+        assert file.read() == b"xxx"
+    fs.copy_files(f"{place}/home", str(tmp_path / "copied"), source_filesystem=in_bucket)
+    assert (tmp_path / "copied/a/deep/y").stat().st_size == 9 << 20
+    fs.copy_files(str(tmp_path / "copied"), f"{place}/back", destination_filesystem=in_bucket)
+    assert root.files().keys() == {f"{top}/{name}" for top in ("home", "back") for name in ("a/x", "a/deep/y", "b")}
+    in_bucket.move(f"{place}/home/b", f"{place}/home/c")
+    in_bucket.delete_dir(f"{place}/home/a")
+    in_bucket.delete_dir(f"{place}/back")
+    assert root.files().keys() == {"home/c"}
+    with pytest.raises(FileNotFoundError):
+        in_bucket.get_file_info(fs.FileSelector(f"{place}/none"))
 
 
 def test_a_mirror_sends_what_grows(root: BucketPath, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from pipeline.embedding.stores.pinecone_store import PineconeStore
 from pipeline.embedding.stores.store import SCHEMA, Refused, Store, StoreError
 from pipeline.embedding.stores.where import parse
 from pipeline.storage.path import as_path
-from tests.bucket_servers import s3
+from tests.bucket_servers import serving
 from tests.pinecone_server import pinecone_server
 
 WIDTH = 6
@@ -346,12 +346,13 @@ class TestLance:
             list(pool.map(lambda writer: writer.upsert(new), writers))
         assert store.count() == 350
 
-    def test_in_a_bucket(self) -> None:
-        with s3("bucket") as served:
+    @pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
+    def test_in_a_bucket(self, scheme: str, tmp_path: Path) -> None:
+        with serving(scheme, "bucket", tmp_path) as served:
             home = as_path(served.uri("folder"))
             store = LanceStore(home, "t", WIDTH)
             assert not store.exists()
-            with pytest.raises(StoreError, match="found no table t in s3://bucket/folder"):
+            with pytest.raises(StoreError, match=f"found no table t in {scheme}://bucket/folder"):
                 store.count()
             store.create()
             rows = rows_of(*map(str, range(30)))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
-import pyarrow.dataset as ds
+import pyarrow.compute as pc
 
 from pipeline.config import Data
 from pipeline.data.manifest import Manifest, SourceCount
+from pipeline.runtime.artifact import open_parquet
 from pipeline.runtime.console import log, table
 from pipeline.runtime.job import JobError
-from pipeline.storage.files import arrow_location, matching
+from pipeline.storage.files import matching
 from pipeline.storage.path import StoragePath
 
 BAD_REASONS = (  # what cannot be read, as against what is not wanted; counted by data.max_bad_fraction
@@ -72,16 +74,15 @@ def warn_of_bad_input(sources: Sequence[SourceCount], folder: StoragePath) -> No
             log.warning("source %s: it is empty", source.name)
         for reason in BAD_REASONS:
             if rows := source.rejected.get(reason, 0):
-                where = (ds.field("source") == source.name) & (ds.field("reason") == reason)
-                found = _dataset(folder / "rejected").head(EXAMPLES, columns=["source_id"], filter=where)
-                examples = ", ".join(found["source_id"].to_pylist())
+                examples = ", ".join(islice(_rejected(folder, source.name, reason), EXAMPLES))
                 log.warning("source %s: %s %s, such as %s", source.name, f"{rows:,}", reason, examples)
 
 
-def _dataset(folder: StoragePath) -> Any:
-    """Of the Parquet files of a folder, and of none that a killed worker left unfinished."""
-    paths, filesystem = zip(*map(arrow_location, matching(folder, "*.parquet")), strict=True)
-    return ds.dataset(list(paths), filesystem=filesystem[0])
+def _rejected(folder: StoragePath, source: str, reason: str) -> Iterator[str]:
+    """The source_id of each record that was rejected for a reason."""
+    for path in matching(folder / "rejected", "*.parquet"):
+        rows = open_parquet(path).read(columns=["source", "reason", "source_id"])
+        yield from rows.filter((pc.field("source") == source) & (pc.field("reason") == reason))["source_id"].to_pylist()
 
 
 def log_clusters(clusters: Sequence[dict[str, Any]]) -> None:

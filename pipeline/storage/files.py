@@ -246,13 +246,6 @@ def parquet_file(path: StoragePath) -> Any:
     return pq.ParquetFile(source, pre_buffer=isinstance(path, BucketPath), page_checksum_verification=True)
 
 
-def arrow_location(path: StoragePath) -> tuple[str, Any]:
-    """A path and its filesystem of pyarrow's, as Ray Train and Ray Tune take them; None stands for the local one."""
-    if isinstance(path, Path):
-        return str(path), None
-    return f"{path.store.bucket}/{path.key}", path.store.arrow_filesystem()
-
-
 def lance_location(path: StoragePath) -> tuple[str, dict[str, str] | None]:
     """A URI and its storage options, as LanceDB takes them."""
     return (str(path), None) if isinstance(path, Path) else (path.uri, path.store.lance_options)

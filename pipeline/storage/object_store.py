@@ -3,7 +3,6 @@
     place = ObjectStore("s3", "corpus", "region=eu-west-1")
     place.connect()                     # obstore's store, which reads and writes objects by key
     place.lance_options                 # what LanceDB takes
-    place.arrow_filesystem()            # what Ray Train and Ray Tune take
 
 A URI's options: `region`, `scheme` (http or https), `endpoint_override` (host:port), `anonymous` (true for public data)
 and `account_name` (Azure). Credentials come from the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,
@@ -55,22 +54,6 @@ class ObjectStore:
         config, http = self._config
         prefix = {"s3": "aws_", "gs": "google_", "az": "azure_storage_"}[self.scheme]
         return {prefix + name: value for name, value in config.items()} | ({"allow_http": "true"} if http else {})
-
-    def arrow_filesystem(self) -> Any:
-        """pyarrow's filesystem for the same bucket; paths in it begin with the bucket's name."""
-        from pyarrow import fs
-
-        options = self._options
-        scheme, endpoint = options.get("scheme", "https"), options.get("endpoint_override")
-        anonymous = options.get("anonymous") == "true"
-        place = {"scheme": scheme, "endpoint_override": endpoint} if endpoint else {}
-        if self.scheme == "s3":
-            return fs.S3FileSystem(anonymous=anonymous, region=self._region, **place)
-        if self.scheme == "gs":
-            return fs.GcsFileSystem(anonymous=anonymous, retry_time_limit=timedelta(seconds=RETRY_S), **place)
-        place = {"blob_storage_authority": endpoint, "blob_storage_scheme": scheme} if endpoint else {}
-        account = options.get("account_name") or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")
-        return fs.AzureFileSystem(account, account_key=os.environ.get("AZURE_STORAGE_ACCOUNT_KEY"), **place)
 
     @property
     def _options(self) -> dict[str, str]:

@@ -18,7 +18,7 @@ from pipeline.runtime.console import log, table
 from pipeline.runtime.findings import Finding, refuse
 from pipeline.runtime.job import JobError, signals
 from pipeline.runtime.session import Board
-from pipeline.storage.files import arrow_location
+from pipeline.storage.arrow import arrow_location
 from pipeline.storage.path import StoragePath
 from pipeline.training.checkpoints import TrainState, newest_valid, next_attempt, prune, read_state
 from pipeline.training.ending import is_finished

@@ -17,7 +17,8 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from pipeline.storage.files import arrow_location, remove_folder
+from pipeline.storage.arrow import arrow_location
+from pipeline.storage.files import remove_folder
 from pipeline.tuning.sweep import Row, Sweep
 from pipeline.tuning.trial import Errand, run_trial
 
