@@ -79,12 +79,12 @@ def test_the_same_bytes_on_1_and_4_workers_and_killed_in_each_stage(tmp_path: Pa
     killed = tmp_path / "killed"
     config = write_config(killed, pairs=12_000)
     done: dict[str, int] = {}
-    for output in ("judged/*.json", "counts/*.json", "keys/*.npy", "gone/*.parquet", "described/*.json"):
+    for output in ("*-judge/*.json", "*-duplicates/*.json", "keys/*.npy", "gone/*.parquet", "*-tokenize/*.json"):
         job = JobProcess("prepare", config, option)
         wait_until(lambda output=output: list(killed.glob(f"store/stages/*/scratch/{output}")), job)
         job.process.kill()
         job.process.wait()
-        finished = {str(p): p.stat().st_mtime_ns for p in killed.glob("store/stages/*/done.json")}
+        finished = {str(p): p.stat().st_mtime_ns for p in killed.glob("store/stages/*/manifest.json")}
         assert done.items() <= finished.items()  # nothing that was done is done again
         done = finished
     job = JobProcess("prepare", config, option)

@@ -44,6 +44,13 @@ class ObjectStore:
     def __str__(self) -> str:
         return f"{self.scheme}://{self.bucket}"
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What obstore's stores are made with."""
+        config, http = self._config
+        retry = {"max_retries": MAX_RETRIES, "retry_timeout": timedelta(seconds=RETRY_S)}
+        return {"config": config, "client_options": {"allow_http": http}, "retry_config": retry}
+
     def connect(self) -> Any:
         """obstore's store, one for each process."""
         return _connect(self)
@@ -96,10 +103,8 @@ class ObjectStore:
 def _connect(place: ObjectStore) -> Any:
     from obstore import store
 
-    kind = {"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}[place.scheme]
-    config, http = place._config
-    retry: Any = {"max_retries": MAX_RETRIES, "retry_timeout": timedelta(seconds=RETRY_S)}
-    return kind(place.bucket, config=config, client_options={"allow_http": http}, retry_config=retry)
+    kind: Any = {"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}[place.scheme]
+    return kind(place.bucket, **place.settings)
 
 
 @contextmanager
