@@ -30,10 +30,11 @@ class _Files(FsspecStore):
 
 
 def arrow_location(path: StoragePath) -> tuple[str, Any]:
-    """A path as Ray takes it, which begins with the bucket's name, and its filesystem; None stands for the local one."""
+    """A path as Ray takes it, which begins with the bucket's name, and its filesystem: None for the local one."""
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
     if isinstance(path, Path):
         return str(path), None
-    files = _Files(path.store.scheme, **path.store.settings)
-    return f"{path.store.bucket}/{path.key}", PyFileSystem(FSSpecHandler(files))
+    files: Any = _Files
+    handler = FSSpecHandler(files(path.store.scheme, **path.store.settings))
+    return f"{path.store.bucket}/{path.key}", PyFileSystem(handler)
