@@ -1,7 +1,7 @@
-"""Remove what nothing uses any more under storage.root: failed runs, data sets, stages, tables, models, graphs.
+"""Find and delete unused folders under storage.root: failed runs, prepared data, stages, tables, models, graphs.
 
 examples:
-  python jobs/clean.py --dry-run                                  # lists, and removes nothing
+  python jobs/clean.py --dry-run                                  # lists without deleting
   python jobs/clean.py                                            # what has not changed for 7 days
   python jobs/clean.py --older-than 30 --larger-than 500          # days, MB
   python jobs/clean.py --config configs/pairs.yaml --dry-run storage.root=s3://bucket/prefix
@@ -22,9 +22,9 @@ from pipeline.storage.path import without_options
 
 def arguments() -> argparse.ArgumentParser:
     own = parser("clean", __doc__ or "", prepares=False)
-    own.add_argument("--older-than", type=float, default=7, metavar="DAYS", help="since the last change (default: 7)")
+    own.add_argument("--older-than", type=float, default=7, metavar="DAYS", help="unchanged for this long (default: 7)")
     own.add_argument("--larger-than", type=float, default=0, metavar="MB", help="in 10^6 bytes (default: any size)")
-    own.add_argument("--dry-run", action="store_true", help="list it, and remove nothing")
+    own.add_argument("--dry-run", action="store_true", help="list without deleting")
     return own
 
 
@@ -47,7 +47,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     print(table(rows, ("kind", "folder", "size", "days", "why unused")) if rows else f"nothing unused in {config.root}")
     if args.dry_run:
         freed = sum(each.bytes for each in found)
-        print(f"{len(found)} folders, {size(freed)}: run it without --dry-run to remove them")
+        print(f"{len(found)} folders, {size(freed)}: run again without --dry-run to delete them")
         return Result({"found": len(found), "removed": 0, "bytes": round(freed)})
     removed = []
     for each in found:

@@ -1,4 +1,4 @@
-"""What nothing under `storage.root` uses any more: found, and removed.
+"""Find and delete unused folders under `storage.root`.
 
     for each in find_unused(config):                 # Unused(kind="prepared", path=…, why="no run names it", …)
         remove(each)                                 # False if another job holds it
@@ -26,15 +26,17 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.prepare import Inputs
 from pipeline.embedding.lance import connect
 from pipeline.runtime.artifact import read_manifest
+from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError
 from pipeline.storage.files import disk_bytes, files_below, matching, remove_folder
 from pipeline.storage.lock import NAME as LOCK
-from pipeline.storage.lock import Occupied, locked
+from pipeline.storage.lock import LockLost, Occupied, locked
 from pipeline.storage.object_store import BucketError
 from pipeline.storage.path import StoragePath
 
 READ_FOR = timedelta(days=2)  # how long a job may read an old version of a table, as in embedding/ledger.py
-NAMING = ("run.json", "config.resolved.yaml", "alias.json", "journal.jsonl")
+_NAMING = re.compile(r"(.*/)?(run\.json|config\.resolved\.yaml|evaluation\.json|embedded/[^/]+\.json|journal\.jsonl)")
+_RUN = re.compile(r"(.+?)/(run\.json|config\.resolved\.yaml|training\.log(/[^/]+)?)")
 _KEY = "[0-9a-f]{16}"
 _TABLE = r".+-[0-9a-f]{12}-\d+-(fp32|bf16|int8)(-.*)?\.lance"  # as open_store and EncoderRecipe.space name them
 _RESULT = re.compile(r"(.*/)?((attempt-\d+|best)/step-\d+/.*|embedded/alias\.json|evaluation\.json|tune/.*)")
@@ -53,25 +55,13 @@ class Unused:
 
 def find_unused(config: Config) -> Iterator[Unused]:
     """Failed runs, and prepared data, stages, models, graphs and tables that neither a run nor the config names."""
-    root, texts, failed = config.root, [json.dumps(config.dump())], []
-    for folder, names in _runs(root / "runs").items():
-        mentions = [folder / name for name in names if name.rpartition("/")[2] in NAMING]
-        texts += [path.read_text("utf-8") for path in mentions]
-        if not any(map(_RESULT.fullmatch, names)):
-            failed.append(folder)
-    named = {name for text in texts for name in re.findall(r"[\w.-]+", text)}
-    for folder in failed:
-        yield _unused("run", folder, "it failed: no checkpoint, no alias, no evaluation, no sweep")
-    current = kept = _current(config)
-    for folder in _named(root / "prepared", _KEY):
-        manifest = _manifest(folder)
-        if folder in current or folder.name in named or manifest.get("fingerprint", "?") in named:
-            kept = kept | {root / each["from"] for each in manifest.get("files", {}).values() if "from" in each}
-        else:
-            yield _unused("prepared", folder, "no run names it" if manifest else "it was not finished")
-    for folder in _named(root / "stages", rf"\w+-{_KEY}"):
-        if folder not in kept:
-            yield _unused("stage", folder, "no prepared data that is used is made of it")
+    root, home = config.root, config.root / "runs"
+    names = list(files_below(home))
+    texts = [(home / name).read_text("utf-8") for name in names if _NAMING.fullmatch(name)]
+    named = {name for text in [*texts, json.dumps(config.dump())] for name in re.findall(r"[\w.-]+", text)}
+    for run in sorted({match[1] for name in names if "/tune/" not in name and (match := _RUN.fullmatch(name))}):
+        if not any(name.startswith(f"{run}/") and _RESULT.fullmatch(name) for name in names):
+            yield _unused("run", home / run, "it failed: no checkpoint, no alias, no evaluation, no sweep")
     models = _named(root / "models", _KEY)
     used = {folder for folder in models if folder.name in named}
     for folder in models:
@@ -83,6 +73,20 @@ def find_unused(config: Config) -> Iterator[Unused]:
     for folder in [*_named(root / "lancedb", _TABLE), *_named(root / "ledgers", _TABLE)]:
         if folder.stem not in named:
             yield _unused("table", folder, "no run's readers use it")
+    try:
+        current = kept = _current(config)
+    except (ConfigError, JobError, BucketError) as error:
+        log.warning("prepared data and stages are left alone, for the config does not say which it uses: %s", error)
+        return
+    for folder in _named(root / "prepared", _KEY):
+        manifest = _manifest(folder)
+        if folder in current or folder.name in named or manifest.get("fingerprint", "?") in named:
+            kept = kept | {root / each["from"] for each in manifest.get("files", {}).values() if "from" in each}
+        else:
+            yield _unused("prepared", folder, "no run names it" if manifest else "it was not finished")
+    for folder in _named(root / "stages", rf"\w+-{_KEY}"):
+        if folder not in kept:
+            yield _unused("stage", folder, "no used prepared data was made from it")
 
 
 def remove(found: Unused) -> bool:
@@ -90,7 +94,7 @@ def remove(found: Unused) -> bool:
     try:
         with locked(found.path):
             remove_folder(found.path)
-    except Occupied:
+    except (Occupied, LockLost):
         return False
     (found.path / LOCK).unlink(missing_ok=True)  # in a bucket, giving the lock back has written it anew
     return True
@@ -112,25 +116,13 @@ def _named(home: StoragePath, pattern: str) -> list[StoragePath]:
     return [folder for folder in matching(home, "*") if re.fullmatch(pattern, folder.name)]
 
 
-def _runs(home: StoragePath) -> dict[StoragePath, list[str]]:
-    """Each run's folder, and the names of the files in it. A sweep's trials belong to the sweep's run."""
-    names = list(files_below(home))
-    runs = {name.removesuffix("/run.json") for name in names if name.endswith("/run.json") and "/tune/" not in name}
-    runs |= {name.partition("/")[0] for name in names if not any(name.startswith(f"{run}/") for run in runs)}
-    own: dict[StoragePath, list[str]] = {home / run: [] for run in sorted(runs)}
-    for name in names:
-        if found := [run for run in runs if name.startswith(f"{run}/")]:
-            own[home / max(found, key=len)].append(name[len(max(found, key=len)) + 1 :])
-    return own
-
-
 def _current(config: Config) -> set[StoragePath]:
-    """What the config would prepare, as far as that can be told."""
-    with suppress(ConfigError, JobError, BucketError, OSError):
-        inputs = Inputs(config)
-        stages = (inputs.prepared, inputs.records, inputs.distinct, inputs.tokenizer, inputs.tokens)
-        return {stage.folder for stage in stages if stage}
-    return set()
+    """What the config would prepare. Raises ConfigError, JobError or BucketError if its sources cannot be read."""
+    if config.data.prepared is not None:
+        return {config.root / config.data.prepared}
+    inputs = Inputs(config)
+    stages = (inputs.prepared, inputs.records, inputs.distinct, inputs.tokenizer, inputs.tokens)
+    return {stage.folder for stage in stages if stage}
 
 
 def _manifest(folder: StoragePath) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from pipeline.runtime.console import log
 from pipeline.runtime.findings import findings_table, refuse
 from pipeline.runtime.job import JobError, Result, alone_in
 from pipeline.runtime.session import Board, ray_session, set_environment
-from pipeline.storage.files import fetched, files_below, place, remove_folder, write_atomically
+from pipeline.storage.files import fetched, files_below, may_write, place, write_atomically
 from pipeline.storage.object_store import BucketError
 from pipeline.storage.path import StoragePath, as_path
 
@@ -230,11 +230,10 @@ def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
         scored.output.write("scores.json", json.dumps({"of": key, "scores": scores}, indent=2).encode())
         return {"scores": scores}
 
-    if again:
-        remove_folder(scored.folder)
-    elif scored.read():
+    again = again and may_write(scored.folder)
+    if not again and scored.read():
         log.info("evaluate: nothing to do, %s holds the scores", scored.folder)
-    scores = scored.make(fill)["scores"]
+    scores = scored.make(fill, again=again)["scores"]
     if not latest.is_file() or latest.read_bytes() != (scored.folder / "scores.json").read_bytes():
         place(scored.folder / "scores.json", latest)
     return Result(scores, {"scores": str(latest)})

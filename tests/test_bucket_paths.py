@@ -88,6 +88,16 @@ def test_what_pathlib_says_of_a_folder_is_said_of_a_bucket(root: BucketPath, tmp
     assert [path.name for path in root.iterdir()] == ["b", "c.json"]
 
 
+def test_objects_that_stand_for_folders_are_no_files(served: Served, root: BucketPath) -> None:
+    """As consoles of S3 make them."""
+    if served.scheme != "s3":
+        pytest.skip("S3's consoles")
+    for key in ("m/", "m/1_Pooling/", "m/1_Pooling/config.json", "m/model"):
+        served.write(f"{root.key}/{key}", b"" if key.endswith("/") else b"x")
+    assert (root / "m").files().keys() == {"1_Pooling/config.json", "model"}
+    assert (fetched(root / "m") / "1_Pooling/config.json").read_bytes() == b"x"
+
+
 def test_missing_objects_are_missing_files(root: BucketPath) -> None:
     for read in (root.read_bytes, root.stat, root.unlink, lambda: root.open()):
         with pytest.raises(FileNotFoundError):
@@ -166,6 +176,14 @@ def test_an_export_in_a_bucket_takes_the_place_of_an_earlier_one_alone(root: Buc
                 (folder / name).write_text(name)
         assert root.files().keys() == {f"to/{name}" for name in (*names, "export.json")}
         assert (root / "to" / names[1]).read_text() == names[1]
+    lost = patch.object(BucketPath, "unlink", side_effect=BucketError("lost"))
+    with pytest.raises(BucketError), lost, exporting(root / "to", "export.json", {"version": 1}) as folder:
+        (folder / "d").write_text("d")
+    assert json.loads((root / "to/export.json").read_text())["unfinished"]
+    with exporting(root / "to", "export.json", {"version": 1}) as folder:
+        (folder / "d").write_text("d")
+    assert root.files().keys() == {"to/d", "to/export.json"}
+    assert "unfinished" not in json.loads((root / "to/export.json").read_text())
     (root / "to" / "mine").write_bytes(b"")
     with (
         pytest.raises(ConfigError, match=r"holds mine, which no export wrote"),

@@ -51,6 +51,13 @@ STAYS: dict[str, Any] = {
     f"onnx/{A}/manifest.json": {"model": f"{M}{M}", "files": {}},
     f"lancedb/searched-{SPACE}.lance/data/1.lance": {},
     # Not named as ours
+    "runs/.DS_Store": {},
+    "runs/my-notes/todo.txt": {},
+    "runs/embedded-alone/embedded/table.json": {"data": C, "rows": 3},
+    f"prepared/{C}/manifest.json": {"fingerprint": "f", "files": {}},
+    "runs/outer/training.log": {},  # of a run that failed, with a good one below it
+    "runs/outer/inner/run.json": {},
+    "runs/outer/inner/attempt-001/step-00000001/state.json": {},
     "prepared/mine/notes.txt": {},
     "stages/notes.txt": {},
     "models/bert/model.safetensors": {},
@@ -123,6 +130,14 @@ def test_what_another_job_holds_stays(root: StoragePath) -> None:
     assert names(root) == STAYS.keys() | {f"runs/failed/{name}" for name in GOES["runs/failed"]}
 
 
+def test_without_its_sources_a_config_keeps_all_prepared_data(tmp_path: Path) -> None:
+    fill(tmp_path)
+    source = {"name": "s", "type": "json", "path": str(tmp_path / "not-mounted")}
+    config = load(DEFAULT_CONFIG, [f"storage.root={tmp_path}", f"data.sources=[{json.dumps(source)}]"], environ={})
+    gone = {name for name in GOES if not name.startswith(("prepared/", "stages/"))}
+    assert found_in(tmp_path, config) == gone
+
+
 def used_bytes(root: Path) -> int:
     return sum({(s := path.stat()).st_ino: s.st_size for path in root.rglob("*") if path.is_file()}.values())
 
@@ -193,7 +208,7 @@ def test_the_job_removes_what_is_old_and_large(tmp_path: Path, capsys: pytest.Ca
     write_atomically(tmp_path / "runs/large/training.log", b"x" * 1_500_000)
     code, last, out, _ = run_here(capsys, "clean", "--dry-run", *arguments)
     assert (code, last["metrics"]["found"], last["metrics"]["removed"]) == (0, len(GOES) - 1, 0)
-    assert "run it without --dry-run" in out
+    assert "run again without --dry-run" in out
     code, last, out, _ = run_here(capsys, "clean", "--older-than", "0", "--larger-than", "1.4", *arguments)
     assert last["metrics"] == {"found": 1, "removed": 1, "bytes": 1_500_000}
     with locked(tmp_path / "runs/failed"):

@@ -1,10 +1,11 @@
-"""Exports: artifacts in a folder that the user names, which never take the place of files that they did not write.
+"""Exports: artifacts in a folder that the user names. They never overwrite files that an export did not write.
 
 with exporting(Path("exported"), "export.json", {"version": 1}) as folder:      # exported.<hex>.tmp, beside it
     (folder / "README.md").write_text("…")
 
 The manifest, here called `export.json`, holds every file's size and hash. A later export may take the folder's place as
-long as all files in it are listed there. In a bucket the files are uploaded one by one, the manifest last.
+long as all files in it are listed there. In a bucket the files are uploaded one by one, the manifest last: until then
+it says that it is unfinished, and an export that was killed can be repeated.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ def exporting(folder: StoragePath, manifest: str, content: dict[str, Any]) -> It
     Raises ConfigError as `refuse_foreign` does.
     """
     refuse_foreign(folder, manifest)
-    with replacing_folder(folder, manifest) as temporary:
+
+    def claim(names: list[str]) -> bytes:
+        return json.dumps({**content, "unfinished": True, "files": {name: {} for name in names}}).encode()
+
+    with replacing_folder(folder, manifest, claim) as temporary:
         yield temporary
         text = json.dumps({**content, "files": entries_of(temporary)}, indent=2) + "\n"
         (temporary / manifest).write_text(text, encoding="utf-8")

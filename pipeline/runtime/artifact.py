@@ -77,7 +77,7 @@ class Output:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """A file on disk to write, which gets its name in the folder when it is whole."""
+        """A file on disk to write, which is renamed into place once it is complete."""
         with replacing(self.folder / name) as temporary:
             yield temporary
             if not name.startswith("scratch/"):
@@ -120,15 +120,15 @@ class Artifact:
             log.warning("%s has to be made again: its %s is missing or of another size", self.folder, damage)
         return None if damage else manifest
 
-    def make(self, fill: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def make(self, fill: Callable[[], dict[str, Any]], *, again: bool = False) -> dict[str, Any]:
         """The manifest; first `fill` writes the files and returns the summary, unless an earlier job has done so.
 
-        Waits for another job that is making it.
+        Waits for another job that is making it. With `again` it is made in any case.
         """
-        found = self.read()
+        found = None if again else self.read()
         if found is None:
             with alone_in(self.folder, wait=True):
-                found = self.read()
+                found = None if again else self.read()
                 if found is None:
                     found = self.finish(fill())
         return found
@@ -141,7 +141,7 @@ class Artifact:
         return manifest
 
     def once(self, name: str, work: Callable[[], Any]) -> Any:
-        """What `work` returns as JSON; not done again after a job that was killed later on."""
+        """What `work` returns, as JSON. It runs once: the result survives a restart of the job."""
         note = self.scratch / f"{name}.json"
         found = _read_note(note)
         if found is None:
@@ -235,7 +235,7 @@ def read_manifest(folder: StoragePath) -> dict[str, Any] | None:
 
 
 def checked(path: StoragePath) -> StoragePath:
-    """A path whose content is what its artifact's manifest says, or which is in none (yet).
+    """Verify a file against the hash in its artifact's manifest; files in no manifest pass.
 
     Each process reads a file once for this. Raises JobError for a file that has changed.
     """

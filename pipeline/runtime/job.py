@@ -206,7 +206,7 @@ def run_job(
     except JobError as error:
         status, code, sentence = "failed", 1, str(error)
     except BucketError as error:
-        status, code, sentence = "failed", 1, f"storage.root: {error}"
+        status, code, sentence = "failed", 1, str(error)
     except SystemExit as error:  # what Ray makes of SIGTERM while it starts
         if log_file is None:
             raise  # --help

@@ -21,7 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,11 +62,12 @@ def replacing(path: StoragePath) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(folder: StoragePath, last: str) -> Iterator[Path]:
+def replacing_folder(folder: StoragePath, last: str, claim: Callable[[list[str]], bytes]) -> Iterator[Path]:
     """A folder on disk to fill, which takes the other's place when the block ends without an error.
 
-    On disk by a rename: between that of the old folder and that of the new one, neither has the name, and a kill there
-    leaves both beside it. In a bucket the file named `last` comes last.
+    On disk the old folder is renamed, then the new one: a kill in between leaves both under temporary names. In a
+    bucket the file named `last` comes last. Until then it holds what `claim` makes of the names of all files, old and
+    new.
     """
     stem = f"{folder.name}.{uuid.uuid4().hex}"
     if isinstance(folder, BucketPath):
@@ -76,9 +77,10 @@ def replacing_folder(folder: StoragePath, last: str) -> Iterator[Path]:
             yield temporary
             names = [*(name for name in files_below(temporary) if name != last), last]
             gone = folder.files().keys() - set(names)
+            (folder / last).write_bytes(claim(sorted({*names, *gone})))
             for_each(folder, lambda name: (folder / name).upload(temporary / name), names[:-1])
-            (folder / last).upload(temporary / last)
             for_each(folder, lambda name: (folder / name).unlink(missing_ok=True), list(gone))
+            (folder / last).upload(temporary / last)
         return
     temporary, old = folder.with_name(stem + SUFFIX), folder.with_name(f"{stem}.old")
     temporary.mkdir(parents=True)
@@ -147,7 +149,8 @@ def remove_folder(folder: StoragePath) -> None:
     import obstore
 
     check_guards(folder)
-    keys = [f"{folder.key}/{name}" for name in folder.files()]
+    names = sorted(folder.files(), key=lambda name: name == ".lock")  # which is held for as long as it takes
+    keys = [f"{folder.key}/{name}" for name in names]
     with reaching(folder.store, folder.key):
         if keys:
             obstore.delete(folder.store.connect(), keys)
@@ -316,5 +319,6 @@ def fetched(path: StoragePath) -> Path:
 
 def _forget_old(home: Path) -> None:
     for path in home.iterdir():
-        if path.stat().st_mtime < time.time() - KEPT_S:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process forgets it as well
+            if path.stat().st_mtime < time.time() - KEPT_S:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()

@@ -1,4 +1,4 @@
-"""One job at a time in a folder: a lock of the file system's, and in a bucket an object that its holder keeps renewing.
+"""One job at a time in a folder: flock on a disk, and in a bucket a lease object that its holder renews.
 
     with locked(config.run_dir): ...                   # Occupied if another job is at work there
 
@@ -102,7 +102,7 @@ class _Lease:
         self.holder = f"{socket.gethostname()}-{uuid.uuid4().hex}"
         self.renewals, self.renewed = 0, 0.0
         self.version: Any = None
-        self.lost = False
+        self.lost = self._waiting = False
         self._ended = threading.Event()
 
     def acquire(self) -> None:
@@ -111,7 +111,9 @@ class _Lease:
             return
         holder, version = self.read()
         if holder:
-            log.info("waiting up to %g s to see whether another job is at work in %s", LIMIT_S, self.folder)
+            if not self._waiting:
+                log.info("waiting up to %g s to see whether another job is at work in %s", LIMIT_S, self.folder)
+            self._waiting = True
             deadline = _now() + LIMIT_S
             while holder and _now() < deadline:
                 time.sleep(RENEW_EVERY_S / 4)
@@ -140,8 +142,7 @@ class _Lease:
         finally:
             self._ended.set()
             thread.join()
-            if self.lost:
-                self.check()
+            self.check()
             with suppress(BucketError):
                 self.holder, self.renewals = "", 0
                 self._write(self.version)
@@ -166,7 +167,7 @@ class _Lease:
 
         try:
             with reaching(self.path.store, self.path.key):
-                found = obstore.get(self.path.store.connect(), self.path.key)
+                found = obstore.get(self.path.store.connect(patient=False), self.path.key)
                 return json.loads(bytes(found.bytes()))["holder"], _version(found.meta)
         except FileNotFoundError:
             return "", None
@@ -177,11 +178,10 @@ class _Lease:
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
         began, content = _now(), json.dumps({"holder": self.holder, "renewals": self.renewals}).encode()
+        store = self.path.store.connect(patient=False)
         with reaching(self.path.store, self.path.key):
             try:
-                self.version = _version(
-                    obstore.put(self.path.store.connect(), self.path.key, content, mode=condition, use_multipart=False)
-                )
+                self.version = _version(obstore.put(store, self.path.key, content, mode=condition, use_multipart=False))
             except (AlreadyExistsError, PreconditionError):  # perhaps by this very write, whose answer was lost
                 holder, version = self.read()
                 if not self.holder or holder != self.holder:

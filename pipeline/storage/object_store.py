@@ -51,9 +51,9 @@ class ObjectStore:
         retry = {"max_retries": MAX_RETRIES, "retry_timeout": timedelta(seconds=RETRY_S)}
         return {"config": config, "client_options": {"allow_http": http}, "retry_config": retry}
 
-    def connect(self) -> Any:
-        """obstore's store, one for each process."""
-        return _connect(self)
+    def connect(self, *, patient: bool = True) -> Any:
+        """obstore's store, one for each process; one that is not `patient` gives up after a few seconds."""
+        return _connect(self, patient)
 
     @property
     def lance_options(self) -> dict[str, str]:
@@ -75,7 +75,10 @@ class ObjectStore:
             return region
         from pyarrow import fs
 
-        return str(fs.resolve_s3_region(self.bucket))
+        try:
+            return str(fs.resolve_s3_region(self.bucket))
+        except OSError as error:
+            raise BucketError(no_way_into(str(self), error)) from None
 
     @property
     def _config(self) -> tuple[dict[str, str], bool]:
@@ -94,17 +97,21 @@ class ObjectStore:
         if endpoint := options.get("endpoint_override"):
             url = f"{'http' if http else 'https'}://{endpoint}"
             if self.scheme == "az":
-                url += f"/{options.get('account_name', '')}"
+                url += f"/{options.get('account_name') or os.environ.get('AZURE_STORAGE_ACCOUNT_NAME', '')}"
             config["base_url" if self.scheme == "gs" else "endpoint"] = url
         return config, http
 
 
 @lru_cache(maxsize=32)
-def _connect(place: ObjectStore) -> Any:
+def _connect(place: ObjectStore, patient: bool) -> Any:
     from obstore import store
 
     kind: Any = {"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}[place.scheme]
-    return kind(place.bucket, **place.settings)
+    settings = place.settings
+    if not patient:
+        settings["client_options"] |= {"timeout": "5s"}
+        settings["retry_config"] |= {"max_retries": min(1, MAX_RETRIES)}
+    return kind(place.bucket, **settings)
 
 
 @contextmanager

@@ -151,7 +151,8 @@ class BucketPath:
         """All objects below by their names relative to here, sorted. One request per 1,000 objects."""
         start = len(self.key) + 1 if self.key else 0
         found = {each["path"][start:]: _stat(each) for chunk in self._listed(chunk_size=1000) for each in chunk}
-        return {name: found[name] for name in sorted(found) if name}
+        folders = {str(parent) for name in found for parent in PurePosixPath(name).parents}
+        return {name: found[name] for name in sorted(found) if name and name not in folders}  # consoles make objects
 
     def glob(self, pattern: str) -> Iterator[BucketPath]:
         """As pathlib's, without `**`: one listing for each folder that has a wildcard below it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
@@ -69,10 +70,15 @@ def _unified(config: Config, tokenizer: Tokenizer) -> Encoder:
 def _pretrained(config: Config) -> PretrainedEncoder:
     from pipeline.model.pretrained import load_pretrained
 
-    backbone = load_pretrained(fetched(as_path(str(config.model.pretrained))))
+    backbone = load_pretrained(_place(config))
     if config.model.gradient_checkpointing:
         backbone.checkpoint_gradients()
     return backbone
+
+
+def _place(config: Config) -> Path:
+    """`model.pretrained` as a folder on this machine, or a name of the hub's."""
+    return fetched(as_path(str(config.model.pretrained)))
 
 
 def check_model(config: Config, tokenizer: Tokenizer) -> None:
@@ -84,7 +90,7 @@ def check_model(config: Config, tokenizer: Tokenizer) -> None:
     from pipeline.model.pretrained import shape_of
 
     try:
-        backbone = shape_of(config.model.pretrained)
+        backbone = shape_of(_place(config))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.pretrained: {error}") from None
     table, longest, name = len(backbone.token_table.weight), config.tokenizer.max_length, config.model.pretrained

@@ -1,4 +1,4 @@
-"""A checkpoint on its way from a worker's disk to the run's folder, where `state.json` comes last and seals it.
+"""Give a checkpoint its place in the run's folder: `state.json` is written last and marks it complete.
 
     upload = Upload(run_dir, Writer(rank=0, writers=2, start="9f0c41aa"), is_best=True, wait_s=600)
     upload(Path("incoming/0/step-00000200"), run_dir / "attempt-001" / "step-00000200")
