@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.runtime.artifact import Files, read_manifest
+from pipeline.storage.files import digest_of
 from pipeline.storage.path import StoragePath
 
 SPLITS = ("train", "validation")
@@ -124,8 +125,4 @@ def rejections(rows: pa.Table, reason: str, similarity: pa.Array | None) -> pa.T
 
 
 def sha256(path: StoragePath) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(8 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return digest_of(path, hashlib.sha256())

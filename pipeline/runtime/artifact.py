@@ -44,6 +44,7 @@ from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError, alone_in
 from pipeline.runtime.session import Board
 from pipeline.storage.files import (
+    digest_of,
     files_below,
     for_each,
     parquet_file,
@@ -307,11 +308,7 @@ def _entry(path: StoragePath) -> dict[str, Any]:
 
 
 def _hash(path: StoragePath) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(8 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return digest_of(path, xxhash.xxh3_128())
 
 
 def _read_note(note: StoragePath) -> Any:

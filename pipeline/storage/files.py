@@ -262,6 +262,14 @@ def disk_bytes(folder: StoragePath) -> float:
     return sum(stat.st_size / stat.st_nlink for stat in stats)
 
 
+def digest_of(path: StoragePath, digest: Any) -> str:
+    """The hex digest of a file, by one of hashlib's or xxhash's."""
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return str(digest.hexdigest())
+
+
 def may_write(path: StoragePath) -> bool:
     """Whether this user may write there, as far as that shows without trying: in a bucket it never does."""
     if isinstance(path, BucketPath):

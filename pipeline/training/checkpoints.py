@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.model.folder import save_model
 from pipeline.objectives.learner import Learner
 from pipeline.storage.files import (
+    digest_of,
     fetched,
     files_below,
     for_each,
@@ -222,8 +223,4 @@ def _is_valid(folder: StoragePath) -> bool:
 
 
 def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return digest_of(path, xxhash.xxh3_128())
