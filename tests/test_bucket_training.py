@@ -271,7 +271,7 @@ def test_fsdp_workers_that_share_no_disk_end_with_the_bits_of_those_that_do(serv
 
 def left_on(folder: Path) -> set[str]:
     """Names of a run's files, without the number of the attempt."""
-    paths = (path for path in (folder / "runs").rglob("*") if path.is_file())
+    paths = (path for path in (folder / "runs").rglob("*") if path.is_file() and not path.name.startswith("written-"))
     return {without_attempt(path.relative_to(folder).as_posix()) for path in paths} - {"runs/r/.lock"}
 
 
