@@ -6,7 +6,8 @@ On disk the kernel holds the lock and drops it with the process. In a bucket the
 its holder and counts its renewals. It is created and replaced by conditional writes, so only one of several jobs that
 try at once gets it. Whoever finds it unchanged for LIMIT_S takes it over: after a kill the next job waits that long.
 A holder that could not renew it for LIMIT_S, because it was paused or cut off from the bucket, has lost it: every later
-write of its process below the folder raises LockLost. Each side measures time by its own clock only.
+write of its process below the folder raises LockLost. One write that was under way when it was paused may still
+arrive. Each side measures time by its own clock only.
 
     holder   create ── renew ── renew ── (paused) ─────────────────── its next write: LockLost
     other               sees renewal 2 ──────── LIMIT_S unchanged ──► replaces it, on condition that it is renewal 2
