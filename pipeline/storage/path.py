@@ -233,9 +233,10 @@ def guarded(folder: BucketPath, check: Callable[[], None]) -> Iterator[None]:
         del _GUARDS[key]
 
 
-def check_guards(path: BucketPath) -> None:
+def check_guards(path: StoragePath) -> None:
+    """Raise what the locks of this process raise that hold a folder above a path, such as LockLost."""
     for folder, check in list(_GUARDS.values()):
-        if path.store == folder.store and f"{path.key}/".startswith(f"{folder.key}/"):
+        if isinstance(path, BucketPath) and path.store == folder.store and f"{path.key}/".startswith(f"{folder.key}/"):
             check()
 
 

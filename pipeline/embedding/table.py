@@ -1,0 +1,285 @@
+"""The vector table: a Lance dataset that is the only truth about what is embedded.
+
+    table = VectorTable(home, "quickstart-9f0c4e…", width=256)
+    table.create()
+    with table.writing() as writer:                         # one writer at a time
+        fragments = table.write(rows)                       # on any node; nobody sees them yet
+        writer.append(fragments)                            # one commit for many fragments
+        writer.delete(row_ids)
+    table.read(["id", "digest"], between=("40", "80"))      # a range of ids, by the zone map on id
+
+A row is a distinct text, or one chunk of a long text:
+
+    id          hash of the text; of a chunk, "<hash of the text>#00002"
+    source      source, source_id and metadata (JSON) of the first record with this text
+    places      these three of all its records
+    digest      hash of `places`, then hash of `vector`: what changed shows without reading either
+    vector      of `width` numbers in float32 or float16; with vector_type binary, `bits` has their signs
+    parent_id   with chunks: the hash of the text
+
+Appends never conflict in Lance, so a commit whose reply was lost is looked for in the newest version before it is tried
+again. A job begins to write with a `restore` of the newest version, which changes nothing and conflicts with every
+commit of a writer that began before it: one that was paused and lost its lock cannot commit any more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from pipeline.embedding.columns import as_matrix
+from pipeline.embedding.stores.store import StoreError
+from pipeline.runtime.console import log
+from pipeline.runtime.job import alone_in
+from pipeline.storage.files import lance_location
+from pipeline.storage.path import StoragePath, check_guards
+
+# Lance's own 2 GB would read a whole table ahead of whoever scans it.
+os.environ.setdefault("LANCE_DEFAULT_IO_BUFFER_SIZE", str(1 << 27))
+os.environ.setdefault("LANCE_LOG", "error")
+
+PLACE = pa.struct([("source", pa.string()), ("source_id", pa.string()), ("metadata", pa.string())])
+TEXTS = ("source", "source_id", "text", "metadata")
+DIGEST_CHARS = 32  # of `places`; the digest of the vector follows
+ZONE_ROWS = 2_048  # rows of a zone of the zone map: a range of ids reads about one zone too many at either end
+SCAN_ROWS = 8_192
+SQL_IDS = 8_192  # ids in one condition; 10 µs each to parse
+COMMIT_ATTEMPTS = 5
+DELETED_AT_ONCE = 100_000
+SMALL_FRAGMENT_ROWS, SMALL_FRAGMENTS = 131_072, 64  # compacted from so many fragments of fewer rows on
+READ_FOR = timedelta(hours=1)  # how long a search or a scan may go on reading an old version
+DTYPES = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.float16(), "binary": pa.float16()}
+
+
+@dataclass(frozen=True)
+class VectorTable:
+    """A table in a folder on disk or in a bucket. Pickled, it opens the table anew in each process."""
+
+    home: StoragePath
+    name: str
+    width: int
+    vector_type: str = "float32"
+    chunks: bool = False
+
+    @property
+    def path(self) -> StoragePath:
+        return self.home / f"{self.name}.lance"
+
+    @property
+    def schema(self) -> pa.Schema:
+        fields = [
+            pa.field("id", pa.string(), nullable=False),
+            *((name, pa.string()) for name in ("source", "source_id")),
+            ("places", pa.list_(PLACE)),
+            *((name, pa.string()) for name in ("text", "metadata", "digest")),
+            ("vector", pa.list_(DTYPES[self.vector_type], self.width)),
+        ]
+        fields += [("bits", pa.list_(pa.uint8(), -(-self.width // 8)))] if self.vector_type == "binary" else []
+        fields += [("parent_id", pa.string())] if self.chunks else []
+        return pa.schema(fields)
+
+    def exists(self) -> bool:
+        return (self.path / "_versions").is_dir()
+
+    def create(self) -> None:
+        """Make the table if it is not there. Raises StoreError for another program's table, or another model's."""
+        import lance
+
+        uri, options = lance_location(self.path)
+        if not self.exists():
+            empty = self.schema.empty_table()
+            lance.write_dataset(empty, uri, mode="create", storage_options=options, enable_stable_row_ids=True)
+        there = self.open().schema
+        missing = [name for name in self.schema.names if name not in there.names]
+        if missing:
+            raise StoreError(
+                f"table {self.path} has no column {missing[0]}: another program made it; choose another folder with "
+                "embedding.uri=DIR"
+            )
+        found, wanted = there.field("vector").type, self.schema.field("vector").type
+        if found != wanted:
+            raise StoreError(
+                f"table {self.path} holds vectors of type {found}, the model gives {wanted}; choose another folder "
+                "with embedding.uri=DIR"
+            )
+
+    def open(self, version: int | str | None = None) -> Any:
+        """The lance.LanceDataset, as it is now or at a version or tag. Raises StoreError if there is none."""
+        import lance
+
+        uri, options = lance_location(self.path)
+        try:
+            return lance.dataset(uri, version=version, storage_options=options)
+        except ValueError as error:
+            if self.exists():
+                raise
+            raise StoreError(f"found no table {self.path}; python jobs/embed.py makes it") from error
+
+    def count(self) -> int:
+        return int(self.open().count_rows())
+
+    def version(self) -> int:
+        return int(self.open().version)
+
+    def scan(self, columns: Sequence[str], where: str | None = None, version: int | None = None) -> Iterator[Any]:
+        """Record batches of these columns, in no order to rely on; `where` is SQL. `_rowid` may be among the columns."""
+        plain = [name for name in columns if name != "_rowid"]
+        yield from self.open(version).to_batches(
+            plain, filter=where, batch_size=SCAN_ROWS, with_row_id="_rowid" in columns
+        )
+
+    def read(
+        self, columns: Sequence[str], between: tuple[str, str | None] = ("", None), version: int | None = None
+    ) -> pa.Table:
+        """These columns of the rows whose ids are in a range; the second bound is not in it."""
+        first, last = between
+        limits = ([f"id >= '{first}'"] if first else []) + ([f"id < '{last}'"] if last is not None else [])
+        batches = list(self.scan(columns, " AND ".join(limits) or None, version))
+        schema = pa.schema(
+            [pa.field("_rowid", pa.uint64()) if n == "_rowid" else self.schema.field(n) for n in columns]
+        )
+        return pa.Table.from_batches([batch.select(list(columns)) for batch in batches], schema=schema)
+
+    def fetch(self, ids: Sequence[str]) -> pa.Table:
+        """The rows with these ids that are there, in no order to rely on."""
+        dataset = self.open()
+        parts = [dataset.to_table(self.schema.names, filter=some) for some in among("id", ids)]
+        return pa.concat_tables([self.schema.empty_table(), *(part.cast(self.schema) for part in parts)])
+
+    def write(self, rows: pa.Table) -> list[str]:
+        """Write rows of `schema`, sorted by id, as fragments that no reader sees until they are committed."""
+        from lance.fragment import write_fragments
+
+        if not len(rows):
+            return []
+        uri, options = lance_location(self.path)
+        written = write_fragments(rows.sort_by("id").combine_chunks(), uri, mode="append", storage_options=options)
+        return [json.dumps(fragment.to_json()) for fragment in written]
+
+    def stored(self, rows: pa.Table) -> pa.Table:
+        """Rows with a float32 `vector`, as `schema` has them; the digest gets that of the vector as it is stored."""
+        vectors = as_matrix(rows["vector"]).astype(DTYPES[self.vector_type].to_pandas_dtype())
+        columns: dict[str, Any] = {name: rows[name] for name in rows.column_names}
+        columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), self.width)
+        if self.vector_type == "binary":
+            bits = np.packbits(vectors > 0, axis=1)
+            columns["bits"] = pa.FixedSizeListArray.from_arrays(pa.array(bits.ravel()), bits.shape[1])
+        columns["digest"] = pc.binary_join_element_wise(rows["digest"], vector_digests(vectors), "")
+        return pa.table([columns[name] for name in self.schema.names], schema=self.schema)
+
+    @contextmanager
+    def writing(self) -> Iterator[Writer]:
+        """Hold the table as its only writer. Raises JobError if another job writes to it."""
+        with alone_in(self.path):
+            yield Writer(self)
+
+
+class Writer:
+    """Commits to a table, by the one process that holds it. Errors of Lance come as OSError and RuntimeError."""
+
+    def __init__(self, table: VectorTable) -> None:
+        self.table = table
+        table.create()
+        self.dataset = table.open()
+        self._commit(lambda dataset: dataset.restore())
+        self.base = int(self.dataset.version)
+        """The version that the job began with: what tasks read while others append."""
+
+    def append(self, fragments: Sequence[str]) -> None:
+        """Commit fragments that `VectorTable.write` gave, all of them or none, once."""
+        import lance
+        from lance.fragment import FragmentMetadata
+
+        found = sorted((FragmentMetadata.from_json(each) for each in fragments), key=lambda each: each.files[0].path)
+        uri, options = lance_location(self.table.path)
+        files = {file.path for fragment in found for file in fragment.files}
+
+        def commit(dataset: Any) -> None:
+            if files <= {file.path for each in dataset.get_fragments() for file in each.metadata.files}:
+                return  # by an attempt whose reply was lost
+            # Without retries of Lance's own: one would commit again what a lost reply has committed.
+            lance.LanceDataset.commit(
+                uri,
+                lance.LanceOperation.Append(found),
+                read_version=dataset.version,
+                storage_options=options,
+                max_retries=0,
+            )
+
+        if found:
+            self._commit(commit)
+
+    def update(self, rows: pa.Table) -> None:
+        """Set columns of rows, by id; rows whose ids are not there are left out."""
+        if len(rows):
+            self._commit(lambda dataset: dataset.merge_insert("id").when_matched_update_all().execute(rows))
+
+    def delete(self, row_ids: np.ndarray) -> None:
+        """Delete rows by `_rowid`."""
+        for start in range(0, len(row_ids), DELETED_AT_ONCE):
+            some = ", ".join(map(str, row_ids[start : start + DELETED_AT_ONCE].tolist()))
+            self._commit(lambda dataset, some=some: dataset.delete(f"_rowid IN ({some})"))
+
+    def tag(self, name: str, version: int | None = None) -> None:
+        """Let a tag name a version, the newest by default."""
+        check_guards(self.table.path)
+        tags = self.dataset.tags
+        (tags.update if name in tags.list() else tags.create)(name, version or self.dataset.version)
+
+    def untag(self, name: str) -> None:
+        check_guards(self.table.path)
+        if name in self.dataset.tags.list():
+            self.dataset.tags.delete(name)
+
+    def _commit(self, commit: Callable[[Any], Any]) -> None:
+        """Commit on top of the newest version, and again where it is not known to have failed.
+
+        Raises LockLost, or what Lance raised the last time.
+        """
+        from lance.commit import CommitConflictError
+
+        for attempt in range(1, COMMIT_ATTEMPTS + 1):
+            check_guards(self.table.path)
+            try:
+                commit(self.dataset)
+                self.dataset = self.table.open()
+                return
+            except (OSError, RuntimeError, CommitConflictError) as error:
+                if attempt == COMMIT_ATTEMPTS or is_disk_full(error):
+                    raise
+                log.debug("%s: a commit failed, which is tried again: %s", self.table.name, error)
+                time.sleep(random.uniform(0, 0.1 * 2**attempt))
+                self.dataset = self.table.open()
+
+
+def is_disk_full(error: BaseException) -> bool:
+    return "No space left on device" in str(error) or "os error 28" in str(error)
+
+
+def vector_digests(vectors: np.ndarray) -> pa.Array:
+    """Hashes of the rows of an (N, D) matrix as it is stored, 16 hex digits each."""
+    rows = np.ascontiguousarray(vectors)
+    return pa.array([xxhash.xxh3_64_hexdigest(row) for row in rows], pa.string())
+
+
+def among(column: str, values: Sequence[str]) -> Iterator[str]:
+    """SQL that holds for rows with one of these values, so many values at a time."""
+    for start in range(0, len(values), SQL_IDS):
+        yield f"{column} IN ({', '.join(map(quoted, values[start : start + SQL_IDS]))})"
+
+
+def quoted(text: str) -> str:
+    """A text as SQL writes it."""
+    return "'" + text.replace("'", "''") + "'"
