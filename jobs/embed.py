@@ -1,9 +1,10 @@
-"""Keep the vector store in step with the prepared records: each embedded once, what changed or went brought after.
+"""Bring the vector table up to date with the data: embed new texts, update metadata, delete what is gone.
 
 examples:
   python jobs/embed.py
   python jobs/embed.py --dry-run
   python jobs/embed.py --verify
+  python jobs/embed.py --rebuild
   python jobs/embed.py --config configs/pairs.yaml embedding.batch_tokens=16384
   python jobs/embed.py embedding.model=some/checkpoint
 """
@@ -22,7 +23,8 @@ def arguments() -> argparse.ArgumentParser:
     own = parser("embed", __doc__ or "")
     choice = own.add_mutually_exclusive_group()
     choice.add_argument("--dry-run", action="store_true", help="say what there is to do, and about how long it takes")
-    choice.add_argument("--verify", action="store_true", help="compare the store with the records, and do no more")
+    choice.add_argument("--verify", action="store_true", help="compare the table with the data, and do no more")
+    choice.add_argument("--rebuild", action="store_true", help="embed everything again, into an empty table")
     return own
 
 
@@ -32,7 +34,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     with Session(config, args.rehash, ("prepare", "encode", "store")) as session:
         if args.check:
             return check_stage(session)
-        return embed_stage(config, session, dry_run=args.dry_run, verify=args.verify)
+        return embed_stage(config, session, dry_run=args.dry_run, verify=args.verify, rebuild=args.rebuild)
 
 
 if __name__ == "__main__":

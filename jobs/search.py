@@ -8,18 +8,22 @@ examples:
   python jobs/search.py "parse a date" --hybrid
 """
 
+from __future__ import annotations
+
 import argparse
-import json
 import shutil
 import sys
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.config import Config, ConfigError
-from pipeline.runtime.job import JobError, Result, parser, run_job
+from pipeline.runtime.job import Result, parser, run_job
+
+if TYPE_CHECKING:
+    from pipeline.embedding.search import Hit
 
 MAX_QUERY_CHARS = 10_000
 
@@ -43,36 +47,17 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     query = checked(args.query)
     if args.limit < 1:
         raise ConfigError(f"--limit: found {args.limit}; allowed is 1 or more")
+    from pipeline.embedding.search import search
     from pipeline.embedding.stores.where import parse
 
-    where = parse(args.where)
-    from pipeline.data.judging import normaliser
-    from pipeline.embedding.encode import open_encoder
-    from pipeline.embedding.store import open_store, published_model, recipe_of
-    from pipeline.embedding.stores.store import HybridStore
-    from pipeline.stages import model_folder
-
-    recipe = recipe_of(config, published_model(config) or model_folder(config))
-    store = open_store(config, recipe)
-    if args.hybrid and not isinstance(store, HybridStore):
-        raise ConfigError(f"--hybrid: found embedding.store={config.embedding.store}; allowed with it is lancedb alone")
-    if not store.exists():
-        raise JobError(f"no index yet for the model in {recipe.folder}; python jobs/embed.py makes one")
-    text = normaliser(config.data)(query)
-    vector = open_encoder(recipe, device="cpu").encode([text], "query")[0]
-    find = partial(store.hybrid, text) if isinstance(store, HybridStore) and args.hybrid else store.query
-    found = find(vector, args.limit, where)
-    results = [
-        {"rank": rank, **{key: row[key] for key in ("score", "id", "source_id", "text")}, "metadata": row["metadata"]}
-        for rank, row in enumerate(found, 1)
-    ]
-    for result in results:
-        result["metadata"] = json.loads(result["metadata"])
-        result["score"] = round(result["score"], 4)
+    found = search(config, query, args.limit, parse(args.where), hybrid=args.hybrid)
     if args.json:
-        return Result(reply=results)
-    print("\n".join(line(result) for result in results))
-    return Result({"results": len(results)}, {"store": store.uri, "table": store.name})
+        results = [{**asdict(hit), "score": round(hit.score, 4)} for hit in found]
+        return Result(reply=[{**each, "score_type": "fusion"} for each in results] if args.hybrid else results)
+    if args.hybrid:
+        print("scores are sums of 1 / (60 + rank) over the rankings by meaning and by words")
+    print("\n".join(map(line, found)))
+    return Result({"results": len(found)})
 
 
 def checked(query: str) -> str:
@@ -83,13 +68,13 @@ def checked(query: str) -> str:
     return query
 
 
-def line(result: dict[str, Any]) -> str:
+def line(hit: Hit) -> str:
     """Rank, score, where it stands, and how it begins."""
-    metadata = result["metadata"]
-    place = f"{metadata['file']}:{metadata['line']}" if {"file", "line"} <= metadata.keys() else result["source_id"]
-    begins = " ".join(result["text"].split())
+    metadata = hit.metadata
+    place = f"{metadata['file']}:{metadata['line']}" if {"file", "line"} <= metadata.keys() else hit.source_id
+    begins = " ".join(hit.text.split())
     width = shutil.get_terminal_size((120, 24)).columns
-    return f"{result['rank']:>2}  {result['score']:.3f}  {place}  {metadata.get('name', '')}\n    {begins[: width - 4]}"
+    return f"{hit.rank:>2}  {hit.score:.3f}  {place}  {metadata.get('name', '')}\n    {begins[: width - 4]}"
 
 
 if __name__ == "__main__":

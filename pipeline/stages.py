@@ -180,26 +180,29 @@ def tune_stage(config: Config, session: Session) -> Result:
         return sweep(config, folder, manifest, session.board)
 
 
-def embed_stage(config: Config, session: Session, *, dry_run: bool = False, verify: bool = False) -> Result:
-    """Every prepared record in the store, once, and nothing else; then readers turn to it.
+def embed_stage(
+    config: Config, session: Session, *, dry_run: bool = False, verify: bool = False, rebuild: bool = False
+) -> Result:
+    """Every document in the table, once, and nothing else; then readers turn to it.
 
-    `dry_run` says what there is to do, `verify` whether all is as it should be.
+    `dry_run` says what there is to do, `verify` whether all is as it should be. `rebuild` starts from nothing.
     """
     folder, manifest = session.prepared()
-    from pipeline.embedding.job import Space, bring_up_to_date, estimate, look
+    from pipeline.embedding.job import Index
 
-    space = Space.of(config, folder, manifest, _model_of(config, manifest))
-    store = space.store
+    index = Index.of(config, folder, manifest, _model_of(config, manifest))
+    table = index.table
     if dry_run:
-        metrics = estimate(space, session.board())
+        metrics = index.estimate(session.board)
     elif verify:
-        metrics = look(space)
-    elif space.is_done():
-        log.info("embed: nothing to do, %s records are in %s", f"{store.count():,}", store.name)
-        metrics = {"embedded": 0, "rows": store.count()}
+        metrics = index.verify(session.board)
+    elif index.is_done() and not rebuild:
+        log.info("embed: nothing to do, %s documents are in %s", f"{table.count():,}", table.path)
+        index.publish()
+        metrics = {"embedded": 0, "rows": table.count()}
     else:
-        metrics = bring_up_to_date(space, session.board())
-    return Result(metrics, {"store": str(store.describe()["place"]), "table": store.name})
+        metrics = index.bring_up_to_date(session.board, rebuild=rebuild)
+    return Result(metrics, {"store": str(table.home), "table": table.name})
 
 
 def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:

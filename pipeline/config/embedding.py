@@ -37,19 +37,23 @@ class Embedding(Section):
 
     There is never more than one for 1,024 texts.
     """
-    cache_gb: float = Field(10.0, ge=0)
-    """Size, in 10^9 bytes, that the cache of vectors of a model is kept below: the oldest go first. 0: no cache."""
+    vector_type: Literal["float32", "float16", "int8", "binary"] = "float32"
+    """How vectors are kept. float16: half the space. int8: float16, searched by an index of 8-bit numbers from 256 rows
+    on. binary: float16 and a bit a number, searched by Hamming distance and scored again from float16."""
     store: Literal["lancedb", "parquet", "pinecone"] = "lancedb"
-    """Where vectors are written."""
+    """Where vectors go: into a LanceDB table, and, if you choose parquet or pinecone, from there to a folder of Parquet
+    files or to Pinecone."""
     uri: PathStr | None = None
-    """Folder of LanceDB's tables or of Parquet files: relative to storage.root, absolute on disk, or with LanceDB in a
-    bucket, as s3://bucket/folder, with credentials from the environment; by default the store's name."""
+    """Folder of LanceDB's tables, or of the Parquet files: relative to storage.root, absolute on disk, or in a bucket,
+    as s3://bucket/folder, with credentials from the environment; by default the store's name under storage.root."""
     index: Literal["ivf_sq", "ivf_pq", "ivf_hnsw_sq"] | None = "ivf_sq"
-    """Index over LanceDB's vectors; null for none. What each costs stands in `stores/lancedb_store.py`."""
+    """Index over the vectors; null for none. `embedding/indexing.py` says what each costs."""
     index_rows: int = Field(200_000, ge=256)
-    """Rows from which LanceDB's vectors are indexed; below, a query looks at all of them. Ours: 0.2 s for 100,000."""
+    """Rows from which vectors are indexed; below, a query looks at all of them. Ours: 0.2 s for 100,000."""
+    max_deleted_fraction: float = Field(0.2, ge=0, le=1)
+    """Stop instead of deleting more than this share of the table's documents, as after a source that came back empty."""
     verify_sample: int = Field(100, ge=0)
-    """Vectors read back from the store, and compared, after each embedding; 0 for none."""
+    """Documents encoded again and compared with the table, after each embedding; 0 for none."""
 
     @model_validator(mode="after")
     def _go_together(self) -> Embedding:

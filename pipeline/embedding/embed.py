@@ -1,83 +1,63 @@
-"""Every prepared record in the store, once, over the cluster.
+"""The vector table brought up to date over the cluster.
 
-    a task a record file ──► rows the ledger lacks, tokenized, known vectors filled in ──► actor pool of encoders
-        ──► Sink: cache, ledger, store, ledger           then, file by file, what has vanished is deleted
+    a task a range ──► documents that are due ──► actor pool of encoders ──► tasks write fragments
+                                                          driver: a commit for each wave of them, as they come in
 
-What a task does is in embedding/sync.py. A job that is killed and run again embeds the rest.
+What a task does is in embedding/sync.py. A job that is killed loses the wave under way, and the next one embeds the rest.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from ray.data import ActorPoolStrategy, Dataset, Datasink
-from ray.data.datasource import WriteResult
+from ray.data import ActorPoolStrategy, Dataset
 
-from pipeline.embedding.columns import as_column
+from pipeline.embedding.chunks import expanded
+from pipeline.embedding.columns import as_column, as_matrix
 from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.stores.budget import Allowance
 from pipeline.embedding.stores.dead_letters import DeadLetters
-from pipeline.embedding.sync import ROWS, Span, Sync
-from pipeline.embedding.texts import UPDATE
+from pipeline.embedding.stores.store import Refused
+from pipeline.embedding.sync import DIFFERENCE, Difference, Sync, count_tokens, with_vectors
+from pipeline.embedding.table import VectorTable, Writer
 from pipeline.runtime.cluster import Cluster, connected_cluster, on_own_node
 from pipeline.runtime.memory import large_buffers_given_back
 from pipeline.runtime.session import Board
 
+ROWS = 1024  # texts encoded together: seconds of work
 # NOTE: never an encoder's share of CPUs, which has two digits, or Ray Data makes one operator of reading and encoding:
 # a record file is one actor's from its first row to its last then, and no GPU computes while the next rows are
 # tokenized (Ray 2.60).
 READ_CPUS = 0.251
-WRITE_ROWS = 8192  # rows that a write brings to the store together, and at most lost to a kill; more beyond so many
-MOST_WRITES = 10_000  # writes: what a commit costs grows with their number
-MOST_WRITE_ROWS = 131_072  # 0.3 GB of vectors of 384 numbers with their texts
+WRITE_ROWS, MOST_WRITE_ROWS = 8_192, 131_072  # of a fragment: about a hundredth of what there is to write
+WAVE_ROWS, WAVE_S = 131_072, 30.0  # a commit for so many rows, or after so long. At most lost to a kill
+LOCAL_ROWS = 1_000_000  # up to so many documents, ids are compared in the driver, without tasks
 
 
-def write_rows(records: int) -> int:
-    """Rows of a write, where there may be so many records to write."""
-    return min(max(WRITE_ROWS, records // MOST_WRITES), MOST_WRITE_ROWS)
+def write_rows(documents: int) -> int:
+    """Rows of a fragment, of so many documents that may have to be written."""
+    return min(max(WRITE_ROWS, documents // 100), MOST_WRITE_ROWS)
 
 
-class Sink(Datasink[Counter[str]]):
-    """Writes blocks of encoded rows; what the store refuses is set aside. `counts` is there once all is written."""
+class EncodeDocuments:
+    """An actor that gives documents with `tokens` their `vector`, or, where they have chunks, their `vectors`."""
 
-    def __init__(self, sync: Sync, letters: DeadLetters, rows: int) -> None:
-        self.sync, self.letters, self.rows = sync, letters, rows
-        self.counts: Counter[str] = Counter()
+    def __init__(self, recipe: EncoderRecipe, threads: int, board: Any) -> None:
+        self.encoder, self.board = open_with_threads(recipe, threads), board
 
-    @property
-    def min_rows_per_write(self) -> int:
-        return self.rows
-
-    def write(self, blocks: Iterable[Any], ctx: Any) -> Counter[str]:
-        counts: Counter[str] = Counter()
-        tables = [pa.table(block) for block in blocks]
-        if any(len(table) for table in tables):
-            rows = pa.concat_tables(table for table in tables if len(table))
-            with large_buffers_given_back():
-                self.letters.append(rows, self.sync.write(rows, counts))
-        return counts
-
-    def on_write_complete(self, write_result: WriteResult[Counter[str]]) -> None:
-        for counts in write_result.write_returns:
-            self.counts.update(counts)
-
-
-class EncodeRows:
-    """An actor that gives rows that are ready the vectors they lack."""
-
-    def __init__(self, recipe: EncoderRecipe, threads: int, board: Any, sync: Sync) -> None:
-        self.encoder, self.board, self.sync = _open(recipe, threads), board, sync
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        encoded = self.sync.encoded(rows, self.encoder)
+    def __call__(self, documents: pa.Table) -> pa.Table:
+        began, tokens = time.perf_counter(), count_tokens(documents["tokens"])
+        rows = with_vectors(documents, self.encoder)
         self.board.add.remote("embedded", len(rows))
-        return encoded
+        self.board.post.remote({"seconds": {"encode": time.perf_counter() - began}, "tokens": tokens})
+        return rows
 
 
 class EncodeTexts:
@@ -89,7 +69,7 @@ class EncodeTexts:
     def __init__(
         self, recipe: EncoderRecipe, threads: int, board: Any, prompt: str, prompts: dict[str, str] | None
     ) -> None:
-        self.encoder, self.board, self.prompt, self.prompts = _open(recipe, threads), board, prompt, prompts
+        self.encoder, self.board, self.prompt, self.prompts = open_with_threads(recipe, threads), board, prompt, prompts
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         texts = rows["text"].to_pylist()
@@ -101,7 +81,7 @@ class EncodeTexts:
         return rows.append_column("vector", as_column(vectors))
 
 
-def _open(recipe: EncoderRecipe, threads: int) -> Any:
+def open_with_threads(recipe: EncoderRecipe, threads: int) -> Any:
     import torch
 
     from pipeline.embedding.encode import open_encoder
@@ -166,79 +146,168 @@ def in_pool(dataset: Dataset, texts: int, recipe: EncoderRecipe, board: Board, a
     )
 
 
+@dataclass
+class Wave:
+    """Fragments on their way to a commit."""
+
+    writer: Writer
+    fragments: list[tuple[str, str]] = field(default_factory=list)
+    rows: int = 0
+    began: float = field(default_factory=time.monotonic)
+    commits: int = 0
+    commit_s: float = 0.0
+
+    def add(self, first_id: str, fragment: str, rows: int) -> None:
+        self.fragments.append((first_id, fragment))
+        self.rows += rows
+        if self.rows >= WAVE_ROWS or time.monotonic() - self.began > WAVE_S:
+            self.commit()
+
+    def commit(self) -> None:
+        """Append what there is, by rising id, so that the zone map tells fragments apart."""
+        began = time.perf_counter()
+        self.writer.append([fragment for _, fragment in sorted(self.fragments)])
+        self.commit_s += time.perf_counter() - began
+        self.commits += bool(self.fragments)
+        self.fragments, self.rows, self.began = [], 0, time.monotonic()
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What an embedding did: rows written and refused, tokens, commits, and seconds of all processes by what for."""
+
+    written: int
+    refused: int
+    tokens: int
+    commits: int
+    seconds: Counter[str]
+
+
 def embed(
-    sync: Sync, recipe: EncoderRecipe, files: list[Span], records: int, letters: DeadLetters, board: Board, writers: int
-) -> Counter[str]:
-    """Bring the store up to date with the record files of so many records. Returns the counts that `sync` keeps."""
-    fresh = sync.ledger.was_empty()
-    plans: dict[int, Counter[str]] = {}  # by file: one whose rows were lost with a node is looked at again
+    sync: Sync,
+    recipe: EncoderRecipe,
+    ranges: Sequence[int],
+    documents: int,
+    letters: DeadLetters,
+    board: Board,
+    writer: Writer,
+) -> Spent:
+    """Encode the documents that are due in these ranges, so many in all, and append them to the table, wave by wave."""
+    handle, table = board.handle, sync.table
 
     def due(batch: dict[str, Any]) -> Iterator[pa.Table]:
         for index in batch["id"].tolist():
-            counts: Counter[str] = Counter()
-            for rows in sync.due(files[index], counts):
-                yield sync.ready(rows, recipe.tokenizer())
-            handle.post.remote({"file": index, "counts": counts})
+            began = time.perf_counter()
+            for rows in sync.due(ranges[index]):
+                handle.post.remote({"seconds": {"read": time.perf_counter() - began}})
+                yield rows
+                began = time.perf_counter()
 
-    def remove(batch: dict[str, Any]) -> dict[str, Any]:
-        counts: Counter[str] = Counter()
-        for index in batch["id"].tolist():
-            sync.remove(files[index], counts)
-        return {"deleted": [counts["deleted"]]}
+    def write(rows: pa.Table) -> pa.Table:
+        began = time.perf_counter()
+        with large_buffers_given_back():
+            good, refused = _without_direction(expanded(rows) if "vectors" in rows.column_names else rows)
+            letters.append(*refused)
+            good = table.stored(good).sort_by("id")
+            fragments = table.write(good)
+        handle.post.remote({"seconds": {"write": time.perf_counter() - began}})
+        first, each = str(good["id"][0]) if len(good) else "", -(-len(good) // max(len(fragments), 1))
+        counts = [min(each, len(good) - each * place) for place in range(len(fragments))]
+        refusals = [len(refused[1]), *[0] * len(fragments)]
+        return pa.table(
+            {
+                "first": pa.array([first] * (len(fragments) + 1)),
+                "fragment": pa.array([None, *fragments], pa.string()),
+                "rows": pa.array([0, *counts], pa.int64()),
+                "refused": pa.array(refusals, pa.int64()),
+            }
+        )
+
+    seconds, tokens = Counter[str](), Counter[str]()
 
     def receive(message: dict[str, Any]) -> None:
-        if "counts" in message:
-            plans[message["file"]] = message["counts"]
+        for name, spent in message.get("seconds", {}).items():
+            seconds[name] += spent
+        tokens["tokens"] += message.get("tokens", 0)
 
-    handle, sink = board.handle, Sink(sync, letters, write_rows(records))
-    with board.stage("embed", None, "records", counter="embedded", receive=receive):
-        dataset = _a_task_each(files).map_batches(due, batch_size=1, num_cpus=READ_CPUS)
-        in_pool(dataset, records, recipe, board, EncodeRows, sync).write_datasink(
-            sink, concurrency=writers, ray_remote_args={"num_cpus": 0.5}
+    written = refused = 0
+    wave = Wave(writer)
+    with board.stage("embed", documents, "documents", counter="embedded", receive=receive):
+        dataset = _a_task_each(len(ranges)).map_batches(due, batch_size=1, num_cpus=READ_CPUS)
+        dataset = in_pool(dataset, documents, recipe, board, EncodeDocuments)
+        dataset = dataset.map_batches(
+            write, batch_size=write_rows(documents), batch_format="pyarrow", num_cpus=0.5, zero_copy_batch=True
         )
-    counts = sum(plans.values(), Counter[str]()) + sink.counts
-    if not fresh:
-        removed = _a_task_each(files).map_batches(remove, batch_size=1, num_cpus=0.5)
-        counts["deleted"] = int(removed.sum("deleted") or 0)
-    return counts
+        for found in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in found.to_pylist():
+                refused += row["refused"]
+                written += row["rows"]
+                if row["fragment"]:
+                    wave.add(row["first"], row["fragment"], row["rows"])
+        wave.commit()
+    return Spent(written, refused, tokens["tokens"], wave.commits, seconds + Counter(commit=wave.commit_s))
 
 
-def tidy(sync: Sync, cache_bytes: float, labels: Mapping[str, str]) -> dict[str, Any]:
-    """`Sync.tidy` on a node with these labels: an index takes CPUs and memory, of which a driver's may have none."""
+def _without_direction(rows: pa.Table) -> tuple[pa.Table, tuple[pa.Table, list[Refused]]]:
+    """Rows whose vectors can be compared, and the others with the reason."""
+    lengths = np.linalg.norm(as_matrix(rows["vector"]).astype(np.float64), axis=1)
+    good = np.isfinite(lengths) & (lengths > 0)
+    bad = rows.filter(pa.array(~good))
+    reasons = ["its vector is zero" if length == 0 else "its vector holds NaN or infinity" for length in lengths[~good]]
+    refused = [Refused(i, reason, 0) for i, reason in zip(bad["id"].to_pylist(), reasons, strict=True)]
+    return rows.filter(pa.array(good)), (bad, refused)
+
+
+def differences(sync: Sync, board: Callable[[], Board], title: str = "embed: compare") -> list[Difference]:
+    """How each range of the table differs from the documents."""
+    ranges = range(len(sync.documents))
+    if sync.empty or sum(sync.documents.rows) <= LOCAL_ROWS:
+        return [sync.difference(index) for index in ranges]
+    handle = board().handle
+
+    def compare(batch: dict[str, Any]) -> pa.Table:
+        found = [(index, sync.difference(index)) for index in batch["id"].tolist()]
+        handle.add.remote("compared", len(found))
+        return pa.Table.from_pylist([{"range": index, **each.to_row()} for index, each in found], DIFFERENCE)
+
+    with board().stage(title, len(ranges), "ranges", counter="compared"):
+        rows = _a_task_each(len(ranges)).map_batches(compare, batch_size=1, num_cpus=0.5).take_all()
+    return [Difference.from_row(row) for row in sorted(rows, key=lambda row: row["range"])]
+
+
+def update(sync: Sync, ranges: Sequence[int], writer: Writer) -> None:
+    """Rewrite rows whose documents have other places or metadata."""
+    if not ranges:
+        return
+    if sum(sync.documents.rows) <= LOCAL_ROWS:
+        writer.update(pa.concat_tables([sync.updates(index) for index in ranges]))
+        return
+
+    def updates(batch: dict[str, Any]) -> Iterator[pa.Table]:
+        yield from (sync.updates(ranges[index]) for index in batch["id"].tolist())
+
+    dataset = _a_task_each(len(ranges)).map_batches(updates, batch_size=1, num_cpus=0.5)
+    for rows in dataset.iter_batches(batch_size=WAVE_ROWS, batch_format="pyarrow"):
+        writer.update(rows)
+
+
+def finish_somewhere(table: VectorTable, index: str | None, index_rows: int, labels: dict[str, str]) -> dict[str, Any]:
+    """`indexing.finish` on a node with these labels: an index takes CPUs and memory, which a driver's may lack."""
     import ray
 
-    def tidy() -> dict[str, Any]:
+    def work() -> dict[str, Any]:
+        from pipeline.embedding.indexing import finish
+
         with large_buffers_given_back():
-            return sync.tidy(cache_bytes)
+            return finish(table, index, index_rows)
 
-    return dict(ray.get(ray.remote(num_cpus=1, label_selector=dict(labels))(tidy).remote()))
-
-
-def plan(sync: Sync, recipe: EncoderRecipe, files: list[Span], board: Board) -> Counter[str]:
-    """What `embed` would do: the counts, and the tokens that are to be encoded."""
-    handle = board.handle
-    names = ("new", "changed", "metadata", "untouched", "known", "tokens", "deleted")
-
-    def count(batch: dict[str, Any]) -> dict[str, Any]:
-        counts: Counter[str] = Counter()
-        for index in batch["id"].tolist():
-            for rows in sync.due(files[index], counts):
-                tokens = sync.ready(rows, recipe.tokenizer())["tokens"]
-                counts["known"] += tokens.null_count - pc.sum(pc.equal(rows["action"], UPDATE)).as_py()
-                counts["tokens"] += sum(len(ids) for windows in tokens.drop_null().to_pylist() for ids in windows)
-            counts["deleted"] += len(sync.vanished(files[index]))
-            handle.add.remote("planned", 1)
-        return {name: [counts[name]] for name in names}
-
-    with board.stage("embed: plan", len(files), "files", counter="planned"):
-        rows = _a_task_each(files).map_batches(count, batch_size=1, num_cpus=0.5).take_all()
-    return Counter({name: sum(row[name] for row in rows) for name in names})
+    return dict(ray.get(ray.remote(num_cpus=1, label_selector=dict(labels))(work).remote()))
 
 
-def _a_task_each(files: list[Span]) -> Dataset:
+def _a_task_each(ranges: int) -> Dataset:
     import ray.data
 
-    return ray.data.range(len(files), override_num_blocks=len(files))
+    return ray.data.range(ranges, override_num_blocks=max(ranges, 1))
 
 
 class SharedAccount:

@@ -10,7 +10,7 @@ than the model reads is cut, or read in windows that overlap and whose vectors a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -57,8 +57,11 @@ class TextEncoder:
         lead = self.card.head.prompt(prompt)
         return self.encode_tokens(windows_of(self.tokenizer, [lead + text for text in texts]))
 
-    def encode_tokens(self, texts: Sequence[Windows]) -> np.ndarray:
+    def encode_tokens(self, texts: Any) -> np.ndarray:
         """(N, width) float32 vectors of texts that are tokenized."""
+        if not isinstance(texts, list):
+            texts = texts.to_pylist()
+            texts = [each if each and isinstance(each[0], list) else [each] for each in texts]
         return encode_tokens(self.backend, texts, self.batch_tokens, self.width)
 
 

@@ -1,176 +1,282 @@
-"""What `jobs/embed.py` does, on a Ray session: bring a store up to date, estimate that, or look whether it is.
+"""What `jobs/embed.py` does: bring the vector table up to date, estimate that, or verify it.
 
-space = Space.of(config, prepared_folder, manifest, model)
-if not space.is_done():
-    metrics = bring_up_to_date(space, board)
+index = Index.of(config, prepared_folder, manifest, model)
+if not index.is_done():
+    metrics = index.bring_up_to_date(session.board)
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import torch
+import numpy as np
+import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
+from pipeline.embedding.columns import as_matrix
+from pipeline.embedding.documents import COLUMNS, Documents
 from pipeline.embedding.encode import TextEncoder, open_encoder
 from pipeline.embedding.recipe import EncoderRecipe
-from pipeline.embedding.store import file_name, is_embedded, mark_embedded, open_store, open_sync, publish, recipe_of
-from pipeline.embedding.stores.budget import Budget
+from pipeline.embedding.store import embedded_field, prompt_name, publish, recipe_of, table_of
 from pipeline.embedding.stores.dead_letters import DeadLetters
-from pipeline.embedding.stores.store import Store
-from pipeline.embedding.sync import COUNTS, Span, Sync, spans
-from pipeline.embedding.verify import Findings, verify
-from pipeline.runtime.cluster import connected_cluster
+from pipeline.embedding.sync import COUNTS, Difference, Sync, count_tokens, encoded_rows
+from pipeline.embedding.table import VectorTable, Writer
+from pipeline.model.reading import read_card
 from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError, alone_in
 from pipeline.runtime.session import Board
-from pipeline.storage.files import matching, remove_folder
+from pipeline.storage.files import remove_folder
 from pipeline.storage.path import StoragePath
 
-WRITERS = {"lancedb": 1, "parquet": 2, "pinecone": 4}  # at once; commits to one LanceDB table wait for each other
-MEASURED_FOR_S = 2.0  # encoding, for an estimate of a rate
+LEAST_COSINE = {"fp32": 0.9999, "bf16": 0.999, "int8": 0.98}
+"""Of a vector to that of the same text among others, by precision. MiniLM on Debian, 2026-11-26: 0.999999, 0.99999 and
+0.988, for int8's scales follow from what else is in a batch."""
+MEASURED_FOR_S, MEASURED_ROWS = 2.0, 4_096  # encoding, for an estimate of a rate
+SAMPLED_RANGES = 8
 
 
 @dataclass(frozen=True)
-class Space:
-    """A prepared data set, a model, and the store that its vectors are in."""
+class Index:
+    """A prepared data set, a model, and the table of its vectors."""
 
     config: Config
-    prepared: StoragePath
-    manifest: Manifest
     recipe: EncoderRecipe
-    store: Store
+    table: VectorTable
+    documents: Documents
+    prompt: str
 
     @classmethod
-    def of(cls, config: Config, prepared: StoragePath, manifest: Manifest, model: StoragePath) -> Space:
+    def of(cls, config: Config, prepared: StoragePath, manifest: Manifest, model: StoragePath) -> Index:
         """Raises ConfigError for what the model or this machine cannot do."""
-        recipe = recipe_of(config, model)
-        return cls(config, prepared, manifest, recipe, open_store(config, recipe))
-
-    @property
-    def folder(self) -> StoragePath:
-        return self.config.run_dir / "embedded"
-
-    @property
-    def files(self) -> list[Span]:
-        return spans(matching(self.prepared / "records", "*.parquet"))
-
-    @property
-    def records(self) -> int:
-        return sum(source.rows_kept for source in self.manifest.sources)
+        recipe, field = recipe_of(config, model), embedded_field(config, manifest)
+        prompt = read_card(recipe.local).head.prompt(prompt_name(field))
+        use_tokens = _tokens_fit(config, prepared, recipe, field, prompt)
+        documents = Documents.of(prepared, config.root, manifest, field, use_tokens=use_tokens)
+        return cls(config, recipe, table_of(config, recipe), documents, prompt)
 
     def is_done(self) -> bool:
-        return is_embedded(self.config, self.prepared, self.store)
+        """Whether the newest version of the table is the one that an earlier job verified for these documents."""
+        if not self.table.exists():
+            return False
+        return self.table.is_verified(self.table.open(), self.documents.key)
 
-    def sync(self, *, make: bool = True) -> Sync:
-        return open_sync(self.config, self.manifest, self.recipe, self.store, make=make)
+    def publish(self) -> None:
+        publish(self.config, self.recipe, self.table)
 
+    def bring_up_to_date(self, board: Callable[[], Board], *, rebuild: bool = False) -> dict[str, Any]:
+        """Embed, rewrite and delete what has to be; verify; let readers use the table. Returns the counts.
 
-def bring_up_to_date(space: Space, board: Board) -> dict[str, Any]:
-    """Embed, write and delete what has to be; compare; let readers use the table. Returns the counts.
+        Raises JobError where more would be deleted than is allowed, texts have no vector, or the table is not what it
+        should be afterwards.
+        """
+        self.documents.make(board)
+        if rebuild:
+            with alone_in(self.table.path):
+                remove_folder(self.table.path)
+        with self.table.writing() as writer:
+            return self._write(writer, board)
 
-    Raises JobError where rows were refused, or the store is not what it should be afterwards.
-    """
-    from pipeline.embedding.embed import SharedAccount, embed, tidy
+    def _write(self, writer: Writer, board: Callable[[], Board]) -> dict[str, Any]:
+        from pipeline.embedding.embed import differences, embed, finish_somewhere, update
 
-    config = space.config
-    if config.embedding.store == "pinecone":
-        account = SharedAccount(config.pinecone.requests_per_second, config.pinecone.max_concurrency)
-        space = replace(space, store=open_store(config, space.recipe, Budget(account)))
-    store = space.store
-    with alone_in(space.folder):
-        sync, letters = space.sync(), DeadLetters(config.run_dir / "dead_letters" / file_name(store), store.width)
+        wanted, began = self.config.embedding, time.monotonic()
+        rows = writer.dataset.count_rows()
+        sync = self._sync(writer.base, empty=not rows, check=not writer.was_verified)
+        if rows and sync.check:
+            log.info("embed: all %s rows are checked, for the last job did not end or another wrote to it", f"{rows:,}")
+        found = differences(sync, board)
+        whole = sum(found, Difference())
+        counts = whole.summary
+        self._refuse_mass_deletion(counts)
+        letters = DeadLetters(self.config.run_dir / "dead_letters" / self.table.name, self.table.width)
         remove_folder(letters.folder)  # they are tried again now
-        counts = embed(sync, space.recipe, space.files, space.records, letters, board, WRITERS[config.embedding.store])
-        log.info("embed: %s", _listed(counts) or "nothing had changed")
-        log.info("embed: joins the files of %s, and indexes them where they are many", store.name)
-        facts = tidy(sync, config.embedding.cache_gb * 1e9, config.scaling.labels.data)
-        if "recall@10" in facts:
-            log.info("embed: recall@10 of the index is %.4f", facts["recall@10"])
-        if counts["refused"]:
-            raise JobError(
-                f"{store.name} refused {counts['refused']:,} rows; {letters.folder} has them with the reasons, all "
-                "others are written, and the next run tries just those"
+        metrics: dict[str, Any] = {name: counts[name] for name in COUNTS}
+        due = [index for index, each in enumerate(found) if each.counts["new"]]
+        if due:
+            spent = embed(sync, self.recipe, due, counts["new"] + counts["changed"], letters, board(), writer)
+            metrics |= {"embedded": spent.written, "refused": spent.refused, "commits": spent.commits}
+            seconds = time.monotonic() - began
+            log.info(
+                "embed: %s vectors in %.1f s, %s a second, %s tokens a second; %s",
+                f"{spent.written:,}",
+                seconds,
+                f"{spent.written / seconds:,.0f}",
+                f"{spent.tokens / seconds:,.0f}",
+                ", ".join(f"{name} {spent.seconds[name]:.1f} s" for name in ("read", "encode", "write", "commit")),
             )
-        found = _verified(space, sync)
-        mark_embedded(config, space.prepared, store)
-        publish(config, space.recipe, store)
-    return {**{name: counts[name] for name in COUNTS}, "rows": found.rows, "verified": found.sampled}
+        update(sync, [index for index, each in enumerate(found) if each.counts["metadata"]], writer)
+        writer.delete(whole.obsolete)
+        log.info("embed: %s", _listed(counts) or "nothing had changed")
+        board()
+        facts = finish_somewhere(self.table, wanted.index, wanted.index_rows, self.config.scaling.labels.data)
+        if metrics.get("refused"):
+            raise JobError(
+                f"{metrics['refused']:,} texts have no vector; {letters.folder} has them with the reasons, all others "
+                "are in the table, and the next run tries just those"
+            )
+        verified = self._verified(board, check=False)
+        writer.mark_verified(self.documents.key)
+        self.publish()
+        return {
+            "embedded": 0,
+            **metrics,
+            **verified,
+            **({"recall@10": facts["recall@10"]} if "recall@10" in facts else {}),
+        }
 
+    def _sync(self, version: int, *, empty: bool, check: bool) -> Sync:
+        return Sync(self.documents, self.table, self.recipe, self.prompt, version, empty, check)
 
-def look(space: Space) -> dict[str, Any]:
-    """Compare counts, and a sample read back. Raises JobError where something is not as it should be."""
-    with alone_in(space.folder):
-        found = _verified(space, space.sync(make=False))
-    return {"rows": found.rows, "verified": found.sampled, "least_cosine": round(found.least_cosine, 6)}
+    def _refuse_mass_deletion(self, counts: Counter[str]) -> None:
+        held, most = sum(counts[name] for name in HELD), self.config.embedding.max_deleted_fraction
+        if counts["deleted"] > most * held:
+            raise JobError(
+                f"{counts['deleted']:,} of {held:,} documents in {self.table.name} would be deleted, because the data "
+                f"no longer have them, and embedding.max_deleted_fraction={most:g} allows fewer; check that no source "
+                "is missing, or allow it with embedding.max_deleted_fraction=1"
+            )
 
+    def verify(self, board: Callable[[], Board]) -> dict[str, Any]:
+        """Compare all ids, texts, metadata and vectors with their digests, and a sample of vectors with their texts.
 
-def _verified(space: Space, sync: Sync) -> Findings:
-    found = verify(sync, space.files, open_encoder(space.recipe), space.config.embedding.verify_sample)
-    log.info("embed: %s", found)
-    if found.wrong:
-        raise JobError(
-            f"{space.store.name} is not what the records say: {'; '.join(found.wrong)}; python jobs/embed.py writes "
-            "what is missing, and another storage.run a table that is whole"
+        Raises JobError where something is not as it should be.
+        """
+        self.documents.make(board)
+        return self._verified(board, check=True)
+
+    def _verified(self, board: Callable[[], Board], *, check: bool) -> dict[str, Any]:
+        from pipeline.embedding.embed import differences
+
+        dataset = self.table.open()
+        sync = self._sync(int(dataset.version), empty=not dataset.count_rows(), check=check)
+        counts = sum(differences(sync, board, "embed: verify"), Difference()).summary
+        wrong = [f"{counts[name]:,} rows are {what}" for name, what in WRONG.items() if counts[name]]
+        sampled, least, off = self._sampled()
+        if off:
+            wrong.append(f"{off:,} of {sampled} sampled vectors are not those of their texts, at cosine {least:.4f}")
+        if wrong:
+            raise JobError(
+                f"{self.table.path} is not what the data say: {', '.join(wrong)}; python jobs/embed.py repairs it, and "
+                "python jobs/embed.py --rebuild starts from nothing"
+            )
+        log.info("embed: %s rows are verified, %s of them by encoding them again", f"{dataset.count_rows():,}", sampled)
+        return {"rows": dataset.count_rows(), "verified": sampled, "least_cosine": round(least, 6)}
+
+    def _sampled(self) -> tuple[int, float, int]:
+        """Vectors that were encoded anew, the least cosine to those in the table, and how many are below the bound."""
+        chance, size = np.random.default_rng(0), self.config.embedding.verify_sample
+        drawn = chance.permutation(len(self.documents))[: SAMPLED_RANGES if size else 0]
+        tables = []
+        for index in drawn.tolist():
+            rows = next(self.documents.read(index), None)
+            if rows is not None:
+                tables.append(
+                    rows.take(np.sort(chance.choice(len(rows), min(len(rows), -(-size // len(drawn))), False)))
+                )
+        if not tables:
+            return 0, 1.0, 0
+        sync = self._sync(0, empty=True, check=False)
+        ours = encoded_rows(sync.tokenized(pa.concat_tables(tables).slice(0, size)), self._encoder)
+        there = self.table.fetch(ours["id"].to_pylist())
+        at = {row_id: i for i, row_id in enumerate(ours["id"].to_pylist())}
+        expected = as_matrix(ours["vector"])[[at[row_id] for row_id in there["id"].to_pylist()]]
+        found = as_matrix(there["vector"]).astype(np.float32)
+        lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1)
+        cosines = (expected * found).sum(axis=1) / np.maximum(lengths, 1e-12)
+        least = min(
+            LEAST_COSINE[self.config.embedding.precision], 1.0 if self.table.vector_type == "float32" else 0.999
         )
-    return found
+        return len(found), float(cosines.min(initial=1.0)), int((cosines < least).sum())
+
+    @cached_property
+    def _encoder(self) -> TextEncoder:
+        return open_encoder(self.recipe)
+
+    def estimate(self, board: Callable[[], Board]) -> dict[str, Any]:
+        """What an embedding would do, and about how long encoding would take on this cluster. Writes no vector."""
+        from pipeline.embedding.embed import Pool, differences
+        from pipeline.runtime.cluster import connected_cluster
+
+        self.documents.make(board)
+        exists, documents = self.table.exists(), sum(self.documents.rows)
+        rows = self.table.count() if exists else 0
+        sync = self._sync(
+            self.table.version() if exists else 0,
+            empty=not rows,
+            check=exists and not self.table.is_verified(self.table.open()),
+        )
+        found = differences(sync, board)
+        counts = sum(found, Difference()).summary
+        board()
+        pool = Pool.of(
+            documents, self.config.embedding.max_workers, connected_cluster().with_labels(self.recipe.labels)
+        )
+        due = counts["new"] + counts["changed"]
+        rate, tokens = self._measured(sync, found, pool.threads) if due else (1.0, 0.0)
+        seconds = due / (rate * pool.most)
+        log.info(
+            "embed: %s; encoding would take about %.1f minutes on %s workers",
+            _listed(counts) or "nothing has changed",
+            seconds / 60,
+            pool.most,
+        )
+        return {
+            **{name: counts[name] for name in COUNTS},
+            "tokens": round(tokens * due),
+            "minutes": round(seconds / 60, 2),
+        }
+
+    def _measured(self, sync: Sync, found: list[Difference], threads: int) -> tuple[float, float]:
+        """Documents a second of an encoding actor with so many threads, and tokens a document, on some that are due."""
+        from pipeline.embedding.embed import open_with_threads
+
+        index = next(index for index, each in enumerate(found) if each.counts["new"])
+        rows = next(sync.due(index)).slice(0, MEASURED_ROWS)
+        encoder, done, began = open_with_threads(self.recipe, threads), 0, time.perf_counter()
+        while done < len(rows) and time.perf_counter() - began < MEASURED_FOR_S:
+            encoded_rows(rows.slice(done, 128), encoder)
+            done += 128
+        done = min(done, len(rows))
+        return done / (time.perf_counter() - began), count_tokens(rows["tokens"]) / len(rows)
 
 
-def estimate(space: Space, board: Board) -> dict[str, Any]:
-    """What an embedding would do, and about how long its encoding would take on this cluster. Writes no vector."""
-    from pipeline.embedding.embed import Pool, plan, write_rows
-
-    wanted = space.config.embedding
-    pool = Pool.of(space.records, wanted.max_workers, connected_cluster().with_labels(space.recipe.labels))
-    with alone_in(space.folder):
-        sync, files = space.sync(make=False), space.files
-        counts = plan(sync, space.recipe, files, board)
-        rate = _tokens_per_s(space, sync, files, pool.threads) if counts["tokens"] else 1.0
-    seconds = counts["tokens"] / (rate * pool.most)
-    rows = space.config.pinecone.batch_rows if wanted.store == "pinecone" else write_rows(space.records)
-    writes = counts["new"] + counts["changed"] + counts["metadata"]
-    requests = -(-writes // rows) + -(-counts["deleted"] // rows)
-    log.info(
-        "embed: %s; it would take about %s minutes on %s workers, and %s writes",
-        _listed(counts) or "nothing has changed",
-        f"{seconds / 60:.1f}",
-        pool.most,
-        f"{requests:,}",
-    )
-    return {**counts, "requests": requests, "minutes": round(seconds / 60, 2)}
+HELD = ("changed", "metadata", "untouched", "deleted")  # counts that make up the documents of a table
+WRONG = {
+    "new": "missing",
+    "changed": "of an older text",
+    "metadata": "with other metadata",
+    "deleted": "foreign",
+    "wrong": "damaged",
+}
 
 
-def _tokens_per_s(space: Space, sync: Sync, files: list[Span], threads: int) -> float:
-    """Of this process, with an encoding actor's threads, on texts that are to be encoded."""
-    encoder = open_encoder(space.recipe, threads)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        return _measured(sync, files, encoder)
-    finally:
-        torch.set_num_threads(before)
+def _tokens_fit(config: Config, prepared: StoragePath, recipe: EncoderRecipe, field: str, prompt: str) -> bool:
+    """Whether the token shards hold just what the model would be given."""
+    if config.tokenizer.long_texts != "cut" or config.embedding.long_texts != "cut":
+        return False
+    if field == "anchor" and any(config.data.augment.model_dump().values()):
+        return False
+    if read_card(recipe.local).max_length != config.tokenizer.max_length:
+        return False
+    for source in config.data.sources:
+        own = source.model_dump()["prompts"].get(field) or ""
+        if own != (own or prompt):
+            return False
+    return _tokenizer(recipe.local / "tokenizer.json") == _tokenizer(prepared / "tokenizer.json")
 
 
-def _measured(sync: Sync, files: list[Span], encoder: TextEncoder) -> float:
-    for span in files:
-        for rows in sync.due(span, Counter()):
-            ready = sync.ready(rows, encoder.tokenizer)
-            texts = ready["tokens"].drop_null().to_pylist()
-            if not texts:
-                continue
-            tokens, start = 0, time.perf_counter()
-            for first in range(0, len(texts), 128):
-                part = texts[first : first + 128]
-                encoder.encode_tokens(part)
-                tokens += sum(len(window) for windows in part for window in windows)
-                if time.perf_counter() - start > MEASURED_FOR_S:
-                    break
-            return tokens / (time.perf_counter() - start)
-    return 1.0
+def _tokenizer(path: StoragePath) -> Any:
+    """What a tokenizer.json says, but for how it cuts and pads."""
+    if not path.is_file():
+        return None
+    return {key: value for key, value in json.loads(path.read_text()).items() if key not in ("truncation", "padding")}
 
 
 def _listed(counts: Counter[str]) -> str:

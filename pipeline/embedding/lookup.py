@@ -1,8 +1,8 @@
-"""The vector of one text, from the cache that the jobs share.
+"""The vector of one text, from the run's table.
 
-embedder = open_embedder(config, model_folder)
-embedder.get_embedding("remove duplicate rows", cache_only=True)     # (D,) float32, or None; loads no model
-embedder.get_embedding("remove duplicate rows")                      # made, and put there, where it is not
+embedder = open_embedder(config)
+embedder.get_embedding("remove duplicate rows", cache_only=True)     # (D,), or None where it is not in the table
+embedder.get_embedding("remove duplicate rows")                      # encoded, where it is not
 """
 
 from __future__ import annotations
@@ -14,42 +14,34 @@ import numpy as np
 
 from pipeline.config import Config
 from pipeline.data.judging import normaliser
-from pipeline.embedding.cache import VectorCache, cache_key
+from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.encode import TextEncoder, open_encoder
 from pipeline.embedding.recipe import EncoderRecipe
-from pipeline.embedding.store import open_cache, recipe_of
-from pipeline.model.reading import read_card
-from pipeline.storage.path import StoragePath
+from pipeline.embedding.store import prompt_name, published_recipe, table_of
+from pipeline.embedding.table import VectorTable
+from pipeline.text.identity import content_id
 
 
 class Embedder:
     """`normalise` makes texts what records are that were prepared by the same config."""
 
-    def __init__(self, recipe: EncoderRecipe, cache: VectorCache, normalise: Callable[[str], str]) -> None:
-        self.recipe, self.cache, self.normalise = recipe, cache, normalise
+    def __init__(self, recipe: EncoderRecipe, table: VectorTable, normalise: Callable[[str], str], prompt: str) -> None:
+        self.recipe, self.table, self.normalise, self.prompt = recipe, table, normalise, prompt
 
     @cached_property
     def _encoder(self) -> TextEncoder:
         return open_encoder(self.recipe)
 
-    def get_embedding(self, text: str, prompt: str = "document", *, cache_only: bool = False) -> np.ndarray | None:
-        """(D,) float32; None where `cache_only` is set and the cache does not have it. A long text is read whole.
-
-        `prompt` names one of the model's own, `query` or `document`; a source's prompt comes before the text itself.
-        """
+    def get_embedding(self, text: str, *, cache_only: bool = False) -> np.ndarray | None:
+        """(D,) vector of a text as it is embedded. With `cache_only`, None where the table does not have it."""
         text = self.normalise(text)
-        key = cache_key(read_card(self.recipe.local).head.prompt(prompt) + text)
-        vectors, found = self.cache.get([key])
-        if found[0]:
-            return vectors[0]  # type: ignore[no-any-return]
-        if cache_only:
-            return None
-        vectors = self._encoder.encode([text], prompt)
-        self.cache.put([key], vectors)
-        return vectors[0]  # type: ignore[no-any-return]
+        found = self.table.fetch([content_id([text])]) if self.table.exists() else None
+        if found:
+            return as_matrix(found["vector"])[0].astype(np.float32)  # type: ignore[no-any-return]
+        return None if cache_only else self._encoder.encode([text], self.prompt)[0]  # type: ignore[no-any-return]
 
 
-def open_embedder(config: Config, model: StoragePath) -> Embedder:
-    """For a model's folder, such as `pipeline.stages.model_folder(config)` gives."""
-    recipe = recipe_of(config, model)
-    return Embedder(recipe, open_cache(config, recipe), normaliser(config.data))
+def open_embedder(config: Config) -> Embedder:
+    """For the model and the table that the config's run last published."""
+    recipe = published_recipe(config)
+    return Embedder(recipe, table_of(config, recipe), normaliser(config.data), prompt_name(config.embedding.field))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+import pyarrow as pa
 from tokenizers import Tokenizer
 
 from pipeline.config import Embedding
@@ -77,3 +78,11 @@ def windows_of(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Windows]:
     overlaps = bool(tokenizer.truncation and tokenizer.truncation["stride"])
     encodings = (tokenizer.encode_batch if overlaps else tokenizer.encode_batch_fast)(list(texts))
     return [[encoding.ids, *(rest.ids for rest in encoding.overflowing if overlaps)] for encoding in encodings]
+
+
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> pa.Array:
+    """Token ids of each text: lists, or after `let_windows_overlap` lists of windows."""
+    found = windows_of(tokenizer, texts)
+    if tokenizer.truncation and tokenizer.truncation["stride"]:
+        return pa.array(found, pa.list_(pa.list_(pa.int32())))
+    return pa.array([windows[0] for windows in found], pa.list_(pa.int32()))

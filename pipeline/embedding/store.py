@@ -1,33 +1,30 @@
-"""Which store, table, ledger and cache a config's vectors are in, whether they are all there, and which readers use.
+"""Which table a config's vectors are in, and which model and table readers use.
 
-    store = open_store(config, recipe)
-    sync = open_sync(config, manifest, recipe, store)
+    recipe = recipe_of(config, model)
+    table = table_of(config, recipe)
 
-Another model's vectors, another field's, or vectors made in another way are in another table. Readers go by
-`<run>/embedded/alias.json`, which names a copy of the model whose table was last brought up to date and found to be
-right: search goes on with both while a new model's table is filled. Imports no Ray.
+A run, a model, a field and a way of making vectors have a table of their own. Readers go by `<run>/published.json`, which
+names a copy of the model whose table was last brought up to date and verified: search goes on with both while a new
+model's table is filled. Imports no Ray.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from typing import Any
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.manifest import Manifest
 from pipeline.embedding.backends import check_backend, make_graph
-from pipeline.embedding.cache import VectorCache
-from pipeline.embedding.lance import connect
-from pipeline.embedding.ledger import Ledger
 from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.stores.budget import Budget
-from pipeline.embedding.stores.store import Store
-from pipeline.embedding.sync import Sync
-from pipeline.embedding.texts import Reading
+from pipeline.embedding.stores.pinecone_store import PineconeStore
+from pipeline.embedding.table import VectorTable
 from pipeline.model.reading import model_files, model_fingerprint, read_card
+from pipeline.runtime.job import JobError
 from pipeline.storage.files import fetched, free_bytes, may_write, place, write_atomically
-from pipeline.storage.path import StoragePath, on_disk
+from pipeline.storage.path import StoragePath
 
 
 def recipe_of(config: Config, model: StoragePath) -> EncoderRecipe:
@@ -47,38 +44,22 @@ def recipe_of(config: Config, model: StoragePath) -> EncoderRecipe:
     return recipe
 
 
-def open_store(config: Config, recipe: EncoderRecipe, budget: Budget | None = None) -> Store:
-    """The table of a run's records under a model; a namespace of Pinecone's index.
-
-    `budget` is what all processes of a job share of Pinecone's requests.
-    """
-    parts = [config.storage.run.replace("/", "."), recipe.space]
-    parts += [config.embedding.field] if config.embedding.field != "auto" else []
-    return named_store(config, "-".join(parts), recipe.width, budget)
-
-
-def named_store(config: Config, name: str, width: int, budget: Budget | None = None) -> Store:
-    """The table of a name in the config's store."""
-    wanted, home = config.embedding, _home(config)
-    if wanted.store == "pinecone":
-        from pipeline.embedding.stores.pinecone_store import PineconeStore
-
-        return PineconeStore(config.pinecone, config.pinecone.namespace or name, width, config.secret_files, budget)
-    if wanted.store == "parquet":
-        from pipeline.embedding.stores.parquet_store import ParquetStore
-
-        if on_disk(home) is None:
-            raise ConfigError(f"embedding.uri: found {home}; allowed with embedding.store=parquet is a folder on disk")
-        return ParquetStore(str(home), name, width)
-    from pipeline.embedding.stores.lancedb_store import LanceStore
-
-    return LanceStore(home, name, width, wanted.index, wanted.index_rows)
+def table_of(config: Config, recipe: EncoderRecipe) -> VectorTable:
+    """The table of a run's documents under a model. Nothing is made."""
+    wanted, run = config.embedding, config.storage.run
+    key = [run, recipe.space, wanted.field, wanted.vector_type]
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", run)[-80:]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    uri = (wanted.uri if wanted.store == "lancedb" else None) or "lancedb"
+    return VectorTable(
+        config.under_root(uri), f"{name}-{digest}", recipe.width, wanted.vector_type, wanted.long_texts == "chunks"
+    )
 
 
-def _home(config: Config) -> StoragePath:
-    """The folder of the tables of LanceDB, or of Parquet's folders."""
-    uri = config.embedding.uri or config.embedding.store
-    return config.under_root(uri)
+def open_pinecone(config: Config, table: VectorTable, budget: Budget | None = None) -> PineconeStore:
+    """The namespace that a table is pushed to. `budget` is what all processes of a job share of requests."""
+    namespace = config.pinecone.namespace or table.name
+    return PineconeStore(config.pinecone, namespace, table.width, config.secret_files, budget)
 
 
 def reach_store(config: Config) -> str:
@@ -93,46 +74,16 @@ def reach_store(config: Config) -> str:
                 "pinecone.create=true"
             )
         return f"Pinecone's index {index}"
-    home = _home(config)
+    home = config.under_root(config.embedding.uri or config.embedding.store)
     if not may_write(home):
         raise ConfigError(f"embedding.uri: found {home}, where this user may not write; allowed is a folder of its own")
     if free_bytes(home) is None:
-        try:
-            connect(home).list_tables(limit=1)
-        except Exception as error:  # LanceDB's own come as RuntimeError, ValueError and OSError
-            words = " ".join(str(error).split())[:200]
-            raise ConfigError(f"embedding.uri: {home} cannot be reached: {words}") from None
+        home.exists()  # raises what keeps this machine from a bucket
     return f"{config.embedding.store} in {home}"
 
 
-def open_sync(config: Config, manifest: Manifest, recipe: EncoderRecipe, store: Store, *, make: bool = True) -> Sync:
-    """A job that brings the store up to date, by a ledger that is true of it; `make` the store where there is none."""
-    field = embedded_field(config, manifest)
-    head = read_card(recipe.local).head
-    prompts = {source.name: source.prompts[field] for source in manifest.sources if field in source.prompts}
-    reading = Reading(head.prompt(prompt_name(field)), prompts, config.embedding.long_texts == "chunks")
-    cache = open_cache(config, recipe) if config.embedding.cache_gb else None
-    if make or store.exists():
-        store.create()
-    ledger = Ledger(config.root / "ledgers", file_name(store))
-    ledger.begin()
-    there, sending = ledger.counts()
-    if not there <= (store.count() if store.exists() else 0) <= there + sending:
-        ledger.rebuild(store)
-    if cache is not None:
-        cache.freeze()
-    return Sync(field, reading, store, ledger, cache)
-
-
-def open_cache(config: Config, recipe: EncoderRecipe) -> VectorCache:
-    """The vectors that all jobs of a storage.root have made with a model, by text."""
-    cache = VectorCache(config.root / "cache", recipe.space, recipe.width)
-    cache.create()
-    return cache
-
-
 def prompt_name(field: str) -> str:
-    """Anchors are what one looks with, everything else what one finds."""
+    """Anchors act as queries, all other fields as documents."""
     return "query" if field == "anchor" else "document"
 
 
@@ -145,52 +96,31 @@ def embedded_field(config: Config, manifest: Manifest) -> str:
     return field
 
 
-def is_embedded(config: Config, prepared: StoragePath, store: Store) -> bool:
-    """Whether an earlier embedding of this data set into this table ran to its end, and the table is as it was then."""
-    return is_complete(config, store) and _note(config, store)["data"] == prepared.name
-
-
-def is_complete(config: Config, store: Store) -> bool:
-    """Whether an embedding of whatever data set ran to its end, and the table is as it was then."""
-    return _marker(config, store).is_file() and store.exists() and _note(config, store)["rows"] == store.count()
-
-
-def mark_embedded(config: Config, prepared: StoragePath, store: Store) -> None:
-    """Note that all of a data set is in the table."""
-    # The folder's name follows from the inputs, metadata among them; the fingerprint of token shards does not see that.
-    note = {"data": prepared.name, "rows": store.count()}
-    write_atomically(_marker(config, store), json.dumps(note).encode())
-
-
-def _note(config: Config, store: Store) -> dict[str, Any]:
-    return json.loads(_marker(config, store).read_text())  # type: ignore[no-any-return]
-
-
-def file_name(store: Store) -> str:
-    """A store's name as one of a file or a table."""
-    return re.sub(r"[^\w.-]", "-", store.name, flags=re.ASCII)
-
-
-def _marker(config: Config, store: Store) -> StoragePath:
-    return config.run_dir / "embedded" / f"{file_name(store)}.json"
-
-
-def publish(config: Config, recipe: EncoderRecipe, store: Store) -> None:
+def publish(config: Config, recipe: EncoderRecipe, table: VectorTable) -> None:
     """Let readers use a model and its table from now on."""
     name = f"models/{model_fingerprint(recipe.local)[:16]}"
     for file in model_files(recipe.local):  # each whole or not at all
         if not (config.root / name / file).is_file():
             place(recipe.folder / file, config.root / name / file)
-    write_atomically(_alias(config), json.dumps({"model": name, "store": store.name}).encode())
+    found = json.dumps({"model": name, "table": str(table.path)}, indent=2).encode()
+    if not _published(config).is_file() or _published(config).read_bytes() != found:
+        write_atomically(_published(config), found)
 
 
-def published_model(config: Config) -> StoragePath | None:
-    """The model that readers are to use; None where none was published, or the config names one of its own."""
-    path = _alias(config)
-    if config.embedding.model or not path.is_file():
-        return None
-    return config.root / json.loads(path.read_text())["model"]  # type: ignore[no-any-return]
+def published_recipe(config: Config) -> EncoderRecipe:
+    """The encoder that readers are to use: that of `embedding.model`, else the one that was published.
+
+    Raises JobError where none was.
+    """
+    from pipeline.storage.path import as_path
+
+    if config.embedding.model:
+        return recipe_of(config, as_path(config.embedding.model))
+    path = _published(config)
+    if not path.is_file():
+        raise JobError(f"nothing is embedded yet by the run {config.storage.run}; python jobs/embed.py does that")
+    return recipe_of(config, config.root / json.loads(path.read_text())["model"])
 
 
-def _alias(config: Config) -> StoragePath:
-    return config.run_dir / "embedded" / "alias.json"
+def _published(config: Config) -> StoragePath:
+    return config.run_dir / "published.json"

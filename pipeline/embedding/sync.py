@@ -1,211 +1,218 @@
-"""A store kept in step with the prepared records: what is new is embedded, what changed beside the text rewritten, what
-is gone removed, and the rest left alone.
+"""How a range of the vector table differs from the documents: what is to be embedded, rewritten and deleted.
 
-    for batch in job.due(records_file):                    # rows that the ledger does not have as they are now
-        job.write(job.encoded(batch, encoder))
-    job.remove(records_file)
+    sync.difference(3)           # counts, and the row ids to delete
+    for batch in sync.due(3):    # documents that have no row yet, tokenized
+    sync.updates(3)              # rows whose places or metadata changed
 
-Everything here runs in one process and knows no Ray, which only spreads it (embedding/embed.py). A record file holds a
-range of ids, so it is compared with that range of the ledger, and nothing holds all ids. A row is noted in the ledger
-before it is sent and again when it is there: after a kill the next run finds what may be there, and sends it again.
+All of it is an anti-join of documents and rows by id, range by range, in one process and without Ray, which only spreads
+it (embedding/embed.py). Tasks read the version of the table that the job began with, so a task that is repeated after
+its node died finds the same. Memory: the ids of a range, and a batch of texts.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tokenizers import Tokenizer
+import xxhash
 
-from pipeline.embedding.cache import VectorCache
+from pipeline.embedding.chunks import as_chunks, chunk_metadata, expanded, parts_of
 from pipeline.embedding.columns import as_column, as_matrix
-from pipeline.embedding.ledger import GONE, SENDING, THERE, Ledger, record_of, with_digest
-from pipeline.embedding.stores.store import SCHEMA, Refused, Store
-from pipeline.embedding.texts import EMBED, UPDATE, Reading
-from pipeline.runtime.artifact import open_parquet
-from pipeline.storage.files import for_each
-from pipeline.storage.path import StoragePath
+from pipeline.embedding.documents import COLUMNS, Documents, digest_of, one_chunk
+from pipeline.embedding.recipe import EncoderRecipe, tokenize
+from pipeline.embedding.table import DIGEST_CHARS, VectorTable, content_digests
 
 if TYPE_CHECKING:
     from pipeline.embedding.encode import TextEncoder  # torch, which what only reads can do without
 
-COUNTS = ("new", "changed", "metadata", "untouched", "deleted", "embedded", "written", "refused")
-"""What is counted: documents by what became of them, vectors that were made, rows that were and were not written."""
-ROWS = 1024  # records looked at, and encoded, together: seconds of work
+COUNTS = ("new", "changed", "metadata", "untouched", "deleted")
+"""Documents by what became of them: `changed` have another text than before under the same source_id, `metadata` other
+places or metadata."""
+
+ARRAYS = ("obsolete", "new", "vanished")
+DIFFERENCE = pa.schema(
+    [("range", pa.int64()), ("counts", pa.string()), *((name, pa.list_(pa.uint64())) for name in ARRAYS)]
+)
 
 
 @dataclass(frozen=True)
-class Span:
-    """A record file, and the ids that it would hold: from `first` up to `last`, which is not among them."""
+class Difference:
+    """Counts of documents; `_rowid` of rows to delete; hashes of (source, source_id) of new and of vanished texts."""
 
-    file: StoragePath
-    first: str
-    last: str | None
+    counts: Counter[str] = field(default_factory=Counter)
+    obsolete: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    new: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    vanished: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
 
+    def to_row(self) -> dict[str, Any]:
+        """A row of DIFFERENCE."""
+        return {"counts": json.dumps(self.counts), **{name: getattr(self, name) for name in ARRAYS}}
 
-def spans(files: list[StoragePath]) -> list[Span]:
-    """The files of a prepared set's records, each with its range; together they are all ids there can be."""
-    least_ids = for_each(files[0], _least_id, files) if files else []
-    filled = [(file, least) for file, least in zip(files, least_ids, strict=True) if least is not None]
-    edges = ["", *(least for _, least in filled[1:]), None]
-    return [Span(file, first or "", last) for (file, _), (first, last) in zip(filled, pairwise(edges), strict=True)]
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Difference:
+        return cls(Counter(json.loads(row["counts"])), *(np.array(row[name], np.uint64) for name in ARRAYS))
 
+    def __add__(self, other: Difference) -> Difference:
+        arrays = ((getattr(each, name) for each in (self, other)) for name in ARRAYS)
+        return Difference(self.counts + other.counts, *(np.concatenate(list(pair)) for pair in arrays))
 
-def _least_id(file: StoragePath) -> str | None:
-    """The first id of a record file, which is sorted by it; None where it has no rows."""
-    with open_parquet(file) as parquet:
-        batch = next(parquet.iter_batches(1, columns=["id"]), None)
-    return str(batch["id"][0]) if batch is not None and len(batch) else None
+    @property
+    def summary(self) -> Counter[str]:
+        """The counts by COUNTS, and `wrong`: rows that are not what they should be."""
+        changed = len(np.intersect1d(self.new, self.vanished))
+        counts = Counter(self.counts)
+        counts.update(new=-changed, changed=changed, deleted=len(self.vanished) - changed)
+        return counts
 
 
 @dataclass(frozen=True)
 class Sync:
-    """A job of embedding: where records come from, how they are read, and what is kept where."""
+    """Documents, and the version of a table that they are compared with."""
 
-    field: str
-    reading: Reading
-    store: Store
-    ledger: Ledger
-    cache: VectorCache | None
+    documents: Documents
+    table: VectorTable
+    recipe: EncoderRecipe
+    prompt: str
+    """The model's own, for sources without one of theirs."""
+    version: int
+    empty: bool
+    """Whether that version has no rows."""
+    check: bool = False
+    """Whether to trust nothing: texts, metadata and vectors are hashed again and compared with id and digest."""
 
-    @property
-    def columns(self) -> dict[str, str]:
-        """A store's columns → those of the record files."""
-        return {name: self.field if name == "text" else name for name in SCHEMA(1).names if name != "vector"}
-
-    def due(self, span: Span, counts: Counter[str]) -> Iterator[pa.Table]:
-        """Records that the store lacks, or has with other metadata: the columns of a store, `digest` and `action`."""
-        there = _records(self.ledger.between(span.first, span.last))
-        with open_parquet(span.file) as parquet:
-            for batch in parquet.iter_batches(ROWS, columns=list(self.columns.values())):
-                rows = with_digest(pa.Table.from_batches([batch]).rename_columns(list(self.columns)))
-                actions = [
-                    _action(there.get(record_id), digest)
-                    for record_id, digest in zip(rows["id"].to_pylist(), rows["digest"].to_pylist(), strict=True)
-                ]
-                rows = rows.append_column("action", pa.array(actions, pa.string()))
-                self._count(rows, counts, first_run=not there)
-                rows = rows.filter(pa.array([action is not None for action in actions], pa.bool_()))
-                if len(rows):
-                    yield rows
-
-    def _count(self, rows: pa.Table, counts: Counter[str], *, first_run: bool) -> None:
-        """New documents, and those whose text changed: their id is new, and their source_id is not."""
-        new = rows.filter(pc.equal(rows["action"], EMBED))
-        changed = 0
-        if len(new) and not first_run:
-            held = self.ledger.holding(new["source_id"].to_pylist())
-            changed = sum(
-                key in held for key in zip(*(new[n].to_pylist() for n in ("source", "source_id")), strict=True)
-            )
-        updates = pc.sum(pc.equal(rows["action"], UPDATE)).as_py() or 0
-        counts.update(
-            new=len(new) - changed, changed=changed, metadata=updates, untouched=len(rows) - len(new) - updates
+    def difference(self, index: int) -> Difference:
+        rows = self.documents.rows[index]
+        if self.empty:
+            return Difference(Counter(new=rows))
+        there, obsolete, wrong = self._there(index)
+        documents = self.documents.table(index, ["id", "source", "source_id", "digest"])
+        known, changed = _compare(documents, there)
+        gone = pc.invert(pc.is_in(there["key"], one_chunk(documents["id"]))).to_numpy()
+        vanished = there.filter(pa.array(gone))
+        counts = Counter(
+            new=int((~known).sum()),
+            metadata=int(changed.sum()),
+            untouched=int((known & ~changed).sum()),
+            wrong=wrong,
+        )
+        return Difference(
+            counts,
+            np.concatenate([obsolete, vanished["_rowid"].to_numpy()]),
+            _source_hashes(documents.filter(pa.array(~known))),
+            _source_hashes(vanished.filter(_first_of_each(vanished["key"]))),
         )
 
-    def ready(self, rows: pa.Table, tokenizer: Tokenizer) -> pa.Table:
-        """Due records as the rows to write, tokenized where no vector is known."""
-        return self.reading.rows(rows, tokenizer, self.cache)
+    def due(self, index: int) -> Iterator[pa.Table]:
+        """Documents that have no row, with `tokens`."""
+        there = None if self.empty else self._there(index)[0]
+        use_tokens = self.documents.use_tokens
+        for batch in self.documents.read(index, [*COLUMNS, "tokens"] if use_tokens else COLUMNS):
+            if there is not None:
+                batch = batch.filter(pa.array(~_compare(batch, there)[0]))
+            if len(batch):
+                yield batch if use_tokens else self.tokenized(batch)
 
-    def encoded(self, rows: pa.Table, encoder: TextEncoder) -> pa.Table:
-        """Rows with all vectors that are to be written, and `fresh` where they were not known."""
-        fresh = np.asarray(rows["tokens"].combine_chunks().is_valid())
-        vectors = np.zeros((len(rows), encoder.width), np.float32)
-        known = rows["vector"].combine_chunks()
-        null = np.asarray(known.is_null())
-        if not null.all():
-            vectors[~null] = as_matrix(known.drop_null())
-        if fresh.any():
-            vectors[fresh] = encoder.encode_tokens(rows["tokens"].filter(pa.array(fresh)).to_pylist())
-        rows = rows.drop_columns(["tokens", "vector"])
-        return rows.append_column("vector", as_column(vectors, null & ~fresh)).append_column("fresh", pa.array(fresh))
+    def tokenized(self, documents: pa.Table) -> pa.Table:
+        """Documents with the `tokens` that the encoder takes, and the `spans` of chunks."""
+        leads = [self.documents.prompts.get(source, self.prompt) for source in documents["source"].to_pylist()]
+        if self.table.chunks:
+            return as_chunks(documents, leads, self.recipe.tokenizer())
+        texts = documents["text"].to_pylist()
+        if any(leads):
+            texts = [lead + text for lead, text in zip(leads, texts, strict=True)]
+        return documents.append_column("tokens", tokenize(self.recipe.tokenizer(), texts))
 
-    def write(self, rows: pa.Table, counts: Counter[str]) -> list[Refused]:
-        """Bring rows to the store, and note it. Returns what could not be written."""
-        update = pc.equal(rows["action"], UPDATE)
-        new = rows.filter(pc.invert(update))
-        fresh = new.filter(new["fresh"])
-        if self.cache is not None:
-            self.cache.put(fresh["key"].to_pylist(), as_matrix(fresh["vector"]))
-        refused = self._upsert(new) + self._update(rows.filter(update))
-        counts.update(embedded=len(fresh), written=len(rows) - len(refused), refused=len(refused))
-        return refused
+    def updates(self, index: int) -> pa.Table:
+        """The columns to set, and `id`, of rows whose document has other places."""
+        there, _, _ = self._there(index)
+        documents = self.documents.table(index)
+        documents = documents.filter(pa.array(_compare(documents, there)[1]))
+        at = pc.index_in(there["key"], one_chunk(documents["id"]))
+        rows, of = there.filter(pc.is_valid(at)), documents.take(pc.drop_null(at))
+        digests = pc.binary_join_element_wise(of["digest"], pc.utf8_slice_codeunits(rows["digest"], DIGEST_CHARS), "")
+        columns = {name: of[name] for name in ("source", "source_id", "places")}
+        metadata = chunk_metadata(of["metadata"], rows["metadata"]) if self.table.chunks else of["metadata"]
+        return pa.table({"id": rows["id"], **columns, "metadata": metadata, "digest": digests})
 
-    def _upsert(self, rows: pa.Table) -> list[Refused]:
-        if not len(rows):
-            return []
-        self.ledger.note(rows, SENDING)
-        refused = self.store.upsert(rows.select(SCHEMA(self.store.width).names))
-        self.ledger.note(_without(rows, refused), THERE)
-        return refused
+    def _there(self, index: int) -> tuple[pa.Table, np.ndarray, int]:
+        """Rows of a range that are right as far as is known, with `key`, the id of their document.
 
-    def _update(self, rows: pa.Table) -> list[Refused]:
-        if not len(rows):
-            return []
-        refused = self.store.update(rows.select(list(self.columns)))
-        self.ledger.note(_without(rows, refused), THERE)
-        return refused
+        Also `_rowid` of the others, and their number.
+        """
+        columns = ["id", "source", "source_id", "digest", "metadata", "_rowid"]
+        columns += ["parent_id"] if self.table.chunks else []
+        columns += ["text", "places", "vector"] if self.check else []
+        rows = self.table.read(columns, self.documents.bounds(index), self.version).combine_chunks()
+        key = pc.coalesce(rows["parent_id"], rows["id"]) if self.table.chunks else rows["id"]
+        rows = rows.append_column("key", key)
+        right = _first_of_each(rows["id"]).to_numpy(zero_copy_only=False).copy()
+        if self.check and len(rows):
+            right &= self._is_right(rows)
+            if self.table.chunks:  # of a text with a chunk that is wrong or missing, all are made again
+                keys = key.to_pylist()
+                found = Counter(one for one, is_right in zip(keys, right.tolist(), strict=True) if is_right)
+                parts = map(parts_of, rows["id"].to_pylist(), rows["metadata"].to_pylist())
+                right &= np.array([found[one] == count for one, count in zip(keys, parts, strict=True)], bool)
+        return rows.filter(pa.array(right)), rows["_rowid"].to_numpy()[~right], int((~right).sum())
 
-    def vanished(self, span: Span) -> pa.Table:
-        """Ledger entries of records that are no longer in the file."""
-        entries = self.ledger.between(span.first, span.last)
-        ids = set(open_parquet(span.file).read(columns=["id"])["id"].to_pylist())
-        gone = [record_of(row_id) not in ids for row_id in entries["id"].to_pylist()]
-        return entries.filter(pa.array(gone, pa.bool_()))
-
-    def remove(self, span: Span, counts: Counter[str]) -> None:
-        """Delete what has vanished from the prepared records."""
-        entries = self.vanished(span)
-        for start in range(0, len(entries), ROWS):
-            part = entries.slice(start, ROWS)
-            self.store.delete(part["id"].to_pylist())
-            self.ledger.note(part, GONE)
-        counts.update(deleted=len(entries))
-
-    def tidy(self, cache_bytes: float) -> dict[str, Any]:
-        """Join what many writes left, and index what is large; once nobody writes. Returns what the store then is."""
-        self.store.finish()
-        self.ledger.compact()
-        if self.cache is not None:
-            self.cache.trim(cache_bytes)
-        return self.store.describe()
+    def _is_right(self, rows: pa.Table) -> np.ndarray:
+        """Whether each row is what its digest was made of."""
+        places = rows["places"].to_pylist()
+        of_content = content_digests(rows["text"], as_matrix(rows["vector"])).to_pylist()
+        expected = [digest_of(each or ()) + content for each, content in zip(places, of_content, strict=True)]
+        right = pc.fill_null(pc.equal(rows["digest"], pa.array(expected, pa.string())), False).to_numpy()
+        columns = ["source", "source_id"] if self.table.chunks else ["source", "source_id", "metadata"]
+        for name in columns:
+            first = pa.array([each[0][name] if each else None for each in places], pa.string())
+            right = right & pc.fill_null(pc.equal(rows[name], first), False).to_numpy()
+        return right
 
 
-def _action(there: tuple[str, bool] | None, digest: str) -> str | None:
-    if there is None or not there[1]:
-        return EMBED
-    return None if there[0] == digest else UPDATE
+def _compare(documents: pa.Table, there: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each document has a row, and whether that has other places."""
+    at = pc.index_in(one_chunk(documents["id"]), one_chunk(there["key"]))
+    digests = pc.utf8_slice_codeunits(there["digest"], 0, DIGEST_CHARS).take(at)
+    known = at.is_valid().to_numpy(zero_copy_only=False)
+    return known, known & pc.fill_null(pc.not_equal(digests, documents["digest"]), True).to_numpy()
 
 
-def _records(entries: pa.Table) -> dict[str, tuple[str, bool]]:
-    """Of each record: the digest, and whether all of its rows are there."""
-    found: dict[str, tuple[str, int, int]] = {}
-    columns = (entries[name].to_pylist() for name in ("id", "digest", "parts", "state"))
-    for row_id, digest, parts, state in zip(*columns, strict=True):
-        if state == THERE:
-            record = record_of(row_id)
-            found[record] = (digest, parts, found.get(record, ("", 0, 0))[2] + 1)
-    return {record: (digest, count >= parts) for record, (digest, parts, count) in found.items()}
+def _first_of_each(values: pa.ChunkedArray) -> pa.Array:
+    """Where a value stands for the first time."""
+    codes = one_chunk(values.dictionary_encode()).indices.to_numpy()
+    first = np.zeros(len(codes), bool)
+    first[np.unique(codes, return_index=True)[1]] = True
+    return pa.array(first)
 
 
-def _without(rows: pa.Table, refused: list[Refused]) -> pa.Table:
-    bad = {each.id for each in refused}
-    return rows.filter(pa.array([row_id not in bad for row_id in rows["id"].to_pylist()], pa.bool_())) if bad else rows
+def _source_hashes(rows: pa.Table) -> np.ndarray:
+    """64-bit hashes of (source, source_id)."""
+    pairs = zip(rows["source"].to_pylist(), rows["source_id"].to_pylist(), strict=True)
+    return np.array([xxhash.xxh3_64_intdigest(f"{source}\0{source_id}") for source, source_id in pairs], np.uint64)
 
 
-def sync_here(sync: Sync, files: list[Span], encoder: TextEncoder) -> tuple[Counter[str], list[Refused]]:
-    """Bring the store up to date in this process. Returns the counts, and what the store refused."""
-    counts: Counter[str] = Counter()
-    refused: list[Refused] = []
-    for span in files:
-        for rows in sync.due(span, counts):
-            refused += sync.write(sync.encoded(sync.ready(rows, encoder.tokenizer), encoder), counts)
-    for span in files:
-        sync.remove(span, counts)
-    return counts, refused
+def with_vectors(documents: pa.Table, encoder: TextEncoder) -> pa.Table:
+    """Documents with a `vector` in place of their `tokens`, or, where they have chunks, with `vectors`."""
+    tokens, rest = one_chunk(documents["tokens"]), documents.drop_columns(["tokens"])
+    if "spans" not in rest.column_names:
+        return rest.append_column("vector", as_column(encoder.encode_tokens(tokens)))
+    vectors = as_column(encoder.encode_tokens(tokens.flatten()))
+    offsets = pc.subtract(tokens.offsets, tokens.offsets[0])
+    return rest.append_column("vectors", pa.ListArray.from_arrays(offsets, vectors))
+
+
+def encoded_rows(documents: pa.Table, encoder: TextEncoder) -> pa.Table:
+    """Rows of id, text and `vector` of documents with `tokens`: several of one that has chunks."""
+    rows = with_vectors(documents, encoder)
+    return expanded(rows) if "vectors" in rows.column_names else rows
+
+
+def count_tokens(tokens: pa.ChunkedArray) -> int:
+    """Token ids in lists, or in lists of lists."""
+    flat = one_chunk(tokens).flatten()
+    return len(flat.flatten() if pa.types.is_list(flat.type) else flat)

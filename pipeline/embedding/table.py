@@ -13,7 +13,7 @@ A row is a distinct text, or one chunk of a long text:
     id          hash of the text; of a chunk, "<hash of the text>#00002"
     source      source, source_id and metadata (JSON) of the first record with this text
     places      these three of all its records
-    digest      hash of `places`, then hash of `vector`: what changed shows without reading either
+    digest      hash of `places`, then hash of `text` and `vector`: what changed shows without reading them
     vector      of `width` numbers in float32 or float16; with vector_type binary, `bits` has their signs
     parent_id   with chunks: the hash of the text
 
@@ -52,14 +52,14 @@ os.environ.setdefault("LANCE_LOG", "error")
 
 PLACE = pa.struct([("source", pa.string()), ("source_id", pa.string()), ("metadata", pa.string())])
 TEXTS = ("source", "source_id", "text", "metadata")
-DIGEST_CHARS = 32  # of `places`; the digest of the vector follows
+DIGEST_CHARS = 32  # of `places`; that of text and vector follows
 ZONE_ROWS = 2_048  # rows of a zone of the zone map: a range of ids reads about one zone too many at either end
 SCAN_ROWS = 8_192
 SQL_IDS = 8_192  # ids in one condition; 10 µs each to parse
 COMMIT_ATTEMPTS = 5
 DELETED_AT_ONCE = 100_000
-SMALL_FRAGMENT_ROWS, SMALL_FRAGMENTS = 131_072, 64  # compacted from so many fragments of fewer rows on
 READ_FOR = timedelta(hours=1)  # how long a search or a scan may go on reading an old version
+VERIFIED = "verified-"  # a tag: this and the key of the documents that a version holds
 DTYPES = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.float16(), "binary": pa.float16()}
 
 
@@ -127,6 +127,13 @@ class VectorTable:
                 raise
             raise StoreError(f"found no table {self.path}; python jobs/embed.py makes it") from error
 
+    def is_verified(self, dataset: Any, documents: str = "") -> bool:
+        """Whether a job has verified just this version, and, where they are given, for these documents."""
+        tags = {
+            name: tag["version"] for name, tag in dataset.tags.list().items() if name.startswith(VERIFIED + documents)
+        }
+        return dataset.version in tags.values()
+
     def count(self) -> int:
         return int(self.open().count_rows())
 
@@ -169,14 +176,14 @@ class VectorTable:
         return [json.dumps(fragment.to_json()) for fragment in written]
 
     def stored(self, rows: pa.Table) -> pa.Table:
-        """Rows with a float32 `vector`, as `schema` has them; the digest gets that of the vector as it is stored."""
+        """Rows with a float32 `vector`, as `schema` has them; the digest gets that of text and vector."""
         vectors = as_matrix(rows["vector"]).astype(DTYPES[self.vector_type].to_pandas_dtype())
         columns: dict[str, Any] = {name: rows[name] for name in rows.column_names}
         columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), self.width)
         if self.vector_type == "binary":
             bits = np.packbits(vectors > 0, axis=1)
             columns["bits"] = pa.FixedSizeListArray.from_arrays(pa.array(bits.ravel()), bits.shape[1])
-        columns["digest"] = pc.binary_join_element_wise(rows["digest"], vector_digests(vectors), "")
+        columns["digest"] = pc.binary_join_element_wise(rows["digest"], content_digests(rows["text"], vectors), "")
         return pa.table([columns[name] for name in self.schema.names], schema=self.schema)
 
     @contextmanager
@@ -193,6 +200,7 @@ class Writer:
         self.table = table
         table.create()
         self.dataset = table.open()
+        self.was_verified = table.is_verified(self.dataset)
         self._commit(lambda dataset: dataset.restore())
         self.base = int(self.dataset.version)
         """The version that the job began with: what tasks read while others append."""
@@ -232,16 +240,15 @@ class Writer:
             some = ", ".join(map(str, row_ids[start : start + DELETED_AT_ONCE].tolist()))
             self._commit(lambda dataset, some=some: dataset.delete(f"_rowid IN ({some})"))
 
-    def tag(self, name: str, version: int | None = None) -> None:
-        """Let a tag name a version, the newest by default."""
+    def mark_verified(self, documents: str) -> None:
+        """Note that the newest version holds the documents of this key, and no others."""
         check_guards(self.table.path)
+        self.dataset = self.table.open()
         tags = self.dataset.tags
-        (tags.update if name in tags.list() else tags.create)(name, version or self.dataset.version)
-
-    def untag(self, name: str) -> None:
-        check_guards(self.table.path)
-        if name in self.dataset.tags.list():
-            self.dataset.tags.delete(name)
+        for name in tags.list():
+            if name.startswith(VERIFIED):
+                tags.delete(name)
+        tags.create(VERIFIED + documents, self.dataset.version)
 
     def _commit(self, commit: Callable[[Any], Any]) -> None:
         """Commit on top of the newest version, and again where it is not known to have failed.
@@ -268,10 +275,11 @@ def is_disk_full(error: BaseException) -> bool:
     return "No space left on device" in str(error) or "os error 28" in str(error)
 
 
-def vector_digests(vectors: np.ndarray) -> pa.Array:
-    """Hashes of the rows of an (N, D) matrix as it is stored, 16 hex digits each."""
+def content_digests(texts: pa.ChunkedArray, vectors: np.ndarray) -> pa.Array:
+    """Hashes of texts and of the rows of an (N, D) matrix as it is stored, 16 hex digits each."""
     rows = np.ascontiguousarray(vectors)
-    return pa.array([xxhash.xxh3_64_hexdigest(row) for row in rows], pa.string())
+    seeds = (xxhash.xxh3_64_intdigest((text or "").encode()) for text in texts.to_pylist())
+    return pa.array([xxhash.xxh3_64_hexdigest(row, seed) for row, seed in zip(rows, seeds, strict=True)], pa.string())
 
 
 def among(column: str, values: Sequence[str]) -> Iterator[str]:

@@ -25,7 +25,7 @@ def nearest(batches: Iterable[pa.RecordBatch], vector: np.ndarray, k: int, where
     query, seen = vector / np.linalg.norm(vector), 0
     for batch in batches:
         if where:
-            rows = batch.select(["source", "source_id", "metadata"]).to_pylist()
+            rows = batch.select(["places"]).to_pylist()
             batch = batch.take(pa.array([i for i, row in enumerate(rows) if keeps(where, row)], pa.int64()))
         if not len(batch):
             continue

@@ -18,6 +18,8 @@ from typing import Any
 import yaml
 
 from pipeline.config import ConfigError
+from pipeline.embedding.table import SQL_IDS as SQL_TEXTS
+from pipeline.embedding.table import among
 
 COLUMNS = ("source", "source_id")
 SIGNS = {">=": "gte", "<=": "lte", ">": "gt", "<": "lt"}
@@ -71,13 +73,17 @@ def _is_number(value: Any) -> bool:
 
 
 def keeps(where: Where, row: Mapping[str, Any]) -> bool:
-    """Whether a row of `source`, `source_id` and `metadata` (JSON) meets all conditions."""
+    """Whether one of a row's `places`, of `source`, `source_id` and `metadata` (JSON), meets all conditions."""
+    return any(_keeps(where, place) for place in row["places"] or ())
+
+
+def _keeps(where: Where, place: Mapping[str, Any]) -> bool:
     metadata = None
     for key, wanted in where.items():
         if key in COLUMNS:
-            value = row[key]
+            value = place[key]
         else:
-            metadata = _metadata(row["metadata"]) if metadata is None else metadata
+            metadata = _metadata(place["metadata"]) if metadata is None else metadata
             value = metadata.get(key)
         if not _meets(value, wanted):
             return False
@@ -112,22 +118,18 @@ def _beyond(value: float, bound: str, limit: float) -> bool:
 
 
 def to_sql(where: Where) -> tuple[str, bool]:
-    """SQL over a table of rows that holds for all rows that meet the conditions, and whether for no others."""
+    """SQL that holds for all rows whose first place meets the conditions, and whether for no others."""
     parts, exact = [], True
     for key, wanted in where.items():
         texts = wanted if isinstance(wanted, list) else [wanted]
         if key in COLUMNS and all(isinstance(text, str) for text in texts):
-            parts.append(f"{key} IN ({', '.join(map(quoted, texts))})")
+            parts += list(among(key, texts)) if len(texts) <= SQL_TEXTS else []
+            exact &= len(texts) <= SQL_TEXTS
             continue
         exact = False
         if re.fullmatch(r"[A-Za-z0-9_ -]+", key) and key not in COLUMNS:  # a key that JSON writes as it is
             parts.append(f"metadata LIKE '%\"{key}\"%'")
-    return " AND ".join(parts), exact
-
-
-def quoted(text: str) -> str:
-    """A text as SQL writes it."""
-    return "'" + text.replace("'", "''") + "'"
+    return " AND ".join(parts) or "true", exact
 
 
 def to_pinecone(where: Where) -> dict[str, Any]:

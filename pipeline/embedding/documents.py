@@ -1,0 +1,180 @@
+"""The distinct texts of a prepared data set: a document for each, with all places that have it, by ranges of its id.
+
+    documents = Documents.of(prepared, root, manifest, "positive", use_tokens=True)
+    documents.make(board)
+    documents.read(3)                    # (id, source, source_id, places, text, metadata, digest) of range 3, by id
+
+    records/00000.parquet ──┐   id of each text         ┌──► documents/00000.parquet     ids from 00… to 55…
+    records/00001.parquet ──┼──► exchange by range ─────┼──► documents/00001.parquet     ids from 55… to aa…
+    records/00002.parquet ──┘                           └──► documents/00002.parquet
+
+Twenty questions about one passage are twenty records and one document. Records of text alone are documents already: then
+nothing is written, and a range is a record file. Cost: a read and a write of all texts, once for each prepared data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.data.exchange import read_part, write_parts
+from pipeline.data.manifest import SPLITS, Manifest
+from pipeline.embedding.table import PLACE
+from pipeline.runtime.artifact import Artifact, Output, open_parquet
+from pipeline.runtime.session import Board
+from pipeline.storage.files import for_each, matching, sizes
+from pipeline.storage.path import StoragePath
+from pipeline.text.identity import content_id, shard_of
+
+FORMAT = 1
+READ_ROWS = 8_192
+PLACE_COLUMNS = ("source", "source_id", "metadata")
+COLUMNS = ("id", "source", "source_id", "places", "text", "metadata", "digest")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents of one field of the records. With `use_tokens` they have the `tokens` of the token shards."""
+
+    records: Sequence[StoragePath]
+    field: str
+    prompts: dict[str, str]
+    """By source, where a source has its own: the same text is then another document."""
+    use_tokens: bool
+    shards: StoragePath
+    """The folder of the token shards."""
+    artifact: Artifact
+    are_records: bool
+    """Whether each record is a document, and nothing is to be made."""
+
+    @classmethod
+    def of(
+        cls, prepared: StoragePath, root: StoragePath, manifest: Manifest, field: str, *, use_tokens: bool
+    ) -> Documents:
+        prompts = {source.name: source.prompts[field] for source in manifest.sources if source.prompts.get(field)}
+        key = {"format": FORMAT, "data": prepared.name, "field": field, "prompts": prompts, "tokens": use_tokens}
+        artifact = Artifact(root / "stages", "documents", key)
+        records = matching(prepared / "records", "*.parquet")
+        are_records = manifest.text_fields == ["text"] and not prompts
+        return cls(records, field, prompts, use_tokens, prepared, artifact, are_records)
+
+    @property
+    def key(self) -> str:
+        return self.artifact.key
+
+    def __len__(self) -> int:
+        """Ranges."""
+        return len(self.records)
+
+    def bounds(self, index: int) -> tuple[str, str | None]:
+        """Ids of a range: from the first bound up to the second, which is not among them."""
+        edges = [-(-(each << 32) // len(self.records)) for each in (index, index + 1)]  # as shard_of rounds
+        first, last = (f"{edge:08x}" for edge in edges)
+        return first if index else "", last if index + 1 < len(self.records) else None
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """Documents of each range."""
+        if self.are_records:
+            return for_each(self.shards, lambda path: open_parquet(path).metadata.num_rows, self.records)
+        manifest = self.artifact.read()
+        assert manifest
+        return list(manifest["rows"])
+
+    def make(self, board: Any) -> None:
+        """Group the records, unless that is done; asks for the `board` if there is work."""
+        if not self.are_records:
+            self.artifact.make(lambda: self._group(board()))
+
+    def _group(self, board: Board) -> dict[str, Any]:
+        ranges = len(self.records)
+        bytes_in = [size or 0 for size in sizes(self.records)]
+
+        def spread(index: int, output: Output) -> str:
+            rows, name = self._identified(index), f"scratch/by-range/{index:05d}.parts"
+            with output.writing(name) as file:
+                write_parts(rows, [shard_of(each, ranges) for each in rows["id"].to_pylist()], ranges, file)
+            output.report(records=len(rows))
+            return name
+
+        def group(index: int, output: Output) -> int:
+            rows = grouped(read_part(parts, index))
+            output.write_table(f"documents/{index:05d}.parquet", rows)
+            return len(rows)
+
+        names = self.artifact.tasks(board, "embed: find distinct texts", bytes_in, spread)
+        parts = [self.artifact.folder / name for name in names]
+        even = [sum(bytes_in) // max(ranges, 1)] * ranges
+        return {"rows": self.artifact.tasks(board, "embed: write distinct texts", even, group)}
+
+    def _identified(self, index: int) -> pa.Table:
+        """The records of a file with `text`, and as `id` that of their text."""
+        columns = dict.fromkeys(["id", *PLACE_COLUMNS, self.field])
+        rows = open_parquet(self.records[index]).read(columns=list(columns))
+        tokens = {"tokens": self.tokens(index, rows["id"])} if self.use_tokens else {}
+        columns = {name: rows[name] for name in PLACE_COLUMNS} | {"text": rows[self.field]} | tokens
+        prompts = self.prompts
+        ids = [
+            content_id([prompts[source], text] if source in prompts else [text])
+            for source, text in zip(rows["source"].to_pylist(), rows[self.field].to_pylist(), strict=True)
+        ]
+        return pa.table({"id": pa.array(ids, pa.string()), **columns})
+
+    def tokens(self, index: int, ids: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Token ids of records of a file, from its token shards."""
+        name = self.records[index].name
+        there = [path for split in SPLITS if (path := self.shards / split / name).is_file()]
+        shards = pa.concat_tables([open_parquet(path).read(columns=["id", self.field]) for path in there])
+        return shards[self.field].combine_chunks().take(pc.index_in(ids, shards["id"].combine_chunks()))
+
+    def read(self, index: int, columns: Sequence[str] = COLUMNS) -> Iterator[pa.Table]:
+        """Documents of a range by rising id, some at a time; `tokens` may be among the columns."""
+        if not self.are_records:
+            path = self.artifact.folder / "documents" / f"{index:05d}.parquet"
+            for batch in open_parquet(path).iter_batches(READ_ROWS, columns=list(columns)):
+                yield pa.Table.from_batches([batch])
+            return
+        for batch in open_parquet(self.records[index]).iter_batches(READ_ROWS, columns=["id", *PLACE_COLUMNS, "text"]):
+            rows = grouped(pa.Table.from_batches([batch]))
+            if "tokens" in columns:
+                rows = rows.append_column("tokens", self.tokens(index, rows["id"]))
+            yield rows.select(list(columns))
+
+    def table(self, index: int, columns: Sequence[str] = COLUMNS) -> pa.Table:
+        """All documents of a range."""
+        found = list(self.read(index, columns))
+        schema = pa.schema([(name, pa.list_(PLACE) if name == "places" else pa.string()) for name in columns])
+        return pa.concat_tables(found).combine_chunks() if found else schema.empty_table()
+
+
+def grouped(rows: pa.Table) -> pa.Table:
+    """Documents by rising id of rows of id, PLACE_COLUMNS and more; its first place is the one of least source_id."""
+    rows = rows.sort_by([(name, "ascending") for name in ("id", "source_id", "source", "metadata")]).combine_chunks()
+    ids = rows["id"]
+    begins = np.ones(len(rows), bool)
+    if len(rows) > 1:
+        begins[1:] = pc.not_equal(ids.slice(1), ids.slice(0, len(ids) - 1)).to_numpy()
+    starts = np.flatnonzero(begins)
+    places = [one_chunk(rows[name]) for name in PLACE_COLUMNS]
+    offsets = pa.array([*starts.tolist(), len(rows)], pa.int32())
+    listed = pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(places, fields=list(PLACE)))
+    digests = [digest_of(each) for each in listed.to_pylist()]
+    first = rows.take(pa.array(starts))
+    columns = {name: first[name] for name in rows.column_names}
+    columns |= {"places": listed, "digest": pa.array(digests, pa.string())}
+    order = [*COLUMNS, *(name for name in rows.column_names if name not in COLUMNS)]
+    return pa.table([columns[name] for name in order], names=order)
+
+
+def digest_of(places: Iterable[dict[str, str | None]]) -> str:
+    return content_id([place[name] or "" for place in places for name in PLACE_COLUMNS])
+
+
+def one_chunk(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

@@ -1,0 +1,89 @@
+"""A table made fit to search: small fragments joined, indexes built and brought up to date, old versions removed.
+
+    finish(table, writer, "ivf_sq", index_rows=200_000)
+    describe(table)                    # {"rows": 131698, "index": "IVF_SQ", "recall@10": 0.98, …}
+
+A query looks at all vectors until there is an index, from `index_rows` rows on. Measured on two cores, 100,000 clustered
+vectors of 256 numbers: 194 ms a query without, and with an index
+
+    ivf_sq         3 s to build, 15 to 24 ms a query, recall@10 0.98, refined 1.00
+    ivf_pq        55 s to build, 11 to 15 ms a query, recall@10 0.39, refined 1.00; a quarter of the size
+    ivf_hnsw_sq   67 s to build,  8 to 13 ms a query, recall@10 0.97, refined 1.00
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+
+from pipeline.embedding.columns import as_matrix
+from pipeline.embedding.nearest import merged, nearest_in_block, unit
+from pipeline.embedding.search import TableSearch
+from pipeline.embedding.table import READ_FOR, ZONE_ROWS, VectorTable
+from pipeline.runtime.console import log
+
+SMALL_ROWS, MANY_SMALL = 131_072, 64  # fragments of fewer rows are joined once there are so many
+FEWEST_ROWS = 256  # that an index can be trained on
+TRIES = 5
+
+
+def finish(table: VectorTable, index: str | None, index_rows: int) -> dict[str, Any]:
+    """Bring the files and indexes of a table up to date, and describe it. For the table's only writer."""
+    dataset = table.open()
+    small = sum(fragment.count_rows() < SMALL_ROWS for fragment in dataset.get_fragments())
+    if small >= MANY_SMALL:
+        log.info("embed: joins %s small files of %s", f"{small:,}", table.name)
+        dataset.optimize.compact_files()
+    rows, there = dataset.count_rows(), _columns_indexed(dataset)
+    if there:
+        dataset.optimize.optimize_indices()
+    if "id" not in there and rows:
+        dataset.create_scalar_index("id", "ZONEMAP", rows_per_zone=ZONE_ROWS)
+    column = "bits" if table.vector_type == "binary" else "vector"
+    needed = rows >= (FEWEST_ROWS if table.vector_type == "int8" else max(index_rows, FEWEST_ROWS))
+    if index and needed and column not in there:
+        kind = "IVF_FLAT" if column == "bits" else "IVF_SQ" if table.vector_type == "int8" else index.upper()
+        log.info("embed: builds an index (%s) of %s vectors", kind, f"{rows:,}")
+        dataset.create_index(column, index_type=kind, metric="hamming" if column == "bits" else "cosine")
+    table.open().cleanup_old_versions(READ_FOR, delete_unverified=True, error_if_tagged_old_versions=False)
+    found = describe(table)
+    if "index" in found:
+        found["recall@10"] = round(recall(table), 4)
+        log.info("embed: recall@10 of the index is %.4f", found["recall@10"])
+    return found
+
+
+def _columns_indexed(dataset: Any) -> dict[str, str]:
+    """Column → type of its index."""
+    return {index.field_names[0]: index.index_type for index in dataset.describe_indices()}
+
+
+def describe(table: VectorTable) -> dict[str, Any]:
+    """For people: rows, width, type, index, place."""
+    dataset = table.open()
+    column = "bits" if table.vector_type == "binary" else "vector"
+    found = {"rows": dataset.count_rows(), "width": table.width, "vector_type": table.vector_type}
+    found |= {"index": kind for name, kind in _columns_indexed(dataset).items() if name == column}
+    return {**found, "place": str(table.home), "name": table.name}
+
+
+def recall(table: VectorTable, sample: int = 50, k: int = 10) -> float:
+    """Share of the true k nearest that queries find, by brute force over `sample` vectors of the table.
+
+    A vector itself is left out of what is found.
+    """
+    dataset, search = table.open(), TableSearch(table)
+    offsets = sorted(random.Random(0).sample(range(dataset.count_rows()), min(sample, dataset.count_rows())))
+    rows = dataset.take(offsets, columns=["id", "vector"])
+    vectors, found = unit(as_matrix(rows["vector"]).astype(np.float32)), None
+    for batch in table.scan(["id", "vector"]):  # once for all of them
+        block = unit(as_matrix(batch["vector"]).astype(np.float32))
+        found = merged(found, nearest_in_block(vectors, block, np.array(batch["id"].to_pylist()), k + 1), k + 1)
+    shares = []
+    for own, vector, near in zip(rows["id"].to_pylist(), vectors, found.ids if found else (), strict=True):
+        true = [one for one in near.tolist() if one != own][:k]
+        seen = [row["id"] for row in search.query(vector, k + 1) if row["id"] != own][:k]
+        shares.append(len(set(seen) & set(true)) / max(len(true), 1))
+    return float(np.mean(shares))

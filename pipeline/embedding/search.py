@@ -1,0 +1,148 @@
+"""Search: the nearest documents of a table to a question, by meaning or by meaning and words.
+
+    found = search(config, "remove duplicate rows", limit=3, where={"source": "packages"})
+    found[0].score, found[0].text, found[0].metadata["file"]
+
+Exact below `embedding.index_rows` rows, and by the table's index from there on, whose candidates are scored again by
+their whole vectors. Needs neither Ray nor, for a token table, torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import Config, ConfigError
+from pipeline.embedding.columns import as_matrix
+from pipeline.embedding.fusion import reciprocal_ranks
+from pipeline.embedding.nearest import unit
+from pipeline.embedding.stores.nearest import nearest
+from pipeline.embedding.stores.rows import checked_query
+from pipeline.embedding.stores.where import Where, checked_where, keeps, to_sql
+from pipeline.embedding.table import TEXTS, VectorTable
+from pipeline.runtime.console import log
+from pipeline.runtime.job import JobError
+
+COLUMNS = ["id", *TEXTS]
+REFINE = 10  # an index's candidates a result, whose distances are computed again from whole vectors
+FUSED = 100  # candidates of either ranking that a hybrid query fuses
+SELECTIVE_ROWS = 20_000  # up to so many rows a filter names them one by one
+WORDS = {"base_tokenizer": "icu", "stem": False, "remove_stop_words": False, "with_position": False}
+"""Of the index of words: ICU finds the words of all scripts, those without spaces included."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A document that was found. `score` is the cosine, or with hybrid search a sum of 1 / (60 + rank)."""
+
+    rank: int
+    score: float
+    id: str
+    source_id: str
+    text: str
+    metadata: dict[str, Any]
+
+
+def search(
+    config: Config, query: str, limit: int = 10, where: Mapping[str, Any] | None = None, *, hybrid: bool = False
+) -> list[Hit]:
+    """The documents nearest to a question, best first, in the table that the config's run last published.
+
+    `where` is as in `stores/where.py`. Raises ConfigError for a question or conditions that cannot be asked, and
+    JobError without a model or a table.
+    """
+    from pipeline.data.judging import normaliser
+    from pipeline.embedding.encode import open_encoder
+    from pipeline.embedding.store import open_pinecone, published_recipe, table_of
+
+    conditions, recipe = checked_where(where), published_recipe(config)
+    text = normaliser(config.data)(query)
+    table = table_of(config, recipe)
+    if config.embedding.store == "pinecone":
+        if hybrid:
+            raise ConfigError("--hybrid: found embedding.store=pinecone; allowed with it are lancedb and parquet")
+        store: Any = open_pinecone(config, table)
+    elif table.exists():
+        store = TableSearch(table)
+    else:
+        raise JobError(f"no index yet for the model in {recipe.folder}; python jobs/embed.py makes one")
+    vector = open_encoder(recipe, device="cpu").encode([text], "query")[0]
+    found = store.hybrid(text, vector, limit, conditions) if hybrid else store.query(vector, limit, conditions)
+    return [
+        Hit(rank, row["score"], row["id"], row["source_id"], row["text"], json.loads(row["metadata"] or "{}"))
+        for rank, row in enumerate(found, 1)
+    ]
+
+
+class TableSearch:
+    """Queries of one version of a table, the newest when it was opened."""
+
+    def __init__(self, table: VectorTable) -> None:
+        self.table, self.dataset = table, table.open()
+
+    def query(self, vector: np.ndarray, k: int, where: Where | None = None) -> list[dict[str, Any]]:
+        """The k rows of highest cosine to a (width,) vector: the columns of COLUMNS, and `score`."""
+        vector, where = checked_query(vector, self.table.width, self.table.name), checked_where(where)
+        condition, exact = self._condition(where)
+        if not exact:
+            columns = [*COLUMNS, "places", "vector"]
+            return nearest(self.table.scan(columns, condition, self.dataset.version), vector, k, where)
+        options: dict[str, Any] = {"filter": condition, "prefilter": condition is not None}
+        if self.table.vector_type == "binary":
+            near = {"column": "bits", "q": np.packbits(vector > 0), "k": k * REFINE, "metric": "hamming"}
+            rows = self.dataset.to_table([*COLUMNS, "vector"], nearest=near, **options)
+            scores = unit(as_matrix(rows["vector"]).astype(np.float32)) @ unit(vector[None])[0]
+            rows = rows.take(pa.array(np.argsort(-scores, kind="stable")[:k]))
+            scores = np.sort(-scores)[:k] * -1
+        else:
+            near = {"column": "vector", "q": vector, "k": k, "metric": "cosine", "refine_factor": REFINE}
+            rows = self.dataset.to_table([*COLUMNS, "_distance"], nearest=near, **options)
+            scores = 1 - rows["_distance"].to_numpy()
+        return [
+            {**row, "score": float(score)} for row, score in zip(rows.select(COLUMNS).to_pylist(), scores, strict=True)
+        ]
+
+    def hybrid(self, text: str, vector: np.ndarray, k: int, where: Where | None = None) -> list[dict[str, Any]]:
+        """The k best of two rankings fused by reciprocal rank: by vector, and by words (BM25).
+
+        `score` is the sum of 1 / (60 + rank). The first hybrid query makes the index of words, 2 s for 100,000 rows.
+        """
+        if not any(index.field_names == ["text"] for index in self.dataset.describe_indices()):
+            log.info("%s: indexes the words of %s texts", self.table.name, f"{self.dataset.count_rows():,}")
+            self.dataset.create_scalar_index("text", "INVERTED", **WORDS)
+            self.dataset = self.table.open()
+        conditions, depth = checked_where(where), max(k, FUSED)
+        condition, exact = self._condition(conditions)
+        rows = self.dataset.to_table(
+            [*COLUMNS, "places", "_score"],
+            full_text_query={"query": text, "columns": ["text"]},
+            filter=condition,
+            prefilter=condition is not None,
+            limit=depth if exact else 10 * depth,
+        )
+        by_words = [row for row in rows.drop_columns(["_score"]).to_pylist() if exact or keeps(conditions, row)][:depth]
+        by_vector = self.query(vector, depth, conditions)
+        scores = reciprocal_ranks(*([row["id"] for row in ranking] for ranking in (by_vector, by_words)))
+        found = {row["id"]: {**row, "score": scores[row["id"]]} for row in (*by_words, *by_vector)}
+        return sorted(found.values(), key=lambda row: (-row["score"], row["id"]))[:k]
+
+    def _condition(self, where: Where) -> tuple[str | None, bool]:
+        """SQL for the rows with a place that meets the conditions, and whether it holds for these alone."""
+        if not where:
+            return None, True
+        first, exact = to_sql(where)
+        several = "array_length(places) > 1"
+        candidates = f"{several} AND NOT ({first})" if exact else f"({first}) OR {several}"
+        found: list[int] = []
+        for batch in self.table.scan(["_rowid", "places"], candidates, self.dataset.version):
+            kept = pa.array([keeps(where, row) for row in batch.to_pylist()], pa.bool_())
+            found += batch["_rowid"].filter(kept).to_pylist()
+            if len(found) > SELECTIVE_ROWS:
+                return f"({first}) OR {several}", False
+        named = f"_rowid IN ({', '.join(map(str, found))})" if found else "false"
+        return f"({first}) OR {named}" if exact else named, True
