@@ -85,15 +85,15 @@ def write_model(config: Config, args: argparse.Namespace, model: Path, folder: P
 
 def write_embeddings(config: Config, dtype: Any, model: Path, folder: Path) -> int:
     """The vectors of the run's table, which must hold all of its data. Returns their number."""
-    from pipeline.embedding.store import is_complete, open_store, recipe_of
+    from pipeline.embedding.store import recipe_of, table_of
     from pipeline.export.embedding_matrix import save_embeddings_for_model
     from pipeline.model.reading import model_fingerprint
 
-    store = open_store(config, recipe_of(config, model))
-    if not is_complete(config, store):
+    vectors = table_of(config, recipe_of(config, model))
+    if not vectors.exists() or not vectors.is_verified(vectors.open()):
         raise JobError(f"the vectors of the model in {model} are not all there; python jobs/embed.py makes them")
     try:
-        return save_embeddings_for_model(folder, store.scan, model=model_fingerprint(model), dtype=dtype)
+        return save_embeddings_for_model(folder, vectors.scan, model=model_fingerprint(model), dtype=dtype)
     except ValueError as error:
         raise JobError(f"--embeddings: {error}") from None
 

@@ -31,23 +31,23 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     for name, fewest in (("sample", FEWEST), ("clusters", 1)):
         if getattr(args, name) < fewest:
             raise ConfigError(f"--{name}: found {getattr(args, name)}; allowed is {fewest} or more")
-    from pipeline.embedding.store import open_store, recipe_of
+    from pipeline.embedding.store import recipe_of, table_of
     from pipeline.evaluation.picture import draw_png, write_page
     from pipeline.stages import model_folder
 
     model = model_folder(config)
-    store = open_store(config, recipe_of(config, model))
-    if not store.exists():
+    vectors = table_of(config, recipe_of(config, model))
+    if not vectors.exists():
         raise JobError(f"no vectors yet of the model in {model}; python jobs/embed.py makes them")
-    points = sample(store.scan(COLUMNS), args.sample)
-    count, total = len(points.texts), store.count()
+    points = sample(vectors.scan(COLUMNS), args.sample)
+    count, total = len(points.texts), vectors.count()
     if count < FEWEST:
-        raise JobError(f"{store.name} holds {count} vectors; a map takes {FEWEST} or more")
+        raise JobError(f"{vectors.name} holds {count} vectors; a map takes {FEWEST} or more")
     with Stage("map: project", count, "vectors") as stage:
         plane, groups = project(points.vectors), group(points, args.clusters)
         stage.advance(count)
     folder = Path(args.to).expanduser().absolute() if args.to else config.run_dir
-    title = f"{store.name}: {count:,} of {total:,} vectors"
+    title = f"{vectors.name}: {count:,} of {total:,} vectors"
     draw_png(plane, groups, title, folder / "map.png")
     write_page(plane, groups, points, title, folder / "map.html")
     found = {"points": count, "groups": len(set(groups))}

@@ -4,9 +4,9 @@
         remove(each)                                 # False if another job holds it
 
     runs ──name──► prepared ──is made of──► stages
-         ──alias──► models, tables
+         ──published.json──► models, tables
 
-A run names things by its run.json, its config and its alias. What any run mentions stays, and so does what the given
+A run names things by its run.json, its config and its published.json. What any run mentions stays, and so does what the given
 config would prepare. Folders that are not named as this project names them are never touched. Cost: a listing of the
 root's folders, and a read of the JSON files of each run and data set.
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.prepare import Inputs
-from pipeline.embedding.lance import connect
+from pipeline.embedding.table import READ_FOR, open_dataset
 from pipeline.runtime.artifact import read_manifest
 from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError
@@ -34,12 +34,11 @@ from pipeline.storage.lock import LockLost, Occupied, locked
 from pipeline.storage.object_store import BucketError
 from pipeline.storage.path import StoragePath
 
-READ_FOR = timedelta(days=2)  # how long a job may read an old version of a table, as in embedding/ledger.py
-_NAMING = re.compile(r"(.*/)?(run\.json|config\.resolved\.yaml|evaluation\.json|embedded/[^/]+\.json|journal\.jsonl)")
+_NAMING = re.compile(r"(.*/)?(run\.json|config\.resolved\.yaml|evaluation\.json|published\.json|journal\.jsonl)")
 _RUN = re.compile(r"(.+?)/(run\.json|config\.resolved\.yaml|training\.log(/[^/]+)?)")
 _KEY = "[0-9a-f]{16}"
-_TABLE = r".+-[0-9a-f]{12}-\d+-(fp32|bf16|int8)(-.*)?\.lance"  # as open_store and EncoderRecipe.space name them
-_RESULT = re.compile(r"(.*/)?((attempt-\d+|best)/step-\d+/.*|embedded/alias\.json|evaluation\.json|tune/.*)")
+_TABLE = rf".+-{_KEY}\.lance"
+_RESULT = re.compile(r"(.*/)?((attempt-\d+|best)/step-\d+/.*|published\.json|evaluation\.json|tune/.*)")
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def find_unused(config: Config) -> Iterator[Unused]:
     named = {name for text in [*texts, json.dumps(config.dump())] for name in re.findall(r"[\w.-]+", text)}
     for run in sorted({match[1] for name in names if "/tune/" not in name and (match := _RUN.fullmatch(name))}):
         if not any(name.startswith(f"{run}/") and _RESULT.fullmatch(name) for name in names):
-            yield _unused("run", home / run, "it failed: no checkpoint, no alias, no evaluation, no sweep")
+            yield _unused("run", home / run, "it failed: no checkpoint, nothing published, no evaluation, no sweep")
     models = _named(root / "models", _KEY)
     used = {folder for folder in models if folder.name in named}
     for folder in models:
@@ -70,8 +69,8 @@ def find_unused(config: Config) -> Iterator[Unused]:
     for folder in _named(root / "onnx", _KEY):
         if root / "models" / _manifest(folder).get("model", "?")[:16] not in used:
             yield _unused("graph", folder, "no run's readers use its model")
-    for folder in [*_named(root / "lancedb", _TABLE), *_named(root / "ledgers", _TABLE)]:
-        if folder.stem not in named:
+    for folder in _named(root / "lancedb", _TABLE):
+        if folder.name not in named:
             yield _unused("table", folder, "no run's readers use it")
     try:
         current = kept = _current(config)
@@ -81,11 +80,13 @@ def find_unused(config: Config) -> Iterator[Unused]:
     for folder in _named(root / "prepared", _KEY):
         manifest = _manifest(folder)
         if folder in current or folder.name in named or manifest.get("fingerprint", "?") in named:
-            kept = kept | {root / each["from"] for each in manifest.get("files", {}).values() if "from" in each}
+            kept = (
+                kept | {folder} | {root / each["from"] for each in manifest.get("files", {}).values() if "from" in each}
+            )
         else:
             yield _unused("prepared", folder, "no run names it" if manifest else "it was not finished")
     for folder in _named(root / "stages", rf"\w+-{_KEY}"):
-        if folder not in kept:
+        if folder not in kept and root / "prepared" / _manifest(folder).get("data", "?") not in kept:
             yield _unused("stage", folder, "no used prepared data was made from it")
 
 
@@ -101,13 +102,13 @@ def remove(found: Unused) -> bool:
 
 
 def forget_versions(config: Config, apart_from: Collection[StoragePath], age: timedelta) -> float:
-    """Remove versions of tables that are older than that, two days at least. Returns the bytes that it freed."""
+    """Remove versions of tables that are older than that, an hour at least. Returns the bytes that it freed."""
     freed = 0.0
     for folder in _named(config.root / "lancedb", _TABLE):
         if folder not in apart_from:
             before = disk_bytes(folder)
-            with suppress(OSError, RuntimeError, ValueError):  # LanceDB's own, for a table that is broken
-                connect(folder.parent).open_table(folder.stem).optimize(cleanup_older_than=max(age, READ_FOR))
+            with suppress(OSError, RuntimeError, ValueError):  # Lance's own, for a table that is broken
+                open_dataset(folder).cleanup_old_versions(max(age, READ_FOR), error_if_tagged_old_versions=False)
             freed += max(0.0, before - disk_bytes(folder))
     return freed
 

@@ -1,11 +1,13 @@
-"""A corpus as prepared records, a model, and what a store in step with them must hold: for tests of embedding."""
+"""A corpus as prepared records, a model, and what the table must hold: for tests of embedding."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +17,14 @@ import torch
 from pipeline.config import Config, load
 from pipeline.data.manifest import RECORD_SCHEMA, Manifest, SourceCount
 from pipeline.data.vocabulary import train_tokenizer
+from pipeline.embedding.embed import Spent, write_fragments
 from pipeline.embedding.encode import TextEncoder, open_encoder
+from pipeline.embedding.indexing import finish
+from pipeline.embedding.job import Index
 from pipeline.embedding.recipe import EncoderRecipe
-from pipeline.embedding.store import open_store, open_sync, recipe_of
-from pipeline.embedding.stores.store import Store
-from pipeline.embedding.sync import Span, Sync, spans
+from pipeline.embedding.store import recipe_of, table_of
+from pipeline.embedding.sync import COUNTS, Sync, with_vectors
+from pipeline.embedding.table import VectorTable, Writer
 from pipeline.model.card import Head
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import save_model
@@ -51,7 +56,7 @@ def save_random_model(folder: Path, seed: int = 0) -> Path:
 
 @dataclass
 class World:
-    """Prepared records under `folder`, kept in step by `sync`."""
+    """Prepared records under `folder`, and the table of their vectors."""
 
     folder: Path
     corpus: Corpus
@@ -89,16 +94,28 @@ class World:
         return recipe_of(self.config, self.model)
 
     @property
-    def store(self) -> Store:
-        return open_store(self.config, self.recipe)
+    def table(self) -> VectorTable:
+        return table_of(self.config, self.recipe)
 
-    @property
-    def files(self) -> list[Span]:
-        return spans(sorted((self.folder / "records").glob("*.parquet")))
-
-    def sync(self) -> Sync:
+    def index(self) -> Index:
         self.write_records()
-        return open_sync(self.config, self.manifest, self.recipe, self.store)
+        return Index.of(self.config, self.folder, self.manifest, self.model)
+
+    def run(self, encoder: TextEncoder | None = None, **options: Any) -> Counter[str]:
+        """Bring the table up to date as `jobs/embed.py` does, with all work in this process. Returns the counts."""
+        index = self.index()
+
+        def embed(
+            sync: Sync, recipe: EncoderRecipe, ranges: Any, documents: int, letters: Any, board: Any, writer: Any
+        ) -> Spent:
+            return embed_here(sync, encoder or self.encoder(), ranges, letters, writer)
+
+        def here(table: VectorTable, kind: str | None, rows: int, labels: Any) -> dict[str, Any]:
+            return finish(table, kind, rows)
+
+        with patch("pipeline.embedding.embed.embed", embed), patch("pipeline.embedding.embed.finish_somewhere", here):
+            metrics = index.bring_up_to_date(lambda: None, **options)  # type: ignore[arg-type, return-value]
+        return +Counter({name: metrics.get(name, 0) for name in (*COUNTS, "embedded")})
 
     def encoder(self) -> TextEncoder:
         return open_encoder(self.recipe, 1, "cpu")
@@ -108,12 +125,11 @@ class World:
         return {content_id([text]): (source_id, text, meta) for source_id, (text, meta) in self.corpus.items()}
 
     def rows(self) -> list[dict[str, Any]]:
-        """All that the store holds."""
-        ids = [row_id for page in self.store.ids() for row_id in page]
-        return self.store.fetch(ids).to_pylist()  # type: ignore[no-any-return]
+        """All that the table holds."""
+        return self.table.read(self.table.schema.names).to_pylist()  # type: ignore[no-any-return]
 
     def check(self) -> None:
-        """The store holds each document once, with its own vector, and nothing else."""
+        """The table holds each document once, with its own vector, and nothing else."""
         rows = self.rows()
         found = {row["id"]: (row["source_id"], row["text"], json.loads(row["metadata"])) for row in rows}
         assert len(rows) == len(found)
@@ -121,3 +137,15 @@ class World:
         alone = TextEncoder(self.model, 1, "cpu")  # one text at a time
         vectors = alone.encode([row["text"] for row in rows], "document")
         np.testing.assert_allclose([row["vector"] for row in rows], vectors, atol=1e-5)
+
+
+def embed_here(sync: Sync, encoder: TextEncoder, ranges: Any, letters: Any, writer: Writer) -> Spent:
+    """What `embed` spreads over the cluster, in this process, with a commit for each batch of documents."""
+    written = refused = 0
+    for index in ranges:
+        for batch in sync.due(index):
+            rows = with_vectors(batch, encoder)
+            fragments, bad = write_fragments(sync.table, rows, letters)
+            writer.append([fragment for _, fragment, _ in fragments])
+            written, refused = written + sum(rows for *_, rows in fragments), refused + bad
+    return Spent(written, refused, 0, 0, Counter())

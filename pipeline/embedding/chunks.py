@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
-
 OWN = ("parent_id", "part", "parts")
 SPAN = pa.list_(pa.int32(), 2)
 

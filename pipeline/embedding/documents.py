@@ -111,7 +111,8 @@ class Documents:
         names = self.artifact.tasks(board, "embed: find distinct texts", bytes_in, spread)
         parts = [self.artifact.folder / name for name in names]
         even = [sum(bytes_in) // max(ranges, 1)] * ranges
-        return {"rows": self.artifact.tasks(board, "embed: write distinct texts", even, group)}
+        rows = self.artifact.tasks(board, "embed: write distinct texts", even, group)
+        return {"data": self.shards.name, "rows": rows}
 
     def _identified(self, index: int) -> pa.Table:
         """The records of a file with `text`, and as `id` that of their text."""

@@ -206,22 +206,10 @@ def embed(
     def write(rows: pa.Table) -> pa.Table:
         began = time.perf_counter()
         with large_buffers_given_back():
-            good, refused = _without_direction(expanded(rows) if "vectors" in rows.column_names else rows)
-            letters.append(*refused)
-            good = table.stored(good).sort_by("id")
-            fragments = table.write(good)
+            fragments, refused = write_fragments(table, rows, letters)
         handle.post.remote({"seconds": {"write": time.perf_counter() - began}})
-        first, each = str(good["id"][0]) if len(good) else "", -(-len(good) // max(len(fragments), 1))
-        counts = [min(each, len(good) - each * place) for place in range(len(fragments))]
-        refusals = [len(refused[1]), *[0] * len(fragments)]
-        return pa.table(
-            {
-                "first": pa.array([first] * (len(fragments) + 1)),
-                "fragment": pa.array([None, *fragments], pa.string()),
-                "rows": pa.array([0, *counts], pa.int64()),
-                "refused": pa.array(refusals, pa.int64()),
-            }
-        )
+        found = [*fragments, ("", None, -refused)]
+        return pa.table([pa.array(column) for column in zip(*found, strict=True)], schema=FRAGMENTS)
 
     seconds, tokens = Counter[str](), Counter[str]()
 
@@ -240,22 +228,37 @@ def embed(
         )
         for found in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in found.to_pylist():
-                refused += row["refused"]
-                written += row["rows"]
-                if row["fragment"]:
-                    wave.add(row["first"], row["fragment"], row["rows"])
+                if row["fragment"] is None:
+                    refused -= row["rows"]
+                else:
+                    written += row["rows"]
+                    wave.add(**row)
         wave.commit()
     return Spent(written, refused, tokens["tokens"], wave.commits, seconds + Counter(commit=wave.commit_s))
 
 
-def _without_direction(rows: pa.Table) -> tuple[pa.Table, tuple[pa.Table, list[Refused]]]:
-    """Rows whose vectors can be compared, and the others with the reason."""
+FRAGMENTS = pa.schema([("first_id", pa.string()), ("fragment", pa.string()), ("rows", pa.int64())])
+
+
+def write_fragments(table: VectorTable, rows: pa.Table, letters: DeadLetters) -> tuple[list[tuple[str, str, int]], int]:
+    """Write documents with their vectors as fragments, and set those aside whose vectors cannot be compared.
+
+    Returns the first id, the fragment and the rows of each, and how many rows were set aside.
+    """
+    good, bad, reasons = _without_direction(expanded(rows) if "vectors" in rows.column_names else rows)
+    letters.append(bad, reasons)
+    good = table.stored(good).sort_by("id")
+    return table.write(good), len(bad)
+
+
+def _without_direction(rows: pa.Table) -> tuple[pa.Table, pa.Table, list[Refused]]:
+    """Rows whose vectors can be compared, the others, and what is wrong with those."""
     lengths = np.linalg.norm(as_matrix(rows["vector"]).astype(np.float64), axis=1)
     good = np.isfinite(lengths) & (lengths > 0)
     bad = rows.filter(pa.array(~good))
     reasons = ["its vector is zero" if length == 0 else "its vector holds NaN or infinity" for length in lengths[~good]]
     refused = [Refused(i, reason, 0) for i, reason in zip(bad["id"].to_pylist(), reasons, strict=True)]
-    return rows.filter(pa.array(good)), (bad, refused)
+    return rows.filter(pa.array(good)), bad, refused
 
 
 def differences(sync: Sync, board: Callable[[], Board], title: str = "embed: compare") -> list[Difference]:

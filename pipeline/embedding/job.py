@@ -21,7 +21,7 @@ import pyarrow as pa
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.embedding.columns import as_matrix
-from pipeline.embedding.documents import COLUMNS, Documents
+from pipeline.embedding.documents import Documents
 from pipeline.embedding.encode import TextEncoder, open_encoder
 from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.store import embedded_field, prompt_name, publish, recipe_of, table_of

@@ -117,11 +117,8 @@ class VectorTable:
 
     def open(self, version: int | str | None = None) -> Any:
         """The lance.LanceDataset, as it is now or at a version or tag. Raises StoreError if there is none."""
-        import lance
-
-        uri, options = lance_location(self.path)
         try:
-            return lance.dataset(uri, version=version, storage_options=options)
+            return open_dataset(self.path, version)
         except ValueError as error:
             if self.exists():
                 raise
@@ -165,15 +162,21 @@ class VectorTable:
         parts = [dataset.to_table(self.schema.names, filter=some) for some in among("id", ids)]
         return pa.concat_tables([self.schema.empty_table(), *(part.cast(self.schema) for part in parts)])
 
-    def write(self, rows: pa.Table) -> list[str]:
-        """Write rows of `schema`, sorted by id, as fragments that no reader sees until they are committed."""
+    def write(self, rows: pa.Table) -> list[tuple[str, str, int]]:
+        """Write rows of `schema`, sorted by id, as fragments that no reader sees until they are committed.
+
+        Returns the first id, the fragment as JSON, and the rows of each.
+        """
         from lance.fragment import write_fragments
 
+        uri, options = lance_location(self.path)
+        found, row = [], 0
         if not len(rows):
             return []
-        uri, options = lance_location(self.path)
-        written = write_fragments(rows.sort_by("id").combine_chunks(), uri, mode="append", storage_options=options)
-        return [json.dumps(fragment.to_json()) for fragment in written]
+        for fragment in write_fragments(rows, uri, mode="append", storage_options=options):
+            found.append((str(rows["id"][row]), json.dumps(fragment.to_json()), int(fragment.physical_rows)))
+            row += int(fragment.physical_rows)
+        return found
 
     def stored(self, rows: pa.Table) -> pa.Table:
         """Rows with a float32 `vector`, as `schema` has them; the digest gets that of text and vector."""
@@ -191,6 +194,14 @@ class VectorTable:
         """Hold the table as its only writer. Raises JobError if another job writes to it."""
         with alone_in(self.path):
             yield Writer(self)
+
+
+def open_dataset(path: StoragePath, version: int | str | None = None) -> Any:
+    """The lance.LanceDataset in a folder. Raises ValueError where there is none."""
+    import lance
+
+    uri, options = lance_location(path)
+    return lance.dataset(uri, version=version, storage_options=options)
 
 
 class Writer:

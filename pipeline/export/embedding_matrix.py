@@ -34,7 +34,7 @@ CHANGED = "the vectors changed while they were read; export them when nothing wr
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16"}
 
 Scan = Callable[[Sequence[str]], Iterable[pa.RecordBatch]]
-"""Batches of the columns asked for, of `id`, `source_id` and `vector`: `LanceStore.scan`, or of a table in memory
+"""Batches of the columns asked for, of `id`, `source_id` and `vector`: `VectorTable.scan`, or of a table in memory
 `lambda columns: table.select(columns).to_batches()`."""
 
 
