@@ -21,7 +21,7 @@ import numpy as np
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.nearest import merged, nearest_in_block, unit
 from pipeline.embedding.search import TableSearch
-from pipeline.embedding.table import READ_FOR, ZONE_ROWS, VectorTable
+from pipeline.embedding.table import READ_FOR, ZONE_ROWS, ZONES, VectorTable
 from pipeline.runtime.console import log
 
 SMALL_ROWS, MANY_SMALL = 131_072, 64  # fragments of fewer rows are joined once there are so many
@@ -31,6 +31,8 @@ TRIES = 5
 
 def finish(table: VectorTable, index: str | None, index_rows: int) -> dict[str, Any]:
     """Bring the files and indexes of a table up to date, and describe it. For the table's only writer."""
+    from lance.indices.builder import IndexConfig
+
     dataset = table.open()
     small = sum(fragment.count_rows() < SMALL_ROWS for fragment in dataset.get_fragments())
     if small >= MANY_SMALL:
@@ -40,7 +42,7 @@ def finish(table: VectorTable, index: str | None, index_rows: int) -> dict[str, 
     if there:
         dataset.optimize.optimize_indices()
     if "id" not in there and rows:
-        dataset.create_scalar_index("id", "ZONEMAP", rows_per_zone=ZONE_ROWS)
+        dataset.create_scalar_index("id", IndexConfig("zonemap", {"rows_per_zone": max(ZONE_ROWS, rows // ZONES)}))
     column = "bits" if table.vector_type == "binary" else "vector"
     needed = rows >= (FEWEST_ROWS if table.vector_type == "int8" else max(index_rows, FEWEST_ROWS))
     if index and needed and column not in there:
@@ -58,6 +60,25 @@ def finish(table: VectorTable, index: str | None, index_rows: int) -> dict[str, 
 def _columns_indexed(dataset: Any) -> dict[str, str]:
     """Column → type of its index."""
     return {index.field_names[0]: index.index_type for index in dataset.describe_indices()}
+
+
+def unreadable(table: VectorTable) -> list[str]:
+    """Names of indexes that cannot be read, because files of theirs are missing or damaged."""
+    dataset, width = table.open(), table.width
+    near = {"k": 1, "column": "vector", "q": np.ones(width, np.float32)}
+    probes: dict[str, dict[str, Any]] = {
+        "id": {"filter": "id = ''"},
+        "text": {"full_text_query": {"query": "a", "columns": ["text"]}},
+        "vector": {"nearest": near},
+        "bits": {"nearest": {**near, "column": "bits", "q": np.ones(-(-width // 8), np.uint8)}},
+    }
+    found = []
+    for index in dataset.describe_indices():
+        try:
+            dataset.to_table(["id"], limit=1, **probes[index.field_names[0]])
+        except (ValueError, OSError, RuntimeError):
+            found.append(index.name)
+    return found
 
 
 def describe(table: VectorTable) -> dict[str, Any]:

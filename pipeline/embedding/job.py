@@ -23,6 +23,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.documents import Documents
 from pipeline.embedding.encode import TextEncoder, open_encoder
+from pipeline.embedding.indexing import unreadable
 from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.store import embedded_field, prompt_name, publish, recipe_of, table_of
 from pipeline.embedding.stores.dead_letters import DeadLetters
@@ -65,7 +66,7 @@ class Index:
         """Whether the newest version of the table is the one that an earlier job verified for these documents."""
         if not self.table.exists():
             return False
-        return self.table.is_verified(self.table.open(), self.documents.key)
+        return self.table.is_verified(self.table.open(), self.documents.key) and not unreadable(self.table)
 
     def publish(self) -> None:
         publish(self.config, self.recipe, self.table)
@@ -87,6 +88,9 @@ class Index:
         from pipeline.embedding.embed import differences, embed, finish_somewhere, update
 
         wanted, began = self.config.embedding, time.monotonic()
+        for name in unreadable(self.table):
+            log.warning("embed: the index %s cannot be read and is built again", name)
+            writer.drop_index(name)
         rows = writer.dataset.count_rows()
         sync = self._sync(writer.base, empty=not rows, check=not writer.was_verified)
         if rows and sync.check:

@@ -95,17 +95,28 @@ class TableSearch:
         options: dict[str, Any] = {"filter": condition, "prefilter": condition is not None}
         if self.table.vector_type == "binary":
             near = {"column": "bits", "q": np.packbits(vector > 0), "k": k * REFINE, "metric": "hamming"}
-            rows = self.dataset.to_table([*COLUMNS, "vector"], nearest=near, **options)
+            rows = self._nearest([*COLUMNS, "vector"], near, options)
             scores = unit(as_matrix(rows["vector"]).astype(np.float32)) @ unit(vector[None])[0]
             rows = rows.take(pa.array(np.argsort(-scores, kind="stable")[:k]))
             scores = np.sort(-scores)[:k] * -1
         else:
             near = {"column": "vector", "q": vector, "k": k, "metric": "cosine", "refine_factor": REFINE}
-            rows = self.dataset.to_table([*COLUMNS, "_distance"], nearest=near, **options)
+            rows = self._nearest([*COLUMNS, "_distance"], near, options)
             scores = 1 - rows["_distance"].to_numpy()
         return [
             {**row, "score": float(score)} for row, score in zip(rows.select(COLUMNS).to_pylist(), scores, strict=True)
         ]
+
+    def _nearest(self, columns: list[str], near: dict[str, Any], options: dict[str, Any]) -> pa.Table:
+        try:
+            return self.dataset.to_table(columns, nearest=near, **options)
+        except (ValueError, OSError) as error:  # as Lance says that a file is missing or damaged
+            log.debug("%s: %s", self.table.name, error)
+            log.warning(
+                "the index of %s cannot be read, so all vectors are compared; python jobs/embed.py builds it again",
+                self.table.name,
+            )
+            return self.dataset.to_table(columns, nearest={**near, "use_index": False}, **options)
 
     def hybrid(self, text: str, vector: np.ndarray, k: int, where: Where | None = None) -> list[dict[str, Any]]:
         """The k best of two rankings fused by reciprocal rank: by vector, and by words (BM25).

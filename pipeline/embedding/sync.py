@@ -193,7 +193,9 @@ def _first_of_each(values: pa.ChunkedArray) -> pa.Array:
 def _source_hashes(rows: pa.Table) -> np.ndarray:
     """64-bit hashes of (source, source_id)."""
     pairs = zip(rows["source"].to_pylist(), rows["source_id"].to_pylist(), strict=True)
-    return np.array([xxhash.xxh3_64_intdigest(f"{source}\0{source_id}".encode()) for source, source_id in pairs], np.uint64)
+    return np.array(
+        [xxhash.xxh3_64_intdigest(f"{source}\0{source_id}".encode()) for source, source_id in pairs], np.uint64
+    )
 
 
 def with_vectors(documents: pa.Table, encoder: TextEncoder) -> pa.Table:

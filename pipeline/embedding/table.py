@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -53,9 +54,10 @@ os.environ.setdefault("LANCE_LOG", "error")
 PLACE = pa.struct([("source", pa.string()), ("source_id", pa.string()), ("metadata", pa.string())])
 TEXTS = ("source", "source_id", "text", "metadata")
 DIGEST_CHARS = 32  # of `places`; that of text and vector follows
-ZONE_ROWS = 2_048  # rows of a zone of the zone map: a range of ids reads about one zone too many at either end
+ZONE_ROWS, ZONES = 1_024, 131_072  # of the zone map: a range of ids reads about a zone too many at either end
 SCAN_ROWS = 8_192
 SQL_IDS = 8_192  # ids in one condition; 10 µs each to parse
+TAKEN_OVER = "another job has begun to write to {}; run the same command again to continue"
 COMMIT_ATTEMPTS = 5
 DELETED_AT_ONCE = 100_000
 READ_FOR = timedelta(hours=1)  # how long a search or a scan may go on reading an old version
@@ -115,10 +117,10 @@ class VectorTable:
                 "with embedding.uri=DIR"
             )
 
-    def open(self, version: int | str | None = None) -> Any:
-        """The lance.LanceDataset, as it is now or at a version or tag. Raises StoreError if there is none."""
+    def open(self, version: int | None = None) -> Any:
+        """The lance.LanceDataset, as it is now or at a version. Raises StoreError if there is none."""
         try:
-            return open_dataset(self.path, version)
+            return open_dataset(self.path) if version is None else _open_version(self.path, version)
         except ValueError as error:
             if self.exists():
                 raise
@@ -196,7 +198,13 @@ class VectorTable:
             yield Writer(self)
 
 
-def open_dataset(path: StoragePath, version: int | str | None = None) -> Any:
+@lru_cache(maxsize=4)
+def _open_version(path: StoragePath, version: int) -> Any:
+    """Opened once in a process: a task for each range reads the footers of all files but once."""
+    return open_dataset(path, version)
+
+
+def open_dataset(path: StoragePath, version: int | None = None) -> Any:
     """The lance.LanceDataset in a folder. Raises ValueError where there is none."""
     import lance
 
@@ -212,7 +220,9 @@ class Writer:
         table.create()
         self.dataset = table.open()
         self.was_verified = table.is_verified(self.dataset)
-        self._commit(lambda dataset: dataset.restore())
+        check_guards(table.path)
+        self.dataset.restore()
+        self.dataset = table.open()
         self.base = int(self.dataset.version)
         """The version that the job began with: what tasks read while others append."""
 
@@ -251,20 +261,37 @@ class Writer:
             some = ", ".join(map(str, row_ids[start : start + DELETED_AT_ONCE].tolist()))
             self._commit(lambda dataset, some=some: dataset.delete(f"_rowid IN ({some})"))
 
+    def drop_index(self, name: str) -> None:
+        self._commit(lambda dataset: dataset.drop_index(name))
+
     def mark_verified(self, documents: str) -> None:
         """Note that the newest version holds the documents of this key, and no others."""
         check_guards(self.table.path)
-        self.dataset = self.table.open()
+        self.refresh()
         tags = self.dataset.tags
         for name in tags.list():
             if name.startswith(VERIFIED):
                 tags.delete(name)
         tags.create(VERIFIED + documents, self.dataset.version)
 
+    def refresh(self) -> None:
+        """Turn to the newest version. Raises StoreError if another writer has begun since the last one."""
+        import lance
+
+        newest = self.table.open()
+        since = (
+            newest.get_transactions(newest.version - self.dataset.version)
+            if newest.version > self.dataset.version
+            else []
+        )
+        if any(each and isinstance(each.operation, lance.LanceOperation.Restore) for each in since):
+            raise StoreError(TAKEN_OVER.format(self.table.path))
+        self.dataset = newest
+
     def _commit(self, commit: Callable[[Any], Any]) -> None:
         """Commit on top of the newest version, and again where it is not known to have failed.
 
-        Raises LockLost, or what Lance raised the last time.
+        Raises LockLost or StoreError if another writer has begun, or what Lance raised the last time.
         """
         from lance.commit import CommitConflictError
 
@@ -272,14 +299,16 @@ class Writer:
             check_guards(self.table.path)
             try:
                 commit(self.dataset)
-                self.dataset = self.table.open()
-                return
+                break
             except (OSError, RuntimeError, CommitConflictError) as error:
+                if "concurrent transaction Restore" in str(error):
+                    raise StoreError(TAKEN_OVER.format(self.table.path)) from error
                 if attempt == COMMIT_ATTEMPTS or is_disk_full(error):
                     raise
                 log.debug("%s: a commit failed, which is tried again: %s", self.table.name, error)
                 time.sleep(random.uniform(0, 0.1 * 2**attempt))
-                self.dataset = self.table.open()
+                self.refresh()
+        self.refresh()
 
 
 def is_disk_full(error: BaseException) -> bool:
