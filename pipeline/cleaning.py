@@ -6,7 +6,7 @@
     runs ──name──► prepared ──is made of──► stages
          ──published.json──► models, tables
 
-A run names things by its run.json, its config and its published.json. What any run mentions stays, and so does what the given
+A run names things by run.json, its config and published.json. What any run mentions stays, and so does what the given
 config would prepare. Folders that are not named as this project names them are never touched. Cost: a listing of the
 root's folders, and a read of the JSON files of each run and data set.
 """

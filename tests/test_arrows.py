@@ -37,7 +37,7 @@ RAYLESS_MODULES = {
     f"{folder}/{name}.py"
     for folder, names in {
         "training": "assembly loop reducer saving strategy step build validation checkpoints fsdp sharded uploading",
-        "embedding": "nearest store sync verify",
+        "embedding": "chunks documents indexing nearest search store sync table",
         "mining": "blocks choosing",
         "tuning": "journal pictures report slots space sweep terms",
     }.items()

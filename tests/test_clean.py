@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lance
 import pyarrow as pa
 import pytest
 
@@ -17,20 +18,19 @@ from pipeline import cleaning
 from pipeline.cleaning import find_unused, forget_versions, remove
 from pipeline.config import Config, load
 from pipeline.data.prepare import prepare
-from pipeline.embedding.lance import connect
-from pipeline.embedding.store import publish
+from pipeline.embedding.table import open_dataset
 from pipeline.runtime.job import DEFAULT_CONFIG
 from pipeline.storage import lock
-from pipeline.storage.files import files_below, write_atomically
+from pipeline.storage.files import files_below, lance_location, write_atomically
 from pipeline.storage.lock import locked
 from pipeline.storage.path import StoragePath, as_path, without_options
 from tests.bucket_servers import S3, s3
 from tests.conftest import board, make_pairs, no_board, run_here, write_jsonl
 from tests.embedding_world import World, corpus_of
 
-A, B, C, D, E, F = (letter * 16 for letter in "abcdef")  # keys of data sets and stages
+A, B, D, E, F = (letter * 16 for letter in "abdef")  # keys of data sets and stages
 M, N = "1" * 16, "2" * 16  # of models
-SPACE = "0123456789ab-4-fp32"
+T, U = "3" * 16, "4" * 16  # of tables
 
 STAYS: dict[str, Any] = {
     # Runs that have something: a checkpoint, the best of one, an alias, an evaluation, a sweep
@@ -38,7 +38,7 @@ STAYS: dict[str, Any] = {
     "runs/good/attempt-001/step-00000100/state.json": {},
     "runs/team/best/run.json": {},
     "runs/team/best/best/step-00000100/state.json": {},
-    "runs/searched/embedded/alias.json": {"model": f"models/{M}", "store": f"searched-{SPACE}"},
+    "runs/searched/published.json": {"model": f"models/{M}", "table": f"/root/lancedb/searched-{T}.lance"},
     "runs/judged/evaluation.json": {"of": {"data": "no such"}},
     "runs/swept/tune/journal.jsonl": {"data": f"{D}{D}"},
     "runs/swept/tune/trials/0003/run.json": {},
@@ -47,14 +47,13 @@ STAYS: dict[str, Any] = {
     f"prepared/{D}/manifest.json": {"fingerprint": f"{D}{D}", "files": {"x": {}}},
     f"prepared/{E}/manifest.json": {"fingerprint": "g", "files": {}},
     f"stages/tokens-{A}/tokens.parquet": {},
+    f"stages/documents-{A}/manifest.json": {"data": A, "rows": [], "files": {}},
     f"models/{M}/config.json": {},
     f"onnx/{A}/manifest.json": {"model": f"{M}{M}", "files": {}},
-    f"lancedb/searched-{SPACE}.lance/data/1.lance": {},
+    f"lancedb/searched-{T}.lance/data/1.lance": {},
     # Not named as ours
     "runs/.DS_Store": {},
     "runs/my-notes/todo.txt": {},
-    "runs/embedded-alone/embedded/table.json": {"data": C, "rows": 3},
-    f"prepared/{C}/manifest.json": {"fingerprint": "f", "files": {}},
     "runs/outer/training.log": {},  # of a run that failed, with a good one below it
     "runs/outer/inner/run.json": {},
     "runs/outer/inner/attempt-001/step-00000001/state.json": {},
@@ -62,7 +61,6 @@ STAYS: dict[str, Any] = {
     "stages/notes.txt": {},
     "models/bert/model.safetensors": {},
     "lancedb/another.lance/_versions/1.manifest": {},
-    "cache/x.lance/data/1.lance": {},
 }
 GOES: dict[str, dict[str, Any]] = {
     "runs/failed": {"training.log": {}, "run.json": {"data_fingerprint": "of a data set that is gone"}},
@@ -70,8 +68,8 @@ GOES: dict[str, dict[str, Any]] = {
     f"prepared/{B}": {"manifest.json": {"fingerprint": B * 4, "files": {"x": {"from": f"stages/tokens-{B}"}}}},
     f"prepared/{F}": {"records/00000.parquet": {}},
     f"stages/tokens-{B}": {"tokens.parquet": {}, "scratch/prepare/0.json": {}},
-    f"lancedb/gone-{SPACE}.lance": {"data/1.lance": {}},
-    f"ledgers/gone-{SPACE}.lance": {"data/1.lance": {}},
+    f"stages/documents-{B}": {"manifest.json": {"data": B, "rows": [], "files": {}}},
+    f"lancedb/gone-{U}.lance": {"data/1.lance": {}},
     f"models/{N}": {"model.safetensors": {}},
     f"onnx/{B}": {"manifest.json": {"model": f"{N}{N}", "files": {}}},
 }
@@ -172,28 +170,34 @@ def test_prepared_data_that_stays_is_whole(tmp_path: Path) -> None:
 
 def test_a_published_table_and_its_model_stay(tmp_path: Path) -> None:
     world = World(tmp_path, corpus_of(20))
-    world.sync()
-    publish(world.config, world.recipe, world.store)
-    connect(world.folder / "lancedb").create_table(f"r-{SPACE}", data=pa.table({"id": ["a"]}))  # an earlier model's
-    assert found_in(world.folder, world.config) == {f"lancedb/r-{SPACE}.lance"}
-    for overrides in ("long_texts=chunks", "precision=bf16", "field=anchor", "dimensions=16"):
+    world.run()
+    make(world.folder / f"lancedb/r-{U}.lance")  # an earlier model's
+    assert found_in(world.folder, world.config) == {f"lancedb/r-{U}.lance"}
+    for overrides in ("long_texts=chunks", "precision=bf16", "field=anchor", "dimensions=16", "vector_type=int8"):
         world.overrides = [f"embedding.{overrides}", "storage.run=a/b"]
-        connect(world.folder / "lancedb").create_table(world.store.name, data=pa.table({"id": ["a"]}))
-        assert f"lancedb/{world.store.name}.lance" in found_in(world.folder, world.config)
+        make(world.table.path)
+        assert f"lancedb/{world.table.path.name}" in found_in(world.folder, world.config)
+
+
+def make(path: StoragePath, rows: int = 1) -> None:
+    uri, options = lance_location(path)
+    lance.write_dataset(pa.table({"id": ["a"] * rows}), uri, storage_options=options)
 
 
 def test_tables_forget_their_old_versions(root: StoragePath, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = connect(root / "lancedb").create_table(f"r-{SPACE}", data=pa.table({"id": ["a"] * 9}))
+    path = root / f"lancedb/r-{T}.lance"
+    make(path, 9)
+    uri, options = lance_location(path)
     for i in range(3):
-        table.add(pa.table({"id": [str(i)]}))
+        lance.write_dataset(pa.table({"id": [str(i)]}), uri, mode="append", storage_options=options)
     forget_versions(config_of(root), [], timedelta(0))
-    assert len(table.list_versions()) >= 4  # a job may read them for two days
+    assert len(open_dataset(path).versions()) == 4  # a search may read them for an hour
     monkeypatch.setattr(cleaning, "READ_FOR", timedelta(milliseconds=1))
-    forget_versions(config_of(root), [root / f"lancedb/r-{SPACE}.lance"], timedelta(0))
-    assert len(table.list_versions()) >= 4
+    forget_versions(config_of(root), [path], timedelta(0))
+    assert len(open_dataset(path).versions()) == 4
     assert forget_versions(config_of(root), [], timedelta(0)) > 0
-    assert len(table.list_versions()) == 1
-    assert table.count_rows() == 12
+    assert len(open_dataset(path).versions()) == 1
+    assert open_dataset(path).count_rows() == 12
 
 
 def test_the_job_removes_what_is_old_and_large(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

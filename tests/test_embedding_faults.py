@@ -31,7 +31,7 @@ def until(true: Callable[[], object], job: JobProcess) -> bool:
 
 
 def test_killed_at_four_points_and_changed_it_ends_with_one_vector_a_document(tmp_path: Path) -> None:
-    """The driver is killed as cache and table get their first rows, an encoder, the driver again; then texts change."""
+    """The driver is killed at a fragment, after a commit, an encoder, the driver again; then texts change."""
     model = save_random_model(tmp_path / "model")
     config = write_config(tmp_path, pairs=PAIRS)
     pairs = make_pairs(PAIRS)
@@ -43,14 +43,14 @@ def test_killed_at_four_points_and_changed_it_ends_with_one_vector_a_document(tm
         return JobProcess("embed", config, *arguments, *more, **environment)
 
     kills = 0
-    for point in ("cache", "table", "encoder, then table"):
+    for point in ("fragments", "table", "encoder, then table"):
         before, job = rows_there(tmp_path), embed()
         job.wait_for("embed: begins")
-        if point == "cache":
-            reached = until(lambda: list((store / "cache").rglob("data/*.lance")), job)
+        if point == "fragments":
+            reached = until(lambda: list((store / "lancedb").rglob("data/*.lance")), job)
         else:
-            if point != "table" and until(lambda: ray_processes("EncodeRows"), job):
-                kills += kill(ray_processes("EncodeRows")[:1])
+            if point != "table" and until(lambda: ray_processes("EncodeDocuments"), job):
+                kills += kill(ray_processes("EncodeDocuments")[:1])
             reached = until(lambda before=before: rows_there(tmp_path) > before, job)
         if reached:
             kills += 1
@@ -77,7 +77,7 @@ def test_killed_at_four_points_and_changed_it_ends_with_one_vector_a_document(tm
     assert last["untouched"] > 0.95 * kept
     assert rows_and_ids(tmp_path) == (last["rows"],) * 2
     assert last["verified"] == 100
-    alias = json.loads((store / "runs/r/embedded/alias.json").read_text())
+    alias = json.loads((store / "runs/r/published.json").read_text())
     assert (store / alias["model"] / "model.safetensors").is_file()
 
     # The same vectors to another store: none is made again, faults lose none, and a wrong key is one sentence.

@@ -22,8 +22,8 @@ from tokenizers.models import BPE
 from pipeline.config import ConfigError, load
 from pipeline.data.manifest import Manifest, SourceCount
 from pipeline.data.vocabulary import train_tokenizer
-from pipeline.embedding.store import mark_embedded, open_store, recipe_of
-from pipeline.embedding.stores.lancedb_store import LanceStore
+from pipeline.embedding.store import recipe_of, table_of
+from pipeline.embedding.table import VectorTable
 from pipeline.export.card import Extras, model_card, read_origin
 from pipeline.export.destination import exporting, refuse_foreign
 from pipeline.export.embedding_matrix import load_embeddings, save_embeddings_for_model
@@ -320,12 +320,13 @@ class TestEmbeddingMatrix:
         assert {key: described[key] for key in expected} == expected
 
     def test_neither_the_order_of_the_rows_nor_the_store_changes_a_byte(self, tmp_path: Path) -> None:
-        store, rows = LanceStore(tmp_path / "lancedb", "vectors", 6), vectors_of(30)
-        store.create()
-        for part in (rows.slice(0, 11), rows.slice(11), rows.slice(5, 9)):  # written in parts, some twice
-            store.upsert(with_all_columns(part))
+        table, rows = VectorTable(tmp_path / "lancedb", "vectors", 6), vectors_of(30)
+        with table.writing() as writer:
+            for part in (rows.slice(0, 11), rows.slice(11)):
+                written = table.write(with_all_columns(part, table))
+                writer.append([fragment for _, fragment, _ in written])
         backwards = rows.take(list(range(30))[::-1])
-        scans = {"direct": scan_of(rows), "backwards": scan_of(backwards), "stored": store.scan}
+        scans = {"direct": scan_of(rows), "backwards": scan_of(backwards), "stored": table.scan}
         for name, scan in scans.items():
             save_embeddings_for_model(tmp_path / name, scan, model="9f0c")
             for file in (tmp_path / "direct").iterdir():
@@ -368,10 +369,11 @@ class TestEmbeddingMatrix:
         assert list(tmp_path.iterdir()) == []
 
 
-def with_all_columns(rows: pa.Table) -> pa.Table:
-    for name in ("source", "text", "metadata"):
-        rows = rows.append_column(name, pa.array(["{}"] * len(rows)))
-    return rows
+def with_all_columns(rows: pa.Table, table: VectorTable) -> pa.Table:
+    """Rows with nulls in the columns that they lack."""
+    columns = {field.name: pa.nulls(len(rows), field.type) for field in table.schema}
+    columns |= {name: rows[name] for name in rows.column_names}
+    return pa.table([columns[name] for name in table.schema.names], schema=table.schema)
 
 
 class TestDestination:
@@ -480,17 +482,18 @@ class TestJob:
     ) -> None:
         best, to = run / "runs" / "small" / "best" / "step-00000060", tmp_path / "out"
         config = load(empty_config(tmp_path), [f"storage.root={run}", "storage.run=small", f"embedding.model={best}"])
-        store = open_store(config, recipe_of(config, best))
+        table = table_of(config, recipe_of(config, best))
         arguments = ["--to", str(to), f"embedding.model={best}", "--embeddings", "float16", "--license", "mit"]
         code, last, err = self.job(capsys, tmp_path, *arguments)
         assert (code, last["status"]) == (1, "failed")
         assert "python jobs/embed.py makes them" in err
         assert not to.exists()
-        store.create()
         vectors = ours(best, texts[:2])
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), WIDTH)
-        store.upsert(with_all_columns(pa.table({"id": ["b", "a"], "source_id": ["2", "1"], "vector": column})))
-        mark_embedded(config, tmp_path, store)
+        rows = with_all_columns(pa.table({"id": ["b", "a"], "source_id": ["2", "1"], "vector": column}), table)
+        with table.writing() as writer:
+            writer.append([fragment for _, fragment, _ in table.write(rows)])
+            writer.mark_verified("key")
         code, last, err = self.job(capsys, tmp_path, *arguments)
         assert (code, last["paths"]["export"], last["metrics"]["embeddings"]) == (0, str(to), 2), err
         assert last["metrics"]["cosine"] >= 0.9999

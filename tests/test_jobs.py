@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.text.identity import content_id
 from tests.conftest import make_pairs, no_board, run_here, write_jsonl
 
 
@@ -72,7 +73,7 @@ class TestWholeJob:
     def test_search_before_anything_says_what_to_run(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         code, last, _, err = job(capsys, "search", "merge the invoice")
         assert (code, last["status"]) == (1, "failed")
-        assert "python jobs/train.py makes one" in err
+        assert "the run small has embedded nothing yet; python jobs/run.py does the whole job" in err
 
     def test_too_few_cpus_are_refused_before_training(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         code, _, _, err = job(capsys, "train", "scaling.cpus_per_worker=4", "storage.run=refused")
@@ -114,20 +115,23 @@ class TestWholeJob:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert state["best_metric"] == max(row.get("validation_ndcg@10", 0) for row in rows)
 
-    def test_every_record_is_embedded_once_with_its_own_vector(self, job: Job) -> None:
+    def test_every_text_is_embedded_once_with_its_own_vector(self, job: Job) -> None:
         from pipeline.embedding.encode import TextEncoder
 
         (best,) = (job.root / "runs" / "small" / "best").iterdir()
         db = lancedb.connect(str(job.root / "lancedb"))
         rows = db.open_table(db.list_tables().tables[0]).to_arrow().to_pylist()
         records = pq.read_table(next((job.root / "prepared").iterdir()) / "records").to_pylist()
-        assert sorted(row["id"] for row in rows) == sorted(record["id"] for record in records)
-        by_id = {row["id"]: row for row in rows}
-        encoder = TextEncoder(best, batch_tokens=10**9)
-        for record in records[:20]:
-            row = by_id[record["id"]]
-            assert row["text"] == record["positive"]
-            np.testing.assert_allclose(row["vector"], encoder.encode([record["positive"]])[0], atol=1e-5)
+        places: dict[str, set[str]] = {}
+        for record in records:
+            places.setdefault(record["positive"], set()).add(record["source_id"])
+        assert sorted(row["text"] for row in rows) == sorted(places)
+        for row in rows:
+            assert row["id"] == content_id([row["text"]])
+            assert {place["source_id"] for place in row["places"]} == places[row["text"]]
+            assert row["source_id"] == min(places[row["text"]])
+        vectors = TextEncoder(best, batch_tokens=10**9).encode([row["text"] for row in rows[:20]])
+        np.testing.assert_allclose([row["vector"] for row in rows[:20]], vectors, atol=1e-5)
 
     def test_a_rerun_skips_everything_without_ray(
         self, job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

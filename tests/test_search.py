@@ -14,7 +14,10 @@ import xxhash
 
 from pipeline.config import load
 from pipeline.embedding.columns import as_column
-from pipeline.embedding.store import named_store
+from pipeline.embedding.documents import PLACE_COLUMNS
+from pipeline.embedding.store import open_pinecone
+from pipeline.embedding.table import PLACE, VectorTable
+from pipeline.runtime.job import DEFAULT_CONFIG
 from tests.conftest import run_here
 from tests.pinecone_server import pinecone_server
 
@@ -41,59 +44,82 @@ class Words:
 def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     config = tmp_path / "c.yaml"
     config.write_text("{}")
-    monkeypatch.setattr("pipeline.stages.model_folder", lambda _: tmp_path)
-    monkeypatch.setattr("pipeline.embedding.store.recipe_of", lambda *_: SimpleNamespace(folder=tmp_path))
+    table = VectorTable(tmp_path / "lancedb", "t", WIDTH)
+    monkeypatch.setattr("pipeline.embedding.store.published_recipe", lambda _: SimpleNamespace(folder=tmp_path))
     monkeypatch.setattr("pipeline.embedding.encode.open_encoder", lambda *_, **__: Words())
-    monkeypatch.setattr("pipeline.embedding.store.open_store", lambda c, _: named_store(c, "t", WIDTH))
+    monkeypatch.setattr("pipeline.embedding.store.table_of", lambda *_: table)
 
     def run(*args: str) -> tuple[int, Any, str]:
         shared = ["--config", str(config), f"storage.root={tmp_path}"]
         code, last, out, err = run_here(capsys, "search", *shared, *args)
         return code, last, out + err
 
-    def fill(*overrides: str) -> None:
-        store = named_store(load(config, [f"storage.root={tmp_path}", *overrides]), "t", WIDTH)
-        store.create()
+    def fill() -> None:
         texts, metadata = zip(*TEXTS.values(), strict=True)
         columns = {"id": list(TEXTS), "source": ["code", "web", "web"], "source_id": [f"s:{i}" for i in TEXTS]}
-        columns |= {"text": texts, "metadata": list(map(json.dumps, metadata))}
-        assert store.upsert(pa.table({**columns, "vector": as_column(Words().encode(texts))})) == []
+        columns |= {"text": texts, "metadata": list(map(json.dumps, metadata)), "digest": ["0" * 32] * 3}
+        places = [{name: columns[name][row] for name in PLACE_COLUMNS} for row in range(3)]
+        places_of = [[places[0]], [places[1]], [places[2], {"source": "code", "source_id": "s:d", "metadata": "{}"}]]
+        rows = pa.table(
+            {**columns, "places": pa.array(places_of, pa.list_(PLACE)), "vector": as_column(Words().encode(texts))}
+        )
+        with table.writing() as writer:
+            writer.append([fragment for _, fragment, _ in table.write(table.stored(rows))])
 
     run.fill = fill  # type: ignore[attr-defined]
+    run.table = table  # type: ignore[attr-defined]
     return run
 
 
-@pytest.mark.parametrize("kind", ["lancedb", "parquet", "pinecone"])
-def test_from_any_store_with_conditions(kind: str, search: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_conditions(search: Any) -> None:
+    code, _, said = search("merge lists")
+    assert code == 1
+    assert "no index yet" in said
+    search.fill()
+    code, found, _ = search("merge lists", "--json")
+    assert code == 0
+    assert [one["id"] for one in found] == ["a", "b", "c"]
+    assert set(found[0]) == {"rank", "score", "id", "source_id", "text", "metadata"}
+    assert found[0]["metadata"] == TEXTS["a"][1]
+    for conditions, ids in (
+        (["--where", "source=web"], ["b", "c"]),
+        (["--where", "source=code"], ["a", "c"]),  # the other place of c
+        (["--where", "source=web", "--where", "line>100"], ["c"]),
+        (["--where", "source=code", "--where", "line>100"], []),  # one place has to meet both
+        (["--where", "name=[merge, window]", "--limit", "1"], ["a"]),
+        (["--where", "name=nothing"], []),
+    ):
+        code, found, _ = search("merge lists", "--json", *conditions)
+        assert (code, [one["id"] for one in found]) == (0, ids), conditions
+    code, _, said = search("merge lists", "--where", "source=code")
+    assert code == 0
+    assert "lists.py:3  merge" in said
+
+
+def test_hybrid_says_that_its_scores_are_of_ranks(search: Any, tmp_path: Path) -> None:
+    search.fill()
+    code, found, _ = search("--hybrid", "merge a request", "--json")
+    assert (code, found[0]["id"], found[0]["score_type"]) == (0, "b", "fusion")
+    _, _, said = search("--hybrid", "merge a request")
+    assert "scores are sums of 1 / (60 + rank) over the rankings by meaning and by words" in said
+    code, _, said = search("--hybrid", "merge", "embedding.store=pinecone")
+    assert code == 2
+    assert "--hybrid: found embedding.store=pinecone; allowed with it are lancedb and parquet" in said
+
+
+def test_from_pinecone(search: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PINECONE_API_KEY", "k")
     with pinecone_server("k") as server:
-        settings = [f"embedding.store={kind}", f"pinecone.host={server.url}", "pinecone.create=true"]
-        code, _, said = search(*settings, "merge lists")
-        assert code == 1
-        assert "no index yet" in said
-        search.fill(*settings)
-        code, found, _ = search(*settings, "merge lists", "--json")
-        assert code == 0
-        assert [one["id"] for one in found] == ["a", "b", "c"]
-        assert set(found[0]) == {"rank", "score", "id", "source_id", "text", "metadata"}
-        assert found[0]["metadata"] == TEXTS["a"][1]
-        for conditions, ids in (
-            (["--where", "source=web"], ["b", "c"]),
-            (["--where", "source=web", "--where", "line>100"], ["c"]),
-            (["--where", "name=[merge, window]", "--limit", "1"], ["a"]),
-            (["--where", "name=nothing"], []),
-        ):
-            code, found, _ = search(*settings, "merge lists", "--json", *conditions)
-            assert (code, [one["id"] for one in found]) == (0, ids), conditions
-        code, _, said = search(*settings, "merge lists", "--where", "source=code")
-        assert code == 0
-        assert "lists.py:3  merge" in said
-        code, found, said = search(*settings, "--hybrid", "merge a request", "--json")
-        if kind == "lancedb":
-            assert found[0]["id"] == "b"
-        else:
-            assert code == 2
-            assert f"--hybrid: found embedding.store={kind}; allowed with it is lancedb alone" in said
+        settings = ["embedding.store=pinecone", f"pinecone.host={server.url}", "pinecone.create=true"]
+        search.fill()
+        config = load(DEFAULT_CONFIG, settings)
+        store = open_pinecone(config, search.table)
+        store.create()
+        assert store.upsert(search.table.read(search.table.schema.names)) == []
+        code, found, _ = search("merge lists", "--json", *settings)
+        assert (code, [one["id"] for one in found]) == (0, ["a", "b", "c"])
+        code, found, _ = search("merge lists", "--json", "--where", "line>100", *settings)
+        assert (code, [one["id"] for one in found]) == (0, ["c"])
 
 
 def test_conditions_that_are_none(search: Any) -> None:

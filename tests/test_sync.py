@@ -104,8 +104,7 @@ def killed_at(calls: int, *, after: bool) -> Any:
 
         return call
 
-    patches = [patch.object(owner, name, dying(getattr(owner, name))) for owner, name in POINTS]
-    return patches
+    return [patch.object(owner, name, dying(getattr(owner, name))) for owner, name in POINTS]
 
 
 def test_killed_at_any_step_the_next_run_makes_it_whole(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +347,7 @@ def test_runs_sizes_types_uris_and_models_have_tables_of_their_own(world: World,
 
 
 def test_readers_go_on_with_the_table_and_the_model_that_were_published(world: World) -> None:
-    with pytest.raises(JobError, match=r"nothing is embedded yet by the run r; python jobs/embed.py does that"):
+    with pytest.raises(JobError, match=r"the run r has embedded nothing yet; python jobs/run.py does"):
         published_recipe(world.config)
     world.run()
     text = next(iter(world.corpus.values()))[0]

@@ -51,7 +51,7 @@ class Embedding(Section):
     index_rows: int = Field(200_000, ge=256)
     """Rows from which vectors are indexed; below, a query looks at all of them. Ours: 0.2 s for 100,000."""
     max_deleted_fraction: float = Field(0.2, ge=0, le=1)
-    """Stop instead of deleting more than this share of the table's documents, as after a source that came back empty."""
+    """Stop rather than delete more than this share of the table's documents, as after a source came back empty."""
     verify_sample: int = Field(100, ge=0)
     """Documents encoded again and compared with the table, after each embedding; 0 for none."""
 

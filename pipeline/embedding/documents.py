@@ -1,4 +1,4 @@
-"""The distinct texts of a prepared data set: a document for each, with all places that have it, by ranges of its id.
+"""The distinct texts of a prepared data set: a document for each, with all places that have it, by ranges of id.
 
     documents = Documents.of(prepared, root, manifest, "positive", use_tokens=True)
     documents.make(board)
@@ -8,8 +8,9 @@
     records/00001.parquet ──┼──► exchange by range ─────┼──► documents/00001.parquet     ids from 55… to aa…
     records/00002.parquet ──┘                           └──► documents/00002.parquet
 
-Twenty questions about one passage are twenty records and one document. Records of text alone are documents already: then
-nothing is written, and a range is a record file. Cost: a read and a write of all texts, once for each prepared data set.
+Twenty questions about one passage are twenty records and one document. Records of text alone are documents already:
+then nothing is written, and a range is a record file. Cost: a read and a write of all texts, once for each prepared
+data set.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     a task a range ──► documents that are due ──► actor pool of encoders ──► tasks write fragments
                                                           driver: a commit for each wave of them, as they come in
 
-What a task does is in embedding/sync.py. A job that is killed loses the wave under way, and the next one embeds the rest.
+What a task does is in embedding/sync.py. A job that is killed loses the wave under way, and the next one embeds what
+is missing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ ROWS = 1024  # texts encoded together: seconds of work
 # tokenized (Ray 2.60).
 READ_CPUS = 0.251
 WRITE_ROWS, MOST_WRITE_ROWS = 8_192, 131_072  # of a fragment: about a hundredth of what there is to write
-WAVE_ROWS, WAVE_S = 131_072, 30.0  # a commit for so many rows, or after so long. At most lost to a kill
+SHORTEST_WAVE_S = 1.0  # between two commits; more if that is less than 50 commits take, or 1% of the time so far
 LOCAL_ROWS = 1_000_000  # up to so many documents, ids are compared in the driver, without tasks
 
 
@@ -146,30 +147,29 @@ def in_pool(dataset: Dataset, texts: int, recipe: EncoderRecipe, board: Board, a
     )
 
 
-@dataclass
-class Wave:
-    """Fragments on their way to a commit."""
+class Waves:
+    """Fragments on their way to commits: at most the last percent of the time so far is lost to a kill."""
 
-    writer: Writer
-    fragments: list[tuple[str, str]] = field(default_factory=list)
-    rows: int = 0
-    began: float = field(default_factory=time.monotonic)
-    commits: int = 0
-    commit_s: float = 0.0
+    def __init__(self, writer: Writer) -> None:
+        self.writer, self.fragments = writer, list[tuple[str, str]]()
+        self.began = self.last = time.monotonic()
+        self.commits, self.longest_s, self.commit_s = 0, 0.0, 0.0
 
-    def add(self, first_id: str, fragment: str, rows: int) -> None:
+    def add(self, first_id: str, fragment: str) -> None:
         self.fragments.append((first_id, fragment))
-        self.rows += rows
-        if self.rows >= WAVE_ROWS or time.monotonic() - self.began > WAVE_S:
+        now = time.monotonic()
+        if now - self.last > max(SHORTEST_WAVE_S, 50 * self.longest_s, 0.01 * (now - self.began)):
             self.commit()
 
     def commit(self) -> None:
         """Append what there is, by rising id, so that the zone map tells fragments apart."""
-        began = time.perf_counter()
+        if not self.fragments:
+            return
+        began = time.monotonic()
         self.writer.append([fragment for _, fragment in sorted(self.fragments)])
-        self.commit_s += time.perf_counter() - began
-        self.commits += bool(self.fragments)
-        self.fragments, self.rows, self.began = [], 0, time.monotonic()
+        self.fragments, self.last = [], time.monotonic()
+        self.commits, self.commit_s = self.commits + 1, self.commit_s + self.last - began
+        self.longest_s = max(self.longest_s, self.last - began)
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def embed(
         tokens["tokens"] += message.get("tokens", 0)
 
     written = refused = 0
-    wave = Wave(writer)
+    waves = Waves(writer)
     with board.stage("embed", documents, "documents", counter="embedded", receive=receive):
         dataset = _a_task_each(len(ranges)).map_batches(due, batch_size=1, num_cpus=READ_CPUS)
         dataset = in_pool(dataset, documents, recipe, board, EncodeDocuments)
@@ -232,9 +232,9 @@ def embed(
                     refused -= row["rows"]
                 else:
                     written += row["rows"]
-                    wave.add(**row)
-        wave.commit()
-    return Spent(written, refused, tokens["tokens"], wave.commits, seconds + Counter(commit=wave.commit_s))
+                    waves.add(row["first_id"], row["fragment"])
+        waves.commit()
+    return Spent(written, refused, tokens["tokens"], waves.commits, seconds + Counter(commit=waves.commit_s))
 
 
 FRAGMENTS = pa.schema([("first_id", pa.string()), ("fragment", pa.string()), ("rows", pa.int64())])
@@ -290,7 +290,7 @@ def update(sync: Sync, ranges: Sequence[int], writer: Writer) -> None:
         yield from (sync.updates(ranges[index]) for index in batch["id"].tolist())
 
     dataset = _a_task_each(len(ranges)).map_batches(updates, batch_size=1, num_cpus=0.5)
-    for rows in dataset.iter_batches(batch_size=WAVE_ROWS, batch_format="pyarrow"):
+    for rows in dataset.iter_batches(batch_size=MOST_WRITE_ROWS, batch_format="pyarrow"):
         writer.update(rows)
 
 

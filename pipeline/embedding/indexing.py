@@ -86,8 +86,8 @@ def describe(table: VectorTable) -> dict[str, Any]:
     dataset = table.open()
     column = "bits" if table.vector_type == "binary" else "vector"
     found = {"rows": dataset.count_rows(), "width": table.width, "vector_type": table.vector_type}
-    found |= {"index": kind for name, kind in _columns_indexed(dataset).items() if name == column}
-    return {**found, "place": str(table.home), "name": table.name}
+    kind = _columns_indexed(dataset).get(column)
+    return {**found, **({"index": kind} if kind else {}), "place": str(table.home), "name": table.name}
 
 
 def recall(table: VectorTable, sample: int = 50, k: int = 10) -> float:

@@ -80,7 +80,7 @@ class Index:
         self.documents.make(board)
         if rebuild:
             with alone_in(self.table.path):
-                remove_folder(self.table.path)
+                self.table.empty()
         with self.table.writing() as writer:
             return self._write(writer, board)
 

@@ -3,9 +3,9 @@
     recipe = recipe_of(config, model)
     table = table_of(config, recipe)
 
-A run, a model, a field and a way of making vectors have a table of their own. Readers go by `<run>/published.json`, which
-names a copy of the model whose table was last brought up to date and verified: search goes on with both while a new
-model's table is filled. Imports no Ray.
+A run, a model, a field and a way of making vectors have a table of their own. Readers go by `<run>/published.json`,
+which names a copy of the model whose table was last brought up to date and verified: search goes on with both while a
+new model's table is filled. Imports no Ray.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def published_recipe(config: Config) -> EncoderRecipe:
         return recipe_of(config, as_path(config.embedding.model))
     path = _published(config)
     if not path.is_file():
-        raise JobError(f"nothing is embedded yet by the run {config.storage.run}; python jobs/embed.py does that")
+        raise JobError(f"the run {config.storage.run} has embedded nothing yet; python jobs/run.py does the whole job")
     return recipe_of(config, config.root / json.loads(path.read_text())["model"])
 
 

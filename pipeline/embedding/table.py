@@ -44,7 +44,7 @@ from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.stores.store import StoreError
 from pipeline.runtime.console import log
 from pipeline.runtime.job import alone_in
-from pipeline.storage.files import lance_location
+from pipeline.storage.files import lance_location, remove_folder
 from pipeline.storage.path import StoragePath, check_guards
 
 # Lance's own 2 GB would read a whole table ahead of whoever scans it.
@@ -95,6 +95,18 @@ class VectorTable:
     def exists(self) -> bool:
         return (self.path / "_versions").is_dir()
 
+    def empty(self) -> None:
+        """Leave no rows and no indexes, whatever there is now. Readers go on with an old version for a while."""
+        import lance
+
+        uri, options = lance_location(self.path)
+        try:
+            lance.write_dataset(
+                self.schema.empty_table(), uri, mode="overwrite", storage_options=options, enable_stable_row_ids=True
+            )
+        except (ValueError, OSError, RuntimeError):  # what is there is no table any more
+            remove_folder(self.path)
+
     def create(self) -> None:
         """Make the table if it is not there. Raises StoreError for another program's table, or another model's."""
         import lance
@@ -128,10 +140,8 @@ class VectorTable:
 
     def is_verified(self, dataset: Any, documents: str = "") -> bool:
         """Whether a job has verified just this version, and, where they are given, for these documents."""
-        tags = {
-            name: tag["version"] for name, tag in dataset.tags.list().items() if name.startswith(VERIFIED + documents)
-        }
-        return dataset.version in tags.values()
+        tags = dataset.tags.list().items()
+        return any(tag["version"] == dataset.version for name, tag in tags if name.startswith(VERIFIED + documents))
 
     def count(self) -> int:
         return int(self.open().count_rows())
