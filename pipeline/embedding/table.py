@@ -132,7 +132,7 @@ class VectorTable:
     def open(self, version: int | None = None) -> Any:
         """The lance.LanceDataset, as it is now or at a version. Raises StoreError if there is none."""
         try:
-            return open_dataset(self.path) if version is None else _open_version(self.path, version)
+            return open_dataset(self.path, version)
         except ValueError as error:
             if self.exists():
                 raise
@@ -208,10 +208,12 @@ class VectorTable:
             yield Writer(self)
 
 
-@lru_cache(maxsize=4)
-def _open_version(path: StoragePath, version: int) -> Any:
-    """Opened once in a process: a task for each range reads the footers of all files but once."""
-    return open_dataset(path, version)
+@lru_cache(maxsize=1)
+def _session() -> Any:
+    """Lance's cache of this process: a task for each range reads the footers of files but once."""
+    import lance
+
+    return lance.Session()
 
 
 def open_dataset(path: StoragePath, version: int | None = None) -> Any:
@@ -219,7 +221,7 @@ def open_dataset(path: StoragePath, version: int | None = None) -> Any:
     import lance
 
     uri, options = lance_location(path)
-    return lance.dataset(uri, version=version, storage_options=options)
+    return lance.dataset(uri, version=version, storage_options=options, session=_session())
 
 
 class Writer:
