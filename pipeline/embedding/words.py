@@ -24,9 +24,9 @@ MARKED_SHARE = 0.1
 STOP_WORDS = (
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
     "to was will with"
-).split()
+)
 MAX_WORD_BYTES = 128  # Lance's 40 would drop words of 14 letters in Hindi, and hashes
-SEPARATOR = "\U00010600"  # a letter of Linear A, which stands alone as a word
+SEPARATOR = "\U00010600"  # a letter of Linear A, which ICU takes as a word of its own
 TEXTS_AT_ONCE = 1024
 # What no word has in it, as spaces.
 SPACES = {
@@ -48,7 +48,7 @@ def word_settings(texts: Sequence[str]) -> dict[str, Any]:
         "base_tokenizer": "icu" if marked else "icu/split",
         "max_token_length": MAX_WORD_BYTES,
         "stem": True,
-        "custom_stop_words": STOP_WORDS,
+        "custom_stop_words": STOP_WORDS.split(),
     }
 
 

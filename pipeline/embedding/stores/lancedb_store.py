@@ -29,9 +29,8 @@ from lancedb.query import MatchQuery
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.fusion import reciprocal_ranks
 from pipeline.embedding.lance import connect, has_table
-from pipeline.embedding.nearest import merged, nearest_in_block, unit
-from pipeline.embedding.stores.nearest import nearest
-from pipeline.embedding.stores.rows import checked, checked_query
+from pipeline.embedding.nearest import nearest, nearest_rows, unit
+from pipeline.embedding.stores.rows import checked, checked_query, kept
 from pipeline.embedding.stores.store import SCHEMA, TEXTS, Refused, StoreError
 from pipeline.embedding.stores.where import Where, checked_where, keeps, quoted, to_sql
 from pipeline.runtime.console import log
@@ -136,7 +135,8 @@ class LanceStore:
         vector, where = checked_query(vector, self.width, self.name), checked_where(where)
         condition, exact = self._condition(where)
         if not exact:
-            return nearest(self.scan(SCHEMA(self.width).names, condition), vector, k, where)
+            rows = self.scan(SCHEMA(self.width).names, condition)
+            return nearest_rows(rows, vector, k, partial(kept, where))
         search = self.table.search(vector).distance_type("cosine").limit(k).refine_factor(REFINE)
         if condition:
             search = search.where(condition)
@@ -207,12 +207,11 @@ class LanceStore:
         """
         offsets = random.Random(0).sample(range(self.count()), min(sample, self.count()))
         rows = self.table.take_offsets(offsets).select(["id", "vector"]).to_arrow()
-        vectors, found = unit(as_matrix(rows["vector"])), None
-        for batch in self.scan(["id", "vector"]):  # once for all of them
-            ids, block = np.array(batch["id"].to_pylist()), unit(as_matrix(batch["vector"]))
-            found = merged(found, nearest_in_block(vectors, block, ids, k + 1), k + 1)
+        vectors = unit(as_matrix(rows["vector"]))
+        blocks = ((np.array(b["id"].to_pylist()), unit(as_matrix(b["vector"]))) for b in self.scan(["id", "vector"]))
+        found = nearest(vectors, blocks, k + 1)
         shares = []
-        for own, vector, near in zip(rows["id"].to_pylist(), vectors, found.ids if found else (), strict=True):
+        for own, vector, near in zip(rows["id"].to_pylist(), vectors, found.ids, strict=True):
             true = [i for i in near.tolist() if i != own][:k]
             seen = [row["id"] for row in self.query(vector, k + 1) if row["id"] != own][:k]
             shares.append(len(set(seen) & set(true)) / max(len(true), 1))

@@ -19,6 +19,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +29,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.embedding.stores.nearest import nearest
-from pipeline.embedding.stores.rows import checked, checked_query, with_vectors
+from pipeline.embedding.nearest import nearest_rows
+from pipeline.embedding.stores.rows import checked, checked_query, kept, with_vectors
 from pipeline.embedding.stores.store import SCHEMA, Refused, StoreError
 from pipeline.embedding.stores.where import checked_where
 from pipeline.storage.files import SUFFIX
@@ -166,7 +167,8 @@ class ParquetStore:
 
     def query(self, vector: np.ndarray, k: int, where: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         vector, where = checked_query(vector, self.width, self.name), checked_where(where)
-        return nearest(self.scan(SCHEMA(self.width).names), vector, k, where)
+        rows = self.scan(SCHEMA(self.width).names)
+        return nearest_rows(rows, vector, k, partial(kept, where) if where else None)
 
     def describe(self) -> dict[str, Any]:
         facts = {"kind": "parquet", "rows": self.count(), "width": self.width, "metric": "cosine"}

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.stores.store import SCHEMA, TEXTS, Refused, StoreError
+from pipeline.embedding.stores.where import Where, keeps
 
 T = TypeVar("T")
 
@@ -81,3 +82,8 @@ def checked_query(vector: np.ndarray, width: int, name: str) -> np.ndarray:
     if not np.isfinite(vector).all() or not vector.any():
         raise StoreError("the query's vector is zero or no number: is there nothing in it that the model can read?")
     return vector
+
+
+def kept(where: Where, batch: pa.RecordBatch) -> list[bool]:
+    """Which rows of a batch meet all conditions."""
+    return [keeps(where, row) for row in batch.select(["source", "source_id", "metadata"]).to_pylist()]
