@@ -11,17 +11,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipeline.config import ConfigError, Data, Sanitize, Source
 from pipeline.data.judging import Judge, normaliser
 from pipeline.data.manifest import Manifest
-from pipeline.embedding.nearest import Found, merged
+from pipeline.embedding.columns import as_column
+from pipeline.embedding.nearest import Found
 from pipeline.evaluation.beir import BLOCK_ROWS, Corpus, RetrievalTask, open_beir, read_beir
 from pipeline.evaluation.evaluate import score_classification, score_clustering, score_retrieval, score_sts
 from pipeline.evaluation.labels import neighbour_scores, read_classification, read_labels
 from pipeline.evaluation.metrics import bm25_ranking, fused, nearest, retrieval_metrics
-from pipeline.evaluation.retrieval import best_of_block, from_row, to_table
+from pipeline.evaluation.retrieval import best_of_block, merge_levels, merged_rows, to_table
 from pipeline.evaluation.sts import StsTask, pearson, read_sts, spearman
 from pipeline.evaluation.table import score_table
 from pipeline.sources.fields import RawRecord
@@ -189,12 +191,11 @@ def own_scores(task: RetrievalTask, vectors: dict[str, np.ndarray], bounds: list
     """Our scores, the documents cut into blocks and sent as they are between processes."""
     queries = np.array([vectors[text] for text in task.queries.values()])
     names, texts = np.array([name.encode() for name in task.documents]), list(task.documents.values())
-    found: dict[int, Found] = {}
-    for start, stop in itertools.pairwise(bounds):
-        block = best_of_block(queries, np.array([vectors[t] for t in texts[start:stop]]), names[start:stop], SIZES)
-        for row in to_table(block).to_pylist():
-            found[row["size"]] = merged(found.get(row["size"]), from_row(row, len(queries)), 100)
-    return score_retrieval(task, found, bm25=True)
+    parts = [
+        to_table(best_of_block(queries, np.array([vectors[t] for t in texts[start:stop]]), names[start:stop], SIZES))
+        for start, stop in itertools.pairwise(bounds)
+    ]
+    return score_retrieval(task, merged_rows(parts, len(queries)), bm25=True)
 
 
 def test_retrieval_scores_are_those_of_sentence_transformers() -> None:
@@ -271,6 +272,53 @@ def test_scores_over_the_cluster_are_those_of_one_matrix(tmp_path: Path, monkeyp
     assert scores["topics"]["model"] == pytest.approx(votes, abs=0.02)
     assert votes["accuracy"] > 0.5  # by chance 0.1
     assert scores["test"].keys() == {"texts", "labels", "model", "model@4"}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_partial_results_are_merged_in_tasks_as_a_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """28 partial results of two sizes, merged three at a time on three levels, against a sort of all documents."""
+    from pipeline.evaluation import retrieval
+
+    chance = np.random.default_rng(0)
+    corners = chance.integers(0, 2, size=(1000 + 40, 16)) / 2 - 0.25  # of length 1, and every product is exact
+    names = [f"d{number}" for number in chance.permutation(5000)[:1000]]
+    texts = [" ".join(map(str, row)) for row in corners[:1000].tolist()]
+    queries = corners[1000:].astype(np.float32)
+
+    def add_vectors(rows: pa.Table) -> pa.Table:
+        return rows.append_column(
+            "vector", as_column(np.array([text.split() for text in rows["text"].to_pylist()], float))
+        )
+
+    def encoded(dataset: Any, *_: object) -> Any:
+        return dataset.map_batches(add_vectors, batch_size=37, batch_format="pyarrow", num_cpus=1)
+
+    for_driver: list[int] = []
+
+    def merged_rows(partial: Any, queries: int) -> dict[int, Found]:
+        blocks = list(partial)
+        for_driver.append(sum(map(len, blocks)))
+        return in_tasks(blocks, queries)
+
+    in_tasks = retrieval.merged_rows
+    for name, value in {"RANK_ROWS": 37, "MERGED_TOGETHER": 3, "DEPTH": 30, "BLOCK_ROWS": 37}.items():
+        monkeypatch.setattr(retrieval, name, value)
+    monkeypatch.setattr(retrieval, "merged_rows", merged_rows)
+    monkeypatch.setattr("pipeline.embedding.embed.encoded", encoded)
+    task = RetrievalTask("tree", {}, dict(zip(names, texts, strict=True)), {})
+    assert retrieval.merge_levels(1000) == 3
+    found = retrieval.nearest_documents(task, queries, [16, 4], None, board())  # type: ignore[arg-type]
+    for size in (16, 4):
+        scores = corners[1000:, :size] @ corners[:1000, :size].T * 16 / size
+        for row, ids in enumerate(found[size].ids.tolist()):
+            expected = sorted(zip(scores[row].tolist(), names, strict=True), reverse=True)[:30]
+            assert ids == [name.encode() for _, name in expected]
+            assert found[size].scores[row].tolist() == [score for score, _ in expected]
+    assert sum(for_driver) <= 2 * 3
+
+
+def test_levels_of_merging() -> None:
+    assert [merge_levels(documents) for documents in (1, 65_536, 65_537, 1_000_000, 10**8)] == [0, 0, 1, 2, 4]
 
 
 def small_model(folder: Path) -> Path:
