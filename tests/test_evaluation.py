@@ -12,22 +12,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import ConfigError, Data, Sanitize, Source
+from pipeline.config import Config, ConfigError, Data, Embedding, Sanitize, Source
 from pipeline.data.judging import Judge, normaliser
 from pipeline.data.manifest import Manifest
 from pipeline.embedding.columns import as_column
 from pipeline.embedding.nearest import Found
 from pipeline.evaluation.beir import BLOCK_ROWS, Corpus, RetrievalTask, open_beir, read_beir
 from pipeline.evaluation.evaluate import score_classification, score_clustering, score_retrieval, score_sts
+from pipeline.evaluation.held_out import held_out_task
 from pipeline.evaluation.labels import neighbour_scores, read_classification, read_labels
 from pipeline.evaluation.metrics import bm25_ranking, fused, nearest, retrieval_metrics
-from pipeline.evaluation.retrieval import best_of_block, merge_levels, merged_rows, to_table
+from pipeline.evaluation.retrieval import FEW_TEXTS, TextVectors, best_of_block, merge_levels, merged_rows, to_table
 from pipeline.evaluation.sts import StsTask, pearson, read_sts, spearman
-from pipeline.evaluation.table import score_table
+from pipeline.evaluation.table import hybrid_verdict, score_table
 from pipeline.sources.fields import RawRecord
-from tests.conftest import board, make_pairs
+from pipeline.text.identity import content_id, is_validation
+from tests.conftest import board, make_pairs, no_board
 
 
 def test_metrics_by_hand() -> None:
@@ -317,11 +320,28 @@ def test_partial_results_are_merged_in_tasks_as_a_tree(monkeypatch: pytest.Monke
     assert sum(for_driver) <= 2 * 3
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_many_texts_are_encoded_by_the_pool_and_few_here(tmp_path: Path) -> None:
+    from pipeline.embedding.encode import TextEncoder
+    from pipeline.embedding.recipe import EncoderRecipe
+
+    model = small_model(tmp_path / "model", prompts=(("query", "find: "),))
+    recipe = EncoderRecipe(model, Embedding(), tmp_path)
+    texts = [str(row["anchor"]) for row in make_pairs(FEW_TEXTS + 1)]
+    few, many = TextVectors(recipe, no_board), TextVectors(recipe, board)
+    for prompt, lead in (("query", "find: "), ("", "")):
+        expected = TextEncoder(model, device="cpu").encode([lead + text for text in texts])
+        np.testing.assert_allclose(many.of(texts, "texts", prompt), expected, atol=1e-6)
+        np.testing.assert_allclose(few.of(texts[:-1], "texts", prompt), expected[:-1], atol=1e-6)
+        with pytest.raises(AssertionError, match="Ray was asked for"):
+            few.of(texts, "texts", prompt)
+
+
 def test_levels_of_merging() -> None:
     assert [merge_levels(documents) for documents in (1, 65_536, 65_537, 1_000_000, 10**8)] == [0, 0, 1, 2, 4]
 
 
-def small_model(folder: Path) -> Path:
+def small_model(folder: Path, prompts: tuple[tuple[str, str], ...] = ()) -> Path:
     """A random table of tokens, trained for 4 of its 16 numbers too."""
     import torch
 
@@ -336,7 +356,7 @@ def small_model(folder: Path) -> Path:
     tokenizer = train_tokenizer(texts, kind="bpe", vocab_size=600, lowercase=True)
     shape = EncoderShape(vocab_size=600, d_model=16, num_layers=0, num_heads=2, d_ff=16, norm_eps=1.0)
     folder.mkdir()
-    save_model(folder, EmbeddingModel(Encoder(shape), Head(dimensions=(4,))), tokenizer.to_str(), 32)
+    save_model(folder, EmbeddingModel(Encoder(shape), Head(dimensions=(4,), prompts=prompts)), tokenizer.to_str(), 32)
     return folder
 
 
@@ -414,4 +434,45 @@ def test_the_table_has_a_line_for_each_system() -> None:
     lines = [line.split("  ")[0] for line in shown.splitlines()]
     assert lines.count("beir (2,000 queries, 3 documents)") == 3
     assert "sts (7 pairs)  model  Spearman 0.2500, Pearson 0.5000" in shown
+    assert "hybrid: the rankings of model and bm25, fused by reciprocal rank, 1 / (60 + rank)" in shown
+    assert "hybrid" not in score_table({"beir": {"queries": 1, "documents": 3, "model": metrics}})
     assert score_table({}) == ""
+
+
+def test_a_verdict_on_hybrid_search() -> None:
+    def task(model: float, hybrid: float) -> dict[str, Any]:
+        return {"queries": 9, "model": {"ndcg@10": model}, "bm25": {"ndcg@10": 0.1}, "hybrid": {"ndcg@10": hybrid}}
+
+    begin = "hybrid search was worse than the model alone in this run's evaluation: "
+    worse = hybrid_verdict({"held-out": task(0.7041, 0.512), "sts": {"pairs": 7, "model": {"spearman": 0.25}}})
+    assert worse == begin + "NDCG@10 0.512 against 0.704 (held-out)"
+    both = hybrid_verdict({"beir": task(0.5, 0.4), "held-out": task(0.7041, 0.7), "other": task(0.2, 0.3)})
+    assert both == begin + "NDCG@10 0.400 against 0.500 (beir), NDCG@10 0.700 against 0.704 (held-out)"
+    assert hybrid_verdict({"held-out": task(0.5, 0.5)}) is None
+    assert hybrid_verdict({"held-out": {"queries": 9, "model": {"ndcg@10": 0.5}}}) is None
+    assert hybrid_verdict({}) is None
+
+
+def test_held_out_documents_are_distinct_texts(tmp_path: Path) -> None:
+    """Twenty questions about each of 50 passages; some of both are held out."""
+    rows = [
+        {"id": content_id([f"question {i}"]), "anchor": f"question {i}", "positive": f"passage {i % 50}"}
+        for i in range(1000)
+    ]
+    rows.sort(key=lambda row: row["id"])
+    (tmp_path / "records").mkdir()
+    for number, start in enumerate(range(0, 1000, 300)):
+        part = pa.Table.from_pylist(rows[start : start + 300])
+        pq.write_table(part, tmp_path / "records" / f"{number}.parquet")
+    held_out = [row for row in rows if is_validation(row["id"], 0.1)]
+    for documents in (20, 45, 100):
+        wanted = {"evaluation": {"held_out_queries": 30, "held_out_documents": documents}}
+        config = Config.model_validate(wanted | {"data": {"validation_fraction": 0.1}})
+        task = held_out_task(config, tmp_path)
+        assert list(task.queries.values()) == [row["anchor"] for row in held_out[:30]]
+        texts = list(task.documents.values())
+        answers = {row["positive"] for row in held_out[:30]}
+        assert len(texts) == len(set(texts)) == max(len(answers), min(documents, 50))
+        assert answers <= set(texts)
+        for row in held_out[:30]:
+            assert [task.documents[key] for key in task.qrels[row["id"]]] == [row["positive"]]
