@@ -5,9 +5,9 @@
     words(["Tests of parse_date", "東京都の図書館"], settings)
     # [['test', 'pars', 'date'], ['東京', '都', 'の', '図書館']]
 
-Lance splits texts with ICU's dictionaries, lowers them, removes accents and stems English words. Measured with BM25 on
-10,000 documents, NDCG@10: Debian descriptions 0.818 (bm25s' own tokenizer: 0.789), WordNet 0.595 (0.585), Python code
-found by docstrings 0.416 (0.277); without stemming 0.793, 0.584 and 0.399. Cost: 20 MB of text a second.
+Lance splits texts with ICU's dictionaries, lowers them, removes accents and stems English words. BM25 over these words,
+NDCG@10 (`benchmarks/words.py`): Debian descriptions 0.818 where bm25s' own tokenizer gives 0.789, WordNet 0.595 (0.585),
+Python code found by docstrings 0.344 (0.224); without stemming 0.793, 0.584 and 0.334. Cost: 10 to 20 MB of text a second.
 """
 
 from __future__ import annotations
