@@ -91,6 +91,21 @@ def test_rows_against_a_sort_of_everything(seed: int) -> None:
     assert nearest_rows([], np.array([0, 10], np.float32), k) == []
 
 
+def test_rows_whose_scores_differ_by_rounding_alone() -> None:
+    """In single precision 512 numbers are summed in another order in blocks of other sizes; the result is the same."""
+    chance = np.random.default_rng(0)
+    vector = chance.normal(size=512).astype(np.float32)
+    vectors = np.repeat((vector + 0.01 * chance.normal(size=(10, 512))).astype(np.float32), 30, axis=0)
+    vectors *= np.exp2(chance.integers(-3, 4, size=(300, 1))).astype(np.float32)  # of other lengths, to the last bit
+    table = pa.table({"id": [f"{i:03}" for i in range(300)], "vector": as_column(vectors)})
+    groups = (unit(vectors[::30]).astype(float) @ unit(vector[None])[0].astype(float)).argsort()[::-1].tolist()
+    expected = [f"{30 * group + 29 - i:03}" for group in groups for i in range(30)]
+    for size in (1, 7, 64, 300):
+        for k in (1, 20, 45, 300):
+            found = nearest_rows(table.to_batches(size), vector, k)
+            assert [row["id"] for row in found] == expected[:k]
+
+
 def test_unit() -> None:
     np.testing.assert_allclose(unit(np.array([[3.0, 4.0], [0.0, 0.0]])), [[0.6, 0.8], [0.0, 0.0]])
 

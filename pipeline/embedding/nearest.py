@@ -25,6 +25,7 @@ from pipeline.embedding.columns import as_matrix
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 QUERIES_AT_ONCE = 256  # rows of scores in memory, of 8 bytes a document of the block
+ROUNDING = 1e-7  # of float32, a number of a vector
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,21 @@ def nearest_rows(
     for batch in batches:
         if keep is not None:
             batch = batch.filter(pa.array(keep(batch), pa.bool_()))
-        if not len(batch):
-            continue
-        ids = np.array(batch["id"].to_pylist())
-        found = merged(found, nearest_in_block(query, unit(as_matrix(batch["vector"])), ids, k), k)
-        there = batch.select([name for name in batch.schema.names if name != "vector"])
-        places = np.flatnonzero(np.isin(ids, found.ids[0]))
-        rows.update((row["id"], row) for row in there.take(pa.array(places)).to_pylist())
+        vectors = as_matrix(batch["vector"])
+        likely = _likely(vectors, query[0], k, found)
+        batch, vectors = batch.take(pa.array(likely)), vectors[likely]
+        found = merged(found, nearest_in_block(query, unit(vectors), np.array(batch["id"].to_pylist()), k), k)
+        new = batch.select([name for name in batch.schema.names if name != "vector"]).to_pylist()
+        rows |= {row["id"]: row for row in new}
         rows = {name: rows[name] for name in found.ids[0].tolist()}
     return [{**row, "score": score} for row, score in zip(rows.values(), found.scores[0].tolist(), strict=True)]
+
+
+def _likely(vectors: Floats, query: Floats, k: int, found: Found) -> Ints:
+    """Which of (n, D) vectors may be among the k best, as far as single precision can tell; found are those before."""
+    lengths = np.maximum(np.linalg.norm(vectors, axis=1), 1e-12)
+    scores = np.nan_to_num(vectors @ query / lengths, nan=-np.inf)
+    least = float(np.partition(scores, -k)[-k]) if len(scores) > k else -np.inf
+    if found.scores.shape[1] == k:
+        least = max(least, float(found.scores[0, -1]))
+    return np.flatnonzero(scores >= least - len(query) * ROUNDING)
