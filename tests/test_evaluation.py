@@ -11,21 +11,26 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import ConfigError, Data, Sanitize, Source
+from pipeline.config import Config, ConfigError, Data, Embedding, Sanitize, Source
 from pipeline.data.judging import Judge, normaliser
 from pipeline.data.manifest import Manifest
-from pipeline.embedding.nearest import Found, merged
+from pipeline.embedding.columns import as_column
+from pipeline.embedding.nearest import Found
 from pipeline.evaluation.beir import BLOCK_ROWS, Corpus, RetrievalTask, open_beir, read_beir
 from pipeline.evaluation.evaluate import score_classification, score_clustering, score_retrieval, score_sts
+from pipeline.evaluation.held_out import held_out_task
 from pipeline.evaluation.labels import neighbour_scores, read_classification, read_labels
 from pipeline.evaluation.metrics import bm25_ranking, fused, nearest, retrieval_metrics
-from pipeline.evaluation.retrieval import best_of_block, from_row, to_table
+from pipeline.evaluation.retrieval import FEW_TEXTS, TextVectors, best_of_block, merge_levels, merged_rows, to_table
 from pipeline.evaluation.sts import StsTask, pearson, read_sts, spearman
-from pipeline.evaluation.table import score_table
+from pipeline.evaluation.table import hybrid_verdict, score_table
 from pipeline.sources.fields import RawRecord
-from tests.conftest import board, make_pairs
+from pipeline.text.identity import content_id, is_validation
+from tests.conftest import board, make_pairs, no_board
 
 
 def test_metrics_by_hand() -> None:
@@ -189,12 +194,11 @@ def own_scores(task: RetrievalTask, vectors: dict[str, np.ndarray], bounds: list
     """Our scores, the documents cut into blocks and sent as they are between processes."""
     queries = np.array([vectors[text] for text in task.queries.values()])
     names, texts = np.array([name.encode() for name in task.documents]), list(task.documents.values())
-    found: dict[int, Found] = {}
-    for start, stop in itertools.pairwise(bounds):
-        block = best_of_block(queries, np.array([vectors[t] for t in texts[start:stop]]), names[start:stop], SIZES)
-        for row in to_table(block).to_pylist():
-            found[row["size"]] = merged(found.get(row["size"]), from_row(row, len(queries)), 100)
-    return score_retrieval(task, found, bm25=True)
+    parts = [
+        to_table(best_of_block(queries, np.array([vectors[t] for t in texts[start:stop]]), names[start:stop], SIZES))
+        for start, stop in itertools.pairwise(bounds)
+    ]
+    return score_retrieval(task, merged_rows(parts, len(queries)), bm25=True)
 
 
 def test_retrieval_scores_are_those_of_sentence_transformers() -> None:
@@ -273,7 +277,71 @@ def test_scores_over_the_cluster_are_those_of_one_matrix(tmp_path: Path, monkeyp
     assert scores["test"].keys() == {"texts", "labels", "model", "model@4"}
 
 
-def small_model(folder: Path) -> Path:
+@pytest.mark.usefixtures("ray_cluster")
+def test_partial_results_are_merged_in_tasks_as_a_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """28 partial results of two sizes, merged three at a time on three levels, against a sort of all documents."""
+    from pipeline.evaluation import retrieval
+
+    chance = np.random.default_rng(0)
+    corners = chance.integers(0, 2, size=(1000 + 40, 16)) / 2 - 0.25  # of length 1, and every product is exact
+    names = [f"d{number}" for number in chance.permutation(5000)[:1000]]
+    texts = [" ".join(map(str, row)) for row in corners[:1000].tolist()]
+    queries = corners[1000:].astype(np.float32)
+
+    def add_vectors(rows: pa.Table) -> pa.Table:
+        return rows.append_column(
+            "vector", as_column(np.array([text.split() for text in rows["text"].to_pylist()], float))
+        )
+
+    def encoded(dataset: Any, *_: object) -> Any:
+        return dataset.map_batches(add_vectors, batch_size=37, batch_format="pyarrow", num_cpus=1)
+
+    for_driver: list[int] = []
+
+    def merged_rows(partial: Any, queries: int) -> dict[int, Found]:
+        blocks = list(partial)
+        for_driver.append(sum(map(len, blocks)))
+        return in_tasks(blocks, queries)
+
+    in_tasks = retrieval.merged_rows
+    for name, value in {"RANK_ROWS": 37, "MERGED_TOGETHER": 3, "DEPTH": 30, "BLOCK_ROWS": 37}.items():
+        monkeypatch.setattr(retrieval, name, value)
+    monkeypatch.setattr(retrieval, "merged_rows", merged_rows)
+    monkeypatch.setattr("pipeline.embedding.embed.encoded", encoded)
+    task = RetrievalTask("tree", {}, dict(zip(names, texts, strict=True)), {})
+    assert retrieval.merge_levels(1000) == 3
+    found = retrieval.nearest_documents(task, queries, [16, 4], None, board())  # type: ignore[arg-type]
+    for size in (16, 4):
+        scores = corners[1000:, :size] @ corners[:1000, :size].T * 16 / size
+        for row, ids in enumerate(found[size].ids.tolist()):
+            expected = sorted(zip(scores[row].tolist(), names, strict=True), reverse=True)[:30]
+            assert ids == [name.encode() for _, name in expected]
+            assert found[size].scores[row].tolist() == [score for score, _ in expected]
+    assert sum(for_driver) <= 2 * 3
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_many_texts_are_encoded_by_the_pool_and_few_here(tmp_path: Path) -> None:
+    from pipeline.embedding.encode import TextEncoder
+    from pipeline.embedding.recipe import EncoderRecipe
+
+    model = small_model(tmp_path / "model", prompts=(("query", "find: "),))
+    recipe = EncoderRecipe(model, Embedding(), tmp_path)
+    texts = [str(row["anchor"]) for row in make_pairs(FEW_TEXTS + 1)]
+    few, many = TextVectors(recipe, no_board), TextVectors(recipe, board)
+    for prompt, lead in (("query", "find: "), ("", "")):
+        expected = TextEncoder(model, device="cpu").encode([lead + text for text in texts])
+        np.testing.assert_allclose(many.of(texts, "texts", prompt), expected, atol=1e-6)
+        np.testing.assert_allclose(few.of(texts[:-1], "texts", prompt), expected[:-1], atol=1e-6)
+        with pytest.raises(AssertionError, match="Ray was asked for"):
+            few.of(texts, "texts", prompt)
+
+
+def test_levels_of_merging() -> None:
+    assert [merge_levels(documents) for documents in (1, 65_536, 65_537, 1_000_000, 10**8)] == [0, 0, 1, 2, 4]
+
+
+def small_model(folder: Path, prompts: tuple[tuple[str, str], ...] = ()) -> Path:
     """A random table of tokens, trained for 4 of its 16 numbers too."""
     import torch
 
@@ -288,7 +356,7 @@ def small_model(folder: Path) -> Path:
     tokenizer = train_tokenizer(texts, kind="bpe", vocab_size=600, lowercase=True)
     shape = EncoderShape(vocab_size=600, d_model=16, num_layers=0, num_heads=2, d_ff=16, norm_eps=1.0)
     folder.mkdir()
-    save_model(folder, EmbeddingModel(Encoder(shape), Head(dimensions=(4,))), tokenizer.to_str(), 32)
+    save_model(folder, EmbeddingModel(Encoder(shape), Head(dimensions=(4,), prompts=prompts)), tokenizer.to_str(), 32)
     return folder
 
 
@@ -366,4 +434,45 @@ def test_the_table_has_a_line_for_each_system() -> None:
     lines = [line.split("  ")[0] for line in shown.splitlines()]
     assert lines.count("beir (2,000 queries, 3 documents)") == 3
     assert "sts (7 pairs)  model  Spearman 0.2500, Pearson 0.5000" in shown
+    assert "hybrid: the rankings of model and bm25, fused by reciprocal rank, 1 / (60 + rank)" in shown
+    assert "hybrid" not in score_table({"beir": {"queries": 1, "documents": 3, "model": metrics}})
     assert score_table({}) == ""
+
+
+def test_a_verdict_on_hybrid_search() -> None:
+    def task(model: float, hybrid: float) -> dict[str, Any]:
+        return {"queries": 9, "model": {"ndcg@10": model}, "bm25": {"ndcg@10": 0.1}, "hybrid": {"ndcg@10": hybrid}}
+
+    begin = "hybrid search was worse than the model alone in this run's evaluation: "
+    worse = hybrid_verdict({"held-out": task(0.7041, 0.512), "sts": {"pairs": 7, "model": {"spearman": 0.25}}})
+    assert worse == begin + "NDCG@10 0.512 against 0.704 (held-out)"
+    both = hybrid_verdict({"beir": task(0.5, 0.4), "held-out": task(0.7041, 0.7), "other": task(0.2, 0.3)})
+    assert both == begin + "NDCG@10 0.400 against 0.500 (beir), NDCG@10 0.700 against 0.704 (held-out)"
+    assert hybrid_verdict({"held-out": task(0.5, 0.5)}) is None
+    assert hybrid_verdict({"held-out": {"queries": 9, "model": {"ndcg@10": 0.5}}}) is None
+    assert hybrid_verdict({}) is None
+
+
+def test_held_out_documents_are_distinct_texts(tmp_path: Path) -> None:
+    """Twenty questions about each of 50 passages; some of both are held out."""
+    rows = [
+        {"id": content_id([f"question {i}"]), "anchor": f"question {i}", "positive": f"passage {i % 50}"}
+        for i in range(1000)
+    ]
+    rows.sort(key=lambda row: row["id"])
+    (tmp_path / "records").mkdir()
+    for number, start in enumerate(range(0, 1000, 300)):
+        part = pa.Table.from_pylist(rows[start : start + 300])
+        pq.write_table(part, tmp_path / "records" / f"{number}.parquet")
+    held_out = [row for row in rows if is_validation(row["id"], 0.1)]
+    for documents in (20, 45, 100):
+        wanted = {"evaluation": {"held_out_queries": 30, "held_out_documents": documents}}
+        config = Config.model_validate(wanted | {"data": {"validation_fraction": 0.1}})
+        task = held_out_task(config, tmp_path)
+        assert list(task.queries.values()) == [row["anchor"] for row in held_out[:30]]
+        texts = list(task.documents.values())
+        answers = {row["positive"] for row in held_out[:30]}
+        assert len(texts) == len(set(texts)) == max(len(answers), min(documents, 50))
+        assert answers <= set(texts)
+        for row in held_out[:30]:
+            assert [task.documents[key] for key in task.qrels[row["id"]]] == [row["positive"]]

@@ -6,9 +6,11 @@ import itertools
 import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from pipeline.embedding.nearest import Found, best, merged, nearest_in_block, unit
+from pipeline.embedding.columns import as_column
+from pipeline.embedding.nearest import Found, best, nearest, nearest_in_block, nearest_rows, unit
 
 
 def by_sorting_everything(queries: np.ndarray, vectors: np.ndarray, ids: list[bytes], k: int) -> list[list[bytes]]:
@@ -18,12 +20,8 @@ def by_sorting_everything(queries: np.ndarray, vectors: np.ndarray, ids: list[by
 
 
 def in_blocks(queries: np.ndarray, vectors: np.ndarray, ids: list[bytes], k: int, bounds: list[int]) -> Found:
-    found = None
-    for start, stop in itertools.pairwise(bounds):
-        block = nearest_in_block(queries, vectors[start:stop], np.array(ids[start:stop], dtype=np.bytes_), k)
-        found = merged(found, block, k)
-    assert found is not None
-    return found
+    slices = itertools.starmap(slice, itertools.pairwise(bounds))
+    return nearest(queries, ((np.array(ids[here], dtype=np.bytes_), vectors[here]) for here in slices), k)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -62,6 +60,52 @@ def test_a_score_that_is_no_number_comes_last() -> None:
     assert found.ids.tolist() == [[b"b", b"c", b"a"]]
 
 
+def test_pairs_that_are_excluded_come_last() -> None:
+    chance = np.random.default_rng(0)
+    queries, vectors, ids = unit(chance.normal(size=(300, 4))), unit(chance.normal(size=(9, 4))), np.arange(9)
+    pairs = {(int(pair) // 9, int(pair) % 9) for pair in chance.integers(0, 2700, 900)}
+    rows, columns = np.array(sorted(pairs)).T
+    found = nearest_in_block(queries, vectors, ids, 9, (rows, columns))
+    for row, (names, scores) in enumerate(zip(found.ids.tolist(), found.scores.tolist(), strict=True)):
+        allowed = [i for i in np.argsort(-(vectors @ queries[row])).tolist() if (row, i) not in pairs]
+        assert names[: len(allowed)] == allowed
+        assert set(scores[len(allowed) :]) <= {-np.inf}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_rows_against_a_sort_of_everything(seed: int) -> None:
+    chance = np.random.default_rng(seed)
+    count, k = int(chance.integers(1, 200)), int(chance.integers(1, 30))
+    vectors = np.array([(3, 4), (4, 3), (0, 5), (-5, 0)], np.float32)[chance.integers(0, 4, count)]  # of length 5
+    ids = [f"d{number}" for number in chance.permutation(10 * count)[:count].tolist()]
+    table = pa.table({"id": ids, "size": range(count), "vector": as_column(vectors)})
+    expected = sorted(zip((vectors @ (0, 10) / 50).tolist(), ids, range(count), strict=True), reverse=True)
+    for keep in (None, lambda batch: [size % 3 > 0 for size in batch["size"].to_pylist()]):
+        for order in ([*range(count)], chance.permutation(count).tolist()):
+            batches = table.take(order).to_batches(int(chance.integers(1, 60)))
+            found = nearest_rows(batches, np.array([0, 10], np.float32), k, keep)
+            assert [row.keys() for row in found] == [{"id", "size", "score"}] * len(found)
+            wanted = [one for one in expected if keep is None or one[2] % 3 > 0][:k]
+            assert [(row["id"], row["size"]) for row in found] == [one[1:] for one in wanted]
+            assert [row["score"] for row in found] == pytest.approx([one[0] for one in wanted])
+    assert nearest_rows([], np.array([0, 10], np.float32), k) == []
+
+
+def test_rows_whose_scores_differ_by_rounding_alone() -> None:
+    """In single precision 512 numbers are summed in another order in blocks of other sizes; the result is the same."""
+    chance = np.random.default_rng(0)
+    vector = chance.normal(size=512).astype(np.float32)
+    vectors = np.repeat((vector + 0.01 * chance.normal(size=(10, 512))).astype(np.float32), 30, axis=0)
+    vectors *= np.exp2(chance.integers(-3, 4, size=(300, 1))).astype(np.float32)  # of other lengths, to the last bit
+    table = pa.table({"id": [f"{i:03}" for i in range(300)], "vector": as_column(vectors)})
+    groups = (unit(vectors[::30]).astype(float) @ unit(vector[None])[0].astype(float)).argsort()[::-1].tolist()
+    expected = [f"{30 * group + 29 - i:03}" for group in groups for i in range(30)]
+    for size in (1, 7, 64, 300):
+        for k in (1, 20, 45, 300):
+            found = nearest_rows(table.to_batches(size), vector, k)
+            assert [row["id"] for row in found] == expected[:k]
+
+
 def test_unit() -> None:
     np.testing.assert_allclose(unit(np.array([[3.0, 4.0], [0.0, 0.0]])), [[0.6, 0.8], [0.0, 0.0]])
 
@@ -72,11 +116,12 @@ def test_memory_is_flat_in_the_number_of_documents() -> None:
 
     def peak_bytes(blocks: int) -> int:
         tracemalloc.start()
-        found = None
-        for number in range(blocks):
+
+        def block(number: int) -> tuple[np.ndarray, np.ndarray]:
             vectors = unit(np.random.default_rng(number).normal(size=(500, 16)))
-            ids = np.array([f"{number}-{i}".encode() for i in range(500)], dtype="S16")
-            found = merged(found, nearest_in_block(queries, vectors, ids, 10), 10)
+            return np.array([f"{number}-{i}".encode() for i in range(500)], dtype="S16"), vectors
+
+        nearest(queries, map(block, range(blocks)), 10)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak

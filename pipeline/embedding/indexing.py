@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.embedding.columns import as_matrix
-from pipeline.embedding.nearest import merged, nearest_in_block, unit
+from pipeline.embedding.nearest import nearest, unit
 from pipeline.embedding.search import TableSearch
 from pipeline.embedding.table import READ_FOR, ZONE_ROWS, ZONES, VectorTable
 from pipeline.runtime.console import log
@@ -98,12 +98,11 @@ def recall(table: VectorTable, sample: int = 50, k: int = 10) -> float:
     dataset, search = table.open(), TableSearch(table)
     offsets = sorted(random.Random(0).sample(range(dataset.count_rows()), min(sample, dataset.count_rows())))
     rows = dataset.take(offsets, columns=["id", "vector"])
-    vectors, found = unit(as_matrix(rows["vector"]).astype(np.float32)), None
-    for batch in table.scan(["id", "vector"]):  # once for all of them
-        block = unit(as_matrix(batch["vector"]).astype(np.float32))
-        found = merged(found, nearest_in_block(vectors, block, np.array(batch["id"].to_pylist()), k + 1), k + 1)
+    vectors = unit(as_matrix(rows["vector"]))
+    blocks = ((np.array(b["id"].to_pylist()), unit(as_matrix(b["vector"]))) for b in table.scan(["id", "vector"]))
+    found = nearest(vectors, blocks, k + 1)  # one scan for all of them
     shares = []
-    for own, vector, near in zip(rows["id"].to_pylist(), vectors, found.ids if found else (), strict=True):
+    for own, vector, near in zip(rows["id"].to_pylist(), vectors, found.ids, strict=True):
         true = [one for one in near.tolist() if one != own][:k]
         seen = [row["id"] for row in search.query(vector, k + 1) if row["id"] != own][:k]
         shares.append(len(set(seen) & set(true)) / max(len(true), 1))

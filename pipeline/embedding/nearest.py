@@ -1,9 +1,10 @@
-"""Nearest neighbours block by block: exact, and never more scores in memory than some queries times one block.
+"""Exact nearest neighbours, block by block: never more scores in memory than those of some queries times one block.
 
-    found = None
-    for ids, vectors in blocks:                                  # (n,) and (n, D), n as it comes
-        found = merged(found, nearest_in_block(queries, vectors, ids, k=100), k=100)
-    found.ids, found.scores                                      # (Q, k) each, best first
+    found = nearest(queries, blocks, k=100)               # blocks of ((n,) ids, (n, D) vectors), n as it comes
+    found.ids, found.scores                               # (Q, k) each, best first
+
+    merged(one, other, k=100)                             # of the same queries, from other blocks
+    nearest_rows(table.to_batches(), vector, k=10)        # [{"id": …, "text": …, "score": 0.83}, …]
 
 Equal scores are ordered as trec_eval orders them: the larger id first. So which k are kept depends neither on how the
 documents are cut into blocks nor on the order in which blocks come.
@@ -11,14 +12,20 @@ documents are cut into blocks nor on the order in which blocks come.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.embedding.columns import as_matrix
 
 Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
 QUERIES_AT_ONCE = 256  # rows of scores in memory, of 8 bytes a document of the block
+ROUNDING = 1e-7  # of float32, a number of a vector
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,11 @@ class Found:
     ids: npt.NDArray[Any]
     scores: Floats
 
+    @classmethod
+    def none(cls, queries: int) -> Found:
+        """Of no documents."""
+        return cls(np.empty((queries, 0), np.int64), np.empty((queries, 0), np.float32))
+
 
 def unit(vectors: npt.NDArray[Any]) -> Floats:
     """(N, D) at unit length; a zero vector stays one."""
@@ -35,14 +47,29 @@ def unit(vectors: npt.NDArray[Any]) -> Floats:
     return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
 
 
-def nearest_in_block(queries: Floats, vectors: Floats, ids: npt.NDArray[Any], k: int) -> Found:
-    """The k of one block of highest cosine for each query; unit vectors, (Q, D) and (n, D)."""
+def nearest(queries: Floats, blocks: Iterable[tuple[npt.NDArray[Any], Floats]], k: int) -> Found:
+    """The k vectors of highest cosine for each query, of blocks of ids and vectors; unit vectors, (Q, D) and (n, D)."""
+    found = Found.none(len(queries))
+    for ids, vectors in blocks:
+        found = merged(found, nearest_in_block(queries, vectors, ids, k), k)
+    return found
+
+
+def nearest_in_block(
+    queries: Floats, vectors: Floats, ids: npt.NDArray[Any], k: int, excluded: tuple[Ints, Ints] | None = None
+) -> Found:
+    """The k of one block. `excluded` are rows of queries and rows of vectors: such a pair scores -inf."""
     exact = vectors.T.astype(np.float64)
-    parts = [
+    parts = []
+    for start in range(0, max(len(queries), 1), QUERIES_AT_ONCE):
+        some = queries[start : start + QUERIES_AT_ONCE].astype(np.float64)
         # In double precision, so that equal vectors in different blocks come to the same float32.
-        best((queries[start : start + QUERIES_AT_ONCE].astype(np.float64) @ exact).astype(np.float32), ids, k)
-        for start in range(0, max(len(queries), 1), QUERIES_AT_ONCE)
-    ]
+        scores = (some @ exact).astype(np.float32)
+        if excluded is not None:
+            rows, columns = excluded
+            here = (rows >= start) & (rows < start + len(some))
+            scores[rows[here] - start, columns[here]] = -np.inf
+        parts.append(best(scores, ids, k))
     return Found(np.concatenate([part.ids for part in parts]), np.concatenate([part.scores for part in parts]))
 
 
@@ -63,14 +90,52 @@ def best(scores: Floats, ids: npt.NDArray[Any], k: int) -> Found:
     return _sorted(ids[columns], np.take_along_axis(scores, columns, axis=1), k)
 
 
-def merged(one: Found | None, other: Found, k: int) -> Found:
+def merged(one: Found, other: Found, k: int) -> Found:
     """The k best of two findings for the same queries, of different documents."""
-    if one is None:
-        return other
+    if not one.ids.shape[1] or not other.ids.shape[1]:
+        return other if other.ids.shape[1] else one
     ids, scores = (np.concatenate(pair, axis=1) for pair in ((one.ids, other.ids), (one.scores, other.scores)))
     return _sorted(ids, scores, k)
 
 
 def _sorted(ids: npt.NDArray[Any], scores: Floats, k: int) -> Found:
-    order = np.lexsort((ids, scores), axis=1)[:, ::-1][:, :k]
+    order = np.argsort(scores, axis=1)[:, ::-1]
+    falling = np.take_along_axis(scores, order, axis=1)
+    tied = (falling[:, 1:] == falling[:, :-1]).any(axis=1)
+    order[tied] = np.lexsort((ids[tied], scores[tied]), axis=1)[:, ::-1]  # several times as slow where ids are texts
+    order = order[:, :k]
     return Found(np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
+
+
+def nearest_rows(
+    batches: Iterable[pa.RecordBatch],
+    vector: Floats,
+    k: int,
+    keep: Callable[[pa.RecordBatch], Sequence[bool]] | None = None,
+) -> list[dict[str, Any]]:
+    """The k rows of highest cosine to a (D,) vector, best first, with `score` and all columns but `vector`.
+
+    Batches have `id`, distinct texts, and `vector`; `keep` says which rows of a batch may be found.
+    """
+    query, found, rows = unit(vector[None]), Found.none(1), dict[str, dict[str, Any]]()
+    for batch in batches:
+        if keep is not None:
+            batch = batch.filter(pa.array(keep(batch), pa.bool_()))
+        vectors = as_matrix(batch["vector"])
+        likely = _likely(vectors, query[0], k, found)
+        batch, vectors = batch.take(pa.array(likely)), vectors[likely]
+        found = merged(found, nearest_in_block(query, unit(vectors), np.array(batch["id"].to_pylist()), k), k)
+        new = batch.select([name for name in batch.schema.names if name != "vector"]).to_pylist()
+        rows |= {row["id"]: row for row in new}
+        rows = {name: rows[name] for name in found.ids[0].tolist()}
+    return [{**row, "score": score} for row, score in zip(rows.values(), found.scores[0].tolist(), strict=True)]
+
+
+def _likely(vectors: Floats, query: Floats, k: int, found: Found) -> Ints:
+    """Which of (n, D) vectors may be among the k best, as far as single precision can tell; found are those before."""
+    lengths = np.maximum(np.linalg.norm(vectors, axis=1), 1e-12)
+    scores = np.nan_to_num(vectors @ query / lengths, nan=-np.inf)
+    least = float(np.partition(scores, -k)[-k]) if len(scores) > k else -np.inf
+    if found.scores.shape[1] == k:
+        least = max(least, float(found.scores[0, -1]))
+    return np.flatnonzero(scores >= least - len(query) * ROUNDING)

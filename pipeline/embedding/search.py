@@ -20,11 +20,11 @@ import pyarrow as pa
 from pipeline.config import Config, ConfigError
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.fusion import reciprocal_ranks
-from pipeline.embedding.nearest import unit
-from pipeline.embedding.stores.nearest import nearest
+from pipeline.embedding.nearest import nearest_rows, unit
 from pipeline.embedding.stores.rows import checked_query
 from pipeline.embedding.stores.where import Where, checked_where, keeps, to_sql
 from pipeline.embedding.table import TEXTS, VectorTable
+from pipeline.embedding.words import SAMPLE_TEXTS, word_settings
 from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError
 
@@ -32,8 +32,6 @@ COLUMNS = ["id", *TEXTS]
 REFINE = 10  # an index's candidates a result, whose distances are computed again from whole vectors
 FUSED = 100  # candidates of either ranking that a hybrid query fuses
 SELECTIVE_ROWS = 20_000  # up to so many rows a filter names them one by one
-WORDS = {"base_tokenizer": "icu", "stem": False, "remove_stop_words": False, "with_position": False}
-"""Of the index of words: ICU finds the words of all scripts, those without spaces included."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,10 @@ class TableSearch:
         vector, where = checked_query(vector, self.table.width, self.table.name), checked_where(where)
         condition, exact = self._condition(where)
         if not exact:
-            columns = [*COLUMNS, "places", "vector"]
-            return nearest(self.table.scan(columns, condition, self.dataset.version), vector, k, where)
+            rows = self.table.scan([*COLUMNS, "places", "vector"], condition, self.dataset.version)
+            return nearest_rows(
+                rows, vector, k, lambda batch: [keeps(where, row) for row in batch.select(["places"]).to_pylist()]
+            )
         options: dict[str, Any] = {"filter": condition, "prefilter": condition is not None}
         if self.table.vector_type == "binary":
             near = {"column": "bits", "q": np.packbits(vector > 0), "k": k * REFINE, "metric": "hamming"}
@@ -125,7 +125,8 @@ class TableSearch:
         """
         if not any(index.field_names == ["text"] for index in self.dataset.describe_indices()):
             log.info("%s: indexes the words of %s texts", self.table.name, f"{self.dataset.count_rows():,}")
-            self.dataset.create_scalar_index("text", "INVERTED", **WORDS)
+            sample = self.dataset.sample(min(SAMPLE_TEXTS, self.dataset.count_rows()), ["text"])["text"].to_pylist()
+            self.dataset.create_scalar_index("text", "INVERTED", **word_settings(sample))
             self.dataset = self.table.open()
         conditions, depth = checked_where(where), max(k, FUSED)
         condition, exact = self._condition(conditions)

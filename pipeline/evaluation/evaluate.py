@@ -16,15 +16,15 @@ import numpy as np
 from pipeline.config import Config
 from pipeline.data.judging import normaliser
 from pipeline.data.manifest import Manifest
-from pipeline.embedding.encode import open_encoder
 from pipeline.embedding.nearest import Floats, Found, unit
 from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.evaluation.beir import RetrievalTask, open_beir
 from pipeline.evaluation.held_out import held_out_task
 from pipeline.evaluation.labels import neighbour_scores, read_classification, read_labels, v_measure
 from pipeline.evaluation.metrics import bm25_ranking, fused, retrieval_metrics, to_ranking
-from pipeline.evaluation.retrieval import encode_texts, nearest_documents
+from pipeline.evaluation.retrieval import TextVectors, nearest_documents
 from pipeline.evaluation.sts import StsTask, pearson, read_sts, spearman
+from pipeline.model.reading import read_card
 from pipeline.runtime.console import Stage, log
 from pipeline.runtime.session import Board
 from pipeline.storage.path import StoragePath, as_path
@@ -37,37 +37,34 @@ def score_tasks(
 ) -> dict[str, Scores]:
     """Scores by task, in the order of the config's keys; asks for the `board` where there are texts to encode."""
     wanted, normalise = config.evaluation, normaliser(config.data)
-    encoder = open_encoder(recipe, device="cpu")
-    sizes = [encoder.width, *(size for size in encoder.card.head.dimensions if size < encoder.width)]
+    dimensions, vectors = read_card(recipe.local).head.dimensions, TextVectors(recipe, board)
+    sizes = [recipe.width, *(size for size in dimensions if size < recipe.width)]
     scores: dict[str, Scores] = {}
 
-    def vectors(texts: list[str], name: str) -> Floats:
-        return encode_texts([normalise(text) for text in texts], name, recipe, board())
+    def vectors_of(texts: list[str], name: str) -> Floats:
+        return vectors.of([normalise(text) for text in texts], name)
 
     for task in _retrieval_tasks(config, folder, manifest, normalise):
         if not task.queries:
             log.warning("evaluate: %s is left out, it has no queries", task.name)
             continue
-        queries = encoder.encode(list(task.queries.values()), "query")
+        queries = vectors.of(list(task.queries.values()), f"queries of {task.name}", "query")
         found = nearest_documents(task, queries, sizes, recipe, board())
         with Stage(f"evaluate: score {task.name}", len(task.queries), "queries") as stage:
             scores[_unused(task.name, scores)] = score_retrieval(task, found, bm25=wanted.bm25)
             stage.advance(len(task.queries))
     if wanted.sts_file:
         pairs = read_sts(as_path(wanted.sts_file))
-        with Stage(f"evaluate: {pairs.name}", len(pairs.scores), "pairs") as stage:
-            texts = ([normalise(text) for text in each] for each in (pairs.first, pairs.second))
-            first, second = (encoder.encode(each) for each in texts)
-            scores[_unused(pairs.name, scores)] = score_sts(pairs, first, second, sizes)
-            stage.advance(len(pairs.scores))
+        first, second = np.split(vectors_of(pairs.first + pairs.second, pairs.name), 2)
+        scores[_unused(pairs.name, scores)] = score_sts(pairs, first, second, sizes)
     if wanted.clustering_file:
         path = as_path(wanted.clustering_file)
         found_texts, labels = read_labels(path, "evaluation.clustering_file")
-        scores[_unused(path.stem, scores)] = score_clustering(vectors(found_texts, path.stem), labels, sizes)
+        scores[_unused(path.stem, scores)] = score_clustering(vectors_of(found_texts, path.stem), labels, sizes)
     if wanted.classification_dir:
         path = as_path(wanted.classification_dir)
         train, train_labels, test, test_labels = read_classification(path)
-        both = vectors(train + test, path.name)
+        both = vectors_of(train + test, path.name)
         scores[_unused(path.name, scores)] = score_classification(
             both[: len(train)], train_labels, both[len(train) :], test_labels, sizes
         )

@@ -13,27 +13,28 @@ from pipeline.text.identity import content_id, is_validation
 
 
 def held_out_task(config: Config, folder: StoragePath) -> RetrievalTask:
-    """Held-out anchors, to be found among their positives and the records first by hash.
+    """Held-out anchors, to be found among their positives and the texts of the records first by hash.
 
-    A document is named by its text's hash: of two records with equal text either is the right answer.
+    Documents are distinct texts, named by the text's hash: of twenty questions about one passage each has that passage
+    as its answer.
     """
     wanted = config.evaluation
     queries: dict[str, str] = {}
     documents: dict[str, str] = {}
     qrels: dict[str, dict[str, int]] = {}
-    spare: list[str] = []
+    spare: dict[str, str] = {}
     for row in _pairs(folder):
+        key = content_id([row["positive"]])
         if is_validation(row["id"], config.data.validation_fraction) and len(queries) < wanted.held_out_queries:
             queries[row["id"]] = row["anchor"]
-            key = content_id([row["positive"]])
             documents[key], qrels[row["id"]] = row["positive"], {key: 1}
         elif len(spare) < wanted.held_out_documents:
-            spare.append(row["positive"])
+            spare[key] = row["positive"]
         elif len(queries) == wanted.held_out_queries:
             break
-    for text in spare:
+    for key, text in spare.items():
         if len(documents) < wanted.held_out_documents:
-            documents[content_id([text])] = text
+            documents[key] = text
     return RetrievalTask("held-out", queries, documents, qrels)
 
 

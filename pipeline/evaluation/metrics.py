@@ -16,6 +16,7 @@ import pytrec_eval
 
 from pipeline.embedding.fusion import reciprocal_ranks
 from pipeline.embedding.nearest import Found, nearest_in_block
+from pipeline.embedding.words import word_settings, words
 
 Qrels = dict[str, dict[str, int]]
 """Query id → document id → relevance, above zero where relevant."""
@@ -71,14 +72,14 @@ def nearest(
 def bm25_ranking(
     query_ids: list[str], queries: list[str], document_ids: list[str], documents: list[str], k: int = DEPTH
 ) -> Ranking:
-    """BM25 by bm25s at its defaults (k1 1.5, b 0.75, English stop words, no stemming)."""
-    words = bm25s.tokenize(documents, stopwords="en", show_progress=False)
-    if not any(words.ids):
+    """BM25 by bm25s at its defaults (k1 1.5, b 0.75), over the words that the index of the vector table would have."""
+    settings = word_settings(documents)
+    found_words = words(documents, settings)
+    if not any(found_words):
         return {query_id: {} for query_id in query_ids}
     index = bm25s.BM25()
-    index.index(words, show_progress=False)
-    tokens = bm25s.tokenize(queries, stopwords="en", show_progress=False)
-    found, scores = index.retrieve(tokens, k=min(k, len(documents)), show_progress=False)
+    index.index(found_words, show_progress=False)
+    found, scores = index.retrieve(words(queries, settings), k=min(k, len(documents)), show_progress=False)
     return {
         query_id: {document_ids[i]: float(score) for i, score in zip(found[row], scores[row], strict=True) if score > 0}
         for row, query_id in enumerate(query_ids)

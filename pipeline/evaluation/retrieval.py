@@ -1,16 +1,20 @@
-"""Documents encoded and ranked over the cluster; what comes back is the best of each block, merged as it comes.
+"""Texts encoded and documents ranked over the cluster; partial results are merged in tasks, as a tree.
 
-    documents ──► encode ──► best of each block, for all queries ──► merged with the best so far, in the driver
-    on disk       actors     tasks; the queries are sent once
+    documents ──► encode ──► best of each block, for all queries ──► best of several ──► … ──► the last few merged
+    on disk       actors     tasks; the queries are sent once        tasks                     in the driver
 
-No process holds more vectors or scores than those of a block, so memory is flat in the number of documents; what grows
-in the driver is Q queries times DEPTH scores and ids.
+No process holds more vectors or scores than those of a block, so memory is flat in the number of documents. A partial
+result is Q queries times DEPTH scores and ids: 24 MB for 10,000 queries. With a million documents 122 of them are
+merged in 18 tasks, and the driver merges two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +26,42 @@ from pipeline.evaluation.beir import BLOCK_ROWS, Corpus, RetrievalTask
 from pipeline.evaluation.metrics import DEPTH
 from pipeline.runtime.session import Board
 
+if TYPE_CHECKING:
+    from pipeline.embedding.encode import TextEncoder  # with torch, which the pool's actors alone may need
+
 RANK_ROWS = 8192  # documents ranked together: with 256 queries at once 16 MB of scores
+MERGED_TOGETHER = 8  # partial results
+FEW_TEXTS = 1024  # are encoded before a pool of encoders has started
+
+
+@dataclass(frozen=True)
+class TextVectors:
+    """Vectors of texts: of few in this process, of many by the pool of encoders, for which `board` starts Ray."""
+
+    recipe: EncoderRecipe
+    board: Callable[[], Board]
+
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        from pipeline.embedding.encode import open_encoder
+
+        return open_encoder(self.recipe, device="cpu")
+
+    def of(self, texts: list[str], name: str, prompt: str = "") -> Floats:
+        """(N, D) vectors in the order of the texts; `prompt` names one of the model's own."""
+        if len(texts) <= FEW_TEXTS:
+            return self.encoder.encode(texts, prompt)
+        import ray.data
+
+        from pipeline.embedding.embed import encoded
+
+        table, board = pa.table({"id": range(len(texts)), "text": texts}), self.board()
+        blocks = [table.slice(start, BLOCK_ROWS) for start in range(0, len(table), BLOCK_ROWS)]
+        with board.stage(f"evaluate: encode {name}", len(texts), "texts", counter="embedded"):
+            vectors = encoded(ray.data.from_arrow(blocks), len(texts), self.recipe, board, prompt)
+            parts = list(vectors.iter_batches(batch_size=None, batch_format="pyarrow"))
+        order = np.argsort(np.concatenate([part["id"].to_numpy() for part in parts]))
+        return np.concatenate([as_matrix(part["vector"]) for part in parts])[order]
 
 
 def nearest_documents(
@@ -33,18 +72,40 @@ def nearest_documents(
 
     from pipeline.embedding.embed import encoded
 
-    shared = ray.put(queries)
+    shared, count = ray.put(queries), len(queries)
 
     def rank(block: pa.Table) -> pa.Table:
         return to_table(best_of_block(ray.get(shared), as_matrix(block["vector"]), _names(block), sizes))
 
-    found: dict[int, Found] = {}
+    def merge(partial: pa.Table) -> pa.Table:
+        return to_table(merged_rows([partial], count))
+
     with board.stage(f"evaluate: encode {task.name}", len(task.documents), "documents", counter="embedded"):
         vectors = encoded(_dataset(task.documents), len(task.documents), recipe, board, "document")
         ranked = vectors.map_batches(rank, batch_size=RANK_ROWS, batch_format="pyarrow", num_cpus=0.5)
-        for block in ranked.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for row in block.to_pylist():
-                found[row["size"]] = merged(found.get(row["size"]), from_row(row, len(queries)), DEPTH)
+        for level in range(merge_levels(len(task.documents))):
+            # NOTE: another share of CPUs than the level before, or Ray Data makes one operator of both, which merges
+            # nothing of other tasks (Ray 2.60).
+            cpus, rows = (0.5, 0.49)[level % 2 == 0], MERGED_TOGETHER * len(sizes)
+            ranked = ranked.map_batches(merge, batch_size=rows, batch_format="pyarrow", num_cpus=cpus)
+        return merged_rows(ranked.iter_batches(batch_size=None, batch_format="pyarrow"), count)
+
+
+def merge_levels(documents: int) -> int:
+    """How often partial results are merged in tasks until at most MERGED_TOGETHER are left for the driver."""
+    levels, partial = 0, math.ceil(documents / RANK_ROWS)
+    while partial > MERGED_TOGETHER:
+        levels, partial = levels + 1, math.ceil(partial / MERGED_TOGETHER)
+    return levels
+
+
+def merged_rows(partial: Iterable[pa.Table], queries: int) -> dict[int, Found]:
+    """By size, the best of partial results, each a row that `to_table` made."""
+    found: dict[int, Found] = {}
+    for block in partial:
+        for row in block.to_pylist():
+            size = row["size"]
+            found[size] = merged(found.get(size, Found.none(queries)), from_row(row, queries), DEPTH)
     return found
 
 
@@ -89,18 +150,3 @@ def _texts(rows: Sequence[tuple[str, str]]) -> pa.Table:
 
 def _names(block: pa.Table) -> np.ndarray:
     return np.array([name.encode() for name in block["id"].to_pylist()], dtype=np.bytes_)
-
-
-def encode_texts(texts: list[str], name: str, recipe: EncoderRecipe, board: Board) -> Floats:
-    """(N, D) vectors in the order of the texts, encoded over the cluster without a prompt."""
-    import ray.data
-
-    from pipeline.embedding.embed import encoded
-
-    table = pa.table({"id": range(len(texts)), "text": texts})
-    blocks = [table.slice(start, BLOCK_ROWS) for start in range(0, len(table), BLOCK_ROWS)]
-    with board.stage(f"evaluate: encode {name}", len(texts), "texts", counter="embedded"):
-        vectors = encoded(ray.data.from_arrow(blocks), len(texts), recipe, board, "")
-        parts = list(vectors.iter_batches(batch_size=None, batch_format="pyarrow"))
-    order = np.argsort(np.concatenate([part["id"].to_numpy() for part in parts]))
-    return np.concatenate([as_matrix(part["vector"]) for part in parts])[order]

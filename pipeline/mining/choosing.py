@@ -6,8 +6,7 @@
 
 Texts that are known as right answers are out before anything is ranked; then the nearest are ranked by cosine, those
 outside the window of ranks or beyond a bound are left out, and the first few stay. A tie goes to the larger key, so
-what is chosen does not depend on how texts are cut into blocks. Cost: B x n products of D numbers a block, and B x n
-scores in memory.
+what is chosen does not depend on how texts are cut into blocks. Cost: B x n products of D numbers a block.
 """
 
 from __future__ import annotations
@@ -19,10 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import Mining
-from pipeline.embedding.nearest import Floats, best, merged
+from pipeline.embedding.nearest import Floats, Found, Ints, merged, nearest_in_block
 
 Keys = npt.NDArray[np.uint64]
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -64,18 +62,17 @@ def choose(anchors: Floats, own: Keys, known: tuple[Ints, Keys], blocks: Iterabl
 
     `known` are rows of anchors and keys of the texts that answer them; the positive's own counts as known.
     """
-    found = None
-    positive = np.full(len(anchors), -np.inf, dtype=np.float32)
+    rows, keys = np.concatenate([np.arange(len(anchors)), known[0]]), np.concatenate([own, known[1]])
+    found, positive = Found.none(len(anchors)), np.full(len(anchors), -np.inf, dtype=np.float32)
     for block in blocks:
-        scores = anchors @ block.vectors.T
         places, there = block.places(own)
-        positive[there] = scores[there, places[there]]
-        scores[there, places[there]] = -np.inf
-        rows, keys = known
+        right = block.vectors[places[there]].astype(np.float64)
+        positive[there] = (anchors[there] * right).sum(axis=1)
         places, there = block.places(keys)
-        scores[rows[there], places[there]] = -np.inf
-        found = merged(found, best(scores, block.keys, wanted.range_max), wanted.range_max)
-    if found is None:
+        excluded = rows[there], places[there]
+        best = nearest_in_block(anchors, block.vectors, block.keys, wanted.range_max, excluded)
+        found = merged(found, best, wanted.range_max)
+    if not found.ids.shape[1]:
         return [np.empty(0, np.uint64) for _ in anchors]
     allowed = _allowed(found.scores, positive, wanted)
     allowed[:, : wanted.range_min] = False
