@@ -11,6 +11,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.config import Config, ConfigError
+from pipeline.runtime.console import log
 from pipeline.runtime.job import Result, parser, run_job
 
 if TYPE_CHECKING:
@@ -54,10 +56,20 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     if args.json:
         results = [{**asdict(hit), "score": round(hit.score, 4)} for hit in found]
         return Result(reply=[{**each, "score_type": "fusion"} for each in results] if args.hybrid else results)
+    if args.hybrid and (worse := verdict(config)):
+        log.warning("%s", worse)
     if args.hybrid:
         print("scores are sums of 1 / (60 + rank) over the rankings by meaning and by words")
     print("\n".join(map(line, found)))
     return Result({"results": len(found)})
+
+
+def verdict(config: Config) -> str | None:
+    """What the run's evaluation says against hybrid search, if it does."""
+    from pipeline.evaluation.table import hybrid_verdict
+
+    path = config.run_dir / "evaluation.json"
+    return hybrid_verdict(json.loads(path.read_text())["scores"]) if path.is_file() else None
 
 
 def checked(query: str) -> str:

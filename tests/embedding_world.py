@@ -148,4 +148,4 @@ def embed_here(sync: Sync, encoder: TextEncoder, ranges: Any, letters: Any, writ
             fragments, bad = write_fragments(sync.table, rows, letters)
             writer.append([fragment for _, fragment, _ in fragments])
             written, refused = written + sum(rows for *_, rows in fragments), refused + bad
-    return Spent(written, refused, 0, 0, Counter())
+    return Spent(written, refused, 0, 0, {})

@@ -180,7 +180,7 @@ class Spent:
     refused: int
     tokens: int
     commits: int
-    seconds: Counter[str]
+    seconds: dict[str, float]
 
 
 def embed(
@@ -211,11 +211,11 @@ def embed(
         found = [*fragments, ("", None, -refused)]
         return pa.table([pa.array(column) for column in zip(*found, strict=True)], schema=FRAGMENTS)
 
-    seconds, tokens = Counter[str](), Counter[str]()
+    seconds, tokens = dict[str, float](), Counter[str]()
 
     def receive(message: dict[str, Any]) -> None:
         for name, spent in message.get("seconds", {}).items():
-            seconds[name] += spent
+            seconds[name] = seconds.get(name, 0.0) + spent
         tokens["tokens"] += message.get("tokens", 0)
 
     written = refused = 0
@@ -234,7 +234,7 @@ def embed(
                     written += row["rows"]
                     waves.add(row["first_id"], row["fragment"])
         waves.commit()
-    return Spent(written, refused, tokens["tokens"], waves.commits, seconds + Counter(commit=waves.commit_s))
+    return Spent(written, refused, tokens["tokens"], waves.commits, {**seconds, "commit": waves.commit_s})
 
 
 FRAGMENTS = pa.schema([("first_id", pa.string()), ("fragment", pa.string()), ("rows", pa.int64())])

@@ -3,8 +3,8 @@
     finish(table, writer, "ivf_sq", index_rows=200_000)
     describe(table)                    # {"rows": 131698, "index": "IVF_SQ", "recall@10": 0.98, …}
 
-A query looks at all vectors until there is an index, from `index_rows` rows on. Measured on two cores, 100,000 clustered
-vectors of 256 numbers: 194 ms a query without, and with an index
+A query looks at all vectors until there is an index, from `index_rows` rows on. Measured on two cores, 100,000
+clustered vectors of 256 numbers: 194 ms a query without, and with an index
 
     ivf_sq         3 s to build, 15 to 24 ms a query, recall@10 0.98, refined 1.00
     ivf_pq        55 s to build, 11 to 15 ms a query, recall@10 0.39, refined 1.00; a quarter of the size

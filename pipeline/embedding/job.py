@@ -113,7 +113,7 @@ class Index:
                 seconds,
                 f"{spent.written / seconds:,.0f}",
                 f"{spent.tokens / seconds:,.0f}",
-                ", ".join(f"{name} {spent.seconds[name]:.1f} s" for name in ("read", "encode", "write", "commit")),
+                ", ".join(f"{name} {spent.seconds.get(name, 0.0):.1f} s" for name in ("read", "encode", "write", "commit")),
             )
         update(sync, [index for index, each in enumerate(found) if each.counts["metadata"]], writer)
         writer.delete(whole.obsolete)
@@ -263,7 +263,7 @@ WRONG = {
 
 def _tokens_fit(config: Config, prepared: StoragePath, recipe: EncoderRecipe, field: str, prompt: str) -> bool:
     """Whether the token shards hold just what the model would be given."""
-    if config.tokenizer.long_texts != "cut" or config.embedding.long_texts != "cut":
+    if config.tokenizer.long_texts == "windows" or config.embedding.long_texts != "cut":
         return False
     if field == "anchor" and any(config.data.augment.model_dump().values()):
         return False

@@ -4,9 +4,9 @@
     for batch in sync.due(3):    # documents that have no row yet, tokenized
     sync.updates(3)              # rows whose places or metadata changed
 
-All of it is an anti-join of documents and rows by id, range by range, in one process and without Ray, which only spreads
-it (embedding/embed.py). Tasks read the version of the table that the job began with, so a task that is repeated after
-its node died finds the same. Memory: the ids of a range, and a batch of texts.
+All of it is an anti-join of documents and rows by id, range by range, in one process and without Ray, which only
+spreads it (embedding/embed.py). Tasks read the version of the table that the job began with, so a task that is repeated
+after its node died finds the same. Memory: the ids of a range, and a batch of texts.
 """
 
 from __future__ import annotations

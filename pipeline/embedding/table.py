@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -150,7 +150,7 @@ class VectorTable:
         return int(self.open().version)
 
     def scan(self, columns: Sequence[str], where: str | None = None, version: int | None = None) -> Iterator[Any]:
-        """Record batches of these columns, in no order to rely on; `where` is SQL. `_rowid` may be among the columns."""
+        """Record batches of these columns, in no order to rely on; `where` is SQL. `_rowid` may be a column."""
         plain = [name for name in columns if name != "_rowid"]
         yield from self.open(version).to_batches(
             plain, filter=where, batch_size=SCAN_ROWS, with_row_id="_rowid" in columns
@@ -213,7 +213,7 @@ def _session() -> Any:
     """Lance's cache of this process: a task for each range reads the footers of files but once."""
     import lance
 
-    return lance.Session()
+    return lance.Session()  # type: ignore[attr-defined]
 
 
 def open_dataset(path: StoragePath, version: int | None = None) -> Any:
@@ -271,7 +271,7 @@ class Writer:
         """Delete rows by `_rowid`."""
         for start in range(0, len(row_ids), DELETED_AT_ONCE):
             some = ", ".join(map(str, row_ids[start : start + DELETED_AT_ONCE].tolist()))
-            self._commit(lambda dataset, some=some: dataset.delete(f"_rowid IN ({some})"))
+            self._commit(partial(_delete, f"_rowid IN ({some})"))
 
     def drop_index(self, name: str) -> None:
         self._commit(lambda dataset: dataset.drop_index(name))
@@ -321,6 +321,10 @@ class Writer:
                 time.sleep(random.uniform(0, 0.1 * 2**attempt))
                 self.refresh()
         self.refresh()
+
+
+def _delete(where: str, dataset: Any) -> None:
+    dataset.delete(where)
 
 
 def is_disk_full(error: BaseException) -> bool:
