@@ -130,6 +130,8 @@ class TestWholeJob:
             assert row["id"] == content_id([row["text"]])
             assert {place["source_id"] for place in row["places"]} == places[row["text"]]
             assert row["source_id"] == min(places[row["text"]])
+        (documents,) = job.root.glob("stages/documents-*/documents")
+        assert "tokens" in pq.read_table(documents).column_names  # those of the token shards: made once
         vectors = TextEncoder(best, batch_tokens=10**9).encode([row["text"] for row in rows[:20]])
         np.testing.assert_allclose([row["vector"] for row in rows[:20]], vectors, atol=1e-5)
 
@@ -239,7 +241,7 @@ class TestWholeJob:
         assert "python jobs/embed.py makes one" in err
         code, last, _, _ = job(capsys, "embed")
         assert code == 0
-        assert last["metrics"]["written"] == last["metrics"]["rows"]
+        assert last["metrics"]["embedded"] == last["metrics"]["rows"]
         assert last["metrics"]["embedded"] == 0  # the cache has their vectors
         assert sorted(db.open_table(name).to_arrow()["id"].to_pylist()) == ids
 
