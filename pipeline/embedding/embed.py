@@ -29,8 +29,10 @@ from pipeline.embedding.stores.store import Refused
 from pipeline.embedding.sync import DIFFERENCE, Difference, Sync, count_tokens, with_vectors
 from pipeline.embedding.table import VectorTable, Writer
 from pipeline.runtime.cluster import Cluster, connected_cluster, on_own_node
+from pipeline.runtime.console import log
 from pipeline.runtime.memory import large_buffers_given_back
 from pipeline.runtime.session import Board
+from pipeline.storage.files import lance_location
 
 ROWS = 1024  # texts encoded together: seconds of work
 # NOTE: never an encoder's share of CPUs, which has two digits, or Ray Data makes one operator of reading and encoding:
@@ -39,6 +41,7 @@ ROWS = 1024  # texts encoded together: seconds of work
 READ_CPUS = 0.251
 WRITE_ROWS, MOST_WRITE_ROWS = 8_192, 131_072  # of a fragment: about a hundredth of what there is to write
 SHORTEST_WAVE_S = 1.0  # between two commits; more if that is less than 50 commits take, or 1% of the time so far
+SPREAD_ROWS = 10_000_000  # from here on the whole cluster joins files and builds the index of vectors
 LOCAL_ROWS = 1_000_000  # up to so many documents, ids are compared in the driver, without tasks
 
 
@@ -298,9 +301,19 @@ def finish_somewhere(table: VectorTable, index: str | None, index_rows: int, lab
     """`indexing.finish` on a node with these labels: an index takes CPUs and memory, which a driver's may lack."""
     import ray
 
-    def work() -> dict[str, Any]:
-        from pipeline.embedding.indexing import finish
+    from pipeline.embedding.indexing import finish, missing_index
 
+    if table.count() >= SPREAD_ROWS:
+        import lance_ray
+
+        uri, options = lance_location(table.path)
+        spread: dict[str, Any] = {"num_workers": int(connected_cluster().capacity().cpus), "storage_options": options}
+        log.info("embed: joins files and builds indexes on all nodes")
+        lance_ray.compact_files(uri, **spread)
+        if wanted := missing_index(table, index, index_rows):
+            lance_ray.create_index(uri, **wanted, **spread)
+
+    def work() -> dict[str, Any]:
         with large_buffers_given_back():
             return finish(table, index, index_rows)
 

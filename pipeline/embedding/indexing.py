@@ -43,18 +43,26 @@ def finish(table: VectorTable, index: str | None, index_rows: int) -> dict[str, 
         dataset.optimize.optimize_indices()
     if "id" not in there and rows:
         dataset.create_scalar_index("id", IndexConfig("zonemap", {"rows_per_zone": max(ZONE_ROWS, rows // ZONES)}))
-    column = "bits" if table.vector_type == "binary" else "vector"
-    needed = rows >= (FEWEST_ROWS if table.vector_type == "int8" else max(index_rows, FEWEST_ROWS))
-    if index and needed and column not in there:
-        kind = "IVF_FLAT" if column == "bits" else "IVF_SQ" if table.vector_type == "int8" else index.upper()
-        log.info("embed: builds an index (%s) of %s vectors", kind, f"{rows:,}")
-        dataset.create_index(column, index_type=kind, metric="hamming" if column == "bits" else "cosine")
+    if wanted := missing_index(table, index, index_rows):
+        log.info("embed: builds an index (%s) of %s vectors", wanted["index_type"], f"{rows:,}")
+        dataset.create_index(**wanted)
     table.open().cleanup_old_versions(READ_FOR, delete_unverified=True, error_if_tagged_old_versions=False)
     found = describe(table)
     if "index" in found:
         found["recall@10"] = round(recall(table), 4)
         log.info("embed: recall@10 of the index is %.4f", found["recall@10"])
     return found
+
+
+def missing_index(table: VectorTable, index: str | None, index_rows: int) -> dict[str, str] | None:
+    """Column, type and metric of the index that a table should have and lacks."""
+    dataset, kind = table.open(), table.vector_type
+    column = "bits" if kind == "binary" else "vector"
+    enough = dataset.count_rows() >= (FEWEST_ROWS if kind == "int8" else max(index_rows, FEWEST_ROWS))
+    if not index or not enough or column in _columns_indexed(dataset):
+        return None
+    index_type = {"binary": "IVF_FLAT", "int8": "IVF_SQ"}.get(kind, index.upper())
+    return {"column": column, "index_type": index_type, "metric": "hamming" if kind == "binary" else "cosine"}
 
 
 def _columns_indexed(dataset: Any) -> dict[str, str]:

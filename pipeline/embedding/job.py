@@ -113,7 +113,7 @@ class Index:
                 seconds,
                 f"{spent.written / seconds:,.0f}",
                 f"{spent.tokens / seconds:,.0f}",
-                ", ".join(f"{name} {spent.seconds.get(name, 0.0):.1f} s" for name in ("read", "encode", "write", "commit")),
+                ", ".join(f"{name} {spent.seconds.get(name, 0.0):.1f} s" for name in PARTS),
             )
         update(sync, [index for index, each in enumerate(found) if each.counts["metadata"]], writer)
         writer.delete(whole.obsolete)
@@ -252,6 +252,7 @@ class Index:
 
 
 HELD = ("changed", "metadata", "untouched", "deleted")  # counts that make up the documents of a table
+PARTS = ("read", "encode", "write", "commit")
 WRONG = {
     "new": "missing",
     "changed": "of an older text",
