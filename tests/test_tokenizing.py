@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
 from collections import Counter
 from pathlib import Path
@@ -168,27 +169,24 @@ def in_shards(folder: Path, rows: list[dict[str, Any]], shards: int) -> list[Pat
 def test_tokens_of_an_earlier_data_set_give_the_same_files(
     recipe: str, then: int, now: int, tmp_path: Path, framed: Tokenizer
 ) -> None:
-    how, extra = {
-        "pairs": (Recipe(PAIRS, 9, 0.1), {}),
-        "negatives and prompts": (
-            Recipe([*PAIRS, "negatives"], 9, 0.1, prompts={"b": {"anchor": "word7 "}}),
-            {"negatives": ["word1 word2", "漢 word3"]},
-        ),
-        "windows": (Recipe(["text"], 9, 0.1, window_overlap=2), {"text": " ".join(WORDS[:30])}),
-        "augmented": (Recipe(PAIRS, 9, 0.1, augmentation=Augmentation(word_dropout=0.3)), {}),
+    how = {
+        "pairs": Recipe(PAIRS, 9, 0.1),
+        "negatives and prompts": Recipe([*PAIRS, "negatives"], 9, 0.1, prompts={"b": {"anchor": "word7 "}}),
+        "windows": Recipe(["text"], 9, 0.1, window_overlap=2),
+        "augmented": Recipe(PAIRS, 9, 0.1, augmentation=Augmentation(word_dropout=0.3)),
     }[recipe]
-    _, by_id = records(tmp_path / "all", 90, **extra)
-    rows = list(by_id.values())
+    _, by_id = records(tmp_path / "all", 90)
+    rows = [
+        {**row, "text": f"{row['anchor']} {row['positive']}", "negatives": row["positive"].split()[:number]}
+        for number, row in zip(itertools.cycle(range(4)), by_id.values())
+    ]
     moved = {**rows[40], "source": "ab"[rows[40]["source"] == "a"]}  # its prompt may be another one
-    earlier, later = rows[:70], [*rows[10:40], moved, *rows[41:]]
-    for files in [in_shards(tmp_path / "then", earlier, then)]:
-        for path in files:
-            assert (
-                tokenize_file(path, Output(tmp_path / "then"), how, framed)["tokenized"]
-                == pq.read_metadata(path).num_rows
-            )
+    for path in in_shards(tmp_path / "then", rows[:70], then):
+        found = tokenize_file(path, Output(tmp_path / "then"), how, framed)
+        assert found["tokenized"] == found["records"] == pq.read_metadata(path).num_rows
+    later = in_shards(tmp_path / "now", [*rows[10:40], moved, *rows[41:]], now)
     known, tokenized = EarlierTokens(tmp_path / "then", then), 0
-    for shard, path in enumerate(in_shards(tmp_path / "now", later, now)):
+    for shard, path in enumerate(later):
         plain = tokenize_file(path, Output(tmp_path / "plain"), how, framed)
         found = tokenize_file(path, Output(tmp_path / "reused"), how, framed, known.read(shard, now))
         tokenized += found.pop("tokenized")

@@ -24,7 +24,7 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError, Source
 from pipeline.data import contamination, near_duplicates
-from pipeline.data.drift import TrainedOn, name_of, pinned_tokenizer
+from pipeline.data.drift import TrainedOn, pinned_tokenizer
 from pipeline.data.judging import Judge
 from pipeline.data.manifest import Manifest, SourceCount, read_prepared, sha256
 from pipeline.data.records import make_records, record_texts
@@ -112,7 +112,7 @@ class Inputs:
             self.tokenizer_json = tokenizer_file(as_path(tokenizer.load_path))
             self._name_tokens(config, source_of_texts, sha256(self.tokenizer_json))
         pinned, then = pinned_tokenizer(config), TrainedOn.read(config)
-        if pinned and then and then.prepared != name_of(config, self.prepared.folder):
+        if pinned and then and then.prepared != f"prepared/{self.prepared.folder.name}":
             self.tokenizer, self.tokenizer_json = None, pinned
             self._name_tokens(config, source_of_texts, sha256(pinned))
 
