@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.config import Config, ConfigError
+from pipeline.data.drift import has_moved, log_drift
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import Inputs, prepare
 from pipeline.evaluation.beir import check_beir
@@ -45,9 +46,10 @@ class Session:
         self._prepared: tuple[StoragePath, Manifest] | None = None
 
     def prepared(self) -> tuple[StoragePath, Manifest]:
-        """The prepared data set, brought up to date on first use."""
+        """The prepared data set, brought up to date on first use; says how far it is from what the run trained on."""
         if self._prepared is None:
             self._prepared = prepare(self.config, self.board, self.rehash)
+            log_drift(self.config, *self._prepared)
         return self._prepared
 
     def board(self) -> Board:
@@ -270,12 +272,12 @@ def _changes(path: str | None) -> list[list[str | int]]:
 
 
 def _model_of(config: Config, manifest: Manifest) -> StoragePath:
-    """The model to use with a data set: a run's own model goes with the data that it was trained on."""
-    from pipeline.training.run_folder import refuse_other_run
-
+    """The model to use with a data set. Raises ConfigError for the run's own where it may not go with these data."""
     model = model_folder(config)
-    if config.embedding.model is None:
-        refuse_other_run(config, manifest.fingerprint, data_alone=True)
+    if config.embedding.model is None and has_moved(config, manifest):
+        from pipeline.training.fit import state_on_other_data
+
+        state_on_other_data(config, manifest, model)
     return model
 
 

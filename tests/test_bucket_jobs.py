@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.bucket_servers import CREDENTIALS, Served, s3, serving
-from tests.conftest import run_here
+from tests.conftest import make_pairs, run_here, write_jsonl
 from tests.job_process import ROOT, TEMPORARY, UNDISTURBED, JobProcess, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -93,8 +93,11 @@ def test_a_killed_job_goes_on_from_the_bucket_alone(trained_alone: Path, tmp_pat
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("scheme", ["gs", "az"])
 def test_a_whole_job_on_the_other_services(scheme: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Prepared, trained, embedded, evaluated, searched and exported; a rerun has nothing to do."""
-    config = write_config(tmp_path, pairs=800, max_steps=20)
+    """Prepared, trained, embedded, evaluated, searched and exported; a rerun has nothing to do, but for new data."""
+    config, pages = write_config(tmp_path, pairs=800, max_steps=20), write_jsonl(tmp_path / "p.jsonl", make_pairs(800))
+    config.write_text(
+        config.read_text().replace(json.loads(config.read_text())["data"]["sources"][0]["path"], str(pages))
+    )
     with serving(scheme, "jobs", tmp_path) as served:
         arguments = ["--config", str(config), f"storage.root={served.uri('store')}"]
         code, first, _, err = run_here(capsys, "run", *arguments)
@@ -109,4 +112,11 @@ def test_a_whole_job_on_the_other_services(scheme: str, tmp_path: Path, capsys: 
         assert code == 0, err
         assert {"exported/export.json", "exported/model.safetensors"} <= set(served.keys("exported/"))
         assert weights_in(served, "store", 20)
+        write_jsonl(pages, [*make_pairs(800), *(dict(row, id=f"new{row['id']}") for row in make_pairs(5, seed=9))])
+        code, moved, _, err = run_here(capsys, "run", *arguments)
+        assert code == 0, err
+        assert "model was trained: 5 records new, 0 changed, 0 removed" in err
+        assert "prepare: 5 of 805 records were tokenized" in err
+        assert moved["paths"]["model"] == first["paths"]["model"]
+        assert moved["metrics"]["embed"]["rows"] == first["metrics"]["embed"]["rows"] + 5
     assert not (tmp_path / "store").exists()

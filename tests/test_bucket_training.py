@@ -19,7 +19,8 @@ from unittest.mock import patch
 import pytest
 
 from pipeline.config import Config, load
-from pipeline.storage.files import fetched, scratch
+from pipeline.data.manifest import Manifest
+from pipeline.storage.files import fetched, scratch, write_atomically
 from pipeline.storage.object_store import BucketError
 from pipeline.storage.path import BucketPath
 from pipeline.training import uploading
@@ -220,7 +221,9 @@ def test_metrics_go_on_on_another_machine(config: Config, run_dir: BucketPath) -
 
 
 def test_no_credential_is_written(config: Config, save: Any, run_dir: BucketPath, served: Served) -> None:
-    claim_run_folder(config, "data")
+    prepared = config.root / "prepared" / "0123456789abcdef"
+    write_atomically(prepared / "tokenizer.json", b"{}")
+    claim_run_folder(config, prepared, Manifest("data", [], {}, [], {}, [], {}), steps=1)
     save(1, is_best=True)
     with Trackers.open(config, 0) as trackers:
         trackers.log({"step": 1, "loss": 1.0})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
 from collections import Counter
 from pathlib import Path
@@ -19,11 +20,12 @@ from pipeline.config import ConfigError
 from pipeline.data.exchange import read_part, write_parts
 from pipeline.data.lengths import LengthCounts, draw
 from pipeline.data.manifest import RECORD_SCHEMA
+from pipeline.data.shards import EarlierTokens
 from pipeline.data.tokenizing import Cutter, Recipe, tokenize_file
 from pipeline.data.vocabulary import load_tokenizer, train_tokenizer
 from pipeline.runtime.artifact import Output
 from pipeline.text.augment import MASK, Augmentation
-from pipeline.text.identity import content_id, is_validation
+from pipeline.text.identity import content_id, id_bounds, is_validation, overlapping, shard_of
 
 WORDS = [f"word{i}" for i in range(50)]
 PAIRS = ["anchor", "positive"]
@@ -150,6 +152,78 @@ def test_augmentation_is_a_function_of_id_and_seed() -> None:
     change = Augmentation(span_masking=0.5)  # of texts that have masks already
     assert change.apply(f"{MASK} {MASK} word", "id", 0) == f"{MASK} {MASK} {MASK}"
     assert change.apply(f"{MASK} {MASK}", "id", 0) == f"{MASK} {MASK}"
+
+
+def in_shards(folder: Path, rows: list[dict[str, Any]], shards: int) -> list[Path]:
+    """Record files as prepare writes them."""
+    paths = [folder / "records" / f"{shard:05d}.parquet" for shard in range(shards)]
+    for shard, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own = sorted((row for row in rows if shard_of(row["id"], shards) == shard), key=lambda row: str(row["id"]))
+        pq.write_table(pa.Table.from_pylist(own, RECORD_SCHEMA), path)
+    return paths
+
+
+@pytest.mark.parametrize("recipe", ["pairs", "negatives and prompts", "windows", "augmented"])
+@pytest.mark.parametrize(("then", "now"), [(3, 3), (3, 5), (5, 2)])
+def test_tokens_of_an_earlier_data_set_give_the_same_files(
+    recipe: str, then: int, now: int, tmp_path: Path, framed: Tokenizer
+) -> None:
+    how = {
+        "pairs": Recipe(PAIRS, 9, 0.1),
+        "negatives and prompts": Recipe([*PAIRS, "negatives"], 9, 0.1, prompts={"b": {"anchor": "word7 "}}),
+        "windows": Recipe(["text"], 9, 0.1, window_overlap=2),
+        "augmented": Recipe(PAIRS, 9, 0.1, augmentation=Augmentation(word_dropout=0.3)),
+    }[recipe]
+    _, by_id = records(tmp_path / "all", 90)
+    rows = [
+        {**row, "text": f"{row['anchor']} {row['positive']}", "negatives": row["positive"].split()[:number]}
+        for number, row in zip(itertools.cycle(range(4)), by_id.values())
+    ]
+    moved = {**rows[40], "source": "ab"[rows[40]["source"] == "a"]}  # its prompt may be another one
+    for path in in_shards(tmp_path / "then", rows[:70], then):
+        found = tokenize_file(path, Output(tmp_path / "then"), how, framed)
+        assert found["tokenized"] == found["records"] == pq.read_metadata(path).num_rows
+    later = in_shards(tmp_path / "now", [*rows[10:40], moved, *rows[41:]], now)
+    known, tokenized = EarlierTokens(tmp_path / "then", then), 0
+    for shard, path in enumerate(later):
+        plain = tokenize_file(path, Output(tmp_path / "plain"), how, framed)
+        found = tokenize_file(path, Output(tmp_path / "reused"), how, framed, known.read(shard, now))
+        tokenized += found.pop("tokenized")
+        assert found == {name: value for name, value in plain.items() if name != "tokenized"}
+    assert tokenized == 20 + 1
+    written = {path.relative_to(tmp_path / "plain"): path.read_bytes() for path in tmp_path.glob("plain/*/*")}
+    assert {path.parent.name for path in written} == {"train", "validation", "lengths"}
+    assert {path.relative_to(tmp_path / "reused"): path.read_bytes() for path in tmp_path.glob("reused/*/*")} == written
+
+
+def test_earlier_tokens_that_are_gone_are_not_used(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path, _ = records(tmp_path)
+    tokenize_file(path, Output(tmp_path), Recipe(PAIRS, 9, 0.1), tokenizer)
+    assert EarlierTokens(tmp_path, 1).read(0, 1)
+    (tmp_path / "train" / path.name).rename(tmp_path / "train" / "moved")
+    part = EarlierTokens(tmp_path, 1).read(0, 1)
+    found = tokenize_file(path, Output(tmp_path / "again"), Recipe(PAIRS, 9, 0.1), tokenizer, part)
+    assert found["tokenized"] == found["shards"][0]["rows"] > 0
+    assert (tmp_path / "again/train" / path.name).read_bytes() == (tmp_path / "train/moved").read_bytes()
+    (tmp_path / "train" / path.name).write_bytes(b"no Parquet")
+    assert EarlierTokens(tmp_path, 1).read(0, 1) is None
+    assert EarlierTokens(tmp_path / "elsewhere", 1).read(0, 1) is None
+
+
+@pytest.mark.parametrize(("shards", "others"), [(1, 1), (3, 3), (3, 5), (7, 2), (4096, 4095)])
+def test_shards_of_another_number_that_hold_the_same_ids(shards: int, others: int) -> None:
+    chance = random.Random(1)
+    edges = [
+        number * 2**32 // count + near for count in (shards, others) for number in (0, 1, count) for near in (-1, 0, 1)
+    ]
+    for number in [*(edge for edge in edges if 0 <= edge < 2**32), *(chance.randrange(2**32) for _ in range(500))]:
+        one = f"{number:08x}{chance.randrange(16**24):024x}"
+        shard = shard_of(one, shards)
+        assert shard_of(one, others) in overlapping(shard, shards, others)
+        for each in {max(shard - 1, 0), shard, min(shard + 1, shards - 1)}:
+            first, end = id_bounds(each, shards)
+            assert (first <= one < end) == (each == shard)
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram"])

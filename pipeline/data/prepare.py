@@ -7,6 +7,9 @@
 Every file's rows follow from content alone, so the shards are byte-identical for any number of workers. Each stage is
 an artifact (runtime/artifact.py): a changed option redoes the stages that depend on it, and a killed job resumes with
 the tasks that were not done. The prepared data set is an artifact too, made of the stages' files.
+
+Once a run has begun, its tokenizer stays: later data are tokenized with it, so that they fit the model (drift.py), and
+records that were there before keep their tokens (shards.py).
 """
 
 from __future__ import annotations
@@ -21,11 +24,12 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError, Source
 from pipeline.data import contamination, near_duplicates
+from pipeline.data.drift import TrainedOn, pinned_tokenizer
 from pipeline.data.judging import Judge
 from pipeline.data.manifest import Manifest, SourceCount, read_prepared, sha256
 from pipeline.data.records import make_records, record_texts
 from pipeline.data.report import check_duplicates, check_sources, log_clusters, summary_table, warn_of_bad_input
-from pipeline.data.shards import Parts, assemble, recipe_of, token_shards, tokens_of
+from pipeline.data.shards import Parts, assemble, recipe_of, series_of, token_shards, tokens_of
 from pipeline.data.tokenizing import ROW_GROUP_ROWS, Cutter
 from pipeline.data.vocabulary import load_tokenizer, tokenizer_file, train_tokenizer
 from pipeline.runtime.artifact import Artifact, Output
@@ -102,11 +106,20 @@ class Inputs:
         if tokenizer.load_path is None:
             trained = tokenizer.model_dump(mode="json", include={"type", "vocab_size", "lowercase", "train_mb"})
             self.tokenizer = Artifact(root, "tokenizer", [source_of_texts, trained, self.fields])
-            tokenizer_key = self.tokenizer.key
+            self.tokenizer_json = self.tokenizer.folder / "tokenizer.json"
+            self._name_tokens(config, source_of_texts, self.tokenizer.key)
         else:
-            tokenizer_key = sha256(tokenizer_file(as_path(tokenizer.load_path)))
-        self.tokens = tokens_of(root, source_of_texts, tokenizer_key, self.recipe)
-        whole = [self.tokens.key, data.model_dump(mode="json", exclude={"prepared"}), tokenizer.model_dump(mode="json")]
+            self.tokenizer_json = tokenizer_file(as_path(tokenizer.load_path))
+            self._name_tokens(config, source_of_texts, sha256(self.tokenizer_json))
+        pinned, then = pinned_tokenizer(config), TrainedOn.read(config)
+        if pinned and then and then.prepared != f"prepared/{self.prepared.folder.name}":
+            self.tokenizer, self.tokenizer_json = None, pinned
+            self._name_tokens(config, source_of_texts, sha256(pinned))
+
+    def _name_tokens(self, config: Config, source_of_texts: str, tokenizer_key: str) -> None:
+        data, tokenizer = config.data.model_dump(mode="json", exclude={"prepared"}), config.tokenizer
+        self.tokens = tokens_of(config.root / "stages", source_of_texts, tokenizer_key, self.recipe)
+        whole = [self.tokens.key, data, tokenizer.model_dump(mode="json")]
         self.prepared = Artifact(config.root / "prepared", "", whole)
 
 
@@ -144,8 +157,13 @@ def _fill(inputs: Inputs, config: Config, board: Callable[[], Board]) -> dict[st
     sources = _records(inputs, config, board)
     sources, clusters = _distinct(inputs, config, board, sources)
     _tokenizer(inputs, config, board)
-    files, tokenizer = _record_files(inputs), _tokenizer_path(inputs, config)
-    described = _made(inputs.tokens, lambda: token_shards(inputs.tokens, board(), files, inputs.recipe, tokenizer))
+    files, recipe, tokenizer = _record_files(inputs), inputs.recipe, inputs.tokenizer_json
+
+    def tokenize() -> dict[str, Any]:
+        series = series_of(config, recipe, tokenizer)
+        return token_shards(inputs.tokens, board(), files, recipe, tokenizer, series)
+
+    described = _made(inputs.tokens, tokenize)
     manifest = _assemble(inputs, config, sources, clusters, described)
     log_clusters(clusters)
     log.info("%s", summary_table(manifest, _seconds(inputs)))
@@ -261,13 +279,6 @@ def _tokenizer(inputs: Inputs, config: Config, board: Callable[[], Board]) -> No
     _made(stage, fill)
 
 
-def _tokenizer_path(inputs: Inputs, config: Config) -> StoragePath:
-    if inputs.tokenizer:
-        return inputs.tokenizer.folder / "tokenizer.json"
-    assert config.tokenizer.load_path
-    return tokenizer_file(as_path(config.tokenizer.load_path))
-
-
 def _seconds(inputs: Inputs) -> dict[str, float]:
     return {stage.name: (stage.read() or {}).get("seconds", 0.0) for stage in _stages(inputs)}
 
@@ -289,8 +300,7 @@ def _assemble(
         for stage in filter(None, (inputs.records, inputs.distinct))
         for path in matching(stage.folder / "rejected", "*.parquet")
     }
-    tokenizer = _tokenizer_path(inputs, config)
-    parts = Parts(_record_files(inputs), tokenizer, inputs.recipe, sources, clusters, rejected)
+    parts = Parts(_record_files(inputs), inputs.tokenizer_json, inputs.recipe, sources, clusters, rejected)
     return assemble(inputs.prepared, inputs.tokens, described, parts)
 
 

@@ -6,6 +6,9 @@
 A shard's rows are in the order of a hash of (id, seed); in train, of their source first, so that a row group holds rows
 of one source alone. A text is cut after `max_length` tokens, special ones included, or, as windows, becomes several
 rows of its `id` with their number in `window`. Cost: that of `tokenizers.encode_batch` and a tenth of it.
+
+`lengths/00007.parquet` has the number of tokens of each text before it was cut, and how many of them are unknown. With
+it and the shards, a later data set takes over the tokens of records that it shares (`Tokenized`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 from tokenizers import Tokenizer
@@ -101,51 +105,115 @@ def _count_up(lengths: Ints) -> Ints:
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
-def tokenize_file(records: StoragePath, output: Output, recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Write one record file's token shards, one a split. Returns their descriptions and the counts of lengths."""
-    cutter = Cutter(tokenizer, recipe)
-    counts = {name: LengthCounts() for name in recipe.fields}
-    tables = [
-        _encode(batch, recipe, tokenizer, cutter, counts)
-        for batch in open_parquet(records).iter_batches(ENCODE_ROWS, columns=["id", "source", *recipe.fields])
-    ]
-    shards = []
-    for split in SPLITS if tables else ():
-        rows = pa.concat_tables(tables)
-        rows = rows.filter(pa.array([split == of for of in rows["split"].to_pylist()])).drop_columns("split")
-        if len(rows):
-            shards.append(_write_split(rows, output, f"{split}/{records.name}", split, recipe))
-    return {"shards": shards, "lengths": {name: count.to_json() for name, count in counts.items()}}
+@dataclass(frozen=True)
+class Tokenized:
+    """Records as tokens."""
+
+    rows: pa.Table
+    """As the token shards have them, with the `split` that each belongs to."""
+    texts: pa.Table
+    """A row a record: id, source, and by text field the tokens before it was cut (`anchor_tokens`) and the unknown
+    ones among them (`anchor_unknown`). Lists for negatives."""
+
+    def of(self, ids: pa.ChunkedArray) -> Tokenized:
+        """Those records alone."""
+        rows, texts = (table.filter(pc.is_in(table["id"], value_set=ids)) for table in (self.rows, self.texts))
+        return Tokenized(rows, texts)
+
+    def hold(self, records: pa.Table) -> pa.BooleanArray:
+        """Which of these records are among them, under the same source, whose prompt leads the texts."""
+        there = pc.is_in(records["id"], value_set=self.rows["id"])
+        place = pc.index_in(records["id"], value_set=self.texts["id"])
+        same = pc.equal(self.texts["source"].take(place), records["source"])
+        return pc.and_(there, pc.fill_null(same, False)).combine_chunks()
 
 
-def _encode(
-    batch: pa.RecordBatch, recipe: Recipe, tokenizer: Tokenizer, cutter: Cutter, counts: dict[str, LengthCounts]
-) -> pa.Table:
-    """Rows of token ids, with the split that each belongs to."""
+def tokenize_file(
+    records: StoragePath, output: Output, recipe: Recipe, tokenizer: Tokenizer, earlier: Tokenized | None = None
+) -> dict[str, Any]:
+    """Write one record file's token shards, one a split. Returns their descriptions, the counts of lengths, and how
+    many records were tokenized: those that are not among the `earlier` ones, which have the same recipe and tokenizer.
+    """
+    cutter, file = Cutter(tokenizer, recipe), open_parquet(records)
+    parts, known = [], np.zeros(file.metadata.num_rows, bool)
+    if earlier is not None:
+        held = file.read(columns=["id", "source"])
+        known = earlier.hold(held).to_numpy(zero_copy_only=False)
+        parts.append(earlier.of(held["id"].filter(known)))
+    first = 0
+    for batch in file.iter_batches(ENCODE_ROWS, columns=["id", "source", *recipe.fields]):
+        due = batch.filter(pa.array(~known[first : first + len(batch)]))
+        first += len(batch)
+        if len(due):
+            parts.append(_encode(due, recipe, tokenizer, cutter))
+    found: dict[str, Any] = {"shards": [], "records": len(known), "tokenized": int(np.count_nonzero(~known))}
+    if not parts:
+        return found | {"lengths": {name: LengthCounts().to_json() for name in recipe.fields}}
+    rows, texts = (
+        pa.concat_tables(tables) for tables in zip(*((each.rows, each.texts) for each in parts), strict=True)
+    )
+    output.write_table(f"lengths/{records.name}", texts.sort_by("id"))
+    for split in SPLITS:
+        of_split = rows.filter(pc.equal(rows["split"], split)).drop_columns("split")
+        if len(of_split):
+            found["shards"].append(_write_split(of_split, output, f"{split}/{records.name}", split, recipe))
+    return found | {"lengths": {name: _counted(name, rows, texts, cutter).to_json() for name in recipe.fields}}
+
+
+def _counted(name: str, rows: pa.Table, texts: pa.Table, cutter: Cutter) -> LengthCounts:
+    stored, whole, unknown = rows[name], texts[f"{name}_tokens"], texts[f"{name}_unknown"]
+    if name == "negatives":
+        stored, whole, unknown = (pc.list_flatten(column) for column in (stored, whole, unknown))
+    count = LengthCounts()
+    lengths = pc.list_value_length(stored).to_numpy()
+    count.add(whole.to_numpy(), lengths, cutter.room, pc.sum(unknown, min_count=0).as_py())
+    return count
+
+
+def _encode(batch: pa.RecordBatch, recipe: Recipe, tokenizer: Tokenizer, cutter: Cutter) -> Tokenized:
     ids, sources = batch["id"].to_pylist(), batch["source"].to_pylist()
     held_out = [is_validation(one, recipe.validation_fraction) for one in ids]
     columns: dict[str, Any] = {}
+    sizes: dict[str, Any] = {"id": batch["id"], "source": batch["source"]}
     parents = np.arange(len(ids))
     windows: Ints | None = None
     for name in recipe.fields:
         texts = batch[name].to_pylist()
         if name == "negatives":
-            columns[name] = _encode_lists(texts, sources, recipe, tokenizer, cutter, counts[name])
+            flat = [text for several in texts for text in several or []]
+            of = [source for source, several in zip(sources, texts, strict=True) for _ in several or []]
+            bounds = pa.array(np.cumsum([0, *(len(several or []) for several in texts)]), pa.int32())
+            found = _encode_texts(flat, name, of, recipe, tokenizer, cutter)
+            columns[name], sizes[f"{name}_tokens"], sizes[f"{name}_unknown"] = (
+                pa.ListArray.from_arrays(bounds, values) for values in (found.rows, found.tokens, found.unknown)
+            )
             continue
         if name == "anchor" and recipe.augmentation:
             pairs = zip(texts, ids, held_out, strict=True)
             texts = [text if out else recipe.augmentation.apply(text, one, recipe.seed) for text, one, out in pairs]
-        columns[name], of, start = _encode_texts(texts, name, sources, recipe, tokenizer, cutter, counts[name])
+        found = _encode_texts(texts, name, sources, recipe, tokenizer, cutter)
+        columns[name], sizes[f"{name}_tokens"], sizes[f"{name}_unknown"] = found.rows, found.tokens, found.unknown
         if cutter.step is not None:
-            parents, windows = of, start // cutter.step
+            parents, windows = found.text, found.start // cutter.step
     leading: dict[str, Any] = {
         "id": batch["id"].take(pa.array(parents)),
         "source": batch["source"].take(pa.array(parents)),
-        "split": pa.array([SPLITS[out] for out in held_out]).take(pa.array(parents)),
     }
+    columns["split"] = pa.array([SPLITS[out] for out in held_out]).take(pa.array(parents))
     if windows is not None:
         leading["window"] = pa.array(windows, pa.int32())
-    return pa.table(leading | columns)
+    return Tokenized(pa.table(leading | columns), pa.table(sizes))
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Texts as rows of token ids."""
+
+    rows: pa.ListArray
+    text: Ints  # that each row is of
+    start: Ints  # its first token in that text
+    tokens: pa.Array  # of each text before it was cut
+    unknown: pa.Array  # of those, the ones that are outside the vocabulary
 
 
 def _encode_texts(
@@ -155,9 +223,7 @@ def _encode_texts(
     recipe: Recipe,
     tokenizer: Tokenizer,
     cutter: Cutter,
-    count: LengthCounts,
-) -> tuple[pa.Array, Ints, Ints]:
-    """Rows of token ids, and for each the text that it is of and the token that it begins with."""
+) -> _Encoded:
     if recipe.prompts:
         prompts = [recipe.prompts.get(source, {}).get(name, "") for source in sources]
         texts = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
@@ -167,25 +233,9 @@ def _encode_texts(
     lengths = np.diff(bounds)
     text, start, stop = cutter.cut(lengths)
     rows = cutter.frame(tokens, bounds[text] + start, bounds[text] + stop)
-    unknown = 0 if cutter.unknown is None else int(np.count_nonzero(tokens == cutter.unknown))
-    count.add(lengths, np.diff(rows.offsets.to_numpy()), cutter.room, unknown)
-    return rows, text, start
-
-
-def _encode_lists(
-    lists: list[list[str] | None],
-    sources: list[str],
-    recipe: Recipe,
-    tokenizer: Tokenizer,
-    cutter: Cutter,
-    count: LengthCounts,
-) -> pa.Array:
-    """Negatives: a list of token lists a record."""
-    flat = [text for texts in lists for text in texts or []]
-    of = [source for source, texts in zip(sources, lists, strict=True) for _ in texts or []]
-    rows, _, _ = _encode_texts(flat, "negatives", of, recipe, tokenizer, cutter, count)
-    offsets = np.cumsum([0, *(len(texts or []) for texts in lists)])
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), rows)
+    is_unknown = np.zeros(len(tokens), bool) if cutter.unknown is None else tokens == cutter.unknown
+    unknown = np.diff(np.concatenate([[0], np.cumsum(is_unknown)])[bounds])
+    return _Encoded(rows, text, start, pa.array(lengths, pa.int32()), pa.array(unknown, pa.int32()))
 
 
 def _write_split(table: pa.Table, output: Output, file_name: str, split: str, recipe: Recipe) -> dict[str, Any]:

@@ -29,6 +29,17 @@ def shard_of(record_id: str, shards: int) -> int:
     return int(record_id[:8], 16) * shards >> 32
 
 
+def overlapping(shard: int, shards: int, others: int) -> range:
+    """Which of `others` shards may hold records that belong to this one of `shards`."""
+    return range(shard * others // shards, -((shard + 1) * others // -shards))
+
+
+def id_bounds(shard: int, shards: int) -> tuple[str, str]:
+    """A shard's ids are texts from the first of these on that come before the second."""
+    first, end = (-(number * 2**32 // -shards) for number in (shard, shard + 1))
+    return f"{first:08x}", f"{end:08x}" if end < 2**32 else "g"
+
+
 def is_validation(record_id: str, fraction: float) -> bool:
     """Whether a record is held out."""
     return int(record_id[8:16], 16) < fraction * 2**32

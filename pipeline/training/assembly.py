@@ -104,7 +104,7 @@ def run_task(
     if rank() == 0:
         log.info("train: %s", describe(run.learner))
         log.info("train: %d workers go on from step %d", world_size(), state.step)
-    return state if is_finished(config, task.plan, state) else train(run, state)
+    return state if is_finished(config, task.total_steps, state) else train(run, state)
 
 
 def train_here(
@@ -117,7 +117,7 @@ def train_here(
     task = Task.of(config, folder, manifest)
     check_model(config, Tokenizer.from_str(checked(folder / "tokenizer.json").read_text(encoding="utf-8")))
     if rank() == 0:
-        claim_run_folder(config, manifest.fingerprint)
+        claim_run_folder(config, folder, manifest, task.total_steps)
     attempt = next_attempt(config.run_dir)
 
     def place(state: TrainState, written: Path, take: Take | None) -> None:

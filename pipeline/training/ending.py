@@ -22,7 +22,7 @@ def steps_of(config: Config, plan: Plan) -> int:
     return min(by_epochs, steps or by_epochs)
 
 
-def is_finished(config: Config, plan: Plan, state: TrainState) -> bool:
+def is_finished(config: Config, total_steps: int, state: TrainState) -> bool:
     limit = config.training.max_time_s
     out_of_time = limit is not None and state.train_seconds >= limit
-    return state.ended_early or out_of_time or state.step >= steps_of(config, plan)
+    return state.ended_early or out_of_time or state.step >= total_steps

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError
 from pipeline.config.deepspeed import HEADER
+from pipeline.data.drift import has_moved
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan
 from pipeline.runtime.artifact import checked
@@ -22,7 +23,7 @@ from pipeline.storage.arrow import arrow_location
 from pipeline.storage.path import StoragePath
 from pipeline.training.checkpoints import TrainState, newest_valid, next_attempt, prune, read_state
 from pipeline.training.ending import is_finished
-from pipeline.training.run_folder import claim_run_folder, refuse_other_run
+from pipeline.training.run_folder import claim_run_folder, refuse_other_run, refuse_unfinished
 from pipeline.training.tracking.jsonl import read_rows
 from pipeline.training.tracking.summary import final_table, plot_history
 from pipeline.training.tracking.tracker import Metrics
@@ -39,15 +40,30 @@ def resume_point(config: Config) -> tuple[StoragePath | None, TrainState]:
     return checkpoint, read_state(checkpoint) if checkpoint else TrainState()
 
 
+def state_on_other_data(config: Config, manifest: Manifest, model: StoragePath | None = None) -> TrainState:
+    """The state of a run that is at its end, and whose data have moved since. Raises ConfigError for others.
+
+    `model` is the run's, where that is all that is asked for.
+    """
+    _, state = resume_point(config)
+    refuse_unfinished(config, manifest, state, model)
+    return state
+
+
 def finished_state(config: Config, folder: StoragePath, manifest: Manifest) -> TrainState | None:
-    """The state of a run that has nothing left to do. Refuses a run folder of another config or data set."""
-    refuse_other_run(config, manifest.fingerprint)
+    """The state of a run that has nothing left to do, though its data may have moved since.
+
+    Raises ConfigError for a run folder of another config, and for one of other data that is not at its end.
+    """
+    if has_moved(config, manifest):
+        return state_on_other_data(config, manifest)
+    refuse_other_run(config, manifest)
     _, state = resume_point(config)
     if not state.step:
         return None
     from pipeline.training.assembly import Task
 
-    return state if is_finished(config, Task.of(config, folder, manifest).plan, state) else None
+    return state if is_finished(config, Task.of(config, folder, manifest).total_steps, state) else None
 
 
 def fit(
@@ -71,7 +87,7 @@ def fit(
     task = Task.of(config, folder, manifest)
     check_model(config, Tokenizer.from_str(checked(folder / "tokenizer.json").read_text(encoding="utf-8")))
     workers = _workers(config, task.plan, beside)
-    claim_run_folder(config, manifest.fingerprint)
+    claim_run_folder(config, folder, manifest, task.total_steps)
     _, state = resume_point(config)
     if config.deepspeed:
         log.info("train: %s became\n%s", config.training.deepspeed_config, table(config.deepspeed, HEADER))

@@ -1,7 +1,8 @@
 """A run's folder: what it was started with, and the refusal to go on with something else.
 
 <root>/runs/<run>/config.resolved.yaml    the whole tree; --config takes it back
-<root>/runs/<run>/run.json                data fingerprint, git SHA, versions
+<root>/runs/<run>/tokenizer.json          that of the data and the model
+<root>/runs/<run>/run.json                data (see data/drift.py), git SHA, versions
 """
 
 from __future__ import annotations
@@ -9,14 +10,21 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Container
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import xxhash
 import yaml
 
 from pipeline.config import Config, ConfigError
-from pipeline.storage.files import write_atomically
+from pipeline.data.drift import TrainedOn, has_moved
+from pipeline.data.manifest import Manifest
+from pipeline.storage.files import digest_of, place, write_atomically
+from pipeline.storage.path import StoragePath
+from pipeline.training.checkpoints import TrainState
+from pipeline.training.ending import is_finished
 
 FIXED_SECTIONS = ("model", "objective", "training")
 FREE_KEYS = (
@@ -30,12 +38,13 @@ FREE_KEYS = (
 """Keys of the fixed sections that change nothing about the weights at a given step."""
 
 
-def claim_run_folder(config: Config, data_fingerprint: str) -> None:
+def claim_run_folder(config: Config, prepared: StoragePath, manifest: Manifest, steps: int) -> None:
     """Write what a run is started with. Raises ConfigError where its folder holds another one."""
-    refuse_other_run(config, data_fingerprint)
+    refuse_other_run(config, manifest)
     folder = config.run_dir
+    place(prepared / "tokenizer.json", folder / "tokenizer.json")
     described = {
-        "data_fingerprint": data_fingerprint,
+        **vars(TrainedOn.of(config, prepared, manifest, steps)),
         "git_sha": _git_sha(),
         "versions": {name: version(name) for name in ("torch", "ray", "tokenizers")},
         "python": platform.python_version(),
@@ -45,28 +54,64 @@ def claim_run_folder(config: Config, data_fingerprint: str) -> None:
     write_atomically(folder / "config.resolved.yaml", yaml.safe_dump(config.dump(), sort_keys=False).encode())
 
 
-def refuse_other_run(config: Config, data_fingerprint: str, *, data_alone: bool = False) -> None:
+def refuse_other_run(config: Config, manifest: Manifest) -> None:
     """Raise ConfigError naming what differs from what the run's folder was started with, if it was.
 
     What `checkpointing.accept_changes` names may differ.
     """
-    path = config.run_dir / "run.json"
-    if not path.is_file():
+    then = TrainedOn.read(config)
+    if then is None:
         return
-    then, accepted = json.loads(path.read_text()), config.checkpointing.accept_changes
-    differing = [
-        f"{key} (then {then['fixed'].get(key)!r}, now {value!r})"
-        for key, value in ({} if data_alone else fixed_keys(config)).items()
-        if then["fixed"].get(key) != value and key not in accepted
-    ]
-    if then["data_fingerprint"] != data_fingerprint and "data" not in accepted:
-        differing.append("data (the prepared data)")
+    differing = _other_keys(config, config.checkpointing.accept_changes)
+    if has_moved(config, manifest):
+        differing.append(_other_data(then.other_settings(config)))
     if differing:
+        _refuse(config, differing)
+
+
+def refuse_unfinished(config: Config, manifest: Manifest, state: TrainState, model: StoragePath | None) -> None:
+    """Raise ConfigError for a run that cannot stay as it is, now that the data have moved.
+
+    It can if it is at its end, its keys are the same, and the data are tokenized as they were. Its own keys do not
+    matter to a job that only uses its `model`.
+    """
+    then = TrainedOn.read(config)
+    assert then
+    differing = [] if model else _other_keys(config)
+    settings = then.other_settings(config)
+    if manifest.files["tokenizer.json"]["xxh3"] != digest_of(config.run_dir / "tokenizer.json", xxhash.xxh3_128()):
+        settings = settings or ["tokenizer.load_path (another tokenizer under the same name)"]
+    if differing or settings:
+        _refuse(config, [*differing, _other_data(settings)])
+    if not is_finished(config, then.steps, state):
+        embed = f"; to use its model as it is, embedding.model={model}" if model else ""
         raise ConfigError(
-            f"{config.run_dir} holds a run that differs in {', '.join(differing)}; "
-            "name another run with storage.run=NAME, delete that folder, or go on with what is now there by "
-            f"checkpointing.accept_changes=[{', '.join(key.partition(' ')[0] for key in differing)}]"
+            f"{config.run_dir} holds a run that is at step {state.step:,} of {then.steps:,}, and its data have changed "
+            "since it began; name another run with storage.run=NAME, put the earlier data back, or go on with what is "
+            f"now there by checkpointing.accept_changes=[data]{embed}"
         )
+
+
+def _other_data(settings: list[str]) -> str:
+    return f"data (the prepared data{' under other settings: ' if settings else ''}{', '.join(settings)})"
+
+
+def _refuse(config: Config, differing: list[str]) -> NoReturn:
+    raise ConfigError(
+        f"{config.run_dir} holds a run that differs in {', '.join(differing)}; "
+        "name another run with storage.run=NAME, delete that folder, or go on with what is now there by "
+        f"checkpointing.accept_changes=[{', '.join(key.partition(' ')[0] for key in differing)}]"
+    )
+
+
+def _other_keys(config: Config, accepted: Container[str] = ()) -> list[str]:
+    """Keys of model, objective and training that differ, with both values."""
+    then = json.loads((config.run_dir / "run.json").read_text())["fixed"]
+    return [
+        f"{key} (then {then.get(key)!r}, now {value!r})"
+        for key, value in fixed_keys(config).items()
+        if then.get(key) != value and key not in accepted
+    ]
 
 
 def fixed_keys(config: Config) -> dict[str, Any]:

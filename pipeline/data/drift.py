@@ -1,0 +1,179 @@
+"""The data that a run's model was trained on, and how far the data have moved since.
+
+    then = TrainedOn.read(config)                       # of <run>/run.json; None if nothing was trained yet
+    has_moved(config, manifest)                         # another data set is prepared now
+    Drift.between(config.root / then.prepared, folder)  # Drift(new=120, changed=3, removed=1, of=14_000)
+
+What is prepared for a run that has begun is tokenized with the run's own tokenizer: `pinned_tokenizer`. Cost of a
+comparison: a read of the ids and source ids of both data sets, about 0.6 s for a million records, and 16 bytes of
+memory for each record that is in one of them alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from pipeline.config import Config, ConfigError
+from pipeline.data.manifest import Manifest, read_prepared
+from pipeline.runtime.artifact import Artifact
+from pipeline.runtime.console import log
+from pipeline.storage.files import for_each, matching, parquet_file
+from pipeline.storage.path import StoragePath
+from pipeline.text.identity import id_bounds, overlapping
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """What a run's run.json says about the data that the run began with."""
+
+    data_fingerprint: str
+    prepared: str
+    """The data set's folder, relative to storage.root."""
+    settings: dict[str, Any]
+    """Keys that say how records become tokens: see `token_settings`."""
+    steps: int
+    """At which the run is at its end."""
+
+    @classmethod
+    def of(cls, config: Config, folder: StoragePath, manifest: Manifest, steps: int) -> TrainedOn:
+        prepared = config.data.prepared or f"prepared/{folder.name}"
+        return cls(manifest.fingerprint, prepared, token_settings(config), steps)
+
+    @classmethod
+    def read(cls, config: Config) -> TrainedOn | None:
+        """Raises ConfigError for a run of an earlier version."""
+        path = config.run_dir / "run.json"
+        if not path.is_file():
+            return None
+        content = json.loads(path.read_text())
+        if missing := [name for name in cls.__dataclass_fields__ if name not in content]:
+            raise ConfigError(
+                f"{path} was written by an earlier version, and lacks {', '.join(missing)}; name another run with "
+                "storage.run=NAME"
+            )
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+
+    def other_settings(self, config: Config) -> list[str]:
+        """Keys of `token_settings` that differ, with both values. A source that came or went is no difference."""
+        now = token_settings(config)
+        return [
+            f"{key} (then {value!r}, now {now[key]!r})"
+            for key, value in self.settings.items()
+            if key in now and now[key] != value
+        ]
+
+
+def has_moved(config: Config, manifest: Manifest) -> bool:
+    """Whether the run began on other data than are now prepared, and was not told to train on these."""
+    then = TrainedOn.read(config)
+    accepted = "data" in config.checkpointing.accept_changes
+    return then is not None and not accepted and then.data_fingerprint != manifest.fingerprint
+
+
+def token_settings(config: Config) -> dict[str, Any]:
+    """By key, what decides how a record is tokenized, which split it is in, and how often it is drawn.
+
+    A model that was trained under other values would not fit the data, whichever records they are.
+    """
+    data = config.data
+    found = {f"tokenizer.{key}": value for key, value in config.tokenizer.model_dump(mode="json").items()}
+    for key in ("prepared", "validation_fraction", "seed"):
+        found[f"data.{key}"] = getattr(data, key)
+    found["data.augment"] = data.augment.model_dump(mode="json")
+    for source in data.sources:
+        for key, value in source.model_dump(mode="json", include={"prompts", "weight"}).items():
+            found[f"data.sources.{source.name}.{key}"] = value
+    return found
+
+
+def pinned_tokenizer(config: Config) -> StoragePath | None:
+    """The tokenizer.json of the run's model, with which data are tokenized for it from then on.
+
+    None before a run has begun, and where the config names a tokenizer or now describes another one.
+    """
+    then = TrainedOn.read(config)
+    if then is None or config.tokenizer.load_path is not None:
+        return None
+    if any(key.startswith("tokenizer.") for key in then.other_settings(config)):
+        return None
+    return config.run_dir / "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Records that came and went between two data sets."""
+
+    new: int
+    changed: int  # in both under the same source_id, with another text
+    removed: int
+    of: int  # records of the earlier data set
+
+    @classmethod
+    def between(cls, then: StoragePath, now: StoragePath) -> Drift:
+        """Compare the record files of two prepared data sets, range of ids by range."""
+        old, new = (matching(folder / "records", "*.parquet") for folder in (then, now))
+        ranges = for_each(then, lambda number: _only_in_one(old, new, number), range(len(new)))
+        gone, came = (np.concatenate(each) for each in zip(*ranges, strict=True))
+        changed = len(np.intersect1d(gone, came))
+        rows = sum(for_each(then, lambda file: parquet_file(file).metadata.num_rows, old))
+        return cls(len(came) - changed, changed, len(gone) - changed, rows)
+
+    def __str__(self) -> str:
+        if not self.new + self.changed + self.removed:
+            return "the same records, prepared in another way"
+        share = (self.new + self.changed + self.removed) / max(self.of, 1)
+        return f"{self.new:,} records new, {self.changed:,} changed, {self.removed:,} removed ({share:.1%})"
+
+
+def log_drift(config: Config, folder: StoragePath, manifest: Manifest) -> None:
+    """Say how far the data have moved since the run's model was trained, if they have, and how to train on them."""
+    then = TrainedOn.read(config)
+    if then is None or not has_moved(config, manifest) or then.other_settings(config):
+        return
+    earlier = config.root / then.prepared
+    if read_prepared(earlier) is None:
+        moved = f"by how much is not known, because {earlier} is gone"
+    else:
+        comparison = Artifact(config.run_dir / "drift", "", [then.data_fingerprint, manifest.fingerprint])
+        moved = str(Drift(**comparison.make(lambda: {"drift": vars(Drift.between(earlier, folder))})["drift"]))
+    log.info(
+        "train: the data have changed since the run's model was trained: %s; to train on what is there now: python "
+        "jobs/run.py with the same arguments and storage.run=%s",
+        moved,
+        _free_name(config),
+    )
+
+
+def _free_name(config: Config) -> str:
+    """Of a run that does not exist: small-2 beside small."""
+    taken = {folder.name for folder in matching(config.run_dir.parent, "*")}
+    name = config.run_dir.name
+    number = next(number for number in range(2, len(taken) + 3) if f"{name}-{number}" not in taken)
+    return f"{config.storage.run}-{number}"
+
+
+def _only_in_one(
+    old: list[StoragePath], new: list[StoragePath], number: int
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """Hashes of the source_ids of records that went, and of those that came, in the range of the new file `number`."""
+    came, (first, end) = _ids(new[number]), id_bounds(number, len(new))
+    gone = pa.concat_tables([_ids(old[other]) for other in overlapping(number, len(new), len(old))])
+    gone = gone.filter(pc.and_(pc.greater_equal(gone["id"], first), pc.less(gone["id"], end)))
+    return _not_in(gone, came), _not_in(came, gone)
+
+
+def _ids(file: StoragePath) -> pa.Table:
+    return parquet_file(file).read(columns=["id", "source_id"])
+
+
+def _not_in(these: pa.Table, those: pa.Table) -> npt.NDArray[np.uint64]:
+    alone = these.filter(pc.invert(pc.is_in(these["id"], value_set=those["id"])))["source_id"].to_pylist()
+    return np.fromiter((xxhash.xxh3_64_intdigest(one.encode()) for one in alone), np.uint64, len(alone))
