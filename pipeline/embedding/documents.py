@@ -31,7 +31,7 @@ from pipeline.runtime.artifact import Artifact, Output, open_parquet
 from pipeline.runtime.session import Board
 from pipeline.storage.files import for_each, matching, sizes
 from pipeline.storage.path import StoragePath
-from pipeline.text.identity import content_id, shard_of
+from pipeline.text.identity import content_id, id_bounds, shard_of
 
 FORMAT = 1
 READ_ROWS = 8_192
@@ -74,10 +74,9 @@ class Documents:
         return len(self.records)
 
     def bounds(self, index: int) -> tuple[str, str | None]:
-        """Ids of a range: from the first bound up to the second, which is not among them."""
-        edges = [-(-(each << 32) // len(self.records)) for each in (index, index + 1)]  # as shard_of rounds
-        first, last = (f"{edge:08x}" for edge in edges)
-        return first if index else "", last if index + 1 < len(self.records) else None
+        """Ids of a range: from the first bound up to the second. Together they are all texts: ids of others' rows too."""
+        first, last = id_bounds(index, len(self))
+        return first if index else "", last if index + 1 < len(self) else None
 
     @cached_property
     def rows(self) -> list[int]:
