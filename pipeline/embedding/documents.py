@@ -74,7 +74,7 @@ class Documents:
         return len(self.records)
 
     def bounds(self, index: int) -> tuple[str, str | None]:
-        """Ids of a range: from the first bound up to the second. Together they are all texts: ids of others' rows too."""
+        """Ids of a range: from the first bound up to the second. Together they are all ids, foreign ones too."""
         first, last = id_bounds(index, len(self))
         return first if index else "", last if index + 1 < len(self) else None
 

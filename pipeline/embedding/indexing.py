@@ -54,7 +54,7 @@ def finish(table: VectorTable, index: str | None, index_rows: int) -> dict[str, 
     return found
 
 
-def missing_index(table: VectorTable, index: str | None, index_rows: int) -> dict[str, str] | None:
+def missing_index(table: VectorTable, index: str | None, index_rows: int) -> dict[str, Any] | None:
     """Column, type and metric of the index that a table should have and lacks."""
     dataset, kind = table.open(), table.vector_type
     column = "bits" if kind == "binary" else "vector"

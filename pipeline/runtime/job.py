@@ -247,8 +247,10 @@ def _sentence_of(error: BaseException) -> str:
             f"{error.filename} cannot be read or written ({error.strerror}); change its permissions, or choose another "
             "folder with storage.root=DIR"
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({error.filename or 'no file named'}); free some space and run the same command again"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left on device" in str(error):  # Lance's errors have no number
+        name = getattr(error, "filename", None) or "see the log for the file"
+        return f"the disk is full ({name}); free some space and run the same command again"
     return f"{type(error).__name__}: {error}"
 
 
