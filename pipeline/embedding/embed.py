@@ -14,12 +14,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from ray.data import ActorPoolStrategy, Dataset, Datasink
 from ray.data.datasource import WriteResult
 
 from pipeline.embedding.columns import as_column
+from pipeline.embedding.encode import open_encoder
 from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.stores.budget import Allowance
 from pipeline.embedding.stores.dead_letters import DeadLetters
@@ -72,7 +74,7 @@ class EncodeRows:
     """An actor that gives rows that are ready the vectors they lack."""
 
     def __init__(self, recipe: EncoderRecipe, threads: int, board: Any, sync: Sync) -> None:
-        self.encoder, self.board, self.sync = _open(recipe, threads), board, sync
+        self.encoder, self.board, self.sync = open_encoder(recipe, threads), board, sync
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         encoded = self.sync.encoded(rows, self.encoder)
@@ -81,33 +83,32 @@ class EncodeRows:
 
 
 class EncodeTexts:
-    """An actor that adds `vector` to tables of `text`, and of `source` where sources have prompts.
+    """An actor that adds `vector` to tables of `tokens`, which it takes out, or of `text`.
 
-    A text is led by its source's prompt, else by the model's own of that name.
+    A text is led by the prompt of its `source`, else by the model's own of that name. Tokens are encoded as they are.
     """
 
     def __init__(
         self, recipe: EncoderRecipe, threads: int, board: Any, prompt: str, prompts: dict[str, str] | None
     ) -> None:
-        self.encoder, self.board, self.prompt, self.prompts = _open(recipe, threads), board, prompt, prompts
+        self.encoder, self.board, self.prompt, self.prompts = open_encoder(recipe, threads), board, prompt, prompts
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        texts = rows["text"].to_pylist()
-        if self.prompts:
-            own, sources = self.encoder.card.head.prompt(self.prompt), rows["source"].to_pylist()
-            texts = [self.prompts.get(source, own) + text for source, text in zip(sources, texts, strict=True)]
-        vectors = self.encoder.encode(texts, "" if self.prompts else self.prompt)
+        if "tokens" in rows.column_names:
+            vectors, rows = self.encoder.encode_tokens(rows["tokens"]), rows.drop_columns(["tokens"])
+        else:
+            vectors = self._of_texts(rows)
         self.board.add.remote("embedded", len(rows))
         return rows.append_column("vector", as_column(vectors))
 
-
-def _open(recipe: EncoderRecipe, threads: int) -> Any:
-    import torch
-
-    from pipeline.embedding.encode import open_encoder
-
-    torch.set_num_threads(threads)
-    return open_encoder(recipe, threads)
+    def _of_texts(self, rows: pa.Table) -> np.ndarray:
+        texts = rows["text"].to_pylist()
+        if not self.prompts:
+            return self.encoder.encode(texts, self.prompt)
+        own, sources = self.encoder.card.head.prompt(self.prompt), rows["source"].to_pylist()
+        return self.encoder.encode(
+            [self.prompts.get(source, own) + text for source, text in zip(sources, texts, strict=True)]
+        )
 
 
 def encoded(
@@ -118,9 +119,9 @@ def encoded(
     prompt: str,
     prompts: dict[str, str] | None = None,
 ) -> Dataset:
-    """The dataset's `text` embedded, after the prompt of its `source`, else the model's own named `prompt`.
+    """The dataset's `tokens` embedded as they are, or its `text` after a prompt, as `vector`.
 
-    `texts` says how many there are.
+    The prompt is that of the text's `source`, else the model's own named `prompt`. `texts` says how many there are.
     """
     return in_pool(dataset, texts, recipe, board, EncodeTexts, prompt, prompts)
 
@@ -139,10 +140,10 @@ class Pool:
     threads: int
 
     @classmethod
-    def of(cls, texts: int, max_workers: int | None, cluster: Cluster) -> Pool:
-        """For so many texts, on that part of a cluster where encoders go."""
+    def of(cls, texts: int, max_workers: int | None, cluster: Cluster, *, on_gpus: bool = True) -> Pool:
+        """For so many texts, on that part of a cluster where encoders go; `on_gpus` where it has some."""
         capacity = cluster.capacity()
-        cpus, gpus = capacity.cpus, int(capacity.gpus)
+        cpus, gpus = capacity.cpus, int(capacity.gpus) if on_gpus else 0
         most = min(max_workers or gpus or int(cpus), max(1, math.ceil(texts / ROWS)))
         now = max(1, min(most, int(capacity.gpus_there if gpus else capacity.cpus_there)))
         # a CPU is left for reading and writing; an encoder's own threads are set by hand
@@ -151,9 +152,15 @@ class Pool:
         return cls(most, now, min(share, 1.0), min(gpus, 1), max(1, min(int(capacity.cpus_there) // now, node)))
 
 
+def pool_of(texts: int, recipe: EncoderRecipe) -> Pool:
+    """The pool on the connected cluster; a token table leaves GPUs alone."""
+    cluster = connected_cluster().with_labels(recipe.labels)
+    return Pool.of(texts, recipe.settings.max_workers, cluster, on_gpus=not recipe.is_table)
+
+
 def in_pool(dataset: Dataset, texts: int, recipe: EncoderRecipe, board: Board, actor: type, *arguments: Any) -> Dataset:
     """The dataset, of so many texts, through a pool of encoding actors that are made with `arguments`."""
-    pool = Pool.of(texts, recipe.settings.max_workers, connected_cluster().with_labels(recipe.labels))
+    pool = pool_of(texts, recipe)
     return dataset.map_batches(
         actor,
         fn_constructor_args=(recipe, pool.threads, board.handle, *arguments),
@@ -225,7 +232,7 @@ def plan(sync: Sync, recipe: EncoderRecipe, files: list[Span], board: Board) -> 
             for rows in sync.due(files[index], counts):
                 tokens = sync.ready(rows, recipe.tokenizer())["tokens"]
                 counts["known"] += tokens.null_count - pc.sum(pc.equal(rows["action"], UPDATE)).as_py()
-                counts["tokens"] += sum(len(ids) for windows in tokens.drop_null().to_pylist() for ids in windows)
+                counts["tokens"] += len(pc.list_flatten(tokens.combine_chunks().drop_null(), recursive=True))
             counts["deleted"] += len(sync.vanished(files[index]))
             handle.add.remote("planned", 1)
         return {name: [counts[name]] for name in names}

@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 
 from pipeline.config import Config
@@ -24,7 +25,6 @@ from pipeline.embedding.stores.dead_letters import DeadLetters
 from pipeline.embedding.stores.store import Store
 from pipeline.embedding.sync import COUNTS, Span, Sync, spans
 from pipeline.embedding.verify import Findings, verify
-from pipeline.runtime.cluster import connected_cluster
 from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError, alone_in
 from pipeline.runtime.session import Board
@@ -122,10 +122,10 @@ def _verified(space: Space, sync: Sync) -> Findings:
 
 def estimate(space: Space, board: Board) -> dict[str, Any]:
     """What an embedding would do, and about how long its encoding would take on this cluster. Writes no vector."""
-    from pipeline.embedding.embed import Pool, plan, write_rows
+    from pipeline.embedding.embed import plan, pool_of, write_rows
 
     wanted = space.config.embedding
-    pool = Pool.of(space.records, wanted.max_workers, connected_cluster().with_labels(space.recipe.labels))
+    pool = pool_of(space.records, space.recipe)
     with alone_in(space.folder):
         sync, files = space.sync(make=False), space.files
         counts = plan(sync, space.recipe, files, board)
@@ -146,11 +146,9 @@ def estimate(space: Space, board: Board) -> dict[str, Any]:
 
 def _tokens_per_s(space: Space, sync: Sync, files: list[Span], threads: int) -> float:
     """Of this process, with an encoding actor's threads, on texts that are to be encoded."""
-    encoder = open_encoder(space.recipe, threads)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     try:
-        return _measured(sync, files, encoder)
+        return _measured(sync, files, open_encoder(space.recipe, threads))
     finally:
         torch.set_num_threads(before)
 
@@ -159,14 +157,14 @@ def _measured(sync: Sync, files: list[Span], encoder: TextEncoder) -> float:
     for span in files:
         for rows in sync.due(span, Counter()):
             ready = sync.ready(rows, encoder.tokenizer)
-            texts = ready["tokens"].drop_null().to_pylist()
-            if not texts:
+            texts = ready["tokens"].combine_chunks().drop_null()
+            if not len(texts):
                 continue
             tokens, start = 0, time.perf_counter()
             for first in range(0, len(texts), 128):
                 part = texts[first : first + 128]
                 encoder.encode_tokens(part)
-                tokens += sum(len(window) for windows in part for window in windows)
+                tokens += len(pc.list_flatten(part, recursive=True))
                 if time.perf_counter() - start > MEASURED_FOR_S:
                     break
             return tokens / (time.perf_counter() - start)

@@ -122,7 +122,7 @@ class Sync:
         if not null.all():
             vectors[~null] = as_matrix(known.drop_null())
         if fresh.any():
-            vectors[fresh] = encoder.encode_tokens(rows["tokens"].filter(pa.array(fresh)).to_pylist())
+            vectors[fresh] = encoder.encode_tokens(rows["tokens"].filter(pa.array(fresh)))
         rows = rows.drop_columns(["tokens", "vector"])
         return rows.append_column("vector", as_column(vectors, null & ~fresh)).append_column("fresh", pa.array(fresh))
 

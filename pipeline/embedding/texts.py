@@ -15,11 +15,10 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from pipeline.embedding.cache import VectorCache, cache_key
-from pipeline.embedding.columns import as_column
-from pipeline.embedding.recipe import Windows, windows_of
+from pipeline.embedding.columns import TOKENS, as_column
+from pipeline.embedding.recipe import tokenize
 
 EMBED, UPDATE = "embed", "update"
-TOKENS = pa.list_(pa.list_(pa.int32()))
 
 
 @dataclass(frozen=True)
@@ -44,23 +43,20 @@ class Reading:
         leads = [self.lead_of(source) for source in records["source"].to_pylist()]
         texts = records["text"].to_pylist()
         if self.chunks:
-            rows, windows, keys = _as_chunks(records, tokenizer, leads)
+            rows, found, keys = _as_chunks(records, tokenizer, leads)
         else:
             keys = [cache_key(lead + text) for lead, text in zip(leads, texts, strict=True)]
             rows = records.append_column("parts", pa.array(np.ones(len(records), np.int32)))
         embed = np.array([action == EMBED for action in rows["action"].to_pylist()], dtype=bool)
         vectors, known = _known(keys, embed, cache)
-        wanted = np.flatnonzero(embed & ~known).tolist()
-        if self.chunks:
-            found = [windows[i] for i in wanted]
-        else:
-            found = windows_of(tokenizer, [leads[i] + texts[i] for i in wanted])
-        tokens: list[Windows | None] = [None] * len(rows)
-        for i, of_text in zip(wanted, found, strict=True):
-            tokens[i] = of_text
+        wanted = embed & ~known
+        if not self.chunks:
+            found = tokenize(tokenizer, [leads[i] + texts[i] for i in np.flatnonzero(wanted)])
+        place = np.arange(len(rows)) if self.chunks else wanted.cumsum() - 1
+        tokens = found.take(pa.array(place, mask=~wanted))
         return (
             rows.append_column("key", pa.array(keys, pa.string()))
-            .append_column("tokens", pa.array(tokens, TOKENS))
+            .append_column("tokens", tokens)
             .append_column("vector", vectors)
         )
 
@@ -76,20 +72,20 @@ def _known(keys: list[str], embed: np.ndarray, cache: VectorCache | None) -> tup
     return as_column(vectors, ~known), known
 
 
-def _as_chunks(records: pa.Table, tokenizer: Tokenizer, leads: list[str]) -> tuple[pa.Table, list[Windows], list[str]]:
+def _as_chunks(records: pa.Table, tokenizer: Tokenizer, leads: list[str]) -> tuple[pa.Table, pa.Array, list[str]]:
     """A row a window: the record's columns, the window's words as text, `parent_id` and place in the metadata.
 
     Returns the rows, and the tokens and the cache's key of each.
     """
     rows: list[dict[str, Any]] = []
-    tokens: list[Windows] = []
+    tokens: list[list[int]] = []
     keys: list[str] = []
     whole = records.to_pylist()
     texts = [lead + record["text"] for lead, record in zip(leads, whole, strict=True)]
     for record, lead, text, encoding in zip(whole, leads, texts, tokenizer.encode_batch(texts), strict=True):
         windows = [encoding, *encoding.overflowing]
         for number, window in enumerate(windows):
-            tokens.append([window.ids])
+            tokens.append(window.ids)
             if len(windows) == 1:
                 keys.append(cache_key(text))
                 rows.append({**record, "parts": 1})
@@ -107,7 +103,7 @@ def _as_chunks(records: pa.Table, tokenizer: Tokenizer, leads: list[str]) -> tup
                 }
             )
     schema = records.schema.append(pa.field("parts", pa.int32()))
-    return pa.Table.from_pylist(rows, schema=schema), tokens, keys
+    return pa.Table.from_pylist(rows, schema=schema), pa.array(tokens, TOKENS), keys
 
 
 def _span(offsets: list[tuple[int, int]]) -> tuple[int, int]:
