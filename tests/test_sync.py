@@ -12,10 +12,11 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipeline.embedding.cache import cache_key
-from pipeline.embedding.columns import as_matrix
+from pipeline.embedding.columns import TOKENS, as_matrix
 from pipeline.embedding.encode import TextEncoder, open_encoder
 from pipeline.embedding.lookup import open_embedder
 from pipeline.embedding.store import open_cache, open_store, publish, published_model, recipe_of
@@ -223,7 +224,7 @@ def test_long_texts(kind: str, world: World) -> None:
     windows = TextEncoder(world.model, device="cpu", window_overlap=4).tokenizer.encode("text: " + long)
     pieces = [windows, *windows.overflowing]
     assert len(pieces) > 20
-    vectors = np.concatenate([encoder.encode_tokens([[piece.ids]]) for piece in pieces])
+    vectors = encoder.encode_tokens(pa.array([piece.ids for piece in pieces], TOKENS))
     found = sorted((row for row in world.rows() if row["source_id"] == "long"), key=lambda row: str(row["id"]))
     if kind == "mean":
         vectors = (vectors * [[len(piece.ids)] for piece in pieces]).sum(axis=0, keepdims=True)
