@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,8 +50,8 @@ class Backend(Protocol):
 class TableBackend:
     """A token table: the mean of each text's rows, which are normalised once. numpy alone.
 
-    torch's embedding_bag takes a third of the time, and importing torch as long as 170,000 texts of 107 tokens do here
-    (69,000/s on one core). Sums are those of embedding_bag to the bit, in the order of the tokens, whatever the batch.
+    torch's embedding_bag takes 0.6 s instead of 1.9 s for 131,698 texts of 107 tokens (one core, 256 numbers), but
+    importing torch 2.4 s. Sums are added in the order of the tokens: equal to the bit, whatever the batch.
     """
 
     best_batch_tokens = None
@@ -64,22 +63,24 @@ class TableBackend:
         self.rows_VD *= weights["norm.weight"] / np.sqrt(mean_squares_V1 + np.float32(card.shape["norm_eps"]))
 
     def vectors(self, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        found_ND = np.zeros((len(offsets) - 1, self.width), np.float32)
-        for (start, stop), out_D in zip(pairwise(offsets.tolist()), found_ND, strict=True):
-            if start < stop:
-                self._pool(ids[start:stop], out_D)
+        found_ND, lengths = np.zeros((len(offsets) - 1, self.width), np.float32), np.diff(offsets)
+        some, pooling = np.flatnonzero(lengths), self.head.pooling
+        if pooling in ("cls", "last"):
+            found_ND[some] = self.rows_VD[ids[offsets[some] if pooling == "cls" else offsets[some + 1] - 1]]
+        else:
+            total = self._sums(ids, offsets, some, found_ND)
+            found_ND /= np.maximum(total, 1)[:, None].astype(np.float32)
         return unit(found_ND) if self.head.normalize else found_ND
 
-    def _pool(self, ids_L: np.ndarray, out_D: np.ndarray) -> None:
-        if self.head.pooling in ("cls", "last"):
-            out_D[:] = self.rows_VD[ids_L[0 if self.head.pooling == "cls" else -1]]
-            return
-        rows_LD, total = self.rows_VD.take(ids_L, axis=0), len(ids_L)
-        if self.head.pooling == "weighted":
-            rows_LD *= np.arange(1, total + 1, dtype=np.float32)[:, None]
-            total = total * (total + 1) // 2
-        np.add.reduce(rows_LD, axis=0, out=out_D)
-        out_D /= total
+    def _sums(self, ids: np.ndarray, offsets: np.ndarray, some: np.ndarray, out_ND: np.ndarray) -> np.ndarray:
+        """Sums of the texts that have tokens, into `out_ND`. Returns the (N,) sums of their tokens' weights."""
+        bounds, lengths, weighted = offsets.tolist(), np.diff(offsets).astype(np.int64), self.head.pooling == "weighted"
+        for i in some.tolist():
+            rows_LD = self.rows_VD.take(ids[bounds[i] : bounds[i + 1]], axis=0)
+            if weighted:
+                rows_LD *= np.arange(1, len(rows_LD) + 1, dtype=np.float32)[:, None]
+            np.add.reduce(rows_LD, axis=0, out=out_ND[i])
+        return lengths * (lengths + 1) // 2 if weighted else lengths
 
 
 class OnnxBackend:
