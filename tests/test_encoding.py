@@ -256,7 +256,7 @@ from pipeline.config import Embedding
 from pipeline.embedding.recipe import EncoderRecipe
 recipe = EncoderRecipe(Path({str(table)!r}), Embedding(), Path("unused"))
 assert encode.open_encoder(recipe).encode(["a text"], "query").shape == (1, 32)
-print(sorted({{"torch", "ray", "transformers", "scipy", "onnxruntime", "lancedb"}} & set(sys.modules)))
+print(sorted({{"torch", "pandas", "ray", "transformers", "scipy", "onnxruntime", "lancedb"}} & set(sys.modules)))
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.embedding.backends import Backend, model_backend, open_backend
-from pipeline.embedding.columns import Column, as_ragged
+from pipeline.embedding.columns import Column, as_numbers, as_ragged
 from pipeline.embedding.nearest import unit
 from pipeline.embedding.recipe import EncoderRecipe, let_windows_overlap, tokenize
 from pipeline.model.reading import load_tokenizer, read_card
@@ -68,7 +68,7 @@ class TextEncoder:
         """
         if pa.types.is_list(tokens.type.value_type):
             windows, offsets = as_ragged(tokens)
-            vectors = _mean_of_windows(self._vectors(windows), pc.list_value_length(windows).to_numpy(), offsets)
+            vectors = _mean_of_windows(self._vectors(windows), as_numbers(pc.list_value_length(windows)), offsets)
         else:
             vectors = self._vectors(tokens)
         return unit(vectors[:, : self.width]) if self.width < self.backend.width else vectors
@@ -77,13 +77,14 @@ class TextEncoder:
         """(N, D), of texts or windows of list<int32>."""
         if self.batch_tokens is None:
             ids, offsets = as_ragged(tokens)
-            return self.backend.vectors(ids.to_numpy(), offsets)
+            return self.backend.vectors(as_numbers(ids), offsets)
         order = np.argsort(pc.list_value_length(tokens).to_numpy(), kind="stable")
-        ids, offsets = as_ragged(tokens.take(pa.array(order)))
+        flat, offsets = as_ragged(tokens.take(pa.array(order)))
+        ids = as_numbers(flat)
         vectors = np.empty((len(order), self.backend.width), np.float32)
         for start, stop in _batches(offsets, self.batch_tokens):
             batch = offsets[start : stop + 1]
-            vectors[order[start:stop]] = self.backend.vectors(ids.to_numpy()[batch[0] : batch[-1]], batch - batch[0])
+            vectors[order[start:stop]] = self.backend.vectors(ids[batch[0] : batch[-1]], batch - batch[0])
         return vectors
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from pipeline.config import Embedding
-from pipeline.embedding.columns import TOKENS, Column
+from pipeline.embedding.columns import Column, as_groups, as_tokens
 from pipeline.model.reading import is_table, load_tokenizer, model_fingerprint, read_card
 from pipeline.storage.files import fetched
 from pipeline.storage.path import StoragePath
@@ -108,15 +108,15 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str] | Column) -> pa.Array:
     texts = texts.to_pylist() if isinstance(texts, pa.Array | pa.ChunkedArray) else list(texts)
     cut = tokenizer.truncation
     if cut and cut["stride"]:
-        found = [[text.ids, *(rest.ids for rest in text.overflowing)] for text in tokenizer.encode_batch(texts)]
-        return pa.array(found, pa.list_(TOKENS))
+        windows = [[text, *text.overflowing] for text in tokenizer.encode_batch(texts)]
+        return as_groups(as_tokens([one.ids for each in windows for one in each]), [len(each) for each in windows])
     most = cut["max_length"] if cut and cut["direction"] == "right" and _words_are_apart(tokenizer) else 0
     begins = _begins(texts, most * CHARS_PER_TOKEN) if most else texts
     encodings = tokenizer.encode_batch_fast(begins)
     again = [i for i, one in enumerate(encodings) if len(one) < most and begins[i] is not texts[i]]
     for i, encoding in zip(again, tokenizer.encode_batch_fast([texts[i] for i in again]), strict=True):
         encodings[i] = encoding
-    return pa.array([encoding.ids for encoding in encodings], TOKENS)
+    return as_tokens([encoding.ids for encoding in encodings])
 
 
 def _begins(texts: list[str], chars: int) -> list[str]:
