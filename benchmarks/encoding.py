@@ -5,8 +5,9 @@
 Both sides have the same model, cores and documents, and take turns on blocks of them: the peer with a thread a core, at
 the batch size that is best for it on the first block; ours as `python jobs/embed.py` encodes, an encoder of one thread
 a core. The ratio is of the same block, one right after the other, so what else the machine does falls on both. Vectors
-must agree to cosine 1 - 1e-5. Then each backend of ours embeds the BEIR folder, in one process: its speed, the least
-cosine to float32, and NDCG@10. Needs the `dev` packages.
+must agree to cosine 1 - 1e-5. Then our backends take turns on documents of the BEIR folder, in one process: the speed
+of each, the least cosine to float32, and NDCG@10. Last a token table, with numpy and with torch, from token ids on.
+Needs the `dev` packages.
 """
 
 import argparse
@@ -26,18 +27,25 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from benchmarks.corpora import machine
 from benchmarks.fine_tuning import minilm
 from pipeline.config import Embedding
-from pipeline.embedding.backends import CPU_BATCH_TOKENS, make_graph
+from pipeline.embedding.backends import CPU_BATCH_TOKENS, TableBackend, make_graph
+from pipeline.embedding.columns import as_ragged
 from pipeline.embedding.encode import TextEncoder, open_encoder
-from pipeline.embedding.recipe import EncoderRecipe
-from pipeline.embedding.sync import ROWS
+from pipeline.embedding.recipe import EncoderRecipe, tokenize
+from pipeline.embedding.torch_backend import TorchBackend
 from pipeline.evaluation.beir import read_beir
 from pipeline.evaluation.metrics import nearest, retrieval_metrics
+from pipeline.model.embedding_model import EmbeddingModel
+from pipeline.model.folder import load_model, save_model
+from pipeline.model.reading import load_tokenizer
+from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.runtime.console import table
 
+ROWS = 1024  # that an encoding actor takes together
 BATCH_SIZES = (8, 16, 32, 64, 128)
 BACKENDS = {
     "torch fp32": Embedding(),
@@ -45,6 +53,7 @@ BACKENDS = {
     "onnxruntime fp32": Embedding(backend="onnxruntime"),
     "onnxruntime int8": Embedding(backend="onnxruntime", precision="int8"),
 }
+PARTS = ("peer", "backends", "table")
 LEAST_COSINE = 1 - 1e-5
 Encode = Callable[[list[str]], np.ndarray]
 
@@ -69,8 +78,7 @@ class _Actor:
 
     @classmethod
     def start(cls, folder: Path) -> None:
-        torch.set_num_threads(1)
-        cls.encode = in_blocks(TextEncoder(folder, device="cpu"))
+        cls.encode = in_blocks(open_encoder(EncoderRecipe(folder, Embedding(), folder), 1, "cpu"))
 
     @classmethod
     def run(cls, texts: list[str]) -> np.ndarray:
@@ -133,26 +141,72 @@ def beside_the_peer(
     return lines, ratio, least
 
 
-def backends(folder: Path, beir: Path, threads: int) -> list[list[object]]:
-    """A line a backend."""
-    lines: list[list[object]] = []
-    task, plain = read_beir(beir), np.empty(0)
-    texts = dict(task.documents.items())
+def backends(folder: Path, beir: Path, documents: int, threads: int) -> list[list[object]]:
+    """A line a backend, which take turns on blocks of so many documents, those that answer queries first."""
+    task = read_beir(beir)
+    there, judged = dict(task.documents.items()), [name for grades in task.qrels.values() for name in grades]
+    names = list(dict.fromkeys(judged + list(there)))[:documents]
+    queries = {name: text for name, text in task.queries.items() if not task.qrels[name].keys() - set(names)}
+    blocks = [[there[names[i]] for i in block] for block in np.array_split(np.arange(len(names)), 8)]
+    times: dict[str, list[float]] = {name: [] for name in BACKENDS}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in BACKENDS}
     with tempfile.TemporaryDirectory() as graphs:
+        encoders = {}
         for name, settings in BACKENDS.items():
             recipe = EncoderRecipe(folder, settings, Path(graphs))
             if settings.backend == "onnxruntime":
                 make_graph(folder, settings, recipe.graphs)
-            encoder = open_encoder(recipe, threads, "cpu")
-            encode = in_blocks(encoder)
-            encode(list(texts.values())[:500])  # warms it
-            took, documents = seconds(encode, list(texts.values()))
-            plain = documents if not plain.size else plain
-            queries = in_blocks(encoder, "query")(list(task.queries.values()))
-            ranking = nearest(list(task.queries), queries, list(texts), documents)
-            score = retrieval_metrics(task.qrels, ranking)["ndcg@10"]
-            cosine = float((documents * plain).sum(axis=1).min())
-            lines.append([name, f"{len(documents) / took:.1f}", f"{cosine:.5f}", f"{score:.4f}"])
+            encoders[name] = open_encoder(recipe, threads, "cpu")
+            in_blocks(encoders[name])(blocks[0][:200])  # warms it
+        for block in blocks:
+            for name, encoder in encoders.items():
+                took, vectors = seconds(in_blocks(encoder), block)
+                times[name].append(took)
+                found[name].append(vectors)
+        asked = {name: in_blocks(each, "query")(list(queries.values())) for name, each in encoders.items()}
+    plain, lines = np.concatenate(found["torch fp32"]), list[list[object]]()
+    for name in BACKENDS:
+        vectors = np.concatenate(found[name])
+        ranking = nearest(list(queries), asked[name], names, vectors)
+        score = retrieval_metrics({query: task.qrels[query] for query in queries}, ranking)["ndcg@10"]
+        ratio = median(a / b for a, b in zip(times["torch fp32"], times[name], strict=True))
+        cosine = float((vectors * plain).sum(axis=1).min())
+        rate = len(names) / sum(times[name])
+        lines.append([name, f"{rate:.1f}", f"{ratio:.2f}", f"{cosine:.5f}", f"{score:.4f}"])
+    return lines
+
+
+def table_ways(folder: Path, texts: list[str]) -> list[list[object]]:
+    """A token table of 256 numbers on the model's vocabulary: a line a way to its vectors, on one thread each."""
+    torch.set_num_threads(1)
+    tokenizer = load_tokenizer(folder)
+    shape = EncoderShape(tokenizer.get_vocab_size(), d_model=256, num_layers=0, num_heads=4, d_ff=256)
+    with tempfile.TemporaryDirectory() as name:
+        save_model(Path(name), EmbeddingModel(Encoder(shape)), tokenizer.to_str(), 512)
+        ours = TextEncoder(Path(name), device="cpu")
+        theirs = TextEncoder(Path(name), backend=TorchBackend(load_model(Path(name))[0], "cpu"))
+    assert isinstance(ours.backend, TableBackend)
+    rows = torch.from_numpy(ours.backend.rows_VD)
+    start = time.perf_counter()
+    tokens = tokenize(ours.tokenizer, texts)
+    lines: list[list[object]] = [["tokenizing, all threads", f"{len(texts) / (time.perf_counter() - start):,.0f}", ""]]
+    ids, offsets = (np.array(part) for part in as_ragged(tokens))
+
+    def bag() -> np.ndarray:
+        with torch.inference_mode():
+            means = F.embedding_bag(torch.from_numpy(ids), rows, torch.from_numpy(offsets[:-1]), mode="mean")
+            return F.normalize(means, dim=-1).numpy()
+
+    ways: dict[str, Callable[[], np.ndarray]] = {
+        "numpy, ours": lambda: ours.encode_tokens(tokens),
+        "torch's embedding_bag": bag,
+        "the model in torch": lambda: theirs.encode_tokens(tokens),
+    }
+    expected = bag()
+    for way, run in ways.items():
+        start = time.perf_counter()
+        off = float(np.abs(run() - expected).max())
+        lines.append([way, f"{len(texts) / (time.perf_counter() - start):,.0f}", f"{off:.0e}"])
     return lines
 
 
@@ -162,23 +216,24 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=10_000)
     parser.add_argument("--blocks", type=int, default=10, help="that the sides take turns on")
     parser.add_argument("--threads", type=int, help="by default as many as there are cores")
-    parser.add_argument("--peer-alone", action="store_true", help="leave out the other backends")
+    parser.add_argument("--beir-documents", type=int, default=10_000, help="that the backends embed")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads or torch.get_num_threads())
     folder, threads = Path(minilm()), torch.get_num_threads()
     with (args.data / "debian" / "pairs.jsonl").open(encoding="utf-8") as file:
         texts = [json.loads(line)["positive"] for line, _ in zip(file, range(args.documents), strict=False)]
-    lines, ratio, least = beside_the_peer(folder, texts, args.blocks, threads)
     print(f"\n{machine()}, {len(texts):,} documents\n")
-    print(table(lines, ["side", "documents/s", "s to load", "s in all"]))
-    print(f"\nours over theirs: {ratio:.2f} times the documents/s; least cosine between them {least:.7f}\n")
-    if not args.peer_alone:
-        print(
-            table(
-                backends(folder, args.data / "debian" / "beir", threads),
-                ["backend", "documents/s", "least cosine", "NDCG@10"],
-            )
-        )
+    least = 1.0
+    if "peer" in args.parts:
+        lines, ratio, least = beside_the_peer(folder, texts, args.blocks, threads)
+        print(table(lines, ["side", "documents/s", "s to load", "s in all"]))
+        print(f"\nours over theirs: {ratio:.2f} times the documents/s; least cosine between them {least:.7f}\n")
+    if "backends" in args.parts:
+        lines = backends(folder, args.data / "debian" / "beir", args.beir_documents, threads)
+        print(table(lines, ["backend", "documents/s", "times torch fp32", "least cosine", "NDCG@10"]))
+    if "table" in args.parts:
+        print(table(table_ways(folder, texts), ["token table", "documents/s", "most off"]))
     if least < LEAST_COSINE:
         sys.exit(f"found vectors at cosine {least:.7f}; allowed is {LEAST_COSINE}")
 

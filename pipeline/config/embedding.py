@@ -22,7 +22,7 @@ class Embedding(Section):
     """What becomes of a text longer than the model reads. cut: what is beyond is left out. mean: it is read in windows,
     and their vectors averaged, each weighed by its tokens. chunks: each window has a vector of its own, under the id
     `<record's id>#<number>`, with `parent_id` in its metadata."""
-    window_overlap: int = Field(32, ge=0)
+    window_overlap: int = Field(32, ge=1)
     """Tokens that windows of a long text share."""
     batch_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
     """Tokens encoded in one forward pass. auto: 4,096 on CPUs, 32,768 on a GPU."""

@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 
 from pipeline.data.exchange import read_part, write_parts
 from pipeline.data.manifest import SPLITS, Manifest
+from pipeline.embedding.columns import one_array
 from pipeline.embedding.table import PLACE
 from pipeline.runtime.artifact import Artifact, Output, open_parquet
 from pipeline.runtime.session import Board
@@ -162,7 +163,7 @@ def grouped(rows: pa.Table) -> pa.Table:
     if len(rows) > 1:
         begins[1:] = pc.not_equal(ids.slice(1), ids.slice(0, len(ids) - 1)).to_numpy()
     starts = np.flatnonzero(begins)
-    places = [one_chunk(rows[name]) for name in PLACE_COLUMNS]
+    places = [one_array(rows[name]) for name in PLACE_COLUMNS]
     offsets = pa.array([*starts.tolist(), len(rows)], pa.int32())
     listed = pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(places, fields=list(PLACE)))
     digests = [digest_of(each) for each in listed.to_pylist()]
@@ -175,7 +176,3 @@ def grouped(rows: pa.Table) -> pa.Table:
 
 def digest_of(places: Iterable[dict[str, str | None]]) -> str:
     return content_id([place[name] or "" for place in places for name in PLACE_COLUMNS])
-
-
-def one_chunk(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

@@ -22,6 +22,7 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from pipeline.embedding.chunks import expanded
 from pipeline.embedding.columns import as_column, as_matrix
+from pipeline.embedding.encode import open_encoder
 from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.stores.budget import Allowance
 from pipeline.embedding.stores.dead_letters import DeadLetters
@@ -54,7 +55,7 @@ class EncodeDocuments:
     """An actor that gives documents with `tokens` their `vector`, or, where they have chunks, their `vectors`."""
 
     def __init__(self, recipe: EncoderRecipe, threads: int, board: Any) -> None:
-        self.encoder, self.board = open_with_threads(recipe, threads), board
+        self.encoder, self.board = open_encoder(recipe, threads), board
 
     def __call__(self, documents: pa.Table) -> pa.Table:
         began, tokens = time.perf_counter(), count_tokens(documents["tokens"])
@@ -65,33 +66,32 @@ class EncodeDocuments:
 
 
 class EncodeTexts:
-    """An actor that adds `vector` to tables of `text`, and of `source` where sources have prompts.
+    """An actor that adds `vector` to tables of `tokens`, which it takes out, or of `text`.
 
-    A text is led by its source's prompt, else by the model's own of that name.
+    A text is led by the prompt of its `source`, else by the model's own of that name. Tokens are encoded as they are.
     """
 
     def __init__(
         self, recipe: EncoderRecipe, threads: int, board: Any, prompt: str, prompts: dict[str, str] | None
     ) -> None:
-        self.encoder, self.board, self.prompt, self.prompts = open_with_threads(recipe, threads), board, prompt, prompts
+        self.encoder, self.board, self.prompt, self.prompts = open_encoder(recipe, threads), board, prompt, prompts
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        texts = rows["text"].to_pylist()
-        if self.prompts:
-            own, sources = self.encoder.card.head.prompt(self.prompt), rows["source"].to_pylist()
-            texts = [self.prompts.get(source, own) + text for source, text in zip(sources, texts, strict=True)]
-        vectors = self.encoder.encode(texts, "" if self.prompts else self.prompt)
+        if "tokens" in rows.column_names:
+            vectors, rows = self.encoder.encode_tokens(rows["tokens"]), rows.drop_columns(["tokens"])
+        else:
+            vectors = self._of_texts(rows)
         self.board.add.remote("embedded", len(rows))
         return rows.append_column("vector", as_column(vectors))
 
-
-def open_with_threads(recipe: EncoderRecipe, threads: int) -> Any:
-    import torch
-
-    from pipeline.embedding.encode import open_encoder
-
-    torch.set_num_threads(threads)
-    return open_encoder(recipe, threads)
+    def _of_texts(self, rows: pa.Table) -> np.ndarray:
+        texts = rows["text"].to_pylist()
+        if not self.prompts:
+            return self.encoder.encode(texts, self.prompt)
+        own, sources = self.encoder.card.head.prompt(self.prompt), rows["source"].to_pylist()
+        return self.encoder.encode(
+            [self.prompts.get(source, own) + text for source, text in zip(sources, texts, strict=True)]
+        )
 
 
 def encoded(
@@ -102,9 +102,9 @@ def encoded(
     prompt: str,
     prompts: dict[str, str] | None = None,
 ) -> Dataset:
-    """The dataset's `text` embedded, after the prompt of its `source`, else the model's own named `prompt`.
+    """The dataset's `tokens` embedded as they are, or its `text` after a prompt, as `vector`.
 
-    `texts` says how many there are.
+    The prompt is that of the text's `source`, else the model's own named `prompt`. `texts` says how many there are.
     """
     return in_pool(dataset, texts, recipe, board, EncodeTexts, prompt, prompts)
 
@@ -123,10 +123,10 @@ class Pool:
     threads: int
 
     @classmethod
-    def of(cls, texts: int, max_workers: int | None, cluster: Cluster) -> Pool:
-        """For so many texts, on that part of a cluster where encoders go."""
+    def of(cls, texts: int, max_workers: int | None, cluster: Cluster, *, on_gpus: bool = True) -> Pool:
+        """For so many texts, on that part of a cluster where encoders go; `on_gpus` where it has some."""
         capacity = cluster.capacity()
-        cpus, gpus = capacity.cpus, int(capacity.gpus)
+        cpus, gpus = capacity.cpus, int(capacity.gpus) if on_gpus else 0
         most = min(max_workers or gpus or int(cpus), max(1, math.ceil(texts / ROWS)))
         now = max(1, min(most, int(capacity.gpus_there if gpus else capacity.cpus_there)))
         # a CPU is left for reading and writing; an encoder's own threads are set by hand
@@ -135,9 +135,15 @@ class Pool:
         return cls(most, now, min(share, 1.0), min(gpus, 1), max(1, min(int(capacity.cpus_there) // now, node)))
 
 
+def pool_of(texts: int, recipe: EncoderRecipe) -> Pool:
+    """The pool on the connected cluster; a token table leaves GPUs alone."""
+    cluster = connected_cluster().with_labels(recipe.labels)
+    return Pool.of(texts, recipe.settings.max_workers, cluster, on_gpus=not recipe.is_table)
+
+
 def in_pool(dataset: Dataset, texts: int, recipe: EncoderRecipe, board: Board, actor: type, *arguments: Any) -> Dataset:
     """The dataset, of so many texts, through a pool of encoding actors that are made with `arguments`."""
-    pool = Pool.of(texts, recipe.settings.max_workers, connected_cluster().with_labels(recipe.labels))
+    pool = pool_of(texts, recipe)
     return dataset.map_batches(
         actor,
         fn_constructor_args=(recipe, pool.threads, board.handle, *arguments),

@@ -205,8 +205,7 @@ class Index:
 
     def estimate(self, board: Callable[[], Board]) -> dict[str, Any]:
         """What an embedding would do, and about how long encoding would take on this cluster. Writes no vector."""
-        from pipeline.embedding.embed import Pool, differences
-        from pipeline.runtime.cluster import connected_cluster
+        from pipeline.embedding.embed import differences, pool_of
 
         self.documents.make(board)
         exists, documents = self.table.exists(), sum(self.documents.rows)
@@ -219,9 +218,7 @@ class Index:
         found = differences(sync, board)
         counts = sum(found, Difference()).summary
         board()
-        pool = Pool.of(
-            documents, self.config.embedding.max_workers, connected_cluster().with_labels(self.recipe.labels)
-        )
+        pool = pool_of(documents, self.recipe)
         due = counts["new"] + counts["changed"]
         rate, tokens = self._measured(sync, found, pool.threads) if due else (1.0, 0.0)
         seconds = due / (rate * pool.most)
@@ -239,11 +236,9 @@ class Index:
 
     def _measured(self, sync: Sync, found: list[Difference], threads: int) -> tuple[float, float]:
         """Documents a second of an encoding actor with so many threads, and tokens a document, on some that are due."""
-        from pipeline.embedding.embed import open_with_threads
-
         index = next(index for index, each in enumerate(found) if each.counts["new"])
         rows = next(sync.due(index)).slice(0, MEASURED_ROWS)
-        encoder, done, began = open_with_threads(self.recipe, threads), 0, time.perf_counter()
+        encoder, done, began = open_encoder(self.recipe, threads), 0, time.perf_counter()
         while done < len(rows) and time.perf_counter() - began < MEASURED_FOR_S:
             encoded_rows(rows.slice(done, 128), encoder)
             done += 128

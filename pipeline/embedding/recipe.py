@@ -1,25 +1,47 @@
 """What an encoder is made from, and texts as it takes them.
 
+    tokenize(recipe.tokenizer(), ["remove duplicate rows", "parse"])     # [[5, 6, 7], [8]], Arrow's list<int32>
+
 Without torch, which is not for tasks that only read and tokenize: it would take each of their processes seconds.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from tokenizers import Tokenizer
 
 from pipeline.config import Embedding
-from pipeline.model.reading import load_tokenizer, model_fingerprint, read_card
+from pipeline.embedding.columns import Column, as_groups, as_tokens
+from pipeline.model.reading import is_table, load_tokenizer, model_fingerprint, read_card
 from pipeline.storage.files import fetched
 from pipeline.storage.path import StoragePath
 
-Windows = list[list[int]]
-"""The token ids of a text, window by window; one window where it is not long."""
+CHARS_PER_TOKEN = 8  # ours: English has about 5; a text with more is tokenized twice
+WORD_END = re.compile(r"(?<=\w) ")
+# Steps of tokenizers that look at a letter or digit and the space after it alone, or at most at what is on one side.
+NORMALIZERS = (
+    "BertNormalizer",
+    "Lowercase",
+    "NFC",
+    "NFD",
+    "NFKC",
+    "NFKD",
+    "Nmt",
+    "Precompiled",
+    "Strip",
+    "StripAccents",
+)
+REPLACED = ({"Regex": " {2,}"}, {"String": "``"}, {"String": "''"})  # by Unigram models
+WORD_SPLITS = ("BertPreTokenizer", "ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit")
+SPLITS = ("Digits", "Punctuation")
 
 
 @dataclass(frozen=True)
@@ -41,6 +63,11 @@ class EncoderRecipe:
     @cached_property
     def width(self) -> int:
         return self.settings.dimensions or read_card(self.local).width
+
+    @cached_property
+    def is_table(self) -> bool:
+        """Whether the model is a token table, which numpy looks up."""
+        return is_table(read_card(self.local)) and self.settings.backend == "torch"
 
     @property
     def overlap(self) -> int | None:
@@ -73,16 +100,53 @@ def let_windows_overlap(tokenizer: Tokenizer, overlap: int) -> None:
     tokenizer.enable_truncation(cut["max_length"], stride=overlap, direction=cut["direction"])
 
 
-def windows_of(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Windows]:
-    """Token ids of each text; several windows only after `let_windows_overlap`."""
-    overlaps = bool(tokenizer.truncation and tokenizer.truncation["stride"])
-    encodings = (tokenizer.encode_batch if overlaps else tokenizer.encode_batch_fast)(list(texts))
-    return [[encoding.ids, *(rest.ids for rest in encoding.overflowing if overlaps)] for encoding in encodings]
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str] | Column) -> pa.Array:
+    """Token ids of each text, list<int32>; after `let_windows_overlap` of each of its windows, list<list<int32>>.
+
+    A text that will be cut is cut before it is tokenized too, where that cannot change its tokens.
+    """
+    texts = texts.to_pylist() if isinstance(texts, pa.Array | pa.ChunkedArray) else list(texts)
+    cut = tokenizer.truncation
+    if cut and cut["stride"]:
+        windows = [[text, *text.overflowing] for text in tokenizer.encode_batch(texts)]
+        return as_groups(as_tokens([one.ids for each in windows for one in each]), [len(each) for each in windows])
+    most = cut["max_length"] if cut and cut["direction"] == "right" and _words_are_apart(tokenizer) else 0
+    begins = _begins(texts, most * CHARS_PER_TOKEN) if most else texts
+    encodings = tokenizer.encode_batch_fast(begins)
+    again = [i for i, one in enumerate(encodings) if len(one) < most and begins[i] is not texts[i]]
+    for i, encoding in zip(again, tokenizer.encode_batch_fast([texts[i] for i in again]), strict=True):
+        encodings[i] = encoding
+    return as_tokens([encoding.ids for encoding in encodings])
 
 
-def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> pa.Array:
-    """Token ids of each text: lists, or after `let_windows_overlap` lists of windows."""
-    found = windows_of(tokenizer, texts)
-    if tokenizer.truncation and tokenizer.truncation["stride"]:
-        return pa.array(found, pa.list_(pa.list_(pa.int32())))
-    return pa.array([windows[0] for windows in found], pa.list_(pa.int32()))
+def _begins(texts: list[str], chars: int) -> list[str]:
+    """Texts up to the first end of a word after so many characters; those that have none are the same objects."""
+    ends = [WORD_END.search(text, chars) if len(text) > chars else None for text in texts]
+    return [text[: end.start()] if end else text for text, end in zip(texts, ends, strict=True)]
+
+
+def _words_are_apart(tokenizer: Tokenizer) -> bool:
+    """Whether what precedes a `WORD_END` has the same tokens without what follows: then enough of them are enough.
+
+    That is so where no step that a text goes through looks from one side of such a space to the other, and one splits
+    there, as models see one piece at a time. A step that is not known counts as one that looks.
+    """
+    normalizers, splits = (_steps(_described(part)) for part in (tokenizer.normalizer, tokenizer.pre_tokenizer))
+    added = (token.content for token in tokenizer.get_added_tokens_decoder().values())
+    return (
+        all(step["type"] in NORMALIZERS or step.get("pattern") in REPLACED for step in normalizers)
+        and all(step["type"] in (*SPLITS, *WORD_SPLITS) for step in splits)
+        and any(step["type"] in WORD_SPLITS and step.get("use_regex", step.get("split", True)) for step in splits)
+        and not any(" " in content.lstrip(" ") for content in added)
+    )
+
+
+def _described(part: Any) -> dict[str, Any]:
+    """A normalizer or pre-tokenizer as tokenizer.json has it."""
+    return json.loads(part.__getstate__()) if part else {"type": "Sequence"}  # type: ignore[no-any-return]
+
+
+def _steps(part: dict[str, Any]) -> list[dict[str, Any]]:
+    if part["type"] != "Sequence":
+        return [part]
+    return [step for each in part.get("normalizers") or part.get("pretokenizers") or [] for step in _steps(each)]

@@ -23,8 +23,8 @@ import pyarrow.compute as pc
 import xxhash
 
 from pipeline.embedding.chunks import as_chunks, chunk_metadata, expanded, parts_of
-from pipeline.embedding.columns import as_column, as_matrix
-from pipeline.embedding.documents import COLUMNS, Documents, digest_of, one_chunk
+from pipeline.embedding.columns import as_column, as_matrix, one_array
+from pipeline.embedding.documents import COLUMNS, Documents, digest_of
 from pipeline.embedding.recipe import EncoderRecipe, tokenize
 from pipeline.embedding.table import DIGEST_CHARS, VectorTable, content_digests
 
@@ -93,7 +93,7 @@ class Sync:
         there, obsolete, wrong = self._there(index)
         documents = self.documents.table(index, ["id", "source", "source_id", "digest"])
         known, changed = _compare(documents, there)
-        gone = pc.invert(pc.is_in(there["key"], one_chunk(documents["id"]))).to_numpy()
+        gone = pc.invert(pc.is_in(there["key"], one_array(documents["id"]))).to_numpy()
         vanished = there.filter(pa.array(gone))
         counts = Counter(
             new=int((~known).sum()),
@@ -133,7 +133,7 @@ class Sync:
         there, _, _ = self._there(index)
         documents = self.documents.table(index)
         documents = documents.filter(pa.array(_compare(documents, there)[1]))
-        at = pc.index_in(there["key"], one_chunk(documents["id"]))
+        at = pc.index_in(there["key"], one_array(documents["id"]))
         rows, of = there.filter(pc.is_valid(at)), documents.take(pc.drop_null(at))
         digests = pc.binary_join_element_wise(of["digest"], pc.utf8_slice_codeunits(rows["digest"], DIGEST_CHARS), "")
         columns = {name: of[name] for name in ("source", "source_id", "places")}
@@ -176,7 +176,7 @@ class Sync:
 
 def _compare(documents: pa.Table, there: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """Whether each document has a row, and whether that has other places."""
-    at = pc.index_in(one_chunk(documents["id"]), one_chunk(there["key"]))
+    at = pc.index_in(one_array(documents["id"]), one_array(there["key"]))
     digests = pc.utf8_slice_codeunits(there["digest"], 0, DIGEST_CHARS).take(at)
     known = at.is_valid().to_numpy(zero_copy_only=False)
     return known, known & pc.fill_null(pc.not_equal(digests, documents["digest"]), True).to_numpy()
@@ -184,7 +184,7 @@ def _compare(documents: pa.Table, there: pa.Table) -> tuple[np.ndarray, np.ndarr
 
 def _first_of_each(values: pa.ChunkedArray) -> pa.Array:
     """Where a value stands for the first time."""
-    codes = one_chunk(values.dictionary_encode()).indices.to_numpy()
+    codes = one_array(values.dictionary_encode()).indices.to_numpy()
     first = np.zeros(len(codes), bool)
     first[np.unique(codes, return_index=True)[1]] = True
     return pa.array(first)
@@ -200,7 +200,7 @@ def _source_hashes(rows: pa.Table) -> np.ndarray:
 
 def with_vectors(documents: pa.Table, encoder: TextEncoder) -> pa.Table:
     """Documents with a `vector` in place of their `tokens`, or, where they have chunks, with `vectors`."""
-    tokens, rest = one_chunk(documents["tokens"]), documents.drop_columns(["tokens"])
+    tokens, rest = one_array(documents["tokens"]), documents.drop_columns(["tokens"])
     if "spans" not in rest.column_names:
         return rest.append_column("vector", as_column(encoder.encode_tokens(tokens)))
     vectors = as_column(encoder.encode_tokens(tokens.flatten()))
@@ -216,5 +216,5 @@ def encoded_rows(documents: pa.Table, encoder: TextEncoder) -> pa.Table:
 
 def count_tokens(tokens: pa.ChunkedArray) -> int:
     """Token ids in lists, or in lists of lists."""
-    flat = one_chunk(tokens).flatten()
+    flat = one_array(tokens).flatten()
     return len(flat.flatten() if pa.types.is_list(flat.type) else flat)

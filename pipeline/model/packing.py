@@ -31,6 +31,11 @@ class Packed:
     ids: Tensor
     offsets: Tensor
 
+    @classmethod
+    def of(cls, ids: np.ndarray, offsets: np.ndarray) -> Packed:
+        """From (T,) and (N + 1,) integers of any type; those of int64 are shared, not copied."""
+        return cls(*(torch.from_numpy(np.asarray(each, np.int64)) for each in (ids, offsets)))
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -53,7 +58,7 @@ def pack(sequences: Sequence[Sequence[int]]) -> Packed:
     offsets = np.zeros(len(sequences) + 1, dtype=np.int64)
     np.cumsum([len(s) for s in sequences], out=offsets[1:])
     ids = np.fromiter(chain.from_iterable(sequences), dtype=np.int64, count=int(offsets[-1]))
-    return Packed(torch.from_numpy(ids), torch.from_numpy(offsets))
+    return Packed.of(ids, offsets)
 
 
 def join(first: Packed, second: Packed) -> Packed:

@@ -42,6 +42,11 @@ def read_card(folder: Path) -> Card:
         raise ValueError(f"{folder / 'model.json'} does not describe a model of this version") from None
 
 
+def is_table(card: Card) -> bool:
+    """Whether states are rows of a token table, whatever the position: no layers, and no learned positions."""
+    return card.architecture == "unified" and not card.shape["num_layers"] and card.shape["positions"] == "rotary"
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """A model's tokenizer, set to cut at `max_length`. Raises OSError or ValueError."""
     if not is_ours(folder):

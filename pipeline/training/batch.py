@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
 from pipeline.model.packing import Packed
 from pipeline.objectives.batch import EMPTY, Batch
@@ -27,6 +25,5 @@ def to_batch(rows: pa.Table, hard_negatives: int = 0) -> Batch:
 def packed(column: pa.ChunkedArray) -> Packed:
     """A column of token-id lists, as it lies in the shard, as packed sequences."""
     lists = column.combine_chunks()
-    offsets = lists.offsets.to_numpy().astype(np.int64)
-    ids = lists.values.to_numpy()[offsets[0] : offsets[-1]].astype(np.int64)
-    return Packed(torch.from_numpy(ids), torch.from_numpy(offsets - offsets[0]))
+    offsets = lists.offsets.to_numpy()
+    return Packed.of(lists.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0])
