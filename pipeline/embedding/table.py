@@ -161,7 +161,7 @@ class VectorTable:
     ) -> pa.Table:
         """These columns of the rows whose ids are in a range; the second bound is not in it."""
         first, last = between
-        limits = ([f"id >= '{first}'"] if first else []) + ([f"id < '{last}'"] if last is not None else [])
+        limits = ([f"id >= {quoted(first)}"] if first else []) + ([f"id < {quoted(last)}"] if last is not None else [])
         batches = list(self.scan(columns, " AND ".join(limits) or None, version))
         schema = pa.schema(
             [pa.field("_rowid", pa.uint64()) if n == "_rowid" else self.schema.field(n) for n in columns]
@@ -299,6 +299,18 @@ class Writer:
         if any(each and isinstance(each.operation, lance.LanceOperation.Restore) for each in since):
             raise StoreError(TAKEN_OVER.format(self.table.path))
         self.dataset = newest
+
+    def tag(self, name: str, version: int) -> None:
+        """Let a tag name a version."""
+        check_guards(self.table.path)
+        try:
+            self.dataset.tags.update(name, version)
+        except ValueError:  # there is none of that name
+            self.dataset.tags.create(name, version)
+
+    def untag(self, name: str) -> None:
+        check_guards(self.table.path)
+        self.dataset.tags.delete(name)
 
     def _commit(self, commit: Callable[[Any], Any]) -> None:
         """Commit on top of the newest version, and again where it is not known to have failed.
