@@ -48,6 +48,12 @@ class BucketPath:
     def __str__(self) -> str:
         return self.uri + (f"?{self.store.query}" if self.store.query else "")
 
+    @property
+    def public_uri(self) -> str:
+        """As a service names it that reads the bucket by itself: Azure's by its address."""
+        account = self.store.account
+        return f"https://{account}.blob.core.windows.net/{self.store.bucket}/{self.key}" if account else self.uri
+
     def __truediv__(self, name: str | PurePosixPath) -> BucketPath:
         return BucketPath(self.store, f"{self.key}/{name}".strip("/"))
 

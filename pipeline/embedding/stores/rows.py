@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.embedding.columns import as_matrix
-from pipeline.embedding.stores.store import SCHEMA, TEXTS, Refused, StoreError
-
-T = TypeVar("T")
+from pipeline.embedding.stores.store import SCHEMA, Refused, StoreError
 
 
 def checked(rows: pa.Table, width: int, name: str) -> tuple[pa.Table, list[Refused]]:
@@ -47,30 +44,6 @@ def _without(positions: Iterable[int], bad: Sequence[tuple[int, str]]) -> np.nda
 
 def _positions(mask: pa.ChunkedArray) -> list[int]:
     return pc.indices_nonzero(mask).to_pylist()
-
-
-def with_vectors(rows: pa.Table, there: pa.Table) -> pa.Table:
-    """The rows whose ids are `there`, with the vectors that those have: what an update is to a store that replaces."""
-    at = {i: position for position, i in enumerate(rows["id"].to_pylist())}
-    there = there.select(["id", "vector"])
-    new = rows.take(pa.array([at[i] for i in there["id"].to_pylist()], pa.int64()))
-    for name in TEXTS:
-        there = there.append_column(name, new[name])
-    return there
-
-
-def grouped(items: Iterable[T], size_of: Callable[[T], int], most: int, most_bytes: int) -> Iterator[list[T]]:
-    """Items in groups of at most so many and so many bytes; one that has more is alone."""
-    group, taken = list[T](), 0
-    for item in items:
-        own = size_of(item)
-        if group and (len(group) == most or taken + own > most_bytes):
-            yield group
-            group, taken = [], 0
-        group.append(item)
-        taken += own
-    if group:
-        yield group
 
 
 def checked_query(vector: np.ndarray, width: int, name: str) -> np.ndarray:
