@@ -8,7 +8,7 @@ what the service refuses: another key, too many records or bytes, wrong dimensio
 data plane a share fails, by kind:
 
     429, 429-after           without and with Retry-After
-    500, 503                 as they are
+    403, 500, 503            as they are
     timeout                  no answer until the client goes
     cut-before, cut-after    the connection ends, nothing done or all
     part                     half of an upsert is written, then 500
@@ -313,7 +313,7 @@ class Handler(BaseHTTPRequestHandler):
         """Status, body and headers; None where the connection is to end."""
         after = {"Retry-After": f"{self.service.retry_after_s:g}"} if fault == "429-after" else {}
         broken = {"error": {"code": "UNKNOWN", "message": "so it goes"}}
-        if fault in ("429", "429-after", "500", "503"):
+        if fault in ("403", "429", "429-after", "500", "503"):
             return int(fault[:3]), broken, after
         if fault in ("timeout", "cut-before"):
             return None

@@ -10,7 +10,6 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.pinecone import Pinecone
@@ -315,6 +314,27 @@ class TestFaults:
         assert server.count("vectors/list") == 1
 
 
+    def test_what_fails_all_is_one_sentence_and_nothing_is_noted(self, server: Service, tmp_path: Path) -> None:
+        world = Pushed(server, tmp_path)
+        narrow = PineconeStore(world.store.settings, "n", 4, backoff_s=0.005)
+        with world.table.writing() as writer:
+            world.add(writer, world.new(20))
+            with pytest.raises(StoreError, match="takes vectors of 5 numbers; the model gives 4$"):
+                narrow.create()
+            with pytest.raises(StoreError, match="takes vectors of 4 numbers; found vectors of 5$"):
+                Push(writer, narrow, world.letters, map).run()
+            server.faults = {"403": 1.0}
+            with pytest.raises(StoreError, match=r"^Pinecone forbids it \(403\): so it goes$"):
+                world.push(writer)
+            server.faults, server.key = {}, "another"
+            with pytest.raises(StoreError, match=r"^Pinecone refused the key \(401\); is PINECONE_API_KEY"):
+                world.push(writer)
+            server.key = KEY
+            assert not world.held
+            world.push(writer)
+            world.check()
+
+
 class TestRepair:
     """What somebody else did to the namespace is found before the next push."""
 
@@ -364,8 +384,8 @@ class TestRepair:
             names = world.table.open().tags.list()
             assert len({name.rpartition("-")[0] for name in names if name.startswith("push")}) == 1
 
-    def test_two_namespaces_of_one_table(self, server: Service, world: Pushed) -> None:
-        second = Pushed(server, world.table.home.parent, "n")
+    def test_two_namespaces_of_one_table(self, server: Service, world: Pushed, tmp_path: Path) -> None:
+        second = Pushed(server, tmp_path, "n")
         second.namespace, second.documents = "n2", world.documents
         second.open()
         for each in (second, world, second):
@@ -447,7 +467,9 @@ class TestPlaces:
         world = Pushed(server, tmp_path)
         numbers = {"a": float("nan"), "b": {"c": [float("inf"), 1]}, "d": 2.5}
         with world.table.writing() as writer:
-            world.add(writer, {"one": [place("s", "1", **numbers)], "two": [place("s", "1", **numbers), place("s", "2")]})
+            world.add(
+                writer, {"one": [place("s", "1", **numbers)], "two": [place("s", "1", **numbers), place("s", "2")]}
+            )
             world.push(writer)
         for one in world.store.fetch(list(world.held)).values():
             assert json.loads(one["metadata"]) == {"a": None, "b": {"c": [None, 1]}, "d": 2.5}
@@ -468,3 +490,136 @@ class TestPlaces:
 
 def place(source: str, source_id: str, **metadata: Any) -> dict[str, Any]:
     return {"source": source, "source_id": source_id, "metadata": metadata}
+
+
+class TestImport:
+    """The first load of a namespace from Parquet files that the service reads by itself."""
+
+    @pytest.fixture
+    def world(self, server: Service, tmp_path: Path) -> Pushed:
+        server.bucket = read_folder
+        return Pushed(server, tmp_path, import_integration="our-bucket")
+
+    def test_fills_a_new_namespace_and_pushes_what_comes_later(self, server: Service, world: Pushed) -> None:
+        with serving("s3") as bucket, world.table.writing() as writer:
+            world.add(writer, world.new(150))
+            home = as_path(bucket.uri("loads"))
+            assert world.push(writer, imports=home) == Counter(upserted=150)
+            world.check()
+            (state,) = server.imports.values()
+            assert state["body"]["integrationId"] == "our-bucket"
+            assert state["body"]["errorMode"] == {"onError": "abort"}
+            assert state["uri"].startswith(f"s3://{bucket.bucket}/loads/t-")
+            assert world.sent() == []
+            assert not files_below(home)
+            world.add(writer, world.new(2))
+            assert world.push(writer, imports=home) == Counter(upserted=2)
+            world.check()
+        assert len(server.imports) == 1
+
+    def test_killed_it_writes_the_rest_and_waits_for_an_import_that_runs(
+        self, server: Service, world: Pushed, tmp_path: Path
+    ) -> None:
+        with world.table.writing() as writer:
+            world.add(writer, world.new(100))
+            with pytest.raises(KilledError):
+                world.push(writer, killed_after(5), imports=tmp_path / "loads")
+            before = {path: path.stat().st_mtime_ns for path in (tmp_path / "loads").rglob("*.parquet")}
+            assert len(before) == 5
+            with patch.object(world.store, "await_import", side_effect=KilledError), pytest.raises(KilledError):
+                world.push(writer, imports=tmp_path / "loads")
+            assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+            world.push(writer, imports=tmp_path / "loads")
+            world.check()
+        assert len(server.imports) == 1
+        assert world.sent() == []
+
+    def test_one_that_fails_is_a_sentence_and_the_next_push_upserts(
+        self, server: Service, world: Pushed, tmp_path: Path
+    ) -> None:
+        with world.table.writing() as writer:
+            world.add(writer, world.new(10))
+            server.bucket = lambda uri: server.write(INDEX, "n", {"half": {}}) or read_folder(uri)  # type: ignore[func-returns-value]
+            words = r"^Pinecone's import of file://\S+ failed: namespace n exists; run the same command again"
+            with pytest.raises(StoreError, match=words):
+                world.push(writer, imports=tmp_path)
+            world.push(writer, imports=tmp_path)
+            assert set(ids_of(world.documents)) <= set(world.held)
+        assert len(world.sent()) == 10
+
+    def test_lost_replies_start_no_second_import(self, server: Service, world: Pushed, tmp_path: Path) -> None:
+        world.open(max_attempts=30)
+        with world.table.writing() as writer:
+            world.add(writer, world.new(10))
+            server.faults = {"cut-after": 0.5}
+            world.push(writer, imports=tmp_path)
+        assert len(server.imports) == 1
+        world.check()
+
+    def test_what_cannot_be_a_record_is_set_aside(self, world: Pushed, tmp_path: Path) -> None:
+        big = place("s", "1", large="x" * 50_000)
+        with world.table.writing() as writer:
+            world.add(writer, {**world.new(10), "big": [big]})
+            assert world.push(writer, imports=tmp_path) == Counter(upserted=10, refused=1)
+        assert world.letters.ids() == {content_id(["big"])}
+        world.check({content_id(["big"])})
+
+    def test_a_namespace_that_is_there_is_upserted_to(self, server: Service, world: Pushed, tmp_path: Path) -> None:
+        server.write(INDEX, "n", {"foreign": {"values": [1.0] * 5, "metadata": {}}})
+        with world.table.writing() as writer:
+            world.add(writer, world.new(10))
+            assert world.push(writer, imports=tmp_path) == Counter(upserted=10, deleted=1)
+        world.check()
+        assert not server.imports
+
+
+def read_folder(uri: str) -> dict[str, list[dict[str, Any]]]:
+    """The records in a folder of Parquet files, by namespace, as the service reads them."""
+    home, found = as_path(uri + BUCKET_OPTIONS.get(uri.partition(":")[0], "")), dict[str, list[dict[str, Any]]]()
+    for name in files_below(home):
+        namespace, _, file = name.partition("/")
+        assert file.endswith(".parquet")
+        with (home / name).open("rb") as opened:
+            table = pq.read_table(pa.BufferReader(opened.read()))
+        assert table.schema.names == ["id", "values", "metadata"]
+        assert table.schema.field("values").type.value_type == pa.float32()
+        rows = table.to_pylist()
+        found.setdefault(namespace, []).extend({**row, "metadata": json.loads(row["metadata"])} for row in rows)
+    return found
+
+
+def test_over_a_cluster(server: Service, tmp_path: Path, ray_cluster: str) -> None:
+    world = Pushed(server, tmp_path)
+    (tmp_path / "api.env").write_text(f"PINECONE_API_KEY={KEY}")  # the workers' environment is older
+    settings = {"host": server.url, "create": True, "namespace": "n", "requests_per_second": 40, "max_concurrency": 2}
+    (tmp_path / "c.yaml").write_text(json.dumps({"pinecone": {**settings, "batch_rows": 5}}))
+    config, letters = load(tmp_path / "c.yaml", [f"storage.root={tmp_path}"], environ={}), tmp_path / "letters"
+    with world.table.writing() as writer:
+        world.add(writer, world.new(100))
+        server.work_s = 0.05
+        server.poison = {content_id([min(world.documents)])}
+        assert push_over_cluster(writer, config, letters, board()) == Counter(upserted=99, refused=1)
+        assert DeadLetters(letters).ids() == server.poison
+        assert server.most_under_way == 2
+        assert server.busiest(1.0) <= 40 + 1 + 2
+        world.remove(writer, [min(world.documents)])
+        world.step(writer)
+        push_over_cluster(writer, config, letters, board())
+        world.check()
+        server.remove(INDEX)
+        (tmp_path / "c.yaml").write_text(json.dumps({"pinecone": {**settings, "create": False}}))
+        config = load(tmp_path / "c.yaml", [f"storage.root={tmp_path}"], environ={})
+        with pytest.raises(StoreError, match="^Pinecone has no index text-embedding-pipeline; pinecone.create=true"):
+            push_over_cluster(writer, config, letters, board())
+
+
+def test_an_error_in_a_task_is_its_sentence(ray_cluster: str) -> None:
+    def work(item: int) -> int:
+        if item == 2:
+            raise StoreError("the third of them fails")
+        return item
+
+    assert sorted(over_cluster(work, [3, 4, 5])) == [3, 4, 5]
+    assert list(over_cluster(work, [])) == []
+    with pytest.raises(StoreError, match="^the third of them fails$"):
+        list(over_cluster(work, [1, 2, 3]))

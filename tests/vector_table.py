@@ -1,4 +1,4 @@
-"""A vector table that is changed step by step, and a dict that says what it must hold: for tests of push and snapshot."""
+"""A vector table that is changed step by step, and a dict that says what it must hold."""
 
 from __future__ import annotations
 
@@ -62,7 +62,11 @@ class World:
             "tag": chance.choice([["a", "b"], "a", None, [1, "a"], [], {"deep": [None]}]),
             "new": chance.random() < 0.5,
         }
-        return {"source": chance.choice("st"), "source_id": f"{chance.choice(ODD)}{chance.random()}", "metadata": metadata}
+        return {
+            "source": chance.choice("st"),
+            "source_id": f"{chance.choice(ODD)}{chance.random()}",
+            "metadata": metadata,
+        }
 
     def add(self, writer: Writer, documents: Documents) -> None:
         self.documents |= documents

@@ -49,7 +49,7 @@ class Pinecone(Section):
     """Longest wait between two attempts, in seconds, whatever the service asks for."""
     settle_s: float = Field(60.0, ge=0)
     """Seconds to wait, after a push, until counts and reads show what was written. Pinecone names no limit; ours."""
-    import_uri: PathStr | None = None
+    import_uri: Annotated[PathStr, Field(pattern=r"^(s3|gs|gcs|az|azure)://")] | None = None
     """Folder in a bucket, as s3://bucket/folder, through which a namespace that does not exist yet is filled: the rows
     are written there as Parquet files, which Pinecone then reads by itself, in ten minutes at least. Worth it from
     about a million rows on. It needs Pinecone's Standard or Enterprise plan, a serverless index without integrated

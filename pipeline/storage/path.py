@@ -48,12 +48,6 @@ class BucketPath:
     def __str__(self) -> str:
         return self.uri + (f"?{self.store.query}" if self.store.query else "")
 
-    @property
-    def public_uri(self) -> str:
-        """As a service names it that reads the bucket by itself: Azure's by its address."""
-        account = self.store.account
-        return f"https://{account}.blob.core.windows.net/{self.store.bucket}/{self.key}" if account else self.uri
-
     def __truediv__(self, name: str | PurePosixPath) -> BucketPath:
         return BucketPath(self.store, f"{self.key}/{name}".strip("/"))
 
@@ -277,6 +271,14 @@ def without_options(text: str) -> str:
 def on_disk(path: StoragePath) -> Path | None:
     """The path, if it is on a local disk; for what cannot work in a bucket at all, such as a memory map."""
     return path if isinstance(path, Path) else None
+
+
+def public_uri(path: StoragePath) -> str:
+    """A path as a service names it that reads the bucket by itself: Azure's by its address, others without options."""
+    if isinstance(path, Path):
+        return path.as_uri()
+    account = path.store.account
+    return f"https://{account}.blob.core.windows.net/{path.store.bucket}/{path.key}" if account else path.uri
 
 
 def absolute(path: StoragePath) -> StoragePath:

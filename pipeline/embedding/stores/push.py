@@ -13,8 +13,8 @@ are upserted, then what is gone is deleted, then its tag moves: a push that was 
 left, of the same version, before anything newer is sent. Upserts and deletes are idempotent.
 
 Before a push, the count and a sample of the records are compared with the last pushed version. Where they differ,
-because somebody else wrote to the namespace, it is listed and filled again. What Pinecone refuses is set aside and tried
-again by the next push. Costs a request for 100 to 1,000 rows that changed, and four for a push of nothing.
+because somebody else wrote to the namespace, it is listed and filled again. What Pinecone refuses is set aside and
+tried again by the next push. Costs a request for 100 to 1,000 rows that changed, and four for a push of nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pipeline.embedding.stores.store import StoreError
 from pipeline.embedding.table import VectorTable, Writer
 from pipeline.runtime.console import log
 from pipeline.storage.files import remove_folder, replacing, sizes
-from pipeline.storage.path import BucketPath
+from pipeline.storage.path import StoragePath, public_uri
 
 RANGE_ROWS = 50_000
 MOST_DIGITS = 2  # of a range's name: 256 ranges
@@ -67,9 +67,9 @@ class Range:
     """Ids that were refused before and are sent again."""
 
 
-def ranges(rows: int, digits: int = 0) -> list[Range]:
-    """All ids in 1, 16 or 256 ranges by their first digits, of about RANGE_ROWS rows; no fewer than `digits` give."""
-    while rows > RANGE_ROWS * 16**digits and digits < MOST_DIGITS:
+def ranges(rows: int, digits: int = 0, most_digits: int = MOST_DIGITS) -> list[Range]:
+    """All ids in 1, 16, 256 … ranges by their first digits, of RANGE_ROWS rows or less if so many digits allow it."""
+    while rows > RANGE_ROWS * 16**digits and digits < most_digits:
         digits += 1
     names = [f"{number:0{digits}x}" if digits else "" for number in range(16**digits)]
     return [Range(*each) for each in zip(names, ["", *names[1:]], [*names[1:], None], strict=True)]
@@ -84,7 +84,7 @@ class Push:
         store: PineconeStore,
         letters: DeadLetters,
         spread: Spread,
-        imports: BucketPath | None = None,
+        imports: StoragePath | None = None,
         report: Callable[[int], object] = lambda rows: None,
     ) -> None:
         """`imports` is where a namespace that does not exist is imported from; `report` is told of rows as they go."""
@@ -169,7 +169,7 @@ class Push:
     def _todo(self, parts: Sequence[Range], version: int) -> list[Range]:
         """The ranges that may differ from what the namespace holds."""
         pushed, again = self._pushed(), sorted(self.letters.ids())
-        same = {base for base in {*pushed.values()} if self._files(base) == self._files(version)}
+        same = {base for base in {*pushed.values()} if files_of(self.table, base) == files_of(self.table, version)}
         todo = []
         for part in parts:
             known = [part.name[:end] for end in range(len(part.name), -1, -1) if part.name[:end] in pushed]
@@ -178,11 +178,6 @@ class Push:
             if base not in same or refused or known[0] != part.name:
                 todo.append(replace(part, base=base, refused=refused))
         return todo
-
-    def _files(self, version: int) -> set[str]:
-        """What the rows of a version are stored in."""
-        fragments = self.table.open(version).get_fragments()
-        return {json.dumps(fragment.metadata.to_json(), sort_keys=True) for fragment in fragments}
 
     def _done(self, part: Range, refused: Sequence[str], version: int) -> None:
         self.letters.drop({*part.refused}.difference(refused))
@@ -218,7 +213,8 @@ class Push:
         if "/" in self.store.namespace:
             raise StoreError(f"pinecone.namespace: found {self.store.namespace}; an import takes none with /")
         folder = self.imports / f"{self.table.name}-{work.version}-{_key(str(self.table.path), self.key)}"
-        started = self.store.found_import(folder.public_uri)
+        uri = public_uri(folder)
+        started = self.store.found_import(uri)
         if started is None and not self.store.is_new():
             return False
         if started is None:
@@ -228,8 +224,8 @@ class Push:
             left = [each for each, size in zip(files, there, strict=True) if size is None]
             for _, found, _ in self.spread(work.to_file, left):
                 counts.update(found)
-            started = self.store.start_import(folder.public_uri)
-        log.info("Pinecone imports %s, which takes ten minutes at least", folder.public_uri)
+            started = self.store.start_import(uri)
+        log.info("Pinecone imports %s, which takes ten minutes at least", uri)
         self.store.await_import(started)
         for part in todo:
             self._done(part, sorted(self.letters.ids()), work.version)
@@ -264,7 +260,7 @@ class Push:
 @dataclass(frozen=True)
 class _ImportFile:
     part: Range
-    file: BucketPath
+    file: StoragePath
 
 
 @dataclass(frozen=True)
@@ -317,6 +313,12 @@ class _Work:
             some = ", ".join(map(str, row_ids[start : start + WAVE_ROWS]))
             batches = list(self.table.scan(columns, f"_rowid IN ({some})", self.version))
             yield pa.Table.from_batches(batches).sort_by("id").combine_chunks()
+
+
+def files_of(table: VectorTable, version: int) -> set[str]:
+    """The fragments of a version: two versions with the same ones hold the same rows."""
+    fragments = table.open(version).get_fragments()
+    return {json.dumps(fragment.metadata.to_json(), sort_keys=True) for fragment in fragments}
 
 
 def pinned_bytes(table: VectorTable) -> int:
