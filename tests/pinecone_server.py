@@ -205,7 +205,8 @@ class Service:
             state |= {"status": "Completed", "percentComplete": 100.0}
             for namespace, vectors in self.bucket(state["uri"]).items():
                 if namespace in self.records[index]:
-                    return state | {"status": "Failed", "error": f"namespace {namespace} exists"}
+                    state |= {"status": "Failed", "error": f"namespace {namespace} exists"}
+                    return state
                 for start in range(0, len(vectors), 1000):
                     self.write(index, namespace, dict(self.checked(index, vectors[start : start + 1000])))
         elif state["status"] == "Pending":
