@@ -63,7 +63,7 @@ class Service:
         self.seen: dict[str, dict[str, dict[str, Record]]] = {}  # `records`, as reads see them
         self.unseen: list[tuple[float, str, str, dict[str, Record | None]]] = []  # when what was written
         self.imports: dict[str, Record] = {}
-        self.bucket: Callable[[str], dict[str, list[Record]]] = lambda uri: {}  # a folder's records by namespace
+        self.bucket: Callable[[str], dict[str, list[Record]]] | None = None  # a folder's records by namespace
 
     def busiest(self, seconds: float = 1.0) -> int:
         """Most requests that came within so long."""
@@ -203,6 +203,7 @@ class Service:
         state = self.imports[number]
         if state["status"] == "InProgress":
             state |= {"status": "Completed", "percentComplete": 100.0}
+            assert self.bucket
             for namespace, vectors in self.bucket(state["uri"]).items():
                 if namespace in self.records[index]:
                     state |= {"status": "Failed", "error": f"namespace {namespace} exists"}

@@ -88,7 +88,7 @@ def test_pandas_and_pyarrow_read_it(tmp_path: Path) -> None:
     with world.table.writing() as writer:
         world.add(writer, world.new(200))
     folder = write_snapshot(world.table, tmp_path / "parquet", board())
-    frame = pd.read_parquet(folder / "rows").set_index("text")  # type: ignore[arg-type]
+    frame = pd.read_parquet(folder / "rows").set_index("text")
     assert sorted(frame.index) == sorted(world.documents)
     for text, vector in frame["vector"].items():
         assert vector.dtype == np.float32
