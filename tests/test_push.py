@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -42,7 +43,7 @@ class KilledError(Exception):
 @pytest.fixture(autouse=True)
 def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PINECONE_API_KEY", KEY)
-    monkeypatch.setattr(push, "RANGE_ROWS", 8)  # 16 ranges from 9 rows on, 256 from 129
+    monkeypatch.setattr(push, "RANGE_ROWS", 8)  # 4 ranges from 9 rows on, 16 from 33, 64 from 129
 
 
 @pytest.fixture
@@ -167,7 +168,7 @@ class TestDifference:
     def test_a_table_that_grows_is_split_into_more_ranges(self, server: Service, tmp_path: Path) -> None:
         world = Pushed(server, tmp_path)
         with world.table.writing() as writer:
-            for count, tags in ((5, 1), (50, 16), (200, 256)):
+            for count, tags in ((5, 1), (10, 4), (40, 16), (200, 64)):
                 world.add(writer, world.new(count))
                 world.sent()
                 world.push(writer)
@@ -639,3 +640,17 @@ def test_an_error_in_a_task_is_its_sentence(ray_cluster: str) -> None:
     assert list(over_cluster(work, [])) == []
     with pytest.raises(StoreError, match=r"^the third of them fails$"):
         list(over_cluster(work, [1, 2, 3]))
+
+
+def test_ranges_are_all_ids_once() -> None:
+    for rows, count in ((0, 1), (8, 1), (9, 4), (32, 4), (33, 16), (129, 64), (10**6, 256)):
+        found = push.ranges(rows)
+        assert len(found) == count
+        assert (found[0].first, found[-1].last) == ("", None)
+        assert all(one.last == other.first for one, other in pairwise(found))
+        ends = [int((one.last or "").ljust(4, "0"), 16) or 16**4 for one in found]
+        assert ends == [16**4 // count * (n + 1) for n in range(count)]
+        for one in found:  # a name begins with that of the larger range around it
+            for larger in push.ranges(0, len(one.name) - 1) if one.name else ():
+                inside = larger.first <= one.first and (larger.last is None or (one.last or "g") <= larger.last)
+                assert one.name.startswith(larger.name) == inside

@@ -97,7 +97,7 @@ def test_pandas_and_pyarrow_read_it(tmp_path: Path) -> None:
     assert found.schema.field("vector").type == pa.list_(pa.field("element", pa.float32()))
     assert found.num_rows == 200
     assert (read_manifest(folder) or {})["rows"] == 200
-    assert len(files_below(folder / "rows")) == 256
+    assert len(files_below(folder / "rows")) == 64
 
 
 def test_an_empty_table(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@
 What the namespace holds is known from tags of the table, so it is listed only once, before the first push:
 
     pushing-<place>-<settings>          the version that is being pushed
-    pushed-<place>-<settings>-3f        the version of which the namespace holds the rows with ids from 3f up to 40
+    pushed-<place>-<settings>-21        the version of which the namespace holds the rows with ids from 9 up to a
 
 A range is compared by id and digest with the version that its tag names, so compacted files cost no request. Its rows
 are upserted, then what is gone is deleted, then its tag moves: a push that was killed goes on with the ranges that are
@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -39,8 +40,8 @@ from pipeline.runtime.console import log
 from pipeline.storage.files import remove_folder, replacing, sizes
 from pipeline.storage.path import StoragePath, public_uri
 
-RANGE_ROWS = 50_000
-MOST_DIGITS = 2  # of a range's name: 256 ranges
+RANGE_ROWS = 100_000  # at most, and a quarter of it at least: what a push that was killed sends again
+MOST_DIGITS = 4  # of a range's name: 256 ranges
 WAVE_ROWS = 8_192  # read and sent together
 LISTED_IDS = 50_000  # compared with the table together
 SAMPLE = 100  # records that are read back: one request
@@ -68,11 +69,12 @@ class Range:
 
 
 def ranges(rows: int, digits: int = 0, most_digits: int = MOST_DIGITS) -> list[Range]:
-    """All ids in 1, 16, 256 … ranges by their first digits, of RANGE_ROWS rows or less if so many digits allow it."""
-    while rows > RANGE_ROWS * 16**digits and digits < most_digits:
+    """All ids in 1, 4, 16 … ranges, named by digits to the base of 4, of RANGE_ROWS rows at most if that many allow it."""
+    while rows > RANGE_ROWS * 4**digits and digits < most_digits:
         digits += 1
-    names = [f"{number:0{digits}x}" if digits else "" for number in range(16**digits)]
-    return [Range(*each) for each in zip(names, ["", *names[1:]], [*names[1:], None], strict=True)]
+    names = ["".join(name) for name in product("0123", repeat=digits)]
+    bounds = [f"{int(name.ljust(8, '0'), 4):04x}".rstrip("0") for name in names]  # ids begin with hexadecimal digits
+    return [Range(*each) for each in zip(names, bounds, [*bounds[1:], None], strict=True)]
 
 
 class Push:

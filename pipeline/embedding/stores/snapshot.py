@@ -30,7 +30,7 @@ def write_snapshot(table: VectorTable, home: StoragePath, board: Board) -> Stora
     name = f"{table.name}-{place}"
     artifact = Artifact(home, name, sorted(files_of(table, version)))
     rows = int(table.open(version).count_rows())
-    parts = ranges(rows, most_digits=4)  # of few enough rows to be sorted in memory
+    parts = ranges(rows, most_digits=8)  # of few enough rows to be sorted in memory
 
     def work(index: int, output: Output) -> int:
         part = parts[index]
