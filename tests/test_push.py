@@ -22,7 +22,7 @@ from pipeline.embedding.stores import pinecone_records, push
 from pipeline.embedding.stores.dead_letters import DeadLetters
 from pipeline.embedding.stores.pinecone_store import PineconeStore
 from pipeline.embedding.stores.push import Push, pinned_bytes
-from pipeline.embedding.stores.store import StoreError
+from pipeline.embedding.stores.store import Refused, StoreError
 from pipeline.embedding.table import Writer
 from pipeline.storage.files import files_below
 from pipeline.storage.path import as_path
@@ -31,7 +31,7 @@ from tests.bucket_servers import serving
 from tests.conftest import board
 from tests.pinecone_server import Service, pinecone_server
 from tests.test_pinecone import ALL_FAULTS, KEY
-from tests.vector_table import ODD, World, vector_of
+from tests.vector_table import ODD, Place, World, rows_of, vector_of
 
 INDEX = "text-embedding-pipeline"
 
@@ -471,6 +471,32 @@ class TestPlaces:
         (row,) = world.store.query(-vector_of("text 39"), 1, {"source": "t", "n": {"gte": 40}})
         assert row["source_id"] == "39"
 
+    def test_random_queries_find_what_brute_force_finds(self, server: Service, tmp_path: Path) -> None:
+        world, found = Pushed(server, tmp_path), 0
+        with world.table.writing() as writer:
+            for _ in range(20):
+                world.step(writer)
+                world.push(writer)
+        choices: dict[str, list[Any]] = {
+            "source": ["s", ["s", "t"]],
+            "size": [1, 2.5, [1, 30], {"gte": 2.5}, {"gt": 1, "lt": 30}],
+            "tag": ["a", "b", ["b", "x"]],
+            "new": [True, False],
+        }
+        for _ in range(60):
+            keys = world.chance.sample(sorted(choices), world.chance.randrange(4))
+            where, k = {key: world.chance.choice(choices[key]) for key in keys}, world.chance.choice([1, 3, 20])
+            query = vector_of(f"{world.chance.random()}")
+            good = [text for text, places in world.documents.items() if any(meets(one, where) for one in places)]
+            scores = {text: float(unit(vector_of(text)) @ unit(query)) for text in good}
+            best = sorted(scores, key=lambda text: -scores[text])[:k]
+            rows = world.store.query(query, k, where)
+            assert [row["text"] for row in rows] == best
+            assert [row["score"] for row in rows] == pytest.approx([scores[text] for text in best], abs=1e-6)
+            found += len(best)
+        assert max(map(len, world.documents.values())) > 2
+        assert found > 200
+
     def test_nan_and_infinities_become_null(self, server: Service, tmp_path: Path) -> None:
         world = Pushed(server, tmp_path)
         numbers = {"a": float("nan"), "b": {"c": [float("inf"), 1]}, "d": 2.5}
@@ -494,6 +520,27 @@ class TestPlaces:
         kept = [{**each, "metadata": json.loads(each["metadata"])} for each in row["places"]]
         assert 50 < len(kept) < 2_000
         assert kept == places[: len(kept)]
+
+
+def unit(vector: np.ndarray) -> np.ndarray:
+    return vector.astype(np.float64) / np.linalg.norm(vector.astype(np.float64))
+
+
+def meets(one: Place, where: dict[str, Any]) -> bool:
+    """Whether a place meets all conditions, spelt out."""
+    for key, wanted in where.items():
+        value = one[key] if key in one else one["metadata"].get(key)
+        if isinstance(wanted, dict):
+            signs = {"gt": float.__gt__, "gte": float.__ge__, "lt": float.__lt__, "lte": float.__le__}
+            if not all(signs[sign](float(value), float(bound)) for sign, bound in wanted.items()):
+                return False
+            continue
+        texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        values = value if texts else [] if isinstance(value, list) else [value]
+        allowed = wanted if isinstance(wanted, list) else [wanted]
+        if not any(item == each and type(item) is type(each) for item in values for each in allowed):
+            return False
+    return True
 
 
 def place(source: str, source_id: str, **metadata: Any) -> dict[str, Any]:
@@ -654,3 +701,27 @@ def test_ranges_are_all_ids_once() -> None:
             for larger in push.ranges(0, len(one.name) - 1) if one.name else ():
                 inside = larger.first <= one.first and (larger.last is None or (one.last or "g") <= larger.last)
                 assert one.name.startswith(larger.name) == inside
+
+
+def test_dead_letters_are_set_aside_read_and_dropped(tmp_path: Path) -> None:
+    world, letters = World(tmp_path), DeadLetters(tmp_path / "dead")
+    rows = rows_of(world.table, {text: [place("s", text)] for text in "abc"})
+    a, b, _ = rows["id"].to_pylist()
+    assert letters.ids() == set()
+    letters.drop({a})
+    assert letters.append(rows, []) == set()
+    assert letters.append(rows, [Refused(a, "too slow", 6), Refused(b, "503", 6)]) == {a, b}
+    assert letters.append(rows, [Refused(b, "still 503", 7)]) == {b}
+    again = {one["id"]: one for one in letters.read().to_pylist()}
+    assert {i: (one["reason"], one["attempts"]) for i, one in again.items()} == {
+        a: ("too slow", 6),
+        b: ("still 503", 7),
+    }
+    names = ("id", "source", "source_id", "text", "metadata")
+    assert {name: again[a][name] for name in names} == rows.select(names).slice(0, 1).to_pylist()[0]
+    letters.drop({"another"})
+    letters.drop({a})
+    assert letters.ids() == {b}
+    letters.drop({b})
+    assert letters.ids() == set()
+    assert list((tmp_path / "dead").iterdir()) == []
