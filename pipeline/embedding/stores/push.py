@@ -69,7 +69,7 @@ class Range:
 
 
 def ranges(rows: int, digits: int = 0, most_digits: int = MOST_DIGITS) -> list[Range]:
-    """All ids in 1, 4, 16 … ranges, of RANGE_ROWS rows at most if that many allow it, named by digits to the base of 4."""
+    """All ids in 1, 4, 16 … ranges, of RANGE_ROWS rows or less if that many allow it, named by digits to base 4."""
     while rows > RANGE_ROWS * 4**digits and digits < most_digits:
         digits += 1
     names = ["".join(name) for name in product("0123", repeat=digits)]
