@@ -381,6 +381,21 @@ class TestRepair:
                     each.push(writer)
                 each.check()
 
+    def test_a_namespace_of_others_is_left_alone(self, server: Service, world: Pushed, tmp_path: Path) -> None:
+        other = Pushed(server, tmp_path / "other")
+        with other.table.writing() as writer:
+            other.add(writer, {"another text": [place("s", "1")], min(world.documents): [place("s", "1")]})
+            words = (
+                rf"^text-embedding-pipeline/n holds 60 records, of which 59 are not in {other.table.path}; name another "
+                r"pinecone\.namespace, or let them be deleted with embedding\.max_deleted_fraction=1$"
+            )
+            for _ in range(2):
+                with pytest.raises(StoreError, match=words):
+                    other.push(writer, max_deleted=0.98)
+            world.check()
+            assert other.push(writer, max_deleted=0.99) == Counter(upserted=2, deleted=59)
+            other.check()
+
     def test_other_settings_send_all_again_and_so_does_changing_them_back(self, server: Service, world: Pushed) -> None:
         for settings, sizes in (({"text_bytes": 4}, {4}), ({}, {len(text) for text in world.documents})):
             world.open(**settings)

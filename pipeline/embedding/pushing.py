@@ -45,7 +45,8 @@ def push_over_cluster(writer: Writer, config: Config, letters: StoragePath, boar
         handle.add.remote("pushed", rows)
 
     with board.stage("push to Pinecone", None, "rows", counter="pushed"):
-        return Push(writer, store, DeadLetters(letters), over_cluster, imports, report).run()
+        most = config.embedding.max_deleted_fraction
+        return Push(writer, store, DeadLetters(letters), over_cluster, imports, report, most).run()
 
 
 def over_cluster(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:

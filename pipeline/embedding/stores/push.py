@@ -25,7 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -33,6 +33,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.embedding.stores.dead_letters import DeadLetters
+from pipeline.embedding.stores.pinecone_records import grouped
 from pipeline.embedding.stores.pinecone_store import PineconeStore
 from pipeline.embedding.stores.store import StoreError
 from pipeline.embedding.table import VectorTable, Writer
@@ -88,10 +89,14 @@ class Push:
         spread: Spread,
         imports: StoragePath | None = None,
         report: Callable[[int], object] = lambda rows: None,
+        max_deleted: float = 1.0,
     ) -> None:
-        """`imports` is where a namespace that does not exist is imported from; `report` is told of rows as they go."""
+        """`imports` is where a namespace that does not exist is imported from; `report` is told of rows as they go.
+
+        `max_deleted` is the share of a listed namespace that may be deleted because the table does not have it.
+        """
         self.writer, self.table, self.store, self.letters = writer, writer.table, store, letters
-        self.spread, self.imports, self.report = spread, imports, report
+        self.spread, self.imports, self.report, self.max_deleted = spread, imports, report, max_deleted
         place = _key(store.uri, store.settings.index, store.namespace)
         self.place = f"-{place}-"
         self.key = f"-{place}-{_key(store.settings.metadata, store.settings.text_bytes)}"
@@ -188,22 +193,18 @@ class Push:
     def _delete_foreign(self, version: int) -> int:
         """List the namespace, and delete what is not in the table."""
         log.info("lists the ids of %s, once", self.store.name)
-        deleted, ids = 0, list[str]()
-        pages = self.store.ids()
-        while page := next(pages, None):
-            ids += page
-            if len(ids) >= LISTED_IDS:
-                deleted, ids = deleted + self._delete_of(ids, version), []
-        return deleted + self._delete_of(ids, version)
-
-    def _delete_of(self, ids: list[str], version: int) -> int:
-        if not ids:
-            return 0
-        # Pages come sorted (Pinecone's guide to listing ids), so that few other rows lie between.
-        there = self.table.read(["id"], (min(ids), max(ids) + " "), version)["id"]
-        found = pa.array(ids, pa.string())
-        foreign = found.filter(pc.invert(pc.is_in(found, value_set=there.combine_chunks())))
-        self.store.delete(foreign.to_pylist())
+        listed, foreign = 0, list[str]()
+        for ids in grouped(chain.from_iterable(self.store.ids()), lambda i: 0, LISTED_IDS, 0):
+            listed += len(ids)
+            # The service sorts ids (Pinecone's guide to listing them), so that few other rows lie between.
+            there = self.table.read(["id"], (min(ids), max(ids) + " "), version)["id"].to_pylist()
+            foreign += set(ids).difference(there)
+        if len(foreign) > self.max_deleted * listed:
+            raise StoreError(
+                f"{self.store.name} holds {listed:,} records, of which {len(foreign):,} are not in {self.table.path}; "
+                "name another pinecone.namespace, or let them be deleted with embedding.max_deleted_fraction=1"
+            )
+        self.store.delete(foreign)
         return len(foreign)
 
     # The first load, by an import.
