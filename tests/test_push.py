@@ -386,8 +386,8 @@ class TestRepair:
         with other.table.writing() as writer:
             other.add(writer, {"another text": [place("s", "1")], min(world.documents): [place("s", "1")]})
             words = (
-                rf"^text-embedding-pipeline/n holds 60 records, of which 59 are not in {other.table.path}; name another "
-                r"pinecone\.namespace, or let them be deleted with embedding\.max_deleted_fraction=1$"
+                rf"^text-embedding-pipeline/n holds 60 records, of which 59 are not in {other.table.path}; name "
+                r"another pinecone\.namespace, or let them be deleted with embedding\.max_deleted_fraction=1$"
             )
             for _ in range(2):
                 with pytest.raises(StoreError, match=words):

@@ -99,7 +99,7 @@ class Index:
         whole = sum(found, Difference())
         counts = whole.summary
         self._refuse_mass_deletion(counts)
-        letters = DeadLetters(self.config.run_dir / "dead_letters" / self.table.name, self.table.width)
+        letters = DeadLetters(self.config.run_dir / "dead_letters" / self.table.name)
         remove_folder(letters.folder)  # they are tried again now
         metrics: dict[str, Any] = {name: counts[name] for name in COUNTS}
         due = [index for index, each in enumerate(found) if each.counts["new"]]
