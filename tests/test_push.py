@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,35 @@ def killed_after(done: int) -> Callable[..., Any]:
     return spread
 
 
+@contextmanager
+def kills(world: Pushed, writer: Writer) -> Iterator[str]:
+    """Ends a push before or after one of its next steps of a kind."""
+    chance = world.chance
+    target, name = chance.choice(
+        [
+            (world.store, "upsert"),
+            (world.store, "delete"),
+            (world.store, "count"),
+            (writer, "tag"),
+            (writer, "untag"),
+        ]
+    )
+    step, left, after = getattr(target, name), chance.randrange(3), chance.random() < 0.5
+
+    def counted(*args: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 and not after:
+            raise KilledError
+        found = step(*args)
+        if left < 0:
+            raise KilledError
+        return found
+
+    with patch.object(target, name, counted):
+        yield name
+
+
 class TestDifference:
     def test_only_what_changed_is_sent_and_the_namespace_is_listed_once(self, server: Service, tmp_path: Path) -> None:
         world = Pushed(server, tmp_path)
@@ -181,24 +211,28 @@ class TestDifference:
             world.push(writer)
             world.check()
 
-    def test_random_changes_with_kills(self, server: Service, tmp_path: Path) -> None:
-        world = Pushed(server, tmp_path)
-        killed = 0
+    def test_random_changes_with_kills_anywhere(
+        self, server: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(push, "WAVE_ROWS", 2)
+        world, killed = Pushed(server, tmp_path), Counter[str]()
         with world.table.writing() as writer:
-            for _ in range(60):
+            for _ in range(80):
                 world.step(writer)
-                if world.chance.random() < 0.4:
+                if world.chance.random() < 0.6:
                     try:
-                        world.push(writer, killed_after(world.chance.randrange(4)))
+                        with kills(world, writer) as name:
+                            world.push(writer)
                     except KilledError:
-                        killed += 1
+                        killed[name] += 1
                         continue
                 else:
                     world.push(writer)
                 world.check()
             world.push(writer)
             world.check()
-        assert killed > 5
+        assert set(killed) == {"upsert", "delete", "tag", "untag", "count"}
+        assert killed.total() > 20
         assert len(world.documents) > 20
         assert server.count("vectors/list") == 1
 
