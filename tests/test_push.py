@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import load
+from pipeline.config import ConfigError, load
 from pipeline.config.pinecone import Pinecone
 from pipeline.embedding.pushing import over_cluster, push_over_cluster
 from pipeline.embedding.stores import pinecone_records, push
@@ -26,7 +26,7 @@ from pipeline.embedding.stores.push import Push, pinned_bytes
 from pipeline.embedding.stores.store import Refused, StoreError
 from pipeline.embedding.table import Writer
 from pipeline.storage.files import files_below
-from pipeline.storage.path import as_path
+from pipeline.storage.path import StoragePath, as_path, public_uri
 from pipeline.text.identity import content_id
 from tests.bucket_servers import serving
 from tests.conftest import board
@@ -56,7 +56,7 @@ def server() -> Iterator[Service]:
 class Pushed(World):
     """A table, and the namespace that it is pushed to."""
 
-    def __init__(self, server: Service, folder: Path, namespace: str = "n", **settings: Any) -> None:
+    def __init__(self, server: Service, folder: StoragePath, namespace: str = "n", **settings: Any) -> None:
         super().__init__(folder / namespace)
         self.server, self.namespace = server, namespace
         self.letters = DeadLetters(folder / "letters" / namespace)
@@ -210,6 +210,24 @@ class TestDifference:
             world.remove(writer, list(world.documents)[:250])
             world.push(writer)
             world.check()
+
+    def test_a_table_in_a_bucket(self, server: Service, tmp_path: Path) -> None:
+        with serving("s3", "bucket", tmp_path) as bucket:
+            world = Pushed(server, as_path(bucket.uri("run")))
+            with world.table.writing() as writer:
+                world.add(writer, world.new(20))
+                server.poison = {content_id([min(world.documents)])}
+                with pytest.raises(KilledError):
+                    world.push(writer, killed_after(2))
+                world.push(writer)
+                world.check(server.poison)
+                world.step(writer)
+                server.poison = set()
+                world.push(writer)
+                world.check()
+                assert world.letters.ids() == set()
+                assert pinned_bytes(world.table) == 0
+        assert server.count("vectors/list") == 1
 
     def test_random_changes_with_kills_anywhere(
         self, server: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -684,6 +702,20 @@ class TestImport:
             assert world.push(writer, imports=tmp_path) == Counter(upserted=10, deleted=1)
         world.check()
         assert not server.imports
+
+
+def test_folders_as_the_service_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "ours")
+    names = {
+        "s3://bucket/a/b?region=eu-west-1": "s3://bucket/a/b",
+        "gs://bucket/a": "gs://bucket/a",
+        "az://container/a": "https://ours.blob.core.windows.net/container/a",
+        "az://container/a?account_name=theirs": "https://theirs.blob.core.windows.net/container/a",
+    }
+    assert {uri: public_uri(as_path(uri)) for uri in names} == names
+    (tmp_path / "c.yaml").write_text("pinecone: {import_uri: a/folder}")
+    with pytest.raises(ConfigError, match=r"pinecone\.import_uri"):
+        load(tmp_path / "c.yaml", environ={})
 
 
 def read_folder(uri: str) -> dict[str, list[dict[str, Any]]]:

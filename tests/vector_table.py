@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import pyarrow as pa
 
 from pipeline.embedding.columns import as_column
 from pipeline.embedding.table import VectorTable, Writer
+from pipeline.storage.path import StoragePath
 from pipeline.text.identity import content_id
 
 WIDTH = 5
@@ -45,7 +45,7 @@ def written(place: Place) -> dict[str, str]:
 
 
 class World:
-    def __init__(self, folder: Path, seed: int = 0, vector_type: str = "float32", name: str = "t") -> None:
+    def __init__(self, folder: StoragePath, seed: int = 0, vector_type: str = "float32", name: str = "t") -> None:
         self.table = VectorTable(folder, name, WIDTH, vector_type)
         self.documents: Documents = {}
         self.chance, self.made = random.Random(seed), 0
