@@ -198,7 +198,7 @@ def embed_stage(
         metrics = index.estimate(session.board)
     elif verify:
         metrics = index.verify(session.board)
-    elif index.is_done() and not rebuild:
+    elif config.embedding.store == "lancedb" and index.is_done() and not rebuild:
         log.info("embed: nothing to do, %s documents are in %s", f"{table.count():,}", table.path)
         index.publish()
         metrics = {"embedded": 0, "rows": table.count()}

@@ -8,11 +8,13 @@ what the service refuses: another key, too many records or bytes, wrong dimensio
 data plane a share fails, by kind:
 
     429, 429-after           without and with Retry-After
-    500, 503                 as they are
+    403, 500, 503            as they are
     timeout                  no answer until the client goes
     cut-before, cut-after    the connection ends, nothing done or all
     part                     half of an upsert is written, then 500
     short                    half of an upsert is written, and the answer says so
+
+Reads see what was written `lag_s` ago.
 """
 
 from __future__ import annotations
@@ -56,9 +58,12 @@ class Service:
         self.poison: set[str] = set()  # ids that make a batch fail
         self.not_ready = 0  # descriptions until an index is ready
         self.work_s = 0.0  # that a request takes
-        self.lag = 0  # statistics that are as before
-        self.writes: list[int] = []  # records of each upsert that was taken
-        self._seen: dict[str, Any] = {}
+        self.lag_s = 0.0
+        self.writes: list[list[str]] = []  # ids of each upsert that was taken
+        self.seen: dict[str, dict[str, dict[str, Record]]] = {}  # `records`, as reads see them
+        self.unseen: list[tuple[float, str, str, dict[str, Record | None]]] = []  # when what was written
+        self.imports: dict[str, Record] = {}
+        self.bucket: Callable[[str], dict[str, list[Record]]] | None = None  # a folder's records by namespace
 
     def busiest(self, seconds: float = 1.0) -> int:
         """Most requests that came within so long."""
@@ -105,12 +110,24 @@ class Service:
     def remove(self, name: str) -> Record:
         self.described(name)
         del self.indexes[name], self.records[name]
+        self.seen.pop(name, None)
+        self.unseen = [each for each in self.unseen if each[1] != name]
         return {}
 
     # The data plane.
 
+    def write(self, index: str, namespace: str, changes: dict[str, Record | None]) -> None:
+        self.unseen.append((time.monotonic(), index, namespace, changes))
+        _apply(self.records, index, namespace, changes)
+
+    def visible(self, index: str) -> dict[str, dict[str, Record]]:
+        """The namespaces of an index, as reads see them."""
+        while self.unseen and self.unseen[0][0] <= time.monotonic() - self.lag_s:
+            _apply(self.seen, *self.unseen.pop(0)[1:])
+        return self.seen.get(index, {})
+
     def space(self, index: str, namespace: str) -> dict[str, Record]:
-        return self.records[index].get(namespace or "__default__", {})
+        return self.visible(index).get(namespace or "__default__", {})
 
     def checked(self, index: str, vectors: list[Record]) -> dict[str, Record]:
         dimension = self.indexes[index]["schema"]["fields"]["_values"]["dimension"]
@@ -134,9 +151,8 @@ class Service:
     def upsert(self, index: str, body: Record, share: float = 1.0) -> Record:
         new = self.checked(index, body["vectors"])
         taken = list(new) if share == 1 else self.chance.sample(list(new), int(len(new) * share))
-        space = self.records[index].setdefault(body.get("namespace") or "__default__", {})
-        space.update({i: new[i] for i in taken})
-        self.writes.append(len(taken))
+        self.write(index, body.get("namespace") or "__default__", {i: new[i] for i in taken})
+        self.writes.append(taken)
         return {"upsertedCount": len(taken)}
 
     def query(self, index: str, body: Record) -> Record:
@@ -160,15 +176,7 @@ class Service:
             raise RefusalError(404, "Namespace not found", "NOT_FOUND")
         if len(body["ids"]) > 1000:
             raise RefusalError(400, "Too many ids")
-        for i in body["ids"]:
-            self.space(index, body["namespace"]).pop(i, None)
-        return {}
-
-    def update(self, index: str, body: Record) -> Record:
-        one = self.space(index, body["namespace"]).get(body["id"])
-        if one is not None:
-            one["values"] = body.get("values") or one["values"]
-            one["metadata"] |= stored(body.get("setMetadata") or {})
+        self.write(index, body["namespace"], dict.fromkeys(body["ids"]))
         return {}
 
     def listed(self, index: str, query: dict[str, list[str]]) -> Record:
@@ -179,14 +187,43 @@ class Service:
         return {"vectors": [{"id": i} for i in ids[start:end]], "namespace": query["namespace"][0], **more}
 
     def stats(self, index: str) -> Record:
-        counts = {name: {"vectorCount": len(space)} for name, space in self.records[index].items()}
-        if self.lag and self._seen:
-            self.lag -= 1
-            return self._seen
+        counts = {name: {"vectorCount": len(space)} for name, space in self.visible(index).items()}
         dimension = self.indexes[index]["schema"]["fields"]["_values"]["dimension"]
         total = sum(one["vectorCount"] for one in counts.values())
-        self._seen = {"namespaces": counts, "dimension": dimension, "indexFullness": 0, "totalVectorCount": total}
-        return self._seen
+        return {"namespaces": counts, "dimension": dimension, "indexFullness": 0, "totalVectorCount": total}
+
+    def start_import(self, index: str, body: Record) -> Record:
+        number = str(len(self.imports) + 1)
+        state = {"id": number, "uri": body["uri"], "status": "Pending", "createdAt": "2026-11-30T00:00:00Z"}
+        self.imports[number] = {**state, "percentComplete": 0.0, "body": body}
+        return {"id": number}
+
+    def described_import(self, index: str, number: str) -> Record:
+        """The state, which is one step further at each look."""
+        state = self.imports[number]
+        if state["status"] == "InProgress":
+            state |= {"status": "Completed", "percentComplete": 100.0}
+            assert self.bucket
+            for namespace, vectors in self.bucket(state["uri"]).items():
+                if namespace in self.records[index]:
+                    state |= {"status": "Failed", "error": f"namespace {namespace} exists"}
+                    return state
+                for start in range(0, len(vectors), 1000):
+                    self.write(index, namespace, dict(self.checked(index, vectors[start : start + 1000])))
+        elif state["status"] == "Pending":
+            state["status"] = "InProgress"
+        return state
+
+
+def _apply(
+    indexes: dict[str, dict[str, dict[str, Record]]], index: str, namespace: str, changes: dict[str, Record | None]
+) -> None:
+    space = indexes.setdefault(index, {}).setdefault(namespace, {})
+    for i, one in changes.items():
+        if one is None:
+            space.pop(i, None)
+        else:
+            space[i] = one
 
 
 def stored(metadata: Record) -> Record:
@@ -200,6 +237,10 @@ def stored(metadata: Record) -> Record:
 
 
 def matches(conditions: Record, metadata: Record) -> bool:
+    if "$or" in conditions:
+        return any(matches(each, metadata) for each in conditions["$or"])
+    if "$and" in conditions:
+        return all(matches(each, metadata) for each in conditions["$and"])
     return all(
         any(meets(value, sign, want) for value in (have if isinstance(have, list) else [have]))
         for name, condition in conditions.items()
@@ -274,7 +315,7 @@ class Handler(BaseHTTPRequestHandler):
         """Status, body and headers; None where the connection is to end."""
         after = {"Retry-After": f"{self.service.retry_after_s:g}"} if fault == "429-after" else {}
         broken = {"error": {"code": "UNKNOWN", "message": "so it goes"}}
-        if fault in ("429", "429-after", "500", "503"):
+        if fault in ("403", "429", "429-after", "500", "503"):
             return int(fault[:3]), broken, after
         if fault in ("timeout", "cut-before"):
             return None
@@ -308,10 +349,14 @@ class Handler(BaseHTTPRequestHandler):
             "vectors/fetch": lambda: service.fetch(index, self.query),
             "vectors/list": lambda: service.listed(index, self.query),
             "vectors/delete": lambda: service.delete(index, body),
-            "vectors/update": lambda: service.update(index, body),
+            "bulk/imports": lambda: (
+                service.start_import(index, body) if body else {"data": list(service.imports.values())}
+            ),
             "query": lambda: service.query(index, body),
             "describe_index_stats": lambda: service.stats(index),
         }
+        if operation.startswith("bulk/imports/"):
+            return service.described_import(index, self.rest[-1])
         return acts[operation]()
 
     def log_message(self, *_: object) -> None:

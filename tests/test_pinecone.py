@@ -20,11 +20,11 @@ import yaml
 from pipeline.config import ConfigError, load
 from pipeline.config.pinecone import Pinecone
 from pipeline.embedding.columns import as_column
-from pipeline.embedding.store import named_store
 from pipeline.embedding.stores import pinecone_records, pinecone_service
 from pipeline.embedding.stores.budget import Allowance, Budget
 from pipeline.embedding.stores.pinecone_store import PineconeStore
-from pipeline.embedding.stores.store import SCHEMA, StoreError
+from pipeline.embedding.stores.store import StoreError
+from pipeline.embedding.table import PLACE
 from tests.pinecone_server import RefusalError, Service, pinecone_server
 
 WIDTH = 5
@@ -63,10 +63,12 @@ def refusal(ask: Callable[[], object]) -> str:
 
 
 def rows_of(ids: list[str], seed: int = 0, text: str = "a text", metadata: str = '{"n": 1}') -> pa.Table:
+    """Rows as of the vector table, of one place each."""
     vectors = np.random.default_rng(seed).normal(size=(len(ids), WIDTH))
-    constant = {"source": "s", "text": text, "metadata": metadata}
-    columns = {"id": ids, "source_id": ids, **{name: [value] * len(ids) for name, value in constant.items()}}
-    return pa.table({**columns, "vector": as_column(vectors)}).select(SCHEMA(WIDTH).names)
+    places = [[{"source": "s", "source_id": i, "metadata": metadata}] for i in ids]
+    columns = {"id": ids, "places": pa.array(places, pa.list_(PLACE)), "text": [text] * len(ids), "digest": ids}
+    columns |= {name: [place[0][name] for place in places] for name in ("source", "source_id", "metadata")}
+    return pa.table({**columns, "vector": as_column(vectors)})
 
 
 def numbered(count: int) -> list[str]:
@@ -94,15 +96,17 @@ class TestFaults:
             assert stores[1].upsert(rows.slice(900)) == []
             stores[0].delete(ids[:250])
             assert stores[1].upsert(rows.slice(0, 50)) == []
+            while set(server.faulted) < set(ALL_FAULTS):
+                assert stores[0].upsert(rows.slice(250, 20)) == []
             expected = {*ids[:50], *ids[250:]}
             assert set(held(server)) == expected
             found = [i for page in stores[0].ids() for i in page]
             assert len(found) == len(set(found)) == stores[1].count() == len(expected)
             back = stores[0].fetch(sorted(expected))
             at = {i: n for n, i in enumerate(ids)}
-            wanted = rows.take([at[i] for i in back["id"].to_pylist()])
-            assert back["vector"].to_pylist() == wanted["vector"].to_pylist()
-            assert set(server.faulted) == set(ALL_FAULTS)
+            wanted = rows.take([at[i] for i in back])
+            assert set(back) == expected
+            assert [row["vector"].tolist() for row in back.values()] == wanted["vector"].to_pylist()
             assert 0.1 < len(server.faulted) / len(server.requests) < 0.3
             # Of those that the budget let go, at most so many were still on their way when a second began.
             assert server.busiest(1.0) <= rate + 1 + at_once
@@ -126,7 +130,7 @@ class TestFaults:
         store = made(server, batch_rows=10)
         server.faults = {"500": 0.3}
         assert store.upsert(rows_of(numbered(200))) == []
-        assert sorted(server.writes) == [10] * 20
+        assert [len(ids) for ids in server.writes] == [10] * 20
         assert server.count("vectors/upsert") == 20 + server.faulted.count("500") > 22
 
     def test_a_record_that_the_service_will_not_have_takes_no_other_with_it(self, server: Service) -> None:
@@ -174,16 +178,6 @@ class TestFaults:
         for header, asked in {None: None, "7": 7, "soon": None, **dates}.items():
             assert pinecone_service._seconds(header) == asked
 
-    def test_counts_that_lag(self, server: Service) -> None:
-        store = made(server)
-        store.upsert(rows_of(["a"]))
-        assert store.count() == 1
-        store.upsert(rows_of(["b", "c"]))
-        server.lag = 2
-        store.finish()
-        assert server.lag == 0
-        assert store.count() == 3
-
 
 class TestSentences:
     """What is wrong with all of it is a sentence, and what was written stays."""
@@ -192,7 +186,7 @@ class TestSentences:
         made(server)
         monkeypatch.setenv("PINECONE_API_KEY", "pc-wrong-key")
         words = "Pinecone refused the key (401); is PINECONE_API_KEY, or the one in api.env, right?"
-        for ask in (store_at(server).create, store_at(server).count, store_at(server).exists):
+        for ask in (store_at(server).create, store_at(server).count, store_at(server).is_new):
             assert refusal(ask) == words
         assert len(server.control) < 9  # it is not tried again
 
@@ -203,15 +197,19 @@ class TestSentences:
         config.write_text(yaml.safe_dump({"embedding": {"store": "pinecone"}, "pinecone": {"host": server.url}}))
         monkeypatch.chdir(tmp_path)
         words = "found no Pinecone key; set PINECONE_API_KEY on each node, or write PINECONE_API_KEY=… into "
-        assert refusal(named_store(load(config), "t", WIDTH).exists) == f"{words}{tmp_path / 'api.env'}"
+
+        def create() -> None:
+            settings = load(config)
+            PineconeStore(settings.pinecone, "t", WIDTH, settings.secret_files).create()
+
+        assert refusal(create) == f"{words}{tmp_path / 'api.env'}"
         (config.parent / "api.env").write_text(f"# secrets\nOTHER=1\nexport PINECONE_API_KEY='{KEY}'\n")
-        assert named_store(load(config), "t", WIDTH).exists() is False
+        assert refusal(create).startswith("Pinecone has no index")
         (tmp_path / "api.env").write_text("PINECONE_API_KEY=wrong")
-        assert "401" in refusal(named_store(load(config), "t", WIDTH).exists)
+        assert "401" in refusal(create)
 
     def test_an_index_that_is_not_there(self, server: Service) -> None:
         store = store_at(server, create=False, index="other")
-        assert not store.exists()
         words = "Pinecone has no index other; pinecone.create=true makes it, or name another by pinecone.index"
         for ask in (store.create, store.count, lambda: store.upsert(rows_of(["a"]))):
             assert refusal(ask) == words
@@ -240,7 +238,6 @@ class TestSentences:
         server.remove("text-embedding-pipeline")
         asks = [
             lambda: store.upsert(rows_of(numbered(50))),
-            lambda: store.update(rows_of(["a"])),
             lambda: store.delete(["a"]),
             lambda: store.query(np.ones(WIDTH), 1),
             lambda: store.fetch(["a"]),
@@ -284,7 +281,7 @@ class TestRecords:
         assert set(refused) == set(bad)
         assert all(reason in refused[i].reason and refused[i].attempts == 0 for i, (_, reason) in bad.items())
         assert set(held(server)) == {"good", most}
-        assert store.fetch(["naïve", most, "x" * 513])["id"].to_pylist() == [most]
+        assert [*store.fetch(["naïve", most, "x" * 513])] == [most]
         store.delete(["naïve", most])
         assert set(held(server)) == {"good"}
 
@@ -294,30 +291,47 @@ class TestRecords:
             store.upsert(rows_of(["a", "b"], text="ä" * 300))
             store.upsert(rows_of(["c"], text="ä" * 300))
         (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-        assert said == "text-embedding-pipeline/n: texts are cut to 101 bytes (pinecone.text_bytes)"
-        assert store.fetch(["a"])["text"].to_pylist() == ["ä" * 50]
+        assert said == (
+            "text-embedding-pipeline/n: texts are cut to 101 bytes (pinecone.text_bytes), and many places to the first"
+        )
+        assert store.fetch(["a"])["a"]["text"] == "ä" * 50
         # Beside metadata that nearly fills a record, less of the text is left; quotes take two bytes each.
         wide = made(server, "wide", text_bytes=40_000)
         assert wide.upsert(rows_of(["a"], text='"' * 30_000, metadata=json.dumps({"a": "y" * 30_000}))) == []
-        (kept,) = wide.fetch(["a"])["text"].to_pylist()
-        assert len(kept) == (40_960 - 30_000 - len('{"a":"","source":"s","source_id":"a","text":""}')) // 2
+        kept = wide.fetch(["a"])["a"]["text"]
+        others = len('{"a":"","digest":"a","source":"s","source_id":"a","text":""}')
+        assert len(kept) == (40_960 - 30_000 - others) // 2
+
+    def test_vectors_that_cannot_be_compared(self, server: Service) -> None:
+        store = made(server)
+        vectors = np.ones((4, WIDTH), np.float32)
+        vectors[0, 1], vectors[1, 2], vectors[2] = np.nan, np.inf, 0
+        rows = rows_of(numbered(4))
+        rows = rows.set_column(rows.column_names.index("vector"), "vector", as_column(vectors))
+        refused = {one.id: one.reason for one in store.upsert(rows)}
+        assert [refused[i] for i in ("id0", "id1")] == ["its vector holds NaN or infinity"] * 2
+        assert refused["id2"] == "its vector is zero, which has no direction to compare"
+        assert set(held(server)) == {"id3"}
+        said = refusal(lambda: store_at(server, width=9).upsert(rows))
+        assert said == "text-embedding-pipeline/n takes vectors of 9 numbers; found vectors of 5"
 
     def test_what_is_sent(self, server: Service) -> None:
         store = made(server, metadata=["a", "deep"])
         store.upsert(rows_of(["x"], metadata=json.dumps({"a": 1, "b": 2, "deep": {"c": [None]}})))
-        columns = {"source": "s", "source_id": "x", "text": "a text"}
+        columns = {"source": "s", "source_id": "x", "text": "a text", "digest": "x"}
         assert max(len(repr(number)) for number in held(server)["x"]["values"]) <= 14
         assert held(server)["x"]["metadata"] == {"a": 1.0, **columns, "metadata_json": '{"deep": {"c": [null]}}'}
-        assert json.loads(store.fetch(["x"])["metadata"][0].as_py()) == {"a": 1, "deep": {"c": [None]}}
+        assert json.loads(store.fetch(["x"])["x"]["metadata"]) == {"a": 1, "deep": {"c": [None]}}
 
     def test_batches_by_count_and_by_bytes(self, server: Service) -> None:
         store = made(server, batch_rows=1000)
         store.upsert(rows_of([f"id{n:05}" for n in range(2500)], text=""))
-        assert sorted(server.writes) == [500, 1000, 1000]
+        assert sorted(map(len, server.writes)) == [500, 1000, 1000]
         server.writes.clear()
         store.upsert(rows_of([f"id{n:05}" for n in range(1000)], text="t" * 7_000))  # 7 MB
-        assert sum(server.writes) == 1000
-        assert all(200 < size < 290 for size in sorted(server.writes)[1:])  # the server refuses more than 2 MiB
+        sizes = sorted(map(len, server.writes))
+        assert sum(sizes) == 1000
+        assert all(200 < size < 290 for size in sizes[1:])  # the server refuses more than 2 MiB
 
     def test_no_batch_is_over_its_bytes_and_none_is_left_out(self) -> None:
         chance = random.Random(0)
@@ -334,7 +348,7 @@ class TestRecords:
         store = made(server)
         ids = [f"{n:03}/" + "%" * 500 for n in range(40)]
         store.upsert(rows_of(ids))
-        assert sorted(store.fetch(ids)["id"].to_pylist()) == ids
+        assert sorted(store.fetch(ids)) == ids
 
 
 class TestKey:
@@ -348,7 +362,7 @@ class TestKey:
         store.upsert(rows_of(["a"]))
         store.query(np.ones(WIDTH), 1)
         server.key = "another"  # the server's refusal names the key that it was given
-        for ask in (store.count, store_at(server).exists):
+        for ask in (store.count, store_at(server).is_new):
             with pytest.raises(StoreError) as caught:
                 ask()
             seen += [str(caught.value), repr(caught.value), repr(vars(caught.value))]

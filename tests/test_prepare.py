@@ -341,6 +341,20 @@ def test_names_and_ids_that_are_no_text(tmp_path: Path) -> None:
     assert (row["source_id"], row["metadata"]) == ("s:?", '{"line": "?"}')
 
 
+def test_nan_and_infinities_in_metadata_become_null(tmp_path: Path) -> None:
+    path, lines = tmp_path / "a.jsonl", ["NaN", '{"deep": [1.5, -Infinity, {"x": NaN}], "y": "NaN"}', "1e999", "0.5"]
+    texts = [f'"anchor": "anchor text number {n}", "positive": "positive text number {n}"' for n in range(len(lines))]
+    path.write_text("".join(f'{{{text}, "line": {line}}}\n' for text, line in zip(texts, lines, strict=True)))
+    folder, _ = prepare(config_of(tmp_path, path), board)
+    rows = {row["positive"][-1]: row["metadata"] for row in pq.read_table(folder / "records").to_pylist()}
+    assert [rows[f"{n}"] for n in range(len(lines))] == [
+        '{"line": null}',
+        '{"line": {"deep": [1.5, null, {"x": null}], "y": "NaN"}}',
+        '{"line": null}',
+        '{"line": 0.5}',
+    ]
+
+
 def test_of_equal_records_the_same_one_stays_in_any_order(tmp_path: Path) -> None:
     rows = [{"id": "x", "line": i, "anchor": "an anchor text", "positive": "a positive text"} for i in range(5)]
     kept = []

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.config.section import Section
+from pipeline.config.section import PathStr, Section
 
 Host = Annotated[str, Field(min_length=1, pattern=r"^\S+$")]
 
@@ -47,3 +47,13 @@ class Pinecone(Section):
     """Seconds to wait for an answer."""
     max_wait_s: float = Field(60.0, gt=0)
     """Longest wait between two attempts, in seconds, whatever the service asks for."""
+    settle_s: float = Field(60.0, ge=0)
+    """Seconds to wait, after a push, until counts and reads show what was written. Pinecone names no limit; ours."""
+    import_uri: Annotated[PathStr, Field(pattern=r"^(s3|gs|gcs|az|azure)://")] | None = None
+    """Folder in a bucket, as s3://bucket/folder, through which a namespace that does not exist yet is filled: the rows
+    are written there as Parquet files, which Pinecone then reads by itself, in ten minutes at least. Worth it from
+    about a million rows on. It needs Pinecone's Standard or Enterprise plan, a serverless index without integrated
+    embedding, and for s3:// one that is hosted on AWS. At most 1 TB an import. By default rows are upserted."""
+    import_integration: str | None = None
+    """Id of the storage integration (Pinecone's console, Storage integrations) by which Pinecone may read the bucket;
+    not needed for a public one."""

@@ -10,6 +10,7 @@ once nothing hides them but before terminal escapes lose their first character, 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Judge:
         origin = {"source": self.source, "source_id": _writable(f"{self.source}:{raw.native_id}")}
         if reason is None:
             try:
-                metadata = _writable(json.dumps(raw.metadata, ensure_ascii=False, default=str))
+                metadata = _writable(_as_json(raw.metadata))
                 return {"id": _id(fields), **origin, **fields, "metadata": metadata}
             except RecursionError:  # lists in lists in lists, deeper than Python's stack
                 reason = "unreadable_value"
@@ -108,3 +109,19 @@ def _id(fields: dict[str, Any]) -> str:
 
 def _writable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _as_json(value: Any) -> str:
+    """JSON, which has no NaN and no infinities: they become null."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        return json.dumps(_without_nan(value), ensure_ascii=False, default=str)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return [*map(_without_nan, value)] if isinstance(value, list | tuple) else value

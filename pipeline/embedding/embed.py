@@ -24,12 +24,11 @@ from pipeline.embedding.chunks import expanded
 from pipeline.embedding.columns import as_column, as_matrix
 from pipeline.embedding.encode import open_encoder
 from pipeline.embedding.recipe import EncoderRecipe
-from pipeline.embedding.stores.budget import Allowance
 from pipeline.embedding.stores.dead_letters import DeadLetters
 from pipeline.embedding.stores.store import Refused
 from pipeline.embedding.sync import DIFFERENCE, Difference, Sync, count_tokens, with_vectors
 from pipeline.embedding.table import VectorTable, Writer
-from pipeline.runtime.cluster import Cluster, connected_cluster, on_own_node
+from pipeline.runtime.cluster import Cluster, connected_cluster
 from pipeline.runtime.console import log
 from pipeline.runtime.memory import large_buffers_given_back
 from pipeline.runtime.session import Board
@@ -330,24 +329,3 @@ def _a_task_each(ranges: int) -> Dataset:
     import ray.data
 
     return ray.data.range(ranges, override_num_blocks=max(ranges, 1))
-
-
-class SharedAccount:
-    """An `Allowance` in an actor, which all processes of a job ask."""
-
-    def __init__(self, requests_per_second: float, max_concurrency: int) -> None:
-        import ray
-
-        actor = on_own_node(ray.remote(num_cpus=0)(Allowance))
-        self.actor = actor.remote(requests_per_second, max_concurrency)
-
-    def ask(self) -> float:
-        import ray
-
-        return float(ray.get(self.actor.ask.remote()))
-
-    def give_back(self) -> None:
-        self.actor.give_back.remote()
-
-    def hold(self, seconds: float) -> None:
-        self.actor.hold.remote(seconds)

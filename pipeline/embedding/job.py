@@ -82,24 +82,51 @@ class Index:
             with alone_in(self.table.path):
                 self.table.empty()
         with self.table.writing() as writer:
-            return self._write(writer, board)
+            metrics = {"embedded": 0, "rows": self.table.count()} if self.is_done() else self._write(writer, board)
+            self.publish()
+            return metrics | self._deliver(writer, board)
+
+    def _deliver(self, writer: Writer, board: Callable[[], Board]) -> dict[str, Any]:
+        """Bring what lies beside the table up to date: a namespace of Pinecone, or Parquet files."""
+        config, store = self.config, self.config.embedding.store
+        if store == "parquet":
+            from pipeline.embedding.stores.snapshot import write_snapshot
+
+            folder = write_snapshot(self.table, config.under_root(config.embedding.uri or "parquet"), board)
+            return {"parquet": str(folder)}
+        if store == "lancedb":
+            return {}
+        from pipeline.embedding.pushing import push_over_cluster
+        from pipeline.embedding.stores.push import pinned_bytes
+
+        letters = config.run_dir / "dead_letters" / f"{self.table.name}-pinecone"
+        counts = push_over_cluster(writer, config, letters, board())
+        log.info("embed: Pinecone holds the table's rows: %s", _listed(counts) or "nothing had changed")
+        if pinned := pinned_bytes(self.table):
+            log.info("embed: versions that were pushed keep %s MB of old files", f"{pinned / 1e6:,.0f}")
+        if counts["refused"]:
+            raise JobError(
+                f"Pinecone refused {counts['refused']:,} rows; {letters} has them with the reasons, all others are "
+                "there, and the next run tries just those"
+            )
+        return {"upserted": counts["upserted"], "pushed_deletions": counts["deleted"]}
 
     def _write(self, writer: Writer, board: Callable[[], Board]) -> dict[str, Any]:
         from pipeline.embedding.embed import differences, embed, finish_somewhere, update
 
-        wanted, began = self.config.embedding, time.monotonic()
+        wanted, began, base = self.config.embedding, time.monotonic(), writer.begin()
         for name in unreadable(self.table):
             log.warning("embed: the index %s cannot be read and is built again", name)
             writer.drop_index(name)
         rows = writer.dataset.count_rows()
-        sync = self._sync(writer.base, empty=not rows, check=not writer.was_verified)
+        sync = self._sync(base, empty=not rows, check=not writer.was_verified)
         if rows and sync.check:
             log.info("embed: all %s rows are checked, for the last job did not end or another wrote to it", f"{rows:,}")
         found = differences(sync, board)
         whole = sum(found, Difference())
         counts = whole.summary
         self._refuse_mass_deletion(counts)
-        letters = DeadLetters(self.config.run_dir / "dead_letters" / self.table.name, self.table.width)
+        letters = DeadLetters(self.config.run_dir / "dead_letters" / self.table.name)
         remove_folder(letters.folder)  # they are tried again now
         metrics: dict[str, Any] = {name: counts[name] for name in COUNTS}
         due = [index for index, each in enumerate(found) if each.counts["new"]]
@@ -127,7 +154,6 @@ class Index:
             )
         verified = self._verified(board, check=False)
         writer.mark_verified(self.documents.key)
-        self.publish()
         return {
             "embedded": 0,
             **metrics,

@@ -161,7 +161,7 @@ class VectorTable:
     ) -> pa.Table:
         """These columns of the rows whose ids are in a range; the second bound is not in it."""
         first, last = between
-        limits = ([f"id >= '{first}'"] if first else []) + ([f"id < '{last}'"] if last is not None else [])
+        limits = ([f"id >= {quoted(first)}"] if first else []) + ([f"id < {quoted(last)}"] if last is not None else [])
         batches = list(self.scan(columns, " AND ".join(limits) or None, version))
         schema = pa.schema(
             [pa.field("_rowid", pa.uint64()) if n == "_rowid" else self.schema.field(n) for n in columns]
@@ -232,11 +232,16 @@ class Writer:
         table.create()
         self.dataset = table.open()
         self.was_verified = table.is_verified(self.dataset)
-        check_guards(table.path)
-        self.dataset.restore()
-        self.dataset = table.open()
-        self.base = int(self.dataset.version)
-        """The version that the job began with: what tasks read while others append."""
+        self.base: int | None = None
+
+    def begin(self) -> int:
+        """Shut out writers that began before. Returns the version to compare with while tasks append to the table."""
+        if self.base is None:
+            check_guards(self.table.path)
+            self.table.open().restore()
+            self.dataset = self.table.open()
+            self.base = int(self.dataset.version)
+        return self.base
 
     def append(self, fragments: Sequence[str]) -> None:
         """Commit fragments that `VectorTable.write` gave, all of them or none, once."""
@@ -300,6 +305,18 @@ class Writer:
             raise StoreError(TAKEN_OVER.format(self.table.path))
         self.dataset = newest
 
+    def tag(self, name: str, version: int) -> None:
+        """Let a tag name a version."""
+        check_guards(self.table.path)
+        try:
+            self.dataset.tags.update(name, version)
+        except ValueError:  # there is none of that name
+            self.dataset.tags.create(name, version)
+
+    def untag(self, name: str) -> None:
+        check_guards(self.table.path)
+        self.dataset.tags.delete(name)
+
     def _commit(self, commit: Callable[[Any], Any]) -> None:
         """Commit on top of the newest version, and again where it is not known to have failed.
 
@@ -307,6 +324,7 @@ class Writer:
         """
         from lance.commit import CommitConflictError
 
+        self.begin()
         for attempt in range(1, COMMIT_ATTEMPTS + 1):
             check_guards(self.table.path)
             try:

@@ -63,6 +63,12 @@ class ObjectStore:
         return {prefix + name: value for name, value in config.items()} | ({"allow_http": "true"} if http else {})
 
     @property
+    def account(self) -> str:
+        """Azure's storage account, "" for other services."""
+        named = self._options.get("account_name") or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME", "")
+        return named if self.scheme == "az" else ""
+
+    @property
     def _options(self) -> dict[str, str]:
         return dict(parse_qsl(self.query))
 
@@ -97,7 +103,7 @@ class ObjectStore:
         if endpoint := options.get("endpoint_override"):
             url = f"{'http' if http else 'https'}://{endpoint}"
             if self.scheme == "az":
-                url += f"/{options.get('account_name') or os.environ.get('AZURE_STORAGE_ACCOUNT_NAME', '')}"
+                url += f"/{self.account}"
             config["base_url" if self.scheme == "gs" else "endpoint"] = url
         return config, http
 

@@ -273,6 +273,14 @@ def on_disk(path: StoragePath) -> Path | None:
     return path if isinstance(path, Path) else None
 
 
+def public_uri(path: StoragePath) -> str:
+    """A path as a service names it that reads the bucket by itself: Azure's by its address, others without options."""
+    if isinstance(path, Path):
+        return path.as_uri()
+    account = path.store.account
+    return f"https://{account}.blob.core.windows.net/{path.store.bucket}/{path.key}" if account else path.uri
+
+
 def absolute(path: StoragePath) -> StoragePath:
     return Path(os.path.abspath(path)) if isinstance(path, Path) else path
 

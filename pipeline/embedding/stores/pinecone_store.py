@@ -4,8 +4,9 @@ store = PineconeStore(config.pinecone, "quickstart-9f0c4e…", width=256, key_fi
 store.create()                          # checks dimension and metric; makes the index where pinecone.create says so
 refused = store.upsert(rows)            # what could not be written after pinecone.max_attempts tries, with reasons
 
-Its reads lag its writes by seconds. Texts longer than `pinecone.text_bytes` come back cut. Vectors come back as they
-were written, to the last bit of a float32.
+Rows are the vector table's. Reads lag writes by seconds. Texts longer than `pinecone.text_bytes` come back cut. Vectors
+come back as they were written, to the last bit of a float32. A store is sent to other processes by pickle, and connects
+in each on first use.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from pinecone.index import Index
 
 from pipeline.config.pinecone import Pinecone
 from pipeline.embedding.stores.budget import Budget
-from pipeline.embedding.stores.pinecone_records import bad_id, batches, to_records, to_row, to_table
+from pipeline.embedding.stores.pinecone_records import bad_id, batches, grouped, to_filter, to_records, to_row
 from pipeline.embedding.stores.pinecone_service import PassingError, PineconeService, RejectedError
-from pipeline.embedding.stores.rows import checked, checked_query, grouped, with_vectors
-from pipeline.embedding.stores.store import SCHEMA, Refused, StoreError
-from pipeline.embedding.stores.where import checked_where, to_pinecone
+from pipeline.embedding.stores.rows import checked_query
+from pipeline.embedding.stores.store import Refused, StoreError
+from pipeline.embedding.stores.where import checked_where, keeps
 from pipeline.runtime.console import log
 
 T = TypeVar("T")
@@ -36,7 +37,7 @@ PAGE_IDS = 100  # ids a page of a list, and a fetch
 URL_BYTES = 6_000  # of a fetch's ids, which are part of its address
 DELETED_IDS = 1_000  # a request
 TOP_K = 10_000
-SETTLED = 3  # counts in a row that are the same
+RUNNING = ("Pending", "InProgress")  # an import
 READY_S = 300  # seconds that a new index may take
 
 
@@ -65,10 +66,8 @@ class PineconeStore:
         """The data plane's host, as far as it is known without asking."""
         return self.settings.index_host or self.settings.host or "https://api.pinecone.io"
 
-    def exists(self) -> bool:
-        return self.service.find() is not None
-
     def create(self) -> None:
+        """Make the index if it is not there and may be made. Raises StoreError for one of another kind."""
         found = self.service.find()
         if found is None and self.settings.create:
             found = self._make()
@@ -112,11 +111,20 @@ class PineconeStore:
         return found
 
     def count(self) -> int:
-        stats = self._ask("describe_index_stats", lambda index: index.describe_index_stats())
-        there = stats.namespaces.get(self.namespace)
+        """Records in the namespace, as far as the service knows by now."""
+        there = self._namespace()
         return there.vector_count if there else 0
 
+    def is_new(self) -> bool:
+        """Whether the namespace is not there yet."""
+        return self._namespace() is None
+
+    def _namespace(self) -> Any:
+        stats = self._ask("describe_index_stats", lambda index: index.describe_index_stats())
+        return stats.namespaces.get(self.namespace)
+
     def ids(self) -> Iterator[list[str]]:
+        """Every id, page by page: a request for 100."""
         token: str | None = None
         while True:
             page = self._page(token)
@@ -132,33 +140,38 @@ class PineconeStore:
 
         return self._ask("list", ask)
 
-    def scan(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """These columns of every row, batch by batch, in no order to rely on; each 100 rows are a request."""
-        for page in self.ids():
-            rows = pa.table({"id": page}) if list(columns) == ["id"] else self.fetch(page).select(list(columns))
-            yield from rows.to_batches()
+    def fetch(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The rows with these ids that can be read by now, by id, each with its float32 `vector`."""
 
-    def fetch(self, ids: Sequence[str]) -> pa.Table:
-        schema = SCHEMA(self.width)
-
-        def ask(some: list[str]) -> pa.Table:
-            found = self._ask("fetch", lambda index: index.fetch(ids=some, namespace=self.namespace))
-            return to_table(found.vectors, schema)
+        def ask(some: list[str]) -> list[dict[str, Any]]:
+            found = self._ask("fetch", lambda index: index.fetch(ids=some, namespace=self.namespace)).vectors
+            return [
+                {**to_row(i, one.metadata), "vector": np.asarray(one.values, np.float32)} for i, one in found.items()
+            ]
 
         sound = (i for i in dict.fromkeys(ids) if not bad_id(i))
         groups = grouped(sound, lambda i: len(quote(i, safe="")) + len("&ids="), PAGE_IDS, URL_BYTES)
-        return pa.concat_tables([schema.empty_table(), *self._all(ask, groups)])
+        return {row["id"]: row for rows in self._all(ask, groups) for row in rows}
 
     def upsert(self, rows: pa.Table) -> list[Refused]:
-        good, refused = checked(rows, self.width, self.name)
-        records, misfits, cut = to_records(good, self.settings.metadata, self.settings.text_bytes)
+        """Write rows of the table, each in place of the one of its id. Returns those that were not written."""
+        records, misfits = self.records(rows)
+        groups = batches(records, self.settings.batch_rows, self.settings.batch_bytes)
+        return [*misfits, *(one for some in self._all(self._write, groups) for one in some)]
+
+    def records(self, rows: pa.Table) -> tuple[list[dict[str, Any]], list[Refused]]:
+        """Rows as records, and those that cannot be one. Raises StoreError for vectors of another width."""
+        width = rows.schema.field("vector").type.list_size
+        if width != self.width:
+            raise StoreError(f"{self.name} takes vectors of {self.width} numbers; found vectors of {width}")
+        records, misfits, cut = to_records(rows, self.settings.metadata, self.settings.text_bytes)
         if cut and not self._told:
+            limit = f"{self.settings.text_bytes:,}"
             log.warning(
-                "%s: texts are cut to %s bytes (pinecone.text_bytes)", self.name, f"{self.settings.text_bytes:,}"
+                "%s: texts are cut to %s bytes (pinecone.text_bytes), and many places to the first", self.name, limit
             )
             self._told = True
-        groups = batches(records, self.settings.batch_rows, self.settings.batch_bytes)
-        return [*refused, *misfits, *(one for some in self._all(self._write, groups) for one in some)]
+        return records, misfits
 
     def _write(self, records: list[dict[str, Any]]) -> list[Refused]:
         """A batch, resent as long as it may help; where a part of it is at fault, the part is found by halving."""
@@ -198,12 +211,9 @@ class PineconeStore:
         middle = len(records) // 2
         return [*self._write(records[:middle]), *self._write(records[middle:])]
 
-    def update(self, rows: pa.Table) -> list[Refused]:
-        """As upsert, with the vectors that are there: Pinecone's own update takes a request a record, and never removes
-        a key of the metadata."""
-        return self.upsert(with_vectors(rows, self.fetch(rows["id"].to_pylist())))
-
     def delete(self, ids: Sequence[str]) -> None:
+        """Remove records; ids that are not there are no error."""
+
         def remove(some: list[str]) -> None:
             gone = self._ask(
                 "delete", lambda index: index.delete(ids=some, namespace=self.namespace), absent=StoreError
@@ -215,34 +225,62 @@ class PineconeStore:
         self._all(remove, (there[start : start + DELETED_IDS] for start in range(0, len(there), DELETED_IDS)))
 
     def query(self, vector: np.ndarray, k: int, where: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """The k rows nearest to a (width,) vector of which a place meets all conditions, best first, with `score`."""
         vector, where = checked_query(vector, self.width, self.name), checked_where(where)
         if k > TOP_K:
             raise StoreError(f"found a query for {k:,} records; Pinecone gives {TOP_K:,} at most")
+        asked = k
+        while True:  # the filter passes some records that do not meet the conditions
+            found = self._nearest(vector, asked, to_filter(where))
+            kept = [row for row in found if not where or keeps(where, row)][:k]
+            if len(kept) == k or len(found) < asked or asked == TOP_K:
+                return kept
+            asked = min(4 * asked, TOP_K)
 
+    def _nearest(self, vector: np.ndarray, k: int, condition: dict[str, Any]) -> list[dict[str, Any]]:
         def ask(index: Index) -> Any:
             return index.query(
                 vector=vector.tolist(),
                 top_k=k,
                 namespace=self.namespace,
-                filter=to_pinecone(where) or None,
+                filter=condition or None,
                 include_metadata=True,
             )
 
-        found = self._ask("query", ask).matches
-        return [{**to_row(match.id, match.metadata), "score": match.score} for match in found]
+        matches = self._ask("query", ask).matches
+        return [{**to_row(match.id, match.metadata), "score": match.score} for match in matches]
+
+    def found_import(self, uri: str) -> str | None:
+        """The id of an import of a folder that runs, or ended well."""
+        return self._ask("list_imports", lambda index: _import_of(index, uri))
+
+    def start_import(self, uri: str) -> str:
+        """Let the service read a folder of Parquet files by itself, once. Returns the import's id."""
+
+        def ask(index: Index) -> str:
+            # A reply may have been lost, so each try looks first.
+            return _import_of(index, uri) or str(
+                index.start_import(uri, error_mode="abort", integration_id=self.settings.import_integration).id
+            )
+
+        return self._ask("start_import", ask)
+
+    def await_import(self, import_id: str) -> None:
+        """Wait until an import has ended. Raises StoreError unless it ended well."""
+        while (found := self._ask("describe_import", lambda index: index.describe_import(import_id))).status in RUNNING:
+            log.debug("import %s: %s%%", import_id, found.percent_complete)
+            time.sleep(20 * self.backoff_s)
+        if found.status != "Completed":
+            raise StoreError(
+                f"Pinecone's import of {found.uri} {found.status.lower()}: {found.error or 'no reason given'}; run the "
+                "same command again, without pinecone.import_uri if it fails again"
+            )
 
     def describe(self) -> dict[str, Any]:
+        """For people: kind, rows, width, metric, place."""
         facts = {"kind": "pinecone", "rows": self.count(), "width": self.width, "metric": self.settings.metric}
         kept = f"the first {self.settings.text_bytes:,} bytes"
         return {**facts, "index": "Pinecone's own", "text": kept, "place": self.uri, "name": self.name}
-
-    def finish(self) -> None:
-        """Wait until counts have settled: the same three times, some seconds apart."""
-        counts: list[int] = []
-        while len(counts) < SETTLED or len(set(counts[-SETTLED:])) > 1:
-            if counts:
-                time.sleep(4 * self.backoff_s)
-            counts.append(self.count())
 
     def _ask(self, what: str, request: Callable[[Index], T], **options: Any) -> T:
         """A request's answer. The connection is made first, for that takes a request of its own."""
@@ -262,3 +300,8 @@ class PineconeStore:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+
+def _import_of(index: Index, uri: str) -> str | None:
+    good = (*RUNNING, "Completed")
+    return next((one.id for one in index.list_imports() if one.uri == uri and one.status in good), None)

@@ -1,76 +1,10 @@
-"""Rows and queries on their way into a store: what of them can be used, and what is wrong with the rest."""
+"""Queries on their way into a store: what of them can be used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
-
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from pipeline.embedding.columns import as_matrix
-from pipeline.embedding.stores.store import SCHEMA, TEXTS, Refused, StoreError
-
-T = TypeVar("T")
-
-
-def checked(rows: pa.Table, width: int, name: str) -> tuple[pa.Table, list[Refused]]:
-    """The rows that can be stored, with SCHEMA's columns, and the others with what is wrong with them.
-
-    Of rows with the same id the last is taken. Raises StoreError where all vectors are of another width.
-    """
-    found = getattr(rows.schema.field("vector").type, "list_size", width)
-    if found != width:
-        raise StoreError(f"{name} takes vectors of {width} numbers; found vectors of {found}: is it another model's?")
-    schema = SCHEMA(width)
-    rows = rows.select(schema.names).cast(schema).combine_chunks()
-    ids = rows["id"].to_pylist()
-    bad = [*_bad_ids(ids)]
-    bad += [(i, "it has no vector") for i in _positions(rows["vector"].is_null())]
-    there = _without(range(len(ids)), bad)
-    length = np.linalg.norm(as_matrix(rows.take(there)["vector"]).astype(np.float64), axis=1)
-    bad += [(int(i), "its vector holds NaN or infinity") for i in there[~np.isfinite(length)]]
-    bad += [(int(i), "its vector is zero, which has no direction to compare") for i in there[length == 0]]
-    last = {i: position for position, i in enumerate(ids)}
-    return rows.take(_without(last.values(), bad)), [Refused(ids[i] or "", reason, 0) for i, reason in bad]
-
-
-def _bad_ids(ids: list[str | None]) -> list[tuple[int, str]]:
-    return [(position, "its id is empty") for position, i in enumerate(ids) if not i]
-
-
-def _without(positions: Iterable[int], bad: Sequence[tuple[int, str]]) -> np.ndarray:
-    """The positions that are not bad, in order."""
-    return np.setdiff1d(np.array([*positions], np.int64), np.array([i for i, _ in bad], np.int64))
-
-
-def _positions(mask: pa.ChunkedArray) -> list[int]:
-    return pc.indices_nonzero(mask).to_pylist()
-
-
-def with_vectors(rows: pa.Table, there: pa.Table) -> pa.Table:
-    """The rows whose ids are `there`, with the vectors that those have: what an update is to a store that replaces."""
-    at = {i: position for position, i in enumerate(rows["id"].to_pylist())}
-    there = there.select(["id", "vector"])
-    new = rows.take(pa.array([at[i] for i in there["id"].to_pylist()], pa.int64()))
-    for name in TEXTS:
-        there = there.append_column(name, new[name])
-    return there
-
-
-def grouped(items: Iterable[T], size_of: Callable[[T], int], most: int, most_bytes: int) -> Iterator[list[T]]:
-    """Items in groups of at most so many and so many bytes; one that has more is alone."""
-    group, taken = list[T](), 0
-    for item in items:
-        own = size_of(item)
-        if group and (len(group) == most or taken + own > most_bytes):
-            yield group
-            group, taken = [], 0
-        group.append(item)
-        taken += own
-    if group:
-        yield group
+from pipeline.embedding.stores.store import StoreError
 
 
 def checked_query(vector: np.ndarray, width: int, name: str) -> np.ndarray:

@@ -130,14 +130,3 @@ def to_sql(where: Where) -> tuple[str, bool]:
         if re.fullmatch(r"[A-Za-z0-9_ -]+", key) and key not in COLUMNS:  # a key that JSON writes as it is
             parts.append(f"metadata LIKE '%\"{key}\"%'")
     return " AND ".join(parts) or "true", exact
-
-
-def to_pinecone(where: Where) -> dict[str, Any]:
-    """The same as a filter of Pinecone's."""
-    filters: dict[str, Any] = {}
-    for key, wanted in where.items():
-        if isinstance(wanted, Mapping):
-            filters[key] = {f"${bound}": limit for bound, limit in wanted.items()}
-        else:
-            filters[key] = {"$in": wanted} if isinstance(wanted, list) else {"$eq": wanted}
-    return filters
