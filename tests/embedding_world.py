@@ -67,6 +67,11 @@ class World:
         if not self.model.is_dir():
             save_random_model(self.model)
 
+    @property
+    def prepared(self) -> Path:
+        """A folder of its own for each state of the corpus, as prepare names them."""
+        return self.folder / "data" / content_id([json.dumps(self.corpus)])[:16]
+
     def write_records(self) -> None:
         """The record files, as prepare leaves them: each a range of ids, sorted."""
         shards: list[list[dict[str, Any]]] = [[] for _ in range(FILES)]
@@ -74,10 +79,10 @@ class World:
             row_id = content_id([text])
             values = {"id": row_id, "source": "s", "source_id": source_id, "text": text}
             shards[shard_of(row_id, FILES)].append(values | {"metadata": json.dumps(metadata)})
-        (self.folder / "records").mkdir(exist_ok=True)
+        (self.prepared / "records").mkdir(parents=True, exist_ok=True)
         for index, rows in enumerate(shards):
             table = pa.Table.from_pylist(sorted(rows, key=lambda row: str(row["id"])), schema=RECORD_SCHEMA)
-            pq.write_table(table, self.folder / "records" / f"{index:05d}.parquet")
+            pq.write_table(table, self.prepared / "records" / f"{index:05d}.parquet")
 
     @property
     def config(self) -> Config:
@@ -99,7 +104,7 @@ class World:
 
     def index(self) -> Index:
         self.write_records()
-        return Index.of(self.config, self.folder, self.manifest, self.model)
+        return Index.of(self.config, self.prepared, self.manifest, self.model)
 
     def run(self, encoder: TextEncoder | None = None, **options: Any) -> Counter[str]:
         """Bring the table up to date as `jobs/embed.py` does, with all work in this process. Returns the counts."""

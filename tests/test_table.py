@@ -208,6 +208,7 @@ from pipeline.embedding.table import VectorTable
 table = VectorTable(Path(sys.argv[2]), "t", test_table.WIDTH)
 with table.writing() as writer:
     fragments = test_table.write(table, [test_table.row(f"old-{n}", test_table.random.Random(n)) for n in range(10)])
+    writer.begin()
     print("ready", flush=True)
     os.kill(os.getpid(), signal.SIGSTOP)
     writer.append(fragments)
