@@ -80,7 +80,7 @@ def test_killed_at_four_points_and_changed_it_ends_with_one_vector_a_document(tm
     alias = json.loads((store / "runs/r/published.json").read_text())
     assert (store / alias["model"] / "model.safetensors").is_file()
 
-    # The same vectors to another store: none is made again, faults lose none, and a wrong key is one sentence.
+    # The same vectors to Pinecone: none is made again, faults lose none, and a wrong key is one sentence.
     rows = last["rows"]
     with pinecone_server(faults={"429": 0.05, "503": 0.05, "part": 0.05}, retry_after_s=0.01) as server:
         options = ["embedding.store=pinecone", f"pinecone.host={server.url}", "pinecone.create=true"]
@@ -90,7 +90,7 @@ def test_killed_at_four_points_and_changed_it_ends_with_one_vector_a_document(tm
         assert (code, ended["status"]) == (1, "failed")
         assert "401" in job.log.read_text()
         metrics = embed(*options, RAY_ADDRESS="", PINECONE_API_KEY="pc-test").finish()["metrics"]
-        assert (metrics["written"], metrics["rows"], metrics["embedded"]) == (rows, rows, 0)
+        assert (metrics["upserted"], metrics["rows"], metrics["embedded"]) == (rows, rows, 0)
         (spaces,) = server.records.values()
         assert sum(map(len, spaces.values())) == rows
         assert server.faulted
