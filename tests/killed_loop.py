@@ -219,9 +219,10 @@ def _record(path: Path) -> None:
 def _plant(kill: Kill) -> None:
     """Let this process kill itself at the count-th pass of a place."""
     import obstore
+    import torch
 
     from pipeline.storage.path import BucketPath
-    from pipeline.training import checkpoints, loop
+    from pipeline.training import loop
     from pipeline.training.precision import Precision
     from pipeline.training.strategy import DataParallel
     from pipeline.training.uploading import Upload
@@ -264,7 +265,7 @@ def _plant(kill: Kill) -> None:
         "forward": (loop, "backward", before),
         "reduced": (DataParallel, "clip", before),
         "updated": (Precision, "step", after),
-        "writing": (checkpoints.torch, "save", amid),
+        "writing": (torch, "save", amid),
         "written": (Upload, "__call__", before),
         "moved": (Upload, "__call__", after),
         "uploading": (BucketPath, "upload", half),

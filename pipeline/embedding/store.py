@@ -13,18 +13,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from typing import TYPE_CHECKING
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.manifest import Manifest
 from pipeline.embedding.backends import check_backend, make_graph
 from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.stores.budget import Budget
-from pipeline.embedding.stores.pinecone_store import PineconeStore
 from pipeline.embedding.table import VectorTable
 from pipeline.model.reading import model_files, model_fingerprint, read_card
 from pipeline.runtime.job import JobError
 from pipeline.storage.files import fetched, free_bytes, may_write, place, write_atomically
 from pipeline.storage.path import StoragePath
+
+if TYPE_CHECKING:
+    from pipeline.embedding.stores.pinecone_store import PineconeStore
 
 
 def recipe_of(config: Config, model: StoragePath) -> EncoderRecipe:
@@ -58,6 +61,8 @@ def table_of(config: Config, recipe: EncoderRecipe) -> VectorTable:
 
 def open_pinecone(config: Config, table: VectorTable, budget: Budget | None = None) -> PineconeStore:
     """The namespace that a table is pushed to. `budget` is what all processes of a job share of requests."""
+    from pipeline.embedding.stores.pinecone_store import PineconeStore
+
     namespace = config.pinecone.namespace or table.name
     return PineconeStore(config.pinecone, namespace, table.width, config.secret_files, budget)
 

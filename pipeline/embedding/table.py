@@ -190,6 +190,10 @@ class VectorTable:
             row += int(fragment.physical_rows)
         return found
 
+    def typed(self, rows: pa.Table) -> pa.Table:
+        """Rows of some of the columns, typed as the table has them; Parquet names the children of lists otherwise."""
+        return rows.cast(pa.schema([self.schema.field(name) for name in rows.column_names]))
+
     def stored(self, rows: pa.Table) -> pa.Table:
         """Rows with a float32 `vector`, as `schema` has them; the digest gets that of text and vector."""
         vectors = as_matrix(rows["vector"]).astype(DTYPES[self.vector_type].to_pandas_dtype())
@@ -199,7 +203,7 @@ class VectorTable:
             bits = np.packbits(vectors > 0, axis=1)
             columns["bits"] = pa.FixedSizeListArray.from_arrays(pa.array(bits.ravel()), bits.shape[1])
         columns["digest"] = pc.binary_join_element_wise(rows["digest"], content_digests(rows["text"], vectors), "")
-        return pa.table([columns[name] for name in self.schema.names], schema=self.schema)
+        return self.typed(pa.table({name: columns[name] for name in self.schema.names}))
 
     @contextmanager
     def writing(self) -> Iterator[Writer]:
@@ -270,7 +274,8 @@ class Writer:
     def update(self, rows: pa.Table) -> None:
         """Set columns of rows, by id; rows whose ids are not there are left out."""
         if len(rows):
-            self._commit(lambda dataset: dataset.merge_insert("id").when_matched_update_all().execute(rows))
+            typed = self.table.typed(rows)
+            self._commit(lambda dataset: dataset.merge_insert("id").when_matched_update_all().execute(typed))
 
     def delete(self, row_ids: np.ndarray) -> None:
         """Delete rows by `_rowid`."""

@@ -17,14 +17,10 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import xxhash
-from safetensors.torch import load_file, save_file
 
-from pipeline.model.folder import save_model
-from pipeline.objectives.learner import Learner
 from pipeline.storage.files import (
     digest_of,
     fetched,
@@ -37,6 +33,11 @@ from pipeline.storage.files import (
     write_atomically,
 )
 from pipeline.storage.path import StoragePath
+
+if TYPE_CHECKING:  # torch takes a second, which search and a run with nothing to do can go without
+    import torch
+
+    from pipeline.objectives.learner import Learner
 
 HALVINGS = "halvings"
 PARTNERS = "partners.safetensors"  # a decoder, a prediction head, a learned temperature
@@ -85,6 +86,11 @@ def save_checkpoint(
     max_length: int,
 ) -> None:
     """Write a checkpoint into an empty folder, `state.json` last."""
+    import torch
+    from safetensors.torch import save_file
+
+    from pipeline.model.folder import save_model
+
     save_model(folder, learner.model, tokenizer_json, max_length)
     partners = {name: tensor.contiguous() for name, tensor in learner.state_dict().items() if not _is_model(name)}
     if partners:
@@ -122,6 +128,8 @@ def read_state(folder: StoragePath) -> TrainState:
 
 def load_weights(folder: Path, learner: Learner) -> None:
     """The model, and what is trained beside it."""
+    from safetensors.torch import load_file
+
     learner.model.backbone.load_state_dict(load_file(folder / "model.safetensors"))
     partners = load_file(folder / PARTNERS) if (folder / PARTNERS).is_file() else {}
     missing, unexpected = learner.load_state_dict(partners, strict=False)
@@ -134,6 +142,8 @@ def _is_model(name: str) -> bool:
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    import torch
+
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
 
 
