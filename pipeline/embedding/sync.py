@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -58,9 +58,11 @@ class Difference:
     def from_row(cls, row: dict[str, Any]) -> Difference:
         return cls(Counter(json.loads(row["counts"])), *(np.array(row[name], np.uint64) for name in ARRAYS))
 
-    def __add__(self, other: Difference) -> Difference:
-        arrays = ((getattr(each, name) for each in (self, other)) for name in ARRAYS)
-        return Difference(self.counts + other.counts, *(np.concatenate(list(pair)) for pair in arrays))
+    @classmethod
+    def total(cls, found: Sequence[Difference]) -> Difference:
+        """That of all ranges together."""
+        arrays = ([np.empty(0, np.uint64), *(getattr(each, name) for each in found)] for name in ARRAYS)
+        return cls(sum((each.counts for each in found), Counter()), *map(np.concatenate, arrays))
 
     @property
     def summary(self) -> Counter[str]:
