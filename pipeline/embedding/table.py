@@ -352,7 +352,7 @@ def is_disk_full(error: BaseException) -> bool:
 def content_digests(texts: pa.ChunkedArray, vectors: np.ndarray) -> pa.Array:
     """Hashes of texts and of the rows of an (N, D) matrix as it is stored, 16 hex digits each."""
     rows = np.ascontiguousarray(vectors)
-    seeds = (xxhash.xxh3_64_intdigest((text or "").encode()) for text in texts.to_pylist())
+    seeds = map(xxhash.xxh3_64_intdigest, pc.fill_null(texts, "").cast(pa.binary()).to_pylist())
     return pa.array([xxhash.xxh3_64_hexdigest(row, seed) for row, seed in zip(rows, seeds, strict=True)], pa.string())
 
 
