@@ -252,8 +252,13 @@ class Writer:
         uri, options = lance_location(self.table.path)
         files = {file.path for fragment in found for file in fragment.files}
 
+        attempts = 0
+
         def commit(dataset: Any) -> None:
-            if files <= {file.path for each in dataset.get_fragments() for file in each.metadata.files}:
+            nonlocal attempts
+            attempts += 1
+            held = [each.metadata.files for each in dataset.get_fragments()] if attempts > 1 else []
+            if files <= {file.path for some in held for file in some}:
                 return  # by an attempt whose reply was lost
             # Without retries of Lance's own: one would commit again what a lost reply has committed.
             lance.LanceDataset.commit(
