@@ -184,13 +184,20 @@ def sync(world: World, *, changed: bool) -> dict[str, float]:
         one, found = timed("compare", lambda: compared(writer.base))
         whole = Difference.total(found)
 
+        def due() -> Iterator[pa.Table]:
+            """What a task writes at once; the rows of many ranges."""
+            some, most = list[pa.Table](), write_rows(whole.summary["new"] + whole.summary["changed"])
+            for index, each in enumerate(found):
+                some += one.due(index) if each.counts["new"] else ()
+                if sum(map(len, some)) > most or (some and index == len(found) - 1):
+                    yield with_random_vectors(pa.concat_tables(some).drop_columns(["tokens"]))
+                    some = []
+
         def embed() -> None:
             waves = Waves(writer)
-            for index, each in enumerate(found):
-                for rows in one.due(index) if each.counts["new"] else ():
-                    rows = with_random_vectors(rows.drop_columns(["tokens"]))
-                    for first_id, fragment, _ in write_fragments(table, rows, world.letters)[0]:
-                        waves.add(first_id, fragment)
+            for rows in due():
+                for first_id, fragment, _ in write_fragments(table, rows, world.letters)[0]:
+                    waves.add(first_id, fragment)
             waves.commit()
 
         timed("write", embed)
