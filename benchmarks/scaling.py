@@ -312,7 +312,7 @@ def size(number: float) -> str:
 
 
 def span(hours: float) -> str:
-    for unit, of_hours, most in (("min", 1 / 60, 1), ("h", 1, 72), ("days", 24, 24 * 730)):
+    for unit, of_hours, most in (("s", 1 / 3600, 1 / 60), ("min", 1 / 60, 1), ("h", 1, 72), ("days", 24, 24 * 730)):
         if hours < most:
             return f"{hours / of_hours:.3g} {unit}"
     return f"{hours / 24 / 365:,.0f} years"
