@@ -87,7 +87,7 @@ class World:
 
     @property
     def letters(self) -> DeadLetters:
-        return DeadLetters(self.folder / "dead_letters", WIDTH)
+        return DeadLetters(self.folder / "dead_letters")
 
     def prepared(self, *, changed: bool) -> Path:
         return self.folder / ("changed" if changed else "prepared")
@@ -188,7 +188,7 @@ def sync(world: World, *, changed: bool) -> dict[str, float]:
 
     with lazy_board() as board, table.writing() as writer:
         cpu, began = cpu_s(), time.perf_counter()
-        one, found = timed("compare", lambda: compared(writer.base))
+        one, found = timed("compare", lambda: compared(writer.begin()))
         whole = Difference.total(found)
 
         def due() -> Iterator[pa.Table]:
