@@ -22,7 +22,7 @@ from benchmarks.scaling_plan import RECORD_BYTES, inputs_of
 from pipeline.data.prepare import MAX_SHARDS
 from pipeline.data.records import parts_at_most
 from pipeline.data.tokenizing import ROW_GROUP_ROWS
-from pipeline.embedding.embed import SHORTEST_WAVE_S, write_rows
+from pipeline.embedding.embed import SHORTEST_WAVE_S, SPREAD_ROWS, write_rows
 from pipeline.storage.files import REQUESTS_AT_ONCE
 
 SCALES = {"1 M": 10**6, "1 G": 10**9, "100 G": 10**11}
@@ -86,7 +86,7 @@ RATES = {
     "compare": Rate(1 / 1.8e-6, "documents/s a core", "the same day: CPU of a range of its documents"),
     "a commit": Rate(0.0022, "s", "the same day: the least of ten, to an empty table on a local disk"),
     "a commit, a fragment there": Rate(6.6e-6, "s", "and to one of 6,060 fragments, 42 ms"),
-    "index": Rate(3 / (1e5 * 256), "s a number", "pipeline/embedding/indexing.py: 3 s for 100,000 of 256"),
+    "index": Rate(3 / (1e5 * 256), "s a number", "pipeline/embedding/indexing.py: 3 s for 100,000 of 256 on two cores"),
     "L4, training": Rate(0.25 * 121e12, "FLOP/s", "assumed: 25% of its dense bf16 peak, 121 TFLOP/s"),
     "L4, encoding": Rate(0.35 * 121e12, "FLOP/s", "assumed: 35% of it"),
     "Pinecone": Rate(50e6, "B/s a namespace", "its documentation"),
@@ -271,17 +271,19 @@ class Scale:
         return Line("embed again, 1% new", hours, moved, self.cost(hours, 0, self.gpu_nodes), bottleneck)
 
     def search(self) -> Line:
-        """The index and its recall, in one task; what a month of storage costs."""
-        vectors = self.records * 4 * WIDTH
-        building = self.hours(self.records * WIDTH * RATES["index"].value)
+        """The index, by the CPU workers where there are many rows, and its recall, in one task; a month of storage."""
+        vectors, is_spread = self.records * 4 * WIDTH, self.records >= SPREAD_ROWS
+        pairs_of_cores = self.cpu_nodes * CPU_CORES / 2 if is_spread else 1  # the rate is that of two cores
+        building = self.hours(self.records * WIDTH * RATES["index"].value / pairs_of_cores)
         reading = self.hours(vectors / RATES["a node's disk or network"].value)
         month = self.records * TABLE_ROW_BYTES / 1e9 * PRICES["S3, a GB and month"]
+        who = "all nodes build" if is_spread else "one task builds"
         bottleneck = (
-            f"one task builds the index, {size(self.records * WIDTH)} of codes, in {span(building)}, and reads all "
-            f"vectors for its recall in {span(reading)}; the dollars hold a month of storage, ${month:,.2f}"
+            f"{who} the index, {size(self.records * WIDTH)} of codes, in {span(building)}; one task reads all vectors for "
+            f"its recall in {span(reading)}; the dollars hold a month of storage, ${month:,.2f}"
         )
         hours = building + reading
-        return Line("search: index", hours, 2 * vectors, self.cost(hours, 1, 0) + month, bottleneck)
+        return Line("search: index", hours, 2 * vectors, self.cost(hours, self.cpu_nodes, 0) + month, bottleneck)
 
     def pinecone(self) -> Line:
         """The first push of all rows."""
