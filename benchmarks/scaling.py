@@ -279,8 +279,8 @@ class Scale:
         month = self.records * TABLE_ROW_BYTES / 1e9 * PRICES["S3, a GB and month"]
         who = "all nodes build" if is_spread else "one task builds"
         bottleneck = (
-            f"{who} the index, {size(self.records * WIDTH)} of codes, in {span(building)}; one task reads all vectors for "
-            f"its recall in {span(reading)}; the dollars hold a month of storage, ${month:,.2f}"
+            f"{who} the index, {size(self.records * WIDTH)} of codes, in {span(building)}; one task reads all "
+            f"vectors for its recall in {span(reading)}; the dollars hold a month of storage, ${month:,.2f}"
         )
         hours = building + reading
         return Line("search: index", hours, 2 * vectors, self.cost(hours, self.cpu_nodes, 0) + month, bottleneck)
