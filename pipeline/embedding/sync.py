@@ -133,7 +133,7 @@ class Sync:
     def updates(self, index: int) -> pa.Table:
         """The columns to set, and `id`, of rows whose document has other places."""
         there, _, _ = self._there(index)
-        documents = self.documents.table(index)
+        documents = self.documents.table(index, ["id", *PLACE_COLUMNS, "places", "digest"])
         documents = documents.filter(pa.array(_compare(documents, there)[1]))
         at = pc.index_in(there["key"], one_array(documents["id"]))
         rows, of = there.filter(pc.is_valid(at)), documents.take(pc.drop_null(at))
