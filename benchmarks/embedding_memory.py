@@ -24,7 +24,7 @@ from benchmarks.memory import MEASURED, by, compared, watch
 from pipeline.runtime.console import table
 
 WIDTH = 384
-WORKS = {"MapBatches": "read and tokenize", "MapWorker": "encode", "Write": "write", "tidy": "join files and index"}
+WORKS = {"MapBatches": "compare, read and write", "MapWorker": "encode", "work": "join files and index"}
 """Ray's names for what its workers do; one that has read may write later, and keeps what it had."""
 
 

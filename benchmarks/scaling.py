@@ -22,15 +22,19 @@ from benchmarks.scaling_plan import RECORD_BYTES, inputs_of
 from pipeline.data.prepare import MAX_SHARDS
 from pipeline.data.records import parts_at_most
 from pipeline.data.tokenizing import ROW_GROUP_ROWS
-from pipeline.embedding.embed import write_rows
-from pipeline.embedding.ledger import PART_ENTRIES
+from pipeline.embedding.embed import SHORTEST_WAVE_S, SPREAD_ROWS, write_rows
 from pipeline.storage.files import REQUESTS_AT_ONCE
 
 SCALES = {"1 M": 10**6, "1 G": 10**9, "100 G": 10**11}
 NODES = {"1 M": (1, 1), "1 G": (8, 4), "100 G": (64, 32)}  # CPU workers, GPU workers
-CPU_CORES = 16
+CPU_CORES, GPU_CORES = 16, 8
 TOKENS, WEIGHTS, WIDTH = 120, 10.6e6, 384
-VECTOR_ROW_BYTES = 4 * WIDTH + RECORD_BYTES + 150  # vector, text, ids and metadata
+SENT_ROW_BYTES = 4 * WIDTH + RECORD_BYTES + 150  # vector, text, ids and metadata
+TABLE_ROW_BYTES = SENT_ROW_BYTES + 150  # and digest and places
+COMPARED_BYTES = 200  # of a document and its row: ids, digests, places
+DIFFERENCE_BYTES = 24  # a document that is new, changed or gone, in the driver
+FRAGMENT_BYTES = 119  # of the table's manifest, which each commit writes anew; measured
+CHANGED = 0.01
 BANDS = 32  # of data.near_duplicates.threshold=0.8
 # Bytes a record, measured on 20,000 of Debian's descriptions, and what else costs bytes
 RECORD_FILE_BYTES, TOKEN_FILE_BYTES, EXCHANGE_RECORD_BYTES = 230, 200, 450
@@ -73,13 +77,16 @@ RATES = {
     "encode on CPUs": Rate(
         2000, "tokens/s a core", "2026-11-26, two Intel Xeon cores: MiniLM, 42,500 tokens of Debian's in 20.9 s of CPU"
     ),
-    "LanceDB, a write": Rate(0.11, "s", "the same day: an upsert of 8,192 rows takes 0.13 s where 125,000 are there"),
-    "LanceDB, a write, a row there": Rate(1.6e-7, "s", "and 0.25 s where 874,000 are, 384 numbers each"),
-    "ledger, an entry": Rate(0.004, "s", "the same day: a commit to a table of 100 fragments"),
-    "ledger, an entry, a fragment there": Rate(
-        9e-6, "s", "and of 1,200: 0.0157 s where it was 0.0046 s, on a local disk"
+    "distinct texts": Rate(
+        1 / 3.0e-6, "records/s a core", "2026-11-30, two Intel Xeon cores, busy: CPU of 320,000 records of 16 files"
     ),
-    "LanceDB, index": Rate(3 / (1e5 * 256), "s a number", "stores/lancedb_store.py: 3 s for 100,000 of 256"),
+    "write fragments": Rate(
+        1 / 4.5e-6, "rows/s a core", "the same day: CPU of benchmarks/table.py's first write, of 64 numbers a row"
+    ),
+    "compare": Rate(1 / 1.8e-6, "documents/s a core", "the same day: CPU of a range of its documents"),
+    "a commit": Rate(0.0022, "s", "the same day: the least of ten, to an empty table on a local disk"),
+    "a commit, a fragment there": Rate(6.6e-6, "s", "and to one of 6,060 fragments, 42 ms"),
+    "index": Rate(3 / (1e5 * 256), "s a number", "pipeline/embedding/indexing.py: 3 s for 100,000 of 256 on two cores"),
     "L4, training": Rate(0.25 * 121e12, "FLOP/s", "assumed: 25% of its dense bf16 peak, 121 TFLOP/s"),
     "L4, encoding": Rate(0.35 * 121e12, "FLOP/s", "assumed: 35% of it"),
     "Pinecone": Rate(50e6, "B/s a namespace", "its documentation"),
@@ -123,11 +130,13 @@ class Scale:
     def shards(self) -> int:
         return self.plan[1]
 
+    def meetings(self, parts: int) -> float:
+        """Times that a part and a shard have a record in common: Poisson, for ids are hashes."""
+        return parts * self.shards * -math.expm1(-self.records / (parts * self.shards))
+
     @property
     def pairs(self) -> float:
-        """Meetings of a part and a shard that have rows: Poisson, for ids are hashes."""
-        parts = parts_at_most(self.text_bytes, self.read_tasks)
-        return parts * self.shards * -math.expm1(-self.records / (parts * self.shards))
+        return self.meetings(parts_at_most(self.text_bytes, self.read_tasks))
 
     @property
     def exchange_bytes(self) -> float:
@@ -135,21 +144,29 @@ class Scale:
         return 2 * (self.records * EXCHANGE_RECORD_BYTES + self.pairs * BATCH_BYTES)
 
     @property
-    def writes(self) -> int:
+    def fragments(self) -> int:
         return -(-self.records // write_rows(self.records))
 
-    @property
-    def merge_s(self) -> float:
-        """All of LanceDB's upserts, one after the other: each looks at the ids of all rows that are there."""
-        fixed, a_row = RATES["LanceDB, a write"].value, RATES["LanceDB, a write, a row there"].value
-        return self.writes * (fixed + a_row * self.records / 2)
+    @cached_property
+    def waves(self) -> tuple[int, float, float]:
+        """As embed.Waves has them while all is encoded: commits, their seconds, and the last wave's, lost to a kill."""
+        fixed, a_fragment = RATES["a commit"].value, RATES["a commit, a fragment there"].value
+        a_fragment_s = 3600 * self.encode_hours / self.fragments
+        there, now, commits, spent, longest, wave = 0, 0.0, 0, 0.0, 0.0, 0.0
+        while there < self.fragments:
+            some = math.ceil(max(SHORTEST_WAVE_S, 50 * longest, 0.01 * now) / a_fragment_s)
+            there, wave = min(there + some, self.fragments), some * a_fragment_s
+            longest = fixed + a_fragment * there
+            commits, spent, now = commits + 1, spent + longest, now + wave + longest
+        return commits, spent, wave
 
-    @property
-    def ledger_s(self) -> float:
-        """Two entries a write; each commit rewrites the list of all fragments."""
-        entries = 2 * self.writes
-        fixed, a_fragment = RATES["ledger, an entry"].value, RATES["ledger, an entry, a fragment there"].value
-        return entries * fixed + a_fragment * entries**2 / 2
+    def waiting_hours(self, meetings: float, cores: int) -> float:
+        """For the requests of an exchange through a bucket."""
+        requests = REQUESTS_A_MEETING * meetings
+        return self.hours(requests * RATES["a request to a bucket"].value / REQUESTS_AT_ONCE / cores)
+
+    def reads_dollars(self, meetings: float) -> float:
+        return REQUESTS_A_MEETING * meetings / 1e6 * PRICES["S3, a million reads"]
 
     def hours(self, seconds: float) -> float:
         return seconds / 3600
@@ -162,15 +179,13 @@ class Scale:
         cores = self.cpu_nodes * CPU_CORES
         seconds = self.text_bytes / 1e6 / RATES["records, near-duplicates"].value / cores
         moved = self.text_bytes + self.exchange_bytes + 3 * self.records * RECORD_FILE_BYTES
-        requests = REQUESTS_A_MEETING * self.pairs
-        waiting = requests * RATES["a request to a bucket"].value / REQUESTS_AT_ONCE / cores
-        hours = self.hours(max(seconds, moved / self.cpu_nodes / RATES["a node's disk or network"].value) + waiting)
-        reads = requests / 1e6 * PRICES["S3, a million reads"]
+        waiting, reads = self.waiting_hours(self.pairs, cores), self.reads_dollars(self.pairs)
+        hours = self.hours(max(seconds, moved / self.cpu_nodes / RATES["a node's disk or network"].value)) + waiting
         component, shard = self.records * COMPONENT_BYTES, self.text_bytes / self.shards
         bottleneck = {
             "1 M": "nodes that start, 4 minutes",
             "1 G": f"near-duplicates: one task holds a band of all records, {size(component)}, and a worker has 32 GB; "
-            f"without them the exchange, whose requests wait {span(self.hours(waiting))}",
+            f"without them the exchange, whose requests wait {span(waiting)}",
             "100 G": f"{size(shard)} of text a shard, three times that in a task's memory; near-duplicates "
             f"{size(component)} in one",
         }[self.name]
@@ -208,43 +223,82 @@ class Scale:
     def encode_on_cpus_hours(self) -> float:
         return self.hours(self.tokens / RATES["encode on CPUs"].value / self.cpu_nodes / CPU_CORES)
 
-    def embed_lancedb(self) -> Line:
-        merging, noting = self.hours(self.merge_s), self.hours(self.ledger_s)
-        hours = max(self.encode_hours, merging + noting)
-        moved = self.records * (RECORD_FILE_BYTES + VECTOR_ROW_BYTES + ID_BYTES * self.writes / 2)
-        bottleneck = (
-            f"one writer: {self.writes:,} upserts that look at all ids there take {span(merging)}; the ledger's "
-            f"commits {span(noting)}, encoding {span(self.encode_hours)}"
-        )
-        return Line("embed into LanceDB", hours, moved, self.cost(hours, 0, self.gpu_nodes), bottleneck)
+    def work_hours(self, rate: str) -> float:
+        """Of all records, on the GPU workers' cores."""
+        return self.hours(self.records / RATES[rate].value / self.gpu_nodes / GPU_CORES)
 
-    def embed_pinecone(self) -> Line:
-        sent = self.records * VECTOR_ROW_BYTES
-        sending = self.hours(sent / RATES["Pinecone"].value)
-        hours = max(self.encode_hours, sending, noting := self.hours(self.ledger_s))
-        units = sent / 1e3 / 1e6 * PRICES["Pinecone, a million write units"]
-        bottleneck = (
-            f"sending takes {span(sending)}, the ledger's commits {span(noting)}, encoding {span(self.encode_hours)}; "
-            f"write units are ${units:,.0f} of it"
+    @property
+    def comparing_hours(self) -> float:
+        """Of all ranges, once."""
+        bytes_a_node = self.records * COMPARED_BYTES / self.gpu_nodes
+        return max(self.work_hours("compare"), self.hours(bytes_a_node / RATES["a node's disk or network"].value))
+
+    def distinct_texts(self) -> Line:
+        """Records to documents, where they are pairs or have prompts."""
+        meetings, cores = self.meetings(self.shards), self.gpu_nodes * GPU_CORES
+        waiting = self.waiting_hours(meetings, cores)
+        moved = (
+            2 * (self.records * EXCHANGE_RECORD_BYTES + meetings * BATCH_BYTES) + 2 * self.records * RECORD_FILE_BYTES
         )
-        moved = self.records * RECORD_FILE_BYTES + sent
-        return Line("embed into Pinecone", hours, moved, self.cost(hours, 0, self.gpu_nodes) + units, bottleneck)
+        reading = self.hours(moved / self.gpu_nodes / RATES["a node's disk or network"].value)
+        hours = max(self.work_hours("distinct texts"), reading) + waiting
+        bottleneck = f"{meetings:,.0f} meetings, whose requests wait {span(waiting)}; none for texts alone"
+        dollars = self.cost(hours, 0, self.gpu_nodes) + self.reads_dollars(meetings)
+        return Line("embed: distinct texts", hours, moved, dollars, bottleneck)
+
+    def embed(self) -> Line:
+        """Into an empty table: encode and write side by side, and compare once at the end."""
+        writing, comparing = self.work_hours("write fragments"), self.comparing_hours
+        commits, seconds, wave = self.waves
+        hours = max(self.encode_hours, writing) + self.hours(seconds) + comparing
+        moved = self.records * (RECORD_FILE_BYTES + TOKEN_FILE_BYTES + TABLE_ROW_BYTES + COMPARED_BYTES)
+        bottleneck = (
+            f"encoding, {span(self.encode_hours)}; writing beside it {span(writing)}, {commits:,} commits "
+            f"{span(self.hours(seconds))}, comparing {span(comparing)}; a kill loses {span(self.hours(wave))} at most"
+        )
+        return Line("embed", hours, moved, self.cost(hours, 0, self.gpu_nodes), bottleneck)
+
+    def embed_again(self) -> Line:
+        """With 1% of the texts new: compare, encode, delete as many, compare again."""
+        comparing, encoding = 2 * self.comparing_hours, CHANGED * self.encode_hours
+        hours = comparing + encoding
+        moved = self.records * (2 * COMPARED_BYTES + CHANGED * TABLE_ROW_BYTES)
+        held = self.records * CHANGED * DIFFERENCE_BYTES
+        bottleneck = (
+            f"comparing twice, {span(comparing)}, encoding {span(encoding)}; the driver holds the difference, "
+            f"{size(held)}, and a task a range, {size(self.records / self.shards * COMPARED_BYTES)}"
+        )
+        return Line("embed again, 1% new", hours, moved, self.cost(hours, 0, self.gpu_nodes), bottleneck)
 
     def search(self) -> Line:
-        """Of LanceDB: the index, which one task builds; what a month of storage costs."""
-        hours = self.hours(self.records * WIDTH * RATES["LanceDB, index"].value)
-        held = self.records * VECTOR_ROW_BYTES
-        month = held / 1e9 * PRICES["S3, a GB and month"]
-        pinecone = held / 1e9 * PRICES["Pinecone, a GB and month"]
+        """The index, by the CPU workers where there are many rows, and its recall, in one task; a month of storage."""
+        vectors, is_spread = self.records * 4 * WIDTH, self.records >= SPREAD_ROWS
+        pairs_of_cores = self.cpu_nodes * CPU_CORES / 2 if is_spread else 1  # the rate is that of two cores
+        building = self.hours(self.records * WIDTH * RATES["index"].value / pairs_of_cores)
+        reading = self.hours(vectors / RATES["a node's disk or network"].value)
+        month = self.records * TABLE_ROW_BYTES / 1e9 * PRICES["S3, a GB and month"]
+        who = "all nodes build" if is_spread else "one task builds"
         bottleneck = (
-            f"one task builds the index, {size(self.records * WIDTH)} of codes; a month of storage, which the "
-            f"dollars hold, is ${month:,.2f}, in Pinecone ${pinecone:,.2f}"
+            f"{who} the index, {size(self.records * WIDTH)} of codes, in {span(building)}; one task reads all "
+            f"vectors for its recall in {span(reading)}; the dollars hold a month of storage, ${month:,.2f}"
         )
-        return Line("search: index", hours, held, self.cost(hours, 1, 0) + month, bottleneck)
+        hours = building + reading
+        return Line("search: index", hours, 2 * vectors, self.cost(hours, self.cpu_nodes, 0) + month, bottleneck)
+
+    def pinecone(self) -> Line:
+        """The first push of all rows."""
+        sent = self.records * SENT_ROW_BYTES
+        hours = self.hours(sent / RATES["Pinecone"].value)
+        units = sent / 1e3 / 1e6 * PRICES["Pinecone, a million write units"]
+        month = sent / 1e9 * PRICES["Pinecone, a GB and month"]
+        bottleneck = (
+            f"50 MB/s a namespace; write units are ${units:,.0f} of it; a month of storage is ${month:,.2f} more"
+        )
+        return Line("push to Pinecone", hours, sent, self.cost(hours, 0, self.gpu_nodes) + units, bottleneck)
 
     def lines(self) -> list[Line]:
         stages: list[Callable[[], Line]] = [self.prepare, self.tokenize, self.train]
-        stages += [self.embed_lancedb, self.embed_pinecone, self.search]
+        stages += [self.distinct_texts, self.embed, self.embed_again, self.search, self.pinecone]
         return [stage() for stage in stages]
 
 
@@ -260,7 +314,7 @@ def size(number: float) -> str:
 
 
 def span(hours: float) -> str:
-    for unit, of_hours, most in (("min", 1 / 60, 1), ("h", 1, 72), ("days", 24, 24 * 730)):
+    for unit, of_hours, most in (("s", 1 / 3600, 1 / 60), ("min", 1 / 60, 1), ("h", 1, 72), ("days", 24, 24 * 730)):
         if hours < most:
             return f"{hours / of_hours:.3g} {unit}"
     return f"{hours / 24 / 365:,.0f} years"
@@ -289,17 +343,14 @@ def counts_table(scales: list[Scale]) -> str:
         ("encoding on the CPU workers in place of GPUs", lambda s: span(s.encode_on_cpus_hours)),
         ("near-duplicates: keys of all bands", lambda s: size(8.0 * BANDS * s.records)),
         ("row groups in the manifest", lambda s: f"{s.records // ROW_GROUP_ROWS:,}"),
-        ("rows of a write to the store", lambda s: f"{write_rows(s.records):,}"),
-        ("writes to the store", lambda s: f"{s.writes:,}"),
-        ("entries of the ledger that one process holds at once", lambda s: f"{entries_at_once(s.records):,}"),
+        ("documents of a range, which a task compares", lambda s: f"{s.records // s.shards:,}"),
+        ("rows of a fragment of the table", lambda s: f"{write_rows(s.records):,}"),
+        ("fragments", lambda s: f"{s.fragments:,}"),
+        ("commits of a first embedding", lambda s: f"{s.waves[0]:,}"),
+        ("the table's manifest, written by each of them", lambda s: size(s.fragments * FRAGMENT_BYTES)),
     ]
     rows = [[name, *(count(scale) for scale in scales)] for name, count in of]
     return markdown(["", *(scale.name for scale in scales)], rows, "lrrr")
-
-
-def entries_at_once(entries: int) -> int:
-    """Of the ledger's, by its own cut into ranges of ids."""
-    return entries // min(1 << 16, 1 + entries // PART_ENTRIES)
 
 
 def rates_table() -> str:

@@ -38,8 +38,8 @@ from pipeline.data.plan import Plan
 from pipeline.data.prepare import Inputs
 from pipeline.data.records import parts_at_most
 from pipeline.data.tokenizing import ROW_GROUP_ROWS
+from pipeline.embedding.documents import Documents
 from pipeline.embedding.embed import _a_task_each
-from pipeline.embedding.sync import Span
 from pipeline.runtime.console import table
 from pipeline.sources.source import CHECKED_ROWS
 
@@ -79,11 +79,10 @@ def manifest_of(records: int, shards: int) -> Manifest:
     return Manifest("0" * 64, [SourceCount("all", records, records, {})], splits, described, {"text": {}}, [], {}, {})
 
 
-def spans_of(folder: Path, shards: int) -> list[Span]:
-    """Record files as embedding knows them: each with the range of ids that it holds."""
-    edges = [f"{(i << 32) // shards:08x}" for i in range(shards)]
-    files = [folder / "records" / f"{i:05d}.parquet" for i in range(shards)]
-    return [Span(*of) for of in zip(files, edges, [*edges[1:], None], strict=True)]
+def documents_of(folder: Path, ranges: int) -> Documents:
+    """The documents of so many record files of text alone, as embedding knows them."""
+    records = [folder / "records" / f"{i:05d}.parquet" for i in range(ranges)]
+    return Documents(records, "text", {}, True, folder, Artifact(folder, "documents", []), True)
 
 
 def counted(inputs: Inputs, records: int) -> dict[str, int]:
@@ -115,13 +114,13 @@ def read_empty(inputs: Inputs, folder: Path, board: Board) -> int:
 
 
 def look_empty(inputs: Inputs, folder: Path) -> int:
-    """Send embedding's first tasks, one a record file, through Ray; prepare's later stages have as many."""
-    spans = spans_of(folder, inputs.shards)
+    """Send embedding's tasks, one a range, through Ray; prepare's later stages have as many. Returns their number."""
+    documents = documents_of(folder, inputs.shards)
 
     def look(batch: dict[str, Any]) -> dict[str, Any]:
-        return {"first": [spans[index].first for index in batch["id"].tolist()]}
+        return {"first": [documents.bounds(index)[0] for index in batch["id"].tolist()]}
 
-    rows = _a_task_each(spans).map_batches(look, batch_size=1, num_cpus=0.5).iter_rows()
+    rows = _a_task_each(len(documents)).map_batches(look, batch_size=1, num_cpus=0.5).iter_rows()
     return len({row["first"] for row in rows})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import tracemalloc
 from dataclasses import asdict
@@ -14,15 +13,15 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from benchmarks import scaling, scaling_plan
 from pipeline.data.manifest import read_prepared
 from pipeline.data.prepare import MAX_SHARDS
-from pipeline.embedding import ledger
-from pipeline.embedding.embed import MOST_WRITE_ROWS, WRITE_ROWS, write_rows
+from pipeline.embedding import embed
+from pipeline.embedding.embed import MOST_WRITE_ROWS, WRITE_ROWS, Waves, write_rows
 from pipeline.sources.source import MAX_TASKS
+from pipeline.text.identity import shard_of
 from tests.conftest import board
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +49,6 @@ def test_a_billion_records_are_planned_as_some_thousand_tasks(tmp_path: Path) ->
     assert sum(task.bytes for _, task in large.work) == pytest.approx(500 * BILLION, rel=0.001)
     assert MAX_TASKS <= len(large.work) <= MAX_TASKS + files
     assert large.shards == MAX_SHARDS
-    assert len(scaling_plan.spans_of(tmp_path, large.shards)) == MAX_SHARDS
     assert len(json.dumps([vars(task) for _, task in large.work])) < 1e6
 
 
@@ -80,30 +78,57 @@ def test_all_tasks_of_a_plan_go_through_ray(tmp_path: Path) -> None:
     assert scaling_plan.look_empty(inputs, tmp_path) == inputs.shards == 60
 
 
-@pytest.mark.parametrize("entries", [0, MILLION, BILLION, 100 * BILLION])
-def test_the_ledger_is_gone_through_in_ranges_that_fit_in_memory(entries: int, tmp_path: Path) -> None:
-    ranges: list[tuple[str, str | None]] = []
-    table = SimpleNamespace(count_rows=lambda: entries)
-    with patch.object(ledger.Ledger, "table", table), patch.object(ledger, "_between", lambda _, *r: ranges.append(r)):
-        list(ledger.Ledger(tmp_path, "t")._parts())
-    assert (ranges[0][0], ranges[-1][1]) == ("", None)
-    assert all(one[1] == other[0] for one, other in pairwise(ranges))
-    starts = [int(first.ljust(4, "0"), 16) for first, _ in ranges]
-    widest = max(np.diff([*starts, 1 << 16])) / (1 << 16)  # ids are hashes: as many entries as it is wide
-    assert widest * entries <= 1.1 * max(ledger.PART_ENTRIES, entries / (1 << 16))
-    assert scaling.entries_at_once(entries) == pytest.approx(entries / len(ranges), abs=1)
+@pytest.mark.parametrize("ranges", [1, 7, 60, 4096])
+def test_ranges_of_ids_have_no_gaps_and_do_not_overlap(ranges: int, tmp_path: Path) -> None:
+    """A record is in the range of its record file, wherever its id lies between the bounds or at one of them."""
+    documents = scaling_plan.documents_of(tmp_path, ranges)
+    bounds = [documents.bounds(index) for index in range(len(documents))]
+    assert (len(bounds), bounds[0][0], bounds[-1][1]) == (ranges, "", None)
+    assert all(one[1] == other[0] for one, other in pairwise(bounds))
+    firsts = [first for first, _ in bounds]
+    assert firsts == sorted(set(firsts))
+    numbers = [*np.random.default_rng(0).integers(0, 1 << 32, 1000).tolist(), 0, (1 << 32) - 1]
+    numbers += [int(first, 16) + off for first in firsts[1:] for off in (-1, 0)]
+    for number in numbers:
+        for row_id in (f"{number:08x}{'0' * 24}", f"{number:08x}{'f' * 24}#00002"):
+            first, last = bounds[shard_of(row_id, ranges)]
+            assert first <= row_id < (last or "g")
 
 
-def test_a_ledger_in_many_ranges_has_each_entry_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "PART_ENTRIES", 7)
-    ids = [os.urandom(16).hex() for _ in range(300)]
-    one = ledger.Ledger(tmp_path, "t")
-    one.begin()
-    columns = {"id": ids, "source": ["s"] * 300, "source_id": ids, "digest": ids}
-    one.note(pa.table({**columns, "parts": pa.array([1] * 300, pa.int32())}), ledger.THERE)
-    one.compact()
-    assert one.counts() == (300, 0)
-    assert sorted(one.table.to_arrow()["id"].to_pylist()) == sorted(ids)
+class Clocked:
+    """A writer whose commits take time on a clock of its own: a part always, and a part for each fragment there."""
+
+    def __init__(self, fixed_s: float, fragment_s: float) -> None:
+        self.fixed_s, self.fragment_s, self.now, self.there = fixed_s, fragment_s, 0.0, 0
+
+    def append(self, fragments: list[str]) -> None:
+        assert fragments == sorted(fragments)
+        self.there += len(fragments)
+        self.now += self.fixed_s + self.fragment_s * self.there
+
+
+@pytest.mark.parametrize("scale", [scaling.Scale(name) for name in scaling.SCALES], ids=list(scaling.SCALES))
+def test_commits_are_few_and_short_beside_the_encoding(scale: scaling.Scale) -> None:
+    """The real waves, on a clock that does not wait, against the arithmetic."""
+    a_fragment_s, ends = 3600 * scale.encode_hours / scale.fragments, [0.0]
+    writer = Clocked(*(scaling.RATES[name].value for name in ("a commit", "a commit, a fragment there")))
+    with patch.object(embed, "time", SimpleNamespace(monotonic=lambda: writer.now)):
+        waves = Waves(writer)  # type: ignore[arg-type]
+        for number in range(scale.fragments):
+            writer.now += a_fragment_s
+            held = writer.there
+            waves.add(f"{number % 7}", f"{number % 7}, {number:09}")
+            if writer.there > held:
+                ends.append(writer.now)
+        waves.commit()
+    assert writer.there == scale.fragments
+    assert waves.commit_s < 0.02 * writer.now
+    commits, commit_s, last = scale.waves
+    assert np.diff(ends).max() == pytest.approx(last, rel=0.1)
+    assert last < max(5, 0.02 * writer.now)
+    assert waves.commits == pytest.approx(commits, rel=0.02)
+    assert waves.commit_s == pytest.approx(commit_s, rel=0.02)
+    assert commits < 900
 
 
 def test_the_page_has_what_the_code_computes() -> None:
@@ -112,23 +137,20 @@ def test_the_page_has_what_the_code_computes() -> None:
         assert f"## {heading}\n\n{text}\n" in page, heading
 
 
-def test_sums_of_the_arithmetic_are_those_of_a_loop() -> None:
+@pytest.mark.parametrize("of", ["prepare", "distinct texts"])
+def test_meetings_of_the_arithmetic_are_those_of_a_draw(of: str) -> None:
     scale = scaling.Scale("1 M")
-    rates = scaling.RATES
-    fixed, a_row = rates["LanceDB, a write"].value, rates["LanceDB, a write, a row there"].value
-    assert scale.merge_s == pytest.approx(sum(fixed + a_row * WRITE_ROWS * i for i in range(scale.writes)), rel=0.02)
-    fixed, a_fragment = rates["ledger, an entry"].value, rates["ledger, an entry, a fragment there"].value
-    assert scale.ledger_s == pytest.approx(sum(fixed + a_fragment * i for i in range(2 * scale.writes)), rel=0.02)
-    parts = scaling.parts_at_most(scale.text_bytes, scale.read_tasks)
+    parts = scaling.parts_at_most(scale.text_bytes, scale.read_tasks) if of == "prepare" else scale.shards
     shards = np.random.default_rng(0).integers(0, scale.shards, MILLION)
     met = np.unique(np.arange(MILLION) % parts * scale.shards + shards)
-    assert scale.pairs == pytest.approx(len(met), rel=0.01)
+    assert scale.meetings(parts) == pytest.approx(len(met), rel=0.01)
 
 
-def test_writes_are_larger_where_there_are_many() -> None:
-    assert [write_rows(records) for records in (0, MILLION, 81_930_000)] == [WRITE_ROWS, WRITE_ROWS, WRITE_ROWS + 1]
-    assert write_rows(BILLION) == 100_000
-    assert write_rows(100 * BILLION) == MOST_WRITE_ROWS
+def test_fragments_are_larger_where_there_are_many_documents() -> None:
+    """So that neither a small table has files of few rows, nor a large one a manifest that no commit can write."""
+    assert [write_rows(rows) for rows in (0, 819_200, 819_300)] == [WRITE_ROWS, WRITE_ROWS, WRITE_ROWS + 1]
+    assert [write_rows(rows) for rows in (13_107_100, 13_107_200, 100 * BILLION)] == [131_071, *[MOST_WRITE_ROWS] * 2]
+    assert scaling.Scale("1 G").fragments * scaling.FRAGMENT_BYTES < 1e6
 
 
 def test_the_guides_prices_are_those_of_the_arithmetic() -> None:

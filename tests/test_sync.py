@@ -13,13 +13,15 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow as pa
 import pytest
+import xxhash
 
 from pipeline.embedding import embed
 from pipeline.embedding.columns import as_matrix
+from pipeline.embedding.documents import PLACE_COLUMNS, first_places, place_digests
 from pipeline.embedding.encode import TextEncoder, open_encoder
 from pipeline.embedding.lookup import open_embedder
 from pipeline.embedding.store import publish, published_recipe, table_of
-from pipeline.embedding.table import VectorTable, Writer
+from pipeline.embedding.table import DIGEST_CHARS, PLACE, VectorTable, Writer
 from pipeline.runtime.job import JobError
 from pipeline.text.identity import content_id
 from tests.embedding_world import Corpus, World, corpus_of, save_random_model
@@ -366,3 +368,38 @@ def test_readers_go_on_with_the_table_and_the_model_that_were_published(world: W
     assert published_recipe(world.config).local != recipe.local
     world.overrides = [f"embedding.model={world.model}"]
     assert published_recipe(world.config).folder == world.model
+
+
+def test_a_digest_is_that_of_all_places_and_of_nothing_else() -> None:
+    """Against a hash of each place by itself, in Python; nulls, empty lists and slices as Lance gives them."""
+    chance = random.Random(0)
+    values = ["", "a", "ab", "1:a", ":", "ü", "日本", "\0", None]
+    lists = [
+        [{name: chance.choice(values) for name in PLACE_COLUMNS} for _ in range(chance.choice([1, 1, 2, 5]))]
+        for _ in range(500)
+    ]
+    lists[3:5] = [[], None]  # type: ignore[list-item]
+    column = pa.array(lists, pa.list_(PLACE))
+    expected = []
+    for places in lists:
+        fields = [(place[name] or "").encode() for place in places or [] for name in PLACE_COLUMNS]
+        expected.append(xxhash.xxh3_128_hexdigest(b":".join(b"%d:%s" % (len(one), one) for one in fields)))
+    assert place_digests(column).to_pylist() == expected
+    assert place_digests(column.slice(2, 40)).to_pylist() == expected[2:42]
+    assert first_places(column.slice(2, 40)).to_pylist() == [places[0] if places else None for places in lists[2:42]]
+    fields = {tuple(place[name] or "" for place in places or [] for name in PLACE_COLUMNS) for places in lists}
+    assert len(set(expected)) == len(fields)
+
+
+def test_documents_without_metadata_are_right_when_all_is_checked(world: World) -> None:
+    world.run()
+    with world.table.writing() as writer:
+        rows = world.table.read(["id", "places", "digest"])
+        bare = [[{**place, "metadata": None} for place in places] for places in rows["places"].to_pylist()]
+        places = pa.array(bare, pa.list_(PLACE))
+        of_content = [digest[DIGEST_CHARS:] for digest in rows["digest"].to_pylist()]
+        digests = [a + b for a, b in zip(place_digests(places).to_pylist(), of_content, strict=True)]
+        columns = {"metadata": pa.nulls(len(rows), pa.string()), "places": places, "digest": digests}
+        writer.update(pa.table({"id": rows["id"], **columns}))
+    assert world.run()["embedded"] == 0
+    world.check()

@@ -15,7 +15,7 @@ data set.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from pipeline.data.exchange import read_part, write_parts
 from pipeline.data.manifest import SPLITS, Manifest
@@ -119,8 +120,8 @@ class Documents:
         """The records of a file with `text`, and as `id` that of their text."""
         columns = dict.fromkeys(["id", *PLACE_COLUMNS, self.field])
         rows = open_parquet(self.records[index]).read(columns=list(columns))
-        tokens = {"tokens": self.tokens(index, rows["id"])} if self.use_tokens else {}
-        columns = {name: rows[name] for name in PLACE_COLUMNS} | {"text": rows[self.field]} | tokens
+        columns = {name: rows[name] for name in PLACE_COLUMNS} | {"text": rows[self.field]}
+        columns |= {"tokens": tokens_of(rows["id"], self.tokens(index))} if self.use_tokens else {}
         prompts = self.prompts
         ids = [
             content_id([prompts[source], text] if source in prompts else [text])
@@ -128,12 +129,12 @@ class Documents:
         ]
         return pa.table({"id": pa.array(ids, pa.string()), **columns})
 
-    def tokens(self, index: int, ids: pa.ChunkedArray) -> pa.ChunkedArray:
-        """Token ids of records of a file, from its token shards."""
+    def tokens(self, index: int) -> pa.Table:
+        """Record ids and token ids of a record file, from its token shards."""
         name = self.records[index].name
         there = [path for split in SPLITS if (path := self.shards / split / name).is_file()]
         shards = pa.concat_tables([open_parquet(path).read(columns=["id", self.field]) for path in there])
-        return shards[self.field].combine_chunks().take(pc.index_in(ids, shards["id"].combine_chunks()))
+        return shards.rename_columns(["id", "tokens"]).combine_chunks()
 
     def read(self, index: int, columns: Sequence[str] = COLUMNS) -> Iterator[pa.Table]:
         """Documents of a range by rising id, some at a time; `tokens` may be among the columns."""
@@ -142,10 +143,12 @@ class Documents:
             for batch in open_parquet(path).iter_batches(READ_ROWS, columns=list(columns)):
                 yield pa.Table.from_batches([batch])
             return
-        for batch in open_parquet(self.records[index]).iter_batches(READ_ROWS, columns=["id", *PLACE_COLUMNS, "text"]):
+        tokens = self.tokens(index) if "tokens" in columns else None
+        needed = ["id", *PLACE_COLUMNS, *(["text"] if "text" in columns else [])]
+        for batch in open_parquet(self.records[index]).iter_batches(READ_ROWS, columns=needed):
             rows = grouped(pa.Table.from_batches([batch]))
-            if "tokens" in columns:
-                rows = rows.append_column("tokens", self.tokens(index, rows["id"]))
+            if tokens is not None:
+                rows = rows.append_column("tokens", tokens_of(rows["id"], tokens))
             yield rows.select(list(columns))
 
     def table(self, index: int, columns: Sequence[str] = COLUMNS) -> pa.Table:
@@ -153,6 +156,11 @@ class Documents:
         found = list(self.read(index, columns))
         schema = pa.schema([(name, pa.list_(PLACE) if name == "places" else pa.string()) for name in columns])
         return pa.concat_tables(found).combine_chunks() if found else schema.empty_table()
+
+
+def tokens_of(ids: pa.ChunkedArray, tokens: pa.Table) -> pa.Array:
+    """Token ids of these records, from a table of id and tokens."""
+    return one_array(tokens["tokens"]).take(one_array(pc.index_in(ids, one_array(tokens["id"]))))
 
 
 def grouped(rows: pa.Table) -> pa.Table:
@@ -166,13 +174,23 @@ def grouped(rows: pa.Table) -> pa.Table:
     places = [one_array(rows[name]) for name in PLACE_COLUMNS]
     offsets = pa.array([*starts.tolist(), len(rows)], pa.int32())
     listed = pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(places, fields=list(PLACE)))
-    digests = [digest_of(each) for each in listed.to_pylist()]
     first = rows.take(pa.array(starts))
     columns = {name: first[name] for name in rows.column_names}
-    columns |= {"places": listed, "digest": pa.array(digests, pa.string())}
-    order = [*COLUMNS, *(name for name in rows.column_names if name not in COLUMNS)]
-    return pa.table([columns[name] for name in order], names=order)
+    columns |= {"places": listed, "digest": place_digests(listed)}
+    return pa.table(columns)
 
 
-def digest_of(places: Iterable[dict[str, str | None]]) -> str:
-    return content_id([place[name] or "" for place in places for name in PLACE_COLUMNS])
+def place_digests(places: pa.ListArray) -> pa.Array:
+    """A hash of each document's places: of all their fields, each led by its length in bytes."""
+    columns = [pc.fill_null(column, "") for column in places.flatten().flatten()]
+    lengths = [pc.binary_length(column).cast(pa.string()) for column in columns]
+    flat = pc.binary_join_element_wise(*(part for pair in zip(lengths, columns, strict=True) for part in pair), ":")
+    offsets = np.cumsum([0, *pc.fill_null(pc.list_value_length(places), 0).to_pylist()])
+    texts = pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat), ":")
+    return pa.array(map(xxhash.xxh3_128_hexdigest, texts.cast(pa.binary()).to_pylist()), pa.string())
+
+
+def first_places(places: pa.ListArray) -> pa.StructArray:
+    """The first place of each document, null where there is none."""
+    counts = pc.fill_null(pc.list_value_length(places), 0).to_numpy()
+    return places.flatten().take(pa.array(np.cumsum(counts) - counts, mask=counts == 0))

@@ -123,7 +123,7 @@ class Index:
         if rows and sync.check:
             log.info("embed: all %s rows are checked, for the last job did not end or another wrote to it", f"{rows:,}")
         found = differences(sync, board)
-        whole = sum(found, Difference())
+        whole = Difference.total(found)
         counts = whole.summary
         self._refuse_mass_deletion(counts)
         letters = DeadLetters(self.config.run_dir / "dead_letters" / self.table.name)
@@ -186,7 +186,7 @@ class Index:
 
         dataset = self.table.open()
         sync = self._sync(int(dataset.version), empty=not dataset.count_rows(), check=check)
-        counts = sum(differences(sync, board, "embed: verify"), Difference()).summary
+        counts = Difference.total(differences(sync, board, "embed: verify")).summary
         wrong = [f"{counts[name]:,} rows are {what}" for name, what in WRONG.items() if counts[name]]
         sampled, least, off = self._sampled()
         if off:
@@ -242,7 +242,7 @@ class Index:
             check=exists and not self.table.is_verified(self.table.open()),
         )
         found = differences(sync, board)
-        counts = sum(found, Difference()).summary
+        counts = Difference.total(found).summary
         board()
         pool = pool_of(documents, self.recipe)
         due = counts["new"] + counts["changed"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ import xxhash
 
 from pipeline.embedding.chunks import as_chunks, chunk_metadata, expanded, parts_of
 from pipeline.embedding.columns import as_column, as_matrix, one_array
-from pipeline.embedding.documents import COLUMNS, Documents, digest_of
+from pipeline.embedding.documents import COLUMNS, PLACE_COLUMNS, Documents, first_places, place_digests
 from pipeline.embedding.recipe import EncoderRecipe, tokenize
 from pipeline.embedding.table import DIGEST_CHARS, VectorTable, content_digests
 
@@ -58,9 +58,11 @@ class Difference:
     def from_row(cls, row: dict[str, Any]) -> Difference:
         return cls(Counter(json.loads(row["counts"])), *(np.array(row[name], np.uint64) for name in ARRAYS))
 
-    def __add__(self, other: Difference) -> Difference:
-        arrays = ((getattr(each, name) for each in (self, other)) for name in ARRAYS)
-        return Difference(self.counts + other.counts, *(np.concatenate(list(pair)) for pair in arrays))
+    @classmethod
+    def total(cls, found: Sequence[Difference]) -> Difference:
+        """That of all ranges together."""
+        arrays = ([np.empty(0, np.uint64), *(getattr(each, name) for each in found)] for name in ARRAYS)
+        return cls(sum((each.counts for each in found), Counter()), *map(np.concatenate, arrays))
 
     @property
     def summary(self) -> Counter[str]:
@@ -131,7 +133,7 @@ class Sync:
     def updates(self, index: int) -> pa.Table:
         """The columns to set, and `id`, of rows whose document has other places."""
         there, _, _ = self._there(index)
-        documents = self.documents.table(index)
+        documents = self.documents.table(index, ["id", *PLACE_COLUMNS, "places", "digest"])
         documents = documents.filter(pa.array(_compare(documents, there)[1]))
         at = pc.index_in(there["key"], one_array(documents["id"]))
         rows, of = there.filter(pc.is_valid(at)), documents.take(pc.drop_null(at))
@@ -163,15 +165,15 @@ class Sync:
 
     def _is_right(self, rows: pa.Table) -> np.ndarray:
         """Whether each row is what its digest was made of."""
-        places = rows["places"].to_pylist()
-        of_content = content_digests(rows["text"], as_matrix(rows["vector"])).to_pylist()
-        expected = [digest_of(each or ()) + content for each, content in zip(places, of_content, strict=True)]
-        right = pc.fill_null(pc.equal(rows["digest"], pa.array(expected, pa.string())), False).to_numpy()
-        columns = ["source", "source_id"] if self.table.chunks else ["source", "source_id", "metadata"]
-        for name in columns:
-            first = pa.array([each[0][name] if each else None for each in places], pa.string())
-            right = right & pc.fill_null(pc.equal(rows[name], first), False).to_numpy()
-        return right
+        places = one_array(rows["places"])
+        contents = content_digests(rows["text"], as_matrix(rows["vector"]))
+        digests = pc.binary_join_element_wise(place_digests(places), contents, "")
+        right, first = pc.equal(pc.fill_null(one_array(rows["digest"]), ""), digests), first_places(places)
+        right = pc.and_(right, first.is_valid())
+        for name in ["source", "source_id"] if self.table.chunks else PLACE_COLUMNS:
+            own, expected = (pc.fill_null(each, "") for each in (rows[name], pc.struct_field(first, name)))
+            right = pc.and_(right, pc.equal(one_array(own), expected))
+        return right.to_numpy(zero_copy_only=False)
 
 
 def _compare(documents: pa.Table, there: pa.Table) -> tuple[np.ndarray, np.ndarray]:

@@ -256,8 +256,13 @@ class Writer:
         uri, options = lance_location(self.table.path)
         files = {file.path for fragment in found for file in fragment.files}
 
+        attempts = 0
+
         def commit(dataset: Any) -> None:
-            if files <= {file.path for each in dataset.get_fragments() for file in each.metadata.files}:
+            nonlocal attempts
+            attempts += 1
+            held = [each.metadata.files for each in dataset.get_fragments()] if attempts > 1 else []
+            if files <= {file.path for some in held for file in some}:
                 return  # by an attempt whose reply was lost
             # Without retries of Lance's own: one would commit again what a lost reply has committed.
             lance.LanceDataset.commit(
@@ -357,7 +362,7 @@ def is_disk_full(error: BaseException) -> bool:
 def content_digests(texts: pa.ChunkedArray, vectors: np.ndarray) -> pa.Array:
     """Hashes of texts and of the rows of an (N, D) matrix as it is stored, 16 hex digits each."""
     rows = np.ascontiguousarray(vectors)
-    seeds = (xxhash.xxh3_64_intdigest((text or "").encode()) for text in texts.to_pylist())
+    seeds = map(xxhash.xxh3_64_intdigest, pc.fill_null(texts, "").cast(pa.binary()).to_pylist())
     return pa.array([xxhash.xxh3_64_hexdigest(row, seed) for row, seed in zip(rows, seeds, strict=True)], pa.string())
 
 
