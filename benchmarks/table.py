@@ -50,7 +50,7 @@ set_environment()
 from benchmarks.corpora import machine
 from pipeline.embedding.columns import as_column
 from pipeline.embedding.documents import Documents
-from pipeline.embedding.embed import SHORTEST_WAVE_S, Waves, differences, update, write_fragments, write_rows
+from pipeline.embedding.embed import SHORTEST_WAVE_S, Waves, differences, rewrite, write_fragments, write_rows
 from pipeline.embedding.indexing import finish
 from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.stores.dead_letters import DeadLetters
@@ -208,7 +208,7 @@ def sync(world: World, *, changed: bool) -> dict[str, float]:
             waves.commit()
 
         timed("write", embed)
-        timed("rewrite", lambda: update(one, [i for i, each in enumerate(found) if each.counts["metadata"]], writer))
+        timed("rewrite", lambda: rewrite(one, [i for i, each in enumerate(found) if each.counts["metadata"]], writer))
         timed("delete", lambda: writer.delete(whole.obsolete))
         timed("finish", lambda: finish(table, None, 0))
         counts = Difference.total(timed("compare again", lambda: compared(table.version()))[1]).summary

@@ -147,7 +147,9 @@ def test_random_work_against_a_dict(table: VectorTable, monkeypatch: pytest.Monk
             there = [i for i in some if i in model]
             if step % 3 == 1:
                 other = {i: {**row(i, chance), "vector": model[i]["vector"], "text": model[i]["text"]} for i in there}
-                writer.update(rows_of(list(other.values())).select(["id", "source", "source_id", "places", "metadata"]))
+                old = table.read(["id", "_rowid"]).filter(pa.compute.field("id").isin(there))["_rowid"].to_numpy()
+                writer.append(write(table, list(other.values())))
+                writer.delete(old)
                 model |= other
             if step % 3 == 2:
                 gone = table.fetch(there[:20])["id"].to_pylist()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.embedding.columns import as_column
 from pipeline.embedding.table import VectorTable, Writer
@@ -78,7 +79,11 @@ class World:
         """Other places of texts that are there."""
         self.documents |= documents
         if documents:
-            writer.update(rows_of(self.table, documents).drop_columns(["text", "vector"]))
+            rows = rows_of(self.table, documents).sort_by("id").combine_chunks()
+            old = self.table.read(["id", "_rowid"])
+            keep = pc.is_in(old["id"], rows["id"].combine_chunks())
+            writer.append([fragment for _, fragment, _ in self.table.write(rows)])
+            writer.delete(old["_rowid"].filter(keep).to_numpy())
 
     def remove(self, writer: Writer, texts: list[str]) -> None:
         ids = {content_id([text]) for text in texts}

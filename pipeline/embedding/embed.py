@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ READ_CPUS = 0.251
 WRITE_ROWS, MOST_WRITE_ROWS = 8_192, 131_072  # of a fragment: about a hundredth of what there is to write
 SHORTEST_WAVE_S = 1.0  # between two commits; more if that is less than 50 commits take, or 1% of the time so far
 SPREAD_ROWS = 10_000_000  # from here on the whole cluster joins files and builds the index of vectors
-LOCAL_ROWS = 1_000_000  # up to so many documents, ids are compared in the driver, without tasks
+LOCAL_ROWS = 8_000_000  # up to so many documents, ids are compared in the driver, without tasks
 
 
 def write_rows(documents: int) -> int:
@@ -286,20 +286,41 @@ def differences(sync: Sync, board: Callable[[], Board], title: str = "embed: com
     return [Difference.from_row(row) for row in sorted(rows, key=lambda row: row["range"])]
 
 
-def update(sync: Sync, ranges: Sequence[int], writer: Writer) -> None:
-    """Rewrite rows whose documents have other places or metadata."""
+def rewrite(sync: Sync, ranges: Sequence[int], writer: Writer) -> None:
+    """Append rows in place of those whose documents have other places or metadata; the old ones are still there."""
+    waves, table = Waves(writer), sync.table
+
+    def write(rows: pa.Table) -> pa.Table:
+        found = table.write(table.typed(rows.sort_by("id")))
+        return pa.table([pa.array(column) for column in zip(*found, strict=True)], schema=FRAGMENTS)
+
+    def rewritten(batch: dict[str, Any]) -> Iterator[pa.Table]:
+        yield from (sync.rewritten(ranges[index]) for index in batch["id"].tolist())
+
     if not ranges:
         return
     if sum(sync.documents.rows) <= LOCAL_ROWS:
-        writer.update(pa.concat_tables([sync.updates(index) for index in ranges]))
-        return
+        found = (write(rows) for rows in _grouped(map(sync.rewritten, ranges)))
+    else:
+        dataset = _a_task_each(len(ranges)).map_batches(rewritten, batch_size=1, num_cpus=READ_CPUS)
+        dataset = dataset.map_batches(write, batch_size=WRITE_ROWS, batch_format="pyarrow", num_cpus=0.5)
+        found = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    for fragments in found:
+        for row in fragments.to_pylist():
+            waves.add(row["first_id"], row["fragment"])
+    waves.commit()
 
-    def updates(batch: dict[str, Any]) -> Iterator[pa.Table]:
-        yield from (sync.updates(ranges[index]) for index in batch["id"].tolist())
 
-    dataset = _a_task_each(len(ranges)).map_batches(updates, batch_size=1, num_cpus=0.5)
-    for rows in dataset.iter_batches(batch_size=MOST_WRITE_ROWS, batch_format="pyarrow"):
-        writer.update(rows)
+def _grouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Tables joined to some of WRITE_ROWS rows or more, and the rest."""
+    group: list[pa.Table] = []
+    for table in tables:
+        group += [table] if len(table) else []
+        if sum(map(len, group)) >= WRITE_ROWS:
+            yield pa.concat_tables(group)
+            group = []
+    if group:
+        yield pa.concat_tables(group)
 
 
 def finish_somewhere(table: VectorTable, index: str | None, index_rows: int, labels: dict[str, str]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class Index:
         return {"upserted": counts["upserted"], "pushed_deletions": counts["deleted"]}
 
     def _write(self, writer: Writer, board: Callable[[], Board]) -> dict[str, Any]:
-        from pipeline.embedding.embed import differences, embed, finish_somewhere, update
+        from pipeline.embedding.embed import differences, embed, finish_somewhere, rewrite
 
         wanted, began, base = self.config.embedding, time.monotonic(), writer.begin()
         for name in unreadable(self.table):
@@ -142,7 +142,7 @@ class Index:
                 f"{spent.tokens / seconds:,.0f}",
                 ", ".join(f"{name} {spent.seconds.get(name, 0.0):.1f} s" for name in PARTS),
             )
-        update(sync, [index for index, each in enumerate(found) if each.counts["metadata"]], writer)
+        rewrite(sync, [index for index, each in enumerate(found) if each.counts["metadata"]], writer)
         writer.delete(whole.obsolete)
         log.info("embed: %s", _listed(counts) or "nothing had changed")
         board()

@@ -2,7 +2,7 @@
 
     sync.difference(3)           # counts, and the row ids to delete
     for batch in sync.due(3):    # documents that have no row yet, tokenized
-    sync.updates(3)              # rows whose places or metadata changed
+    sync.rewritten(3)            # rows in place of those whose places or metadata changed
 
 All of it is an anti-join of documents and rows by id, range by range, in one process and without Ray, which only
 spreads it (embedding/embed.py). Tasks read the version of the table that the job began with, so a task that is repeated
@@ -95,8 +95,9 @@ class Sync:
         there, obsolete, wrong = self._there(index)
         documents = self.documents.table(index, ["id", "source", "source_id", "digest"])
         known, changed = _compare(documents, there)
-        gone = pc.invert(pc.is_in(there["key"], one_array(documents["id"]))).to_numpy()
-        vanished = there.filter(pa.array(gone))
+        vanished = there.filter(pc.invert(pc.is_in(there["key"], one_array(documents["id"]))))
+        rewritten = there.filter(pc.is_in(there["key"], one_array(documents["id"].filter(pa.array(changed)))))
+        once = vanished["_rowid"].filter(_first_of_each(vanished["key"])).to_numpy()
         counts = Counter(
             new=int((~known).sum()),
             metadata=int(changed.sum()),
@@ -105,9 +106,9 @@ class Sync:
         )
         return Difference(
             counts,
-            np.concatenate([obsolete, vanished["_rowid"].to_numpy()]),
+            np.concatenate([obsolete, vanished["_rowid"].to_numpy(), rewritten["_rowid"].to_numpy()]),
             _source_hashes(documents.filter(pa.array(~known))),
-            _source_hashes(vanished.filter(_first_of_each(vanished["key"]))),
+            _source_hashes(self.table.take(once, ["source", "source_id"], self.version)),
         )
 
     def due(self, index: int) -> Iterator[pa.Table]:
@@ -130,26 +131,29 @@ class Sync:
             texts = [lead + text for lead, text in zip(leads, texts, strict=True)]
         return documents.append_column("tokens", tokenize(self.recipe.tokenizer(), texts))
 
-    def updates(self, index: int) -> pa.Table:
-        """The columns to set, and `id`, of rows whose document has other places."""
+    def rewritten(self, index: int) -> pa.Table:
+        """Whole rows in place of those whose document has other places; the vectors are theirs."""
         there, _, _ = self._there(index)
         documents = self.documents.table(index, ["id", *PLACE_COLUMNS, "places", "digest"])
         documents = documents.filter(pa.array(_compare(documents, there)[1]))
-        at = pc.index_in(there["key"], one_array(documents["id"]))
-        rows, of = there.filter(pc.is_valid(at)), documents.take(pc.drop_null(at))
-        digests = pc.binary_join_element_wise(of["digest"], pc.utf8_slice_codeunits(rows["digest"], DIGEST_CHARS), "")
-        columns = {name: of[name] for name in ("source", "source_id", "places")}
-        metadata = chunk_metadata(of["metadata"], rows["metadata"]) if self.table.chunks else of["metadata"]
-        return pa.table({"id": rows["id"], **columns, "metadata": metadata, "digest": digests})
+        old = there["_rowid"].filter(pc.is_in(there["key"], one_array(documents["id"]))).to_numpy()
+        rows = self.table.take(old, self.table.schema.names, self.version)
+        key = pc.coalesce(rows["parent_id"], rows["id"]) if self.table.chunks else rows["id"]
+        of = documents.take(pc.index_in(key, one_array(documents["id"])))
+        new = {name: of[name] for name in ("source", "source_id", "places")}
+        new["metadata"] = chunk_metadata(of["metadata"], rows["metadata"]) if self.table.chunks else of["metadata"]
+        contents = pc.utf8_slice_codeunits(rows["digest"], DIGEST_CHARS)
+        new["digest"] = pc.binary_join_element_wise(of["digest"], contents, "")
+        return self.table.typed(pa.table({name: new.get(name, rows[name]) for name in rows.column_names}))
 
     def _there(self, index: int) -> tuple[pa.Table, np.ndarray, int]:
         """Rows of a range that are right as far as is known, with `key`, the id of their document.
 
         Also `_rowid` of the others, and their number.
         """
-        columns = ["id", "source", "source_id", "digest", "metadata", "_rowid"]
+        columns = ["id", "digest", "_rowid"]
         columns += ["parent_id"] if self.table.chunks else []
-        columns += ["text", "places", "vector"] if self.check else []
+        columns += [*PLACE_COLUMNS, "text", "places", "vector"] if self.check else []
         rows = self.table.read(columns, self.documents.bounds(index), self.version).combine_chunks()
         key = pc.coalesce(rows["parent_id"], rows["id"]) if self.table.chunks else rows["id"]
         rows = rows.append_column("key", key)

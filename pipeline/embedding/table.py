@@ -174,6 +174,12 @@ class VectorTable:
         parts = [dataset.to_table(self.schema.names, filter=some) for some in among("id", ids)]
         return pa.concat_tables([self.schema.empty_table(), *(part.cast(self.schema) for part in parts)])
 
+    def take(self, row_ids: np.ndarray, columns: Sequence[str], version: int) -> pa.Table:
+        """Rows of a version by `_rowid`, in no order to rely on."""
+        dataset, schema = self.open(version), pa.schema([self.schema.field(name) for name in columns])
+        parts = [dataset.to_table(list(columns), filter=some) for some in among("_rowid", row_ids.tolist())]
+        return pa.concat_tables([schema.empty_table(), *(part.cast(schema) for part in parts)])
+
     def write(self, rows: pa.Table) -> list[tuple[str, str, int]]:
         """Write rows of `schema`, sorted by id, as fragments that no reader sees until they are committed.
 
@@ -276,12 +282,6 @@ class Writer:
         if found:
             self._commit(commit)
 
-    def update(self, rows: pa.Table) -> None:
-        """Set columns of rows, by id; rows whose ids are not there are left out."""
-        if len(rows):
-            typed = self.table.typed(rows)
-            self._commit(lambda dataset: dataset.merge_insert("id").when_matched_update_all().execute(typed))
-
     def delete(self, row_ids: np.ndarray) -> None:
         """Delete rows by `_rowid`."""
         for start in range(0, len(row_ids), DELETED_AT_ONCE):
@@ -366,12 +366,12 @@ def content_digests(texts: pa.ChunkedArray, vectors: np.ndarray) -> pa.Array:
     return pa.array([xxhash.xxh3_64_hexdigest(row, seed) for row, seed in zip(rows, seeds, strict=True)], pa.string())
 
 
-def among(column: str, values: Sequence[str]) -> Iterator[str]:
+def among(column: str, values: Sequence[str] | Sequence[int]) -> Iterator[str]:
     """SQL that holds for rows with one of these values, so many values at a time."""
     for start in range(0, len(values), SQL_IDS):
         yield f"{column} IN ({', '.join(map(quoted, values[start : start + SQL_IDS]))})"
 
 
-def quoted(text: str) -> str:
-    """A text as SQL writes it."""
-    return "'" + text.replace("'", "''") + "'"
+def quoted(value: str | int) -> str:
+    """A text or a number as SQL writes it."""
+    return str(value) if isinstance(value, int) else "'" + value.replace("'", "''") + "'"
