@@ -125,7 +125,8 @@ class TestFresh:
         assert last["metrics"]["embed"]["rows"] == 470
         (table,) = lancedb.connect(str(corpus.root / "lancedb")).list_tables().tables
         rows = lancedb.connect(str(corpus.root / "lancedb")).open_table(table).to_arrow()
-        assert set(rows["id"].to_pylist()) == set(after)
+        records = pq.read_table(Path(last["paths"]["prepared"]) / "records")
+        assert sorted(rows["text"].to_pylist()) == sorted(records["positive"].to_pylist())
         assert make_pairs(30, seed=3)[7]["positive"] in rows["text"].to_pylist()
 
         monkeypatch.setattr("pipeline.stages.ray_session", no_board)
@@ -161,7 +162,8 @@ class TestFresh:
         assert code == 0, err
         assert drift_of(err) == "30 records new, 5 changed, 42 removed (17.5%)"
         assert "prepare: 5 of 428 records were tokenized" in err
-        assert (last["metrics"]["embedded"], last["metrics"]["deleted"], last["metrics"]["rows"]) == (5, 47, 428)
+        counts = {"embedded": 5, "changed": 5, "deleted": 42, "rows": 428}
+        assert counts.items() <= last["metrics"].items()
         code, last, err = corpus(capsys, "evaluate")
         assert (code, last["metrics"]["held-out"]["queries"]) == (0, 10), err
 

@@ -242,7 +242,6 @@ class TestWholeJob:
         code, last, _, _ = job(capsys, "embed")
         assert code == 0
         assert last["metrics"]["embedded"] == last["metrics"]["rows"]
-        assert last["metrics"]["embedded"] == 0  # the cache has their vectors
         assert sorted(db.open_table(name).to_arrow()["id"].to_pylist()) == ids
 
     def test_a_folder_of_text_files(self, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,7 @@ import json
 import os
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ from pipeline.runtime.job import alone_in
 from pipeline.storage.files import lance_location, remove_folder
 from pipeline.storage.path import StoragePath, check_guards
 
+# NOTE: Ray starts its processes by fork and exec, which Lance's threads outlive; it warns of forks that go on.
+warnings.filterwarnings("ignore", "lance is not fork-safe")
 # Lance's own 2 GB would read a whole table ahead of whoever scans it.
 os.environ.setdefault("LANCE_DEFAULT_IO_BUFFER_SIZE", str(1 << 27))
 os.environ.setdefault("LANCE_LOG", "error")
