@@ -114,7 +114,7 @@ def ours(world: World, side: str, lap: Laps) -> None:
     documents = Documents(world.records, "text", {}, side == FROM_TOKENS, world.folder, artifact, are_records=True)
     table, letters = VectorTable(world.out(side), "ours", recipe.width), DeadLetters(world.out(side) / "letters")
     table.create()
-    with table.writing() as writer, large_buffers_given_back():
+    with table.writing() as writer:
         sync, waves, some = Sync(documents, table, recipe, "", writer.begin(), empty=True), Waves(writer), []
         lap("write")
         for batch in chain(chain.from_iterable(map(sync.due, range(len(documents)))), [None]):
@@ -123,12 +123,15 @@ def ours(world: World, side: str, lap: Laps) -> None:
                 some.append(with_vectors(batch, encoder))
                 lap("encode")
             if some and (batch is None or sum(map(len, some)) >= write_rows(world.documents)):
-                for first_id, fragment, _ in write_fragments(table, pa.concat_tables(some), letters)[0]:
+                with large_buffers_given_back():
+                    fragments, _ = write_fragments(table, pa.concat_tables(some), letters)
+                for first_id, fragment, _ in fragments:
                     waves.add(first_id, fragment)
                 some.clear()
                 lap("write")
         waves.commit()
-        finish(table, None, 0)
+        with large_buffers_given_back():
+            finish(table, None, 0)
         lap("write")
 
 
