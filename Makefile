@@ -72,6 +72,7 @@ bench: install-dev
 	$(BIN)/python benchmarks/memory.py --data $(DATA)
 	$(BIN)/python benchmarks/feed.py --data $(DATA)
 	$(BIN)/python benchmarks/encoding.py --data $(DATA)
+	$(BIN)/python benchmarks/static_table.py --data $(DATA)
 	$(BIN)/python benchmarks/embedding_memory.py --data $(DATA)
 	$(BIN)/python benchmarks/words.py --data $(DATA)
 	$(BIN)/python benchmarks/safety.py --data $(DATA)/linux-doc
