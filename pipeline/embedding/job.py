@@ -11,9 +11,10 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +36,9 @@ from pipeline.runtime.job import JobError, alone_in
 from pipeline.runtime.session import Board
 from pipeline.storage.files import remove_folder
 from pipeline.storage.path import StoragePath
+
+if TYPE_CHECKING:
+    from pipeline.embedding.embed import Spent
 
 LEAST_COSINE = {"fp32": 0.9999, "bf16": 0.999, "int8": 0.98}
 """Of a vector to that of the same text among others, by precision. MiniLM on Debian, 2026-11-26: 0.999999, 0.99999 and
@@ -77,12 +81,15 @@ class Index:
         Raises JobError where more would be deleted than is allowed, texts have no vector, or the table is not what it
         should be afterwards.
         """
+        began = time.monotonic()
         self.documents.make(board)
         if rebuild:
             with alone_in(self.table.path):
                 self.table.empty()
         with self.table.writing() as writer:
-            metrics = {"embedded": 0, "rows": self.table.count()} if self.is_done() else self._write(writer, board)
+            metrics = (
+                {"embedded": 0, "rows": self.table.count()} if self.is_done() else self._write(writer, board, began)
+            )
             self.publish()
             return metrics | self._deliver(writer, board)
 
@@ -111,10 +118,10 @@ class Index:
             )
         return {"upserted": counts["upserted"], "pushed_deletions": counts["deleted"]}
 
-    def _write(self, writer: Writer, board: Callable[[], Board]) -> dict[str, Any]:
+    def _write(self, writer: Writer, board: Callable[[], Board], began: float) -> dict[str, Any]:
         from pipeline.embedding.embed import differences, embed, finish_somewhere, rewrite
 
-        wanted, began, base = self.config.embedding, time.monotonic(), writer.begin()
+        wanted, base = self.config.embedding, writer.begin()
         for name in unreadable(self.table):
             log.warning("embed: the index %s cannot be read and is built again", name)
             writer.drop_index(name)
@@ -130,18 +137,10 @@ class Index:
         remove_folder(letters.folder)  # they are tried again now
         metrics: dict[str, Any] = {name: counts[name] for name in COUNTS}
         due = [index for index, each in enumerate(found) if each.counts["new"]]
+        spent = None
         if due:
             spent = embed(sync, self.recipe, due, counts["new"] + counts["changed"], letters, board(), writer)
             metrics |= {"embedded": spent.written, "refused": spent.refused, "commits": spent.commits}
-            seconds = time.monotonic() - began
-            log.info(
-                "embed: %s vectors in %.1f s, %s a second, %s tokens a second; %s",
-                f"{spent.written:,}",
-                seconds,
-                f"{spent.written / seconds:,.0f}",
-                f"{spent.tokens / seconds:,.0f}",
-                ", ".join(f"{name} {spent.seconds.get(name, 0.0):.1f} s" for name in PARTS),
-            )
         rewrite(sync, [index for index, each in enumerate(found) if each.counts["metadata"]], writer)
         writer.delete(whole.obsolete)
         log.info("embed: %s", _listed(counts) or "nothing had changed")
@@ -154,6 +153,8 @@ class Index:
             )
         verified = self._verified(board, check=False)
         writer.mark_verified(self.documents.key)
+        if spent:
+            _log_rate(spent, time.monotonic() - began)
         return {
             "embedded": 0,
             **metrics,
@@ -179,7 +180,12 @@ class Index:
         Raises JobError where something is not as it should be.
         """
         self.documents.make(board)
-        return self._verified(board, check=True)
+        try:
+            return self._verified(board, check=True)
+        except JobError:
+            with suppress(JobError, OSError), self.table.writing() as writer:
+                writer.forget_verified()  # so that the next job checks and repairs all rows
+            raise
 
     def _verified(self, board: Callable[[], Board], *, check: bool) -> dict[str, Any]:
         from pipeline.embedding.embed import differences
@@ -273,6 +279,20 @@ class Index:
 
 
 HELD = ("changed", "metadata", "untouched", "deleted")  # counts that make up the documents of a table
+
+
+def _log_rate(spent: Spent, seconds: float) -> None:
+    """How fast the whole job was, and what the time of all processes went to."""
+    log.info(
+        "embed: %s vectors in %.1f s, %s a second, %s tokens a second; of all processes %s",
+        f"{spent.written:,}",
+        seconds,
+        f"{spent.written / seconds:,.0f}",
+        f"{spent.tokens / seconds:,.0f}",
+        ", ".join(f"{name} {spent.seconds.get(name, 0.0):.1f} s" for name in PARTS),
+    )
+
+
 PARTS = ("read", "encode", "write", "commit")
 WRONG = {
     "new": "missing",

@@ -296,13 +296,15 @@ class Writer:
 
     def mark_verified(self, documents: str) -> None:
         """Note that the newest version holds the documents of this key, and no others."""
-        check_guards(self.table.path)
         self.refresh()
-        tags = self.dataset.tags
-        for name in tags.list():
+        self.forget_verified()
+        self.dataset.tags.create(VERIFIED + documents, self.dataset.version)
+
+    def forget_verified(self) -> None:
+        check_guards(self.table.path)
+        for name in self.dataset.tags.list():
             if name.startswith(VERIFIED):
-                tags.delete(name)
-        tags.create(VERIFIED + documents, self.dataset.version)
+                self.dataset.tags.delete(name)
 
     def refresh(self) -> None:
         """Turn to the newest version. Raises StoreError if another writer has begun since the last one."""
