@@ -226,6 +226,19 @@ def test_a_bit_that_flips_on_the_disk_is_found_and_repaired(world: World) -> Non
     world.check()
 
 
+def test_indexes_that_cannot_be_read_are_built_again(world: World) -> None:
+    world.overrides = ["embedding.vector_type=float16", "embedding.index_rows=256"]
+    world.corpus = corpus_of(300)
+    world.run()
+    for file in (Path(str(world.table.path)) / "_indices").rglob("*.*"):
+        file.unlink()
+    assert not world.index().is_done()
+    del world.corpus["doc3"]
+    assert world.run() == {"untouched": 299, "deleted": 1}
+    assert world.index().is_done()
+    assert {index.name for index in world.table.open().describe_indices()} == {"id_idx", "vector_idx"}
+
+
 def test_more_deletions_than_are_allowed_stop_the_job(world: World) -> None:
     world.run()
     whole = world.corpus

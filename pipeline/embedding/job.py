@@ -121,12 +121,13 @@ class Index:
     def _write(self, writer: Writer, board: Callable[[], Board], began: float) -> dict[str, Any]:
         from pipeline.embedding.embed import differences, embed, finish_somewhere, rewrite
 
-        wanted, base = self.config.embedding, writer.begin()
+        wanted = self.config.embedding
+        writer.begin()
         for name in unreadable(self.table):
             log.warning("embed: the index %s cannot be read and is built again", name)
             writer.drop_index(name)
         rows = writer.dataset.count_rows()
-        sync = self._sync(base, empty=not rows, check=not writer.was_verified)
+        sync = self._sync(int(writer.dataset.version), empty=not rows, check=not writer.was_verified)
         if rows and sync.check:
             log.info("embed: all %s rows are checked, for the last job did not end or another wrote to it", f"{rows:,}")
         found = differences(sync, board)

@@ -245,16 +245,15 @@ class Writer:
         table.create()
         self.dataset = table.open()
         self.was_verified = table.is_verified(self.dataset)
-        self.base: int | None = None
+        self._began = False
 
-    def begin(self) -> int:
-        """Shut out writers that began before. Returns the version to compare with while tasks append to the table."""
-        if self.base is None:
+    def begin(self) -> None:
+        """Shut out writers that began before."""
+        if not self._began:
             check_guards(self.table.path)
             self.table.open().restore()
             self.dataset = self.table.open()
-            self.base = int(self.dataset.version)
-        return self.base
+            self._began = True
 
     def append(self, fragments: Sequence[str]) -> None:
         """Commit fragments that `VectorTable.write` gave, all of them or none, once."""
