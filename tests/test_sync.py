@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import lance
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -88,6 +89,7 @@ POINTS = [
     (Writer, "delete"),
     (Writer, "mark_verified"),
     (Writer, "_commit"),
+    (lance.LanceDataset, "create_scalar_index"),
 ]
 
 

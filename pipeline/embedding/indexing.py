@@ -48,9 +48,9 @@ def finish(table: VectorTable, index: str | None, index_rows: int) -> dict[str, 
         dataset.create_index(**wanted)
     table.open().cleanup_old_versions(READ_FOR, delete_unverified=True, error_if_tagged_old_versions=False)
     found = describe(table)
-    if "index" in found:
+    if "index" in found or (table.vector_type == "binary" and rows > 1):
         found["recall@10"] = round(recall(table), 4)
-        log.info("embed: recall@10 of the index is %.4f", found["recall@10"])
+        log.info("embed: recall@10 of the search is %.4f", found["recall@10"])
     return found
 
 
