@@ -115,7 +115,7 @@ def ours(world: World, side: str, lap: Laps) -> None:
     table, letters = VectorTable(world.out(side), "ours", recipe.width), DeadLetters(world.out(side) / "letters")
     table.create()
     with table.writing() as writer:
-        sync, waves, some = Sync(documents, table, recipe, "", writer.begin(), empty=True), Waves(writer), []
+        sync, waves, some = Sync(documents, table, recipe, "", table.version(), empty=True), Waves(writer), []
         lap("write")
         for batch in chain(chain.from_iterable(map(sync.due, range(len(documents)))), [None]):
             lap("read")

@@ -187,8 +187,9 @@ def sync(world: World, *, changed: bool) -> dict[str, float]:
         return one, differences(one, board)
 
     with lazy_board() as board, table.writing() as writer:
+        writer.begin()
         cpu, began = cpu_s(), time.perf_counter()
-        one, found = timed("compare", lambda: compared(writer.begin()))
+        one, found = timed("compare", lambda: compared(int(writer.dataset.version)))
         whole = Difference.total(found)
 
         def due() -> Iterator[pa.Table]:

@@ -107,7 +107,8 @@ def forget_versions(config: Config, apart_from: Collection[StoragePath], age: ti
     for folder in _named(config.root / "lancedb", _TABLE):
         if folder not in apart_from:
             before = disk_bytes(folder)
-            with suppress(OSError, RuntimeError, ValueError):  # Lance's own, for a table that is broken
+            # Lance's own errors are of a table that is broken; a table that a job holds is left alone
+            with suppress(OSError, RuntimeError, ValueError, Occupied, LockLost), locked(folder):
                 open_dataset(folder).cleanup_old_versions(max(age, READ_FOR), error_if_tagged_old_versions=False)
             freed += max(0.0, before - disk_bytes(folder))
     return freed

@@ -185,7 +185,7 @@ def tune_stage(config: Config, session: Session) -> Result:
 def embed_stage(
     config: Config, session: Session, *, dry_run: bool = False, verify: bool = False, rebuild: bool = False
 ) -> Result:
-    """Every document in the table, once, and nothing else; then readers turn to it.
+    """Bring the table up to date with the documents, then publish it to readers.
 
     `dry_run` says what there is to do, `verify` whether all is as it should be. `rebuild` starts from nothing.
     """

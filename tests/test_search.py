@@ -45,9 +45,8 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     config = tmp_path / "c.yaml"
     config.write_text("{}")
     table = VectorTable(tmp_path / "lancedb", "t", WIDTH)
-    monkeypatch.setattr("pipeline.embedding.store.published_recipe", lambda _: SimpleNamespace(folder=tmp_path))
+    monkeypatch.setattr("pipeline.embedding.store.published", lambda _: (SimpleNamespace(folder=tmp_path), table))
     monkeypatch.setattr("pipeline.embedding.encode.open_encoder", lambda *_, **__: Words())
-    monkeypatch.setattr("pipeline.embedding.store.table_of", lambda *_: table)
 
     def run(*args: str) -> tuple[int, Any, str]:
         shared = ["--config", str(config), f"storage.root={tmp_path}"]

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +22,8 @@ from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.documents import PLACE_COLUMNS, first_places, place_digests
 from pipeline.embedding.encode import TextEncoder, open_encoder
 from pipeline.embedding.lookup import open_embedder
-from pipeline.embedding.store import publish, published_recipe, table_of
+from pipeline.embedding.search import TableSearch
+from pipeline.embedding.store import publish, published
 from pipeline.embedding.table import DIGEST_CHARS, PLACE, VectorTable, Writer
 from pipeline.runtime.job import JobError
 from pipeline.text.identity import content_id
@@ -263,16 +265,57 @@ def test_texts_without_a_direction_are_set_aside_and_tried_again(world: World) -
     encode = TextEncoder.encode_tokens
 
     def broken(self: TextEncoder, texts: Any) -> np.ndarray:
-        vectors = encode(self, texts)
-        vectors[0] = np.nan
-        vectors[1] = 0
+        vectors = encode(self, texts).copy()
+        if len(vectors) > 50:  # not the sample
+            vectors[0] = np.nan
+            vectors[1] = 0
         return vectors
 
+    world.overrides = ["embedding.verify_sample=10"]
     with patch.object(*ENCODE, broken), pytest.raises(JobError, match=r"6 texts have no vector; .*dead_letters"):
         world.run()
     assert world.table.count() == TEXTS - 6
-    assert world.run()["embedded"] == 6
+    assert published(world.config)[1] == world.table  # the others can be searched
+    assert world.run() == {"new": 6, "embedded": 6, "untouched": TEXTS - 6}
     world.check()
+
+
+def test_record_files_without_rows_and_of_large_documents(world: World) -> None:
+    world.corpus = {"one": ("The only text there is.", {})}  # of three record files two have no rows
+    documents = replace(world.index().documents, use_tokens=True)
+    empty = documents.rows.index(0)
+    assert sum(len(rows) for rows in documents.read(empty, ["id", "text", "tokens"])) == 0
+    assert world.run()["embedded"] == 1
+    world.check()
+    world.corpus = {"one": ("word " * 200_000, {})}
+    documents = world.index().documents
+    assert 1e6 < documents.mean_bytes < 1.1e6
+    assert [embed.write_rows(10**6, mean) for mean in (100, 1e6, 1e12)] == [10_000, 268, 1]
+    assert world.run()["embedded"] == 1
+
+
+def test_readers_see_a_verified_version_while_a_job_is_under_way(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.run()
+    before = {row["id"] for row in world.rows()}
+    world.corpus = edited(world.corpus)
+    for name in ("delete", "mark_verified"):  # rows are there twice, or changed ones before they are verified
+        with patch.object(Writer, name, side_effect=Killed), pytest.raises(Killed):
+            world.run()
+        found = TableSearch(world.table).query(np.ones(32), 1000)
+        assert len(found) == TEXTS
+        assert {row["id"] for row in found} == before
+    world.run()
+    assert {row["id"] for row in TableSearch(world.table).query(np.ones(32), 1000)} == {r["id"] for r in world.rows()}
+    world.check()
+
+
+def test_the_first_hybrid_query_leaves_the_table_verified(world: World) -> None:
+    world.run()
+    text = next(iter(world.corpus.values()))[0]
+    other = TableSearch(world.table)
+    assert TableSearch(world.table).hybrid(text, np.ones(32), 3)
+    assert world.index().is_done()
+    assert other.hybrid(text, np.ones(32), 3)  # opened before there was an index
 
 
 @pytest.mark.parametrize("kind", ["mean", "chunks"])
@@ -382,22 +425,24 @@ def test_runs_sizes_types_uris_and_models_have_tables_of_their_own(world: World,
 
 def test_readers_go_on_with_the_table_and_the_model_that_were_published(world: World) -> None:
     with pytest.raises(JobError, match=r"the run r has embedded nothing yet; python jobs/run.py does"):
-        published_recipe(world.config)
+        published(world.config)
     world.run()
     text = next(iter(world.corpus.values()))[0]
     vector = world.encoder().encode([text])[0]
     shutil.rmtree(world.model)
     save_random_model(world.model, seed=1)
-    recipe = published_recipe(world.config)
-    assert table_of(world.config, recipe).count() == TEXTS
+    recipe, table = published(world.config)
+    assert table.count() == TEXTS
     np.testing.assert_array_equal(open_encoder(recipe, 1, "cpu").encode([text])[0], vector)
     with patch.object(embed, "embed", side_effect=Killed), pytest.raises(Killed):  # the new model's table is not whole
         world.index().bring_up_to_date(lambda: None)  # type: ignore[arg-type, return-value]
-    assert table_of(world.config, published_recipe(world.config)).count() == TEXTS
+    world.overrides = ["embedding.vector_type=float16", "embedding.uri=elsewhere"]  # not embedded yet
+    assert published(world.config)[1] == table
+    world.overrides = []
     publish(world.config, world.recipe, world.table)
-    assert published_recipe(world.config).local != recipe.local
+    assert published(world.config)[0].local != recipe.local
     world.overrides = [f"embedding.model={world.model}"]
-    assert published_recipe(world.config).folder == world.model
+    assert published(world.config)[0].folder == world.model
 
 
 def test_a_digest_is_that_of_all_places_and_of_nothing_else() -> None:

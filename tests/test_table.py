@@ -339,6 +339,14 @@ def test_hybrid_finds_words_in_all_scripts_and_fuses_both_rankings(table: Vector
     assert {one["id"] for one in only} <= {r["id"] for r in rows if "it's" in {p["source"] for p in r["places"]}}
 
 
+def test_an_index_of_another_program_is_left_alone(table: VectorTable) -> None:
+    fill(table, [row(f"{n:03d}", random.Random(n)) for n in range(300)])
+    table.open().create_scalar_index("source", "BITMAP")
+    assert unreadable(table) == []
+    finish(table, None, 256)
+    assert {index.field_names[0] for index in table.open().describe_indices()} == {"source", "id"}
+
+
 def test_tables_of_other_programs_and_other_widths_are_refused(table: VectorTable, tmp_path: Path) -> None:
     fill(table, [row("a", random.Random(0))])
     with pytest.raises(

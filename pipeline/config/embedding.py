@@ -21,7 +21,7 @@ class Embedding(Section):
     long_texts: Literal["cut", "mean", "chunks"] = "cut"
     """What becomes of a text longer than the model reads. cut: what is beyond is left out. mean: it is read in windows,
     and their vectors averaged, each weighed by its tokens. chunks: each window has a vector of its own, under the id
-    `<record's id>#<number>`, with `parent_id` in its metadata."""
+    `<hash of the text>#<number>`, with `parent_id` in its metadata."""
     window_overlap: int = Field(32, ge=1)
     """Tokens that windows of a long text share."""
     batch_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"

@@ -46,16 +46,18 @@ def expanded(documents: pa.Table) -> pa.Table:
     """A row for each of a document's `vectors`: the words of its window as text, and `parent_id`."""
     vectors, spans = documents["vectors"].combine_chunks(), documents["spans"].to_pylist()
     counts = pc.list_value_length(vectors).to_numpy()
-    rows = documents.drop_columns(["vectors", "spans"]).take(pa.array(np.repeat(np.arange(len(documents)), counts)))
-    ids, texts, metadata = (rows[name].to_pylist() for name in ("id", "text", "metadata"))
+    rest = documents.drop_columns(["vectors", "spans", "text"])
+    rows = rest.take(pa.array(np.repeat(np.arange(len(documents)), counts)))
+    ids, metadata = (rows[name].to_pylist() for name in ("id", "metadata"))
     columns: dict[str, Any] = {name: rows[name] for name in rows.column_names} | {"parent_id": rows["id"]}
-    row = 0
-    for of_text in spans:
-        for part, (begin, end) in enumerate(of_text) if len(of_text) > 1 else ():
-            at = row + part
-            metadata[at] = _with_part(metadata[at], {"parent_id": ids[at], "part": part, "parts": len(of_text)})
-            ids[at], texts[at] = f"{ids[at]}#{part:05d}", texts[at][begin:end]
-        row += len(of_text)
+    texts: list[str] = []
+    for text, of_text in zip(documents["text"].to_pylist(), spans, strict=True):
+        for part, (begin, end) in enumerate(of_text):
+            at = len(texts)
+            texts.append(text[begin:end] if len(of_text) > 1 else text)
+            if len(of_text) > 1:
+                metadata[at] = _with_part(metadata[at], {"parent_id": ids[at], "part": part, "parts": len(of_text)})
+                ids[at] = f"{ids[at]}#{part:05d}"
     columns |= {"id": pa.array(ids), "text": pa.array(texts), "metadata": pa.array(metadata)}
     flat = pc.list_flatten(vectors)
     return pa.table({**columns, "vector": flat})

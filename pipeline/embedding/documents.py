@@ -27,7 +27,7 @@ import xxhash
 
 from pipeline.data.exchange import read_part, write_parts
 from pipeline.data.manifest import SPLITS, Manifest
-from pipeline.embedding.columns import one_array
+from pipeline.embedding.columns import TOKENS, one_array
 from pipeline.embedding.table import PLACE
 from pipeline.runtime.artifact import Artifact, Output, open_parquet
 from pipeline.runtime.session import Board
@@ -37,6 +37,7 @@ from pipeline.text.identity import content_id, id_bounds, shard_of
 
 FORMAT = 1
 READ_ROWS = 8_192
+MEASURED_FILES = 8
 PLACE_COLUMNS = ("source", "source_id", "metadata")
 COLUMNS = ("id", "source", "source_id", "places", "text", "metadata", "digest")
 
@@ -89,6 +90,15 @@ class Documents:
         assert manifest
         return list(manifest["rows"])
 
+    @cached_property
+    def mean_bytes(self) -> float:
+        """Of a document with its metadata, by the footers of some files."""
+        names = [path.name for path in self.records[:MEASURED_FILES]]
+        home = self.shards / "records" if self.are_records else self.artifact.folder / "documents"
+        found = [open_parquet(home / name).metadata for name in names]
+        groups = (one.row_group(i).total_byte_size for one in found for i in range(one.num_row_groups))
+        return sum(groups) / max(sum(one.num_rows for one in found), 1)
+
     def make(self, board: Any) -> None:
         """Group the records, unless that is done; asks for the `board` if there is work."""
         if not self.are_records:
@@ -133,6 +143,8 @@ class Documents:
         """Record ids and token ids of a record file, from its token shards."""
         name = self.records[index].name
         there = [path for split in SPLITS if (path := self.shards / split / name).is_file()]
+        if not there:  # a record file without rows
+            return pa.schema([("id", pa.string()), ("tokens", TOKENS)]).empty_table()
         shards = pa.concat_tables([open_parquet(path).read(columns=["id", self.field]) for path in there])
         return shards.rename_columns(["id", "tokens"]).combine_chunks()
 

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from ray.data import ActorPoolStrategy, Dataset
 
 from pipeline.embedding.chunks import expanded
-from pipeline.embedding.columns import as_column, as_matrix
+from pipeline.embedding.columns import as_column, as_matrix, one_array
 from pipeline.embedding.encode import open_encoder
 from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.stores.dead_letters import DeadLetters
@@ -39,15 +40,17 @@ ROWS = 1024  # texts encoded together: seconds of work
 # a record file is one actor's from its first row to its last then, and no GPU computes while the next rows are
 # tokenized (Ray 2.60).
 READ_CPUS = 0.251
+MOST_WRITE_BYTES = 256 << 20  # of texts in a fragment, which its task holds
 WRITE_ROWS, MOST_WRITE_ROWS = 8_192, 131_072  # of a fragment: about a hundredth of what there is to write
 SHORTEST_WAVE_S = 1.0  # between two commits; more if that is less than 50 commits take, or 1% of the time so far
 SPREAD_ROWS = 10_000_000  # from here on the whole cluster joins files and builds the index of vectors
 LOCAL_ROWS = 8_000_000  # up to so many documents, ids are compared in the driver, without tasks
 
 
-def write_rows(documents: int) -> int:
-    """Rows of a fragment, of so many documents that may have to be written."""
-    return min(max(WRITE_ROWS, documents // 100), MOST_WRITE_ROWS)
+def write_rows(documents: int, mean_bytes: float = 0.0) -> int:
+    """Rows of a fragment, of so many documents of so many bytes that may have to be written."""
+    rows = min(max(WRITE_ROWS, documents // 100), MOST_WRITE_ROWS)
+    return max(1, min(rows, int(MOST_WRITE_BYTES / max(mean_bytes, 1))))
 
 
 class EncodeDocuments:
@@ -156,7 +159,10 @@ def in_pool(dataset: Dataset, texts: int, recipe: EncoderRecipe, board: Board, a
 
 
 class Waves:
-    """Fragments on their way to commits: at most the last percent of the time so far is lost to a kill."""
+    """Collects fragments and commits them in waves.
+
+    A kill loses the wave under way: at most 1 s or 1% of the time so far, and more where commits are slow.
+    """
 
     def __init__(self, writer: Writer) -> None:
         self.writer, self.fragments = writer, list[tuple[str, str]]()
@@ -232,7 +238,7 @@ def embed(
         dataset = _a_task_each(len(ranges)).map_batches(due, batch_size=1, num_cpus=READ_CPUS)
         dataset = in_pool(dataset, documents, recipe, board, EncodeDocuments)
         dataset = dataset.map_batches(
-            write, batch_size=write_rows(documents), batch_format="pyarrow", num_cpus=0.5, zero_copy_batch=True
+            write, batch_size=write_rows(documents, sync.documents.mean_bytes), batch_format="pyarrow", num_cpus=0.5
         )
         for found in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in found.to_pylist():
@@ -251,21 +257,23 @@ FRAGMENTS = pa.schema([("first_id", pa.string()), ("fragment", pa.string()), ("r
 def write_fragments(table: VectorTable, rows: pa.Table, letters: DeadLetters) -> tuple[list[tuple[str, str, int]], int]:
     """Write documents with their vectors as fragments, and set those aside whose vectors cannot be compared.
 
-    Returns the first id, the fragment and the rows of each, and how many rows were set aside.
+    Returns the first id, the fragment and the rows of each, and how many texts were set aside.
     """
     good, bad, reasons = _without_direction(expanded(rows) if "vectors" in rows.column_names else rows)
     letters.append(bad, reasons)
     good = table.stored(good).sort_by("id")
-    return table.write(good), len(bad)
+    return table.write(good), len(set(bad["parent_id" if table.chunks else "id"].to_pylist()))
 
 
 def _without_direction(rows: pa.Table) -> tuple[pa.Table, pa.Table, list[Refused]]:
-    """Rows whose vectors can be compared, the others, and what is wrong with those."""
+    """Rows whose vectors can be compared, the others, and what is wrong with those; of a text all chunks or none."""
     lengths = np.linalg.norm(as_matrix(rows["vector"]).astype(np.float64), axis=1)
     good = np.isfinite(lengths) & (lengths > 0)
     bad = rows.filter(pa.array(~good))
     reasons = ["its vector is zero" if length == 0 else "its vector holds NaN or infinity" for length in lengths[~good]]
     refused = [Refused(i, reason, 0) for i, reason in zip(bad["id"].to_pylist(), reasons, strict=True)]
+    if "parent_id" in rows.column_names and len(bad):
+        good &= pc.invert(pc.is_in(rows["parent_id"], one_array(bad["parent_id"]))).to_numpy()
     return rows.filter(pa.array(good)), bad, refused
 
 
@@ -329,6 +337,7 @@ def finish_somewhere(table: VectorTable, index: str | None, index_rows: int, lab
 
     from pipeline.embedding.indexing import finish, missing_index
 
+    wanted = missing_index(table, index, index_rows) if table.count() >= SPREAD_ROWS else None
     if table.count() >= SPREAD_ROWS:
         import lance_ray
 
@@ -336,12 +345,12 @@ def finish_somewhere(table: VectorTable, index: str | None, index_rows: int, lab
         spread: dict[str, Any] = {"num_workers": int(connected_cluster().capacity().cpus), "storage_options": options}
         log.info("embed: joins files and builds indexes on all nodes")
         lance_ray.compact_files(uri, **spread)
-        if wanted := missing_index(table, index, index_rows):
+        if wanted:
             lance_ray.create_index(uri, **wanted, **spread)
 
     def work() -> dict[str, Any]:
         with large_buffers_given_back():
-            return finish(table, index, index_rows)
+            return finish(table, index, index_rows, is_new=wanted is not None)
 
     return dict(ray.get(ray.remote(num_cpus=1, label_selector=dict(labels))(work).remote()))
 

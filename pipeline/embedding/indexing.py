@@ -1,6 +1,6 @@
 """A table made fit to search: small fragments joined, indexes built and brought up to date, old versions removed.
 
-    finish(table, writer, "ivf_sq", index_rows=200_000)
+    finish(table, "ivf_sq", index_rows=200_000)
     describe(table)                    # {"rows": 131698, "index": "IVF_SQ", "recall@10": 0.98, …}
 
 A query looks at all vectors until there is an index, from `index_rows` rows on. Measured on two cores, 100,000
@@ -21,16 +21,18 @@ import numpy as np
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.nearest import nearest, unit
 from pipeline.embedding.search import TableSearch
-from pipeline.embedding.table import READ_FOR, ZONE_ROWS, ZONES, VectorTable
+from pipeline.embedding.table import ZONE_ROWS, ZONES, VectorTable
 from pipeline.runtime.console import log
 
 SMALL_ROWS, MANY_SMALL = 131_072, 64  # fragments of fewer rows are joined once there are so many
 FEWEST_ROWS = 256  # that an index can be trained on
-TRIES = 5
 
 
-def finish(table: VectorTable, index: str | None, index_rows: int) -> dict[str, Any]:
-    """Bring the files and indexes of a table up to date, and describe it. For the table's only writer."""
+def finish(table: VectorTable, index: str | None, index_rows: int, *, is_new: bool = False) -> dict[str, Any]:
+    """Bring the files and indexes of a table up to date, and describe it. For the table's only writer.
+
+    Measures the recall of an index of vectors that it builds, or that `is_new`.
+    """
     from lance.indices.builder import IndexConfig
 
     dataset = table.open()
@@ -43,12 +45,12 @@ def finish(table: VectorTable, index: str | None, index_rows: int) -> dict[str, 
         dataset.optimize.optimize_indices()
     if "id" not in there and rows:
         dataset.create_scalar_index("id", IndexConfig("zonemap", {"rows_per_zone": max(ZONE_ROWS, rows // ZONES)}))
-    if wanted := missing_index(table, index, index_rows):
+    wanted = missing_index(table, index, index_rows)
+    if wanted:
         log.info("embed: builds an index (%s) of %s vectors", wanted["index_type"], f"{rows:,}")
         dataset.create_index(**wanted)
-    table.open().cleanup_old_versions(READ_FOR, delete_unverified=True, error_if_tagged_old_versions=False)
     found = describe(table)
-    if "index" in found or (table.vector_type == "binary" and rows > 1):
+    if wanted or is_new or (table.vector_type == "binary" and rows > 1):
         found["recall@10"] = round(recall(table), 4)
         log.info("embed: recall@10 of the search is %.4f", found["recall@10"])
     return found
@@ -83,7 +85,7 @@ def unreadable(table: VectorTable) -> list[str]:
     found = []
     for index in dataset.describe_indices():
         try:
-            dataset.to_table(["id"], limit=1, **probes[index.field_names[0]])
+            dataset.to_table(["id"], limit=1, **probes.get(index.field_names[0], {}))
         except (ValueError, OSError, RuntimeError):
             found.append(index.name)
     return found

@@ -24,7 +24,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.documents import Documents
 from pipeline.embedding.encode import TextEncoder, open_encoder
-from pipeline.embedding.indexing import unreadable
+from pipeline.embedding.indexing import missing_index, unreadable
 from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.store import embedded_field, prompt_name, publish, recipe_of, table_of
 from pipeline.embedding.stores.dead_letters import DeadLetters
@@ -70,7 +70,10 @@ class Index:
         """Whether the newest version of the table is the one that an earlier job verified for these documents."""
         if not self.table.exists():
             return False
-        return self.table.is_verified(self.table.open(), self.documents.key) and not unreadable(self.table)
+        wanted = self.config.embedding
+        verified = self.table.is_verified(self.table.open(), self.documents.key)
+        indexed = missing_index(self.table, wanted.index, wanted.index_rows) is None
+        return verified and indexed and not unreadable(self.table)
 
     def publish(self) -> None:
         publish(self.config, self.recipe, self.table)
@@ -129,7 +132,7 @@ class Index:
         rows = writer.dataset.count_rows()
         sync = self._sync(int(writer.dataset.version), empty=not rows, check=not writer.was_verified)
         if rows and sync.check:
-            log.info("embed: all %s rows are checked, for the last job did not end or another wrote to it", f"{rows:,}")
+            log.info("embed: checks all %s rows: the last job did not finish, or something else wrote", f"{rows:,}")
         found = differences(sync, board)
         whole = Difference.total(found)
         counts = whole.summary
@@ -147,13 +150,16 @@ class Index:
         log.info("embed: %s", _listed(counts) or "nothing had changed")
         board()
         facts = finish_somewhere(self.table, wanted.index, wanted.index_rows, self.config.scaling.labels.data)
-        if metrics.get("refused"):
+        without_vector = spent.refused if spent else 0
+        verified = self._verified(board, check=False, missing=without_vector)
+        writer.clean_up()
+        writer.mark_verified(INCOMPLETE if without_vector else self.documents.key)
+        if without_vector:
+            self.publish()
             raise JobError(
-                f"{metrics['refused']:,} texts have no vector; {letters.folder} has them with the reasons, all others "
-                "are in the table, and the next run tries just those"
+                f"{without_vector:,} texts have no vector; {letters.folder} has them with the reasons, all others are "
+                "in the table, and the next run tries just those"
             )
-        verified = self._verified(board, check=False)
-        writer.mark_verified(self.documents.key)
         if spent:
             _log_rate(spent, time.monotonic() - began)
         return {
@@ -188,21 +194,22 @@ class Index:
                 writer.forget_verified()  # so that the next job checks and repairs all rows
             raise
 
-    def _verified(self, board: Callable[[], Board], *, check: bool) -> dict[str, Any]:
+    def _verified(self, board: Callable[[], Board], *, check: bool, missing: int = 0) -> dict[str, Any]:
+        """`missing` texts may be, because they have no vector."""
         from pipeline.embedding.embed import differences
 
         dataset = self.table.open()
         sync = self._sync(int(dataset.version), empty=not dataset.count_rows(), check=check)
         counts = Difference.total(differences(sync, board, "embed: verify")).summary
+        counts["new"] -= missing
         wrong = [f"{counts[name]:,} rows are {what}" for name, what in WRONG.items() if counts[name]]
         sampled, least, off = self._sampled()
+        remedy = "python jobs/embed.py repairs it"
         if off:
             wrong.append(f"{off:,} of {sampled} sampled vectors are not those of their texts, at cosine {least:.4f}")
+            remedy = "python jobs/embed.py --rebuild embeds all texts again"
         if wrong:
-            raise JobError(
-                f"{self.table.path} is not what the data say: {', '.join(wrong)}; python jobs/embed.py repairs it, and "
-                "python jobs/embed.py --rebuild starts from nothing"
-            )
+            raise JobError(f"{self.table.path} is not what the data say: {', '.join(wrong)}; {remedy}")
         log.info("embed: %s rows are verified, %s of them by encoding them again", f"{dataset.count_rows():,}", sampled)
         return {"rows": dataset.count_rows(), "verified": sampled, "least_cosine": round(least, 6)}
 
@@ -294,6 +301,7 @@ def _log_rate(spent: Spent, seconds: float) -> None:
     )
 
 
+INCOMPLETE = "incomplete"  # in place of the documents' key
 PARTS = ("read", "encode", "write", "commit")
 WRONG = {
     "new": "missing",

@@ -17,7 +17,7 @@ from pipeline.data.judging import normaliser
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.encode import TextEncoder, open_encoder
 from pipeline.embedding.recipe import EncoderRecipe
-from pipeline.embedding.store import prompt_name, published_recipe, table_of
+from pipeline.embedding.store import prompt_name, published
 from pipeline.embedding.table import VectorTable
 from pipeline.text.identity import content_id
 
@@ -43,5 +43,5 @@ class Embedder:
 
 def open_embedder(config: Config) -> Embedder:
     """For the model and the table that the config's run last published."""
-    recipe = published_recipe(config)
-    return Embedder(recipe, table_of(config, recipe), normaliser(config.data), prompt_name(config.embedding.field))
+    recipe, table = published(config)
+    return Embedder(recipe, table, normaliser(config.data), prompt_name(config.embedding.field))

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from pipeline.config import Config, ConfigError
 from pipeline.embedding.columns import as_matrix
+from pipeline.embedding.documents import PLACE_COLUMNS
 from pipeline.embedding.fusion import reciprocal_ranks
 from pipeline.embedding.nearest import nearest_rows, unit
 from pipeline.embedding.stores.rows import checked_query
@@ -56,11 +57,10 @@ def search(
     """
     from pipeline.data.judging import normaliser
     from pipeline.embedding.encode import open_encoder
-    from pipeline.embedding.store import open_pinecone, published_recipe, table_of
+    from pipeline.embedding.store import open_pinecone, published
 
-    conditions, recipe = checked_where(where), published_recipe(config)
+    conditions, (recipe, table) = checked_where(where), published(config)
     text = normaliser(config.data)(query)
-    table = table_of(config, recipe)
     if config.embedding.store == "pinecone":
         if hybrid:
             raise ConfigError("--hybrid: found embedding.store=pinecone; allowed with it are lancedb and parquet")
@@ -78,10 +78,10 @@ def search(
 
 
 class TableSearch:
-    """Queries of one version of a table, the newest when it was opened."""
+    """Queries of the version of a table that was verified last, or of the newest if there is none."""
 
     def __init__(self, table: VectorTable) -> None:
-        self.table, self.dataset = table, table.open()
+        self.table, self.dataset = table, table.open_verified()
 
     def query(self, vector: np.ndarray, k: int, where: Where | None = None) -> list[dict[str, Any]]:
         """The k rows of highest cosine to a (width,) vector: the columns of COLUMNS, and `score`."""
@@ -90,7 +90,7 @@ class TableSearch:
         if not exact:
             rows = self.table.scan([*COLUMNS, "places", "vector"], condition, self.dataset.version)
             return nearest_rows(
-                rows, vector, k, lambda batch: [keeps(where, row) for row in batch.select(["places"]).to_pylist()]
+                rows, vector, k, lambda batch: [keeps(where, row) for row in batch.drop_columns(["vector"]).to_pylist()]
             )
         options: dict[str, Any] = {"filter": condition, "prefilter": condition is not None}
         if self.table.vector_type == "binary":
@@ -123,11 +123,14 @@ class TableSearch:
 
         `score` is the sum of 1 / (60 + rank). The first hybrid query makes the index of words, 2 s for 100,000 rows.
         """
-        if not any(index.field_names == ["text"] for index in self.dataset.describe_indices()):
+        if not self._has_words():
             log.info("%s: indexes the words of %s texts", self.table.name, f"{self.dataset.count_rows():,}")
             sample = self.dataset.sample(min(SAMPLE_TEXTS, self.dataset.count_rows()), ["text"])["text"].to_pylist()
-            self.dataset.create_scalar_index("text", "INVERTED", **word_settings(sample))
-            self.dataset = self.table.open()
+            with self.table.writing() as writer:
+                writer.index_words(word_settings(sample))
+            self.dataset = self.table.open_verified()
+            if not self._has_words():
+                raise JobError(f"the last job did not finish {self.table.path}; run python jobs/embed.py first")
         conditions, depth = checked_where(where), max(k, FUSED)
         condition, exact = self._condition(conditions)
         rows = self.dataset.to_table(
@@ -143,6 +146,9 @@ class TableSearch:
         found = {row["id"]: {**row, "score": scores[row["id"]]} for row in (*by_words, *by_vector)}
         return sorted(found.values(), key=lambda row: (-row["score"], row["id"]))[:k]
 
+    def _has_words(self) -> bool:
+        return any(index.field_names == ["text"] for index in self.dataset.describe_indices())
+
     def _condition(self, where: Where) -> tuple[str | None, bool]:
         """SQL for the rows with a place that meets the conditions, and whether it holds for these alone."""
         if not where:
@@ -151,7 +157,8 @@ class TableSearch:
         several = "array_length(places) > 1"
         candidates = f"{several} AND NOT ({first})" if exact else f"({first}) OR {several}"
         found: list[int] = []
-        for batch in self.table.scan(["_rowid", "places"], candidates, self.dataset.version):
+        own = [*PLACE_COLUMNS] if self.table.chunks else []  # with a chunk's part and parent_id in its metadata
+        for batch in self.table.scan(["_rowid", "places", *own], candidates, self.dataset.version):
             kept = pa.array([keeps(where, row) for row in batch.to_pylist()], pa.bool_())
             found += batch["_rowid"].filter(kept).to_pylist()
             if len(found) > SELECTIVE_ROWS:

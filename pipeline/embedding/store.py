@@ -15,7 +15,7 @@ import json
 import re
 from typing import TYPE_CHECKING
 
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, Embedding
 from pipeline.data.manifest import Manifest
 from pipeline.embedding.backends import check_backend, make_graph
 from pipeline.embedding.recipe import EncoderRecipe
@@ -24,7 +24,7 @@ from pipeline.embedding.table import VectorTable
 from pipeline.model.reading import model_files, model_fingerprint, read_card
 from pipeline.runtime.job import JobError
 from pipeline.storage.files import fetched, free_bytes, may_write, place, write_atomically
-from pipeline.storage.path import StoragePath
+from pipeline.storage.path import StoragePath, as_path
 
 if TYPE_CHECKING:
     from pipeline.embedding.stores.pinecone_store import PineconeStore
@@ -106,25 +106,28 @@ def publish(config: Config, recipe: EncoderRecipe, table: VectorTable) -> None:
     name = f"models/{model_fingerprint(recipe.local)[:16]}"
     for file in model_files(recipe.local):  # each whole or not at all
         if not (config.root / name / file).is_file():
-            place(recipe.folder / file, config.root / name / file)
-    found = json.dumps({"model": name, "table": str(table.path)}, indent=2).encode()
+            place(recipe.local / file, config.root / name / file)
+    settings = config.embedding.model_dump(mode="json")
+    found = json.dumps({"model": name, "table": str(table.path), "embedding": settings}, indent=2).encode()
     if not _published(config).is_file() or _published(config).read_bytes() != found:
         write_atomically(_published(config), found)
 
 
-def published_recipe(config: Config) -> EncoderRecipe:
-    """The encoder that readers are to use: that of `embedding.model`, else the one that was published.
+def published(config: Config) -> tuple[EncoderRecipe, VectorTable]:
+    """The encoder and the table for readers: of the config if it names `embedding.model`, else those published last.
 
-    Raises JobError where none was.
+    Raises JobError if nothing was published.
     """
-    from pipeline.storage.path import as_path
-
     if config.embedding.model:
-        return recipe_of(config, as_path(config.embedding.model))
+        recipe = recipe_of(config, as_path(config.embedding.model))
+        return recipe, table_of(config, recipe)
     path = _published(config)
     if not path.is_file():
         raise JobError(f"the run {config.storage.run} has embedded nothing yet; python jobs/run.py does the whole job")
-    return recipe_of(config, config.root / json.loads(path.read_text())["model"])
+    found = json.loads(path.read_text())
+    config = config.model_copy(update={"embedding": Embedding.model_validate(found["embedding"])})
+    recipe = recipe_of(config, config.root / found["model"])
+    return recipe, table_of(config, recipe)
 
 
 def _published(config: Config) -> StoragePath:

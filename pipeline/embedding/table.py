@@ -13,7 +13,7 @@ A row is a distinct text, or one chunk of a long text:
     id          hash of the text; of a chunk, "<hash of the text>#00002"
     source      source, source_id and metadata (JSON) of the first record with this text
     places      these three of all its records
-    digest      hash of `places`, then hash of `text` and `vector`: what changed shows without reading them
+    digest      32 hex digits that hash `places`, then 16 that hash `text` and `vector`
     vector      of `width` numbers in float32 or float16; with vector_type binary, `bits` has their signs
     parent_id   with chunks: the hash of the text
 
@@ -96,7 +96,7 @@ class VectorTable:
         return pa.schema(fields)
 
     def exists(self) -> bool:
-        return (self.path / "_versions").is_dir()
+        return next(iter((self.path / "_versions").glob("*.manifest")), None) is not None
 
     def empty(self) -> None:
         """Leave no rows and no indexes, whatever there is now. Readers go on with an old version for a while."""
@@ -104,11 +104,12 @@ class VectorTable:
 
         uri, options = lance_location(self.path)
         try:
-            lance.write_dataset(
-                self.schema.empty_table(), uri, mode="overwrite", storage_options=options, enable_stable_row_ids=True
-            )
-        except (ValueError, OSError, RuntimeError):  # what is there is no table any more
+            self.open()
+        except (ValueError, StoreError):  # what is there is no table any more
             remove_folder(self.path)
+        lance.write_dataset(
+            self.schema.empty_table(), uri, mode="overwrite", storage_options=options, enable_stable_row_ids=True
+        )
 
     def create(self) -> None:
         """Make the table if it is not there. Raises StoreError for another program's table, or another model's."""
@@ -145,6 +146,12 @@ class VectorTable:
         """Whether a job has verified just this version, and, where they are given, for these documents."""
         tags = dataset.tags.list().items()
         return any(tag["version"] == dataset.version for name, tag in tags if name.startswith(VERIFIED + documents))
+
+    def open_verified(self) -> Any:
+        """The newest version that a job has verified; the newest of all if there is none."""
+        dataset = self.open()
+        tags = [tag["version"] for name, tag in dataset.tags.list().items() if name.startswith(VERIFIED)]
+        return self.open(max(tags)) if tags and max(tags) != dataset.version else dataset
 
     def count(self) -> int:
         return int(self.open().count_rows())
@@ -260,7 +267,7 @@ class Writer:
         import lance
         from lance.fragment import FragmentMetadata
 
-        found = sorted((FragmentMetadata.from_json(each) for each in fragments), key=lambda each: each.files[0].path)
+        found = [FragmentMetadata.from_json(each) for each in fragments]
         uri, options = lance_location(self.table.path)
         files = {file.path for fragment in found for file in fragment.files}
 
@@ -289,6 +296,20 @@ class Writer:
         for start in range(0, len(row_ids), DELETED_AT_ONCE):
             some = ", ".join(map(str, row_ids[start : start + DELETED_AT_ONCE].tolist()))
             self._commit(partial(_delete, f"_rowid IN ({some})"))
+
+    def index_words(self, settings: dict[str, Any]) -> None:
+        """Build the index of words; a version that was verified stays so."""
+        self._commit(lambda dataset: dataset.create_scalar_index("text", "INVERTED", **settings))
+        if self.was_verified:
+            for name in self.dataset.tags.list():
+                if name.startswith(VERIFIED):
+                    self.dataset.tags.update(name, self.dataset.version)
+
+    def clean_up(self) -> None:
+        """Remove old versions that no tag names, and files of jobs that were killed."""
+        self.refresh()
+        check_guards(self.table.path)
+        self.dataset.cleanup_old_versions(READ_FOR, delete_unverified=True, error_if_tagged_old_versions=False)
 
     def drop_index(self, name: str) -> None:
         self._commit(lambda dataset: dataset.drop_index(name))

@@ -38,7 +38,7 @@ from pipeline.embedding.stores.pinecone_store import PineconeStore
 from pipeline.embedding.stores.store import StoreError
 from pipeline.embedding.table import VectorTable, Writer
 from pipeline.runtime.console import log
-from pipeline.storage.files import remove_folder, replacing, sizes
+from pipeline.storage.files import files_below, remove_folder, replacing, sizes
 from pipeline.storage.path import StoragePath, public_uri
 
 RANGE_ROWS = 100_000  # at most, and a quarter of it at least: what a push that was killed sends again
@@ -217,7 +217,8 @@ class Push:
             raise StoreError(f"pinecone.namespace: found {self.store.namespace}; an import takes none with /")
         folder = self.imports / f"{self.table.name}-{work.version}-{_key(str(self.table.path), self.key)}"
         uri = public_uri(folder)
-        started = self.store.found_import(uri)
+        # An import that has ended counts while its files are there: they are removed once the tags have moved.
+        started = self.store.found_import(uri) if files_below(folder) else None
         if started is None and not self.store.is_new():
             return False
         if started is None:

@@ -73,8 +73,9 @@ def _is_number(value: Any) -> bool:
 
 
 def keeps(where: Where, row: Mapping[str, Any]) -> bool:
-    """Whether one of a row's `places`, of `source`, `source_id` and `metadata` (JSON), meets all conditions."""
-    return any(_keeps(where, place) for place in row["places"] or ())
+    """Whether one of a row's `places` meets all conditions, or the row's own source, source_id and metadata (JSON)."""
+    own = [row] if "metadata" in row else []
+    return any(_keeps(where, place) for place in (*own, *(row["places"] or ())))
 
 
 def _keeps(where: Where, place: Mapping[str, Any]) -> bool:
