@@ -476,3 +476,15 @@ def test_held_out_documents_are_distinct_texts(tmp_path: Path) -> None:
         assert answers <= set(texts)
         for row in held_out[:30]:
             assert [task.documents[key] for key in task.qrels[row["id"]]] == [row["positive"]]
+    for split in ("train", "validation"):  # token shards in which a text's tokens are its characters
+        (tmp_path / split).mkdir()
+        for file in (tmp_path / "records").iterdir():
+            own = [
+                row for row in pq.read_table(file).to_pylist() if is_validation(row["id"], 0.1) == (split != "train")
+            ]
+            tokens = [[ord(letter) for letter in row["positive"]] for row in own]
+            shard = pa.table({"id": [row["id"] for row in own], "positive": pa.array(tokens, pa.list_(pa.int32()))})
+            pq.write_table(shard, tmp_path / split / file.name)
+    task = held_out_task(config, tmp_path, use_tokens=True)
+    assert task.tokens is not None
+    assert ["".join(map(chr, tokens)) for tokens in task.tokens.to_pylist()] == list(task.documents.values())

@@ -15,6 +15,7 @@ data set.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,10 +26,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
+from pipeline.config import Config
 from pipeline.data.exchange import read_part, write_parts
 from pipeline.data.manifest import SPLITS, Manifest
 from pipeline.embedding.columns import TOKENS, one_array
+from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.table import PLACE
+from pipeline.model.reading import read_card
 from pipeline.runtime.artifact import Artifact, Output, open_parquet
 from pipeline.runtime.session import Board
 from pipeline.storage.files import for_each, matching, sizes
@@ -141,12 +145,7 @@ class Documents:
 
     def tokens(self, index: int) -> pa.Table:
         """Record ids and token ids of a record file, from its token shards."""
-        name = self.records[index].name
-        there = [path for split in SPLITS if (path := self.shards / split / name).is_file()]
-        if not there:  # a record file without rows
-            return pa.schema([("id", pa.string()), ("tokens", TOKENS)]).empty_table()
-        shards = pa.concat_tables([open_parquet(path).read(columns=["id", self.field]) for path in there])
-        return shards.rename_columns(["id", "tokens"]).combine_chunks()
+        return shard_tokens(self.shards, self.records[index].name, self.field)
 
     def read(self, index: int, columns: Sequence[str] = COLUMNS) -> Iterator[pa.Table]:
         """Documents of a range by rising id, some at a time; `tokens` may be among the columns."""
@@ -168,6 +167,15 @@ class Documents:
         found = list(self.read(index, columns))
         schema = pa.schema([(name, pa.list_(PLACE) if name == "places" else pa.string()) for name in columns])
         return pa.concat_tables(found).combine_chunks() if found else schema.empty_table()
+
+
+def shard_tokens(prepared: StoragePath, name: str, field: str) -> pa.Table:
+    """`id` and `tokens` of the records of a file of this name, as its token shards have a field of theirs."""
+    there = [path for split in SPLITS if (path := prepared / split / name).is_file()]
+    if not there:  # a record file without rows
+        return pa.schema([("id", pa.string()), ("tokens", TOKENS)]).empty_table()
+    shards = pa.concat_tables([open_parquet(path).read(columns=["id", field]) for path in there])
+    return shards.rename_columns(["id", "tokens"]).combine_chunks()
 
 
 def tokens_of(ids: pa.ChunkedArray, tokens: pa.Table) -> pa.Array:
@@ -206,3 +214,25 @@ def first_places(places: pa.ListArray) -> pa.StructArray:
     """The first place of each document, null where there is none."""
     counts = pc.fill_null(pc.list_value_length(places), 0).to_numpy()
     return places.flatten().take(pa.array(np.cumsum(counts) - counts, mask=counts == 0))
+
+
+def tokens_fit(config: Config, prepared: StoragePath, recipe: EncoderRecipe, field: str, prompt: str) -> bool:
+    """Whether the token shards have just what the model would be given, after a prompt of its own."""
+    if config.tokenizer.long_texts == "windows" or config.embedding.long_texts != "cut":
+        return False
+    if field == "anchor" and any(config.data.augment.model_dump().values()):
+        return False
+    if read_card(recipe.local).max_length != config.tokenizer.max_length:
+        return False
+    for source in config.data.sources:
+        own = source.model_dump()["prompts"].get(field) or ""
+        if own != (own or prompt):
+            return False
+    return _tokenizer(recipe.local / "tokenizer.json") == _tokenizer(prepared / "tokenizer.json")
+
+
+def _tokenizer(path: StoragePath) -> Any:
+    """What a tokenizer.json says, but for how it cuts and pads."""
+    if not path.is_file():
+        return None
+    return {key: value for key, value in json.loads(path.read_text()).items() if key not in ("truncation", "padding")}

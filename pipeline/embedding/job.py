@@ -7,7 +7,6 @@ if not index.is_done():
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import pyarrow as pa
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.embedding.columns import as_matrix
-from pipeline.embedding.documents import Documents
+from pipeline.embedding.documents import Documents, tokens_fit
 from pipeline.embedding.encode import TextEncoder, open_encoder
 from pipeline.embedding.indexing import missing_index, unreadable
 from pipeline.embedding.recipe import EncoderRecipe
@@ -62,7 +61,7 @@ class Index:
         """Raises ConfigError for what the model or this machine cannot do."""
         recipe, field = recipe_of(config, model), embedded_field(config, manifest)
         prompt = read_card(recipe.local).head.prompt(prompt_name(field))
-        use_tokens = _tokens_fit(config, prepared, recipe, field, prompt)
+        use_tokens = tokens_fit(config, prepared, recipe, field, prompt)
         documents = Documents.of(prepared, config.root, manifest, field, use_tokens=use_tokens)
         return cls(config, recipe, table_of(config, recipe), documents, prompt)
 
@@ -310,28 +309,6 @@ WRONG = {
     "deleted": "foreign",
     "wrong": "damaged",
 }
-
-
-def _tokens_fit(config: Config, prepared: StoragePath, recipe: EncoderRecipe, field: str, prompt: str) -> bool:
-    """Whether the token shards hold just what the model would be given."""
-    if config.tokenizer.long_texts == "windows" or config.embedding.long_texts != "cut":
-        return False
-    if field == "anchor" and any(config.data.augment.model_dump().values()):
-        return False
-    if read_card(recipe.local).max_length != config.tokenizer.max_length:
-        return False
-    for source in config.data.sources:
-        own = source.model_dump()["prompts"].get(field) or ""
-        if own != (own or prompt):
-            return False
-    return _tokenizer(recipe.local / "tokenizer.json") == _tokenizer(prepared / "tokenizer.json")
-
-
-def _tokenizer(path: StoragePath) -> Any:
-    """What a tokenizer.json says, but for how it cuts and pads."""
-    if not path.is_file():
-        return None
-    return {key: value for key, value in json.loads(path.read_text()).items() if key not in ("truncation", "padding")}
 
 
 def _listed(counts: Counter[str]) -> str:

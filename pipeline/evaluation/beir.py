@@ -18,6 +18,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import xxhash
 
 from pipeline.config import ConfigError
@@ -66,6 +67,8 @@ class RetrievalTask:
     queries: dict[str, str]
     documents: dict[str, str] | Corpus
     qrels: Qrels
+    tokens: pa.Array | None = None
+    """Token ids of the documents in their order, where they are known."""
 
     def normalised(self, normalise: Normalise) -> RetrievalTask:
         """The task with its texts as the records are that a model was trained on."""

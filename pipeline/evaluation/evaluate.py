@@ -16,6 +16,7 @@ import numpy as np
 from pipeline.config import Config
 from pipeline.data.judging import normaliser
 from pipeline.data.manifest import Manifest
+from pipeline.embedding.documents import tokens_fit
 from pipeline.embedding.nearest import Floats, Found, unit
 from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.evaluation.beir import RetrievalTask, open_beir
@@ -44,7 +45,7 @@ def score_tasks(
     def vectors_of(texts: list[str], name: str) -> Floats:
         return vectors.of([normalise(text) for text in texts], name)
 
-    for task in _retrieval_tasks(config, folder, manifest, normalise):
+    for task in _retrieval_tasks(config, folder, manifest, recipe, normalise):
         if not task.queries:
             log.warning("evaluate: %s is left out, it has no queries", task.name)
             continue
@@ -72,12 +73,15 @@ def score_tasks(
 
 
 def _retrieval_tasks(
-    config: Config, folder: StoragePath, manifest: Manifest, normalise: Callable[[str], str]
+    config: Config, folder: StoragePath, manifest: Manifest, recipe: EncoderRecipe, normalise: Callable[[str], str]
 ) -> Iterator[RetrievalTask]:
     if config.evaluation.beir_dir:
         yield open_beir(as_path(config.evaluation.beir_dir)).normalised(normalise)
     if config.evaluation.held_out_queries and manifest.holds_pairs:
-        yield held_out_task(config, folder)
+        prompt = read_card(recipe.local).head.prompt("document")
+        without_prompts = not any("positive" in source.prompts for source in manifest.sources)
+        use_tokens = without_prompts and tokens_fit(config, folder, recipe, "positive", prompt)
+        yield held_out_task(config, folder, use_tokens=use_tokens)
 
 
 def _unused(name: str, scores: dict[str, Scores]) -> str:

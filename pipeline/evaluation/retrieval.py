@@ -81,7 +81,7 @@ def nearest_documents(
         return to_table(merged_rows([partial], count))
 
     with board.stage(f"evaluate: encode {task.name}", len(task.documents), "documents", counter="embedded"):
-        vectors = encoded(_dataset(task.documents), len(task.documents), recipe, board, "document")
+        vectors = encoded(_dataset(task), len(task.documents), recipe, board, "document")
         ranked = vectors.map_batches(rank, batch_size=RANK_ROWS, batch_format="pyarrow", num_cpus=0.5)
         for level in range(merge_levels(len(task.documents))):
             # NOTE: another share of CPUs than the level before, or Ray Data makes one operator of both, which merges
@@ -130,9 +130,10 @@ def from_row(row: dict[str, Any], queries: int) -> Found:
     return Found(np.frombuffer(row["ids"], row["dtype"]).reshape(scores.shape), scores)
 
 
-def _dataset(documents: dict[str, str] | Corpus) -> Any:
+def _dataset(task: RetrievalTask) -> Any:
     import ray.data
 
+    documents = task.documents
     if isinstance(documents, Corpus):
 
         def read(batch: dict[str, Any]) -> pa.Table:
@@ -140,8 +141,9 @@ def _dataset(documents: dict[str, str] | Corpus) -> Any:
 
         blocks = len(documents.starts)
         return ray.data.range(blocks, override_num_blocks=blocks).map_batches(read, batch_size=1, num_cpus=0.5)
-    rows = list(documents.items())
-    return ray.data.from_arrow([_texts(rows[start : start + BLOCK_ROWS]) for start in range(0, len(rows), BLOCK_ROWS)])
+    table = _texts(list(documents.items()))
+    table = table if task.tokens is None else table.append_column("tokens", task.tokens)
+    return ray.data.from_arrow([table.slice(start, BLOCK_ROWS) for start in range(0, len(table), BLOCK_ROWS)])
 
 
 def _texts(rows: Sequence[tuple[str, str]]) -> pa.Table:
