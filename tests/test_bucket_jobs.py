@@ -72,8 +72,8 @@ def test_a_killed_job_goes_on_from_the_bucket_alone(trained_alone: Path, tmp_pat
         assert not list((tmp_path / "killed").glob("store*"))
 
         there = {key.removeprefix("store/runs/r/").partition("/")[0] for key in served.keys("store/runs/r/")}
-        assert {"metrics.jsonl", "alerts.jsonl", "history.png", "training.log", "run.json", "best", "embedded"} <= there
-        assert {"config.resolved.yaml", "evaluation.json"} <= there
+        assert {"metrics.jsonl", "alerts.jsonl", "history.png", "training.log", "run.json", "best"} <= there
+        assert {"config.resolved.yaml", "evaluation.json", "published.json"} <= there
         for key in served.keys("store"):
             assert CREDENTIALS["AWS_SECRET_ACCESS_KEY"].encode() not in served.read(key), key
 

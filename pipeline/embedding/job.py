@@ -143,7 +143,7 @@ class Index:
         spent = None
         if due:
             spent = embed(sync, self.recipe, due, counts["new"] + counts["changed"], letters, board(), writer)
-            metrics |= {"embedded": spent.written, "refused": spent.refused, "commits": spent.commits}
+            metrics |= {"embedded": spent.written, "refused": spent.refused}
         rewrite(sync, [index for index, each in enumerate(found) if each.counts["metadata"]], writer)
         writer.delete(whole.obsolete)
         log.info("embed: %s", _listed(counts) or "nothing had changed")
@@ -291,8 +291,9 @@ HELD = ("changed", "metadata", "untouched", "deleted")  # counts that make up th
 def _log_rate(spent: Spent, seconds: float) -> None:
     """How fast the whole job was, and what the time of all processes went to."""
     log.info(
-        "embed: %s vectors in %.1f s, %s a second, %s tokens a second; of all processes %s",
+        "embed: %s vectors in %s commits, %.1f s, %s a second, %s tokens a second; of all processes %s",
         f"{spent.written:,}",
+        f"{spent.commits:,}",
         seconds,
         f"{spent.written / seconds:,.0f}",
         f"{spent.tokens / seconds:,.0f}",
