@@ -343,7 +343,7 @@ def finish_somewhere(table: VectorTable, index: str | None, index_rows: int, lab
 
         uri, options = lance_location(table.path)
         spread: dict[str, Any] = {"num_workers": int(connected_cluster().capacity().cpus), "storage_options": options}
-        log.info("embed: joins files and builds indexes on all nodes")
+        log.info("embed: compacting files and building indexes on all nodes")
         lance_ray.compact_files(uri, **spread)
         if wanted:
             lance_ray.create_index(uri, **wanted, **spread)

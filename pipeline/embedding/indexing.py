@@ -38,7 +38,7 @@ def finish(table: VectorTable, index: str | None, index_rows: int, *, is_new: bo
     dataset = table.open()
     small = sum(fragment.count_rows() < SMALL_ROWS for fragment in dataset.get_fragments())
     if small >= MANY_SMALL:
-        log.info("embed: joins %s small files of %s", f"{small:,}", table.name)
+        log.info("embed: compacting %s small files of %s", f"{small:,}", table.name)
         dataset.optimize.compact_files()
     rows, there = dataset.count_rows(), _columns_indexed(dataset)
     if there:
@@ -47,7 +47,7 @@ def finish(table: VectorTable, index: str | None, index_rows: int, *, is_new: bo
         dataset.create_scalar_index("id", IndexConfig("zonemap", {"rows_per_zone": max(ZONE_ROWS, rows // ZONES)}))
     wanted = missing_index(table, index, index_rows)
     if wanted:
-        log.info("embed: builds an index (%s) of %s vectors", wanted["index_type"], f"{rows:,}")
+        log.info("embed: building an index (%s) of %s vectors", wanted["index_type"], f"{rows:,}")
         dataset.create_index(**wanted)
     found = describe(table)
     if wanted or is_new or (table.vector_type == "binary" and rows > 1):

@@ -3,8 +3,8 @@
     recipe = recipe_of(config, model)
     table = table_of(config, recipe)
 
-A run, a model, a field and a way of making vectors have a table of their own. Readers go by `<run>/published.json`,
-which names a copy of the model whose table was last brought up to date and verified: search goes on with both while a
+Each combination of run, model, field and vector settings has its own table. Readers follow `<run>/published.json`,
+which names a copy of the model, its table and its settings, once the table is verified. Search keeps using them while a
 new model's table is filled. Imports no Ray.
 """
 

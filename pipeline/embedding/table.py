@@ -255,7 +255,7 @@ class Writer:
         self._began = False
 
     def begin(self) -> None:
-        """Shut out writers that began before."""
+        """Make commits of writers that began earlier fail."""
         if not self._began:
             check_guards(self.table.path)
             self.table.open().restore()

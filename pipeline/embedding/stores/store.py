@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 from pipeline.runtime.job import JobError
 
-TEXTS = ("source", "source_id", "text", "metadata")
-
 
 class StoreError(JobError):
     """A store that cannot be used as asked, in one sentence. What was written before it stays written."""
