@@ -32,13 +32,13 @@ import torch.nn.functional as F
 from benchmarks.corpora import machine
 from benchmarks.fine_tuning import minilm
 from pipeline.config import Embedding
-from pipeline.embedding.backends import CPU_BATCH_TOKENS, TableBackend, make_graph
-from pipeline.embedding.columns import as_ragged
-from pipeline.embedding.encode import TextEncoder, open_encoder
-from pipeline.embedding.recipe import EncoderRecipe, tokenize
-from pipeline.embedding.torch_backend import TorchBackend
 from pipeline.evaluation.beir import read_beir
 from pipeline.evaluation.metrics import nearest, retrieval_metrics
+from pipeline.index.backends import CPU_BATCH_TOKENS, TableBackend, make_graph
+from pipeline.index.columns import as_ragged
+from pipeline.index.encode import TextEncoder, open_encoder
+from pipeline.index.recipe import EncoderRecipe, tokenize
+from pipeline.index.torch_backend import TorchBackend
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import load_model, save_model
 from pipeline.model.reading import load_tokenizer

@@ -149,9 +149,9 @@ def score(folder: Path, data: Path, precision: str) -> float:
     """NDCG@10 of a model of ours or of theirs."""
     import torch
 
-    from pipeline.embedding.encode import TextEncoder
     from pipeline.evaluation.beir import read_beir
     from pipeline.evaluation.metrics import nearest, retrieval_metrics
+    from pipeline.index.encode import TextEncoder
 
     encoder, task = TextEncoder(folder), read_beir(data / "debian" / "beir")
     texts = dict(task.documents.items())

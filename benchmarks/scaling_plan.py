@@ -38,8 +38,8 @@ from pipeline.data.plan import Plan
 from pipeline.data.prepare import Inputs
 from pipeline.data.records import parts_at_most
 from pipeline.data.tokenizing import ROW_GROUP_ROWS
-from pipeline.embedding.documents import Documents
-from pipeline.embedding.embed import _a_task_each
+from pipeline.index.documents import Documents
+from pipeline.index.embed import _a_task_each
 from pipeline.runtime.console import table
 from pipeline.sources.source import CHECKED_ROWS
 

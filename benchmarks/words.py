@@ -24,9 +24,9 @@ sys.path.insert(0, str(ROOT))
 import bm25s
 import lance
 
-from pipeline.embedding.words import word_settings, words
 from pipeline.evaluation.beir import RetrievalTask, read_beir
 from pipeline.evaluation.metrics import DEPTH, retrieval_metrics
+from pipeline.index.words import word_settings, words
 from pipeline.runtime.console import table
 
 DOCUMENTS, QUERIES = 10_000, 2_000

@@ -25,7 +25,7 @@ from pipeline.runtime.console import log
 from pipeline.runtime.job import Result, parser, run_job
 
 if TYPE_CHECKING:
-    from pipeline.embedding.search import Hit
+    from pipeline.index.search import Hit
 
 MAX_QUERY_CHARS = 10_000
 
@@ -49,8 +49,8 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     query = checked(args.query)
     if args.limit < 1:
         raise ConfigError(f"--limit: found {args.limit}; allowed is 1 or more")
-    from pipeline.embedding.search import search
-    from pipeline.embedding.stores.where import parse
+    from pipeline.index.search import search
+    from pipeline.index.stores.where import parse
 
     found = search(config, query, args.limit, parse(args.where), hybrid=args.hybrid)
     if args.json:

@@ -24,7 +24,7 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.prepare import Inputs
-from pipeline.embedding.table import READ_FOR, open_dataset
+from pipeline.index.table import READ_FOR, open_dataset
 from pipeline.runtime.artifact import read_manifest
 from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError

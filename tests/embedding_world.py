@@ -17,14 +17,14 @@ import torch
 from pipeline.config import Config, load
 from pipeline.data.manifest import RECORD_SCHEMA, Manifest, SourceCount
 from pipeline.data.vocabulary import train_tokenizer
-from pipeline.embedding.embed import Spent, write_fragments
-from pipeline.embedding.encode import TextEncoder, open_encoder
-from pipeline.embedding.indexing import finish
-from pipeline.embedding.job import Index
-from pipeline.embedding.recipe import EncoderRecipe
-from pipeline.embedding.store import recipe_of, table_of
-from pipeline.embedding.sync import COUNTS, Sync, with_vectors
-from pipeline.embedding.table import VectorTable, Writer
+from pipeline.index.embed import Spent, write_fragments
+from pipeline.index.encode import TextEncoder, open_encoder
+from pipeline.index.indexing import finish
+from pipeline.index.job import Index
+from pipeline.index.recipe import EncoderRecipe
+from pipeline.index.store import recipe_of, table_of
+from pipeline.index.sync import COUNTS, Sync, with_vectors
+from pipeline.index.table import VectorTable, Writer
 from pipeline.model.card import Head
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import save_model
@@ -118,7 +118,7 @@ class World:
         def here(table: VectorTable, kind: str | None, rows: int, labels: Any) -> dict[str, Any]:
             return finish(table, kind, rows)
 
-        with patch("pipeline.embedding.embed.embed", embed), patch("pipeline.embedding.embed.finish_somewhere", here):
+        with patch("pipeline.index.embed.embed", embed), patch("pipeline.index.embed.finish_somewhere", here):
             metrics = index.bring_up_to_date(lambda: None, **options)  # type: ignore[arg-type, return-value]
         return +Counter({name: metrics.get(name, 0) for name in (*COUNTS, "embedded")})
 

@@ -9,7 +9,7 @@ if __name__ == "__main__":
     set_environment()
 
     from pipeline.data import prepare
-    from pipeline.embedding import embed
+    from pipeline.index import embed
     from pipeline.sources import source
 
     prepare.SHARD_BYTES, source.TASK_BYTES, embed.WRITE_ROWS = 1 << 17, 1 << 16, 512

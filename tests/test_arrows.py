@@ -20,15 +20,14 @@ MAY_IMPORT = {
         "objectives": "config model",
         "sources": "config runtime text storage",
         "data": "config runtime text sources storage",
-        "embedding": "config runtime data model text export storage",
-        "evaluation": "config runtime data model text embedding storage",
-        "mining": "config runtime data model text embedding storage",
+        "index": "config runtime data model text export storage",
+        "evaluation": "config runtime data model text index storage",
         "training": "config runtime data model objectives evaluation storage",
         "export": "config runtime data model storage",
-        "preflight": "config runtime data embedding training tuning storage",
+        "preflight": "config runtime data index training tuning storage",
         "tuning": "config runtime data training storage",
-        "cleaning": "config runtime data model embedding storage",
-        "stages": "config runtime data model embedding evaluation mining training storage preflight tuning",
+        "cleaning": "config runtime data model index storage",
+        "stages": "config runtime data model index evaluation training storage preflight tuning",
     }.items()
 }
 WITHOUT_RAY = {"config", "storage", "text", "sources", "model", "objectives", "export", "cleaning"}
@@ -37,8 +36,7 @@ RAYLESS_MODULES = {
     f"{folder}/{name}.py"
     for folder, names in {
         "training": "assembly loop reducer saving strategy step build validation checkpoints fsdp sharded uploading",
-        "embedding": "chunks documents indexing nearest search store sync table",
-        "mining": "blocks choosing",
+        "index": "blocks choosing chunks documents indexing nearest search store sync table",
         "tuning": "journal pictures report slots space sweep terms",
     }.items()
     for name in names.split()

@@ -18,7 +18,7 @@ from pipeline import cleaning
 from pipeline.cleaning import find_unused, forget_versions, remove
 from pipeline.config import Config, load
 from pipeline.data.prepare import prepare
-from pipeline.embedding.table import open_dataset
+from pipeline.index.table import open_dataset
 from pipeline.runtime.job import DEFAULT_CONFIG
 from pipeline.storage import lock
 from pipeline.storage.files import files_below, lance_location, write_atomically

@@ -56,8 +56,8 @@ def check_absent(*names):
 
 child = os.fork()
 if child == 0:
-    import pipeline.data.prepare, pipeline.data.feed, pipeline.embedding.embed
-    import pipeline.evaluation.retrieval, pipeline.mining.mine
+    import pipeline.data.prepare, pipeline.data.feed, pipeline.index.embed
+    import pipeline.evaluation.retrieval, pipeline.index.mine
     check_absent("torch")
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
@@ -73,9 +73,9 @@ import pipeline.training.worker, pipeline.training.assembly
 check_absent("torch.distributed.checkpoint", "torch._dynamo")
 
 from pipeline.config.embedding import Embedding
-from pipeline.embedding import embed, sync
-from pipeline.embedding.encode import open_encoder
-from pipeline.embedding.recipe import EncoderRecipe
+from pipeline.index import embed, sync
+from pipeline.index.encode import open_encoder
+from pipeline.index.recipe import EncoderRecipe
 model = Path({str(save_random_model(tmp_path / "model"))!r})
 assert open_encoder(EncoderRecipe(model, Embedding(), Path())).encode(["a text"]).shape == (1, 32)
 check_absent("torch._dynamo", "lancedb")

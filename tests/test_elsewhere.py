@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, processors
 from transformers import BertConfig, BertModel
 
 from pipeline.data.vocabulary import train_tokenizer
-from pipeline.embedding.encode import TextEncoder
 from pipeline.export.folder import export_model
+from pipeline.index.encode import TextEncoder
 from pipeline.model.card import Head
 from pipeline.model.elsewhere import FLAGS, POOLINGS, files_elsewhere
 from pipeline.model.embedding_model import EmbeddingModel

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.embedding import embed
-from pipeline.embedding.columns import as_matrix
-from pipeline.embedding.encode import TextEncoder
-from pipeline.embedding.table import VectorTable, Writer
+from pipeline.index import embed
+from pipeline.index.columns import as_matrix
+from pipeline.index.encode import TextEncoder
+from pipeline.index.table import VectorTable, Writer
 from pipeline.text.identity import content_id
 from tests.conftest import make_pairs, run_here, write_jsonl
 from tests.embedding_world import save_random_model

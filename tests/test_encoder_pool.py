@@ -8,10 +8,10 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import Embedding
-from pipeline.embedding.columns import as_matrix
-from pipeline.embedding.embed import EncodeTexts, Pool
-from pipeline.embedding.encode import TextEncoder
-from pipeline.embedding.recipe import EncoderRecipe, tokenize
+from pipeline.index.columns import as_matrix
+from pipeline.index.embed import EncodeTexts, Pool
+from pipeline.index.encode import TextEncoder
+from pipeline.index.recipe import EncoderRecipe, tokenize
 from pipeline.runtime.cluster import Cluster, Node
 from tests.embedding_world import save_random_model
 

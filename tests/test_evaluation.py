@@ -18,8 +18,6 @@ import pytest
 from pipeline.config import Config, ConfigError, Data, Embedding, Sanitize, Source
 from pipeline.data.judging import Judge, normaliser
 from pipeline.data.manifest import Manifest
-from pipeline.embedding.columns import as_column
-from pipeline.embedding.nearest import Found
 from pipeline.evaluation.beir import BLOCK_ROWS, Corpus, RetrievalTask, open_beir, read_beir
 from pipeline.evaluation.evaluate import score_classification, score_clustering, score_retrieval, score_sts
 from pipeline.evaluation.held_out import held_out_task
@@ -28,6 +26,8 @@ from pipeline.evaluation.metrics import bm25_ranking, fused, nearest, retrieval_
 from pipeline.evaluation.retrieval import FEW_TEXTS, TextVectors, best_of_block, merge_levels, merged_rows, to_table
 from pipeline.evaluation.sts import StsTask, pearson, read_sts, spearman
 from pipeline.evaluation.table import hybrid_verdict, score_table
+from pipeline.index.columns import as_column
+from pipeline.index.nearest import Found
 from pipeline.sources.fields import RawRecord
 from pipeline.text.identity import content_id, is_validation
 from tests.conftest import board, make_pairs, no_board
@@ -239,9 +239,9 @@ def test_sts_scores_are_those_of_sentence_transformers() -> None:
 def test_scores_over_the_cluster_are_those_of_one_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A BEIR folder, labels and pairs through Ray, the documents in blocks of 700, against one matrix of all scores."""
     from pipeline.config import load
-    from pipeline.embedding.encode import TextEncoder
-    from pipeline.embedding.store import recipe_of
     from pipeline.evaluation.evaluate import score_tasks
+    from pipeline.index.encode import TextEncoder
+    from pipeline.index.store import recipe_of
 
     model = small_model(tmp_path / "model")
     rows = make_pairs(2500, seed=3)
@@ -307,7 +307,7 @@ def test_partial_results_are_merged_in_tasks_as_a_tree(monkeypatch: pytest.Monke
     for name, value in {"RANK_ROWS": 37, "MERGED_TOGETHER": 3, "DEPTH": 30, "BLOCK_ROWS": 37}.items():
         monkeypatch.setattr(retrieval, name, value)
     monkeypatch.setattr(retrieval, "merged_rows", merged_rows)
-    monkeypatch.setattr("pipeline.embedding.embed.encoded", encoded)
+    monkeypatch.setattr("pipeline.index.embed.encoded", encoded)
     task = RetrievalTask("tree", {}, dict(zip(names, texts, strict=True)), {})
     assert retrieval.merge_levels(1000) == 3
     found = retrieval.nearest_documents(task, queries, [16, 4], None, board())  # type: ignore[arg-type]
@@ -322,8 +322,8 @@ def test_partial_results_are_merged_in_tasks_as_a_tree(monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_many_texts_are_encoded_by_the_pool_and_few_here(tmp_path: Path) -> None:
-    from pipeline.embedding.encode import TextEncoder
-    from pipeline.embedding.recipe import EncoderRecipe
+    from pipeline.index.encode import TextEncoder
+    from pipeline.index.recipe import EncoderRecipe
 
     model = small_model(tmp_path / "model", prompts=(("query", "find: "),))
     recipe = EncoderRecipe(model, Embedding(), tmp_path)

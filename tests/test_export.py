@@ -22,13 +22,13 @@ from tokenizers.models import BPE
 from pipeline.config import ConfigError, load
 from pipeline.data.manifest import Manifest, SourceCount
 from pipeline.data.vocabulary import train_tokenizer
-from pipeline.embedding.store import recipe_of, table_of
-from pipeline.embedding.table import VectorTable
 from pipeline.export.card import Extras, model_card, read_origin
 from pipeline.export.destination import exporting, refuse_foreign
 from pipeline.export.embedding_matrix import load_embeddings, save_embeddings_for_model
 from pipeline.export.folder import export_model, pad_token_id
 from pipeline.export.onnx import PaddedEmbedder, export_onnx
+from pipeline.index.store import recipe_of, table_of
+from pipeline.index.table import VectorTable
 from pipeline.model.card import Head
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import load_model, save_model

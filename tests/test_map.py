@@ -124,8 +124,8 @@ def test_the_png_has_a_colour_for_each_group(tmp_path: Path) -> None:
 def test_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import jobs.map
     from pipeline.config import load
-    from pipeline.embedding.store import recipe_of, table_of
-    from pipeline.embedding.table import PLACE
+    from pipeline.index.store import recipe_of, table_of
+    from pipeline.index.table import PLACE
 
     model = small_model(tmp_path / "model")
     settings = {"storage": {"root": str(tmp_path / "store")}, "embedding": {"model": str(model)}}

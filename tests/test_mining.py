@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 
 from pipeline.config import Config, ConfigError, Mining, load
 from pipeline.data.manifest import Manifest, read_prepared
-from pipeline.mining.blocks import negatives_of, open_block, write_block
-from pipeline.mining.choosing import Answers, Block, choose
-from pipeline.mining.mine import with_negatives
+from pipeline.index.blocks import negatives_of, open_block, write_block
+from pipeline.index.choosing import Answers, Block, choose
+from pipeline.index.mine import with_negatives
 from pipeline.runtime.job import run_job
 from pipeline.text.identity import is_validation
 from tests.conftest import make_pairs, write_jsonl
@@ -154,8 +154,8 @@ def mined(config: Config, ray_cluster: None) -> Mined:
     import jobs.mine
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.mining.mine.BLOCK_ROWS", 150)
-        patch.setattr("pipeline.mining.mine.MINE_ROWS", 200)
+        patch.setattr("pipeline.index.mine.BLOCK_ROWS", 150)
+        patch.setattr("pipeline.index.mine.MINE_ROWS", 200)
         code = run_job("mine", jobs.mine.__doc__ or "", jobs.mine.main, None, ["--config", str(yaml_of(config))])
     assert code == 0
     folders = {}
@@ -175,7 +175,7 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_mined_records_against_a_loop(config: Config, mined: Mined) -> None:
-    from pipeline.embedding.encode import TextEncoder
+    from pipeline.index.encode import TextEncoder
 
     before, after = records_of(mined[0]), records_of(mined[2])
     assert [row | {"negatives": 0} for row in after] == [row | {"negatives": 0} for row in before]
@@ -219,8 +219,8 @@ def test_the_split_and_its_tokens_stay(mined: Mined) -> None:
 
 
 def test_it_is_made_once(config: Config, mined: Mined) -> None:
-    from pipeline.embedding.store import recipe_of
-    from pipeline.mining.mine import mine
+    from pipeline.index.mine import mine
+    from pipeline.index.store import recipe_of
 
     model = Path(str(config.embedding.model))
     again = mine(config, mined[0], mined[1], recipe_of(config, model), lambda: pytest.fail("asked for Ray"))
@@ -266,8 +266,8 @@ def test_wrong_settings_and_others_than_the_data_sets_own(overrides: str, config
 
 
 def test_texts_alone_have_no_negatives(config: Config, tmp_path: Path) -> None:
-    from pipeline.embedding.recipe import EncoderRecipe
-    from pipeline.mining.mine import mine
+    from pipeline.index.mine import mine
+    from pipeline.index.recipe import EncoderRecipe
 
     manifest = Manifest("", [], {}, [], {"text": {}}, [], {})
     recipe = EncoderRecipe(tmp_path, config.embedding, tmp_path)

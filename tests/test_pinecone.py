@@ -19,12 +19,12 @@ import yaml
 
 from pipeline.config import ConfigError, load
 from pipeline.config.pinecone import Pinecone
-from pipeline.embedding.columns import as_column
-from pipeline.embedding.stores import pinecone_records, pinecone_service
-from pipeline.embedding.stores.budget import Allowance, Budget
-from pipeline.embedding.stores.pinecone_store import PineconeStore
-from pipeline.embedding.stores.store import StoreError
-from pipeline.embedding.table import PLACE
+from pipeline.index.columns import as_column
+from pipeline.index.stores import pinecone_records, pinecone_service
+from pipeline.index.stores.budget import Allowance, Budget
+from pipeline.index.stores.pinecone_store import PineconeStore
+from pipeline.index.stores.store import StoreError
+from pipeline.index.table import PLACE
 from tests.pinecone_server import RefusalError, Service, pinecone_server
 
 WIDTH = 5

@@ -18,13 +18,13 @@ import pytest
 
 from pipeline.config import ConfigError, load
 from pipeline.config.pinecone import Pinecone
-from pipeline.embedding.pushing import over_cluster, push_over_cluster
-from pipeline.embedding.stores import pinecone_records, push
-from pipeline.embedding.stores.dead_letters import DeadLetters
-from pipeline.embedding.stores.pinecone_store import PineconeStore
-from pipeline.embedding.stores.push import Push, pinned_bytes
-from pipeline.embedding.stores.store import Refused, StoreError
-from pipeline.embedding.table import Writer
+from pipeline.index.pushing import over_cluster, push_over_cluster
+from pipeline.index.stores import pinecone_records, push
+from pipeline.index.stores.dead_letters import DeadLetters
+from pipeline.index.stores.pinecone_store import PineconeStore
+from pipeline.index.stores.push import Push, pinned_bytes
+from pipeline.index.stores.store import Refused, StoreError
+from pipeline.index.table import Writer
 from pipeline.storage.files import files_below
 from pipeline.storage.path import StoragePath, as_path, public_uri
 from pipeline.text.identity import content_id

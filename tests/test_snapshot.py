@@ -14,9 +14,9 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.embedding.stores import push
-from pipeline.embedding.stores.snapshot import write_snapshot
-from pipeline.embedding.table import VectorTable
+from pipeline.index.stores import push
+from pipeline.index.stores.snapshot import write_snapshot
+from pipeline.index.table import VectorTable
 from pipeline.runtime.artifact import MANIFEST, read_manifest
 from pipeline.runtime.job import JobError
 from pipeline.storage.files import files_below

@@ -17,14 +17,14 @@ import pyarrow as pa
 import pytest
 import xxhash
 
-from pipeline.embedding import embed
-from pipeline.embedding.columns import as_matrix
-from pipeline.embedding.documents import PLACE_COLUMNS, first_places, place_digests
-from pipeline.embedding.encode import TextEncoder, open_encoder
-from pipeline.embedding.lookup import open_embedder
-from pipeline.embedding.search import TableSearch
-from pipeline.embedding.store import publish, published
-from pipeline.embedding.table import DIGEST_CHARS, PLACE, VectorTable, Writer
+from pipeline.index import embed
+from pipeline.index.columns import as_matrix
+from pipeline.index.documents import PLACE_COLUMNS, first_places, place_digests
+from pipeline.index.encode import TextEncoder, open_encoder
+from pipeline.index.lookup import open_embedder
+from pipeline.index.search import TableSearch
+from pipeline.index.store import publish, published
+from pipeline.index.table import DIGEST_CHARS, PLACE, VectorTable, Writer
 from pipeline.runtime.job import JobError
 from pipeline.text.identity import content_id
 from tests.embedding_world import Corpus, World, corpus_of, save_random_model
@@ -114,7 +114,7 @@ def killed_at(calls: int, *, after: bool) -> Any:
 
 def test_killed_at_any_step_the_next_run_makes_it_whole(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """At twenty seeded points, with changes between them: nothing is embedded twice but what no commit had."""
-    monkeypatch.setattr("pipeline.embedding.documents.READ_ROWS", 16)
+    monkeypatch.setattr("pipeline.index.documents.READ_ROWS", 16)
     world.corpus = corpus_of(80)
     world.overrides = ["embedding.verify_sample=0", "embedding.max_deleted_fraction=1"]
     chance, made, encoder = random.Random(0), Counter[str](), world.encoder()

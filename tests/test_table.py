@@ -22,13 +22,13 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.embedding import indexing, search
-from pipeline.embedding.columns import as_column, as_matrix
-from pipeline.embedding.indexing import describe, finish, recall, unreadable
-from pipeline.embedding.search import TableSearch
-from pipeline.embedding.stores.store import StoreError
-from pipeline.embedding.stores.where import parse
-from pipeline.embedding.table import PLACE, ZONE_ROWS, VectorTable
+from pipeline.index import indexing, search
+from pipeline.index.columns import as_column, as_matrix
+from pipeline.index.indexing import describe, finish, recall, unreadable
+from pipeline.index.search import TableSearch
+from pipeline.index.stores.store import StoreError
+from pipeline.index.stores.where import parse
+from pipeline.index.table import PLACE, ZONE_ROWS, VectorTable
 from pipeline.runtime.job import JobError
 from pipeline.storage.path import as_path
 from pipeline.text.identity import content_id
@@ -206,7 +206,7 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import os, signal
 from tests import test_table
-from pipeline.embedding.table import VectorTable
+from pipeline.index.table import VectorTable
 table = VectorTable(Path(sys.argv[2]), "t", test_table.WIDTH)
 with table.writing() as writer:
     fragments = test_table.write(table, [test_table.row(f"old-{n}", test_table.random.Random(n)) for n in range(10)])

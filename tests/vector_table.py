@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.embedding.columns import as_column
-from pipeline.embedding.table import VectorTable, Writer
+from pipeline.index.columns import as_column
+from pipeline.index.table import VectorTable, Writer
 from pipeline.storage.path import StoragePath
 from pipeline.text.identity import content_id
 

@@ -47,7 +47,7 @@ class Embedding(Section):
     """Folder of LanceDB's tables, or of the Parquet files: relative to storage.root, absolute on disk, or in a bucket,
     as s3://bucket/folder, with credentials from the environment; by default the store's name under storage.root."""
     index: Literal["ivf_sq", "ivf_pq", "ivf_hnsw_sq"] | None = "ivf_sq"
-    """Index over the vectors; null for none. `embedding/indexing.py` says what each costs."""
+    """Index over the vectors; null for none. `index/indexing.py` says what each costs."""
     index_rows: int = Field(200_000, ge=256)
     """Rows from which vectors are indexed; below, a query looks at all of them. Ours: 0.2 s for 100,000."""
     max_deleted_fraction: float = Field(0.2, ge=0, le=1)

@@ -16,15 +16,15 @@ import numpy as np
 from pipeline.config import Config
 from pipeline.data.judging import normaliser
 from pipeline.data.manifest import Manifest
-from pipeline.embedding.documents import tokens_fit
-from pipeline.embedding.nearest import Floats, Found, unit
-from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.evaluation.beir import RetrievalTask, open_beir
 from pipeline.evaluation.held_out import held_out_task
 from pipeline.evaluation.labels import neighbour_scores, read_classification, read_labels, v_measure
 from pipeline.evaluation.metrics import bm25_ranking, fused, retrieval_metrics, to_ranking
 from pipeline.evaluation.retrieval import TextVectors, nearest_documents
 from pipeline.evaluation.sts import StsTask, pearson, read_sts, spearman
+from pipeline.index.documents import tokens_fit
+from pipeline.index.nearest import Floats, Found, unit
+from pipeline.index.recipe import EncoderRecipe
 from pipeline.model.reading import read_card
 from pipeline.runtime.console import Stage, log
 from pipeline.runtime.session import Board

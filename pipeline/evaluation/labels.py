@@ -14,8 +14,8 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.config import ConfigError
-from pipeline.embedding.nearest import nearest, unit
 from pipeline.evaluation.tsv import read_tsv
+from pipeline.index.nearest import nearest, unit
 from pipeline.storage.path import StoragePath
 
 COLUMNS = ("text", "label")

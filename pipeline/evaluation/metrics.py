@@ -14,9 +14,9 @@ import bm25s
 import numpy as np
 import pytrec_eval
 
-from pipeline.embedding.fusion import reciprocal_ranks
-from pipeline.embedding.nearest import Found, nearest_in_block
-from pipeline.embedding.words import word_settings, words
+from pipeline.index.fusion import reciprocal_ranks
+from pipeline.index.nearest import Found, nearest_in_block
+from pipeline.index.words import word_settings, words
 
 Qrels = dict[str, dict[str, int]]
 """Query id → document id → relevance, above zero where relevant."""

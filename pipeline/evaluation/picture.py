@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 import textwrap
 
-from pipeline.embedding.nearest import Floats
 from pipeline.evaluation.space import Points
+from pipeline.index.nearest import Floats
 from pipeline.storage.files import replacing, write_atomically
 from pipeline.storage.path import StoragePath
 

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.embedding.columns import as_matrix
-from pipeline.embedding.nearest import Floats, Found, merged, nearest_in_block, unit
-from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.evaluation.beir import BLOCK_ROWS, Corpus, RetrievalTask
 from pipeline.evaluation.metrics import DEPTH
+from pipeline.index.columns import as_matrix
+from pipeline.index.nearest import Floats, Found, merged, nearest_in_block, unit
+from pipeline.index.recipe import EncoderRecipe
 from pipeline.runtime.session import Board
 
 if TYPE_CHECKING:
-    from pipeline.embedding.encode import TextEncoder  # with torch, which the pool's actors alone may need
+    from pipeline.index.encode import TextEncoder  # with torch, which the pool's actors alone may need
 
 RANK_ROWS = 8192  # documents ranked together: with 256 queries at once 16 MB of scores
 MERGED_TOGETHER = 8  # partial results
@@ -43,7 +43,7 @@ class TextVectors:
 
     @cached_property
     def encoder(self) -> TextEncoder:
-        from pipeline.embedding.encode import open_encoder
+        from pipeline.index.encode import open_encoder
 
         return open_encoder(self.recipe, device="cpu")
 
@@ -53,7 +53,7 @@ class TextVectors:
             return self.encoder.encode(texts, prompt)
         import ray.data
 
-        from pipeline.embedding.embed import encoded
+        from pipeline.index.embed import encoded
 
         table, board = pa.table({"id": range(len(texts)), "text": texts}), self.board()
         blocks = [table.slice(start, BLOCK_ROWS) for start in range(0, len(table), BLOCK_ROWS)]
@@ -70,7 +70,7 @@ def nearest_documents(
     """The best DEPTH documents of each query, ids in UTF-8, by vectors cut to each of `sizes`; queries are (Q, D)."""
     import ray
 
-    from pipeline.embedding.embed import encoded
+    from pipeline.index.embed import encoded
 
     shared, count = ray.put(queries), len(queries)
 

@@ -26,9 +26,9 @@ from pinecone.errors.exceptions import PineconeTimeoutError as TimedOut
 from pinecone.index import Index
 
 from pipeline.config.pinecone import Pinecone
-from pipeline.embedding.stores.budget import Allowance, Budget
-from pipeline.embedding.stores.secret import VARIABLE, api_key
-from pipeline.embedding.stores.store import StoreError
+from pipeline.index.stores.budget import Allowance, Budget
+from pipeline.index.stores.secret import VARIABLE, api_key
+from pipeline.index.stores.store import StoreError
 
 T = TypeVar("T")
 ONCE = RetryConfig(max_retries=0)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dotenv import dotenv_values
 
-from pipeline.embedding.stores.store import StoreError
+from pipeline.index.stores.store import StoreError
 
 VARIABLE = "PINECONE_API_KEY"
 

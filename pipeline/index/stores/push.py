@@ -32,11 +32,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.embedding.stores.dead_letters import DeadLetters
-from pipeline.embedding.stores.pinecone_records import grouped
-from pipeline.embedding.stores.pinecone_store import PineconeStore
-from pipeline.embedding.stores.store import StoreError
-from pipeline.embedding.table import VectorTable, Writer
+from pipeline.index.stores.dead_letters import DeadLetters
+from pipeline.index.stores.pinecone_records import grouped
+from pipeline.index.stores.pinecone_store import PineconeStore
+from pipeline.index.stores.store import StoreError
+from pipeline.index.table import VectorTable, Writer
 from pipeline.runtime.console import log
 from pipeline.storage.files import files_below, remove_folder, replacing, sizes
 from pipeline.storage.path import StoragePath, public_uri

@@ -3,7 +3,7 @@
     a task a range ──► documents that are due ──► actor pool of encoders ──► tasks write fragments
                                                           driver: a commit for each wave of them, as they come in
 
-What a task does is in embedding/sync.py. A job that is killed loses the wave under way, and the next one embeds what
+What a task does is in index/sync.py. A job that is killed loses the wave under way, and the next one embeds what
 is missing.
 """
 
@@ -21,14 +21,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from ray.data import ActorPoolStrategy, Dataset
 
-from pipeline.embedding.chunks import expanded
-from pipeline.embedding.columns import as_column, as_matrix, one_array
-from pipeline.embedding.encode import open_encoder
-from pipeline.embedding.recipe import EncoderRecipe
-from pipeline.embedding.stores.dead_letters import DeadLetters
-from pipeline.embedding.stores.store import Refused
-from pipeline.embedding.sync import DIFFERENCE, Difference, Sync, count_tokens, with_vectors
-from pipeline.embedding.table import VectorTable, Writer
+from pipeline.index.chunks import expanded
+from pipeline.index.columns import as_column, as_matrix, one_array
+from pipeline.index.encode import open_encoder
+from pipeline.index.recipe import EncoderRecipe
+from pipeline.index.stores.dead_letters import DeadLetters
+from pipeline.index.stores.store import Refused
+from pipeline.index.sync import DIFFERENCE, Difference, Sync, count_tokens, with_vectors
+from pipeline.index.table import VectorTable, Writer
 from pipeline.runtime.cluster import Cluster, connected_cluster
 from pipeline.runtime.console import log
 from pipeline.runtime.memory import large_buffers_given_back
@@ -335,7 +335,7 @@ def finish_somewhere(table: VectorTable, index: str | None, index_rows: int, lab
     """`indexing.finish` on a node with these labels: an index takes CPUs and memory, which a driver's may lack."""
     import ray
 
-    from pipeline.embedding.indexing import finish, missing_index
+    from pipeline.index.indexing import finish, missing_index
 
     wanted = missing_index(table, index, index_rows) if table.count() >= SPREAD_ROWS else None
     if table.count() >= SPREAD_ROWS:

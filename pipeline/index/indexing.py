@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.embedding.columns import as_matrix
-from pipeline.embedding.nearest import nearest, unit
-from pipeline.embedding.search import TableSearch
-from pipeline.embedding.table import ZONE_ROWS, ZONES, VectorTable
+from pipeline.index.columns import as_matrix
+from pipeline.index.nearest import nearest, unit
+from pipeline.index.search import TableSearch
+from pipeline.index.table import ZONE_ROWS, ZONES, VectorTable
 from pipeline.runtime.console import log
 
 SMALL_ROWS, MANY_SMALL = 131_072, 64  # fragments of fewer rows are joined once there are so many

@@ -41,8 +41,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from pipeline.embedding.columns import as_matrix
-from pipeline.embedding.stores.store import StoreError
+from pipeline.index.columns import as_matrix
+from pipeline.index.stores.store import StoreError
 from pipeline.runtime.console import log
 from pipeline.runtime.job import alone_in
 from pipeline.storage.files import lance_location, remove_folder

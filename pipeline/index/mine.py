@@ -29,10 +29,10 @@ from pipeline.data.exchange import read_part, write_parts
 from pipeline.data.manifest import RECORD_SCHEMA, Manifest, read_prepared, sha256
 from pipeline.data.shards import Parts, assemble, recipe_of, token_shards, tokens_of
 from pipeline.data.tokenizing import Recipe
-from pipeline.embedding.recipe import EncoderRecipe
-from pipeline.mining.blocks import negatives_of, open_block, write_block
-from pipeline.mining.choosing import Answers
-from pipeline.mining.keys import TextKeys, text_keys
+from pipeline.index.blocks import negatives_of, open_block, write_block
+from pipeline.index.choosing import Answers
+from pipeline.index.keys import TextKeys, text_keys
+from pipeline.index.recipe import EncoderRecipe
 from pipeline.runtime.artifact import Artifact, Output, checked, open_parquet
 from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError
@@ -132,7 +132,7 @@ class _Encoding:
         import ray
         import ray.data
 
-        from pipeline.embedding.embed import encoded
+        from pipeline.index.embed import encoded
 
         files, keys, shared = self.files, ray.put(self.keys), ray.put(wanted)
 

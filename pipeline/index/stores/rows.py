@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.embedding.stores.store import StoreError
+from pipeline.index.stores.store import StoreError
 
 
 def checked_query(vector: np.ndarray, width: int, name: str) -> np.ndarray:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.embedding.stores.push import files_of, ranges
-from pipeline.embedding.table import VectorTable
+from pipeline.index.stores.push import files_of, ranges
+from pipeline.index.table import VectorTable
 from pipeline.runtime.artifact import Artifact, Output
 from pipeline.runtime.session import Board
 from pipeline.storage.files import remove_folder

@@ -20,15 +20,15 @@ import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
-from pipeline.embedding.columns import as_matrix
-from pipeline.embedding.documents import Documents, tokens_fit
-from pipeline.embedding.encode import TextEncoder, open_encoder
-from pipeline.embedding.indexing import missing_index, unreadable
-from pipeline.embedding.recipe import EncoderRecipe
-from pipeline.embedding.store import embedded_field, prompt_name, publish, recipe_of, table_of
-from pipeline.embedding.stores.dead_letters import DeadLetters
-from pipeline.embedding.sync import COUNTS, Difference, Sync, count_tokens, encoded_rows
-from pipeline.embedding.table import VectorTable, Writer
+from pipeline.index.columns import as_matrix
+from pipeline.index.documents import Documents, tokens_fit
+from pipeline.index.encode import TextEncoder, open_encoder
+from pipeline.index.indexing import missing_index, unreadable
+from pipeline.index.recipe import EncoderRecipe
+from pipeline.index.store import embedded_field, prompt_name, publish, recipe_of, table_of
+from pipeline.index.stores.dead_letters import DeadLetters
+from pipeline.index.sync import COUNTS, Difference, Sync, count_tokens, encoded_rows
+from pipeline.index.table import VectorTable, Writer
 from pipeline.model.reading import read_card
 from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError, alone_in
@@ -37,7 +37,7 @@ from pipeline.storage.files import remove_folder
 from pipeline.storage.path import StoragePath
 
 if TYPE_CHECKING:
-    from pipeline.embedding.embed import Spent
+    from pipeline.index.embed import Spent
 
 LEAST_COSINE = {"fp32": 0.9999, "bf16": 0.999, "int8": 0.98}
 """Of a vector to that of the same text among others, by precision. MiniLM on Debian, 2026-11-26: 0.999999, 0.99999 and
@@ -99,14 +99,14 @@ class Index:
         """Bring what lies beside the table up to date: a namespace of Pinecone, or Parquet files."""
         config, store = self.config, self.config.embedding.store
         if store == "parquet":
-            from pipeline.embedding.stores.snapshot import write_snapshot
+            from pipeline.index.stores.snapshot import write_snapshot
 
             folder = write_snapshot(self.table, config.under_root(config.embedding.uri or "parquet"), board)
             return {"parquet": str(folder)}
         if store == "lancedb":
             return {}
-        from pipeline.embedding.pushing import push_over_cluster
-        from pipeline.embedding.stores.push import pinned_bytes
+        from pipeline.index.pushing import push_over_cluster
+        from pipeline.index.stores.push import pinned_bytes
 
         letters = config.run_dir / "dead_letters" / f"{self.table.name}-pinecone"
         counts = push_over_cluster(writer, config, letters, board())
@@ -121,7 +121,7 @@ class Index:
         return {"upserted": counts["upserted"], "pushed_deletions": counts["deleted"]}
 
     def _write(self, writer: Writer, board: Callable[[], Board], began: float) -> dict[str, Any]:
-        from pipeline.embedding.embed import differences, embed, finish_somewhere, rewrite
+        from pipeline.index.embed import differences, embed, finish_somewhere, rewrite
 
         wanted = self.config.embedding
         writer.begin()
@@ -195,7 +195,7 @@ class Index:
 
     def _verified(self, board: Callable[[], Board], *, check: bool, missing: int = 0) -> dict[str, Any]:
         """`missing` texts may be, because they have no vector."""
-        from pipeline.embedding.embed import differences
+        from pipeline.index.embed import differences
 
         dataset = self.table.open()
         sync = self._sync(int(dataset.version), empty=not dataset.count_rows(), check=check)
@@ -244,7 +244,7 @@ class Index:
 
     def estimate(self, board: Callable[[], Board]) -> dict[str, Any]:
         """What an embedding would do, and about how long encoding would take on this cluster. Writes no vector."""
-        from pipeline.embedding.embed import differences, pool_of
+        from pipeline.index.embed import differences, pool_of
 
         self.documents.make(board)
         exists, documents = self.table.exists(), sum(self.documents.rows)

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from pipeline.config import Embedding
-from pipeline.embedding.nearest import unit
+from pipeline.index.nearest import unit
 from pipeline.model.card import Card
 from pipeline.model.reading import is_table, model_fingerprint, read_card
 from pipeline.runtime.artifact import Artifact, checked
@@ -129,7 +129,7 @@ def model_backend(
         return TableBackend(folder, card)
     import torch
 
-    from pipeline.embedding.torch_backend import TorchBackend
+    from pipeline.index.torch_backend import TorchBackend
     from pipeline.model.folder import load_model
 
     if threads:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.embedding.stores.budget import Allowance, Budget
-from pipeline.embedding.stores.dead_letters import DeadLetters
-from pipeline.embedding.stores.pinecone_store import PineconeStore
-from pipeline.embedding.stores.push import Push
-from pipeline.embedding.stores.store import StoreError
-from pipeline.embedding.table import Writer
+from pipeline.index.stores.budget import Allowance, Budget
+from pipeline.index.stores.dead_letters import DeadLetters
+from pipeline.index.stores.pinecone_store import PineconeStore
+from pipeline.index.stores.push import Push
+from pipeline.index.stores.store import StoreError
+from pipeline.index.table import Writer
 from pipeline.runtime.cluster import on_own_node
 from pipeline.runtime.job import JobError
 from pipeline.runtime.session import Board

@@ -22,9 +22,9 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from pipeline.embedding.columns import as_matrix
-from pipeline.embedding.stores.store import Refused
-from pipeline.embedding.stores.where import COLUMNS
+from pipeline.index.columns import as_matrix
+from pipeline.index.stores.store import Refused
+from pipeline.index.stores.where import COLUMNS
 
 T = TypeVar("T")
 OWN = ("source", "source_id", "text", "digest", "parent_id", "metadata_json", "places_json", "mixed_keys")

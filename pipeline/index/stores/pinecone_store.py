@@ -22,12 +22,12 @@ import pyarrow as pa
 from pinecone.index import Index
 
 from pipeline.config.pinecone import Pinecone
-from pipeline.embedding.stores.budget import Budget
-from pipeline.embedding.stores.pinecone_records import bad_id, batches, grouped, to_filter, to_records, to_row
-from pipeline.embedding.stores.pinecone_service import PassingError, PineconeService, RejectedError
-from pipeline.embedding.stores.rows import checked_query
-from pipeline.embedding.stores.store import Refused, StoreError
-from pipeline.embedding.stores.where import checked_where, keeps
+from pipeline.index.stores.budget import Budget
+from pipeline.index.stores.pinecone_records import bad_id, batches, grouped, to_filter, to_records, to_row
+from pipeline.index.stores.pinecone_service import PassingError, PineconeService, RejectedError
+from pipeline.index.stores.rows import checked_query
+from pipeline.index.stores.store import Refused, StoreError
+from pipeline.index.stores.where import checked_where, keeps
 from pipeline.runtime.console import log
 
 T = TypeVar("T")

@@ -5,7 +5,7 @@
     sync.rewritten(3)            # rows in place of those whose places or metadata changed
 
 All of it is an anti-join of documents and rows by id, range by range, in one process and without Ray, which only
-spreads it (embedding/embed.py). Tasks read the version of the table that the job began with, so a task that is repeated
+spreads it (index/embed.py). Tasks read the version of the table that the job began with, so a task that is repeated
 after its node died finds the same. Memory: the ids of a range, and a batch of texts.
 """
 
@@ -22,14 +22,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from pipeline.embedding.chunks import as_chunks, chunk_metadata, expanded, parts_of
-from pipeline.embedding.columns import as_column, as_matrix, one_array
-from pipeline.embedding.documents import COLUMNS, PLACE_COLUMNS, Documents, first_places, place_digests
-from pipeline.embedding.recipe import EncoderRecipe, tokenize
-from pipeline.embedding.table import DIGEST_CHARS, VectorTable, content_digests
+from pipeline.index.chunks import as_chunks, chunk_metadata, expanded, parts_of
+from pipeline.index.columns import as_column, as_matrix, one_array
+from pipeline.index.documents import COLUMNS, PLACE_COLUMNS, Documents, first_places, place_digests
+from pipeline.index.recipe import EncoderRecipe, tokenize
+from pipeline.index.table import DIGEST_CHARS, VectorTable, content_digests
 
 if TYPE_CHECKING:
-    from pipeline.embedding.encode import TextEncoder  # torch, which what only reads can do without
+    from pipeline.index.encode import TextEncoder  # torch, which what only reads can do without
 
 COUNTS = ("new", "changed", "metadata", "untouched", "deleted")
 """Documents by what became of them: `changed` have another text than before under the same source_id, `metadata` other

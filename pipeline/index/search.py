@@ -18,14 +18,14 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import Config, ConfigError
-from pipeline.embedding.columns import as_matrix
-from pipeline.embedding.documents import PLACE_COLUMNS
-from pipeline.embedding.fusion import reciprocal_ranks
-from pipeline.embedding.nearest import nearest_rows, unit
-from pipeline.embedding.stores.rows import checked_query
-from pipeline.embedding.stores.where import Where, checked_where, keeps, to_sql
-from pipeline.embedding.table import TEXTS, VectorTable
-from pipeline.embedding.words import SAMPLE_TEXTS, word_settings
+from pipeline.index.columns import as_matrix
+from pipeline.index.documents import PLACE_COLUMNS
+from pipeline.index.fusion import reciprocal_ranks
+from pipeline.index.nearest import nearest_rows, unit
+from pipeline.index.stores.rows import checked_query
+from pipeline.index.stores.where import Where, checked_where, keeps, to_sql
+from pipeline.index.table import TEXTS, VectorTable
+from pipeline.index.words import SAMPLE_TEXTS, word_settings
 from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError
 
@@ -56,8 +56,8 @@ def search(
     JobError without a model or a table.
     """
     from pipeline.data.judging import normaliser
-    from pipeline.embedding.encode import open_encoder
-    from pipeline.embedding.store import open_pinecone, published
+    from pipeline.index.encode import open_encoder
+    from pipeline.index.store import open_pinecone, published
 
     conditions, (recipe, table) = checked_where(where), published(config)
     text = normaliser(config.data)(query)

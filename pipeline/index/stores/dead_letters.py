@@ -15,8 +15,8 @@ from collections.abc import Collection, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.embedding.stores.store import Refused
-from pipeline.embedding.table import TEXTS
+from pipeline.index.stores.store import Refused
+from pipeline.index.table import TEXTS
 from pipeline.storage.files import matching, parquet_file, replacing
 from pipeline.storage.path import StoragePath
 

@@ -14,11 +14,11 @@ import numpy as np
 
 from pipeline.config import Config
 from pipeline.data.judging import normaliser
-from pipeline.embedding.columns import as_matrix
-from pipeline.embedding.encode import TextEncoder, open_encoder
-from pipeline.embedding.recipe import EncoderRecipe
-from pipeline.embedding.store import prompt_name, published
-from pipeline.embedding.table import VectorTable
+from pipeline.index.columns import as_matrix
+from pipeline.index.encode import TextEncoder, open_encoder
+from pipeline.index.recipe import EncoderRecipe
+from pipeline.index.store import prompt_name, published
+from pipeline.index.table import VectorTable
 from pipeline.text.identity import content_id
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.embedding.backends import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
+from pipeline.index.backends import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 from pipeline.model.compiled import compile_layers
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.packing import Packed

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import Mining
-from pipeline.embedding.nearest import Floats, Found, Ints, merged, nearest_in_block
+from pipeline.index.nearest import Floats, Found, Ints, merged, nearest_in_block
 
 Keys = npt.NDArray[np.uint64]
 

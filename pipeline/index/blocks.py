@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import Mining
-from pipeline.embedding.columns import as_column, as_matrix
-from pipeline.embedding.nearest import unit
-from pipeline.mining.choosing import Answers, Block, Keys, choose
+from pipeline.index.choosing import Answers, Block, Keys, choose
+from pipeline.index.columns import as_column, as_matrix
+from pipeline.index.nearest import unit
 from pipeline.storage.files import replacing
 
 ANCHORS_AT_ONCE = 512  # with a block of 8,192 texts, 16 MB of scores

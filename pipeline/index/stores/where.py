@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 
 from pipeline.config import ConfigError
-from pipeline.embedding.table import SQL_IDS as SQL_TEXTS
-from pipeline.embedding.table import among
+from pipeline.index.table import SQL_IDS as SQL_TEXTS
+from pipeline.index.table import among
 
 COLUMNS = ("source", "source_id")
 SIGNS = {">=": "gte", "<=": "lte", ">": "gt", "<": "lt"}

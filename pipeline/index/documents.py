@@ -29,9 +29,9 @@ import xxhash
 from pipeline.config import Config
 from pipeline.data.exchange import read_part, write_parts
 from pipeline.data.manifest import SPLITS, Manifest
-from pipeline.embedding.columns import TOKENS, one_array
-from pipeline.embedding.recipe import EncoderRecipe
-from pipeline.embedding.table import PLACE
+from pipeline.index.columns import TOKENS, one_array
+from pipeline.index.recipe import EncoderRecipe
+from pipeline.index.table import PLACE
 from pipeline.model.reading import read_card
 from pipeline.runtime.artifact import Artifact, Output, open_parquet
 from pipeline.runtime.session import Board
