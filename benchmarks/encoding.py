@@ -35,10 +35,9 @@ from pipeline.config import Embedding
 from pipeline.evaluation.beir import read_beir
 from pipeline.evaluation.metrics import nearest, retrieval_metrics
 from pipeline.index.backends import CPU_BATCH_TOKENS, TableBackend, make_graph
-from pipeline.index.columns import as_ragged
-from pipeline.index.encode import TextEncoder, open_encoder
-from pipeline.index.recipe import EncoderRecipe, tokenize
+from pipeline.index.encoder import EncoderRecipe, TextEncoder, open_encoder, tokenize
 from pipeline.index.torch_backend import TorchBackend
+from pipeline.index.vectors import as_ragged
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import load_model, save_model
 from pipeline.model.reading import load_tokenizer

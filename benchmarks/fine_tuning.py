@@ -151,7 +151,7 @@ def score(folder: Path, data: Path, precision: str) -> float:
 
     from pipeline.evaluation.beir import read_beir
     from pipeline.evaluation.metrics import nearest, retrieval_metrics
-    from pipeline.index.encode import TextEncoder
+    from pipeline.index.encoder import TextEncoder
 
     encoder, task = TextEncoder(folder), read_beir(data / "debian" / "beir")
     texts = dict(task.documents.items())

@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from benchmarks.corpora import machine
 from benchmarks.fine_tuning import minilm
 from pipeline.evaluation.sts import read_sts, spearman
-from pipeline.index.encode import TextEncoder
+from pipeline.index.encoder import TextEncoder
 from pipeline.model.folder import load_model
 from pipeline.model.linear import Linear, use_onednn
 from pipeline.model.packing import pack

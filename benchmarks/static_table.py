@@ -52,15 +52,14 @@ from benchmarks.corpora import machine, records, write_records
 from pipeline.config import Embedding
 from pipeline.data.tokenizing import Recipe, tokenize_file
 from pipeline.index.backends import TableBackend
-from pipeline.index.columns import as_column, as_matrix
+from pipeline.index.dead_letters import DeadLetters
 from pipeline.index.documents import Documents
 from pipeline.index.embed import Waves, write_fragments, write_rows
-from pipeline.index.encode import TextEncoder, open_encoder
+from pipeline.index.encoder import EncoderRecipe, TextEncoder, open_encoder
 from pipeline.index.indexing import finish
-from pipeline.index.recipe import EncoderRecipe
-from pipeline.index.stores.dead_letters import DeadLetters
 from pipeline.index.sync import Sync, with_vectors
 from pipeline.index.table import VectorTable
+from pipeline.index.vectors import as_column, as_matrix
 from pipeline.model.reading import is_table, load_tokenizer, read_card
 from pipeline.runtime.artifact import Artifact, Output
 from pipeline.runtime.console import table as lines_of

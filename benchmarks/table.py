@@ -48,14 +48,14 @@ from pipeline.runtime.session import Board, ray_session, set_environment
 set_environment()
 
 from benchmarks.corpora import machine
-from pipeline.index.columns import as_column
+from pipeline.index.dead_letters import DeadLetters
 from pipeline.index.documents import Documents
 from pipeline.index.embed import SHORTEST_WAVE_S, Waves, differences, rewrite, write_fragments, write_rows
+from pipeline.index.encoder import EncoderRecipe
 from pipeline.index.indexing import finish
-from pipeline.index.recipe import EncoderRecipe
-from pipeline.index.stores.dead_letters import DeadLetters
 from pipeline.index.sync import Difference, Sync
 from pipeline.index.table import VectorTable
+from pipeline.index.vectors import as_column
 from pipeline.runtime.artifact import Artifact
 from pipeline.runtime.console import table as lines_of
 

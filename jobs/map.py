@@ -32,7 +32,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
         if getattr(args, name) < fewest:
             raise ConfigError(f"--{name}: found {getattr(args, name)}; allowed is {fewest} or more")
     from pipeline.evaluation.picture import draw_png, write_page
-    from pipeline.index.store import recipe_of, table_of
+    from pipeline.index.published import recipe_of, table_of
     from pipeline.stages import model_folder
 
     model = model_folder(config)

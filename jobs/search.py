@@ -50,7 +50,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     if args.limit < 1:
         raise ConfigError(f"--limit: found {args.limit}; allowed is 1 or more")
     from pipeline.index.search import search
-    from pipeline.index.stores.where import parse
+    from pipeline.index.where import parse
 
     found = search(config, query, args.limit, parse(args.where), hybrid=args.hybrid)
     if args.json:

@@ -210,7 +210,7 @@ def embed_stage(
 def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
     """Scores of the model, BM25 beside, on what the config names; `again` even where they are there."""
     folder, manifest = session.prepared()
-    from pipeline.index.store import recipe_of
+    from pipeline.index.published import recipe_of
     from pipeline.model.reading import model_fingerprint
 
     model, latest, wanted = _model_of(config, manifest), config.run_dir / "evaluation.json", config.evaluation
@@ -248,7 +248,7 @@ def mine_stage(config: Config, session: Session) -> Result:
     """The run's data set with hard negatives, as another one."""
     folder, manifest = session.prepared()
     from pipeline.index.mine import mine
-    from pipeline.index.store import recipe_of
+    from pipeline.index.published import recipe_of
 
     recipe = recipe_of(config, _model_of(config, manifest))
     target, mined = mine(config, folder, manifest, recipe, session.board)

@@ -18,13 +18,13 @@ from pipeline.config import Config, load
 from pipeline.data.manifest import RECORD_SCHEMA, Manifest, SourceCount
 from pipeline.data.vocabulary import train_tokenizer
 from pipeline.index.embed import Spent, write_fragments
-from pipeline.index.encode import TextEncoder, open_encoder
+from pipeline.index.encoder import EncoderRecipe, TextEncoder, open_encoder
 from pipeline.index.indexing import finish
 from pipeline.index.job import Index
-from pipeline.index.recipe import EncoderRecipe
-from pipeline.index.store import recipe_of, table_of
+from pipeline.index.published import recipe_of, table_of
 from pipeline.index.sync import COUNTS, Sync, with_vectors
-from pipeline.index.table import VectorTable, Writer
+from pipeline.index.table import VectorTable
+from pipeline.index.writer import Writer
 from pipeline.model.card import Head
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import save_model

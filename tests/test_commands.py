@@ -74,8 +74,8 @@ check_absent("torch.distributed.checkpoint", "torch._dynamo")
 
 from pipeline.config.embedding import Embedding
 from pipeline.index import embed, sync
-from pipeline.index.encode import open_encoder
-from pipeline.index.recipe import EncoderRecipe
+from pipeline.index.encoder import open_encoder
+from pipeline.index.encoder import EncoderRecipe
 model = Path({str(save_random_model(tmp_path / "model"))!r})
 assert open_encoder(EncoderRecipe(model, Embedding(), Path())).encode(["a text"]).shape == (1, 32)
 check_absent("torch._dynamo", "lancedb")

@@ -20,7 +20,7 @@ from transformers import BertConfig, BertModel
 
 from pipeline.data.vocabulary import train_tokenizer
 from pipeline.export.folder import export_model
-from pipeline.index.encode import TextEncoder
+from pipeline.index.encoder import TextEncoder
 from pipeline.model.card import Head
 from pipeline.model.elsewhere import FLAGS, POOLINGS, files_elsewhere
 from pipeline.model.embedding_model import EmbeddingModel

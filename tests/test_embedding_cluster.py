@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.index import embed
-from pipeline.index.columns import as_matrix
-from pipeline.index.encode import TextEncoder
-from pipeline.index.table import VectorTable, Writer
+from pipeline.index.encoder import TextEncoder
+from pipeline.index.table import VectorTable
+from pipeline.index.vectors import as_matrix
+from pipeline.index.writer import Writer
 from pipeline.text.identity import content_id
 from tests.conftest import make_pairs, run_here, write_jsonl
 from tests.embedding_world import save_random_model

@@ -11,7 +11,7 @@ import lancedb
 import numpy as np
 import pytest
 
-from pipeline.index.encode import TextEncoder
+from pipeline.index.encoder import TextEncoder
 from tests.conftest import make_pairs, write_jsonl
 from tests.embedding_world import save_random_model
 from tests.job_process import JobProcess, kill, ray_processes, rows_and_ids, rows_there, write_config

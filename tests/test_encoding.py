@@ -18,10 +18,9 @@ from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 from pipeline.config import Embedding
 from pipeline.data.vocabulary import train_tokenizer
 from pipeline.index.backends import TableBackend
-from pipeline.index.columns import TOKENS, as_ragged
-from pipeline.index.encode import TextEncoder, open_encoder
-from pipeline.index.recipe import EncoderRecipe, let_windows_overlap, tokenize
+from pipeline.index.encoder import EncoderRecipe, TextEncoder, let_windows_overlap, open_encoder, tokenize
 from pipeline.index.torch_backend import TorchBackend
+from pipeline.index.vectors import TOKENS, as_ragged
 from pipeline.model.card import Head, Pooling
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import load_model, save_model
@@ -251,9 +250,9 @@ def test_layers_need_torch_and_tables_do_not(tokenizers: dict[str, Tokenizer], t
 import sys
 from itertools import pairwise
 from pathlib import Path
-import pipeline.index.encode as encode
+import pipeline.index.encoder as encode
 from pipeline.config import Embedding
-from pipeline.index.recipe import EncoderRecipe
+from pipeline.index.encoder import EncoderRecipe
 recipe = EncoderRecipe(Path({str(table)!r}), Embedding(), Path("unused"))
 assert encode.open_encoder(recipe).encode(["a text"], "query").shape == (1, 32)
 print(sorted({{"torch", "pandas", "ray", "transformers", "scipy", "onnxruntime", "lancedb"}} & set(sys.modules)))

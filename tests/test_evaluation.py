@@ -26,8 +26,7 @@ from pipeline.evaluation.metrics import bm25_ranking, fused, nearest, retrieval_
 from pipeline.evaluation.retrieval import FEW_TEXTS, TextVectors, best_of_block, merge_levels, merged_rows, to_table
 from pipeline.evaluation.sts import StsTask, pearson, read_sts, spearman
 from pipeline.evaluation.table import hybrid_verdict, score_table
-from pipeline.index.columns import as_column
-from pipeline.index.nearest import Found
+from pipeline.index.vectors import Found, as_column
 from pipeline.sources.fields import RawRecord
 from pipeline.text.identity import content_id, is_validation
 from tests.conftest import board, make_pairs, no_board
@@ -240,8 +239,8 @@ def test_scores_over_the_cluster_are_those_of_one_matrix(tmp_path: Path, monkeyp
     """A BEIR folder, labels and pairs through Ray, the documents in blocks of 700, against one matrix of all scores."""
     from pipeline.config import load
     from pipeline.evaluation.evaluate import score_tasks
-    from pipeline.index.encode import TextEncoder
-    from pipeline.index.store import recipe_of
+    from pipeline.index.encoder import TextEncoder
+    from pipeline.index.published import recipe_of
 
     model = small_model(tmp_path / "model")
     rows = make_pairs(2500, seed=3)
@@ -322,8 +321,7 @@ def test_partial_results_are_merged_in_tasks_as_a_tree(monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_many_texts_are_encoded_by_the_pool_and_few_here(tmp_path: Path) -> None:
-    from pipeline.index.encode import TextEncoder
-    from pipeline.index.recipe import EncoderRecipe
+    from pipeline.index.encoder import EncoderRecipe, TextEncoder
 
     model = small_model(tmp_path / "model", prompts=(("query", "find: "),))
     recipe = EncoderRecipe(model, Embedding(), tmp_path)

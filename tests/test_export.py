@@ -27,7 +27,7 @@ from pipeline.export.destination import exporting, refuse_foreign
 from pipeline.export.embedding_matrix import load_embeddings, save_embeddings_for_model
 from pipeline.export.folder import export_model, pad_token_id
 from pipeline.export.onnx import PaddedEmbedder, export_onnx
-from pipeline.index.store import recipe_of, table_of
+from pipeline.index.published import recipe_of, table_of
 from pipeline.index.table import VectorTable
 from pipeline.model.card import Head
 from pipeline.model.embedding_model import EmbeddingModel

@@ -116,7 +116,7 @@ class TestWholeJob:
         assert state["best_metric"] == max(row.get("validation_ndcg@10", 0) for row in rows)
 
     def test_every_text_is_embedded_once_with_its_own_vector(self, job: Job) -> None:
-        from pipeline.index.encode import TextEncoder
+        from pipeline.index.encoder import TextEncoder
 
         (best,) = (job.root / "runs" / "small" / "best").iterdir()
         db = lancedb.connect(str(job.root / "lancedb"))

@@ -124,7 +124,7 @@ def test_the_png_has_a_colour_for_each_group(tmp_path: Path) -> None:
 def test_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import jobs.map
     from pipeline.config import load
-    from pipeline.index.store import recipe_of, table_of
+    from pipeline.index.published import recipe_of, table_of
     from pipeline.index.table import PLACE
 
     model = small_model(tmp_path / "model")

@@ -16,9 +16,8 @@ from tokenizers import Tokenizer
 
 from pipeline.config import Config, ConfigError, Mining, load
 from pipeline.data.manifest import Manifest, read_prepared
-from pipeline.index.blocks import negatives_of, open_block, write_block
-from pipeline.index.choosing import Answers, Block, choose
 from pipeline.index.mine import with_negatives
+from pipeline.index.negatives import Answers, Block, choose, negatives_of, open_block, write_block
 from pipeline.runtime.job import run_job
 from pipeline.text.identity import is_validation
 from tests.conftest import make_pairs, write_jsonl
@@ -175,7 +174,7 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_mined_records_against_a_loop(config: Config, mined: Mined) -> None:
-    from pipeline.index.encode import TextEncoder
+    from pipeline.index.encoder import TextEncoder
 
     before, after = records_of(mined[0]), records_of(mined[2])
     assert [row | {"negatives": 0} for row in after] == [row | {"negatives": 0} for row in before]
@@ -220,7 +219,7 @@ def test_the_split_and_its_tokens_stay(mined: Mined) -> None:
 
 def test_it_is_made_once(config: Config, mined: Mined) -> None:
     from pipeline.index.mine import mine
-    from pipeline.index.store import recipe_of
+    from pipeline.index.published import recipe_of
 
     model = Path(str(config.embedding.model))
     again = mine(config, mined[0], mined[1], recipe_of(config, model), lambda: pytest.fail("asked for Ray"))
@@ -266,8 +265,8 @@ def test_wrong_settings_and_others_than_the_data_sets_own(overrides: str, config
 
 
 def test_texts_alone_have_no_negatives(config: Config, tmp_path: Path) -> None:
+    from pipeline.index.encoder import EncoderRecipe
     from pipeline.index.mine import mine
-    from pipeline.index.recipe import EncoderRecipe
 
     manifest = Manifest("", [], {}, [], {"text": {}}, [], {})
     recipe = EncoderRecipe(tmp_path, config.embedding, tmp_path)

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from pipeline.index.encode import TextEncoder
+from pipeline.index.encoder import TextEncoder
 from tests.job_process import UNDISTURBED, JobProcess, prepared_bytes, wait_until, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

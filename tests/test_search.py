@@ -13,10 +13,10 @@ import pytest
 import xxhash
 
 from pipeline.config import load
-from pipeline.index.columns import as_column
 from pipeline.index.documents import PLACE_COLUMNS
-from pipeline.index.store import open_pinecone
+from pipeline.index.published import open_pinecone
 from pipeline.index.table import PLACE, VectorTable
+from pipeline.index.vectors import as_column
 from pipeline.runtime.job import DEFAULT_CONFIG
 from tests.conftest import run_here
 from tests.pinecone_server import pinecone_server

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import Config
-from pipeline.index.stores.store import StoreError
+from pipeline.index.table import StoreError
 from pipeline.runtime.job import Result, run_job
 from pipeline.runtime.session import ray_session
 

@@ -14,8 +14,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.index.stores import push
-from pipeline.index.stores.snapshot import write_snapshot
+from pipeline.index import table as table_module
+from pipeline.index.snapshot import write_snapshot
 from pipeline.index.table import VectorTable
 from pipeline.runtime.artifact import MANIFEST, read_manifest
 from pipeline.runtime.job import JobError
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 @pytest.fixture(autouse=True)
 def _small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(push, "RANGE_ROWS", 8)
+    monkeypatch.setattr(table_module, "RANGE_ROWS", 8)
 
 
 def rows_in(folder: StoragePath) -> list[dict[str, Any]]:

@@ -18,13 +18,13 @@ import pytest
 import xxhash
 
 from pipeline.index import embed
-from pipeline.index.columns import as_matrix
 from pipeline.index.documents import PLACE_COLUMNS, first_places, place_digests
-from pipeline.index.encode import TextEncoder, open_encoder
-from pipeline.index.lookup import open_embedder
-from pipeline.index.search import TableSearch
-from pipeline.index.store import publish, published
-from pipeline.index.table import DIGEST_CHARS, PLACE, VectorTable, Writer
+from pipeline.index.encoder import TextEncoder, open_encoder
+from pipeline.index.published import publish, published
+from pipeline.index.search import TableSearch, open_embedder
+from pipeline.index.table import DIGEST_CHARS, PLACE, VectorTable
+from pipeline.index.vectors import as_matrix
+from pipeline.index.writer import Writer
 from pipeline.runtime.job import JobError
 from pipeline.text.identity import content_id
 from tests.embedding_world import Corpus, World, corpus_of, save_random_model

@@ -23,12 +23,11 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.index import indexing, search
-from pipeline.index.columns import as_column, as_matrix
 from pipeline.index.indexing import describe, finish, recall, unreadable
 from pipeline.index.search import TableSearch
-from pipeline.index.stores.store import StoreError
-from pipeline.index.stores.where import parse
-from pipeline.index.table import PLACE, ZONE_ROWS, VectorTable
+from pipeline.index.table import PLACE, ZONE_ROWS, StoreError, VectorTable
+from pipeline.index.vectors import as_column, as_matrix
+from pipeline.index.where import parse
 from pipeline.runtime.job import JobError
 from pipeline.storage.path import as_path
 from pipeline.text.identity import content_id

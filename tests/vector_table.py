@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.index.columns import as_column
-from pipeline.index.table import VectorTable, Writer
+from pipeline.index.table import VectorTable
+from pipeline.index.vectors import as_column
+from pipeline.index.writer import Writer
 from pipeline.storage.path import StoragePath
 from pipeline.text.identity import content_id
 

@@ -23,8 +23,8 @@ from pipeline.evaluation.metrics import bm25_ranking, fused, retrieval_metrics, 
 from pipeline.evaluation.retrieval import TextVectors, nearest_documents
 from pipeline.evaluation.sts import StsTask, pearson, read_sts, spearman
 from pipeline.index.documents import tokens_fit
-from pipeline.index.nearest import Floats, Found, unit
-from pipeline.index.recipe import EncoderRecipe
+from pipeline.index.encoder import EncoderRecipe
+from pipeline.index.vectors import Floats, Found, unit
 from pipeline.model.reading import read_card
 from pipeline.runtime.console import Stage, log
 from pipeline.runtime.session import Board

@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.config import ConfigError
 from pipeline.evaluation.tsv import read_tsv
-from pipeline.index.nearest import nearest, unit
+from pipeline.index.vectors import nearest, unit
 from pipeline.storage.path import StoragePath
 
 COLUMNS = ("text", "label")

@@ -14,8 +14,8 @@ import bm25s
 import numpy as np
 import pytrec_eval
 
-from pipeline.index.fusion import reciprocal_ranks
-from pipeline.index.nearest import Found, nearest_in_block
+from pipeline.index.search import reciprocal_ranks
+from pipeline.index.vectors import Found, nearest_in_block
 from pipeline.index.words import word_settings, words
 
 Qrels = dict[str, dict[str, int]]

@@ -6,7 +6,7 @@ import html
 import textwrap
 
 from pipeline.evaluation.space import Points
-from pipeline.index.nearest import Floats
+from pipeline.index.vectors import Floats
 from pipeline.storage.files import replacing, write_atomically
 from pipeline.storage.path import StoragePath
 

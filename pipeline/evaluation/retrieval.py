@@ -21,13 +21,12 @@ import pyarrow as pa
 
 from pipeline.evaluation.beir import BLOCK_ROWS, Corpus, RetrievalTask
 from pipeline.evaluation.metrics import DEPTH
-from pipeline.index.columns import as_matrix
-from pipeline.index.nearest import Floats, Found, merged, nearest_in_block, unit
-from pipeline.index.recipe import EncoderRecipe
+from pipeline.index.encoder import EncoderRecipe
+from pipeline.index.vectors import Floats, Found, as_matrix, merged, nearest_in_block, unit
 from pipeline.runtime.session import Board
 
 if TYPE_CHECKING:
-    from pipeline.index.encode import TextEncoder  # with torch, which the pool's actors alone may need
+    from pipeline.index.encoder import TextEncoder  # with torch, which the pool's actors alone may need
 
 RANK_ROWS = 8192  # documents ranked together: with 256 queries at once 16 MB of scores
 MERGED_TOGETHER = 8  # partial results
@@ -43,7 +42,7 @@ class TextVectors:
 
     @cached_property
     def encoder(self) -> TextEncoder:
-        from pipeline.index.encode import open_encoder
+        from pipeline.index.encoder import open_encoder
 
         return open_encoder(self.recipe, device="cpu")
 

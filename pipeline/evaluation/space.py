@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from pipeline.index.columns import as_matrix
-from pipeline.index.nearest import Floats, unit
+from pipeline.index.vectors import Floats, as_matrix, unit
 
 COLUMNS = ("id", "source", "source_id", "text", "vector")
 COMPONENTS = 50  # van der Maaten & Hinton 2008, section 4.1: 30 to 50

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.index.fusion import FUSION_K
+from pipeline.index.search import FUSION_K
 from pipeline.runtime.console import table
 
 TITLES = {"spearman": "Spearman", "pearson": "Pearson", "v_measure": "V-measure", "macro_f1": "macro F1"}

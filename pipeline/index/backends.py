@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from pipeline.config import Embedding
-from pipeline.index.nearest import unit
+from pipeline.index.vectors import unit
 from pipeline.model.card import Card
 from pipeline.model.reading import is_table, model_fingerprint, read_card
 from pipeline.runtime.artifact import Artifact, checked

@@ -29,15 +29,15 @@ import xxhash
 from pipeline.config import Config
 from pipeline.data.exchange import read_part, write_parts
 from pipeline.data.manifest import SPLITS, Manifest
-from pipeline.index.columns import TOKENS, one_array
-from pipeline.index.recipe import EncoderRecipe
-from pipeline.index.table import PLACE
+from pipeline.index.encoder import EncoderRecipe
+from pipeline.index.table import PLACE, IdRange, id_range
+from pipeline.index.vectors import TOKENS, one_array
 from pipeline.model.reading import read_card
 from pipeline.runtime.artifact import Artifact, Output, open_parquet
 from pipeline.runtime.session import Board
 from pipeline.storage.files import for_each, matching, sizes
 from pipeline.storage.path import StoragePath
-from pipeline.text.identity import content_id, id_bounds, shard_of
+from pipeline.text.identity import content_id, shard_of
 
 FORMAT = 1
 READ_ROWS = 8_192
@@ -80,10 +80,9 @@ class Documents:
         """Ranges."""
         return len(self.records)
 
-    def bounds(self, index: int) -> tuple[str, str | None]:
-        """Ids of a range: from the first bound up to the second. Together they are all ids, foreign ones too."""
-        first, last = id_bounds(index, len(self))
-        return first if index else "", last if index + 1 < len(self) else None
+    def bounds(self, index: int) -> IdRange:
+        """Ids of a range. Together they are all ids, foreign ones too."""
+        return id_range(index, len(self))
 
     @cached_property
     def rows(self) -> list[int]:

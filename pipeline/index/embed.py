@@ -22,13 +22,12 @@ import pyarrow.compute as pc
 from ray.data import ActorPoolStrategy, Dataset
 
 from pipeline.index.chunks import expanded
-from pipeline.index.columns import as_column, as_matrix, one_array
-from pipeline.index.encode import open_encoder
-from pipeline.index.recipe import EncoderRecipe
-from pipeline.index.stores.dead_letters import DeadLetters
-from pipeline.index.stores.store import Refused
+from pipeline.index.dead_letters import DeadLetters, Refused
+from pipeline.index.encoder import EncoderRecipe, open_encoder
 from pipeline.index.sync import DIFFERENCE, Difference, Sync, count_tokens, with_vectors
-from pipeline.index.table import VectorTable, Writer
+from pipeline.index.table import VectorTable
+from pipeline.index.vectors import as_column, as_matrix, one_array
+from pipeline.index.writer import Writer
 from pipeline.runtime.cluster import Cluster, connected_cluster
 from pipeline.runtime.console import log
 from pipeline.runtime.memory import large_buffers_given_back

@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.index.columns import as_matrix
-from pipeline.index.nearest import nearest, unit
 from pipeline.index.search import TableSearch
 from pipeline.index.table import ZONE_ROWS, ZONES, VectorTable
+from pipeline.index.vectors import as_matrix, nearest, unit
 from pipeline.runtime.console import log
 
 SMALL_ROWS, MANY_SMALL = 131_072, 64  # fragments of fewer rows are joined once there are so many

@@ -20,15 +20,15 @@ import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
-from pipeline.index.columns import as_matrix
+from pipeline.index.dead_letters import DeadLetters
 from pipeline.index.documents import Documents, tokens_fit
-from pipeline.index.encode import TextEncoder, open_encoder
+from pipeline.index.encoder import EncoderRecipe, TextEncoder, open_encoder
 from pipeline.index.indexing import missing_index, unreadable
-from pipeline.index.recipe import EncoderRecipe
-from pipeline.index.store import embedded_field, prompt_name, publish, recipe_of, table_of
-from pipeline.index.stores.dead_letters import DeadLetters
+from pipeline.index.published import embedded_field, prompt_name, publish, recipe_of, table_of
 from pipeline.index.sync import COUNTS, Difference, Sync, count_tokens, encoded_rows
-from pipeline.index.table import VectorTable, Writer
+from pipeline.index.table import VectorTable
+from pipeline.index.vectors import as_matrix
+from pipeline.index.writer import Writer
 from pipeline.model.reading import read_card
 from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError, alone_in
@@ -99,19 +99,18 @@ class Index:
         """Bring what lies beside the table up to date: a namespace of Pinecone, or Parquet files."""
         config, store = self.config, self.config.embedding.store
         if store == "parquet":
-            from pipeline.index.stores.snapshot import write_snapshot
+            from pipeline.index.snapshot import write_snapshot
 
             folder = write_snapshot(self.table, config.under_root(config.embedding.uri or "parquet"), board)
             return {"parquet": str(folder)}
         if store == "lancedb":
             return {}
-        from pipeline.index.pushing import push_over_cluster
-        from pipeline.index.stores.push import pinned_bytes
+        from pipeline.index.push import push_over_cluster
 
         letters = config.run_dir / "dead_letters" / f"{self.table.name}-pinecone"
         counts = push_over_cluster(writer, config, letters, board())
         log.info("embed: Pinecone holds the table's rows: %s", _listed(counts) or "nothing had changed")
-        if pinned := pinned_bytes(self.table):
+        if pinned := self.table.pinned_bytes():
             log.info("embed: versions that were pushed keep %s MB of old files", f"{pinned / 1e6:,.0f}")
         if counts["refused"]:
             raise JobError(

@@ -29,10 +29,8 @@ from pipeline.data.exchange import read_part, write_parts
 from pipeline.data.manifest import RECORD_SCHEMA, Manifest, read_prepared, sha256
 from pipeline.data.shards import Parts, assemble, recipe_of, token_shards, tokens_of
 from pipeline.data.tokenizing import Recipe
-from pipeline.index.blocks import negatives_of, open_block, write_block
-from pipeline.index.choosing import Answers
-from pipeline.index.keys import TextKeys, text_keys
-from pipeline.index.recipe import EncoderRecipe
+from pipeline.index.encoder import EncoderRecipe
+from pipeline.index.negatives import Answers, TextKeys, negatives_of, open_block, text_keys, write_block
 from pipeline.runtime.artifact import Artifact, Output, checked, open_parquet
 from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError

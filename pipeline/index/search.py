@@ -3,35 +3,41 @@
     found = search(config, "remove duplicate rows", limit=3, where={"source": "packages"})
     found[0].score, found[0].text, found[0].metadata["file"]
 
-Exact below `embedding.index_rows` rows, and by the table's index from there on, whose candidates are scored again by
-their whole vectors. Needs neither Ray nor, for a token table, torch.
+    embedder = open_embedder(config)
+    embedder.get_embedding("remove duplicate rows", cache_only=True)     # (D,), or None where it is not in the table
+
+Search is exact below `embedding.index_rows` rows, and by the table's index from there on, whose candidates are scored
+again by their whole vectors. It needs neither Ray nor, for a token table, torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.config import Config, ConfigError
-from pipeline.index.columns import as_matrix
+from pipeline.data.judging import normaliser
 from pipeline.index.documents import PLACE_COLUMNS
-from pipeline.index.fusion import reciprocal_ranks
-from pipeline.index.nearest import nearest_rows, unit
-from pipeline.index.stores.rows import checked_query
-from pipeline.index.stores.where import Where, checked_where, keeps, to_sql
-from pipeline.index.table import TEXTS, VectorTable
+from pipeline.index.encoder import EncoderRecipe, TextEncoder, open_encoder
+from pipeline.index.published import open_pinecone, prompt_name, published
+from pipeline.index.table import TEXTS, StoreError, VectorTable
+from pipeline.index.vectors import as_matrix, nearest_rows, unit
+from pipeline.index.where import Where, checked_where, keeps, to_sql
 from pipeline.index.words import SAMPLE_TEXTS, word_settings
 from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError
+from pipeline.text.identity import content_id
 
 COLUMNS = ["id", *TEXTS]
 REFINE = 10  # an index's candidates a result, whose distances are computed again from whole vectors
 FUSED = 100  # candidates of either ranking that a hybrid query fuses
+FUSION_K = 60  # Cormack, Clarke and Büttcher 2009, section 3
 SELECTIVE_ROWS = 20_000  # up to so many rows a filter names them one by one
 
 
@@ -52,13 +58,9 @@ def search(
 ) -> list[Hit]:
     """The documents nearest to a question, best first, in the table that the config's run last published.
 
-    `where` is as in `stores/where.py`. Raises ConfigError for a question or conditions that cannot be asked, and
+    `where` is as in `where.py`. Raises ConfigError for a question or conditions that cannot be asked, and
     JobError without a model or a table.
     """
-    from pipeline.data.judging import normaliser
-    from pipeline.index.encode import open_encoder
-    from pipeline.index.store import open_pinecone, published
-
     conditions, (recipe, table) = checked_where(where), published(config)
     text = normaliser(config.data)(query)
     if config.embedding.store == "pinecone":
@@ -97,8 +99,8 @@ class TableSearch:
             near = {"column": "bits", "q": np.packbits(vector > 0), "k": k * REFINE, "metric": "hamming"}
             rows = self._nearest([*COLUMNS, "vector"], near, options)
             scores = unit(as_matrix(rows["vector"]).astype(np.float32)) @ unit(vector[None])[0]
-            rows = rows.take(pa.array(np.argsort(-scores, kind="stable")[:k]))
-            scores = np.sort(-scores)[:k] * -1
+            best = np.argsort(-scores, kind="stable")[:k]
+            rows, scores = rows.take(pa.array(best)), scores[best]
         else:
             near = {"column": "vector", "q": vector, "k": k, "metric": "cosine", "refine_factor": REFINE}
             rows = self._nearest([*COLUMNS, "_distance"], near, options)
@@ -165,3 +167,51 @@ class TableSearch:
                 return f"({first}) OR {several}", False
         named = f"_rowid IN ({', '.join(map(str, found))})" if found else "false"
         return f"({first}) OR {named}" if exact else named, True
+
+
+def reciprocal_ranks(*rankings: Sequence[str]) -> dict[str, float]:
+    """What each id gets: the sum of 1 / (FUSION_K + its rank) over rankings, whose best comes first, with rank 1.
+
+    >>> reciprocal_ranks(["a", "b"], ["b"])
+    {'a': 0.0163…, 'b': 0.0325…}
+    """
+    scores: dict[str, float] = {}
+    for ranking in rankings:
+        for rank, one in enumerate(ranking, 1):
+            scores[one] = scores.get(one, 0.0) + 1 / (FUSION_K + rank)
+    return scores
+
+
+def checked_query(vector: np.ndarray, width: int, name: str) -> np.ndarray:
+    """A (width,) float32 vector that can be compared. Raises StoreError for another."""
+    vector = np.asarray(vector, dtype=np.float32).ravel()
+    if len(vector) != width:
+        raise StoreError(f"{name} holds vectors of {width} numbers; found a query of {len(vector)}")
+    if not np.isfinite(vector).all() or not vector.any():
+        raise StoreError("the query's vector is zero or no number: is there nothing in it that the model can read?")
+    return vector
+
+
+class Embedder:
+    """`normalise` makes texts what records are that were prepared by the same config."""
+
+    def __init__(self, recipe: EncoderRecipe, table: VectorTable, normalise: Callable[[str], str], prompt: str) -> None:
+        self.recipe, self.table, self.normalise, self.prompt = recipe, table, normalise, prompt
+
+    @cached_property
+    def _encoder(self) -> TextEncoder:
+        return open_encoder(self.recipe)
+
+    def get_embedding(self, text: str, *, cache_only: bool = False) -> np.ndarray | None:
+        """(D,) vector of a text as it is embedded. With `cache_only`, None where the table does not have it."""
+        text = self.normalise(text)
+        found = self.table.fetch([content_id([text])]) if self.table.exists() else None
+        if found:
+            return as_matrix(found["vector"])[0].astype(np.float32)  # type: ignore[no-any-return]
+        return None if cache_only else self._encoder.encode([text], self.prompt)[0]  # type: ignore[no-any-return]
+
+
+def open_embedder(config: Config) -> Embedder:
+    """For the model and the table that the config's run last published."""
+    recipe, table = published(config)
+    return Embedder(recipe, table, normaliser(config.data), prompt_name(config.embedding.field))

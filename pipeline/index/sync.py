@@ -23,13 +23,13 @@ import pyarrow.compute as pc
 import xxhash
 
 from pipeline.index.chunks import as_chunks, chunk_metadata, expanded, parts_of
-from pipeline.index.columns import as_column, as_matrix, one_array
 from pipeline.index.documents import COLUMNS, PLACE_COLUMNS, Documents, first_places, place_digests
-from pipeline.index.recipe import EncoderRecipe, tokenize
+from pipeline.index.encoder import EncoderRecipe, tokenize
 from pipeline.index.table import DIGEST_CHARS, VectorTable, content_digests
+from pipeline.index.vectors import as_column, as_matrix, one_array
 
 if TYPE_CHECKING:
-    from pipeline.index.encode import TextEncoder  # torch, which what only reads can do without
+    from pipeline.index.encoder import TextEncoder  # torch, which what only reads can do without
 
 COUNTS = ("new", "changed", "metadata", "untouched", "deleted")
 """Documents by what became of them: `changed` have another text than before under the same source_id, `metadata` other

@@ -2,10 +2,8 @@
 
     table = VectorTable(home, "quickstart-9f0c4e…", width=256)
     table.create()
-    with table.writing() as writer:                         # one writer at a time
-        fragments = table.write(rows)                       # on any node; nobody sees them yet
-        writer.append(fragments)                            # one commit for many fragments
-        writer.delete(row_ids)
+    with table.writing() as writer:                         # one writer at a time: writer.py
+        writer.append(table.write(rows))                    # fragments are written on any node, then committed
     table.read(["id", "digest"], between=("40", "80"))      # a range of ids, by the zone map on id
 
 A row is a distinct text, or one chunk of a long text:
@@ -16,37 +14,33 @@ A row is a distinct text, or one chunk of a long text:
     digest      32 hex digits that hash `places`, then 16 that hash `text` and `vector`
     vector      of `width` numbers in float32 or float16; with vector_type binary, `bits` has their signs
     parent_id   with chunks: the hash of the text
-
-Appends never conflict in Lance, so a commit whose reply was lost is looked for in the newest version before it is tried
-again. A job begins to write with a `restore` of the newest version, which changes nothing and conflicts with every
-commit of a writer that began before it: one that was paused and lost its lock cannot commit any more.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache, partial
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from pipeline.index.columns import as_matrix
-from pipeline.index.stores.store import StoreError
-from pipeline.runtime.console import log
-from pipeline.runtime.job import alone_in
+from pipeline.index.vectors import as_matrix
+from pipeline.runtime.job import JobError, alone_in
 from pipeline.storage.files import lance_location, remove_folder
-from pipeline.storage.path import StoragePath, check_guards
+from pipeline.storage.path import StoragePath
+from pipeline.text.identity import id_bounds
+
+if TYPE_CHECKING:
+    from pipeline.index.writer import Writer
 
 # NOTE: Ray starts its processes by fork and exec, which Lance's threads outlive; it warns of forks that go on.
 warnings.filterwarnings("ignore", "lance is not fork-safe")
@@ -58,14 +52,28 @@ PLACE = pa.struct([("source", pa.string()), ("source_id", pa.string()), ("metada
 TEXTS = ("source", "source_id", "text", "metadata")
 DIGEST_CHARS = 32  # of `places`; that of text and vector follows
 ZONE_ROWS, ZONES = 1_024, 131_072  # of the zone map: a range of ids reads about a zone too many at either end
+RANGE_ROWS = 100_000  # of the ids that a task of a push or a snapshot takes
 SCAN_ROWS = 8_192
 SQL_IDS = 8_192  # ids in one condition; 10 µs each to parse
-TAKEN_OVER = "another job has begun to write to {}; run the same command again to continue"
-COMMIT_ATTEMPTS = 5
-DELETED_AT_ONCE = 100_000
 READ_FOR = timedelta(hours=1)  # how long a search or a scan may go on reading an old version
 VERIFIED = "verified-"  # a tag: this and the key of the documents that a version holds
 DTYPES = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.float16(), "binary": pa.float16()}
+
+IdRange: TypeAlias = tuple[str, str | None]
+"""The first id of a range, and the first after it; None where it has no end."""
+
+
+class StoreError(JobError):
+    """A table or an index of Pinecone cannot be used as asked. What was written before stays written."""
+
+
+class Fragment(NamedTuple):
+    """Written rows that no reader sees until a `Writer` commits them."""
+
+    first_id: str
+    rows: int
+    metadata: str
+    """Lance's, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -144,20 +152,37 @@ class VectorTable:
 
     def is_verified(self, dataset: Any, documents: str = "") -> bool:
         """Whether a job has verified just this version, and, where they are given, for these documents."""
-        tags = dataset.tags.list().items()
-        return any(tag["version"] == dataset.version for name, tag in tags if name.startswith(VERIFIED + documents))
+        return dataset.version in tags_of(dataset, VERIFIED + documents).values()
 
     def open_verified(self) -> Any:
         """The newest version that a job has verified; the newest of all if there is none."""
         dataset = self.open()
-        tags = [tag["version"] for name, tag in dataset.tags.list().items() if name.startswith(VERIFIED)]
-        return self.open(max(tags)) if tags and max(tags) != dataset.version else dataset
+        versions = tags_of(dataset, VERIFIED).values()
+        return self.open(max(versions)) if versions else dataset
 
     def count(self) -> int:
         return int(self.open().count_rows())
 
     def version(self) -> int:
         return int(self.open().version)
+
+    def ranges(self, version: int) -> list[IdRange]:
+        """All ids of a version, in ranges of about RANGE_ROWS rows."""
+        count = max(1, -(-int(self.open(version).count_rows()) // RANGE_ROWS))
+        return [id_range(index, count) for index in range(count)]
+
+    def files(self, version: int) -> set[str]:
+        """The fragments of a version: two versions with the same ones hold the same rows."""
+        fragments = self.open(version).get_fragments()
+        return {json.dumps(fragment.metadata.to_json(), sort_keys=True) for fragment in fragments}
+
+    def pinned_bytes(self) -> int:
+        """The size of files that only tagged versions use: what a push keeps until its next one."""
+        newest = self.open()
+        pinned = dict[str, int]()
+        for version in set(tags_of(newest, "").values()):
+            pinned |= _file_bytes(self.open(version))
+        return sum(pinned[path] for path in pinned.keys() - _file_bytes(newest))
 
     def scan(self, columns: Sequence[str], where: str | None = None, version: int | None = None) -> Iterator[Any]:
         """Record batches of these columns, in no order to rely on; `where` is SQL. `_rowid` may be a column."""
@@ -166,9 +191,7 @@ class VectorTable:
             plain, filter=where, batch_size=SCAN_ROWS, with_row_id="_rowid" in columns
         )
 
-    def read(
-        self, columns: Sequence[str], between: tuple[str, str | None] = ("", None), version: int | None = None
-    ) -> pa.Table:
+    def read(self, columns: Sequence[str], between: IdRange = ("", None), version: int | None = None) -> pa.Table:
         """These columns of the rows whose ids are in a range; the second bound is not in it."""
         first, last = between
         limits = ([f"id >= {quoted(first)}"] if first else []) + ([f"id < {quoted(last)}"] if last is not None else [])
@@ -190,20 +213,17 @@ class VectorTable:
         parts = [dataset.to_table(list(columns), filter=some) for some in among("_rowid", row_ids.tolist())]
         return pa.concat_tables([schema.empty_table(), *(part.cast(schema) for part in parts)])
 
-    def write(self, rows: pa.Table) -> list[tuple[str, str, int]]:
-        """Write rows of `schema`, sorted by id, as fragments that no reader sees until they are committed.
-
-        Returns the first id, the fragment as JSON, and the rows of each.
-        """
+    def write(self, rows: pa.Table) -> list[Fragment]:
+        """Write rows of `schema`, sorted by id, as fragments."""
         from lance.fragment import write_fragments
 
         uri, options = lance_location(self.path)
-        found, row = [], 0
-        if not len(rows):
-            return []
-        for fragment in write_fragments(rows, uri, mode="append", storage_options=options):
-            found.append((str(rows["id"][row]), json.dumps(fragment.to_json()), int(fragment.physical_rows)))
-            row += int(fragment.physical_rows)
+        found, row = list[Fragment](), 0
+        written = write_fragments(rows, uri, mode="append", storage_options=options) if len(rows) else ()
+        for fragment in written:
+            count = int(fragment.physical_rows)
+            found.append(Fragment(str(rows["id"][row]), count, json.dumps(fragment.to_json())))
+            row += count
         return found
 
     def typed(self, rows: pa.Table) -> pa.Table:
@@ -224,6 +244,8 @@ class VectorTable:
     @contextmanager
     def writing(self) -> Iterator[Writer]:
         """Hold the table as its only writer. Raises JobError if another job writes to it."""
+        from pipeline.index.writer import Writer
+
         with alone_in(self.path):
             yield Writer(self)
 
@@ -244,146 +266,6 @@ def open_dataset(path: StoragePath, version: int | None = None) -> Any:
     return lance.dataset(uri, version=version, storage_options=options, session=_session())
 
 
-class Writer:
-    """Commits to a table, by the one process that holds it. Errors of Lance come as OSError and RuntimeError."""
-
-    def __init__(self, table: VectorTable) -> None:
-        self.table = table
-        table.create()
-        self.dataset = table.open()
-        self.was_verified = table.is_verified(self.dataset)
-        self._began = False
-
-    def begin(self) -> None:
-        """Make commits of writers that began earlier fail."""
-        if not self._began:
-            check_guards(self.table.path)
-            self.table.open().restore()
-            self.dataset = self.table.open()
-            self._began = True
-
-    def append(self, fragments: Sequence[str]) -> None:
-        """Commit fragments that `VectorTable.write` gave, all of them or none, once."""
-        import lance
-        from lance.fragment import FragmentMetadata
-
-        found = [FragmentMetadata.from_json(each) for each in fragments]
-        uri, options = lance_location(self.table.path)
-        files = {file.path for fragment in found for file in fragment.files}
-
-        attempts = 0
-
-        def commit(dataset: Any) -> None:
-            nonlocal attempts
-            attempts += 1
-            held = [each.metadata.files for each in dataset.get_fragments()] if attempts > 1 else []
-            if files <= {file.path for some in held for file in some}:
-                return  # by an attempt whose reply was lost
-            # Without retries of Lance's own: one would commit again what a lost reply has committed.
-            lance.LanceDataset.commit(
-                uri,
-                lance.LanceOperation.Append(found),
-                read_version=dataset.version,
-                storage_options=options,
-                max_retries=0,
-            )
-
-        if found:
-            self._commit(commit)
-
-    def delete(self, row_ids: np.ndarray) -> None:
-        """Delete rows by `_rowid`."""
-        for start in range(0, len(row_ids), DELETED_AT_ONCE):
-            some = ", ".join(map(str, row_ids[start : start + DELETED_AT_ONCE].tolist()))
-            self._commit(partial(_delete, f"_rowid IN ({some})"))
-
-    def index_words(self, settings: dict[str, Any]) -> None:
-        """Build the index of words; a version that was verified stays so."""
-        self._commit(lambda dataset: dataset.create_scalar_index("text", "INVERTED", **settings))
-        if self.was_verified:
-            for name in self.dataset.tags.list():
-                if name.startswith(VERIFIED):
-                    self.dataset.tags.update(name, self.dataset.version)
-
-    def clean_up(self) -> None:
-        """Remove old versions that no tag names, and files of jobs that were killed."""
-        self.refresh()
-        check_guards(self.table.path)
-        self.dataset.cleanup_old_versions(READ_FOR, delete_unverified=True, error_if_tagged_old_versions=False)
-
-    def drop_index(self, name: str) -> None:
-        self._commit(lambda dataset: dataset.drop_index(name))
-
-    def mark_verified(self, documents: str) -> None:
-        """Note that the newest version holds the documents of this key, and no others."""
-        self.refresh()
-        self.forget_verified()
-        self.dataset.tags.create(VERIFIED + documents, self.dataset.version)
-
-    def forget_verified(self) -> None:
-        check_guards(self.table.path)
-        for name in self.dataset.tags.list():
-            if name.startswith(VERIFIED):
-                self.dataset.tags.delete(name)
-
-    def refresh(self) -> None:
-        """Turn to the newest version. Raises StoreError if another writer has begun since the last one."""
-        import lance
-
-        newest = self.table.open()
-        since = (
-            newest.get_transactions(newest.version - self.dataset.version)
-            if newest.version > self.dataset.version
-            else []
-        )
-        if any(each and isinstance(each.operation, lance.LanceOperation.Restore) for each in since):
-            raise StoreError(TAKEN_OVER.format(self.table.path))
-        self.dataset = newest
-
-    def tag(self, name: str, version: int) -> None:
-        """Let a tag name a version."""
-        check_guards(self.table.path)
-        try:
-            self.dataset.tags.update(name, version)
-        except ValueError:  # there is none of that name
-            self.dataset.tags.create(name, version)
-
-    def untag(self, name: str) -> None:
-        check_guards(self.table.path)
-        self.dataset.tags.delete(name)
-
-    def _commit(self, commit: Callable[[Any], Any]) -> None:
-        """Commit on top of the newest version, and again where it is not known to have failed.
-
-        Raises LockLost or StoreError if another writer has begun, or what Lance raised the last time.
-        """
-        from lance.commit import CommitConflictError
-
-        self.begin()
-        for attempt in range(1, COMMIT_ATTEMPTS + 1):
-            check_guards(self.table.path)
-            try:
-                commit(self.dataset)
-                break
-            except (OSError, RuntimeError, CommitConflictError) as error:
-                if "concurrent transaction Restore" in str(error):
-                    raise StoreError(TAKEN_OVER.format(self.table.path)) from error
-                if attempt == COMMIT_ATTEMPTS or is_disk_full(error):
-                    raise
-                log.debug("%s: a commit failed, which is tried again: %s", self.table.name, error)
-                time.sleep(random.uniform(0, 0.1 * 2**attempt))
-                self.refresh()
-        self.refresh()
-
-
-def _delete(where: str, dataset: Any) -> None:
-    dataset.delete(where)
-
-
-def is_disk_full(error: BaseException) -> bool:
-    return "No space left on device" in str(error) or "os error 28" in str(error)
-
-
 def content_digests(texts: pa.ChunkedArray, vectors: np.ndarray) -> pa.Array:
     """Hashes of texts and of the rows of an (N, D) matrix as it is stored, 16 hex digits each."""
     rows = np.ascontiguousarray(vectors)
@@ -400,3 +282,19 @@ def among(column: str, values: Sequence[str] | Sequence[int]) -> Iterator[str]:
 def quoted(value: str | int) -> str:
     """A text or a number as SQL writes it."""
     return str(value) if isinstance(value, int) else "'" + value.replace("'", "''") + "'"
+
+
+def _file_bytes(dataset: Any) -> dict[str, int]:
+    fragments = dataset.get_fragments()
+    return {file.path: file.file_size_bytes or 0 for each in fragments for file in each.metadata.files}
+
+
+def tags_of(dataset: Any, prefix: str) -> dict[str, int]:
+    """The versions that tags of such a name point to."""
+    return {name: tag["version"] for name, tag in dataset.tags.list().items() if name.startswith(prefix)}
+
+
+def id_range(index: int, count: int) -> IdRange:
+    """One of `count` ranges that together hold all ids, foreign ones too, and about as many of each other's."""
+    first, last = id_bounds(index, count)
+    return first if index else "", last if index + 1 < count else None

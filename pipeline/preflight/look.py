@@ -106,7 +106,7 @@ def _room_for_checkpoints(config: Config) -> list[Finding]:
 
 def _store(config: Config) -> Finding:
     """Whether vectors can be written where they are to go."""
-    from pipeline.index.store import reach_store
+    from pipeline.index.published import reach_store
 
     try:
         return Finding("store", reach_store(config))

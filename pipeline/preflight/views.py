@@ -50,8 +50,8 @@ def view_here(paths: Mapping[str, str], key_files: Sequence[str] | None) -> View
 
 
 def _has_key(files: Sequence[str]) -> bool:
-    from pipeline.index.stores.secret import api_key
-    from pipeline.index.stores.store import StoreError
+    from pipeline.index.pinecone_client import api_key
+    from pipeline.index.table import StoreError
 
     try:
         return bool(api_key(files))

@@ -22,9 +22,9 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from pipeline.index.columns import as_matrix
-from pipeline.index.stores.store import Refused
-from pipeline.index.stores.where import COLUMNS
+from pipeline.index.dead_letters import Refused
+from pipeline.index.vectors import as_matrix
+from pipeline.index.where import COLUMNS
 
 T = TypeVar("T")
 OWN = ("source", "source_id", "text", "digest", "parent_id", "metadata_json", "places_json", "mixed_keys")
@@ -149,7 +149,9 @@ def _bytes(value: Any) -> int:
     return len(orjson.dumps(value))
 
 
-def grouped(items: Iterable[T], size_of: Callable[[T], int], most: int, most_bytes: int) -> Iterator[list[T]]:
+def grouped(
+    items: Iterable[T], most: int, size_of: Callable[[T], int] = lambda item: 0, most_bytes: int = 0
+) -> Iterator[list[T]]:
     """Items in groups of at most so many and so many bytes; one that has more is alone."""
     group, taken = list[T](), 0
     for item in items:
@@ -165,7 +167,7 @@ def grouped(items: Iterable[T], size_of: Callable[[T], int], most: int, most_byt
 
 def batches(records: Sequence[dict[str, Any]], rows: int, size: int) -> Iterator[list[dict[str, Any]]]:
     """Records in groups of at most so many, in requests of at most `size` bytes; one that has more is alone."""
-    return grouped(records, lambda record: _bytes(record) + 1, rows, size - 1_000)
+    return grouped(records, rows, lambda record: _bytes(record) + 1, size - 1_000)
 
 
 def to_row(record_id: str, metadata: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,31 +1,83 @@
-"""Exact nearest neighbours, block by block: never more scores in memory than those of some queries times one block.
+"""Vectors between numpy and Arrow, and exact nearest neighbours among them.
+
+    as_matrix(as_column(vectors))                         # (N, D) float32, without a Python object a row
 
     found = nearest(queries, blocks, k=100)               # blocks of ((n,) ids, (n, D) vectors), n as it comes
     found.ids, found.scores                               # (Q, k) each, best first
-
     merged(one, other, k=100)                             # of the same queries, from other blocks
     nearest_rows(table.to_batches(), vector, k=10)        # [{"id": …, "text": …, "score": 0.83}, …]
 
-Equal scores are ordered as trec_eval orders them: the larger id first. So which k are kept depends neither on how the
-documents are cut into blocks nor on the order in which blocks come.
+Neighbours are found block by block: never more scores in memory than those of some queries times one block. Equal
+scores are ordered as trec_eval orders them, the larger id first, so the result depends neither on how the documents are
+cut into blocks nor on the order in which blocks come.
+
+Columns are built from buffers, because `pa.array(...)` and `to_numpy` import pandas, which takes a fifth of a second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.index.columns import as_matrix
-
+Column: TypeAlias = pa.Array | pa.ChunkedArray
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+TOKENS = pa.list_(pa.int32())  # of a text; of a text's windows: a list of these
 QUERIES_AT_ONCE = 256  # rows of scores in memory, of 8 bytes a document of the block
 ROUNDING = 1e-7  # of float32, a number of a vector
+
+
+def as_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
+    """(N, D) float32 as N lists of D."""
+    flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).ravel())
+    return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+
+
+def as_matrix(column: Column) -> np.ndarray:
+    """(N, D), the vectors of a column without nulls."""
+    array = one_array(column)
+    return as_numbers(array.flatten()).reshape(len(array), array.type.list_size)
+
+
+def as_tokens(lists: Sequence[Sequence[int]]) -> pa.ListArray:
+    """Lists of token ids as a column of TOKENS."""
+    ids = np.fromiter(chain.from_iterable(lists), np.int32, sum(map(len, lists)))
+    return as_groups(_of_int32(ids), [len(one) for one in lists])
+
+
+def as_groups(values: pa.Array, counts: Sequence[int]) -> pa.ListArray:
+    """Lists of so many of the values each: 1, 2, 3 and counts of 2, 1 → [1, 2], [3]."""
+    return pa.ListArray.from_arrays(_of_int32(np.cumsum([0, *counts], dtype=np.int32)), values)
+
+
+def _of_int32(values: np.ndarray) -> pa.Array:
+    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
+
+
+def as_ragged(column: Column) -> tuple[pa.Array, np.ndarray]:
+    """Lists laid end to end, and the (N + 1,) offsets at which they begin; of a column without nulls.
+
+    [[7, 8], [9]] → [7, 8, 9] and 0, 2, 3.
+    """
+    array = one_array(column)
+    offsets = as_numbers(array.offsets)
+    return array.values[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def as_numbers(array: pa.Array) -> np.ndarray:
+    """(N,) numbers without nulls, as they lie in the array's buffer."""
+    buffer, dtype = array.buffers()[1], np.dtype(array.type.to_pandas_dtype())
+    return np.frombuffer(buffer or b"", dtype)[array.offset : array.offset + len(array)]
+
+
+def one_array(column: Column) -> pa.Array:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
 @dataclass(frozen=True)

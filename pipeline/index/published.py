@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from pipeline.config import Config, ConfigError, Embedding
 from pipeline.data.manifest import Manifest
 from pipeline.index.backends import check_backend, make_graph
-from pipeline.index.recipe import EncoderRecipe
-from pipeline.index.stores.budget import Budget
+from pipeline.index.encoder import EncoderRecipe
+from pipeline.index.pinecone_client import Budget
 from pipeline.index.table import VectorTable
 from pipeline.model.reading import model_files, model_fingerprint, read_card
 from pipeline.runtime.job import JobError
@@ -27,7 +27,7 @@ from pipeline.storage.files import fetched, free_bytes, may_write, place, write_
 from pipeline.storage.path import StoragePath, as_path
 
 if TYPE_CHECKING:
-    from pipeline.index.stores.pinecone_store import PineconeStore
+    from pipeline.index.pinecone_store import PineconeStore
 
 
 def recipe_of(config: Config, model: StoragePath) -> EncoderRecipe:
@@ -61,7 +61,7 @@ def table_of(config: Config, recipe: EncoderRecipe) -> VectorTable:
 
 def open_pinecone(config: Config, table: VectorTable, budget: Budget | None = None) -> PineconeStore:
     """The namespace that a table is pushed to. `budget` is what all processes of a job share of requests."""
-    from pipeline.index.stores.pinecone_store import PineconeStore
+    from pipeline.index.pinecone_store import PineconeStore
 
     namespace = config.pinecone.namespace or table.name
     return PineconeStore(config.pinecone, namespace, table.width, config.secret_files, budget)
@@ -70,7 +70,7 @@ def open_pinecone(config: Config, table: VectorTable, budget: Budget | None = No
 def reach_store(config: Config) -> str:
     """Where vectors would go. Raises ConfigError or StoreError where they could not; makes nothing there."""
     if config.embedding.store == "pinecone":
-        from pipeline.index.stores.pinecone_service import PineconeService
+        from pipeline.index.pinecone_client import PineconeService
 
         index = config.pinecone.index
         if PineconeService(config.pinecone, config.secret_files).find() is None and not config.pinecone.create:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.index.stores.push import files_of, ranges
 from pipeline.index.table import VectorTable
 from pipeline.runtime.artifact import Artifact, Output
 from pipeline.runtime.session import Board
@@ -29,13 +28,11 @@ def write_snapshot(table: VectorTable, home: StoragePath, board: Callable[[], Bo
     version = table.version()
     place = hashlib.sha256(str(table.path).encode()).hexdigest()[:8]  # tables of one name in several folders
     name = f"{table.name}-{place}"
-    artifact = Artifact(home, name, sorted(files_of(table, version)))
-    rows = int(table.open(version).count_rows())
-    parts = ranges(rows, most_digits=8)  # of few enough rows to be sorted in memory
+    artifact = Artifact(home, name, sorted(table.files(version)))
+    parts, rows = table.ranges(version), table.count()
 
     def work(index: int, output: Output) -> int:
-        part = parts[index]
-        found = table.read([each for each in table.schema.names if each != "bits"], (part.first, part.last), version)
+        found = table.read([each for each in table.schema.names if each != "bits"], parts[index], version)
         output.write_table(f"rows/{index:05d}.parquet", _plain(found.sort_by("id")))
         return len(found)
 

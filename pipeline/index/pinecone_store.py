@@ -14,6 +14,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from operator import methodcaller
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -22,12 +24,12 @@ import pyarrow as pa
 from pinecone.index import Index
 
 from pipeline.config.pinecone import Pinecone
-from pipeline.index.stores.budget import Budget
-from pipeline.index.stores.pinecone_records import bad_id, batches, grouped, to_filter, to_records, to_row
-from pipeline.index.stores.pinecone_service import PassingError, PineconeService, RejectedError
-from pipeline.index.stores.rows import checked_query
-from pipeline.index.stores.store import Refused, StoreError
-from pipeline.index.stores.where import checked_where, keeps
+from pipeline.index.dead_letters import Refused
+from pipeline.index.pinecone_client import Budget, PassingError, PineconeClient, RejectedError
+from pipeline.index.pinecone_records import bad_id, batches, grouped, to_filter, to_records, to_row
+from pipeline.index.search import checked_query
+from pipeline.index.table import StoreError
+from pipeline.index.where import checked_where, keeps
 from pipeline.runtime.console import log
 
 T = TypeVar("T")
@@ -54,7 +56,7 @@ class PineconeStore:
         backoff_s: float = 0.5,
     ) -> None:
         self.settings, self.namespace, self.width, self.backoff_s = settings, namespace, width, backoff_s
-        self.service = PineconeService(settings, key_files, budget, backoff_s)
+        self.client = PineconeClient(settings, key_files, budget, backoff_s)
         self._told = False
 
     @property
@@ -68,47 +70,37 @@ class PineconeStore:
 
     def create(self) -> None:
         """Make the index if it is not there and may be made. Raises StoreError for one of another kind."""
-        found = self.service.find()
-        if found is None and self.settings.create:
-            found = self._make()
-        found = found or self.service.describe()
-        if VALUES not in found.schema.fields:
+        if self.settings.create and self.client.find() is None:
+            self._make()
+        found, metric = self.client.describe(), self.settings.metric
+        field = found.schema.fields.get(VALUES)
+        if field is None:
             fields = ", ".join(found.schema.fields)
             raise StoreError(f"Pinecone's index {found.name} holds {fields}; allowed is one of plain dense vectors")
-        field = found.schema.fields[VALUES]
         if field.dimension != self.width:
             raise StoreError(
                 f"Pinecone's index {found.name} takes vectors of {field.dimension} numbers; the model gives "
                 f"{self.width}"
             )
-        if field.metric != self.settings.metric:
-            raise StoreError(
-                f"Pinecone's index {found.name} compares by {field.metric}; pinecone.metric is {self.settings.metric}"
-            )
+        if field.metric != metric:
+            raise StoreError(f"Pinecone's index {found.name} compares by {field.metric}; pinecone.metric is {metric}")
 
-    def _make(self) -> Any:
+    def _make(self) -> None:
         """A serverless index for vectors, once it is ready. Another process may have made it first."""
-        vectors = {"type": "dense_vector", "dimension": self.width, "metric": self.settings.metric}
-        place = {"deployment_type": "managed", "cloud": self.settings.cloud, "region": self.settings.region}
-        log.info("makes Pinecone's index %s on %s in %s", self.settings.index, place["cloud"], place["region"])
-
-        def make() -> Any:
-            schema = {"fields": {VALUES: vectors}}
-            return self.service.client.indexes.create(
-                name=self.settings.index, schema=schema, deployment=place, timeout=-1
-            )
-
+        settings = self.settings
+        vectors = {"type": "dense_vector", "dimension": self.width, "metric": settings.metric}
+        place = {"deployment_type": "managed", "cloud": settings.cloud, "region": settings.region}
+        log.info("makes Pinecone's index %s on %s in %s", settings.index, settings.cloud, settings.region)
         try:
-            self.service.send("create_index", make)
+            self.client.create(name=settings.index, schema={"fields": {VALUES: vectors}}, deployment=place, timeout=-1)
         except StoreError:
-            if self.service.find() is None:
+            if self.client.find() is None:
                 raise
         end = time.monotonic() + READY_S
-        while not (found := self.service.describe()).status.ready:
+        while not (found := self.client.describe()).status.ready:
             if time.monotonic() > end:
                 raise StoreError(f"Pinecone's index {found.name} is {found.status.state} after {READY_S} s; try later")
             time.sleep(2 * self.backoff_s)
-        return found
 
     def count(self) -> int:
         """Records in the namespace, as far as the service knows by now."""
@@ -120,37 +112,29 @@ class PineconeStore:
         return self._namespace() is None
 
     def _namespace(self) -> Any:
-        stats = self._ask("describe_index_stats", lambda index: index.describe_index_stats())
+        stats = self.client.send("describe_index_stats", methodcaller("describe_index_stats"))
         return stats.namespaces.get(self.namespace)
 
     def ids(self) -> Iterator[list[str]]:
         """Every id, page by page: a request for 100."""
-        token: str | None = None
+        page: dict[str, Any] = {"namespace": self.namespace, "limit": PAGE_IDS, "pagination_token": None}
         while True:
-            page = self._page(token)
-            if page.vectors:
-                yield [item.id for item in page.vectors]
-            token = page.pagination.next if page.pagination else None
-            if token is None:
+            found = self.client.send("list", lambda index: index.list_paginated(**page))
+            if found.vectors:
+                yield [item.id for item in found.vectors]
+            page["pagination_token"] = found.pagination.next if found.pagination else None
+            if page["pagination_token"] is None:
                 return
-
-    def _page(self, token: str | None) -> Any:
-        def ask(index: Index) -> Any:
-            return index.list_paginated(namespace=self.namespace, limit=PAGE_IDS, pagination_token=token)
-
-        return self._ask("list", ask)
 
     def fetch(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The rows with these ids that can be read by now, by id, each with its float32 `vector`."""
 
         def ask(some: list[str]) -> list[dict[str, Any]]:
-            found = self._ask("fetch", lambda index: index.fetch(ids=some, namespace=self.namespace)).vectors
-            return [
-                {**to_row(i, one.metadata), "vector": np.asarray(one.values, np.float32)} for i, one in found.items()
-            ]
+            found = self.client.send("fetch", lambda index: index.fetch(ids=some, namespace=self.namespace)).vectors
+            return [{**to_row(i, one.metadata), "vector": np.float32(one.values)} for i, one in found.items()]
 
         sound = (i for i in dict.fromkeys(ids) if not bad_id(i))
-        groups = grouped(sound, lambda i: len(quote(i, safe="")) + len("&ids="), PAGE_IDS, URL_BYTES)
+        groups = grouped(sound, PAGE_IDS, lambda i: len(quote(i, safe="")) + len("&ids="), URL_BYTES)
         return {row["id"]: row for rows in self._all(ask, groups) for row in rows}
 
     def upsert(self, rows: pa.Table) -> list[Refused]:
@@ -174,40 +158,24 @@ class PineconeStore:
         return records, misfits
 
     def _write(self, records: list[dict[str, Any]]) -> list[Refused]:
-        """A batch, resent as long as it may help; where a part of it is at fault, the part is found by halving."""
-        reason, limit = "", self.settings.max_attempts
-        for attempt in range(1, limit + 1):
-            try:
-                done = self.service.once(
-                    lambda: self.service.index.upsert(vectors=records, namespace=self.namespace, show_progress=False)
-                )
-            except PassingError as error:
-                reason = str(error)
-                if attempt < limit:
-                    self.service.wait(attempt, error)
-                continue
-            except RejectedError as error:
-                if len(records) == 1:
-                    return [Refused(records[0]["id"], f"Pinecone refused it: {error}", attempt)]
-                return self._halves(records)
-            if done.upserted_count == len(records):
-                return []
-            reason = f"Pinecone wrote {done.upserted_count} of {len(records)} records"
-            if len(records) > 1:
-                return self._halves(records)
-        self._refuse_gone()
-        return [Refused(record["id"], f"not written in {limit} tries: {reason}", limit) for record in records]
+        """A batch; where a part of it is at fault, the part is found by halving."""
 
-    def _refuse_gone(self) -> None:
-        """Raise StoreError where the index is no more, which is no matter of the records that were sent."""
+        def upsert(index: Index) -> bool:
+            done = index.upsert(vectors=records, namespace=self.namespace, show_progress=False).upserted_count
+            if not done and len(records) == 1:
+                raise PassingError("Pinecone wrote 0 of 1 records", None)
+            return bool(done == len(records))
+
         try:
-            there = self.service.find()
-        except StoreError:
-            return
-        if there is None:
-            self.service.describe()
-
-    def _halves(self, records: list[dict[str, Any]]) -> list[Refused]:
+            if self.client.attempt(partial(upsert, self.client.index)):
+                return []
+        except PassingError as error:
+            self.client.describe()  # raises StoreError where the index is no more, whatever was sent
+            limit = self.settings.max_attempts
+            return [Refused(record["id"], f"not written in {limit} tries: {error}", limit) for record in records]
+        except RejectedError as error:
+            if len(records) == 1:
+                return [Refused(records[0]["id"], f"Pinecone refused it: {error}", 1)]
         middle = len(records) // 2
         return [*self._write(records[:middle]), *self._write(records[middle:])]
 
@@ -215,14 +183,14 @@ class PineconeStore:
         """Remove records; ids that are not there are no error."""
 
         def remove(some: list[str]) -> None:
-            gone = self._ask(
-                "delete", lambda index: index.delete(ids=some, namespace=self.namespace), absent=StoreError
-            )
-            if gone is StoreError:  # the service answers 404 also where a namespace has come to nothing
-                self.service.describe()
+            def ask(index: Index) -> bool:
+                index.delete(ids=some, namespace=self.namespace)
+                return True
 
-        there = [i for i in ids if not bad_id(i)]
-        self._all(remove, (there[start : start + DELETED_IDS] for start in range(0, len(there), DELETED_IDS)))
+            if not self.client.send("delete", ask, absent=False):
+                self.client.describe()  # the service answers 404 also where a namespace has come to nothing
+
+        self._all(remove, grouped((i for i in ids if not bad_id(i)), DELETED_IDS))
 
     def query(self, vector: np.ndarray, k: int, where: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         """The k rows nearest to a (width,) vector of which a place meets all conditions, best first, with `score`."""
@@ -247,12 +215,12 @@ class PineconeStore:
                 include_metadata=True,
             )
 
-        matches = self._ask("query", ask).matches
+        matches = self.client.send("query", ask).matches
         return [{**to_row(match.id, match.metadata), "score": match.score} for match in matches]
 
     def found_import(self, uri: str) -> str | None:
         """The id of an import of a folder that runs, or ended well."""
-        return self._ask("list_imports", lambda index: _import_of(index, uri))
+        return self.client.send("list_imports", lambda index: _import_of(index, uri))
 
     def start_import(self, uri: str) -> str:
         """Let the service read a folder of Parquet files by itself, once. Returns the import's id."""
@@ -263,11 +231,13 @@ class PineconeStore:
                 index.start_import(uri, error_mode="abort", integration_id=self.settings.import_integration).id
             )
 
-        return self._ask("start_import", ask)
+        return self.client.send("start_import", ask)
 
     def await_import(self, import_id: str) -> None:
         """Wait until an import has ended. Raises StoreError unless it ended well."""
-        while (found := self._ask("describe_import", lambda index: index.describe_import(import_id))).status in RUNNING:
+        while (
+            found := self.client.send("describe_import", lambda index: index.describe_import(import_id))
+        ).status in RUNNING:
             log.debug("import %s: %s%%", import_id, found.percent_complete)
             time.sleep(20 * self.backoff_s)
         if found.status != "Completed":
@@ -276,23 +246,12 @@ class PineconeStore:
                 "same command again, without pinecone.import_uri if it fails again"
             )
 
-    def describe(self) -> dict[str, Any]:
-        """For people: kind, rows, width, metric, place."""
-        facts = {"kind": "pinecone", "rows": self.count(), "width": self.width, "metric": self.settings.metric}
-        kept = f"the first {self.settings.text_bytes:,} bytes"
-        return {**facts, "index": "Pinecone's own", "text": kept, "place": self.uri, "name": self.name}
-
-    def _ask(self, what: str, request: Callable[[Index], T], **options: Any) -> T:
-        """A request's answer. The connection is made first, for that takes a request of its own."""
-        index = self.service.index
-        return self.service.send(what, lambda: request(index), **options)
-
     def _all(self, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """`work` of each item, several at once; the first error stops those that have not begun."""
         todo = list(items)
         if not todo:
             return []
-        _ = self.service.index  # connected once, before there are threads
+        _ = self.client.index  # connected once, before there are threads
         with ThreadPoolExecutor(min(len(todo), self.settings.max_concurrency)) as pool:
             futures = [pool.submit(work, item) for item in todo]
             try:

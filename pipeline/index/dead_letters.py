@@ -1,4 +1,4 @@
-"""Rows that Pinecone did not take, set aside in a folder of Parquet files with the reason.
+"""Rows that have no vector, or that Pinecone did not take, set aside in a folder of Parquet files with the reason.
 
     letters = DeadLetters(folder)
     refused = letters.append(rows, store.upsert(rows))          # their ids
@@ -11,21 +11,28 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.index.stores.store import Refused
 from pipeline.index.table import TEXTS
 from pipeline.storage.files import matching, parquet_file, replacing
 from pipeline.storage.path import StoragePath
 
-COLUMNS = ("id", *TEXTS, "reason")
-LETTERS = pa.schema([*((name, pa.string()) for name in COLUMNS), ("attempts", pa.int32())])
+LETTERS = pa.schema([*((name, pa.string()) for name in ("id", *TEXTS, "reason")), ("attempts", pa.int32())])
+
+
+class Refused(NamedTuple):
+    """A row that was not written, why, and how often it was tried (0 where it could not be sent at all)."""
+
+    id: str
+    reason: str
+    attempts: int
 
 
 class DeadLetters:
-    """A folder that need not be there, and is empty then."""
+    """A folder, which is missing while there are none."""
 
     def __init__(self, folder: StoragePath) -> None:
         self.folder = folder
@@ -34,39 +41,37 @@ class DeadLetters:
         """Set aside those of the rows that were refused. Returns their ids."""
         why = {one.id: one for one in refused}
         if why:
-            picked = rows.filter(pa.array([i in why for i in rows["id"].to_pylist()], pa.bool_()))
-            ids, columns = picked["id"].to_pylist(), {name: picked[name] for name in ("id", *TEXTS)}
-            columns["reason"] = pa.array([why[i].reason for i in ids], pa.string())
-            columns["attempts"] = pa.array([why[i].attempts for i in ids], pa.int32())
-            self._write(pa.table(columns, schema=LETTERS))
+            picked = rows.select(["id", *TEXTS]).to_pylist()
+            self._write(
+                pa.Table.from_pylist(
+                    [{**row, **why[row["id"]]._asdict()} for row in picked if row["id"] in why], LETTERS
+                )
+            )
         return set(why)
 
     def _write(self, rows: pa.Table) -> None:
         with replacing(self.folder / f"{uuid.uuid4().hex}.parquet") as temporary:
             pq.write_table(rows, temporary, compression="zstd")
 
-    def _files(self) -> list[StoragePath]:
-        """The oldest first."""
-        return sorted(matching(self.folder, "*.parquet"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-
     def read(self) -> pa.Table:
-        """All of them, of each id the one that was set aside last."""
-        return self._latest(self._files())
+        """All of them; of each id the one that was set aside last."""
+        return self._read()[1]
 
-    def _latest(self, files: Sequence[StoragePath]) -> pa.Table:
+    def _read(self) -> tuple[list[StoragePath], pa.Table]:
+        files = sorted(matching(self.folder, "*.parquet"), key=lambda path: (path.stat().st_mtime_ns, path.name))
         rows = pa.concat_tables([LETTERS.empty_table(), *(parquet_file(file).read() for file in files)])
         last = {i: position for position, i in enumerate(rows["id"].to_pylist())}
-        return rows.take(pa.array(list(last.values()), pa.int64()))
+        return files, rows.take(pa.array(list(last.values()), pa.int64()))
 
     def ids(self) -> set[str]:
         return set(self.read()["id"].to_pylist())
 
     def drop(self, ids: Collection[str]) -> None:
         """Forget rows that were written after all."""
-        files = self._files()
-        rows = self._latest(files)
+        files, rows = self._read()
         keep = rows.filter(pa.array([i not in ids for i in rows["id"].to_pylist()], pa.bool_()))
-        if len(keep) < len(rows) and len(keep):
-            self._write(keep)
-        for file in files if len(keep) < len(rows) else ():
-            file.unlink(missing_ok=True)
+        if len(keep) < len(rows):
+            if len(keep):
+                self._write(keep)
+            for file in files:
+                file.unlink(missing_ok=True)
