@@ -39,7 +39,7 @@ from pipeline.data.prepare import Inputs
 from pipeline.data.records import parts_at_most
 from pipeline.data.tokenizing import ROW_GROUP_ROWS
 from pipeline.index.documents import Documents
-from pipeline.index.embed import _a_task_each
+from pipeline.index.pool import over_cluster
 from pipeline.runtime.console import table
 from pipeline.sources.source import CHECKED_ROWS
 
@@ -117,11 +117,7 @@ def look_empty(inputs: Inputs, folder: Path) -> int:
     """Send embedding's tasks, one a range, through Ray; prepare's later stages have as many. Returns their number."""
     documents = documents_of(folder, inputs.shards)
 
-    def look(batch: dict[str, Any]) -> dict[str, Any]:
-        return {"first": [documents.bounds(index)[0] for index in batch["id"].tolist()]}
-
-    rows = _a_task_each(len(documents)).map_batches(look, batch_size=1, num_cpus=0.5).iter_rows()
-    return len({row["first"] for row in rows})
+    return len({first for first, _ in over_cluster(documents.bounds, range(len(documents)))})
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:

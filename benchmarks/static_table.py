@@ -54,7 +54,7 @@ from pipeline.data.tokenizing import Recipe, tokenize_file
 from pipeline.index.backends import TableBackend
 from pipeline.index.dead_letters import DeadLetters
 from pipeline.index.documents import Documents
-from pipeline.index.embed import Waves, write_fragments, write_rows
+from pipeline.index.embed import WaveCommitter, write_fragments, write_rows
 from pipeline.index.encoder import EncoderRecipe, TextEncoder, open_encoder
 from pipeline.index.indexing import finish
 from pipeline.index.sync import Sync, with_vectors
@@ -114,7 +114,7 @@ def ours(world: World, side: str, lap: Laps) -> None:
     table, letters = VectorTable(world.out(side), "ours", recipe.width), DeadLetters(world.out(side) / "letters")
     table.create()
     with table.writing() as writer:
-        sync, waves, some = Sync(documents, table, recipe, "", table.version(), empty=True), Waves(writer), []
+        sync, waves, some = Sync(documents, table, recipe, "", 0), WaveCommitter(writer), []
         lap("write")
         for batch in chain(chain.from_iterable(map(sync.due, range(len(documents)))), [None]):
             lap("read")
@@ -124,8 +124,7 @@ def ours(world: World, side: str, lap: Laps) -> None:
             if some and (batch is None or sum(map(len, some)) >= write_rows(world.documents)):
                 with large_buffers_given_back():
                     fragments, _ = write_fragments(table, pa.concat_tables(some), letters)
-                for first_id, fragment, _ in fragments:
-                    waves.add(first_id, fragment)
+                waves.add(fragments)
                 some.clear()
                 lap("write")
         waves.commit()

@@ -86,10 +86,10 @@ def write_model(config: Config, args: argparse.Namespace, model: Path, folder: P
 def write_embeddings(config: Config, dtype: Any, model: Path, folder: Path) -> int:
     """The vectors of the run's table, which must hold all of its data. Returns their number."""
     from pipeline.export.embedding_matrix import save_embeddings_for_model
-    from pipeline.index.published import recipe_of, table_of
+    from pipeline.index.published import encoder_recipe, table_of
     from pipeline.model.reading import model_fingerprint
 
-    vectors = table_of(config, recipe_of(config, model))
+    vectors = table_of(config, encoder_recipe(config, model))
     if not vectors.exists() or not vectors.is_verified(vectors.open()):
         raise JobError(f"the vectors of the model in {model} are not all there; python jobs/embed.py makes them")
     try:

@@ -32,11 +32,11 @@ def main(config: Config, args: argparse.Namespace) -> Result:
         if getattr(args, name) < fewest:
             raise ConfigError(f"--{name}: found {getattr(args, name)}; allowed is {fewest} or more")
     from pipeline.evaluation.picture import draw_png, write_page
-    from pipeline.index.published import recipe_of, table_of
+    from pipeline.index.published import encoder_recipe, table_of
     from pipeline.stages import model_folder
 
     model = model_folder(config)
-    vectors = table_of(config, recipe_of(config, model))
+    vectors = table_of(config, encoder_recipe(config, model))
     if not vectors.exists():
         raise JobError(f"no vectors yet of the model in {model}; python jobs/embed.py makes them")
     points = sample(vectors.scan(COLUMNS), args.sample)

@@ -210,11 +210,11 @@ def embed_stage(
 def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
     """Scores of the model, BM25 beside, on what the config names; `again` even where they are there."""
     folder, manifest = session.prepared()
-    from pipeline.index.published import recipe_of
+    from pipeline.index.published import encoder_recipe
     from pipeline.model.reading import model_fingerprint
 
     model, latest, wanted = _model_of(config, manifest), config.run_dir / "evaluation.json", config.evaluation
-    recipe = recipe_of(config, model)
+    recipe = encoder_recipe(config, model)
     key = {
         "model": model_fingerprint(fetched(model)),
         "data": manifest.fingerprint,
@@ -248,9 +248,9 @@ def mine_stage(config: Config, session: Session) -> Result:
     """The run's data set with hard negatives, as another one."""
     folder, manifest = session.prepared()
     from pipeline.index.mine import mine
-    from pipeline.index.published import recipe_of
+    from pipeline.index.published import encoder_recipe
 
-    recipe = recipe_of(config, _model_of(config, manifest))
+    recipe = encoder_recipe(config, _model_of(config, manifest))
     target, mined = mine(config, folder, manifest, recipe, session.board)
     name = f"{target.parent.name}/{target.name}"
     log.info("mine: data.prepared=%s has what was mined; train on it under another storage.run", name)

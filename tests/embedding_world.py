@@ -21,7 +21,7 @@ from pipeline.index.embed import Spent, write_fragments
 from pipeline.index.encoder import EncoderRecipe, TextEncoder, open_encoder
 from pipeline.index.indexing import finish
 from pipeline.index.job import Index
-from pipeline.index.published import recipe_of, table_of
+from pipeline.index.published import encoder_recipe, table_of
 from pipeline.index.sync import COUNTS, Sync, with_vectors
 from pipeline.index.table import VectorTable
 from pipeline.index.writer import Writer
@@ -96,7 +96,7 @@ class World:
 
     @property
     def recipe(self) -> EncoderRecipe:
-        return recipe_of(self.config, self.model)
+        return encoder_recipe(self.config, self.model)
 
     @property
     def table(self) -> VectorTable:
@@ -118,7 +118,7 @@ class World:
         def here(table: VectorTable, kind: str | None, rows: int, labels: Any) -> dict[str, Any]:
             return finish(table, kind, rows)
 
-        with patch("pipeline.index.embed.embed", embed), patch("pipeline.index.embed.finish_somewhere", here):
+        with patch("pipeline.index.embed.embed", embed), patch("pipeline.index.embed.finish_on_cluster", here):
             metrics = index.bring_up_to_date(lambda: None, **options)  # type: ignore[arg-type, return-value]
         return +Counter({name: metrics.get(name, 0) for name in (*COUNTS, "embedded")})
 
@@ -151,6 +151,6 @@ def embed_here(sync: Sync, encoder: TextEncoder, ranges: Any, letters: Any, writ
         for batch in sync.due(index):
             rows = with_vectors(batch, encoder)
             fragments, bad = write_fragments(sync.table, rows, letters)
-            writer.append([fragment for _, fragment, _ in fragments])
-            written, refused = written + sum(rows for *_, rows in fragments), refused + bad
-    return Spent(written, refused, 0, 0, {})
+            writer.append(fragments)
+            written, refused = written + sum(each.rows for each in fragments), refused + bad
+    return Spent(written, refused)

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import Embedding
-from pipeline.index.embed import EncodeTexts, Pool
 from pipeline.index.encoder import EncoderRecipe, TextEncoder, tokenize
+from pipeline.index.pool import EncodeTexts, Pool
 from pipeline.index.vectors import as_matrix
 from pipeline.runtime.cluster import Cluster, Node
 from tests.embedding_world import save_random_model

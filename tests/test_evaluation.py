@@ -240,7 +240,7 @@ def test_scores_over_the_cluster_are_those_of_one_matrix(tmp_path: Path, monkeyp
     from pipeline.config import load
     from pipeline.evaluation.evaluate import score_tasks
     from pipeline.index.encoder import TextEncoder
-    from pipeline.index.published import recipe_of
+    from pipeline.index.published import encoder_recipe
 
     model = small_model(tmp_path / "model")
     rows = make_pairs(2500, seed=3)
@@ -260,7 +260,7 @@ def test_scores_over_the_cluster_are_those_of_one_matrix(tmp_path: Path, monkeyp
     )
     monkeypatch.setattr("pipeline.evaluation.retrieval.RANK_ROWS", 700)
     manifest = Manifest("", [], {}, [], {}, [], {})
-    scores = score_tasks(config, tmp_path, manifest, recipe_of(config, model), board)
+    scores = score_tasks(config, tmp_path, manifest, encoder_recipe(config, model), board)
 
     encoder = TextEncoder(model, device="cpu")
     texts = [str(row["positive"]) for row in rows]

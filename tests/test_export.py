@@ -27,7 +27,7 @@ from pipeline.export.destination import exporting, refuse_foreign
 from pipeline.export.embedding_matrix import load_embeddings, save_embeddings_for_model
 from pipeline.export.folder import export_model, pad_token_id
 from pipeline.export.onnx import PaddedEmbedder, export_onnx
-from pipeline.index.published import recipe_of, table_of
+from pipeline.index.published import encoder_recipe, table_of
 from pipeline.index.table import VectorTable
 from pipeline.model.card import Head
 from pipeline.model.embedding_model import EmbeddingModel
@@ -324,7 +324,7 @@ class TestEmbeddingMatrix:
         with table.writing() as writer:
             for part in (rows.slice(0, 11), rows.slice(11)):
                 written = table.write(with_all_columns(part, table))
-                writer.append([fragment for _, fragment, _ in written])
+                writer.append(written)
         backwards = rows.take(list(range(30))[::-1])
         scans = {"direct": scan_of(rows), "backwards": scan_of(backwards), "stored": table.scan}
         for name, scan in scans.items():
@@ -482,7 +482,7 @@ class TestJob:
     ) -> None:
         best, to = run / "runs" / "small" / "best" / "step-00000060", tmp_path / "out"
         config = load(empty_config(tmp_path), [f"storage.root={run}", "storage.run=small", f"embedding.model={best}"])
-        table = table_of(config, recipe_of(config, best))
+        table = table_of(config, encoder_recipe(config, best))
         arguments = ["--to", str(to), f"embedding.model={best}", "--embeddings", "float16", "--license", "mit"]
         code, last, err = self.job(capsys, tmp_path, *arguments)
         assert (code, last["status"]) == (1, "failed")
@@ -492,7 +492,7 @@ class TestJob:
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), WIDTH)
         rows = with_all_columns(pa.table({"id": ["b", "a"], "source_id": ["2", "1"], "vector": column}), table)
         with table.writing() as writer:
-            writer.append([fragment for _, fragment, _ in table.write(rows)])
+            writer.append(table.write(rows))
             writer.mark_verified("key")
         code, last, err = self.job(capsys, tmp_path, *arguments)
         assert (code, last["paths"]["export"], last["metrics"]["embeddings"]) == (0, str(to), 2), err

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from pipeline.config import Config, ConfigError, Mining, load
 from pipeline.data.manifest import Manifest, read_prepared
 from pipeline.index.mine import with_negatives
-from pipeline.index.negatives import Answers, Block, choose, negatives_of, open_block, write_block
+from pipeline.index.negatives import Answers, Block, choose, negatives_of
 from pipeline.runtime.job import run_job
 from pipeline.text.identity import is_validation
 from tests.conftest import make_pairs, write_jsonl
@@ -90,13 +90,13 @@ def test_blocks_on_disk(tmp_path: Path) -> None:
     anchors = np.arange(9, dtype=np.uint64)
     rows = pa.table({"anchor_key": anchors, "positive_key": keys, "text": texts, "vector": column})
     for start in (0, 5):
-        write_block(rows.slice(start, 5).drop_columns(["anchor_key"]), tmp_path)
+        Block.write(rows.slice(start, 5).drop_columns(["anchor_key"]), tmp_path)
     files = sorted(tmp_path.glob("*.arrow"))
     assert len(files) == 2
     for file in files:
-        block, found = open_block(file)
+        block = Block.open(file)
         assert block.keys.tolist() == sorted(block.keys.tolist())
-        assert found.to_pylist() == [f"text {key}" for key in block.keys]
+        assert block.texts.to_pylist() == [f"text {key}" for key in block.keys]
         np.testing.assert_allclose(np.linalg.norm(block.vectors, axis=1), 1, rtol=1e-6)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     expected = [[texts[j] for j in np.argsort(-(unit @ unit[i])) if j != i][:2] for i in range(9)]
@@ -219,10 +219,10 @@ def test_the_split_and_its_tokens_stay(mined: Mined) -> None:
 
 def test_it_is_made_once(config: Config, mined: Mined) -> None:
     from pipeline.index.mine import mine
-    from pipeline.index.published import recipe_of
+    from pipeline.index.published import encoder_recipe
 
     model = Path(str(config.embedding.model))
-    again = mine(config, mined[0], mined[1], recipe_of(config, model), lambda: pytest.fail("asked for Ray"))
+    again = mine(config, mined[0], mined[1], encoder_recipe(config, model), lambda: pytest.fail("asked for Ray"))
     assert again == (mined[2], mined[3])
 
 

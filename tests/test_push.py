@@ -21,9 +21,11 @@ from pipeline.config.pinecone import Pinecone
 from pipeline.index import pinecone_records, push, table
 from pipeline.index.dead_letters import DeadLetters, Refused
 from pipeline.index.pinecone_store import PineconeStore
-from pipeline.index.push import Push, over_cluster, push_over_cluster
+from pipeline.index.pool import over_cluster
+from pipeline.index.push import Push, push_over_cluster
 from pipeline.index.table import StoreError
 from pipeline.index.writer import Writer
+from pipeline.runtime.job import JobError
 from pipeline.storage.files import files_below
 from pipeline.storage.path import StoragePath, as_path, public_uri
 from pipeline.text.identity import content_id
@@ -764,7 +766,7 @@ def test_an_error_in_a_task_is_its_sentence(ray_cluster: str) -> None:
 
     assert sorted(over_cluster(work, [3, 4, 5])) == [3, 4, 5]
     assert list(over_cluster(work, [])) == []
-    with pytest.raises(StoreError, match=r"^the third of them fails$"):
+    with pytest.raises(JobError, match=r"^the third of them fails$"):
         list(over_cluster(work, [1, 2, 3]))
 
 

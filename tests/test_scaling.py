@@ -19,7 +19,8 @@ from benchmarks import scaling, scaling_plan
 from pipeline.data.manifest import read_prepared
 from pipeline.data.prepare import MAX_SHARDS
 from pipeline.index import embed
-from pipeline.index.embed import MOST_WRITE_ROWS, WRITE_ROWS, Waves, write_rows
+from pipeline.index.embed import MOST_WRITE_ROWS, WRITE_ROWS, WaveCommitter, write_rows
+from pipeline.index.table import Fragment
 from pipeline.sources.source import MAX_TASKS
 from pipeline.text.identity import shard_of
 from tests.conftest import board
@@ -101,7 +102,7 @@ class Clocked:
     def __init__(self, fixed_s: float, fragment_s: float) -> None:
         self.fixed_s, self.fragment_s, self.now, self.there = fixed_s, fragment_s, 0.0, 0
 
-    def append(self, fragments: list[str]) -> None:
+    def append(self, fragments: list[Fragment]) -> None:
         assert fragments == sorted(fragments)
         self.there += len(fragments)
         self.now += self.fixed_s + self.fragment_s * self.there
@@ -113,11 +114,11 @@ def test_commits_are_few_and_short_beside_the_encoding(scale: scaling.Scale) -> 
     a_fragment_s, ends = 3600 * scale.encode_hours / scale.fragments, [0.0]
     writer = Clocked(*(scaling.RATES[name].value for name in ("a commit", "a commit, a fragment there")))
     with patch.object(embed, "time", SimpleNamespace(monotonic=lambda: writer.now)):
-        waves = Waves(writer)  # type: ignore[arg-type]
+        waves = WaveCommitter(writer)  # type: ignore[arg-type]
         for number in range(scale.fragments):
             writer.now += a_fragment_s
             held = writer.there
-            waves.add(f"{number % 7}", f"{number % 7}, {number:09}")
+            waves.add([Fragment(f"{number % 7}", 1, f"{number:09}")])
             if writer.there > held:
                 ends.append(writer.now)
         waves.commit()

@@ -63,7 +63,7 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
             {**columns, "places": pa.array(places_of, pa.list_(PLACE)), "vector": as_column(Words().encode(texts))}
         )
         with table.writing() as writer:
-            writer.append([fragment for _, fragment, _ in table.write(table.stored(rows))])
+            writer.append(table.write(table.stored(rows)))
 
     run.fill = fill  # type: ignore[attr-defined]
     run.table = table  # type: ignore[attr-defined]

@@ -477,7 +477,7 @@ def test_documents_without_metadata_are_right_when_all_is_checked(world: World) 
         columns = {"metadata": pa.nulls(len(rows), pa.string()), "places": places, "digest": digests}
         own = {name: columns.get(name, rows[name]) for name in world.table.schema.names}
         written = world.table.write(world.table.typed(pa.table(own)).sort_by("id"))
-        writer.append([fragment for _, fragment, _ in written])
+        writer.append(written)
         writer.delete(rows["_rowid"].to_numpy())
     assert world.run()["embedded"] == 0
     world.check()

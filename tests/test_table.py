@@ -23,7 +23,7 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.index import indexing, search
-from pipeline.index.indexing import describe, finish, recall, unreadable
+from pipeline.index.indexing import describe, finish, recall, unreadable_indexes
 from pipeline.index.search import TableSearch
 from pipeline.index.table import PLACE, ZONE_ROWS, StoreError, VectorTable
 from pipeline.index.vectors import as_column, as_matrix
@@ -252,7 +252,7 @@ def test_ranges_read_little_more_than_a_scan(table: VectorTable) -> None:
             )
             rows = rows.append_column("places", pa.array([[]] * len(own), pa.list_(PLACE)))
             rows = rows.append_column("vector", as_column(chance.normal(size=(len(own), WIDTH))))
-            writer.append([fragment for _, fragment, _ in table.write(table.stored(rows))])
+            writer.append(table.write(table.stored(rows)))
     finish(table, None, 256)
     before = lance.bytes_read_counter()
     table.open().to_table(columns=["id"])
@@ -341,7 +341,7 @@ def test_hybrid_finds_words_in_all_scripts_and_fuses_both_rankings(table: Vector
 def test_an_index_of_another_program_is_left_alone(table: VectorTable) -> None:
     fill(table, [row(f"{n:03d}", random.Random(n)) for n in range(300)])
     table.open().create_scalar_index("source", "BITMAP")
-    assert unreadable(table) == []
+    assert unreadable_indexes(table) == []
     finish(table, None, 256)
     assert {index.field_names[0] for index in table.open().describe_indices()} == {"source", "id"}
 
@@ -402,11 +402,11 @@ def test_a_table_without_its_index_files_is_still_searched(table: VectorTable) -
         if file.is_file():
             file.unlink()
     assert TableSearch(table).query(np.array(rows[5]["vector"]), 1)[0]["id"] == "005"
-    assert sorted(unreadable(table)) == ["id_idx", "vector_idx"]
+    assert sorted(unreadable_indexes(table)) == ["id_idx", "vector_idx"]
     with table.writing() as writer:
-        for name in unreadable(table):
+        for name in unreadable_indexes(table):
             writer.drop_index(name)
         assert finish(table, "ivf_sq", 256)["recall@10"] > 0.9
-    assert unreadable(table) == []
+    assert unreadable_indexes(table) == []
     assert TableSearch(table).query(np.array(rows[5]["vector"]), 1)[0]["id"] == "005"
     assert as_matrix(table.read(["vector"])["vector"]).shape == (600, WIDTH)

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.evaluation.beir import RetrievalTask
-from pipeline.index.documents import shard_tokens, tokens_of
+from pipeline.index.documents import shard_tokens, tokens_by_id
 from pipeline.runtime.artifact import open_parquet
 from pipeline.storage.files import matching
 from pipeline.storage.path import StoragePath
@@ -47,7 +47,7 @@ def held_out_task(config: Config, folder: StoragePath, *, use_tokens: bool = Fal
 def _tokens(folder: StoragePath, records: list[tuple[str, str]]) -> pa.Array:
     """Token ids of the positives of records, by file and id."""
     shards = [shard_tokens(folder, file, "positive") for file in sorted({file for file, _ in records})]
-    return tokens_of(pa.chunked_array([[row_id for _, row_id in records]]), pa.concat_tables(shards))
+    return tokens_by_id(pa.chunked_array([[row_id for _, row_id in records]]), pa.concat_tables(shards))
 
 
 def _pairs(folder: StoragePath) -> Iterator[tuple[str, dict[str, str]]]:

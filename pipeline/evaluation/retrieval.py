@@ -52,7 +52,7 @@ class TextVectors:
             return self.encoder.encode(texts, prompt)
         import ray.data
 
-        from pipeline.index.embed import encoded
+        from pipeline.index.pool import encoded
 
         table, board = pa.table({"id": range(len(texts)), "text": texts}), self.board()
         blocks = [table.slice(start, BLOCK_ROWS) for start in range(0, len(table), BLOCK_ROWS)]
@@ -69,7 +69,7 @@ def nearest_documents(
     """The best DEPTH documents of each query, ids in UTF-8, by vectors cut to each of `sizes`; queries are (Q, D)."""
     import ray
 
-    from pipeline.index.embed import encoded
+    from pipeline.index.pool import encoded
 
     shared, count = ray.put(queries), len(queries)
 

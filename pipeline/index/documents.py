@@ -134,7 +134,7 @@ class Documents:
         columns = dict.fromkeys(["id", *PLACE_COLUMNS, self.field])
         rows = open_parquet(self.records[index]).read(columns=list(columns))
         columns = {name: rows[name] for name in PLACE_COLUMNS} | {"text": rows[self.field]}
-        columns |= {"tokens": tokens_of(rows["id"], self.tokens(index))} if self.use_tokens else {}
+        columns |= {"tokens": tokens_by_id(rows["id"], self.tokens(index))} if self.use_tokens else {}
         prompts = self.prompts
         ids = [
             content_id([prompts[source], text] if source in prompts else [text])
@@ -158,7 +158,7 @@ class Documents:
         for batch in open_parquet(self.records[index]).iter_batches(READ_ROWS, columns=needed):
             rows = grouped(pa.Table.from_batches([batch]))
             if tokens is not None:
-                rows = rows.append_column("tokens", tokens_of(rows["id"], tokens))
+                rows = rows.append_column("tokens", tokens_by_id(rows["id"], tokens))
             yield rows.select(list(columns))
 
     def table(self, index: int, columns: Sequence[str] = COLUMNS) -> pa.Table:
@@ -177,7 +177,7 @@ def shard_tokens(prepared: StoragePath, name: str, field: str) -> pa.Table:
     return shards.rename_columns(["id", "tokens"]).combine_chunks()
 
 
-def tokens_of(ids: pa.ChunkedArray, tokens: pa.Table) -> pa.Array:
+def tokens_by_id(ids: pa.ChunkedArray, tokens: pa.Table) -> pa.Array:
     """Token ids of these records, from a table of id and tokens."""
     return one_array(tokens["tokens"]).take(one_array(pc.index_in(ids, one_array(tokens["id"]))))
 

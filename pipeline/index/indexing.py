@@ -71,7 +71,7 @@ def _columns_indexed(dataset: Any) -> dict[str, str]:
     return {index.field_names[0]: index.index_type for index in dataset.describe_indices()}
 
 
-def unreadable(table: VectorTable) -> list[str]:
+def unreadable_indexes(table: VectorTable) -> list[str]:
     """Names of indexes that cannot be read, because files of theirs are missing or damaged."""
     dataset, width = table.open(), table.width
     near = {"k": 1, "column": "vector", "q": np.ones(width, np.float32)}

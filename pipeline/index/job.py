@@ -12,22 +12,23 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.index.dead_letters import DeadLetters
 from pipeline.index.documents import Documents, tokens_fit
-from pipeline.index.encoder import EncoderRecipe, TextEncoder, open_encoder
-from pipeline.index.indexing import missing_index, unreadable
-from pipeline.index.published import embedded_field, prompt_name, publish, recipe_of, table_of
+from pipeline.index.encoder import EncoderRecipe, open_encoder
+from pipeline.index.indexing import missing_index, unreadable_indexes
+from pipeline.index.published import embedded_field, encoder_recipe, prompt_name, publish, table_of
 from pipeline.index.sync import COUNTS, Difference, Sync, count_tokens, encoded_rows
 from pipeline.index.table import VectorTable
-from pipeline.index.vectors import as_matrix
+from pipeline.index.vectors import as_matrix, one_array, unit
 from pipeline.index.writer import Writer
 from pipeline.model.reading import read_card
 from pipeline.runtime.console import log
@@ -36,14 +37,20 @@ from pipeline.runtime.session import Board
 from pipeline.storage.files import remove_folder
 from pipeline.storage.path import StoragePath
 
-if TYPE_CHECKING:
-    from pipeline.index.embed import Spent
-
 LEAST_COSINE = {"fp32": 0.9999, "bf16": 0.999, "int8": 0.98}
 """Of a vector to that of the same text among others, by precision. MiniLM on Debian, 2026-11-26: 0.999999, 0.99999 and
 0.988, for int8's scales follow from what else is in a batch."""
 MEASURED_FOR_S, MEASURED_ROWS = 2.0, 4_096  # encoding, for an estimate of a rate
 SAMPLED_RANGES = 8
+INCOMPLETE = "incomplete"  # in place of the documents' key
+WRONG = {
+    "new": "missing",
+    "changed": "of an older text",
+    "metadata": "with other metadata",
+    "deleted": "foreign",
+    "wrong": "damaged",
+}
+"""What a difference means once the table should be complete."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Index:
     @classmethod
     def of(cls, config: Config, prepared: StoragePath, manifest: Manifest, model: StoragePath) -> Index:
         """Raises ConfigError for what the model or this machine cannot do."""
-        recipe, field = recipe_of(config, model), embedded_field(config, manifest)
+        recipe, field = encoder_recipe(config, model), embedded_field(config, manifest)
         prompt = read_card(recipe.local).head.prompt(prompt_name(field))
         use_tokens = tokens_fit(config, prepared, recipe, field, prompt)
         documents = Documents.of(prepared, config.root, manifest, field, use_tokens=use_tokens)
@@ -72,7 +79,7 @@ class Index:
         wanted = self.config.embedding
         verified = self.table.is_verified(self.table.open(), self.documents.key)
         indexed = missing_index(self.table, wanted.index, wanted.index_rows) is None
-        return verified and indexed and not unreadable(self.table)
+        return verified and indexed and not unreadable_indexes(self.table)
 
     def publish(self) -> None:
         publish(self.config, self.recipe, self.table)
@@ -120,58 +127,54 @@ class Index:
         return {"upserted": counts["upserted"], "pushed_deletions": counts["deleted"]}
 
     def _write(self, writer: Writer, board: Callable[[], Board], began: float) -> dict[str, Any]:
-        from pipeline.index.embed import differences, embed, finish_somewhere, rewrite
+        from pipeline.index.embed import Spent, differences, embed, finish_on_cluster, rewrite
 
-        wanted = self.config.embedding
+        config = self.config
         writer.begin()
-        for name in unreadable(self.table):
+        for name in unreadable_indexes(self.table):
             log.warning("embed: the index %s cannot be read and is built again", name)
             writer.drop_index(name)
-        rows = writer.dataset.count_rows()
-        sync = self._sync(int(writer.dataset.version), empty=not rows, check=not writer.was_verified)
-        if rows and sync.check:
-            log.info("embed: checks all %s rows: the last job did not finish, or something else wrote", f"{rows:,}")
+        sync = self._sync(check=not writer.was_verified)
+        if sync.check and not sync.is_new:
+            log.info("embed: checks all rows, because the last job did not finish, or something else wrote")
         found = differences(sync, board)
         whole = Difference.total(found)
         counts = whole.summary
         self._refuse_mass_deletion(counts)
-        letters = DeadLetters(self.config.run_dir / "dead_letters" / self.table.name)
+        letters = DeadLetters(config.run_dir / "dead_letters" / self.table.name)
         remove_folder(letters.folder)  # they are tried again now
-        metrics: dict[str, Any] = {name: counts[name] for name in COUNTS}
-        due = [index for index, each in enumerate(found) if each.counts["new"]]
-        spent = None
+        due, spent = [index for index, each in enumerate(found) if each.counts["new"]], Spent()
         if due:
             spent = embed(sync, self.recipe, due, counts["new"] + counts["changed"], letters, board(), writer)
-            metrics |= {"embedded": spent.written, "refused": spent.refused}
         rewrite(sync, [index for index, each in enumerate(found) if each.counts["metadata"]], writer)
         writer.delete(whole.obsolete)
         log.info("embed: %s", _listed(counts) or "nothing had changed")
         board()
-        facts = finish_somewhere(self.table, wanted.index, wanted.index_rows, self.config.scaling.labels.data)
-        without_vector = spent.refused if spent else 0
-        verified = self._verified(board, check=False, missing=without_vector)
+        index, index_rows = config.embedding.index, config.embedding.index_rows
+        facts = finish_on_cluster(self.table, index, index_rows, config.scaling.labels.data)
+        verified = self._verified(board, check=False, missing=spent.refused)
         writer.clean_up()
-        writer.mark_verified(INCOMPLETE if without_vector else self.documents.key)
-        if without_vector:
+        writer.mark_verified(INCOMPLETE if spent.refused else self.documents.key)
+        if spent.refused:
             self.publish()
             raise JobError(
-                f"{without_vector:,} texts have no vector; {letters.folder} has them with the reasons, all others are "
+                f"{spent.refused:,} texts have no vector; {letters.folder} has them with the reasons, all others are "
                 "in the table, and the next run tries just those"
             )
-        if spent:
-            _log_rate(spent, time.monotonic() - began)
-        return {
-            "embedded": 0,
-            **metrics,
-            **verified,
-            **({"recall@10": facts["recall@10"]} if "recall@10" in facts else {}),
-        }
+        if due:
+            log.info("embed: %s", spent.rates(time.monotonic() - began))
+        measured = {name: facts[name] for name in ("recall@10",) if name in facts}
+        return {"embedded": spent.written, **{name: counts[name] for name in COUNTS}, **verified, **measured}
 
-    def _sync(self, version: int, *, empty: bool, check: bool) -> Sync:
-        return Sync(self.documents, self.table, self.recipe, self.prompt, version, empty, check)
+    def _sync(self, *, check: bool) -> Sync:
+        """The documents, and the newest version of the table."""
+        version = self.table.version() if self.table.exists() and self.table.count() else 0
+        return Sync(self.documents, self.table, self.recipe, self.prompt, version, check)
 
     def _refuse_mass_deletion(self, counts: Counter[str]) -> None:
-        held, most = sum(counts[name] for name in HELD), self.config.embedding.max_deleted_fraction
+        """Stop where more documents would be deleted than is allowed."""
+        held = sum(counts[name] for name in COUNTS if name != "new")
+        most = self.config.embedding.max_deleted_fraction
         if counts["deleted"] > most * held:
             raise JobError(
                 f"{counts['deleted']:,} of {held:,} documents in {self.table.name} would be deleted, because the data "
@@ -196,9 +199,7 @@ class Index:
         """`missing` texts may be, because they have no vector."""
         from pipeline.index.embed import differences
 
-        dataset = self.table.open()
-        sync = self._sync(int(dataset.version), empty=not dataset.count_rows(), check=check)
-        counts = Difference.total(differences(sync, board, "embed: verify")).summary
+        counts = Difference.total(differences(self._sync(check=check), board, "embed: verify")).summary
         counts["new"] -= missing
         wrong = [f"{counts[name]:,} rows are {what}" for name, what in WRONG.items() if counts[name]]
         sampled, least, off = self._sampled()
@@ -208,69 +209,46 @@ class Index:
             remedy = "python jobs/embed.py --rebuild embeds all texts again"
         if wrong:
             raise JobError(f"{self.table.path} is not what the data say: {', '.join(wrong)}; {remedy}")
-        log.info("embed: %s rows are verified, %s of them by encoding them again", f"{dataset.count_rows():,}", sampled)
-        return {"rows": dataset.count_rows(), "verified": sampled, "least_cosine": round(least, 6)}
+        rows = self.table.count()
+        log.info("embed: %s rows are verified, %s of them by encoding them again", f"{rows:,}", sampled)
+        return {"rows": rows, "verified": sampled, "least_cosine": round(least, 6)}
 
     def _sampled(self) -> tuple[int, float, int]:
         """Vectors that were encoded anew, the least cosine to those in the table, and how many are below the bound."""
         chance, size = np.random.default_rng(0), self.config.embedding.verify_sample
-        drawn = chance.permutation(len(self.documents))[: SAMPLED_RANGES if size else 0]
-        tables = []
+        drawn, tables = chance.permutation(len(self.documents))[: SAMPLED_RANGES if size else 0], []
         for index in drawn.tolist():
-            rows = next(self.documents.read(index), None)
-            if rows is not None:
-                tables.append(
-                    rows.take(np.sort(chance.choice(len(rows), min(len(rows), -(-size // len(drawn))), False)))
-                )
+            for rows in islice(self.documents.read(index), 1):
+                some = chance.choice(len(rows), min(len(rows), -(-size // len(drawn))), replace=False)
+                tables.append(rows.take(np.sort(some)))
         if not tables:
             return 0, 1.0, 0
-        sync = self._sync(0, empty=True, check=False)
-        ours = encoded_rows(sync.tokenized(pa.concat_tables(tables).slice(0, size)), self._encoder)
+        tokenized = self._sync(check=False).tokenized(pa.concat_tables(tables).slice(0, size))
+        ours = encoded_rows(tokenized, open_encoder(self.recipe))
         there = self.table.fetch(ours["id"].to_pylist())
-        at = {row_id: i for i, row_id in enumerate(ours["id"].to_pylist())}
-        expected = as_matrix(ours["vector"])[[at[row_id] for row_id in there["id"].to_pylist()]]
-        found = as_matrix(there["vector"]).astype(np.float32)
-        lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1)
-        cosines = (expected * found).sum(axis=1) / np.maximum(lengths, 1e-12)
-        least = min(
-            LEAST_COSINE[self.config.embedding.precision], 1.0 if self.table.vector_type == "float32" else 0.999
-        )
-        return len(found), float(cosines.min(initial=1.0)), int((cosines < least).sum())
-
-    @cached_property
-    def _encoder(self) -> TextEncoder:
-        return open_encoder(self.recipe)
+        expected = ours["vector"].take(pc.index_in(there["id"], one_array(ours["id"])))
+        cosines = (unit(as_matrix(expected)) * unit(as_matrix(there["vector"]).astype(np.float32))).sum(axis=1)
+        exact = self.table.vector_type == "float32"
+        least = min(LEAST_COSINE[self.config.embedding.precision], 1.0 if exact else 0.999)
+        return len(cosines), float(cosines.min(initial=1.0)), int((cosines < least).sum())
 
     def estimate(self, board: Callable[[], Board]) -> dict[str, Any]:
         """What an embedding would do, and about how long encoding would take on this cluster. Writes no vector."""
-        from pipeline.index.embed import differences, pool_of
+        from pipeline.index.embed import differences
+        from pipeline.index.pool import pool_of
 
         self.documents.make(board)
-        exists, documents = self.table.exists(), sum(self.documents.rows)
-        rows = self.table.count() if exists else 0
-        sync = self._sync(
-            self.table.version() if exists else 0,
-            empty=not rows,
-            check=exists and not self.table.is_verified(self.table.open()),
-        )
+        sync = self._sync(check=self.table.exists() and not self.table.is_verified(self.table.open()))
         found = differences(sync, board)
         counts = Difference.total(found).summary
         board()
-        pool = pool_of(documents, self.recipe)
-        due = counts["new"] + counts["changed"]
+        pool, due = pool_of(sum(self.documents.rows), self.recipe), counts["new"] + counts["changed"]
         rate, tokens = self._measured(sync, found, pool.threads) if due else (1.0, 0.0)
-        seconds = due / (rate * pool.most)
-        log.info(
-            "embed: %s; encoding would take about %.1f minutes on %s workers",
-            _listed(counts) or "nothing has changed",
-            seconds / 60,
-            pool.most,
-        )
-        return {
-            **{name: counts[name] for name in COUNTS},
-            "tokens": round(tokens * due),
-            "minutes": round(seconds / 60, 2),
-        }
+        minutes = due / (rate * pool.most) / 60
+        changes = _listed(counts) or "nothing has changed"
+        log.info("embed: %s; encoding would take about %.1f minutes on %s workers", changes, minutes, pool.most)
+        counted = {name: counts[name] for name in COUNTS}
+        return {**counted, "tokens": round(tokens * due), "minutes": round(minutes, 2)}
 
     def _measured(self, sync: Sync, found: list[Difference], threads: int) -> tuple[float, float]:
         """Documents a second of an encoding actor with so many threads, and tokens a document, on some that are due."""
@@ -282,33 +260,6 @@ class Index:
             done += 128
         done = min(done, len(rows))
         return done / (time.perf_counter() - began), count_tokens(rows["tokens"]) / len(rows)
-
-
-HELD = ("changed", "metadata", "untouched", "deleted")  # counts that make up the documents of a table
-
-
-def _log_rate(spent: Spent, seconds: float) -> None:
-    """How fast the whole job was, and what the time of all processes went to."""
-    log.info(
-        "embed: %s vectors in %s commits, %.1f s, %s a second, %s tokens a second; of all processes %s",
-        f"{spent.written:,}",
-        f"{spent.commits:,}",
-        seconds,
-        f"{spent.written / seconds:,.0f}",
-        f"{spent.tokens / seconds:,.0f}",
-        ", ".join(f"{name} {spent.seconds.get(name, 0.0):.1f} s" for name in PARTS),
-    )
-
-
-INCOMPLETE = "incomplete"  # in place of the documents' key
-PARTS = ("read", "encode", "write", "commit")
-WRONG = {
-    "new": "missing",
-    "changed": "of an older text",
-    "metadata": "with other metadata",
-    "deleted": "foreign",
-    "wrong": "damaged",
-}
 
 
 def _listed(counts: Counter[str]) -> str:

@@ -30,7 +30,7 @@ from pipeline.data.manifest import RECORD_SCHEMA, Manifest, read_prepared, sha25
 from pipeline.data.shards import Parts, assemble, recipe_of, token_shards, tokens_of
 from pipeline.data.tokenizing import Recipe
 from pipeline.index.encoder import EncoderRecipe
-from pipeline.index.negatives import Answers, TextKeys, negatives_of, open_block, text_keys, write_block
+from pipeline.index.negatives import Answers, Block, TextKeys, negatives_of, text_keys
 from pipeline.runtime.artifact import Artifact, Output, checked, open_parquet
 from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError
@@ -42,7 +42,7 @@ FORMAT = 2  # of what is written; a change makes earlier mined data sets stale
 READ_ROWS = 1024
 BLOCK_ROWS = 8192  # candidates ranked together
 MINE_ROWS = 8192  # anchors a task, for which it goes through all blocks once
-_CHOSEN = pa.schema([("id", pa.string()), ("negatives", pa.list_(pa.string()))])
+CHOSEN = pa.schema([("id", pa.string()), ("negatives", pa.list_(pa.string()))])
 
 
 def mine(
@@ -130,7 +130,7 @@ class _Encoding:
         import ray
         import ray.data
 
-        from pipeline.index.embed import encoded
+        from pipeline.index.pool import encoded
 
         files, keys, shared = self.files, ray.put(self.keys), ray.put(wanted)
 
@@ -171,13 +171,13 @@ def _candidates(folder: Path, encoding: _Encoding) -> int:
 
     def write(block: pa.Table) -> dict[str, list[int]]:
         if len(block):
-            write_block(block, folder)
+            Block.write(block, folder)
         return {"rows": [len(block)]}
 
     with encoding.board.stage("mine: encode positives", count, "texts", counter="embedded"):
         dataset = encoding.of("positive", "document", wanted)
         dataset.map_batches(write, batch_size=BLOCK_ROWS, batch_format="pyarrow", num_cpus=0.5).materialize()
-    written = sum(len(open_block(path)[0].keys) for path in folder.glob("*.arrow"))
+    written = sum(len(Block.open(path).keys) for path in folder.glob("*.arrow"))
     if written != count:  # tasks that Ray has had to repeat may have got other rows together
         raise JobError(f"mine: {written:,} of {count:,} texts were encoded; run the same command again")
     return count
@@ -195,7 +195,7 @@ def _choose_all(folder: Path, encoding: _Encoding, blocks: Sequence[Path]) -> in
     def choose_batch(rows: pa.Table) -> dict[str, list[int]]:
         if len(rows):
             texts = negatives_of(rows, blocks, ray.get(answers), wanted, partial(board.add.remote, "mined"))
-            table = pa.table({"id": rows["id"], "negatives": texts}).cast(_CHOSEN)
+            table = pa.table({"id": rows["id"], "negatives": texts}).cast(CHOSEN)
             with replacing(folder / f"{rows['id'][0].as_py()}.parts") as file:
                 write_parts(table, rows["file"].to_numpy(), parts, file)
         return {"rows": [len(rows)]}

@@ -1,6 +1,6 @@
 """Which table a config's vectors are in, and which model and table readers use.
 
-    recipe = recipe_of(config, model)
+    recipe = encoder_recipe(config, model)
     table = table_of(config, recipe)
 
 Each combination of run, model, field and vector settings has its own table. Readers follow `<run>/published.json`,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pipeline.index.pinecone_store import PineconeStore
 
 
-def recipe_of(config: Config, model: StoragePath) -> EncoderRecipe:
+def encoder_recipe(config: Config, model: StoragePath) -> EncoderRecipe:
     """How texts are encoded with a model's folder; for onnxruntime, its graph is made where there is none.
 
     Raises ConfigError for a size that the model was not trained for, and where a package is missing.
@@ -119,14 +119,14 @@ def published(config: Config) -> tuple[EncoderRecipe, VectorTable]:
     Raises JobError if nothing was published.
     """
     if config.embedding.model:
-        recipe = recipe_of(config, as_path(config.embedding.model))
+        recipe = encoder_recipe(config, as_path(config.embedding.model))
         return recipe, table_of(config, recipe)
     path = _published(config)
     if not path.is_file():
         raise JobError(f"the run {config.storage.run} has embedded nothing yet; python jobs/run.py does the whole job")
     found = json.loads(path.read_text())
     config = config.model_copy(update={"embedding": Embedding.model_validate(found["embedding"])})
-    recipe = recipe_of(config, config.root / found["model"])
+    recipe = encoder_recipe(config, config.root / found["model"])
     return recipe, table_of(config, recipe)
 
 

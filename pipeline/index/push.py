@@ -22,7 +22,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,20 +36,18 @@ import pyarrow.parquet as pq
 from pipeline.config import Config
 from pipeline.index.dead_letters import DeadLetters
 from pipeline.index.pinecone_records import grouped
+from pipeline.index.pool import over_cluster
 from pipeline.index.published import open_pinecone
 from pipeline.index.table import IdRange, StoreError, VectorTable, tags_of
 from pipeline.index.writer import Writer
 from pipeline.runtime.console import log
-from pipeline.runtime.job import JobError
 from pipeline.runtime.session import Board
 from pipeline.storage.files import files_below, remove_folder, replacing, sizes
-from pipeline.storage.object_store import BucketError
 from pipeline.storage.path import StoragePath, public_uri
 
 if TYPE_CHECKING:
     from pipeline.index.pinecone_store import PineconeStore  # which imports the SDK
 
-PUSH_CPUS = 0.5  # of a task, which mostly waits for answers
 ROWS_AT_ONCE = 8_192  # read and sent together
 LISTED_IDS = 50_000  # compared with the table together
 SAMPLE = 100  # records that are read back: one request
@@ -61,7 +58,7 @@ class Spread(Protocol):
     """How work is spread: `over_cluster`, or one item after the other by `map`."""
 
     def __call__(self, work: Callable[[Any], Any], items: Sequence[Any], /) -> Iterable[Any]:
-        """What `work` returns for each item, as JSON has it, in any order, as soon as it is there."""
+        """What `work` returns for each item, in any order, as soon as it is there."""
 
 
 def push_over_cluster(writer: Writer, config: Config, letters: StoragePath, board: Board) -> Counter[str]:
@@ -83,29 +80,6 @@ def push_over_cluster(writer: Writer, config: Config, letters: StoragePath, boar
     with board.stage("push to Pinecone", None, "rows", counter="pushed"):
         most = config.embedding.max_deleted_fraction
         return Push(writer, store, DeadLetters(letters), over_cluster, imports, report, most).run()
-
-
-def over_cluster(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """What `work` returns for each item, in a task each, in the order in which they end. Raises StoreError."""
-    import ray.data
-
-    def run(batch: dict[str, Any]) -> dict[str, list[str]]:
-        try:
-            return {"found": [json.dumps({"found": work(items[i])}) for i in batch["id"].tolist()]}
-        except Exception as error:  # returned as data: Ray would raise an error that has lost the cause
-            traceback.print_exc()  # to the log
-            says_all = isinstance(error, JobError | OSError | BucketError)
-            words = str(error) if says_all else f"{type(error).__name__}: {error}"
-            return {"found": [json.dumps({"error": words})]}
-
-    if not items:
-        return
-    tasks = ray.data.range(len(items), override_num_blocks=len(items))
-    for row in tasks.map_batches(run, batch_size=1, num_cpus=PUSH_CPUS).iter_rows():
-        answer = json.loads(row["found"])
-        if "error" in answer:
-            raise StoreError(answer["error"])
-        yield answer["found"]
 
 
 class Push:

@@ -11,11 +11,10 @@ after its node died finds the same. Memory: the ids of a range, and a batch of t
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -35,11 +34,6 @@ COUNTS = ("new", "changed", "metadata", "untouched", "deleted")
 """Documents by what became of them: `changed` have another text than before under the same source_id, `metadata` other
 places or metadata."""
 
-ARRAYS = ("obsolete", "new", "vanished")
-DIFFERENCE = pa.schema(
-    [("range", pa.int64()), ("counts", pa.string()), *((name, pa.list_(pa.uint64())) for name in ARRAYS)]
-)
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -50,19 +44,13 @@ class Difference:
     new: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     vanished: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
 
-    def to_row(self) -> dict[str, Any]:
-        """A row of DIFFERENCE."""
-        return {"counts": json.dumps(self.counts), **{name: getattr(self, name) for name in ARRAYS}}
-
-    @classmethod
-    def from_row(cls, row: dict[str, Any]) -> Difference:
-        return cls(Counter(json.loads(row["counts"])), *(np.array(row[name], np.uint64) for name in ARRAYS))
-
     @classmethod
     def total(cls, found: Sequence[Difference]) -> Difference:
         """That of all ranges together."""
-        arrays = ([np.empty(0, np.uint64), *(getattr(each, name) for each in found)] for name in ARRAYS)
-        return cls(sum((each.counts for each in found), Counter()), *map(np.concatenate, arrays))
+        found = [cls(), *found]
+        counts = sum((each.counts for each in found), Counter[str]())
+        obsolete, new, vanished = zip(*((each.obsolete, each.new, each.vanished) for each in found), strict=True)
+        return cls(counts, np.concatenate(obsolete), np.concatenate(new), np.concatenate(vanished))
 
     @property
     def summary(self) -> Counter[str]:
@@ -83,14 +71,20 @@ class Sync:
     prompt: str
     """The model's own, for sources without one of theirs."""
     version: int
-    empty: bool
-    """Whether that version has no rows."""
+    """0 where the table has no rows yet."""
     check: bool = False
     """Whether to trust nothing: texts, metadata and vectors are hashed again and compared with id and digest."""
 
+    @property
+    def is_new(self) -> bool:
+        return self.version == 0
+
+    def is_small(self, most: int) -> bool:
+        return sum(self.documents.rows) <= most
+
     def difference(self, index: int) -> Difference:
         rows = self.documents.rows[index]
-        if self.empty:
+        if self.is_new:
             return Difference(Counter(new=rows))
         there, obsolete, wrong = self._there(index)
         documents = self.documents.table(index, ["id", "source", "source_id", "digest"])
@@ -113,7 +107,7 @@ class Sync:
 
     def due(self, index: int) -> Iterator[pa.Table]:
         """Documents that have no row, with `tokens`."""
-        there = None if self.empty else self._there(index)[0]
+        there = None if self.is_new else self._there(index)[0]
         use_tokens = self.documents.use_tokens
         for batch in self.documents.read(index, [*COLUMNS, "tokens"] if use_tokens else COLUMNS):
             if there is not None:

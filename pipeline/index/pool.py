@@ -1,0 +1,163 @@
+"""Work spread over the cluster: a pool of encoding actors, or a task for each item.
+
+dataset = encoded(dataset, 131_698, recipe, board, "document")       # adds `vector` to rows of `text` or `tokens`
+for answer in over_cluster(work, items): ...                         # what work(item) returns, as it comes in
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from ray.data import ActorPoolStrategy, Dataset
+
+from pipeline.index.encoder import EncoderRecipe, open_encoder
+from pipeline.index.sync import count_tokens, with_vectors
+from pipeline.index.vectors import as_column
+from pipeline.runtime.cluster import Cluster, connected_cluster
+from pipeline.runtime.job import JobError
+from pipeline.runtime.session import Board
+from pipeline.storage.object_store import BucketError
+
+ROWS = 1024  # texts encoded together: seconds of work
+
+
+class EncodeDocuments:
+    """An actor that gives documents with `tokens` their `vector`, or, where they have chunks, their `vectors`."""
+
+    def __init__(self, recipe: EncoderRecipe, threads: int, board: Any) -> None:
+        self.encoder, self.board = open_encoder(recipe, threads), board
+
+    def __call__(self, documents: pa.Table) -> pa.Table:
+        began, tokens = time.perf_counter(), count_tokens(documents["tokens"])
+        rows = with_vectors(documents, self.encoder)
+        self.board.add.remote("embedded", len(rows))
+        self.board.post.remote({"spent": {"encode": time.perf_counter() - began, "tokens": tokens}})
+        return rows
+
+
+class EncodeTexts:
+    """An actor that adds `vector` to tables of `tokens`, which it takes out, or of `text`.
+
+    A text is led by the prompt of its `source`, else by the model's own of that name. Tokens are encoded as they are.
+    """
+
+    def __init__(
+        self, recipe: EncoderRecipe, threads: int, board: Any, prompt: str, prompts: dict[str, str] | None
+    ) -> None:
+        self.encoder, self.board, self.prompt, self.prompts = open_encoder(recipe, threads), board, prompt, prompts
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        if "tokens" in rows.column_names:
+            vectors, rows = self.encoder.encode_tokens(rows["tokens"]), rows.drop_columns(["tokens"])
+        else:
+            vectors = self._of_texts(rows)
+        self.board.add.remote("embedded", len(rows))
+        return rows.append_column("vector", as_column(vectors))
+
+    def _of_texts(self, rows: pa.Table) -> np.ndarray:
+        texts = rows["text"].to_pylist()
+        if not self.prompts:
+            return self.encoder.encode(texts, self.prompt)
+        own, sources = self.encoder.card.head.prompt(self.prompt), rows["source"].to_pylist()
+        return self.encoder.encode(
+            [self.prompts.get(source, own) + text for source, text in zip(sources, texts, strict=True)]
+        )
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Encoding actors: one a GPU, else one a CPU, and no more than there are batches of texts.
+
+    At most, at once, each one's share of CPUs, and its threads.
+    """
+
+    most: int
+    now: int
+    cpus: float
+    gpus: int
+    threads: int
+
+    @classmethod
+    def of(cls, texts: int, max_workers: int | None, cluster: Cluster, *, on_gpus: bool = True) -> Pool:
+        """For so many texts, on that part of a cluster where encoders go; `on_gpus` where it has some."""
+        capacity = cluster.capacity()
+        cpus, gpus = capacity.cpus, int(capacity.gpus) if on_gpus else 0
+        most = min(max_workers or gpus or int(cpus), max(1, math.ceil(texts / ROWS)))
+        now = max(1, min(most, int(capacity.gpus_there if gpus else capacity.cpus_there)))
+        # a CPU is left for reading and writing; an encoder's own threads are set by hand
+        share = max(0.01, int(100 * (cpus - 1) / most) / 100) if not gpus else min(1.0, cpus / (2 * gpus))
+        node = min((int(node.cpus) for node in cluster.there if node.cpus >= 1), default=1)
+        return cls(most, now, min(share, 1.0), min(gpus, 1), max(1, min(int(capacity.cpus_there) // now, node)))
+
+
+def pool_of(texts: int, recipe: EncoderRecipe) -> Pool:
+    """The pool on the connected cluster; a token table leaves GPUs alone."""
+    cluster = connected_cluster().with_labels(recipe.labels)
+    return Pool.of(texts, recipe.settings.max_workers, cluster, on_gpus=not recipe.is_table)
+
+
+def in_pool(dataset: Dataset, texts: int, recipe: EncoderRecipe, board: Board, actor: type, *arguments: Any) -> Dataset:
+    """The dataset, of so many texts, through a pool of encoding actors that are made with `arguments`."""
+    pool = pool_of(texts, recipe)
+    return dataset.map_batches(
+        actor,
+        fn_constructor_args=(recipe, pool.threads, board.handle, *arguments),
+        batch_size=ROWS,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=1, max_size=pool.most, initial_size=pool.now),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus or None,
+        label_selector=recipe.labels or None,
+    )
+
+
+def encoded(
+    dataset: Dataset,
+    texts: int,
+    recipe: EncoderRecipe,
+    board: Board,
+    prompt: str,
+    prompts: dict[str, str] | None = None,
+) -> Dataset:
+    """The dataset's `tokens` embedded as they are, or its `text` after a prompt, as `vector`.
+
+    The prompt is that of the text's `source`, else the model's own named `prompt`. `texts` says how many there are.
+    """
+    return in_pool(dataset, texts, recipe, board, EncodeTexts, prompt, prompts)
+
+
+def a_task_each(items: int) -> Dataset:
+    """A dataset of `id` from 0 on, whose rows go to a task each."""
+    import ray.data
+
+    return ray.data.range(items, override_num_blocks=max(items, 1))
+
+
+def over_cluster(work: Callable[[Any], Any], items: Sequence[Any], num_cpus: float = 0.5) -> Iterator[Any]:
+    """What `work` returns for each item, in a task each, in the order in which they end. Raises JobError."""
+
+    def run(batch: dict[str, Any]) -> pa.Table:
+        found = error = None
+        try:
+            (found,) = (work(items[i]) for i in batch["id"].tolist())
+        except Exception as raised:  # returned as data: Ray would raise an error that has lost the cause
+            traceback.print_exc()  # to the log
+            says_all = isinstance(raised, JobError | OSError | BucketError)
+            error = str(raised) if says_all else f"{type(raised).__name__}: {raised}"
+        return pa.table(
+            {"found": pa.array([pickle.dumps(found)], pa.binary()), "error": pa.array([error], pa.string())}
+        )
+
+    if items:
+        for row in a_task_each(len(items)).map_batches(run, batch_size=1, num_cpus=num_cpus).iter_rows():
+            if row["error"] is not None:
+                raise JobError(row["error"])
+            yield pickle.loads(row["found"])
