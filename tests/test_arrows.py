@@ -36,7 +36,7 @@ RAYLESS_MODULES = {
     f"{folder}/{name}.py"
     for folder, names in {
         "training": "assembly loop reducer saving strategy step build validation checkpoints fsdp sharded uploading",
-        "index": "blocks choosing chunks documents indexing nearest search store sync table",
+        "index": "chunks dead_letters documents encoder indexing search sync table vectors where words writer",
         "tuning": "journal pictures report slots space sweep terms",
     }.items()
     for name in names.split()
@@ -63,7 +63,7 @@ def faults(path: Path) -> Iterator[str]:
         yield from found
         return
     packages = {name.split(".")[0] for name in found}
-    without_ray = own in WITHOUT_RAY or str(inside) in RAYLESS_MODULES or "stores" in inside.parts
+    without_ray = own in WITHOUT_RAY or str(inside) in RAYLESS_MODULES
     yield from {name.split(".")[1] for name in found if name.startswith("pipeline.")} - MAY_IMPORT[own] - {own}
     yield from packages & {"jobs", "tests", "benchmarks", *(["ray"] if without_ray else [])}
     yield from packages & {"torch"} if own in WITHOUT_TORCH else ()

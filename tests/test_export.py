@@ -323,8 +323,7 @@ class TestEmbeddingMatrix:
         table, rows = VectorTable(tmp_path / "lancedb", "vectors", 6), vectors_of(30)
         with table.writing() as writer:
             for part in (rows.slice(0, 11), rows.slice(11)):
-                written = table.write(with_all_columns(part, table))
-                writer.append(written)
+                writer.append(table.write(with_all_columns(part, table)))
         backwards = rows.take(list(range(30))[::-1])
         scans = {"direct": scan_of(rows), "backwards": scan_of(backwards), "stored": table.scan}
         for name, scan in scans.items():

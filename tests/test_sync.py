@@ -476,8 +476,7 @@ def test_documents_without_metadata_are_right_when_all_is_checked(world: World) 
         digests = [a + b for a, b in zip(place_digests(places).to_pylist(), of_content, strict=True)]
         columns = {"metadata": pa.nulls(len(rows), pa.string()), "places": places, "digest": digests}
         own = {name: columns.get(name, rows[name]) for name in world.table.schema.names}
-        written = world.table.write(world.table.typed(pa.table(own)).sort_by("id"))
-        writer.append(written)
+        writer.append(world.table.write(world.table.typed(pa.table(own)).sort_by("id")))
         writer.delete(rows["_rowid"].to_numpy())
     assert world.run()["embedded"] == 0
     world.check()

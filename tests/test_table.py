@@ -25,7 +25,7 @@ from pipeline.config import ConfigError
 from pipeline.index import indexing, search
 from pipeline.index.indexing import describe, finish, recall, unreadable_indexes
 from pipeline.index.search import TableSearch
-from pipeline.index.table import PLACE, ZONE_ROWS, StoreError, VectorTable
+from pipeline.index.table import PLACE, ZONE_ROWS, Fragment, StoreError, VectorTable
 from pipeline.index.vectors import as_column, as_matrix
 from pipeline.index.where import parse
 from pipeline.runtime.job import JobError
@@ -70,9 +70,8 @@ def rows_of(rows: list[Row]) -> pa.Table:
     return pa.table({**columns, "places": places, "vector": as_column(vectors)})
 
 
-def write(table: VectorTable, rows: list[Row]) -> list[str]:
-    fragments = table.write(table.stored(rows_of(rows)).sort_by("id"))
-    return [fragment for _, fragment, _ in fragments]
+def write(table: VectorTable, rows: list[Row]) -> list[Fragment]:
+    return table.write(table.stored(rows_of(rows)).sort_by("id"))
 
 
 def fill(table: VectorTable, rows: list[Row]) -> None:
