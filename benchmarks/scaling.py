@@ -149,7 +149,7 @@ class Scale:
 
     @cached_property
     def waves(self) -> tuple[int, float, float]:
-        """While all is encoded, as WaveCommitter has them: commits, their seconds, the seconds lost to a kill in the last."""
+        """While all is encoded, as WaveCommitter has them: commits, their seconds, the seconds that a kill loses."""
         fixed, a_fragment = RATES["a commit"].value, RATES["a commit, a fragment there"].value
         a_fragment_s = 3600 * self.encode_hours / self.fragments
         there, now, commits, spent, longest, wave = 0, 0.0, 0, 0.0, 0.0, 0.0

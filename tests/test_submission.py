@@ -194,7 +194,7 @@ def test_submitted_stopped_and_submitted_again_and_no_secret_is_left(sweep: bool
         assert "SUCCEEDED" in shown
         for path in ("jobs/", "v0/actors?detail=1", "v0/tasks?detail=1", "v0/runtime_envs?detail=1"):
             head.said += head.ask(f"/api/{path}")
-        assert "EncodeDocuments" in head.said
+        assert "EncodeTexts" in head.said
         words = [key, head.token]
         assert [word for word in words if word in head.said] == []
         assert files_with(words, head.session, tmp_path / "store") == []

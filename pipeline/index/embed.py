@@ -24,7 +24,7 @@ from pipeline.index.chunks import expanded
 from pipeline.index.dead_letters import DeadLetters, Refused
 from pipeline.index.encoder import EncoderRecipe
 from pipeline.index.indexing import finish, missing_index
-from pipeline.index.pool import EncodeDocuments, a_task_each, in_pool, over_cluster
+from pipeline.index.pool import a_task_each, encoded, over_cluster
 from pipeline.index.sync import Difference, Sync
 from pipeline.index.table import Fragment, VectorTable
 from pipeline.index.vectors import as_matrix, one_array
@@ -137,7 +137,7 @@ def embed(
     waves = WaveCommitter(writer)
     with board.stage("embed", documents, "documents", counter="embedded", receive=receive):
         dataset = a_task_each(len(ranges)).map_batches(due, batch_size=1, num_cpus=READ_CPUS)
-        dataset = in_pool(dataset, documents, recipe, board, EncodeDocuments)
+        dataset = encoded(dataset, documents, recipe, board)
         dataset = dataset.map_batches(
             write, batch_size=write_rows(documents, sync.documents.mean_bytes), batch_format="pyarrow", num_cpus=0.5
         )

@@ -119,13 +119,11 @@ class TextEncoder:
         dimensions: int | None = None,
         backend: Backend | None = None,
         window_overlap: int | None = None,
-        precision: str = "fp32",
     ) -> None:
         folder = fetched(place)
         self.card, self.tokenizer = read_card(folder), load_tokenizer(folder)
         self.backend = backend or model_backend(folder, device=device)
         self.batch_tokens = self.backend.best_batch_tokens if batch_tokens == "auto" else batch_tokens
-        self.precision = precision
         self.width = dimensions or self.backend.width
         if window_overlap is not None:
             let_windows_overlap(self.tokenizer, window_overlap)
@@ -191,7 +189,6 @@ def open_encoder(recipe: EncoderRecipe, threads: int | None = None, device: str 
         settings.dimensions,
         open_backend(recipe.local, settings, recipe.graphs, threads, device),
         window_overlap=recipe.overlap,
-        precision=settings.precision,
     )
 
 

@@ -128,9 +128,8 @@ class _Encoding:
     def of(self, field: str, prompt: str, wanted: npt.NDArray[np.bool_]) -> Any:
         """A dataset of `id`, `file`, `anchor_key`, `positive_key`, `text` and `vector` of the records wanted, (N,)."""
         import ray
-        import ray.data
 
-        from pipeline.index.pool import encoded
+        from pipeline.index.pool import a_task_each, encoded
 
         files, keys, shared = self.files, ray.put(self.keys), ray.put(wanted)
 
@@ -138,7 +137,7 @@ class _Encoding:
             for index in batch["id"].tolist():
                 yield from _read(files[index], index, field, ray.get(keys), ray.get(shared))
 
-        rows = ray.data.range(len(files), override_num_blocks=len(files)).map_batches(read, batch_size=1, num_cpus=0.5)
+        rows = a_task_each(len(files)).map_batches(read, batch_size=1, num_cpus=0.5)
         prompts = {source.name: source.prompts[field] for source in self.manifest.sources if field in source.prompts}
         return encoded(rows, int(wanted.sum()), self.model, self.board, prompt, prompts)
 
@@ -150,17 +149,9 @@ def _read(
     for batch in open_parquet(file).iter_batches(READ_ROWS, columns=["id", "source", field]):
         here = slice(start, start + len(batch))
         start += len(batch)
-        table = pa.table(
-            {
-                "id": batch["id"],
-                "source": batch["source"],
-                "text": batch[field],
-                "file": np.full(len(batch), index, dtype=np.int64),
-                "anchor_key": keys.anchors[here],
-                "positive_key": keys.positives[here],
-            }
-        )
-        yield table.filter(pa.array(wanted[here]))
+        columns = {"id": batch["id"], "source": batch["source"], "text": batch[field]}
+        columns |= {"file": np.full(len(batch), index), "anchor_key": keys.anchors[here]}
+        yield pa.table({**columns, "positive_key": keys.positives[here]}).filter(pa.array(wanted[here]))
 
 
 def _candidates(folder: Path, encoding: _Encoding) -> int:

@@ -14,13 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from ray.data import ActorPoolStrategy, Dataset
 
-from pipeline.index.encoder import EncoderRecipe, open_encoder
+from pipeline.index.encoder import EncoderRecipe, open_encoder, tokenize
 from pipeline.index.sync import count_tokens, with_vectors
-from pipeline.index.vectors import as_column
 from pipeline.runtime.cluster import Cluster, connected_cluster
 from pipeline.runtime.job import JobError
 from pipeline.runtime.session import Board
@@ -29,47 +27,30 @@ from pipeline.storage.object_store import BucketError
 ROWS = 1024  # texts encoded together: seconds of work
 
 
-class EncodeDocuments:
-    """An actor that gives documents with `tokens` their `vector`, or, where they have chunks, their `vectors`."""
-
-    def __init__(self, recipe: EncoderRecipe, threads: int, board: Any) -> None:
-        self.encoder, self.board = open_encoder(recipe, threads), board
-
-    def __call__(self, documents: pa.Table) -> pa.Table:
-        began, tokens = time.perf_counter(), count_tokens(documents["tokens"])
-        rows = with_vectors(documents, self.encoder)
-        self.board.add.remote("embedded", len(rows))
-        self.board.post.remote({"spent": {"encode": time.perf_counter() - began, "tokens": tokens}})
-        return rows
-
-
 class EncodeTexts:
-    """An actor that adds `vector` to tables of `tokens`, which it takes out, or of `text`.
+    """An actor that gives tables of `text`, or of `tokens`, which it takes out, their `vector`.
 
-    A text is led by the prompt of its `source`, else by the model's own of that name. Tokens are encoded as they are.
+    A text is led by the prompt of its `source`, else by the model's own of that name. Tokens are encoded as they are,
+    and windows with `spans` to `vectors`, as chunks.py has them.
     """
 
     def __init__(
         self, recipe: EncoderRecipe, threads: int, board: Any, prompt: str, prompts: dict[str, str] | None
     ) -> None:
-        self.encoder, self.board, self.prompt, self.prompts = open_encoder(recipe, threads), board, prompt, prompts
+        self.encoder, self.board, self.prompts = open_encoder(recipe, threads), board, prompts or {}
+        self.prompt = self.encoder.card.head.prompt(prompt)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        if "tokens" in rows.column_names:
-            vectors, rows = self.encoder.encode_tokens(rows["tokens"]), rows.drop_columns(["tokens"])
-        else:
-            vectors = self._of_texts(rows)
+        began = time.perf_counter()
+        if "tokens" not in rows.column_names:
+            sources = rows["source"].to_pylist() if self.prompts else [""] * len(rows)
+            leads = [self.prompts.get(source, self.prompt) for source in sources]
+            texts = [lead + text for lead, text in zip(leads, rows["text"].to_pylist(), strict=True)]
+            rows = rows.append_column("tokens", tokenize(self.encoder.tokenizer, texts))
+        tokens, rows = count_tokens(rows["tokens"]), with_vectors(rows, self.encoder)
         self.board.add.remote("embedded", len(rows))
-        return rows.append_column("vector", as_column(vectors))
-
-    def _of_texts(self, rows: pa.Table) -> np.ndarray:
-        texts = rows["text"].to_pylist()
-        if not self.prompts:
-            return self.encoder.encode(texts, self.prompt)
-        own, sources = self.encoder.card.head.prompt(self.prompt), rows["source"].to_pylist()
-        return self.encoder.encode(
-            [self.prompts.get(source, own) + text for source, text in zip(sources, texts, strict=True)]
-        )
+        self.board.post.remote({"spent": {"encode": time.perf_counter() - began, "tokens": tokens}})
+        return rows
 
 
 @dataclass(frozen=True)
@@ -104,12 +85,22 @@ def pool_of(texts: int, recipe: EncoderRecipe) -> Pool:
     return Pool.of(texts, recipe.settings.max_workers, cluster, on_gpus=not recipe.is_table)
 
 
-def in_pool(dataset: Dataset, texts: int, recipe: EncoderRecipe, board: Board, actor: type, *arguments: Any) -> Dataset:
-    """The dataset, of so many texts, through a pool of encoding actors that are made with `arguments`."""
+def encoded(
+    dataset: Dataset,
+    texts: int,
+    recipe: EncoderRecipe,
+    board: Board,
+    prompt: str = "",
+    prompts: dict[str, str] | None = None,
+) -> Dataset:
+    """The dataset, of so many texts, through a pool of `EncodeTexts`.
+
+    The prompt is that of the text's `source` in `prompts`, else the model's own named `prompt`.
+    """
     pool = pool_of(texts, recipe)
     return dataset.map_batches(
-        actor,
-        fn_constructor_args=(recipe, pool.threads, board.handle, *arguments),
+        EncodeTexts,
+        fn_constructor_args=(recipe, pool.threads, board.handle, prompt, prompts),
         batch_size=ROWS,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=pool.most, initial_size=pool.now),
@@ -117,21 +108,6 @@ def in_pool(dataset: Dataset, texts: int, recipe: EncoderRecipe, board: Board, a
         num_gpus=pool.gpus or None,
         label_selector=recipe.labels or None,
     )
-
-
-def encoded(
-    dataset: Dataset,
-    texts: int,
-    recipe: EncoderRecipe,
-    board: Board,
-    prompt: str,
-    prompts: dict[str, str] | None = None,
-) -> Dataset:
-    """The dataset's `tokens` embedded as they are, or its `text` after a prompt, as `vector`.
-
-    The prompt is that of the text's `source`, else the model's own named `prompt`. `texts` says how many there are.
-    """
-    return in_pool(dataset, texts, recipe, board, EncodeTexts, prompt, prompts)
 
 
 def a_task_each(items: int) -> Dataset:
