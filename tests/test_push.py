@@ -96,6 +96,11 @@ class Pushed(World):
         return found
 
 
+@pytest.fixture
+def world(server: Service, tmp_path: Path) -> Pushed:
+    return Pushed(server, tmp_path)
+
+
 def ids_of(texts: Iterable[str]) -> list[str]:
     return sorted(content_id([text]) for text in texts)
 
@@ -141,8 +146,7 @@ def kills(world: Pushed, writer: Writer) -> Iterator[str]:
 
 
 class TestDifference:
-    def test_only_what_changed_is_sent_and_the_namespace_is_listed_once(self, server: Service, tmp_path: Path) -> None:
-        world = Pushed(server, tmp_path)
+    def test_only_what_changed_is_sent_and_the_namespace_is_listed_once(self, server: Service, world: Pushed) -> None:
         with world.table.writing() as writer:
             world.add(writer, world.new(300))
             assert world.push(writer) == Counter({"upserted": 300, "deleted": 0, "refused": 0})
@@ -159,8 +163,7 @@ class TestDifference:
             world.check()
             assert server.count("vectors/list") == 1
 
-    def test_a_push_of_nothing_reads_a_count_and_a_sample(self, server: Service, tmp_path: Path) -> None:
-        world = Pushed(server, tmp_path)
+    def test_a_push_of_nothing_reads_a_count_and_a_sample(self, server: Service, world: Pushed) -> None:
         with world.table.writing() as writer:
             world.add(writer, world.new(50))
             world.push(writer)
@@ -171,8 +174,7 @@ class TestDifference:
         assert asked == {"describe_index_stats", "vectors/fetch"}
         assert len(server.requests) == 4
 
-    def test_compaction_sends_nothing(self, server: Service, tmp_path: Path) -> None:
-        world = Pushed(server, tmp_path)
+    def test_compaction_sends_nothing(self, server: Service, world: Pushed) -> None:
         with world.table.writing() as writer:
             for _ in range(4):
                 world.add(writer, world.new(10))
@@ -185,8 +187,7 @@ class TestDifference:
         assert (counts["upserted"], counts["deleted"], world.sent()) == (0, 0, [])
         assert server.count("vectors/list") == 1
 
-    def test_empty_tables_and_tables_that_become_empty(self, server: Service, tmp_path: Path) -> None:
-        world = Pushed(server, tmp_path)
+    def test_empty_tables_and_tables_that_become_empty(self, world: Pushed) -> None:
         with world.table.writing() as writer:
             world.push(writer)
             world.add(writer, world.new(20))
@@ -196,8 +197,7 @@ class TestDifference:
             assert world.push(writer)["deleted"] == 20
             world.check()
 
-    def test_a_table_that_grows_and_shrinks(self, server: Service, tmp_path: Path) -> None:
-        world = Pushed(server, tmp_path)
+    def test_a_table_that_grows_and_shrinks(self, world: Pushed) -> None:
         with world.table.writing() as writer:
             for count in (5, 10, 40, 200):
                 world.add(writer, world.new(count))
@@ -274,8 +274,7 @@ class TestKilled:
             assert world.held == alone.held
         assert server.count("vectors/list") == 2  # one each
 
-    def test_what_it_sent_of_a_range_and_has_vanished_since_is_deleted(self, server: Service, tmp_path: Path) -> None:
-        world = Pushed(server, tmp_path)
+    def test_what_it_sent_of_a_range_and_has_vanished_since_is_deleted(self, server: Service, world: Pushed) -> None:
         with world.table.writing() as writer:
             world.add(writer, world.new(60))
             world.push(writer)
@@ -334,8 +333,7 @@ class TestFaults:
             assert 0.1 < len(server.faulted) / len(server.requests) < 0.3
             assert not world.letters.ids()
 
-    def test_reads_that_lag_longer_than_it_waits(self, server: Service, tmp_path: Path) -> None:
-        world = Pushed(server, tmp_path)
+    def test_reads_that_lag_longer_than_it_waits(self, server: Service, world: Pushed) -> None:
         with world.table.writing() as writer:
             world.add(writer, world.new(10))
             server.lag_s = 1e6
@@ -348,8 +346,7 @@ class TestFaults:
             world.check()
         assert server.count("vectors/list") == 1
 
-    def test_what_is_refused_is_set_aside_and_tried_again(self, server: Service, tmp_path: Path) -> None:
-        world = Pushed(server, tmp_path)
+    def test_what_is_refused_is_set_aside_and_tried_again(self, server: Service, world: Pushed) -> None:
         with world.table.writing() as writer:
             world.add(writer, world.new(40))
             bad = [*world.documents][:3]
@@ -374,8 +371,7 @@ class TestFaults:
             assert not list(world.letters.folder.iterdir())
         assert server.count("vectors/list") == 1
 
-    def test_what_fails_all_is_one_sentence_and_nothing_is_noted(self, server: Service, tmp_path: Path) -> None:
-        world = Pushed(server, tmp_path)
+    def test_what_fails_all_is_one_sentence_and_nothing_is_noted(self, server: Service, world: Pushed) -> None:
         narrow = PineconeStore(world.store.settings, "n", 4, backoff_s=0.005)
         with world.table.writing() as writer:
             world.add(writer, world.new(20))
@@ -482,8 +478,7 @@ class TestRepair:
         assert server.count("vectors/list") == 2
 
 
-def test_tags_keep_files_until_the_next_push(server: Service, tmp_path: Path) -> None:
-    world = Pushed(server, tmp_path)
+def test_tags_keep_files_until_the_next_push(world: Pushed) -> None:
     with world.table.writing() as writer:
         world.add(writer, world.new(20))
         world.push(writer)
@@ -495,8 +490,7 @@ def test_tags_keep_files_until_the_next_push(server: Service, tmp_path: Path) ->
         assert world.table.pinned_bytes() == 0
 
 
-def test_float16_vectors_are_sent_as_numbers(server: Service, tmp_path: Path) -> None:
-    world = Pushed(server, tmp_path)
+def test_float16_vectors_are_sent_as_numbers(world: Pushed, tmp_path: Path) -> None:
     world.table = World(tmp_path / "small", vector_type="float16").table
     with world.table.writing() as writer:
         world.add(writer, world.new(5))
@@ -507,8 +501,7 @@ def test_float16_vectors_are_sent_as_numbers(server: Service, tmp_path: Path) ->
 
 
 class TestPlaces:
-    def test_a_filter_finds_a_text_by_any_of_its_places(self, server: Service, tmp_path: Path) -> None:
-        world = Pushed(server, tmp_path)
+    def test_a_filter_finds_a_text_by_any_of_its_places(self, world: Pushed) -> None:
         with world.table.writing() as writer:
             world.add(writer, {"both": [place("s", ODD[0], n=1, tag="x", even=True), place("t", ODD[1], n=2, tag="y")]})
             world.add(writer, {"one": [place("s", ODD[2], n=2, tag="x")]})
@@ -529,8 +522,7 @@ class TestPlaces:
                 assert {row["text"] for row in rows} <= found, name
                 assert len(rows) == min(k, len(found)), name
 
-    def test_conditions_that_the_filter_cannot_say_are_met_all_the_same(self, server: Service, tmp_path: Path) -> None:
-        world = Pushed(server, tmp_path)
+    def test_conditions_that_the_filter_cannot_say_are_met_all_the_same(self, world: Pushed) -> None:
         with world.table.writing() as writer:
             for n in range(40):  # each passes the filter, and only the last meets the conditions
                 world.add(writer, {f"text {n}": [place("s", f"{n}", n=n), place("t", f"{n}", n=n + 1)]})
@@ -564,8 +556,7 @@ class TestPlaces:
         assert max(map(len, world.documents.values())) > 2
         assert found > 100
 
-    def test_nan_and_infinities_become_null(self, server: Service, tmp_path: Path) -> None:
-        world = Pushed(server, tmp_path)
+    def test_nan_and_infinities_become_null(self, world: Pushed) -> None:
         numbers = {"a": float("nan"), "b": {"c": [float("inf"), 1]}, "d": 2.5}
         with world.table.writing() as writer:
             world.add(
@@ -577,8 +568,7 @@ class TestPlaces:
         assert "NaN" not in json.dumps(world.held)
         assert "Infinity" not in json.dumps(world.held)
 
-    def test_of_very_many_places_the_first_are_kept(self, server: Service, tmp_path: Path) -> None:
-        world = Pushed(server, tmp_path)
+    def test_of_very_many_places_the_first_are_kept(self, world: Pushed) -> None:
         places = [place("s", f"{'x' * 40}{n}", line=n, file=f"file {n}") for n in range(2_000)]
         with world.table.writing() as writer:
             world.add(writer, {"t" * 20_000: places})
@@ -733,8 +723,7 @@ def read_folder(uri: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def test_over_a_cluster(server: Service, tmp_path: Path, ray_cluster: str) -> None:
-    world = Pushed(server, tmp_path)
+def test_over_a_cluster(server: Service, world: Pushed, tmp_path: Path, ray_cluster: str) -> None:
     (tmp_path / "api.env").write_text(f"PINECONE_API_KEY={KEY}")  # the workers' environment is older
     settings = {"host": server.url, "create": True, "namespace": "n", "requests_per_second": 40, "max_concurrency": 2}
     (tmp_path / "c.yaml").write_text(json.dumps({"pinecone": {**settings, "batch_rows": 5}}))

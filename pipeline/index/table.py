@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -108,25 +108,23 @@ class VectorTable:
 
     def empty(self) -> None:
         """Leave no rows and no indexes, whatever there is now. Readers go on with an old version for a while."""
-        import lance
-
-        uri, options = lance_location(self.path)
         try:
             self.open()
         except (ValueError, StoreError):  # what is there is no table any more
             remove_folder(self.path)
-        lance.write_dataset(
-            self.schema.empty_table(), uri, mode="overwrite", storage_options=options, enable_stable_row_ids=True
-        )
+        self._write_empty("overwrite")
 
-    def create(self) -> None:
-        """Make the table if it is not there. Raises StoreError for another program's table, or another model's."""
+    def _write_empty(self, mode: str) -> None:
         import lance
 
         uri, options = lance_location(self.path)
+        rows = self.schema.empty_table()
+        lance.write_dataset(rows, uri, mode=mode, storage_options=options, enable_stable_row_ids=True)
+
+    def create(self) -> None:
+        """Make the table if it is not there. Raises StoreError for another program's table, or another model's."""
         if not self.exists():
-            empty = self.schema.empty_table()
-            lance.write_dataset(empty, uri, mode="create", storage_options=options, enable_stable_row_ids=True)
+            self._write_empty("create")
         there = self.open().schema
         missing = [name for name in self.schema.names if name not in there.names]
         if missing:
@@ -203,15 +201,16 @@ class VectorTable:
 
     def fetch(self, ids: Sequence[str]) -> pa.Table:
         """The rows with these ids that are there, in no order to rely on."""
-        dataset = self.open()
-        parts = [dataset.to_table(self.schema.names, filter=some) for some in among("id", ids)]
-        return pa.concat_tables([self.schema.empty_table(), *(part.cast(self.schema) for part in parts)])
+        return self._rows(self.open(), self.schema.names, among("id", ids))
 
     def take(self, row_ids: np.ndarray, columns: Sequence[str], version: int) -> pa.Table:
         """Rows of a version by `_rowid`, in no order to rely on."""
-        dataset, schema = self.open(version), pa.schema([self.schema.field(name) for name in columns])
-        parts = [dataset.to_table(list(columns), filter=some) for some in among("_rowid", row_ids.tolist())]
-        return pa.concat_tables([schema.empty_table(), *(part.cast(schema) for part in parts)])
+        return self._rows(self.open(version), columns, among("_rowid", row_ids.tolist()))
+
+    def _rows(self, dataset: Any, columns: Sequence[str], conditions: Iterable[str]) -> pa.Table:
+        schema = pa.schema([self.schema.field(name) for name in columns])
+        parts = [dataset.to_table(list(columns), filter=condition).cast(schema) for condition in conditions]
+        return pa.concat_tables([schema.empty_table(), *parts])
 
     def write(self, rows: pa.Table) -> list[Fragment]:
         """Write rows of `schema`, sorted by id, as fragments."""
