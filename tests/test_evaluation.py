@@ -306,7 +306,7 @@ def test_partial_results_are_merged_in_tasks_as_a_tree(monkeypatch: pytest.Monke
     for name, value in {"RANK_ROWS": 37, "MERGED_TOGETHER": 3, "DEPTH": 30, "BLOCK_ROWS": 37}.items():
         monkeypatch.setattr(retrieval, name, value)
     monkeypatch.setattr(retrieval, "merged_rows", merged_rows)
-    monkeypatch.setattr("pipeline.index.embed.encoded", encoded)
+    monkeypatch.setattr("pipeline.index.pool.encoded", encoded)
     task = RetrievalTask("tree", {}, dict(zip(names, texts, strict=True)), {})
     assert retrieval.merge_levels(1000) == 3
     found = retrieval.nearest_documents(task, queries, [16, 4], None, board())  # type: ignore[arg-type]

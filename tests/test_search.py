@@ -45,8 +45,8 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     config = tmp_path / "c.yaml"
     config.write_text("{}")
     table = VectorTable(tmp_path / "lancedb", "t", WIDTH)
-    monkeypatch.setattr("pipeline.index.store.published", lambda _: (SimpleNamespace(folder=tmp_path), table))
-    monkeypatch.setattr("pipeline.index.encode.open_encoder", lambda *_, **__: Words())
+    monkeypatch.setattr("pipeline.index.search.published", lambda _: (SimpleNamespace(folder=tmp_path), table))
+    monkeypatch.setattr("pipeline.index.search.open_encoder", lambda *_, **__: Words())
 
     def run(*args: str) -> tuple[int, Any, str]:
         shared = ["--config", str(config), f"storage.root={tmp_path}"]

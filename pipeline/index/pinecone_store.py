@@ -119,7 +119,7 @@ class PineconeStore:
         """Every id, page by page: a request for 100."""
         page: dict[str, Any] = {"namespace": self.namespace, "limit": PAGE_IDS, "pagination_token": None}
         while True:
-            found = self.client.send("list", lambda index: index.list_paginated(**page))
+            found: Any = self.client.send("list", lambda index: index.list_paginated(**page))
             if found.vectors:
                 yield [item.id for item in found.vectors]
             page["pagination_token"] = found.pagination.next if found.pagination else None
@@ -131,7 +131,9 @@ class PineconeStore:
 
         def ask(some: list[str]) -> list[dict[str, Any]]:
             found = self.client.send("fetch", lambda index: index.fetch(ids=some, namespace=self.namespace)).vectors
-            return [{**to_row(i, one.metadata), "vector": np.float32(one.values)} for i, one in found.items()]
+            return [
+                {**to_row(i, one.metadata), "vector": np.asarray(one.values, np.float32)} for i, one in found.items()
+            ]
 
         sound = (i for i in dict.fromkeys(ids) if not bad_id(i))
         groups = grouped(sound, PAGE_IDS, lambda i: len(quote(i, safe="")) + len("&ids="), URL_BYTES)

@@ -70,10 +70,10 @@ def open_pinecone(config: Config, table: VectorTable, budget: Budget | None = No
 def reach_store(config: Config) -> str:
     """Where vectors would go. Raises ConfigError or StoreError where they could not; makes nothing there."""
     if config.embedding.store == "pinecone":
-        from pipeline.index.pinecone_client import PineconeService
+        from pipeline.index.pinecone_client import PineconeClient
 
         index = config.pinecone.index
-        if PineconeService(config.pinecone, config.secret_files).find() is None and not config.pinecone.create:
+        if PineconeClient(config.pinecone, config.secret_files).find() is None and not config.pinecone.create:
             raise ConfigError(
                 f"pinecone.index: found no index {index} under this key; allowed is one that is there, or "
                 "pinecone.create=true"
