@@ -149,7 +149,7 @@ def _bytes(value: Any) -> int:
     return len(orjson.dumps(value))
 
 
-def grouped(
+def batched(
     items: Iterable[T], most: int, size_of: Callable[[T], int] = lambda item: 0, most_bytes: int = 0
 ) -> Iterator[list[T]]:
     """Items in groups of at most so many and so many bytes; one that has more is alone."""
@@ -167,7 +167,7 @@ def grouped(
 
 def batches(records: Sequence[dict[str, Any]], rows: int, size: int) -> Iterator[list[dict[str, Any]]]:
     """Records in groups of at most so many, in requests of at most `size` bytes; one that has more is alone."""
-    return grouped(records, rows, lambda record: _bytes(record) + 1, size - 1_000)
+    return batched(records, rows, lambda record: _bytes(record) + 1, size - 1_000)
 
 
 def to_row(record_id: str, metadata: Mapping[str, Any] | None) -> dict[str, Any]:

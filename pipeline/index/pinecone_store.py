@@ -26,7 +26,7 @@ from pinecone.index import Index
 from pipeline.config.pinecone import Pinecone
 from pipeline.index.dead_letters import Refused
 from pipeline.index.pinecone_client import Budget, PassingError, PineconeClient, RejectedError
-from pipeline.index.pinecone_records import bad_id, batches, grouped, to_filter, to_records, to_row
+from pipeline.index.pinecone_records import bad_id, batched, batches, to_filter, to_records, to_row
 from pipeline.index.search import checked_query
 from pipeline.index.table import StoreError
 from pipeline.index.where import checked_where, keeps
@@ -136,7 +136,7 @@ class PineconeStore:
             ]
 
         sound = (i for i in dict.fromkeys(ids) if not bad_id(i))
-        groups = grouped(sound, PAGE_IDS, lambda i: len(quote(i, safe="")) + len("&ids="), URL_BYTES)
+        groups = batched(sound, PAGE_IDS, lambda i: len(quote(i, safe="")) + len("&ids="), URL_BYTES)
         return {row["id"]: row for rows in self._all(ask, groups) for row in rows}
 
     def upsert(self, rows: pa.Table) -> list[Refused]:
@@ -192,7 +192,7 @@ class PineconeStore:
             if not self.client.send("delete", ask, absent=False):
                 self.client.describe()  # the service answers 404 also where a namespace has come to nothing
 
-        self._all(remove, grouped((i for i in ids if not bad_id(i)), DELETED_IDS))
+        self._all(remove, batched((i for i in ids if not bad_id(i)), DELETED_IDS))
 
     def query(self, vector: np.ndarray, k: int, where: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         """The k rows nearest to a (width,) vector of which a place meets all conditions, best first, with `score`."""

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import Config
 from pipeline.index.dead_letters import DeadLetters
-from pipeline.index.pinecone_records import grouped
+from pipeline.index.pinecone_records import batched
 from pipeline.index.pool import over_cluster
 from pipeline.index.published import open_pinecone
 from pipeline.index.table import IdRange, StoreError, VectorTable, tags_of
@@ -51,14 +51,9 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 8_192  # read and sent together
 LISTED_IDS = 50_000  # compared with the table together
 SAMPLE = 100  # records that are read back: one request
+Spread: TypeAlias = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
+"""What a function returns for each item, in any order, as soon as it is there: `over_cluster`, or `map`."""
 IMPORT = pa.schema([("id", pa.string()), ("values", pa.list_(pa.float32())), ("metadata", pa.string())])
-
-
-class Spread(Protocol):
-    """How work is spread: `over_cluster`, or one item after the other by `map`."""
-
-    def __call__(self, work: Callable[[Any], Any], items: Sequence[Any], /) -> Iterable[Any]:
-        """What `work` returns for each item, in any order, as soon as it is there."""
 
 
 def push_over_cluster(writer: Writer, config: Config, letters: StoragePath, board: Board) -> Counter[str]:
@@ -193,7 +188,7 @@ class Push:
         """List the namespace, and delete what is not in the table."""
         log.info("lists the ids of %s, once", self.store.name)
         listed, foreign = 0, list[str]()
-        for ids in grouped(chain.from_iterable(self.store.ids()), LISTED_IDS):
+        for ids in batched(chain.from_iterable(self.store.ids()), LISTED_IDS):
             listed += len(ids)
             # The service sorts ids (Pinecone's guide to listing them), so that few other rows lie between.
             there = self.table.read(["id"], (min(ids), max(ids) + " "), version)["id"].to_pylist()
