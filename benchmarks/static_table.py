@@ -8,7 +8,7 @@ files, and have one tokenizer and the same rows of numbers: those of `--model`, 
 process, of as many threads as it starts; it has loaded its model, and worked on some documents, before round one.
 
   ours, from token shards        read, encode, write fragments, commit them in waves, finish the table; without Ray
-  ours, from text                the same, and tokenize what was read, which counts as reading
+  ours, from text                the same, and tokenize what was read, which counts as reading; `encode` is waiting
   model2vec                      StaticModel.encode of all texts, then one lancedb create_table of id, text, vector
   model2vec, no multiprocessing  the same with use_multiprocessing=False: the tokenizer has threads of its own then
   sentence-transformers          SentenceTransformer.encode with StaticEmbedding, at its best batch size; then the same
@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
@@ -107,19 +107,22 @@ class Laps(Counter[str]):
 
 
 def ours(world: World, side: str, lap: Laps) -> None:
-    """What jobs/embed.py has its Ray tasks and its driver do, one batch after the other."""
+    """What jobs/embed.py has its Ray tasks and its driver do: a batch is encoded while the next one is read."""
     recipe, encoder = our_encoder(world.model)
     artifact = Artifact(world.folder, "documents", [])
     documents = Documents(world.records, "text", {}, side == FROM_TOKENS, world.folder, artifact, are_records=True)
     table, letters = VectorTable(world.out(side), "ours", recipe.width), DeadLetters(world.out(side) / "letters")
     table.create()
-    with table.writing() as writer:
+    with table.writing() as writer, ThreadPoolExecutor(1) as pool:
         sync, waves, some = Sync(documents, table, recipe, "", 0), WaveCommitter(writer), []
+        encoding: Future[pa.Table] | None = None
         lap("write")
         for batch in chain(chain.from_iterable(map(sync.due, range(len(documents)))), [None]):
             lap("read")
-            if batch is not None:
-                some.append(with_vectors(batch, encoder))
+            encoded = encoding
+            encoding = None if batch is None else pool.submit(with_vectors, batch, encoder)
+            if encoded is not None:
+                some.append(encoded.result())
                 lap("encode")
             if some and (batch is None or sum(map(len, some)) >= write_rows(world.documents)):
                 with large_buffers_given_back():
