@@ -72,7 +72,7 @@ def _columns_indexed(dataset: Any) -> dict[str, str]:
 
 
 def unreadable_indexes(table: VectorTable) -> list[str]:
-    """Names of indexes that cannot be read, because files of theirs are missing or damaged."""
+    """Names of indexes that cannot be read, because some of their files are missing or damaged."""
     dataset, width = table.open(), table.width
     near = {"k": 1, "column": "vector", "q": np.ones(width, np.float32)}
     probes: dict[str, dict[str, Any]] = {

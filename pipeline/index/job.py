@@ -196,7 +196,7 @@ class Index:
             raise
 
     def _verified(self, board: Callable[[], Board], *, check: bool, missing: int = 0) -> dict[str, Any]:
-        """`missing` texts may be, because they have no vector."""
+        """Compare once more, and a sample of vectors. `missing` texts have no vector, so their rows may be missing."""
         from pipeline.index.embed import differences
 
         counts = Difference.total(differences(self._sync(check=check), board, "embed: verify")).summary
@@ -214,7 +214,7 @@ class Index:
         return {"rows": rows, "verified": sampled, "least_cosine": round(least, 6)}
 
     def _sampled(self) -> tuple[int, float, int]:
-        """Vectors that were encoded anew, the least cosine to those in the table, and how many are below the bound."""
+        """Encode a sample again. Returns its size, the lowest cosine to stored vectors, and how many are too low."""
         chance, size = np.random.default_rng(0), self.config.embedding.verify_sample
         drawn, tables = chance.permutation(len(self.documents))[: SAMPLED_RANGES if size else 0], []
         for index in drawn.tolist():

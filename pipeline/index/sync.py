@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from pipeline.index.encoder import TextEncoder  # torch, which what only reads can do without
 
 COUNTS = ("new", "changed", "metadata", "untouched", "deleted")
-"""Documents by what became of them: `changed` have another text than before under the same source_id, `metadata` other
-places or metadata."""
+"""Documents by what has to be done: `changed` have another text under the same source_id, `metadata` other places or
+metadata with the same text."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Sync:
         rows = self.documents.rows[index]
         if self.is_new:
             return Difference(Counter(new=rows))
-        there, obsolete, wrong = self._there(index)
+        there, wrong = self._there(index)
         documents = self.documents.table(index, ["id", "source", "source_id", "digest"])
         known, changed = _compare(documents, there)
         vanished = there.filter(pc.invert(pc.is_in(there["key"], one_array(documents["id"]))))
@@ -96,11 +96,11 @@ class Sync:
             new=int((~known).sum()),
             metadata=int(changed.sum()),
             untouched=int((known & ~changed).sum()),
-            wrong=wrong,
+            wrong=len(wrong),
         )
         return Difference(
             counts,
-            np.concatenate([obsolete, vanished["_rowid"].to_numpy(), rewritten["_rowid"].to_numpy()]),
+            np.concatenate([wrong, vanished["_rowid"].to_numpy(), rewritten["_rowid"].to_numpy()]),
             _source_hashes(documents.filter(pa.array(~known))),
             _source_hashes(self.table.take(once, ["source", "source_id"], self.version)),
         )
@@ -127,7 +127,7 @@ class Sync:
 
     def rewritten(self, index: int) -> pa.Table:
         """Whole rows in place of those whose document has other places; the vectors are theirs."""
-        there, _, _ = self._there(index)
+        there, _ = self._there(index)
         documents = self.documents.table(index, ["id", *PLACE_COLUMNS, "places", "digest"])
         documents = documents.filter(pa.array(_compare(documents, there)[1]))
         old = there["_rowid"].filter(pc.is_in(there["key"], one_array(documents["id"]))).to_numpy()
@@ -140,11 +140,8 @@ class Sync:
         new["digest"] = pc.binary_join_element_wise(of["digest"], contents, "")
         return self.table.typed(pa.table({name: new.get(name, rows[name]) for name in rows.column_names}))
 
-    def _there(self, index: int) -> tuple[pa.Table, np.ndarray, int]:
-        """Rows of a range that are right as far as is known, with `key`, the id of their document.
-
-        Also `_rowid` of the others, and their number.
-        """
+    def _there(self, index: int) -> tuple[pa.Table, np.ndarray]:
+        """Rows of a range that pass all checks, with `key`, the id of their document; and `_rowid` of the others."""
         columns = ["id", "digest", "_rowid"]
         columns += ["parent_id"] if self.table.chunks else []
         columns += [*PLACE_COLUMNS, "text", "places", "vector"] if self.check else []
@@ -159,7 +156,7 @@ class Sync:
                 found = Counter(one for one, is_right in zip(keys, right.tolist(), strict=True) if is_right)
                 parts = map(parts_of, rows["id"].to_pylist(), rows["metadata"].to_pylist())
                 right &= np.array([found[one] == count for one, count in zip(keys, parts, strict=True)], bool)
-        return rows.filter(pa.array(right)), rows["_rowid"].to_numpy()[~right], int((~right).sum())
+        return rows.filter(pa.array(right)), rows["_rowid"].to_numpy()[~right]
 
     def _is_right(self, rows: pa.Table) -> np.ndarray:
         """Whether each row is what its digest was made of."""

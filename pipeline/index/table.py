@@ -149,7 +149,7 @@ class VectorTable:
             raise StoreError(f"found no table {self.path}; python jobs/embed.py makes it") from error
 
     def is_verified(self, dataset: Any, documents: str = "") -> bool:
-        """Whether a job has verified just this version, and, where they are given, for these documents."""
+        """Whether a job has verified exactly this version; with the key of `documents`, for these documents."""
         return dataset.version in tags_of(dataset, VERIFIED + documents).values()
 
     def open_verified(self) -> Any:
@@ -294,6 +294,6 @@ def tags_of(dataset: Any, prefix: str) -> dict[str, int]:
 
 
 def id_range(index: int, count: int) -> IdRange:
-    """One of `count` ranges that together hold all ids, foreign ones too, and about as many of each other's."""
+    """One of `count` ranges of about equal size that together hold all ids, foreign ones too."""
     first, last = id_bounds(index, count)
     return first if index else "", last if index + 1 < count else None
