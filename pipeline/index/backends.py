@@ -137,21 +137,19 @@ def model_backend(
     return TorchBackend(load_model(folder)[0], device, bf16=bf16, compiled=compiled)
 
 
-def check_backend(settings: Embedding) -> None:
-    """Raise ConfigError where a package is missing."""
-    if settings.backend == "onnxruntime":
-        from pipeline.export.onnx import check_packages
-
-        check_packages("embedding.backend=onnxruntime")
-
-
 def graph_of(folder: Path, settings: Embedding, graphs: StoragePath) -> Artifact:
     """A model's graph, once `make_graph` has made it."""
     return Artifact(graphs, "", {"model": model_fingerprint(folder), "precision": settings.precision})
 
 
 def make_graph(folder: Path, settings: Embedding, graphs: StoragePath) -> None:
-    """Export a model for onnxruntime where that has not been done, quantised where the config says so."""
+    """Export a model for onnxruntime where that has not been done, quantised where the config says so.
+
+    Raises ConfigError where a package is missing.
+    """
+    from pipeline.export.onnx import check_packages
+
+    check_packages("embedding.backend=onnxruntime")
     graph = graph_of(folder, settings, graphs)
 
     def fill() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import Config, ConfigError, Embedding
 from pipeline.data.manifest import Manifest
-from pipeline.index.backends import check_backend, make_graph
+from pipeline.index.backends import make_graph
 from pipeline.index.encoder import EncoderRecipe
 from pipeline.index.pinecone_client import Budget
 from pipeline.index.table import VectorTable
@@ -35,7 +35,6 @@ def encoder_recipe(config: Config, model: StoragePath) -> EncoderRecipe:
 
     Raises ConfigError for a size that the model was not trained for, and where a package is missing.
     """
-    check_backend(config.embedding)
     wanted, card = config.embedding.dimensions, read_card(fetched(model))
     if wanted and wanted not in (card.width, *card.head.dimensions):
         allowed = ", ".join(map(str, (card.width, *card.head.dimensions)))
