@@ -37,11 +37,11 @@ from pipeline.data.manifest import SPLITS, Manifest, Shard, SourceCount
 from pipeline.data.plan import Plan
 from pipeline.data.prepare import Inputs
 from pipeline.data.records import parts_at_most
+from pipeline.data.sources import CHECKED_ROWS
 from pipeline.data.tokenizing import ROW_GROUP_ROWS
 from pipeline.embedding.documents import Documents
 from pipeline.embedding.embed import _a_task_each
 from pipeline.runtime.console import table
-from pipeline.sources.source import CHECKED_ROWS
 
 RECORD_BYTES = 500  # of text: the mean of Debian's descriptions and of paragraphs of kernel documentation
 FILE_BYTES = 1 << 30

@@ -50,6 +50,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.corpora import machine, records, write_records
 from pipeline.config import Embedding
+from pipeline.data.identity import content_id
 from pipeline.data.tokenizing import Recipe, tokenize_file
 from pipeline.embedding.backends import TableBackend
 from pipeline.embedding.columns import as_column, as_matrix
@@ -65,7 +66,6 @@ from pipeline.model.reading import is_table, load_tokenizer, read_card
 from pipeline.runtime.artifact import Artifact, Output
 from pipeline.runtime.console import table as lines_of
 from pipeline.runtime.memory import large_buffers_given_back
-from pipeline.text.identity import content_id
 
 VOCABULARY, WIDTH, MAX_LENGTH = 16_000, 256, 128  # of the model that is made where none is given
 WARM_DOCUMENTS, SAMPLE, LEAST_COSINE = 2_000, 500, 0.999
@@ -218,7 +218,7 @@ def distinct(data: Path, count: int) -> list[dict[str, str]]:
 
 
 def write_model(folder: Path, texts: list[str]) -> None:
-    from pipeline.data.vocabulary import train_tokenizer
+    from pipeline.data.tokenizer import train_tokenizer
     from pipeline.model.embedding_model import EmbeddingModel
     from pipeline.model.folder import save_model
     from pipeline.model.transformer import Encoder, EncoderShape

@@ -32,7 +32,7 @@ from pipeline.config.data import Tokenizer as TokenizerSection
 from pipeline.config.tree import Storage
 from pipeline.data.prepare import Inputs, prepare
 from pipeline.data.records import record_texts
-from pipeline.data.vocabulary import load_tokenizer
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.runtime.console import table
 
 BATCH = 1000  # texts at a time: larger ones are no faster

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.config import Config, load
+from pipeline.data.identity import content_id, shard_of
 from pipeline.data.manifest import RECORD_SCHEMA, Manifest, SourceCount
-from pipeline.data.vocabulary import train_tokenizer
+from pipeline.data.tokenizer import train_tokenizer
 from pipeline.embedding.embed import Spent, write_fragments
 from pipeline.embedding.encode import TextEncoder, open_encoder
 from pipeline.embedding.indexing import finish
@@ -29,7 +30,6 @@ from pipeline.model.card import Head
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import save_model
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.text.identity import content_id, shard_of
 from tests.conftest import make_pairs
 
 FILES, MAX_LENGTH = 3, 24

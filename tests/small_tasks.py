@@ -8,10 +8,9 @@ from pipeline.runtime.session import set_environment
 if __name__ == "__main__":
     set_environment()
 
-    from pipeline.data import prepare
+    from pipeline.data import prepare, sources
     from pipeline.embedding import embed
-    from pipeline.sources import source
 
-    prepare.SHARD_BYTES, source.TASK_BYTES, embed.WRITE_ROWS = 1 << 17, 1 << 16, 512
+    prepare.SHARD_BYTES, sources.TASK_BYTES, embed.WRITE_ROWS = 1 << 17, 1 << 16, 512
     del sys.argv[0]
     runpy.run_path(f"jobs/{sys.argv[0]}.py", run_name="__main__")

@@ -14,25 +14,22 @@ MAY_IMPORT = {
     for folder, names in {
         "storage": "",
         "config": "storage",
-        "text": "",
         "runtime": "config storage",
         "model": "",
         "objectives": "config model",
-        "sources": "config runtime text storage",
-        "data": "config runtime text sources storage",
-        "embedding": "config runtime data model text export storage",
-        "evaluation": "config runtime data model text embedding storage",
-        "mining": "config runtime data model text embedding storage",
+        "data": "config runtime storage",
+        "embedding": "config runtime data model export storage",
+        "evaluation": "config runtime data model embedding storage",
+        "mining": "config runtime data model embedding storage",
         "training": "config runtime data model objectives evaluation storage",
         "export": "config runtime data model storage",
         "preflight": "config runtime data embedding training tuning storage",
         "tuning": "config runtime data training storage",
-        "cleaning": "config runtime data model embedding storage",
         "stages": "config runtime data model embedding evaluation mining training storage preflight tuning",
     }.items()
 }
-WITHOUT_RAY = {"config", "storage", "text", "sources", "model", "objectives", "export", "cleaning"}
-WITHOUT_TORCH = {"config", "storage", "text", "runtime", "sources", "data", "cleaning"}
+WITHOUT_RAY = {"config", "storage", "model", "objectives", "export"}
+WITHOUT_TORCH = {"config", "storage", "runtime", "data"}
 RAYLESS_MODULES = {
     f"{folder}/{name}.py"
     for folder, names in {

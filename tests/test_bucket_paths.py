@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pyarrow import fs
 
 from pipeline.config import ConfigError, load
-from pipeline.data.vocabulary import load_tokenizer, train_tokenizer
+from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from pipeline.evaluation.beir import check_beir, open_beir
 from pipeline.evaluation.sts import read_sts
 from pipeline.export.destination import exporting

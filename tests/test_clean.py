@@ -14,11 +14,11 @@ import lance
 import pyarrow as pa
 import pytest
 
-from pipeline import cleaning
-from pipeline.cleaning import find_unused, forget_versions, remove
 from pipeline.config import Config, load
 from pipeline.data.prepare import prepare
-from pipeline.embedding.table import open_dataset
+from pipeline.data.unused import find_unused, remove, tables
+from pipeline.embedding import table
+from pipeline.embedding.table import forget_versions, open_dataset
 from pipeline.runtime.job import DEFAULT_CONFIG
 from pipeline.storage import lock
 from pipeline.storage.files import files_below, lance_location, write_atomically
@@ -190,12 +190,14 @@ def test_tables_forget_their_old_versions(root: StoragePath, monkeypatch: pytest
     uri, options = lance_location(path)
     for i in range(3):
         lance.write_dataset(pa.table({"id": [str(i)]}), uri, mode="append", storage_options=options)
-    forget_versions(config_of(root), [], timedelta(0))
+    assert tables(root) == [path]
+    forget_versions(path, timedelta(0))
     assert len(open_dataset(path).versions()) == 4  # a search may read them for an hour
-    monkeypatch.setattr(cleaning, "READ_FOR", timedelta(milliseconds=1))
-    forget_versions(config_of(root), [path], timedelta(0))
+    monkeypatch.setattr(table, "READ_FOR", timedelta(milliseconds=1))
+    with locked(path):
+        forget_versions(path, timedelta(0))
     assert len(open_dataset(path).versions()) == 4
-    assert forget_versions(config_of(root), [], timedelta(0)) > 0
+    assert forget_versions(path, timedelta(0)) > 0
     assert len(open_dataset(path).versions()) == 1
     assert open_dataset(path).count_rows() == 12
 

@@ -18,7 +18,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from tokenizers import Tokenizer, processors
 from transformers import BertConfig, BertModel
 
-from pipeline.data.vocabulary import train_tokenizer
+from pipeline.data.tokenizer import train_tokenizer
 from pipeline.embedding.encode import TextEncoder
 from pipeline.export.folder import export_model
 from pipeline.model.card import Head

@@ -16,7 +16,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from pipeline.config import Embedding
-from pipeline.data.vocabulary import train_tokenizer
+from pipeline.data.tokenizer import train_tokenizer
 from pipeline.embedding.backends import TableBackend
 from pipeline.embedding.columns import TOKENS, as_ragged
 from pipeline.embedding.encode import TextEncoder, open_encoder

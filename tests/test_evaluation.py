@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import Config, ConfigError, Data, Embedding, Sanitize, Source
+from pipeline.data.fields import RawRecord
+from pipeline.data.identity import content_id, is_validation
 from pipeline.data.judging import Judge, normaliser
 from pipeline.data.manifest import Manifest
 from pipeline.embedding.columns import as_column
@@ -28,8 +30,6 @@ from pipeline.evaluation.metrics import bm25_ranking, fused, nearest, retrieval_
 from pipeline.evaluation.retrieval import FEW_TEXTS, TextVectors, best_of_block, merge_levels, merged_rows, to_table
 from pipeline.evaluation.sts import StsTask, pearson, read_sts, spearman
 from pipeline.evaluation.table import hybrid_verdict, score_table
-from pipeline.sources.fields import RawRecord
-from pipeline.text.identity import content_id, is_validation
 from tests.conftest import board, make_pairs, no_board
 
 
@@ -345,7 +345,7 @@ def small_model(folder: Path, prompts: tuple[tuple[str, str], ...] = ()) -> Path
     """A random table of tokens, trained for 4 of its 16 numbers too."""
     import torch
 
-    from pipeline.data.vocabulary import train_tokenizer
+    from pipeline.data.tokenizer import train_tokenizer
     from pipeline.model.card import Head
     from pipeline.model.embedding_model import EmbeddingModel
     from pipeline.model.folder import save_model

@@ -20,8 +20,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from pipeline.config import ConfigError, load
+from pipeline.data.docstrings import pairs
 from pipeline.data.manifest import Manifest, SourceCount
-from pipeline.data.vocabulary import train_tokenizer
+from pipeline.data.tokenizer import train_tokenizer
 from pipeline.embedding.store import recipe_of, table_of
 from pipeline.embedding.table import VectorTable
 from pipeline.export.card import Extras, model_card, read_origin
@@ -36,7 +37,6 @@ from pipeline.model.packing import pack
 from pipeline.model.reading import model_fingerprint, read_card
 from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.runtime.job import JobError
-from pipeline.text.docstrings import pairs
 from tests.conftest import run_here
 
 WIDTH, VOCABULARY, MAX_LENGTH = 64, 1200, 48

@@ -56,8 +56,8 @@ set_environment()
 import ray
 from pipeline.config import load
 from pipeline.data import prepare
-from pipeline.sources import source
-prepare.SHARD_BYTES, source.TASK_BYTES = 1 << 17, 1 << 16
+from pipeline.data import sources
+prepare.SHARD_BYTES, sources.TASK_BYTES = 1 << 17, 1 << 16
 ray.init(address="local", num_cpus=int(sys.argv[1]), include_dashboard=False, log_to_driver=False)
 prepare.prepare(load(sys.argv[2], sys.argv[3:]), Board)
 """

@@ -15,12 +15,12 @@ import pytest
 from tokenizers import Tokenizer
 
 from pipeline.config import Config, ConfigError, Mining, load
+from pipeline.data.identity import is_validation
 from pipeline.data.manifest import Manifest, read_prepared
 from pipeline.mining.blocks import negatives_of, open_block, write_block
 from pipeline.mining.choosing import Answers, Block, choose
 from pipeline.mining.mine import with_negatives
 from pipeline.runtime.job import run_job
-from pipeline.text.identity import is_validation
 from tests.conftest import make_pairs, write_jsonl
 from tests.test_evaluation import small_model
 

@@ -178,7 +178,7 @@ def test_packing() -> None:
 
 
 def test_folder_round_trip(tmp_path: Path) -> None:
-    from pipeline.data.vocabulary import train_tokenizer
+    from pipeline.data.tokenizer import train_tokenizer
 
     model = EmbeddingModel(random_encoder(replace(SHAPE, vocab_size=600, num_kv_heads=2)))
     tokenizer = train_tokenizer(["some words to train on"] * 10, kind="bpe", vocab_size=600, lowercase=True)

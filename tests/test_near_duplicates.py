@@ -18,10 +18,10 @@ import pytest
 from pipeline.config import ConfigError, Data, NearDuplicates
 from pipeline.data import near_duplicates
 from pipeline.data.contamination import Contamination, check_folders
+from pipeline.data.identity import content_id, shard_of
 from pipeline.data.manifest import RECORD_SCHEMA, REJECTED_SCHEMA
+from pipeline.data.shingles import Shingles, jaccard, shingles
 from pipeline.runtime.artifact import Artifact, Output
-from pipeline.text.identity import content_id, shard_of
-from pipeline.text.shingles import Shingles, jaccard, shingles
 from tests.conftest import board
 from tests.test_shingles import likeness, variants, word_tuples
 
@@ -157,7 +157,7 @@ def test_text_that_all_share_does_not_make_them_all_candidates(tmp_path: Path, m
         compared["pairs"] += 1
         return jaccard(a, b)
 
-    monkeypatch.setattr("pipeline.text.shingles.jaccard", counted)
+    monkeypatch.setattr("pipeline.data.shingles.jaccard", counted)
     assert len(near_duplicates._thin_out(candidates, 0.8)) == 0
     assert compared["pairs"] < len(sets)  # of 79,800
 

@@ -17,12 +17,12 @@ from tokenizers import Tokenizer
 
 from pipeline.config import Config, ConfigError, load
 from pipeline.data import prepare as prepare_module
+from pipeline.data import sources
+from pipeline.data.identity import content_id, is_validation
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import prepare
 from pipeline.runtime.artifact import Artifact, Output
 from pipeline.runtime.job import JobError
-from pipeline.sources import source as sources
-from pipeline.text.identity import content_id, is_validation
 from tests.conftest import board, make_pairs, no_board, write_jsonl
 from tests.test_shingles import likeness, variants, word_tuples
 

@@ -97,7 +97,7 @@ def test_states_and_gradients_equal_padded_ones(family: str, implementation: str
 @pytest.mark.parametrize("family", FAMILIES)
 def test_folder_round_trip(family: str, tmp_path: Path) -> None:
     """Buffers that no file holds, such as rotary frequencies, are there too."""
-    from pipeline.data.vocabulary import train_tokenizer
+    from pipeline.data.tokenizer import train_tokenizer
 
     tokenizer_json = train_tokenizer(["some words"] * 10, kind="bpe", vocab_size=300, lowercase=True).to_str()
     first, second = tmp_path / "first", tmp_path / "second"

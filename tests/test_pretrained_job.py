@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import processors
 
-from pipeline.data.vocabulary import train_tokenizer
+from pipeline.data.tokenizer import train_tokenizer
 from tests.conftest import make_pairs, run_here
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from pipeline.config import ConfigError, load
 from pipeline.config.pinecone import Pinecone
+from pipeline.data.identity import content_id
 from pipeline.embedding.pushing import over_cluster, push_over_cluster
 from pipeline.embedding.stores import pinecone_records, push
 from pipeline.embedding.stores.dead_letters import DeadLetters
@@ -27,7 +28,6 @@ from pipeline.embedding.stores.store import Refused, StoreError
 from pipeline.embedding.table import Writer
 from pipeline.storage.files import files_below
 from pipeline.storage.path import StoragePath, as_path, public_uri
-from pipeline.text.identity import content_id
 from tests.bucket_servers import serving
 from tests.conftest import board
 from tests.pinecone_server import Service, pinecone_server

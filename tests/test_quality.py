@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.text.language import identify
-from pipeline.text.measures import MEASURES
-from pipeline.text.quality import PRESETS, QualityRules, quality_verdict, with_thresholds
-from pipeline.text.repetition import duplicate_shares, ngram_shares
+from pipeline.data.language import identify
+from pipeline.data.measures import MEASURES
+from pipeline.data.quality import PRESETS, QualityRules, quality_verdict, with_thresholds
+from pipeline.data.repetition import duplicate_shares, ngram_shares
 
 NEVER = QualityRules(**{name: 0.0 if name.startswith("min_") else float("inf") for name in MEASURES})
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import Data, Source
+from pipeline.data.fields import RawRecord
 from pipeline.data.judging import Judge
-from pipeline.sources.fields import RawRecord
-from pipeline.text.safety import SHIPPED, Rules, load_rules
+from pipeline.data.safety import SHIPPED, Rules, load_rules
 
 LINES = (Path(__file__).parent / "data" / "safety_lines.tsv").read_text().splitlines()[1:]
 TEXTS = [(label, split, json.loads(text)) for label, split, text in (line.split("\t") for line in LINES)]

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from benchmarks import scaling, scaling_plan
+from pipeline.data.identity import shard_of
 from pipeline.data.manifest import read_prepared
 from pipeline.data.prepare import MAX_SHARDS
+from pipeline.data.sources import MAX_TASKS
 from pipeline.embedding import embed
 from pipeline.embedding.embed import MOST_WRITE_ROWS, WRITE_ROWS, Waves, write_rows
-from pipeline.sources.source import MAX_TASKS
-from pipeline.text.identity import shard_of
 from tests.conftest import board
 
 ROOT = Path(__file__).parents[1]

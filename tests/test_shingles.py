@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.text.docstrings import pairs
-from pipeline.text.shingles import Survivors, band_keys, bands_of, jaccard, shingles, thin_out
+from pipeline.data.docstrings import pairs
+from pipeline.data.shingles import Survivors, band_keys, bands_of, jaccard, shingles, thin_out
 
 
 def word_tuples(text: str) -> set[tuple[str, ...]]:

@@ -14,6 +14,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.data.identity import content_id
 from pipeline.embedding.stores import push
 from pipeline.embedding.stores.snapshot import write_snapshot
 from pipeline.embedding.table import VectorTable
@@ -21,7 +22,6 @@ from pipeline.runtime.artifact import MANIFEST, read_manifest
 from pipeline.runtime.job import JobError
 from pipeline.storage.files import files_below
 from pipeline.storage.path import StoragePath, as_path
-from pipeline.text.identity import content_id
 from tests.bucket_servers import serving
 from tests.conftest import board, no_board
 from tests.vector_table import WIDTH, World, vector_of

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import ConfigError, Source
+from pipeline.data import sources
+from pipeline.data.sources import RawRecord, check_fields, plan_source, read
 from pipeline.runtime.job import JobError
-from pipeline.sources import source as sources
-from pipeline.sources.source import RawRecord, check_fields, plan_source, read
 
 
 def all_records(source: Source) -> list[RawRecord]:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 import xxhash
 
+from pipeline.data.identity import content_id
 from pipeline.embedding import embed
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.documents import PLACE_COLUMNS, first_places, place_digests
@@ -26,7 +27,6 @@ from pipeline.embedding.search import TableSearch
 from pipeline.embedding.store import publish, published
 from pipeline.embedding.table import DIGEST_CHARS, PLACE, VectorTable, Writer
 from pipeline.runtime.job import JobError
-from pipeline.text.identity import content_id
 from tests.embedding_world import Corpus, World, corpus_of, save_random_model
 
 TEXTS = 200

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import ConfigError
+from pipeline.data.identity import content_id
 from pipeline.embedding import indexing, search
 from pipeline.embedding.columns import as_column, as_matrix
 from pipeline.embedding.indexing import describe, finish, recall, unreadable
@@ -31,7 +32,6 @@ from pipeline.embedding.stores.where import parse
 from pipeline.embedding.table import PLACE, ZONE_ROWS, VectorTable
 from pipeline.runtime.job import JobError
 from pipeline.storage.path import as_path
-from pipeline.text.identity import content_id
 from tests.bucket_servers import serving
 
 WIDTH = 16

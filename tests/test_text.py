@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.text.docstrings import pairs
-from pipeline.text.identity import content_id, is_validation, shard_of
-from pipeline.text.sanitize import Sanitizer, nonprintable_share, unreadable
+from pipeline.data.docstrings import pairs
+from pipeline.data.identity import content_id, is_validation, shard_of
+from pipeline.data.sanitize import Sanitizer, nonprintable_share, unreadable
 
 CODE = Sanitizer(collapse=False)
 PROSE = Sanitizer()

@@ -17,15 +17,15 @@ import xxhash
 from tokenizers import Tokenizer, processors
 
 from pipeline.config import ConfigError
+from pipeline.data.augment import MASK, Augmentation
 from pipeline.data.exchange import read_part, write_parts
+from pipeline.data.identity import content_id, id_bounds, is_validation, overlapping, shard_of
 from pipeline.data.lengths import LengthCounts, draw
 from pipeline.data.manifest import RECORD_SCHEMA
 from pipeline.data.shards import EarlierTokens
+from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from pipeline.data.tokenizing import Cutter, Recipe, tokenize_file
-from pipeline.data.vocabulary import load_tokenizer, train_tokenizer
 from pipeline.runtime.artifact import Output
-from pipeline.text.augment import MASK, Augmentation
-from pipeline.text.identity import content_id, id_bounds, is_validation, overlapping, shard_of
 
 WORDS = [f"word{i}" for i in range(50)]
 PAIRS = ["anchor", "positive"]

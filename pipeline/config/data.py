@@ -100,7 +100,7 @@ class Sanitize(Section):
 
 class Safety(Section):
     rules: PathStr | None = None
-    """A YAML file of rules of your own; by default those of pipeline/text/safety_rules.yaml."""
+    """A YAML file of rules of your own; by default those of pipeline/data/safety_rules.yaml."""
     actions: dict[str, Literal["keep", "redact", "reject"]] = {}
     """Rule or category → what to do with what it finds, in place of the rule's own action: `{email: redact}`."""
 
@@ -110,7 +110,7 @@ class Quality(Section):
     """web: Gopher, C4 and FineWeb rules, for pages. short: for titles, descriptions and questions. code: for programs.
     Judged is the field that is searched (`positive`, else `text`)."""
     thresholds: dict[str, float] = {}
-    """Thresholds in place of the preset's; pipeline/text/quality.py lists them with their sources."""
+    """Thresholds in place of the preset's; pipeline/data/quality.py lists them with their sources."""
     languages: list[str] = []
     """Keep records in these languages alone (ISO 639-1 codes such as en); [] keeps all."""
     min_language_score: Share = 0.65

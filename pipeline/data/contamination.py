@@ -14,9 +14,9 @@ from functools import lru_cache
 
 from pipeline.config import ConfigError
 from pipeline.data.manifest import sha256
+from pipeline.data.shingles import Survivors, shingles
 from pipeline.storage.files import fetched
 from pipeline.storage.path import StoragePath, as_path
-from pipeline.text.shingles import Survivors, shingles
 
 FILES = {"corpus.jsonl": "document", "queries.jsonl": "query"}
 

@@ -22,12 +22,12 @@ import pyarrow.compute as pc
 import xxhash
 
 from pipeline.config import Config, ConfigError
+from pipeline.data.identity import id_bounds, overlapping
 from pipeline.data.manifest import Manifest, read_prepared
 from pipeline.runtime.artifact import Artifact
 from pipeline.runtime.console import log
 from pipeline.storage.files import for_each, matching, parquet_file
 from pipeline.storage.path import StoragePath
-from pipeline.text.identity import id_bounds, overlapping
 
 
 @dataclass(frozen=True)

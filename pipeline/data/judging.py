@@ -18,11 +18,11 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import ConfigError, Data, Source
+from pipeline.data import language, quality, safety
+from pipeline.data.fields import RawRecord
+from pipeline.data.identity import content_id
 from pipeline.data.manifest import EXCERPT_CHARS, RECORD_SCHEMA
-from pipeline.sources.fields import RawRecord
-from pipeline.text import language, quality, safety
-from pipeline.text.identity import content_id
-from pipeline.text.sanitize import Sanitizer, unreadable
+from pipeline.data.sanitize import Sanitizer, unreadable
 
 JUDGED_SCHEMA = pa.schema([*RECORD_SCHEMA, ("reason", pa.string()), ("excerpt", pa.string())])
 

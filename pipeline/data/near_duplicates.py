@@ -35,11 +35,11 @@ from pipeline.config import Data
 from pipeline.data.contamination import contamination
 from pipeline.data.exchange import read_part, write_parts
 from pipeline.data.manifest import rejections
+from pipeline.data.shingles import Shingles, band_keys, bands_of, shingle_sets, thin_out
 from pipeline.runtime.artifact import Artifact, Output, open_parquet
 from pipeline.runtime.session import Board
 from pipeline.storage.files import for_each, parquet_file, sizes
 from pipeline.storage.path import StoragePath
-from pipeline.text.shingles import Shingles, band_keys, bands_of, shingle_sets, thin_out
 
 Ints = npt.NDArray[np.int64]
 

@@ -24,20 +24,20 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError, Source
 from pipeline.data import contamination, near_duplicates
+from pipeline.data.content import inputs_by_content
 from pipeline.data.drift import TrainedOn, pinned_tokenizer
 from pipeline.data.judging import Judge
 from pipeline.data.manifest import Manifest, SourceCount, read_prepared, sha256
 from pipeline.data.records import make_records, record_texts
 from pipeline.data.report import check_duplicates, check_sources, log_clusters, summary_table, warn_of_bad_input
 from pipeline.data.shards import Parts, assemble, recipe_of, series_of, token_shards, tokens_of
+from pipeline.data.sources import Plan, check_fields, plan_source, text_fields
+from pipeline.data.tokenizer import load_tokenizer, tokenizer_file, train_tokenizer
 from pipeline.data.tokenizing import ROW_GROUP_ROWS, Cutter
-from pipeline.data.vocabulary import load_tokenizer, tokenizer_file, train_tokenizer
 from pipeline.runtime.artifact import Artifact, Output
 from pipeline.runtime.console import log
 from pipeline.runtime.findings import Finding, refuse, room
 from pipeline.runtime.session import Board
-from pipeline.sources.content import inputs_by_content
-from pipeline.sources.source import Plan, check_fields, plan_source, text_fields
 from pipeline.storage.files import matching, sizes
 from pipeline.storage.path import StoragePath, as_path
 

@@ -21,16 +21,16 @@ import pyarrow.compute as pc
 
 from pipeline.config import Data, Source
 from pipeline.data.exchange import read_part, write_parts
+from pipeline.data.identity import shard_of
 from pipeline.data.judging import JUDGED_SCHEMA, Judge
 from pipeline.data.manifest import RECORD_SCHEMA, SourceCount, rejections
+from pipeline.data.sources import ReadTask, read
 from pipeline.runtime.artifact import Artifact, Output, open_parquet
 from pipeline.runtime.cluster import connected_cluster
 from pipeline.runtime.console import log
 from pipeline.runtime.session import Board
-from pipeline.sources.source import ReadTask, read
 from pipeline.storage.files import sizes
 from pipeline.storage.path import StoragePath
-from pipeline.text.identity import shard_of
 
 PART_CHARS = 8 << 20  # of text that a read task holds before it writes it out
 MAX_PARTS = 5_000  # beyond that, parts are larger: each is opened by every task on the other side

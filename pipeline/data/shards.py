@@ -21,18 +21,18 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import Config
+from pipeline.data.augment import Augmentation
+from pipeline.data.identity import overlapping
 from pipeline.data.lengths import LengthCounts, draw
 from pipeline.data.manifest import SPLITS, Manifest, Shard, SourceCount, sha256
+from pipeline.data.tokenizer import loaded_tokenizer
 from pipeline.data.tokenizing import Recipe, Tokenized, tokenize_file
-from pipeline.data.vocabulary import loaded_tokenizer
 from pipeline.runtime.artifact import Artifact, Output, checked, open_parquet, read_manifest
 from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError
 from pipeline.runtime.session import Board
 from pipeline.storage.files import for_each, matching, sizes
 from pipeline.storage.path import StoragePath
-from pipeline.text.augment import Augmentation
-from pipeline.text.identity import overlapping
 
 
 def recipe_of(config: Config, fields: list[str]) -> Recipe:

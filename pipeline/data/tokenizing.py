@@ -27,13 +27,13 @@ import xxhash
 from tokenizers import Tokenizer
 
 from pipeline.config import ConfigError
+from pipeline.data.augment import Augmentation
+from pipeline.data.identity import is_validation
 from pipeline.data.lengths import LengthCounts
 from pipeline.data.manifest import SPLITS, sha256
-from pipeline.data.vocabulary import unknown_token_id
+from pipeline.data.tokenizer import unknown_token_id
 from pipeline.runtime.artifact import Output, open_parquet
 from pipeline.storage.path import StoragePath
-from pipeline.text.augment import Augmentation
-from pipeline.text.identity import is_validation
 
 ROW_GROUP_ROWS = 1024  # of token ids, about half a megabyte: small enough to shuffle by, large enough to read fast
 ENCODE_ROWS = 1024

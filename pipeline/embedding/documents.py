@@ -28,6 +28,7 @@ import xxhash
 
 from pipeline.config import Config
 from pipeline.data.exchange import read_part, write_parts
+from pipeline.data.identity import content_id, id_bounds, shard_of
 from pipeline.data.manifest import SPLITS, Manifest
 from pipeline.embedding.columns import TOKENS, one_array
 from pipeline.embedding.recipe import EncoderRecipe
@@ -37,7 +38,6 @@ from pipeline.runtime.artifact import Artifact, Output, open_parquet
 from pipeline.runtime.session import Board
 from pipeline.storage.files import for_each, matching, sizes
 from pipeline.storage.path import StoragePath
-from pipeline.text.identity import content_id, id_bounds, shard_of
 
 FORMAT = 1
 READ_ROWS = 8_192

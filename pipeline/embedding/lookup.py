@@ -13,13 +13,13 @@ from functools import cached_property
 import numpy as np
 
 from pipeline.config import Config
+from pipeline.data.identity import content_id
 from pipeline.data.judging import normaliser
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.encode import TextEncoder, open_encoder
 from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.store import prompt_name, published
 from pipeline.embedding.table import VectorTable
-from pipeline.text.identity import content_id
 
 
 class Embedder:

@@ -30,7 +30,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -45,7 +45,8 @@ from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.stores.store import StoreError
 from pipeline.runtime.console import log
 from pipeline.runtime.job import alone_in
-from pipeline.storage.files import lance_location, remove_folder
+from pipeline.storage.files import disk_bytes, lance_location, remove_folder
+from pipeline.storage.lock import LockLost, Occupied, locked
 from pipeline.storage.path import StoragePath, check_guards
 
 # NOTE: Ray starts its processes by fork and exec, which Lance's threads outlive; it warns of forks that go on.
@@ -242,6 +243,15 @@ def open_dataset(path: StoragePath, version: int | None = None) -> Any:
 
     uri, options = lance_location(path)
     return lance.dataset(uri, version=version, storage_options=options, session=_session())
+
+
+def forget_versions(folder: StoragePath, age: timedelta) -> float:
+    """Remove a table's versions that are older than that, an hour at least. Returns the bytes that it freed."""
+    before = disk_bytes(folder)
+    # Lance's own errors are of a table that is broken; a table that a job holds is left alone
+    with suppress(OSError, RuntimeError, ValueError, Occupied, LockLost), locked(folder):
+        open_dataset(folder).cleanup_old_versions(max(age, READ_FOR), error_if_tagged_old_versions=False)
+    return max(0.0, before - disk_bytes(folder))
 
 
 class Writer:

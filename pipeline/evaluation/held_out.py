@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from pipeline.config import Config
+from pipeline.data.identity import content_id, is_validation
 from pipeline.embedding.documents import shard_tokens, tokens_of
 from pipeline.evaluation.beir import RetrievalTask
 from pipeline.runtime.artifact import open_parquet
 from pipeline.storage.files import matching
 from pipeline.storage.path import StoragePath
-from pipeline.text.identity import content_id, is_validation
 
 
 def held_out_task(config: Config, folder: StoragePath, *, use_tokens: bool = False) -> RetrievalTask:

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from pipeline.config import ConfigError
-from pipeline.data.vocabulary import SPECIAL_TOKENS
+from pipeline.data.tokenizer import SPECIAL_TOKENS
 from pipeline.model.card import Card
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import load_model

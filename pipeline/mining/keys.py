@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.data.identity import content_id, is_validation
 from pipeline.mining.choosing import Keys
 from pipeline.runtime.artifact import Artifact, Output, open_parquet
 from pipeline.runtime.session import Board
 from pipeline.storage.files import sizes
 from pipeline.storage.path import StoragePath
-from pipeline.text.identity import content_id, is_validation
 
 
 @dataclass(frozen=True)

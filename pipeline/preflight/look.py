@@ -95,7 +95,7 @@ def _room_for_checkpoints(config: Config) -> list[Finding]:
         return []  # its size is known once it is here; the loop ends with one sentence where a disk is full
     vocab_size = config.tokenizer.vocab_size
     if config.tokenizer.load_path:
-        from pipeline.data.vocabulary import load_tokenizer
+        from pipeline.data.tokenizer import load_tokenizer
 
         vocab_size = load_tokenizer(as_path(config.tokenizer.load_path)).get_vocab_size()
     needed = checkpoint_bytes(config, vocab_size)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from pipeline.config import Config, ConfigError
-from pipeline.data.vocabulary import framing
+from pipeline.data.tokenizer import framing
 from pipeline.model.card import Head
 from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel

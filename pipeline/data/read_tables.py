@@ -13,8 +13,8 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.sources.fields import Row, broken
-from pipeline.sources.filesystem import BUFFER_BYTES, may_pass
+from pipeline.data.fields import Row, broken
+from pipeline.data.input_files import BUFFER_BYTES, may_pass
 from pipeline.storage.object_store import cause
 
 PARQUET_SUFFIXES = (".parquet", ".pq")

@@ -22,10 +22,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import ConfigError, Source
-from pipeline.runtime.job import JobError
-from pipeline.sources import hub
-from pipeline.sources.fields import FieldMap, RawRecord, Row, broken, has, own_fields, required_fields, text_fields
-from pipeline.sources.filesystem import (
+from pipeline.data import hub, read_csv, read_json, read_python, read_tables, read_text
+from pipeline.data.fields import FieldMap, RawRecord, Row, broken, has, own_fields, required_fields, text_fields
+from pipeline.data.input_files import (
     File,
     is_compressed,
     list_files,
@@ -34,7 +33,7 @@ from pipeline.sources.filesystem import (
     open_stream,
     refusal,
 )
-from pipeline.sources.readers import csv_rows, json_rows, package_rows, table_rows, text_rows
+from pipeline.runtime.job import JobError
 from pipeline.storage.object_store import BucketError, cause
 
 __all__ = ["Plan", "RawRecord", "ReadTask", "check_fields", "plan_source", "read", "text_fields"]
@@ -45,12 +44,12 @@ CHECKED_ROWS = 100
 PLANNING_THREADS = 16  # that wait for footers of files in a bucket
 
 SUFFIXES = {
-    "json": json_rows.SUFFIXES,
-    "csv": csv_rows.SUFFIXES,
-    "parquet": table_rows.PARQUET_SUFFIXES,
-    "arrow": table_rows.ARROW_SUFFIXES,
-    "text": text_rows.SUFFIXES,
-    "python_packages": package_rows.SUFFIXES,
+    "json": read_json.SUFFIXES,
+    "csv": read_csv.SUFFIXES,
+    "parquet": read_tables.PARQUET_SUFFIXES,
+    "arrow": read_tables.ARROW_SUFFIXES,
+    "text": read_text.SUFFIXES,
+    "python_packages": read_python.SUFFIXES,
 }
 _WITH_COLUMNS = ("csv", "parquet", "arrow", "huggingface")
 _DAMAGED = (pa.ArrowException, MemoryError, UnicodeDecodeError)  # the last two: lengths and names of damaged columns
@@ -119,9 +118,9 @@ def read(task: ReadTask, source: Source) -> Iterator[RawRecord]:
 def check_fields(source: Source) -> None:
     """Raise ConfigError where all of a source's first rows lack a mapped field, or its header is ambiguous."""
     required = required_fields(source) + (source.metadata if source.type in _WITH_COLUMNS else [])
-    fixed = {"text": text_rows.NAMES[source.record], "python_packages": package_rows.NAMES}.get(source.type)
+    fixed = {"text": read_text.NAMES[source.record], "python_packages": read_python.NAMES}.get(source.type)
     rows = [Row("", dict.fromkeys(fixed, ""))] if fixed else _first_rows(source)
-    if source.type == "csv" and rows and (problem := csv_rows.header_problem(rows[0].names)):
+    if source.type == "csv" and rows and (problem := read_csv.header_problem(rows[0].names)):
         raise ConfigError(f"data.sources {source.name}: found {problem}; allowed is a header of distinct names")
     lacking = [path for path in required if rows and not any(has(row.values, path) for row in rows)]
     if lacking:
@@ -134,7 +133,7 @@ def check_fields(source: Source) -> None:
 
 def text_bytes(name: str, size: int) -> int:
     """About how much text a file holds: gzip and zstd make a fourth of it, Parquet a third (ours)."""
-    return size * (4 if is_compressed(name) else 3 if name.lower().endswith(table_rows.PARQUET_SUFFIXES) else 1)
+    return size * (4 if is_compressed(name) else 3 if name.lower().endswith(read_tables.PARQUET_SUFFIXES) else 1)
 
 
 def _files(source: Source) -> tuple[str, list[File]]:
@@ -170,7 +169,7 @@ def _pieces(source: Source, base: str, file: File, task_bytes: int) -> list[Read
     try:
         if source.type == "parquet":
             with open_random(base, file.name) as opened:
-                return list(_runs(base, file.name, table_rows.row_group_bytes(opened), task_bytes))
+                return list(_runs(base, file.name, read_tables.row_group_bytes(opened), task_bytes))
         if not _is_lines(source, base, file.name):
             return []
     except _UNREADABLE as error:
@@ -185,9 +184,9 @@ def _pieces(source: Source, base: str, file: File, task_bytes: int) -> list[Read
 
 
 def _is_lines(source: Source, base: str, name: str) -> bool:
-    if source.type == "json" and not name.lower().endswith(json_rows.LINE_SUFFIXES):
+    if source.type == "json" and not name.lower().endswith(read_json.LINE_SUFFIXES):
         with open_stream(base, name) as opened:
-            return json_rows.shape(opened, name) == "lines"
+            return read_json.shape(opened, name) == "lines"
     return source.type == "json" or (source.type == "text" and source.record == "line")
 
 
@@ -221,17 +220,17 @@ def _rows(task: ReadTask, source: Source) -> Iterator[Row]:
 def _rows_of(file: Any, name: str, task: ReadTask, source: Source, columns: list[str]) -> Iterator[Row]:
     match source.type:
         case "json":
-            return json_rows.rows(file, name, task.start, task.stop)
+            return read_json.rows(file, name, task.start, task.stop)
         case "csv":
-            return csv_rows.rows(file, name, source.delimiter)
+            return read_csv.rows(file, name, source.delimiter)
         case "parquet":
-            return table_rows.parquet_rows(file, name, columns, task.start, task.stop)
+            return read_tables.parquet_rows(file, name, columns, task.start, task.stop)
         case "arrow":
-            return table_rows.arrow_rows(file, name, columns)
+            return read_tables.arrow_rows(file, name, columns)
         case "text":
-            return text_rows.rows(file, name, source.record, task.start, task.stop)
+            return read_text.rows(file, name, source.record, task.start, task.stop)
         case _:
-            return package_rows.rows(file, name)
+            return read_python.rows(file, name)
 
 
 def _first_rows(source: Source) -> list[Row]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 
-from pipeline.sources.fields import Row, broken
-from pipeline.sources.readers.text_rows import whole_text
-from pipeline.text import docstrings
+from pipeline.data import docstrings
+from pipeline.data.fields import Row, broken
+from pipeline.data.read_text import whole_text
 
 SUFFIXES = (".py",)
 NAMES = ("docstring", "code", "file", "line", "name")

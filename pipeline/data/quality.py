@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 
-from pipeline.text.measures import MEASURES, Counted, Measure
+from pipeline.data.measures import MEASURES, Counted, Measure
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import io
 import re
 from collections.abc import Iterator
 
-from pipeline.sources.fields import Row, broken
-from pipeline.sources.readers.lines import MAX_LINE_BYTES, is_too_long, lines
+from pipeline.data.fields import Row, broken
+from pipeline.data.lines import MAX_LINE_BYTES, is_too_long, lines
 
 SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org")
 NAMES = {

@@ -9,8 +9,8 @@ import pyarrow as pa
 import xxhash
 
 from pipeline.config import Source
-from pipeline.sources.filesystem import open_stream
-from pipeline.sources.source import Plan
+from pipeline.data.input_files import open_stream
+from pipeline.data.sources import Plan
 
 THREADS = 16  # hashing leaves the interpreter to others, and a bucket answers many at once
 READ_BYTES = 1 << 20

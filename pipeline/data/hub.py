@@ -18,10 +18,10 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import ConfigError, Source
+from pipeline.data.fields import Row, broken
+from pipeline.data.input_files import list_files
+from pipeline.data.read_tables import BATCH_ROWS, asked_for, batch_rows
 from pipeline.runtime.job import JobError
-from pipeline.sources.fields import Row, broken
-from pipeline.sources.filesystem import list_files
-from pipeline.sources.readers.table_rows import BATCH_ROWS, asked_for, batch_rows
 from pipeline.storage.object_store import cause
 
 LOOKUP_TIMEOUT_S = 30.0

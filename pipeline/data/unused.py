@@ -16,15 +16,13 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.prepare import Inputs
-from pipeline.embedding.table import READ_FOR, open_dataset
 from pipeline.runtime.artifact import read_manifest
 from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError
@@ -69,7 +67,7 @@ def find_unused(config: Config) -> Iterator[Unused]:
     for folder in _named(root / "onnx", _KEY):
         if root / "models" / _manifest(folder).get("model", "?")[:16] not in used:
             yield _unused("graph", folder, "no run's readers use its model")
-    for folder in _named(root / "lancedb", _TABLE):
+    for folder in tables(root):
         if folder.name not in named:
             yield _unused("table", folder, "no run's readers use it")
     try:
@@ -101,17 +99,9 @@ def remove(found: Unused) -> bool:
     return True
 
 
-def forget_versions(config: Config, apart_from: Collection[StoragePath], age: timedelta) -> float:
-    """Remove versions of tables that are older than that, an hour at least. Returns the bytes that it freed."""
-    freed = 0.0
-    for folder in _named(config.root / "lancedb", _TABLE):
-        if folder not in apart_from:
-            before = disk_bytes(folder)
-            # Lance's own errors are of a table that is broken; a table that a job holds is left alone
-            with suppress(OSError, RuntimeError, ValueError, Occupied, LockLost), locked(folder):
-                open_dataset(folder).cleanup_old_versions(max(age, READ_FOR), error_if_tagged_old_versions=False)
-            freed += max(0.0, before - disk_bytes(folder))
-    return freed
+def tables(root: StoragePath) -> list[StoragePath]:
+    """The folders of the vector tables."""
+    return _named(root / "lancedb", _TABLE)
 
 
 def _named(home: StoragePath, pattern: str) -> list[StoragePath]:

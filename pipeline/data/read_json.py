@@ -14,9 +14,9 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.sources.fields import EXCERPT_CHARS, Row, broken
-from pipeline.sources.filesystem import BUFFER_BYTES, without_compression
-from pipeline.sources.readers.lines import MAX_LINE_BYTES, is_too_long, lines
+from pipeline.data.fields import EXCERPT_CHARS, Row, broken
+from pipeline.data.input_files import BUFFER_BYTES, without_compression
+from pipeline.data.lines import MAX_LINE_BYTES, is_too_long, lines
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 SUFFIXES = (*LINE_SUFFIXES, ".json")

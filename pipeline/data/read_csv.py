@@ -10,9 +10,9 @@ import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from pipeline.sources.fields import EXCERPT_CHARS, Row, broken
-from pipeline.sources.filesystem import without_compression
-from pipeline.sources.readers.lines import is_too_long, lines
+from pipeline.data.fields import EXCERPT_CHARS, Row, broken
+from pipeline.data.input_files import without_compression
+from pipeline.data.lines import is_too_long, lines
 
 SUFFIXES = (".csv", ".tsv", ".tab")
 MAX_CELL_CHARS = 10_000_000  # ten times data.max_chars' default

@@ -16,7 +16,7 @@ from functools import cached_property
 
 import regex
 
-from pipeline.text.repetition import DUPLICATE_N, TOP_N, duplicate_shares, ngram_shares
+from pipeline.data.repetition import DUPLICATE_N, TOP_N, duplicate_shares, ngram_shares
 
 _ASCII_WORDS = "".join(chr(c) if chr(c).isalnum() else " " for c in range(128))
 _PAIRED = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff"  # kana, Chinese characters
