@@ -19,8 +19,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.data.identity import content_id, shard_of
 from pipeline.data.manifest import RECORD_SCHEMA
+from pipeline.data.partitions import content_id, shard_of
 from pipeline.data.prepare import SHARD_BYTES
 from pipeline.runtime.artifact import write_parquet
 

@@ -38,7 +38,7 @@ import pyarrow.parquet as pq
 from benchmarks.corpora import CORPORA, Record, machine, records, text_of, write_records
 from pipeline.config import Data, NearDuplicates
 from pipeline.data import near_duplicates
-from pipeline.data.shingles import band_keys, bands_of, jaccard, shingle_sets
+from pipeline.data.similarity import band_keys, bands_of, jaccard, shingle_sets
 from pipeline.runtime.console import table
 
 Pairs = dict[tuple[int, int], float]  # places in a list of records, the smaller first, and their similarity

@@ -110,7 +110,7 @@ def read_empty(inputs: Inputs, folder: Path, board: Board) -> int:
         return
 
     task_bytes = [task.bytes for _, task in inputs.work]
-    return len(Artifact(folder, "empty", []).tasks(board, "prepare: read and judge", task_bytes, nothing))
+    return len(Artifact(folder, "empty", []).tasks(board, "prepare: read and filter", task_bytes, nothing))
 
 
 def look_empty(inputs: Inputs, folder: Path) -> int:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from benchmarks.corpora import CORPORA, machine, records, text_bytes, text_of
 from benchmarks.near_duplicates_accuracy import NEAR, brute_force
 from pipeline.config import NearDuplicates
-from pipeline.data.shingles import Shingles, shingle_sets
+from pipeline.data.similarity import Shingles, shingle_sets
 from pipeline.runtime.console import table
 
 Signatures = npt.NDArray[np.unsignedinteger]  # (records, permutations)

@@ -50,8 +50,8 @@ import pyarrow.parquet as pq
 
 from benchmarks.corpora import machine, records, write_records
 from pipeline.config import Embedding
-from pipeline.data.identity import content_id
-from pipeline.data.tokenizing import Recipe, tokenize_file
+from pipeline.data.partitions import content_id
+from pipeline.data.tokenizing import TokenRecipe, tokenize_file
 from pipeline.embedding.backends import TableBackend
 from pipeline.embedding.columns import as_column, as_matrix
 from pipeline.embedding.documents import Documents
@@ -87,7 +87,7 @@ class World:
     def write(self, rows: list[dict[str, str]]) -> None:
         """What jobs/prepare.py leaves of these documents: records by rising id, and all of their tokens to train on."""
         (self.folder / "records").mkdir(parents=True)
-        tokenizer, recipe = load_tokenizer(self.model), Recipe(["text"], read_card(self.model).max_length, 0.0)
+        tokenizer, recipe = load_tokenizer(self.model), TokenRecipe(["text"], read_card(self.model).max_length, 0.0)
         tokenizer.no_truncation()
         for file in write_records(rows, self.folder / "records"):
             tokenize_file(file, Output(self.folder), recipe, tokenizer)

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.config import Config, load
-from pipeline.data.identity import content_id, shard_of
 from pipeline.data.manifest import RECORD_SCHEMA, Manifest, SourceCount
+from pipeline.data.partitions import content_id, shard_of
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.embedding.embed import Spent, write_fragments
 from pipeline.embedding.encode import TextEncoder, open_encoder

@@ -30,9 +30,13 @@ MAY_IMPORT = {
 }
 WITHOUT_RAY = {"config", "storage", "model", "objectives", "export"}
 WITHOUT_TORCH = {"config", "storage", "runtime", "data"}
+RULES = {"fields", "filtering", "measures", "partitions", "quality", "safety", "similarity"}
+"""Rules over text: they import each other, the config and storage, and nothing else of the pipeline."""
 RAYLESS_MODULES = {
     f"{folder}/{name}.py"
     for folder, names in {
+        "data": "drift fields filtering hub input_files manifest measures near_duplicates partitions plan prepare "
+        "quality read_json read_tables read_text records safety shards similarity sources tokenizer tokenizing unused",
         "training": "assembly loop reducer saving strategy step build validation checkpoints fsdp sharded uploading",
         "embedding": "chunks documents indexing nearest search store sync table",
         "mining": "blocks choosing",
@@ -73,6 +77,16 @@ def test_imports() -> None:
     found = {str(path.relative_to(ROOT)): sorted(faults(path)) for path in modules()}
     assert not {path: names for path, names in found.items() if names}
     assert {str(path.relative_to(ROOT / "pipeline")) for path in modules()} >= RAYLESS_MODULES
+
+
+def test_rules_over_text_need_neither_ray_nor_torch() -> None:
+    allowed = ("pipeline.config", "pipeline.storage", *(f"pipeline.data.{name}" for name in RULES))
+    for name in RULES:
+        path = ROOT / f"pipeline/data/{name}.py"
+        assert not {each for each in imports(path) if each.startswith("pipeline") and not each.startswith(allowed)}, (
+            name
+        )
+        assert not list(faults(path)), name
 
 
 def test_only_storage_asks_where_a_path_lies() -> None:

@@ -25,7 +25,7 @@ from pipeline.runtime import artifact
 from pipeline.runtime.artifact import Artifact, Output, checked, open_parquet, read_manifest
 from pipeline.runtime.job import JobError, alone_in
 from pipeline.storage import files
-from tests.conftest import board, make_pairs, no_board, write_jsonl
+from tests.conftest import board, make_pairs, write_jsonl
 
 FLIPS = 60
 
@@ -137,16 +137,6 @@ def test_a_folder_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"fingerprint": "d4", "shards": []}')
     with pytest.raises(ConfigError, match=f"^{tmp_path} was written by an earlier version, .*; delete it$"):
         read_manifest(tmp_path)
-
-
-def test_stages_of_an_earlier_version_are_refused(tmp_path: Path) -> None:
-    config = config_of(tmp_path)
-    (tmp_path / "store/stages/records-0123456789abcdef").mkdir(parents=True)
-    (tmp_path / "store/stages/records-0123456789abcdef/done.json").write_text("{}")
-    with pytest.raises(
-        ConfigError, match=r"found \S+/records-0123456789abcdef, .*; delete \S+/stages and \S+/prepared"
-    ):
-        prepare(config, no_board)
 
 
 def config_of(folder: Path) -> Config:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import Source
-from pipeline.data import lines, read_csv, read_json, read_text, sources
+from pipeline.data import input_files, read_json, read_tables, read_text, sources
 from tests.test_sources import ROWS, all_records, as_arrow, as_csv, as_lines, as_parquet, compressed
 
 OUTCOMES = dict[str | None, int]
@@ -33,7 +33,7 @@ def outcomes(kind: str, path: Path, **settings: Any) -> OUTCOMES:
 @pytest.fixture
 def short_lines(monkeypatch: pytest.MonkeyPatch) -> int:
     """Lines of more than 1,000 bytes are too long."""
-    for module in (lines, read_json, read_text):
+    for module in (input_files, read_json, read_text):
         monkeypatch.setattr(module, "MAX_LINE_BYTES", 1000)
     return 1000
 
@@ -148,13 +148,13 @@ def read_apart(kind: str, path: Path) -> tuple[OUTCOMES, int]:
 import json
 from collections import Counter
 from pipeline.config import Source
-from pipeline.data import read_json, lines
+from pipeline.data import input_files, read_json
 from pipeline.data.sources import plan_source, read
 
 def peak_kb():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 
-read_json.MAX_LINE_BYTES = lines.MAX_LINE_BYTES = 16 << 20
+read_json.MAX_LINE_BYTES = input_files.MAX_LINE_BYTES = 16 << 20
 source = Source(name="s", type={kind!r}, path={str(path)!r})
 before = peak_kb()
 reasons = Counter(record.reason for task in plan_source(source).tasks for record in read(task, source))
@@ -219,7 +219,7 @@ def test_csv_rows_with_too_many_or_too_few_cells_and_a_delimiter(tmp_path: Path)
 def test_a_quote_that_is_never_closed_takes_a_bounded_part_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read_csv, "MAX_CELL_CHARS", 500)
+    monkeypatch.setattr(read_tables, "MAX_CELL_CHARS", 500)
     row = "some words,some more words\n"
     (tmp_path / "a.csv").write_text(f'anchor,positive\n{row}"never closed,x\n{row * 1000}')
     found = outcomes("csv", tmp_path)

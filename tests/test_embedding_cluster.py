@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.identity import content_id
+from pipeline.data.partitions import content_id
 from pipeline.embedding import embed
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.encode import TextEncoder

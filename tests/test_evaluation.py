@@ -17,9 +17,9 @@ import pytest
 
 from pipeline.config import Config, ConfigError, Data, Embedding, Sanitize, Source
 from pipeline.data.fields import RawRecord
-from pipeline.data.identity import content_id, is_validation
-from pipeline.data.judging import Judge, normaliser
+from pipeline.data.filtering import Filter, normaliser
 from pipeline.data.manifest import Manifest
+from pipeline.data.partitions import content_id, is_validation
 from pipeline.embedding.columns import as_column
 from pipeline.embedding.nearest import Found
 from pipeline.evaluation.beir import BLOCK_ROWS, Corpus, RetrievalTask, open_beir, read_beir
@@ -135,7 +135,7 @@ def test_texts_from_elsewhere_become_what_records_are(quality: str, whitespace: 
     raw = "schÃ¶n\r\n    if a:\u200b  b   \n\n\n\n        c\n"
     source = Source(name="s", type="json", path="x", quality=quality)  # type: ignore[arg-type]
     data = Data(sources=[source], sanitize=Sanitize(whitespace=whitespace))  # type: ignore[arg-type]
-    record = Judge(source, data)(RawRecord("1", {"text": raw}))
+    record = Filter(source, data)(RawRecord("1", {"text": raw}))
     assert normaliser(data)(raw) == record["text"] != raw
     task = RetrievalTask("t", {"q": raw}, {"d": raw}, {"q": {"d": 1}}).normalised(normaliser(data))
     assert (task.queries, task.documents) == ({"q": record["text"]}, {"d": record["text"]})

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from pipeline.config import ConfigError, load
-from pipeline.data.docstrings import pairs
 from pipeline.data.manifest import Manifest, SourceCount
+from pipeline.data.read_text import docstring_pairs
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.embedding.store import recipe_of, table_of
 from pipeline.embedding.table import VectorTable
@@ -57,7 +57,7 @@ VARIANTS = {
 def texts() -> list[str]:
     """1,000 names, docstrings and functions of an installed package, 1 to some hundred tokens long."""
     files = sorted((Path(np.__file__).parent / "lib").glob("*.py"))
-    found = [pair for file in files for pair in pairs(file.read_text("utf-8"))]
+    found = [pair for file in files for pair in docstring_pairs(file.read_text("utf-8"))]
     return [text for pair in found for text in (pair.name, pair.docstring, pair.code)][:1000]
 
 

@@ -29,7 +29,7 @@ def test_ctrl_c_in_each_stage_and_the_next_run_goes_on(tmp_path: Path) -> None:
     """Each job starts a Ray session of its own, which Ctrl-C must end."""
     config, before = write_config(tmp_path), set(TEMPORARY.iterdir())
     stages = [
-        "prepare: read and judge: begins",
+        "prepare: read and filter: begins",
         "train: step 50:",
         "embed: begins",
         "evaluate: encode held-out: begins",

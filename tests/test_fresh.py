@@ -17,8 +17,8 @@ import pytest
 from pipeline.config import load
 from pipeline.data import prepare as prepare_module
 from pipeline.data.drift import Drift
-from pipeline.data.identity import shard_of
 from pipeline.data.manifest import RECORD_SCHEMA, read_prepared
+from pipeline.data.partitions import shard_of
 from pipeline.data.prepare import prepare
 from tests.conftest import board, make_pairs, no_board, run_here, write_jsonl
 

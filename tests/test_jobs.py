@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.identity import content_id
+from pipeline.data.partitions import content_id
 from tests.conftest import make_pairs, no_board, run_here, write_jsonl
 
 

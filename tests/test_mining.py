@@ -15,8 +15,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from pipeline.config import Config, ConfigError, Mining, load
-from pipeline.data.identity import is_validation
 from pipeline.data.manifest import Manifest, read_prepared
+from pipeline.data.partitions import is_validation
 from pipeline.mining.blocks import negatives_of, open_block, write_block
 from pipeline.mining.choosing import Answers, Block, choose
 from pipeline.mining.mine import with_negatives

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from pipeline.config import Config, ConfigError, load
 from pipeline.data import prepare as prepare_module
 from pipeline.data import sources
-from pipeline.data.identity import content_id, is_validation
 from pipeline.data.manifest import Manifest
+from pipeline.data.partitions import content_id, is_validation
 from pipeline.data.prepare import prepare
 from pipeline.runtime.artifact import Artifact, Output
 from pipeline.runtime.job import JobError

@@ -18,7 +18,7 @@ import pytest
 
 from pipeline.config import ConfigError, load
 from pipeline.config.pinecone import Pinecone
-from pipeline.data.identity import content_id
+from pipeline.data.partitions import content_id
 from pipeline.embedding.pushing import over_cluster, push_over_cluster
 from pipeline.embedding.stores import pinecone_records, push
 from pipeline.embedding.stores.dead_letters import DeadLetters

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config import Data, Source
 from pipeline.data.fields import RawRecord
-from pipeline.data.judging import Judge
+from pipeline.data.filtering import Filter
 from pipeline.data.safety import SHIPPED, Rules, load_rules
 
 LINES = (Path(__file__).parent / "data" / "safety_lines.tsv").read_text().splitlines()[1:]
@@ -167,10 +167,10 @@ def test_every_shipped_rule_says_why() -> None:
 
 def test_a_character_that_is_taken_out_hides_nothing() -> None:
     redact = Data.model_validate({"safety": {"actions": {"email": "redact"}}})
-    judge = Judge(Source(name="s", type="json", path="none"), redact)
+    keep = Filter(Source(name="s", type="json", path="none"), redact)
     for hidden in ("\x01", "\u200b", "\u202e"):
         text = f"For help with any of this, please do write to ann@exam{hidden}ple.org today."
-        kept = judge(RawRecord("0", {"anchor": "Where to get help", "positive": text}))
+        kept = keep(RawRecord("0", {"anchor": "Where to get help", "positive": text}))
         assert kept["positive"] == "For help with any of this, please do write to [EMAIL] today."
 
 
@@ -178,6 +178,6 @@ def test_metadata_that_is_too_deep_is_a_reason() -> None:
     deep: list[object] = []
     for _ in range(100_000):
         deep = [deep]
-    judge = Judge(Source(name="s", type="json", path="none"), Data())
-    found = judge(RawRecord("0", {"anchor": "Where to get help", "positive": "Here, of course."}, {"deep": deep}))
+    keep = Filter(Source(name="s", type="json", path="none"), Data())
+    found = keep(RawRecord("0", {"anchor": "Where to get help", "positive": "Here, of course."}, {"deep": deep}))
     assert found["reason"] == "unreadable_value"

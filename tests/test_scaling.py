@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from benchmarks import scaling, scaling_plan
-from pipeline.data.identity import shard_of
 from pipeline.data.manifest import read_prepared
+from pipeline.data.partitions import shard_of
 from pipeline.data.prepare import MAX_SHARDS
 from pipeline.data.sources import MAX_TASKS
 from pipeline.embedding import embed

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.docstrings import pairs
-from pipeline.data.shingles import Survivors, band_keys, bands_of, jaccard, shingles, thin_out
+from pipeline.data.read_text import docstring_pairs
+from pipeline.data.similarity import SimilarityIndex, band_keys, bands_of, drop_similar, jaccard, shingles
 
 
 def word_tuples(text: str) -> set[tuple[str, ...]]:
@@ -71,7 +71,7 @@ def test_bands_find_pairs_at_the_threshold() -> None:
 def test_recall_and_precision_over_pairs() -> None:
     """On made-up families of texts and on this Python's own library, against every pair compared."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-i]*.py"))[:60]
-    library = [pair.code for file in files for pair in pairs(file.read_text("utf-8"))]
+    library = [pair.code for file in files for pair in docstring_pairs(file.read_text("utf-8"))]
     texts = variants(700, 1) + library[:700]
     oracle, sets = [word_tuples(text) for text in texts], [shingles(text) for text in texts]
     every_pair = combinations(range(len(texts)), 2)
@@ -100,7 +100,7 @@ def test_who_goes_is_alike_to_one_that_stays_and_no_two_that_stay_are_alike() ->
     oracle, sets = [word_tuples(text) for text in texts], [shingles(text) for text in texts]
     order = sorted(range(len(texts)), key=lambda i: (-len(sets[i]), i))
     for threshold in (0.3, 0.8, 1.0):
-        gone = thin_out(sets, order, threshold)
+        gone = drop_similar(sets, order, threshold)
         assert gone
         for place, (survivor, similarity) in gone.items():
             assert survivor not in gone
@@ -115,15 +115,15 @@ def test_a_chain_of_likeness_keeps_its_ends() -> None:
     chain = [shingles(" ".join(words[i : i + 40])) for i in range(0, 20, 4)]
     assert jaccard(chain[0], chain[1]) >= 0.7
     assert jaccard(chain[0], chain[-1]) < 0.4
-    gone = thin_out(chain, range(len(chain)), 0.7)
+    gone = drop_similar(chain, range(len(chain)), 0.7)
     assert set(gone) == {1, 3}
 
 
 def test_nearest_takes_the_most_similar() -> None:
-    survivors = Survivors(0.5)
+    index = SimilarityIndex(0.5)
     words = [f"w{i}" for i in range(40)]
     for count in (28, 36, 32):
-        survivors.add(shingles(" ".join(words[:count])))
-    assert survivors.nearest(shingles(" ".join(words[:35]))) == (1, 31 / 32)
-    assert survivors.nearest(shingles("nothing of the kind is here")) is None
-    assert survivors.nearest(shingles("")) is None
+        index.add(shingles(" ".join(words[:count])))
+    assert index.nearest(shingles(" ".join(words[:35]))) == (1, 31 / 32)
+    assert index.nearest(shingles("nothing of the kind is here")) is None
+    assert index.nearest(shingles("")) is None

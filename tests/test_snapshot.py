@@ -14,7 +14,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.identity import content_id
+from pipeline.data.partitions import content_id
 from pipeline.embedding.stores import push
 from pipeline.embedding.stores.snapshot import write_snapshot
 from pipeline.embedding.table import VectorTable

@@ -20,7 +20,8 @@ import pytest
 
 from pipeline.config import ConfigError, Source
 from pipeline.data import sources
-from pipeline.data.sources import RawRecord, check_fields, plan_source, read
+from pipeline.data.fields import RawRecord
+from pipeline.data.sources import check_fields, plan_source, read
 from pipeline.runtime.job import JobError
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 import xxhash
 
-from pipeline.data.identity import content_id
+from pipeline.data.partitions import content_id
 from pipeline.embedding import embed
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.documents import PLACE_COLUMNS, first_places, place_digests

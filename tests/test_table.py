@@ -22,7 +22,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.data.identity import content_id
+from pipeline.data.partitions import content_id
 from pipeline.embedding import indexing, search
 from pipeline.embedding.columns import as_column, as_matrix
 from pipeline.embedding.indexing import describe, finish, recall, unreadable

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.docstrings import pairs
-from pipeline.data.identity import content_id, is_validation, shard_of
-from pipeline.data.sanitize import Sanitizer, nonprintable_share, unreadable
+from pipeline.config import Sanitize
+from pipeline.data.filtering import Sanitizer, nonprintable_share, unreadable
+from pipeline.data.partitions import content_id, is_validation, shard_of
+from pipeline.data.read_text import docstring_pairs
 
-CODE = Sanitizer(collapse=False)
-PROSE = Sanitizer()
+CODE = Sanitizer(Sanitize(), collapse=False)
+PROSE = Sanitizer(Sanitize(), collapse=True)
 
 
 def test_unreadable_at_its_thresholds() -> None:
@@ -49,6 +50,7 @@ NORMALISED: list[tuple[str, str | None, str | None]] = [  # raw, as code and as 
     ("\U0001f468\u200d\U0001f469\u200d\U0001f467", None, None),  # a family, joined
     ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", None, None),  # Persian, with a non-joiner
     ("a\u00a0b", "a\u00a0b", "a b"),
+    ("a  b", "a  b", "a b"),
 ]
 SWITCHES = [  # name, raw, with it and without it
     ("nfc", "e\u0301", "\u00e9", "e\u0301"),
@@ -57,7 +59,6 @@ SWITCHES = [  # name, raw, with it and without it
     ("remove_zero_width", "a\u200b\ufeffb", "ab", "a\u200b\ufeffb"),
     ("remove_bidi_overrides", "a\u202eb", "ab", "a\u202eb"),
     ("lowercase", "ÀB", "àb", "ÀB"),
-    ("collapse", "a  b", "a b", "a  b"),
 ]
 
 
@@ -66,9 +67,10 @@ def test_normalise() -> None:
         assert normalise(raw, CODE) == (raw if code is None else code)
         assert normalise(raw, PROSE) == (raw if prose is None else prose)
     for switch, raw, with_it, without in SWITCHES:
-        assert normalise(raw, Sanitizer(**{switch: True})) == with_it, switch  # type: ignore[arg-type]
-        assert normalise(raw, Sanitizer(**{switch: False})) == without, switch  # type: ignore[arg-type]
-    assert normalise("Größe: 5 €!", Sanitizer(allowed_characters=r"\p{L}\p{N}\s")) == "Größe 5"
+        assert normalise(raw, Sanitizer(Sanitize(**{switch: True}), collapse=True)) == with_it, switch
+        assert normalise(raw, Sanitizer(Sanitize(**{switch: False}), collapse=True)) == without, switch
+    letters = Sanitizer(Sanitize(allowed_characters=r"\p{L}\p{N}\s"), collapse=True)
+    assert normalise("Größe: 5 €!", letters) == "Größe 5"
 
 
 @pytest.mark.parametrize("sanitizer", [CODE, PROSE])
@@ -134,7 +136,7 @@ def none():
 
 
 def test_pairs_of_every_kind_of_definition() -> None:
-    found = {pair.name: pair for pair in pairs(SOURCE)}
+    found = {pair.name: pair for pair in docstring_pairs(SOURCE)}
     assert list(found) == ["outer", "outer.inner", "Thing", "Thing.method"]
     assert found["outer"].docstring == "First line goes on."
     assert found["outer"].code.startswith("@decorator\ndef outer(a):\n    def inner()")
@@ -148,7 +150,7 @@ def test_pairs_of_every_kind_of_definition() -> None:
 def test_pairs_of_the_standard_library_parse_and_lack_their_docstring() -> None:
     count = 0
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-f]*.py")):
-        for pair in pairs(file.read_text("utf-8")):
+        for pair in docstring_pairs(file.read_text("utf-8")):
             node = ast.parse(pair.code).body[0]
             assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
             assert " ".join((ast.get_docstring(node) or "").split()) != pair.docstring
@@ -159,4 +161,4 @@ def test_pairs_of_the_standard_library_parse_and_lack_their_docstring() -> None:
 def test_source_that_does_not_parse_says_so() -> None:
     for source in ("def f(:\n", "def f():\n  x\n y\n", "a = '\\x'", "\x00"):
         with pytest.raises((SyntaxError, ValueError)):
-            list(pairs(source))
+            list(docstring_pairs(source))

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data.identity import content_id
+from pipeline.data.partitions import content_id
 from pipeline.embedding.columns import as_column
 from pipeline.embedding.table import VectorTable, Writer
 from pipeline.storage.path import StoragePath

@@ -1,10 +1,10 @@
-"""From a row, as a source has it, to a record: `fields: {anchor: title, positive: body.text}`.
+"""Turns a source's row into a record, by the source's map of fields: `fields: {anchor: title, positive: body.text}`.
 
     to_record = FieldMap(source)
     to_record(Row("a.jsonl:0", {"title": "Kites", "body": {"text": "A kite is a bird."}}))
     # RawRecord(native_id='a.jsonl:0', fields={'anchor': 'Kites', 'positive': 'A kite is a bird.'}, metadata={}, …)
 
-A row that lacks a field, or has something other than text there, becomes a record with a reason. 1.5 µs a row.
+A row that lacks a field, or has something other than text in it, becomes a record with a reason. Cost: 1.5 µs a row.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from typing import Any
 from pipeline.config import Source
 
 EXCERPT_CHARS = 200
-ORDER = ("text", "anchor", "positive", "negatives")
+TEXT_FIELDS = ("anchor", "positive", "negatives", "text")
 _MISSING = object()
+_GIVEN_METADATA = {"text": ("file", "line"), "python_packages": ("file", "line", "name")}
 
 
 @dataclass(slots=True)
 class Row:
-    """A row's values by the source's own names, and its position: file and byte, line or row. `reason`: why it is none.
+    """A row's values under the source's own names. `position` is its file and byte, line or row number.
 
-    `names` are all the fields that there are, where a reader took only some.
+    `reason` says why it could not be read. `names` are all fields of the row, if a reader took only some.
     """
 
     position: str
@@ -35,14 +36,14 @@ class Row:
 
 
 def broken(position: str, reason: str, excerpt: str | bytes) -> Row:
-    """What stands in for a row that cannot be read."""
+    """A row that could not be read."""
     text = excerpt[: EXCERPT_CHARS * 4].decode("utf-8", "replace") if isinstance(excerpt, bytes) else excerpt
     return Row(position, reason=reason, excerpt=text[:EXCERPT_CHARS])
 
 
 @dataclass(slots=True)
 class RawRecord:
-    """A record as its source has it: raw texts, of negatives a list. `reason` is set where it could not be read."""
+    """A record with its texts as the source has them; negatives are a list. `reason` says why it could not be read."""
 
     native_id: str
     fields: dict[str, str | list[str]] = field(default_factory=dict)
@@ -52,24 +53,24 @@ class RawRecord:
 
 
 def text_fields(source: Source) -> list[str]:
-    """The record fields that a source gives: `["anchor", "positive"]`, with `"negatives"` or not, or `["text"]`."""
+    """The record fields that a source gives: `["anchor", "positive"]`, perhaps with `"negatives"`, or `["text"]`."""
     mapped = _mapped(source)
-    return [name for name in ORDER if name in mapped]
+    return [name for name in TEXT_FIELDS if name in mapped]
 
 
 def own_fields(source: Source) -> list[str]:
-    """The source's own fields that records are made of, dots for nested ones; `id` is read where there is one."""
+    """The source's own fields that a reader has to read; nested ones have dots. `id` is read if it exists."""
     mapped = {**_mapped(source), "id": source.fields.get("id", "id")}
     return list(dict.fromkeys([*mapped.values(), *source.metadata]))
 
 
 def required_fields(source: Source) -> list[str]:
-    """The source's own fields that it must have: those that `fields` names, else those that records are made of."""
+    """The source's own fields that must exist: the mapped text fields, and an `id` that is mapped."""
     return list(dict.fromkeys([*_mapped(source).values(), *source.fields.values()]))
 
 
 def _mapped(source: Source) -> dict[str, str]:
-    """Record field → own field, of texts."""
+    """Record field → the source's own field, of text fields."""
     mapped: dict[str, str] = {name: own for name, own in source.fields.items() if name != "id"}
     if mapped:
         return mapped
@@ -81,7 +82,7 @@ def _mapped(source: Source) -> dict[str, str]:
 
 
 class FieldMap:
-    """Turns a source's rows into its records."""
+    """Turns a source's rows into records."""
 
     def __init__(self, source: Source) -> None:
         mapped = _mapped(source)
@@ -97,11 +98,11 @@ class FieldMap:
         record = RawRecord(self._native_id(row))
         try:
             for name, own in self._texts:
-                record.fields[name] = _text(own, lookup(row.values, own))
+                record.fields[name] = _text(row, own)
             if self._negatives is not None:
                 record.fields["negatives"] = _texts(self._negatives, lookup(row.values, self._negatives))
-        except _NoTextError as problem:
-            return RawRecord(record.native_id, reason=problem.reason, excerpt=problem.about(row))
+        except _NoTextError as error:
+            return RawRecord(record.native_id, reason=error.reason, excerpt=error.excerpt)
         for name in self._given:
             if name in row.values:
                 record.metadata[name] = row.values[name]
@@ -115,15 +116,12 @@ class FieldMap:
         return str(own) if isinstance(own, str | int) and not isinstance(own, bool) else row.position
 
 
-_GIVEN_METADATA = {"text": ("file", "line"), "python_packages": ("file", "line", "name")}
-
-
 def has(values: dict[str, Any], path: str) -> bool:
     return lookup(values, path) is not _MISSING
 
 
 def lookup(values: Any, path: str) -> Any:
-    """The value at a name, or at a path of names with dots between them: None under a null, `_MISSING` if absent."""
+    """The value of a field, or of a nested one (`a.b`). None below a null, `_MISSING` if it does not exist."""
     if path in values:
         return values[path]
     if "." not in path:
@@ -138,24 +136,18 @@ def lookup(values: Any, path: str) -> Any:
 
 
 class _NoTextError(Exception):
-    def __init__(self, reason: str, own: str, value: Any = None) -> None:
-        self.reason, self._own, self._value = reason, own, value
-
-    def about(self, row: Row) -> str:
-        if self.reason == "missing_field":
-            names = ", ".join(map(str, row.names or row.values)) or "none"
-            return f"no field {self._own!r}; it has {names}"[:EXCERPT_CHARS]
-        return f"{self._own} is {self._value!r}"[:EXCERPT_CHARS]
+    def __init__(self, reason: str, excerpt: str) -> None:
+        self.reason, self.excerpt = reason, excerpt[:EXCERPT_CHARS]
 
 
-def _text(own: str, value: Any) -> str:
+def _text(row: Row, own: str) -> str:
+    value = lookup(row.values, own)
     if isinstance(value, str):
         return value
-    if isinstance(value, list):
-        return "\n\n".join([_one_text(own, part) for part in value])
     if value is _MISSING:
-        raise _NoTextError("missing_field", own)
-    return _one_text(own, value)
+        names = ", ".join(map(str, row.names or row.values)) or "none"
+        raise _NoTextError("missing_field", f"no field {own!r}; it has {names}")
+    return "\n\n".join([_one_text(own, part) for part in value]) if isinstance(value, list) else _one_text(own, value)
 
 
 def _texts(own: str, value: Any) -> list[str]:
@@ -167,11 +159,9 @@ def _texts(own: str, value: Any) -> list[str]:
 def _one_text(own: str, value: Any) -> str:
     if isinstance(value, str):
         return value
-    if value is None:
-        raise _NoTextError("null_field", own, value)
     if isinstance(value, bytes):  # Parquet files of old writers do not mark text as text
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError:
-            raise _NoTextError("invalid_utf8", own, value[:EXCERPT_CHARS]) from None
-    raise _NoTextError("wrong_type", own, value)
+            raise _NoTextError("invalid_utf8", f"{own} is {value[:EXCERPT_CHARS]!r}") from None
+    raise _NoTextError("null_field" if value is None else "wrong_type", f"{own} is {value!r}")

@@ -1,10 +1,10 @@
-"""Data sets of the Hugging Face hub, streamed: nothing but their cards is kept on disk. A folder of one works too.
+"""Data sets of the Hugging Face hub, streamed: only their cards are kept on disk. Works with a local folder too.
 
-    found = find(source)                    # HubData(path='qiaojin/PubMedQA', revision='9001f285…', shards=1, …)
-    for row in rows(source, found.path, found.revision, ['question'], start=0, stop=1): ...
+    found = find_dataset(source)            # HubDataset(path='qiaojin/PubMedQA', revision='9001f285…', shards=1, …)
+    for row in dataset_rows(source, found.path, found.revision, ['question'], start=0, stop=1): ...
 
-A branch is resolved to its commit once, so all workers read the same data. A shard is a file of the data set, and a
-row's position is split, shard and row: the same however many workers there are. Private data wants HF_TOKEN.
+A branch is resolved to its commit once, so that all workers read the same data. A shard is a file of the data set. A
+row's position is split, shard and row, whatever the number of workers. Private data needs HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pyarrow as pa
 from pipeline.config import ConfigError, Source
 from pipeline.data.fields import Row, broken
 from pipeline.data.input_files import list_files
-from pipeline.data.read_tables import BATCH_ROWS, asked_for, batch_rows
+from pipeline.data.read_tables import BATCH_ROWS, batch_rows, wanted_columns
 from pipeline.runtime.job import JobError
 from pipeline.storage.object_store import cause
 
@@ -28,8 +28,8 @@ LOOKUP_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
-class HubData:
-    """A data set's name or folder, its commit ("" of a folder), the number of its shards, and what identifies it."""
+class HubDataset:
+    """A data set's name or folder, commit ("" for a folder), number of shards, and what identifies its content."""
 
     path: str
     revision: str
@@ -39,8 +39,8 @@ class HubData:
     """Bytes of each of its files."""
 
 
-def find(source: Source) -> HubData:
-    """What a source stands for now. Raises ConfigError where there is no such data set, or no way to it."""
+def find_dataset(source: Source) -> HubDataset:
+    """The data set as it is now. Raises ConfigError if it does not exist or cannot be reached."""
     _dataset.cache_clear()
     path, commit = source.path or "", ""
     try:
@@ -56,11 +56,13 @@ def find(source: Source) -> HubData:
         shards = _dataset(path, source.config, source.split, commit).num_shards
     except _errors() as error:
         raise ConfigError(_refusal(source, error)) from None
-    return HubData(path, commit, shards, inputs, sizes)
+    return HubDataset(path, commit, shards, inputs, sizes)
 
 
-def rows(source: Source, path: str, revision: str, columns: Sequence[str], start: int, stop: int) -> Iterator[Row]:
-    """Rows of the shards `start` to `stop`. Raises JobError where the hub fails on the way."""
+def dataset_rows(
+    source: Source, path: str, revision: str, columns: Sequence[str], start: int, stop: int
+) -> Iterator[Row]:
+    """Rows of the shards `start` to `stop`. Raises JobError if the hub cannot be reached."""
     try:
         data = _dataset(path, source.config, source.split, revision)
     except _errors() as error:
@@ -79,13 +81,13 @@ def _shard_rows(shard: Any, name: str, columns: Sequence[str]) -> Iterator[Row]:
     first = 0
     for table in shard.with_format("arrow").iter(BATCH_ROWS):
         names = table.column_names
-        for batch in table.select(asked_for(columns, names)).to_batches():
+        for batch in table.select(wanted_columns(columns, names)).to_batches():
             yield from batch_rows(batch, name, first, names)
             first += batch.num_rows
 
 
 def _commit(source: Source) -> tuple[str, dict[str, int]]:
-    """The commit that a source's revision is now, and the sizes of its configuration's files."""
+    """The commit that a source's revision points to, and the sizes of its configuration's files."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -96,7 +98,7 @@ def _commit(source: Source) -> tuple[str, dict[str, int]]:
 
 @lru_cache(maxsize=8)
 def _dataset(path: str, config: str | None, split: str, revision: str) -> Any:
-    """The streamed data set: ten small requests, so a worker asks once and not for each task."""
+    """The streamed data set. Cached, because it takes ten small requests."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -104,7 +106,7 @@ def _dataset(path: str, config: str | None, split: str, revision: str) -> Any:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """What the hub's libraries raise for data sets that are not there, broken or out of reach."""
+    """What the hub's libraries raise for data sets that are missing, broken or out of reach."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
 

@@ -1,23 +1,25 @@
 """Files of a source, on local disk and in buckets: listed by path, folder or glob, and opened for reading.
 
     base, files = list_files("pages", "s3://corpus/2024/*.jsonl.gz?region=eu-west-1", suffixes=(".jsonl",))
-    files[0]                                        # File(name='a.jsonl.gz', size=1048576, mtime_ns=17…)
-    with open_stream(base, files[0].name) as lines: # decompressed by the name's suffix
-        lines.readline(1 << 20)
+    files[0]                                              # File(name='a.jsonl.gz', size=1048576, mtime_ns=17…)
+    with open_stream(base, files[0].name) as file:        # decompressed, if the name's suffix says so
+        for offset, line in lines(file, 4096, 8192): ...  # line ends with b"\\n", except for a file's last
 
-A base is an absolute folder, or a bucket's URI with its options; names are relative to it, so that they are the same
-wherever the data lies. Listing a bucket costs a request per 1,000 files below the folder, or above the first wildcard.
+A base is an absolute folder, or a bucket's URI with its options. Names are relative to it, so they do not depend on
+where the data lies. Cost: listing a bucket takes a request per 1,000 files below the folder, or below what precedes the
+first wildcard; lines are read at 500 MB/s.
 """
 
 from __future__ import annotations
 
+import codecs
 import errno
 import gzip
 import io
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
@@ -30,7 +32,8 @@ from pipeline.storage.path import absolute, as_path, without_options
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 BUFFER_BYTES = 1 << 20  # of a read from disk, and of a request to a bucket
-ZSTD_READ_BYTES = 4096  # Arrow drops the read in which it finds a stream cut short, so that much is lost at most
+ZSTD_READ_BYTES = 4096  # Arrow drops the read in which it finds a stream cut short, so at most this much is lost
+MAX_LINE_BYTES = 64 << 20  # 64 times data.max_chars' default: what is longer is no line of text
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,10 @@ class File:
 
 
 def list_files(source: str, path: str, suffixes: tuple[str, ...]) -> tuple[str, list[File]]:
-    """The base and the files of a path, a folder or a glob, sorted by name; hidden files do not count.
+    """The base and the files of a path, a folder or a glob, sorted by name, without hidden files.
 
-    Of a folder these are the files with one of the `suffixes`, compressed or not; a path and a glob are taken at their
-    word. Raises ConfigError, which names the source, where there is nothing or no way to look.
+    In a folder, only files with one of the `suffixes` count, compressed or not; a path or glob is taken as is. Raises
+    ConfigError, naming the source, if nothing is found or the place cannot be listed.
     """
 
     def keep(name: str) -> bool:
@@ -79,7 +82,7 @@ def open_stream(base: str, name: str) -> io.BufferedReader:
 
 
 def open_random(base: str, name: str) -> IO[bytes]:
-    """A file that can be read at any place; a compressed one is unpacked to a temporary file first."""
+    """A file for random access. A compressed one is unpacked to a temporary file first."""
     if not is_compressed(name):
         return cast(IO[bytes], _open(base, name))
     unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
@@ -87,6 +90,39 @@ def open_random(base: str, name: str) -> IO[bytes]:
         shutil.copyfileobj(stream, unpacked, BUFFER_BYTES)
     unpacked.seek(0)
     return unpacked
+
+
+def lines(file: io.BufferedReader, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of each line that begins in bytes `start` to `stop`, so each line is in exactly one such range.
+
+    A byte order mark is left out. A line longer than MAX_LINE_BYTES is cut one byte after that; the rest is never held.
+    """
+    offset = start
+    if start:
+        file.seek(start - 1)
+        offset = _skip_line(file, start - 1, stop)
+    while stop is None or offset < stop:
+        line = file.readline(MAX_LINE_BYTES + 1)
+        if not line:
+            return
+        yield offset, line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
+        offset += len(line)
+        if is_too_long(line) and not line.endswith(b"\n"):
+            offset = _skip_line(file, offset, stop)
+
+
+def is_too_long(line: bytes) -> bool:
+    return len(line) > MAX_LINE_BYTES
+
+
+def _skip_line(file: io.BufferedReader, offset: int, stop: int | None) -> int:
+    """Skip to the next line. Returns its offset, or one past `stop`."""
+    while stop is None or offset < stop:
+        piece = file.readline(io.DEFAULT_BUFFER_SIZE)
+        offset += len(piece)
+        if not piece or piece.endswith(b"\n"):
+            return offset
+    return offset
 
 
 def is_compressed(name: str) -> bool:
@@ -99,15 +135,15 @@ def without_compression(name: str) -> str:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether a bucket, the way to it or this machine failed, and not the file: a reason to stop, not to count it.
+    """Whether the bucket, the network or this machine failed, not the file: then the job stops and can be retried.
 
-    NOTE: libraries give no errno with what they find wrong in a file, but EINVAL comes of damaged offsets into it.
+    NOTE: libraries set no errno for what is wrong in a file, except EINVAL for damaged offsets into it.
     """
     return isinstance(error, BucketError) or getattr(error, "errno", None) not in (None, errno.EINVAL)
 
 
 def refusal(source: str, path: str, error: Exception) -> str:
-    """The sentence of a ConfigError on a path of a source that cannot be listed or opened."""
+    """The message of the ConfigError for a path of a source that cannot be listed or opened."""
     if isinstance(error, BucketError):
         return f"data.sources {source}: {error}"
     allowed = "a file, a folder or a glob that can be read, on local disk, s3://, gs:// or az://"
@@ -119,7 +155,7 @@ def _open(base: str, name: str) -> Any:
 
 
 class _Decompressed(io.RawIOBase):
-    """What `read` gives, which takes the most bytes wanted and raises at a cut only once all before it was given."""
+    """A stream of what `read(max_bytes)` returns. Where a file is cut short, `read` raises after returning the rest."""
 
     def __init__(self, read: Callable[[int], bytes], compressed: io.BufferedReader) -> None:
         self._read = read

@@ -1,7 +1,9 @@
 """Rows of JSON: an object a line, or a file that holds one value, an array of objects or an object over several lines.
 
-Reads 140 MB/s of long lines and 50 MB/s of short ones. Of a file that holds one value a row is held at a time, and
-where it is broken the rest of it cannot be read.
+    for row in json_rows(file, "a.jsonl", start=0, stop=4096): ...     # Row('a.jsonl:0', {'anchor': …})
+
+Cost: 140 MB/s of long lines, 50 MB/s of short ones. Of a file that holds one value, one row is held at a time; where it
+is broken, the rest of the file cannot be read.
 """
 
 from __future__ import annotations
@@ -15,28 +17,27 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.data.fields import EXCERPT_CHARS, Row, broken
-from pipeline.data.input_files import BUFFER_BYTES, without_compression
-from pipeline.data.lines import MAX_LINE_BYTES, is_too_long, lines
+from pipeline.data.input_files import BUFFER_BYTES, MAX_LINE_BYTES, is_too_long, lines, without_compression
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
-SUFFIXES = (*LINE_SUFFIXES, ".json")
+JSON_SUFFIXES = (*LINE_SUFFIXES, ".json")
 
 _OPENING = re.compile(r"\s*\[")
 _BETWEEN = re.compile(r"[\s,]*")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
-_DECODER = json.JSONDecoder(parse_constant=lambda constant: None)  # NaN and infinity are no JSON, but are written
+_DECODER = json.JSONDecoder(parse_constant=lambda constant: None)  # NaN and infinity are not JSON, but occur in files
 
 
-def rows(file: io.BufferedReader, name: str, start: int = 0, stop: int | None = None) -> Iterator[Row]:
+def json_rows(file: io.BufferedReader, name: str, start: int = 0, stop: int | None = None) -> Iterator[Row]:
     """Rows of the lines that begin in bytes `start` to `stop`, or of the one value that the file holds."""
-    kind = "lines" if start else shape(file, name)
+    kind = "lines" if start else json_shape(file, name)
     if kind == "lines":
         found = lines(file, start, stop)
         return (_row(line, f"{name}:{offset}") for offset, line in found if line and not line.isspace())
     return _values(file, name, kind == "array")
 
 
-def shape(file: io.BufferedReader, name: str) -> str:
+def json_shape(file: io.BufferedReader, name: str) -> str:
     """`lines`, `array` or `object` (over several lines): by the name, else by how the file begins."""
     if without_compression(name).lower().endswith(LINE_SUFFIXES):
         return "lines"
@@ -67,37 +68,39 @@ def _object(values: Any, position: str) -> Row:
 
 
 def _values(file: io.BufferedReader, name: str, is_array: bool) -> Iterator[Row]:
-    """The values of an array, or those that the file holds one after another; positions count them."""
-    held, index = _Held(file), 0
-    held.grow()
-    held.skip(_OPENING if is_array else _BETWEEN)
-    while held.rest() or held.grow():
-        held.skip(_BETWEEN)
+    """The values of an array, or those that follow each other in the file; positions count them."""
+    buffer, index = _Buffer(file), 0
+    buffer.grow()
+    buffer.skip(_OPENING if is_array else _BETWEEN)
+    while buffer.rest() or buffer.grow():
+        buffer.skip(_BETWEEN)
         position = f"{name}:{index}"
-        if is_array and held.text.startswith("]", held.at):
-            if held.text[held.at + 1 :].strip():
+        if is_array and buffer.text.startswith("]", buffer.at):
+            if buffer.text[buffer.at + 1 :].strip():
                 yield broken(position, "broken_json", "more follows the end of the array")
             return
-        if not held.rest():
+        if not buffer.rest():
             continue
         try:
-            values, end = _DECODER.raw_decode(held.text, held.at)
+            values, end = _DECODER.raw_decode(buffer.text, buffer.at)
         except (ValueError, RecursionError) as error:
-            if held.may_go_on(error) and held.rest() <= MAX_LINE_BYTES and held.grow():
+            if buffer.may_go_on(error) and buffer.rest() <= MAX_LINE_BYTES and buffer.grow():
                 continue
-            reason = "line_too_long" if held.rest() > MAX_LINE_BYTES and held.may_go_on(error) else "broken_json"
-            yield broken(position, reason, held.excerpt())
+            reason = "line_too_long" if buffer.rest() > MAX_LINE_BYTES and buffer.may_go_on(error) else "broken_json"
+            yield broken(position, reason, buffer.excerpt())
             return
         yield (
-            broken(position, "invalid_utf8", held.excerpt()) if held.is_undecodable(end) else _object(values, position)
+            broken(position, "invalid_utf8", buffer.excerpt())
+            if buffer.is_undecodable(end)
+            else _object(values, position)
         )
-        held.at, index = end, index + 1
+        buffer.at, index = end, index + 1
     if is_array:
         yield broken(f"{name}:{index}", "broken_json", "the array has no end")
 
 
-class _Held:
-    """The part of a file that is held: `text` from `at` on. Bytes that are not UTF-8 are lone surrogates in it."""
+class _Buffer:
+    """The part of a file that is in memory: `text` from `at` on. Bytes that are not UTF-8 become lone surrogates."""
 
     def __init__(self, file: io.BufferedReader) -> None:
         self._read1 = file.read1
@@ -109,9 +112,9 @@ class _Held:
         return len(self.text) - self.at
 
     def grow(self) -> bool:
-        """Hold twice as much, so that a long value is not parsed too often. False at the end of the file.
+        """Read until twice as much is held, so that a long value is not parsed too often. False at the file's end.
 
-        Raises what reading raises, but only once all that was read before is used.
+        An error of reading is raised only after all that was read before it is used.
         """
         if self._failure:
             raise self._failure
@@ -129,7 +132,7 @@ class _Held:
             self.at = found.end()
 
     def may_go_on(self, error: Exception) -> bool:
-        """Whether what is broken may be a value of which more follows."""
+        """Whether the value may only be incomplete, with more of it still to be read."""
         if not isinstance(error, json.JSONDecodeError):
             return False
         return error.msg.startswith("Unterminated string") or error.pos > len(self.text) - len("\\ud83d\\ude00")

@@ -1,4 +1,4 @@
-"""Rules over text that is dangerous or private: injections, terminal escapes, personal data, secrets.
+"""Rules that redact or reject dangerous and private text: injections, terminal escapes, personal data, secrets.
 
 >>> rules = load_rules(None, {"email": "redact"})
 >>> rules.apply("Write to ann@example.org.")
@@ -6,12 +6,12 @@ Verdict(text='Write to [EMAIL].', reason=None, found=('email',))
 >>> rules.apply("' OR 1=1 --").reason
 'unsafe_sql_injection'
 
-The rules are data: safety_rules.yaml, or a file of the user's in the same form. Patterns are RE2's, which searches in
-linear time and never backtracks: neither a rule of a user's nor a text of an attacker's can hang the pipeline. They run
-on raw text, since removing control characters first would leave the tail of a terminal escape behind.
+The rules are data: safety_rules.yaml, or a user's file of the same form. RE2 searches in linear time and never
+backtracks, so neither a user's rule nor an attacker's text can hang the pipeline. Patterns run on raw text, because
+removing control characters first would leave the tail of a terminal escape behind.
 
-Cost: one pass of one automaton over all rules that are not `keep`: 400 MB/s a core on documents of 8 kB, 60 MB/s on
-descriptions of 200 bytes, where the call is the cost. A rule's own pattern runs only in texts where that pass found it.
+Cost: one pass of one automaton for all rules that are not `keep`, 400 MB/s a core on documents of 8 kB, 60 MB/s on
+descriptions of 200 bytes, where the call dominates. A rule's own pattern runs only in texts where that pass found it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import yaml
 SHIPPED = Path(__file__).with_name("safety_rules.yaml")
 ACTIONS = ("keep", "redact", "reject")
 _FRAGMENT = re.compile(r"(?<!\\)(?<!\\[pPx])\{([A-Za-z_]\w*)\}")
-_ROUNDS = 4  # two suffice for all but texts built to survive redaction
-_SET_BYTES = 256 << 20  # bound of the automaton's cache; the shipped rules fill a few MB of it
+_ROUNDS = 4  # two suffice, except for texts built to survive redaction
+_SET_BYTES = 256 << 20  # limit of the automaton's cache; the shipped rules fill a few MB of it
 
 
 class Rule(NamedTuple):
@@ -46,7 +46,7 @@ class Verdict(NamedTuple):
     reason: str | None
     """unsafe_<category> of the first rule that rejects, else None."""
     found: tuple[str, ...]
-    """Names of the rules found, those with the action `keep` left out: they are not looked for."""
+    """Names of the rules that matched. Rules with the action `keep` are not looked for."""
 
 
 class Rules:
@@ -65,10 +65,10 @@ class Rules:
                 )
 
     def apply(self, text: str) -> Verdict:
-        """Judges and redacts one text.
+        """Redact one text, or reject it.
 
-        Redacted text is judged again, since taking something out can join a payload that it split. A text that still
-        changes after four rounds was built to, and is rejected.
+        Redacted text is checked again, because a redaction can join the parts of a payload. A text that still changes
+        after four rounds was built to do so, and is rejected.
         """
         data = text.encode("utf-8", "surrogatepass")
         hits = self._hits(data)
@@ -94,9 +94,9 @@ class Rules:
 
 
 def load_rules(path: Path | None, actions: Mapping[str, str]) -> Rules:
-    """The rules of a file (None: those shipped), with actions by rule or category in place of the file's.
+    """The rules of a file (None: the shipped ones), with some actions replaced, by rule or category.
 
-    A rule's own name counts for more than its category. What is wrong is told by a ValueError of one sentence.
+    A rule's own name takes precedence over its category. Raises ValueError, with a message of one sentence.
     """
     path = path or SHIPPED
     rules = _read(path)
@@ -162,7 +162,7 @@ def _compiled(rule: Rule) -> Any:
 
 
 def _set(rules: Sequence[Rule]) -> Any:
-    """One automaton that says which of the rules match somewhere."""
+    """One automaton that finds which of the rules match."""
     combined = re2.Set.SearchSet(_options())
     for rule in rules:
         combined.Add(rule.pattern)
@@ -172,7 +172,7 @@ def _set(rules: Sequence[Rule]) -> Any:
 
 def _options() -> Any:
     options = re2.Options()
-    options.max_mem = _SET_BYTES  # too little and a set is silently never found
+    options.max_mem = _SET_BYTES  # with too little, a set silently finds nothing
     options.log_errors = False
     return options
 
@@ -180,7 +180,7 @@ def _options() -> Any:
 def _redacted(pattern: Any, data: bytes, replacement: bytes) -> Iterator[bytes]:
     """`data` in pieces, with each match replaced.
 
-    The search goes on right after the replaced group, so that a blank between two addresses bounds both.
+    The search continues right after the replaced group, so that a blank between two addresses can delimit both.
     """
     position = kept = 0
     while match := pattern.search(data, position):

@@ -1,55 +1,48 @@
 """Reading sources: a source is cut into tasks that can run anywhere, and a task is read record by record.
 
-    plan = plan_source(source)                    # lists files, reads none but the footers of large Parquet files
+    plan = plan_source(source)                    # lists files; of large Parquet files, reads the footers
     plan.tasks[0]                                 # ReadTask(base='/data', paths=('a.jsonl',), start=0, stop=4194304, …)
-    for raw in read(plan.tasks[0], source): ...   # RawRecord, or a RawRecord whose `reason` says why it is none
+    for raw in read(plan.tasks[0], source): ...   # RawRecord; if it could not be read, its `reason` says why
 
-What cannot be read is a record with a reason, not an exception; a bucket or hub that fails on the way is a JobError,
-for the next try may read what this one could not. Whatever the tasks' size, they give the same records.
+Damaged input becomes a record with a reason, not an exception. A bucket or hub that fails raises JobError, because a
+retry may succeed. The records are the same whatever the size of the tasks.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
+import xxhash
 
 from pipeline.config import ConfigError, Source
-from pipeline.data import hub, read_csv, read_json, read_python, read_tables, read_text
-from pipeline.data.fields import FieldMap, RawRecord, Row, broken, has, own_fields, required_fields, text_fields
-from pipeline.data.input_files import (
-    File,
-    is_compressed,
-    list_files,
-    may_pass,
-    open_random,
-    open_stream,
-    refusal,
-)
+from pipeline.data import hub, read_json, read_tables, read_text
+from pipeline.data.fields import FieldMap, RawRecord, Row, broken, has, own_fields, required_fields
+from pipeline.data.input_files import File, is_compressed, list_files, may_pass, open_random, open_stream, refusal
 from pipeline.runtime.job import JobError
 from pipeline.storage.object_store import BucketError, cause
-
-__all__ = ["Plan", "RawRecord", "ReadTask", "check_fields", "plan_source", "read", "text_fields"]
 
 TASK_BYTES = 4 << 20  # input a task reads: about a second of work, so that a lost task costs little
 MAX_TASKS = 2_000  # of a source: Ray's scheduler and the driver's list of tasks stay small at 10 TB
 CHECKED_ROWS = 100
-PLANNING_THREADS = 16  # that wait for footers of files in a bucket
+THREADS = 16  # they wait for a bucket, or hash, which leaves the interpreter to the others
 
 SUFFIXES = {
-    "json": read_json.SUFFIXES,
-    "csv": read_csv.SUFFIXES,
+    "json": read_json.JSON_SUFFIXES,
+    "csv": read_tables.CSV_SUFFIXES,
     "parquet": read_tables.PARQUET_SUFFIXES,
     "arrow": read_tables.ARROW_SUFFIXES,
-    "text": read_text.SUFFIXES,
-    "python_packages": read_python.SUFFIXES,
+    "text": read_text.TEXT_SUFFIXES,
+    "python_packages": read_text.PYTHON_SUFFIXES,
 }
 _WITH_COLUMNS = ("csv", "parquet", "arrow", "huggingface")
 _DAMAGED = (pa.ArrowException, MemoryError, UnicodeDecodeError)  # the last two: lengths and names of damaged columns
@@ -58,8 +51,10 @@ _UNREADABLE = (OSError, EOFError, zlib.error, BucketError, *_DAMAGED)
 
 @dataclass(frozen=True)
 class ReadTask:
-    """Files of a source, by names relative to `base`; or of one file the lines that begin in bytes `start` to `stop`,
-    or those row groups of a Parquet file; or those shards of a Hugging Face data set. `bytes`: of input, for progress.
+    """What one task reads: files of a source (names relative to `base`), or a range of one file or data set.
+
+    `start` and `stop` are bytes of a text file (the lines that begin there), row groups of a Parquet file, or shards of
+    a Hugging Face data set. `bytes` is the size of the input, for progress.
     """
 
     base: str
@@ -70,36 +65,36 @@ class ReadTask:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A source's tasks; what identifies its input, each file's relative path, size and time of change (ns); and an
-    estimate of its text in bytes, decompressed.
-    """
+class SourcePlan:
+    """A source's tasks, what identifies its input, and about how much text that is."""
 
     tasks: list[ReadTask]
     inputs: list[tuple[str, int, int]]
+    """Each file's relative path, size and time of change (ns)."""
     text_bytes: int
+    """Estimated size of the text, decompressed."""
 
     @property
     def total_bytes(self) -> int:
         return sum(size for _, size, _ in self.inputs)
 
 
-def plan_source(source: Source) -> Plan:
-    """List a source's files and cut them into tasks. Raises ConfigError where there is nothing to read, or no way."""
+def plan_source(source: Source) -> SourcePlan:
+    """List a source's files and cut them into tasks. Raises ConfigError if nothing is found or it cannot be read."""
     if source.type == "huggingface":
         return _plan_hub(source)
     base, files = _files(source)
     total = sum(file.size for file in files)
     if source.max_samples is not None:  # the first so many in the source's order: one reader knows when to stop
-        tasks = [ReadTask(base, tuple(file.name for file in files), bytes=total)]
+        tasks = [_whole(base, files)]
     else:
         tasks = list(_tasks(source, base, files, max(TASK_BYTES, total // MAX_TASKS)))
     inputs = [(file.name, file.size, file.mtime_ns) for file in files]
-    return Plan(tasks, inputs, sum(text_bytes(file.name, file.size) for file in files))
+    return SourcePlan(tasks, inputs, sum(text_bytes(file.name, file.size) for file in files))
 
 
-def _plan_hub(source: Source) -> Plan:
-    found = hub.find(source)
+def _plan_hub(source: Source) -> SourcePlan:
+    found = hub.find_dataset(source)
     total = sum(found.sizes.values())
     step = found.shards if source.max_samples is not None else math.ceil(found.shards / MAX_TASKS)
     tasks = [
@@ -107,7 +102,32 @@ def _plan_hub(source: Source) -> Plan:
         for start in range(0, found.shards, step)
         for stop in [min(start + step, found.shards)]
     ]
-    return Plan(tasks, found.inputs, sum(text_bytes(name, size) for name, size in found.sizes.items()))
+    return SourcePlan(tasks, found.inputs, sum(text_bytes(name, size) for name, size in found.sizes.items()))
+
+
+def inputs_by_content(source: Source, plan: SourcePlan) -> list[tuple[str, int, int | str]]:
+    """The plan's inputs with a hash of each file's decompressed bytes instead of its time of change.
+
+    For copies and fresh checkouts, whose times mean nothing. A data set of the hub is identified by its commit already.
+    Cost: reads everything once, on this machine.
+    """
+    base = plan.tasks[0].base if plan.tasks else ""
+    if source.type == "huggingface" and not os.path.isdir(base):
+        return list(plan.inputs)
+    with ThreadPoolExecutor(THREADS) as pool:
+        hashes = pool.map(partial(_content_hash, base), [name for name, _, _ in plan.inputs])
+    return [(name, size, found) for (name, size, _), found in zip(plan.inputs, hashes, strict=True)]
+
+
+def _content_hash(base: str, name: str) -> str:
+    digest = xxhash.xxh3_128()
+    try:
+        with open_stream(base, name) as file:
+            while data := file.read(1 << 20):
+                digest.update(data)
+    except (OSError, EOFError, pa.ArrowException) as error:  # the reader will count the file as unreadable
+        digest.update(type(error).__name__.encode())
+    return digest.hexdigest()
 
 
 def read(task: ReadTask, source: Source) -> Iterator[RawRecord]:
@@ -116,11 +136,11 @@ def read(task: ReadTask, source: Source) -> Iterator[RawRecord]:
 
 
 def check_fields(source: Source) -> None:
-    """Raise ConfigError where all of a source's first rows lack a mapped field, or its header is ambiguous."""
+    """Raise ConfigError if none of a source's first rows has a mapped field, or its CSV header is ambiguous."""
     required = required_fields(source) + (source.metadata if source.type in _WITH_COLUMNS else [])
-    fixed = {"text": read_text.NAMES[source.record], "python_packages": read_python.NAMES}.get(source.type)
+    fixed = {"text": read_text.TEXT_FIELDS[source.record], "python_packages": read_text.PYTHON_FIELDS}.get(source.type)
     rows = [Row("", dict.fromkeys(fixed, ""))] if fixed else _first_rows(source)
-    if source.type == "csv" and rows and (problem := read_csv.header_problem(rows[0].names)):
+    if source.type == "csv" and rows and (problem := read_tables.header_problem(rows[0].names)):
         raise ConfigError(f"data.sources {source.name}: found {problem}; allowed is a header of distinct names")
     lacking = [path for path in required if rows and not any(has(row.values, path) for row in rows)]
     if lacking:
@@ -132,7 +152,7 @@ def check_fields(source: Source) -> None:
 
 
 def text_bytes(name: str, size: int) -> int:
-    """About how much text a file holds: gzip and zstd make a fourth of it, Parquet a third (ours)."""
+    """About how much text a file holds: text shrinks to a fourth in gzip and zstd, to a third in Parquet (ours)."""
     return size * (4 if is_compressed(name) else 3 if name.lower().endswith(read_tables.PARQUET_SUFFIXES) else 1)
 
 
@@ -141,9 +161,9 @@ def _files(source: Source) -> tuple[str, list[File]]:
 
 
 def _tasks(source: Source, base: str, files: list[File], task_bytes: int) -> Iterator[ReadTask]:
-    """Large files in pieces where that is possible, runs of neighbouring small ones together."""
+    """Cuts large files into pieces if possible, and puts small neighbouring ones together."""
     large = [file for file in files if file.size > task_bytes and not is_compressed(file.name)]
-    with ThreadPoolExecutor(PLANNING_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         pieces = dict(zip(large, pool.map(lambda file: _pieces(source, base, file, task_bytes), large), strict=True))
     group: list[File] = []
     size = 0
@@ -160,12 +180,12 @@ def _tasks(source: Source, base: str, files: list[File], task_bytes: int) -> Ite
         yield _whole(base, group)
 
 
-def _whole(base: str, files: Iterable[File]) -> ReadTask:
+def _whole(base: str, files: list[File]) -> ReadTask:
     return ReadTask(base, tuple(file.name for file in files), bytes=sum(file.size for file in files))
 
 
 def _pieces(source: Source, base: str, file: File, task_bytes: int) -> list[ReadTask]:
-    """Tasks of about `task_bytes` that make up a file; none where it has to be read from its beginning."""
+    """Tasks of about `task_bytes` that make up a file; none if it has to be read from its beginning."""
     try:
         if source.type == "parquet":
             with open_random(base, file.name) as opened:
@@ -175,7 +195,7 @@ def _pieces(source: Source, base: str, file: File, task_bytes: int) -> list[Read
     except _UNREADABLE as error:
         if may_pass(error):
             raise ConfigError(refusal(source.name, base, error)) from None
-        return []  # whoever reads it finds the same, and counts it
+        return []  # the task that reads it finds the same, and counts it
     return [
         ReadTask(base, (file.name,), start, stop, stop - start)
         for start in range(0, file.size, task_bytes)
@@ -186,7 +206,7 @@ def _pieces(source: Source, base: str, file: File, task_bytes: int) -> list[Read
 def _is_lines(source: Source, base: str, name: str) -> bool:
     if source.type == "json" and not name.lower().endswith(read_json.LINE_SUFFIXES):
         with open_stream(base, name) as opened:
-            return read_json.shape(opened, name) == "lines"
+            return read_json.json_shape(opened, name) == "lines"
     return source.type == "json" or (source.type == "text" and source.record == "line")
 
 
@@ -205,7 +225,7 @@ def _runs(base: str, name: str, group_bytes: list[int], task_bytes: int) -> Iter
 def _rows(task: ReadTask, source: Source) -> Iterator[Row]:
     columns = own_fields(source)
     if source.type == "huggingface":
-        yield from hub.rows(source, task.base, task.paths[0], columns, task.start, task.stop or 0)
+        yield from hub.dataset_rows(source, task.base, task.paths[0], columns, task.start, task.stop or 0)
         return
     for name in task.paths:
         try:
@@ -220,25 +240,24 @@ def _rows(task: ReadTask, source: Source) -> Iterator[Row]:
 def _rows_of(file: Any, name: str, task: ReadTask, source: Source, columns: list[str]) -> Iterator[Row]:
     match source.type:
         case "json":
-            return read_json.rows(file, name, task.start, task.stop)
+            return read_json.json_rows(file, name, task.start, task.stop)
         case "csv":
-            return read_csv.rows(file, name, source.delimiter)
+            return read_tables.csv_rows(file, name, source.delimiter)
         case "parquet":
             return read_tables.parquet_rows(file, name, columns, task.start, task.stop)
         case "arrow":
             return read_tables.arrow_rows(file, name, columns)
         case "text":
-            return read_text.rows(file, name, source.record, task.start, task.stop)
+            return read_text.text_rows(file, name, source.record, task.start, task.stop)
         case _:
-            return read_python.rows(file, name)
+            return read_text.python_rows(file, name)
 
 
 def _first_rows(source: Source) -> list[Row]:
     """The first rows that can be read."""
     task = _plan_hub(source).tasks[0] if source.type == "huggingface" else _whole(*_files(source))
-    rows = _rows(task, source)
     try:
-        return [row for row in islice(rows, CHECKED_ROWS) if row.reason is None]
+        return [row for row in islice(_rows(task, source), CHECKED_ROWS) if row.reason is None]
     except JobError as error:
         found = str(error).partition(": ")[2]
         raise ConfigError(f"data.sources {source.name}: found that {found}; allowed is data that can be read") from None

@@ -1,7 +1,10 @@
-"""The tokenizer: one that is there, or one trained on the records.
+"""The tokenizer: loaded from a file, a folder or the hub, or trained on the records.
 
-Byte-level BPE trains to the same file every time; WordPiece and Unigram do not (tokenizers 0.23). Whichever it is, the
-file is an input from then on, kept with the prepared data and never trained again on resume.
+    tokenizer = train_tokenizer(record_texts(files, ["text"], 64 << 20), kind="bpe", vocab_size=16_000, lowercase=True)
+    framing(tokenizer).mask                                           # 4, the id of [MASK]
+
+Byte-level BPE trains to the same file every time; WordPiece and Unigram do not (tokenizers 0.23). A trained file is
+kept with the prepared data and is not trained again on resume.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -26,7 +30,7 @@ MASK_NAMES = ("[MASK]", "<mask>", "<|mask|>")
 
 
 def tokenizer_file(path: StoragePath) -> StoragePath:
-    """The tokenizer.json that a path stands for: itself, a pretrained tokenizer folder's, or a hub repository's."""
+    """The tokenizer.json at a path, in a pretrained tokenizer's folder, or in a hub repository."""
     if path.is_dir():
         return path / "tokenizer.json"
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
@@ -49,7 +53,7 @@ def _from_hub(repository: str) -> Path:
 
 
 def load_tokenizer(path: StoragePath) -> Tokenizer:
-    """Read a tokenizer.json or a pretrained tokenizer's folder. Raises ConfigError where it is none."""
+    """Read a tokenizer.json, from wherever `tokenizer_file` finds it. Raises ConfigError if it is missing or broken."""
     file = tokenizer_file(path)
     try:
         tokenizer = Tokenizer.from_str(file.read_text("utf-8"))
@@ -64,12 +68,12 @@ def load_tokenizer(path: StoragePath) -> Tokenizer:
 
 @lru_cache(maxsize=1)
 def loaded_tokenizer(path: StoragePath, changed_ns: int) -> Tokenizer:
-    """The same object again for the same file: of each one that is dropped, tokenizers 0.23 keeps some MB."""
+    """Cached, because tokenizers 0.23 leaks some MB for each object that is dropped."""
     return load_tokenizer(path)
 
 
 def unknown_token_id(tokenizer: Tokenizer) -> int | None:
-    """The id that stands for what is not in the vocabulary; None where everything is, as in bytes."""
+    """The id of the unknown token, or None if the vocabulary covers everything, as bytes do."""
     model = json.loads(tokenizer.to_str())["model"] if isinstance(tokenizer.model, models.Unigram) else {}
     if model.get("unk_id") is not None:
         return int(model["unk_id"])
@@ -78,7 +82,7 @@ def unknown_token_id(tokenizer: Tokenizer) -> int | None:
 
 @dataclass(frozen=True)
 class Framing:
-    """Token ids that are no text: what sequences begin and end with, what hides a token, and all of their kind."""
+    """Ids of special tokens: what a sequence begins and ends with, the mask, and all of them."""
 
     start: int | None
     end: int | None
@@ -87,7 +91,7 @@ class Framing:
 
 
 def framing(tokenizer: Tokenizer) -> Framing:
-    """A tokenizer's special tokens, by what it puts round a text, else by their usual names."""
+    """A tokenizer's special tokens, by what it adds to a text, else by their usual names."""
     special = frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
     framed = tokenizer.encode("a").ids
 
@@ -104,39 +108,33 @@ def framing(tokenizer: Tokenizer) -> Framing:
 
 def train_tokenizer(texts: Iterable[str], *, kind: str, vocab_size: int, lowercase: bool) -> Tokenizer:
     """Train a `bpe`, `wordpiece` or `unigram` vocabulary."""
-    makers = {"bpe": _byte_level_bpe, "wordpiece": _wordpiece, "unigram": _unigram}
-    tokenizer, trainer = makers[kind](vocab_size)
-    steps = [normalizers.NFC(), normalizers.Lowercase()] if lowercase else [normalizers.NFC()]
-    tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.train_from_iterator(texts, trainer)
+    kinds: dict[str, tuple[Any, Any, Any, Any, dict[str, Any]]] = {
+        "bpe": (
+            models.BPE(),
+            pre_tokenizers.ByteLevel(add_prefix_space=True),
+            decoders.ByteLevel(),
+            trainers.BpeTrainer,
+            {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()},
+        ),
+        "wordpiece": (
+            models.WordPiece(unk_token="[UNK]"),
+            pre_tokenizers.BertPreTokenizer(),
+            decoders.WordPiece(),
+            trainers.WordPieceTrainer,
+            {},
+        ),
+        "unigram": (
+            models.Unigram(),
+            pre_tokenizers.Metaspace(),
+            decoders.Metaspace(),
+            trainers.UnigramTrainer,
+            {"unk_token": "[UNK]"},
+        ),
+    }
+    model, split, decoder, trainer, options = kinds[kind]
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoder
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])])
+    options |= {"vocab_size": vocab_size, "special_tokens": SPECIAL_TOKENS, "show_progress": False}
+    tokenizer.train_from_iterator(texts, trainer(**options))
     return tokenizer
-
-
-def _byte_level_bpe(vocab_size: int) -> tuple[Tokenizer, trainers.BpeTrainer]:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer, trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-
-
-def _wordpiece(vocab_size: int) -> tuple[Tokenizer, trainers.WordPieceTrainer]:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    return tokenizer, trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False
-    )
-
-
-def _unigram(vocab_size: int) -> tuple[Tokenizer, trainers.UnigramTrainer]:
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    return tokenizer, trainers.UnigramTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, unk_token="[UNK]", show_progress=False
-    )

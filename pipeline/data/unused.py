@@ -1,14 +1,14 @@
 """Find and delete unused folders under `storage.root`.
 
     for each in find_unused(config):                 # Unused(kind="prepared", path=…, why="no run names it", …)
-        remove(each)                                 # False if another job holds it
+        remove(each)                                 # False if another job uses it
 
-    runs ──name──► prepared ──is made of──► stages
+    runs ──name──► prepared data ──made of──► stages
          ──published.json──► models, tables
 
-A run names things by run.json, its config and published.json. What any run mentions stays, and so does what the given
-config would prepare. Folders that are not named as this project names them are never touched. Cost: a listing of the
-root's folders, and a read of the JSON files of each run and data set.
+A run refers to folders in run.json, its config and published.json. What any run mentions is kept, and so is what the
+given config would prepare. Folders that this project did not name are never touched. Cost: a listing of the root's
+folders, and a read of the JSON files of each run and data set.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Unused:
     path: StoragePath
     why: str
     bytes: float
-    """What its removal frees; of a file with several names (hard links), its share."""
+    """What its removal frees; a file with several hard links counts in part."""
     age_s: float
     """Since a file in it last changed."""
 
@@ -113,8 +113,7 @@ def _current(config: Config) -> set[StoragePath]:
     if config.data.prepared is not None:
         return {config.root / config.data.prepared}
     inputs = Inputs(config)
-    stages = (inputs.prepared, inputs.records, inputs.distinct, inputs.tokenizer, inputs.tokens)
-    return {stage.folder for stage in stages if stage}
+    return {stage.folder for stage in (inputs.prepared, *inputs.stages)}
 
 
 def _manifest(folder: StoragePath) -> dict[str, Any]:

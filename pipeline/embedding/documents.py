@@ -27,9 +27,8 @@ import pyarrow.compute as pc
 import xxhash
 
 from pipeline.config import Config
-from pipeline.data.exchange import read_part, write_parts
-from pipeline.data.identity import content_id, id_bounds, shard_of
 from pipeline.data.manifest import SPLITS, Manifest
+from pipeline.data.partitions import content_id, id_bounds, read_part, shard_of, write_parts
 from pipeline.embedding.columns import TOKENS, one_array
 from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.table import PLACE

@@ -13,8 +13,8 @@ from functools import cached_property
 import numpy as np
 
 from pipeline.config import Config
-from pipeline.data.identity import content_id
-from pipeline.data.judging import normaliser
+from pipeline.data.filtering import normaliser
+from pipeline.data.partitions import content_id
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.encode import TextEncoder, open_encoder
 from pipeline.embedding.recipe import EncoderRecipe

@@ -55,7 +55,7 @@ def search(
     `where` is as in `stores/where.py`. Raises ConfigError for a question or conditions that cannot be asked, and
     JobError without a model or a table.
     """
-    from pipeline.data.judging import normaliser
+    from pipeline.data.filtering import normaliser
     from pipeline.embedding.encode import open_encoder
     from pipeline.embedding.store import open_pinecone, published
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import Config
-from pipeline.data.judging import normaliser
+from pipeline.data.filtering import normaliser
 from pipeline.data.manifest import Manifest
 from pipeline.embedding.documents import tokens_fit
 from pipeline.embedding.nearest import Floats, Found, unit

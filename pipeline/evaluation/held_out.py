@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from pipeline.config import Config
-from pipeline.data.identity import content_id, is_validation
+from pipeline.data.partitions import content_id, is_validation
 from pipeline.embedding.documents import shard_tokens, tokens_of
 from pipeline.evaluation.beir import RetrievalTask
 from pipeline.runtime.artifact import open_parquet

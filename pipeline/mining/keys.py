@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.identity import content_id, is_validation
+from pipeline.data.partitions import content_id, is_validation
 from pipeline.mining.choosing import Keys
 from pipeline.runtime.artifact import Artifact, Output, open_parquet
 from pipeline.runtime.session import Board

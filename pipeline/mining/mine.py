@@ -25,10 +25,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.config import Config, ConfigError
-from pipeline.data.exchange import read_part, write_parts
 from pipeline.data.manifest import RECORD_SCHEMA, Manifest, read_prepared, sha256
-from pipeline.data.shards import Parts, assemble, recipe_of, token_shards, tokens_of
-from pipeline.data.tokenizing import Recipe
+from pipeline.data.partitions import read_part, write_parts
+from pipeline.data.shards import Parts, assemble, token_recipe, token_shards, tokens_of
+from pipeline.data.tokenizing import TokenRecipe
 from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.mining.blocks import negatives_of, open_block, write_block
 from pipeline.mining.choosing import Answers
@@ -87,10 +87,10 @@ def mine(
     return target.folder, made
 
 
-def _recipe(config: Config, manifest: Manifest) -> Recipe:
+def _recipe(config: Config, manifest: Manifest) -> TokenRecipe:
     """That of the data set, with negatives; one without a prompt of its own for them has the positives' there."""
     fields = [name for name in manifest.text_fields if name != "negatives"]
-    recipe = recipe_of(config, [*fields, "negatives"])
+    recipe = token_recipe(config, [*fields, "negatives"])
     for prompts in recipe.prompts.values():
         if "positive" in prompts:
             prompts.setdefault("negatives", prompts["positive"])

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from pipeline.config import Config
 from pipeline.data.feed import LocalFeed, training_plan, validation_rows
-from pipeline.data.judging import normaliser
+from pipeline.data.filtering import normaliser
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan
 from pipeline.evaluation.sts import read_sts
