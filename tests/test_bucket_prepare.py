@@ -17,7 +17,7 @@ from pipeline.evaluation.held_out import held_out_task
 from pipeline.storage.path import BucketPath
 from tests.bucket_servers import Served, s3
 from tests.conftest import board, make_pairs, no_board, write_jsonl
-from tests.test_shingles import variants
+from tests.test_similarity import variants
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -22,7 +22,7 @@ from pipeline.data.partitions import content_id, shard_of
 from pipeline.data.similarity import Contamination, Shingles, check_beir_folders, jaccard, shingles
 from pipeline.runtime.artifact import Artifact, Output
 from tests.conftest import board
-from tests.test_shingles import likeness, variants, word_tuples
+from tests.test_similarity import likeness, variants, word_tuples
 
 
 def record_files(folder: Path, texts: Sequence[str], shards: int) -> list[Path]:

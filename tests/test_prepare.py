@@ -24,7 +24,7 @@ from pipeline.data.prepare import prepare
 from pipeline.runtime.artifact import Artifact, Output
 from pipeline.runtime.job import JobError
 from tests.conftest import board, make_pairs, no_board, write_jsonl
-from tests.test_shingles import likeness, variants, word_tuples
+from tests.test_similarity import likeness, variants, word_tuples
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -292,33 +292,6 @@ def test_train_and_validation_share_no_near_duplicate(tmp_path: Path) -> None:
         assert max(likeness(kept[one], kept[other]) for other in kept if other not in held_out) < 0.7
 
 
-def test_safety_quality_and_language_rules_give_their_reasons(tmp_path: Path) -> None:
-    prose = "This sentence is written in plain English, and it says a few things about the weather in the north."
-    rows = [
-        {"anchor": "an ordinary title", "positive": prose},
-        {
-            "anchor": "a title of sorts",
-            "positive": "buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy",
-        },
-        {
-            "anchor": "ein deutscher Titel",
-            "positive": "Dieser Satz ist auf Deutsch geschrieben und handelt vom Wetter im Norden.",
-        },
-        {"anchor": "another title", "positive": f"Write to someone@example.org. {prose}"},
-    ]
-    path = write_jsonl(tmp_path / "a.jsonl", rows)
-    config = config_of(
-        tmp_path, path, "data.quality={preset: short, languages: [en]}", "data.safety.actions={email: redact}",
-        "data.validation_fraction=0.4",
-    )  # fmt: skip
-    folder, manifest = prepare(config, board)
-    reasons = manifest.sources[0].rejected
-    assert reasons.pop("language_de") == 1
-    assert sum(rows for reason, rows in reasons.items() if reason.startswith("quality_")) == 1
-    kept = pq.read_table(folder / "records")["positive"].to_pylist()
-    assert sorted(kept) == [prose, f"Write to [EMAIL]. {prose}"]
-
-
 def test_text_alone_in_windows(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("\n\n".join(f"Paragraph {i} " + "goes on and on about it " * (i % 30) for i in range(80)))
@@ -331,28 +304,6 @@ def test_text_alone_in_windows(tmp_path: Path) -> None:
     assert set(table["id"].to_pylist()) <= set(pq.read_table(folder / "records")["id"].to_pylist())
     with pytest.raises(ConfigError, match=r"tokenizer\.long_texts: found windows with records of anchor, positive"):
         prepare(config_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", make_pairs(5)), *overrides[1:]), board)
-
-
-def test_names_and_ids_that_are_no_text(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"id": "\\ud800", "line": "\\udfff", "anchor": "an anchor text", "positive": "a positive text"}\n')
-    folder, _ = prepare(config_of(tmp_path, path), board)
-    (row,) = pq.read_table(folder / "records").to_pylist()
-    assert (row["source_id"], row["metadata"]) == ("s:?", '{"line": "?"}')
-
-
-def test_nan_and_infinities_in_metadata_become_null(tmp_path: Path) -> None:
-    path, lines = tmp_path / "a.jsonl", ["NaN", '{"deep": [1.5, -Infinity, {"x": NaN}], "y": "NaN"}', "1e999", "0.5"]
-    texts = [f'"anchor": "anchor text number {n}", "positive": "positive text number {n}"' for n in range(len(lines))]
-    path.write_text("".join(f'{{{text}, "line": {line}}}\n' for text, line in zip(texts, lines, strict=True)))
-    folder, _ = prepare(config_of(tmp_path, path), board)
-    rows = {row["positive"][-1]: row["metadata"] for row in pq.read_table(folder / "records").to_pylist()}
-    assert [rows[f"{n}"] for n in range(len(lines))] == [
-        '{"line": null}',
-        '{"line": {"deep": [1.5, null, {"x": null}], "y": "NaN"}}',
-        '{"line": null}',
-        '{"line": 0.5}',
-    ]
 
 
 def test_of_equal_records_the_same_one_stays_in_any_order(tmp_path: Path) -> None:

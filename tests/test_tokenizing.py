@@ -86,7 +86,7 @@ def test_texts_are_cut_and_special_tokens_stay(tmp_path: Path, framed: Tokenizer
     for row in pq.read_table(tmp_path / "train").to_pylist():
         assert row["anchor"] == own.encode(rows[row["id"]]["anchor"]).ids
     Cutter(framed, TokenRecipe(PAIRS, 3, 0.1))
-    with pytest.raises(ConfigError, match="leave no room beside the 2 special tokens"):
+    with pytest.raises(ConfigError, match="leave no room besides the 2 special tokens"):
         Cutter(framed, TokenRecipe(PAIRS, 2, 0.1))
 
 
@@ -280,7 +280,7 @@ def test_a_pretrained_tokenizers_folder(tmp_path: Path, tokenizer: Tokenizer) ->
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(tmp_path).to_str() == load_tokenizer(tmp_path / "tokenizer.json").to_str()
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(ConfigError, match=r"tokenizer\.json is no tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is not a tokenizer\.json"):
         load_tokenizer(tmp_path)
 
 

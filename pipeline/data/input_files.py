@@ -33,7 +33,7 @@ from pipeline.storage.path import absolute, as_path, without_options
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 BUFFER_BYTES = 1 << 20  # of a read from disk, and of a request to a bucket
 ZSTD_READ_BYTES = 4096  # Arrow drops the read in which it finds a stream cut short, so at most this much is lost
-MAX_LINE_BYTES = 64 << 20  # 64 times data.max_chars' default: what is longer is no line of text
+MAX_LINE_BYTES = 64 << 20  # 64 times data.max_chars' default: a longer line is not text
 
 
 @dataclass(frozen=True)

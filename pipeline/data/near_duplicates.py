@@ -94,13 +94,13 @@ def find(distinct: Artifact, board: Board, files: Sequence[StoragePath], data: D
         with output.writing(f"scratch/candidates/{candidates[index].name}") as file:
             write_parts(table, table["component"].to_numpy() % len(files), len(files), file)
 
-    distinct.tasks(board, "prepare: collect the alike", file_bytes, collect)
+    distinct.tasks(board, "prepare: collect likely duplicates", file_bytes, collect)
     part_bytes = sum(filter(None, sizes(candidates))) // len(files)
 
     def compare(part: int, output: Output) -> None:
         output.write_table(f"scratch/dropped/{part:05d}.parquet", _compare(read_part(candidates, part), threshold))
 
-    distinct.tasks(board, "prepare: compare them", [part_bytes] * len(files), compare)
+    distinct.tasks(board, "prepare: compare likely duplicates", [part_bytes] * len(files), compare)
     dropped = [scratch / "dropped" / f"{part:05d}.parquet" for part in range(len(files))]
     found = pa.concat_tables(for_each(scratch, lambda path: parquet_file(path).read(), dropped)).sort_by("record")
     distinct.output.write_table(DROPPED, found)
@@ -124,7 +124,7 @@ def write_distinct(distinct: Artifact, board: Board, files: Sequence[StoragePath
         output.report(records=len(kept) + len(rejected), rejected=len(rejected))
         return count_outcomes(kept, rejected)
 
-    return merge_outcomes(distinct.tasks(board, "prepare: write what stays", file_bytes, write))
+    return merge_outcomes(distinct.tasks(board, "prepare: write distinct records", file_bytes, write))
 
 
 def largest_clusters(distinct: Artifact) -> list[dict[str, Any]]:

@@ -171,7 +171,7 @@ class Plan:
                 )
             if quota == 0:
                 raise ConfigError(
-                    f"data.sources: found {name} with {float(share):.2g} of the weights, which is none of "
+                    f"data.sources: found {name} with {float(share):.2g} of the weights, too little for one of "
                     f"the {self.batches_per_epoch} batches of an epoch; allowed are weights that give it one or more"
                 )
 

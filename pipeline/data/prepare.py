@@ -216,7 +216,7 @@ class _Stages:
         manifest = assemble(inputs.prepared, inputs.tokens, described, parts)
         if clusters:
             listed = ", ".join(f"{cluster['source_id']} ({cluster['removed']:,})" for cluster in clusters)
-            log.info("prepare: the records with the most near-duplicates, which were removed: %s", listed)
+            log.info("prepare: near-duplicates removed, by the record that stays: %s", listed)
         seconds = {stage.name: (stage.read() or {}).get("seconds", 0.0) for stage in inputs.stages}
         log.info("%s", _summary(manifest, seconds))
         return asdict(manifest)
@@ -283,7 +283,7 @@ def _make(stage: Artifact, fill: Callable[[], dict[str, Any]]) -> dict[str, Any]
         return fill() | {"seconds": round(time.monotonic() - began, 1)}
 
     if stage.read():
-        log.info("prepare: %s are there from an earlier job", stage.name)
+        log.info("prepare: %s was done by an earlier job", stage.name)
     return stage.make(timed)
 
 

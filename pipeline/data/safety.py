@@ -37,7 +37,7 @@ class Rule(NamedTuple):
     pattern: str
     action: str
     replacement: str
-    """Written in place of the pattern's first group, or of the whole match if it has none."""
+    """Replaces the pattern's first group, or the whole match if it has no group."""
 
 
 class Verdict(NamedTuple):
@@ -103,7 +103,7 @@ def load_rules(path: Path | None, actions: Mapping[str, str]) -> Rules:
     names, categories = {rule.name for rule in rules}, {rule.category for rule in rules}
     for key, action in actions.items():
         if action not in ACTIONS:
-            raise ValueError(f"safety action {action!r} of {key!r} is none of {', '.join(ACTIONS)}")
+            raise ValueError(f"safety action {action!r} of {key!r} is not one of {', '.join(ACTIONS)}")
         if key not in names | categories:
             raise ValueError(
                 f"safety actions name {key!r}, which {path} does not have; its categories are "
@@ -140,7 +140,7 @@ def _rule(entry: Any, fragments: Mapping[str, str], path: Path) -> Rule:
         raise ValueError(f"rule {name!r} of {path} uses the fragment {unknown[1]!r}, which the file does not define")
     replacement = str(entry.get("replacement", f"[{name.upper()}]"))
     if (action := entry["action"]) not in ACTIONS:
-        raise ValueError(f"rule {name!r} of {path} has the action {action!r}, which is none of {', '.join(ACTIONS)}")
+        raise ValueError(f"rule {name!r} of {path} has the action {action!r}, which is not one of {', '.join(ACTIONS)}")
     rule = Rule(name, str(entry["category"]), pattern, action, replacement)
     try:
         compiled = _compiled(rule)

@@ -109,7 +109,7 @@ def bands_of(threshold: float, permutations: int) -> tuple[int, int]:
 
 
 def band_keys(sets: Sequence[Shingles], threshold: float, permutations: int) -> npt.NDArray[np.uint64]:
-    """(records, bands): texts that are alike share a key in some band. 0 stands for a text without shingles."""
+    """(texts, bands): similar texts share a key in some band. The keys of a text without shingles are 0."""
     bands, rows = bands_of(threshold, permutations)
     keys = np.zeros((len(sets), bands), dtype=np.uint64)
     if not any(map(len, sets)):

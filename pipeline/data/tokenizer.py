@@ -60,7 +60,7 @@ def load_tokenizer(path: StoragePath) -> Tokenizer:
     except BucketError:
         raise
     except Exception as error:  # tokenizers raises bare Exception for a missing or broken file alike
-        raise ConfigError(f"tokenizer.load_path: {file} is no tokenizer.json: {error}") from None
+        raise ConfigError(f"tokenizer.load_path: {file} is not a tokenizer.json: {error}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

@@ -75,7 +75,7 @@ class Cutter:
         if self.room < 1 or (self.step is not None and self.step < 1):
             raise ConfigError(
                 f"tokenizer: found max_length {recipe.max_length} and window_overlap {recipe.window_overlap}, which "
-                f"leave no room beside the {len(self.prefix) + len(self.suffix)} special tokens; allowed is a longer "
+                f"leave no room besides the {len(self.prefix) + len(self.suffix)} special tokens; allowed is a longer "
                 "max_length or a smaller overlap"
             )
 

@@ -1,4 +1,4 @@
-"""Rules over text, record identity, and docstring pairs."""
+"""Normalising and filtering records, their ids, and docstring pairs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import ast
 import sysconfig
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline.config import Sanitize
-from pipeline.data.filtering import Sanitizer, nonprintable_share, unreadable
+from pipeline.config import Data, Sanitize, Source
+from pipeline.data.fields import RawRecord
+from pipeline.data.filtering import Filter, Sanitizer, nonprintable_share, unreadable
 from pipeline.data.partitions import content_id, is_validation, shard_of
 from pipeline.data.read_text import docstring_pairs
 
@@ -86,6 +88,48 @@ def test_nonprintable_share_against_the_definition() -> None:
     for text in ("", "abc", "\x00", "a\x00\n", "ab\ufffd", "\n\n\t", "é\u0378"):
         bad = sum((not c.isprintable() and not c.isspace()) or c == "\ufffd" for c in text)
         assert nonprintable_share(text) == (bad / len(text) if text else 0)
+
+
+def filtered(text: str, metadata: dict[str, Any] | None = None, native_id: str = "0", **data: Any) -> dict[str, Any]:
+    keep = Filter(Source(name="s", type="json", path="none"), Data.model_validate(data))
+    return keep(RawRecord(native_id, {"anchor": "Where to get help", "positive": text}, metadata or {}))
+
+
+def test_the_first_rule_that_a_record_fails_is_its_reason() -> None:
+    prose = "This sentence is written in plain English, and it says a few things about the weather in the north."
+    for text, reason in (
+        (prose, None),
+        ("buy " * 18, "quality_word_run"),
+        ("Dieser Satz ist auf Deutsch geschrieben und handelt vom Wetter im Norden.", "language_de"),
+        ("See base.", "too_short"),
+        (f"' OR 1=1 -- {prose}", None),
+        ("' OR 1=1 --", "unsafe_sql_injection"),
+    ):
+        found = filtered(text, quality={"preset": "short", "languages": ["en"]})
+        assert found.get("reason") == reason, text
+
+
+def test_a_hidden_character_hides_nothing_from_a_redaction() -> None:
+    for hidden in ("", "\x01", "\u200b", "\u202e"):
+        text = f"For help with any of this, please do write to ann@exam{hidden}ple.org today."
+        kept = filtered(text, safety={"actions": {"email": "redact"}})
+        assert kept["positive"] == "For help with any of this, please do write to [EMAIL] today."
+
+
+def test_ids_and_metadata_are_valid_utf8_and_json() -> None:
+    found = filtered("Here, of course.", {"line": "\udfff"}, "\ud800")
+    assert (found["source_id"], found["metadata"]) == ("s:?", '{"line": "?"}')
+    nan, infinity = float("nan"), float("inf")
+    for value, expected in (
+        (nan, "null"),
+        ({"deep": [1.5, -infinity, {"x": nan}], "y": "NaN"}, '{"deep": [1.5, null, {"x": null}], "y": "NaN"}'),
+        (0.5, "0.5"),
+    ):
+        assert filtered("Here, of course.", {"line": value})["metadata"] == f'{{"line": {expected}}}'
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert filtered("Here, of course.", {"deep": deep})["reason"] == "unreadable_value"
 
 
 def test_content_id_tells_fields_apart() -> None:
