@@ -74,10 +74,6 @@ class SourcePlan:
     text_bytes: int
     """Estimated size of the text, decompressed."""
 
-    @property
-    def total_bytes(self) -> int:
-        return sum(size for _, size, _ in self.inputs)
-
 
 def plan_source(source: Source) -> SourcePlan:
     """List a source's files and cut them into tasks. Raises ConfigError if nothing is found or it cannot be read."""
