@@ -37,8 +37,8 @@ from pipeline.embedding.columns import as_ragged
 from pipeline.embedding.encode import TextEncoder, open_encoder
 from pipeline.embedding.recipe import EncoderRecipe, tokenize
 from pipeline.embedding.torch_backend import TorchBackend
-from pipeline.evaluation.beir import read_beir
-from pipeline.evaluation.metrics import nearest, retrieval_metrics
+from pipeline.evaluate.beir import read_beir
+from pipeline.evaluate.metrics import nearest, retrieval_metrics
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import load_model, save_model
 from pipeline.model.reading import load_tokenizer

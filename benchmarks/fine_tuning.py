@@ -150,8 +150,8 @@ def score(folder: Path, data: Path, precision: str) -> float:
     import torch
 
     from pipeline.embedding.encode import TextEncoder
-    from pipeline.evaluation.beir import read_beir
-    from pipeline.evaluation.metrics import nearest, retrieval_metrics
+    from pipeline.evaluate.beir import read_beir
+    from pipeline.evaluate.metrics import nearest, retrieval_metrics
 
     encoder, task = TextEncoder(folder), read_beir(data / "debian" / "beir")
     texts = dict(task.documents.items())

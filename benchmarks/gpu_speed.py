@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.gpu_training import Trainer, encoder_of, learner_of, pairs, shape_of
 from pipeline.model.compiled import compile_layers
-from pipeline.objectives.learner import Part
+from pipeline.model.learner import Part
 from pipeline.training.batch import to_batch
 from pipeline.training.flops import memory, peak_flops, step_flops
 from pipeline.training.precision import autocast_type

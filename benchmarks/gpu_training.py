@@ -25,8 +25,8 @@ from pipeline.config.model import NORM_EPS, SIZES
 from pipeline.config.training import Training
 from pipeline.model.card import Head
 from pipeline.model.embedding_model import EmbeddingModel
+from pipeline.model.learner import Learner, Part
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.objectives.learner import Learner, Part
 from pipeline.training.optimizer import build_optimizer
 from pipeline.training.precision import Precision
 from pipeline.training.step import Outcome, backward

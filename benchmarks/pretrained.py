@@ -34,11 +34,11 @@ from torch.nn.utils.rnn import pad_sequence
 from benchmarks.corpora import machine
 from benchmarks.fine_tuning import minilm
 from pipeline.embedding.encode import TextEncoder
-from pipeline.evaluation.sts import read_sts, spearman
+from pipeline.evaluate.sts import read_sts, spearman
+from pipeline.model.contrastive import Contrast, Rows, contrastive_loss
 from pipeline.model.folder import load_model
 from pipeline.model.linear import Linear, use_onednn
 from pipeline.model.packing import pack
-from pipeline.objectives.contrastive import Contrast, Rows, contrastive_loss
 from pipeline.runtime.console import table
 
 BATCH, MAX_LENGTH, TEMPERATURE = 64, 128, 0.05

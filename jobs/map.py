@@ -26,13 +26,13 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(config: Config, args: argparse.Namespace) -> Result:
-    from pipeline.evaluation.space import COLUMNS, FEWEST, group, project, sample
+    from pipeline.evaluate.map import COLUMNS, FEWEST, group, project, sample
 
     for name, fewest in (("sample", FEWEST), ("clusters", 1)):
         if getattr(args, name) < fewest:
             raise ConfigError(f"--{name}: found {getattr(args, name)}; allowed is {fewest} or more")
     from pipeline.embedding.store import recipe_of, table_of
-    from pipeline.evaluation.picture import draw_png, write_page
+    from pipeline.evaluate.picture import draw_png, write_page
     from pipeline.stages import model_folder
 
     model = model_folder(config)

@@ -66,7 +66,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
 
 def verdict(config: Config) -> str | None:
     """What the run's evaluation says against hybrid search, if it does."""
-    from pipeline.evaluation.table import hybrid_verdict
+    from pipeline.evaluate.table import hybrid_verdict
 
     path = config.run_dir / "evaluation.json"
     return hybrid_verdict(json.loads(path.read_text())["scores"]) if path.is_file() else None

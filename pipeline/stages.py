@@ -17,9 +17,9 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.drift import has_moved, log_drift
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import Inputs, prepare
-from pipeline.evaluation.beir import check_beir
-from pipeline.evaluation.labels import read_classification, read_labels
-from pipeline.evaluation.sts import read_sts
+from pipeline.evaluate.beir import check_beir
+from pipeline.evaluate.labels import read_classification, read_labels
+from pipeline.evaluate.sts import read_sts
 from pipeline.preflight.look import look
 from pipeline.runtime.artifact import Artifact
 from pipeline.runtime.cluster import place_data
@@ -229,7 +229,7 @@ def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
     scored = Artifact(config.run_dir / "evaluations", "", key)
 
     def fill() -> dict[str, Any]:
-        from pipeline.evaluation.evaluate import score_tasks
+        from pipeline.evaluate.evaluate import score_tasks
 
         scores = score_tasks(config, folder, manifest, recipe, session.board)
         scored.output.write("scores.json", json.dumps({"of": key, "scores": scores}, indent=2).encode())

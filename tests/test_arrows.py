@@ -16,22 +16,21 @@ MAY_IMPORT = {
         "config": "storage",
         "text": "",
         "runtime": "config storage",
-        "model": "",
-        "objectives": "config model",
+        "model": "config objectives runtime data",
+        "objectives": "",
         "sources": "config runtime text storage",
         "data": "config runtime text sources storage",
-        "embedding": "config runtime data model text export storage",
-        "evaluation": "config runtime data model text embedding storage",
+        "embedding": "config runtime data model text storage",
+        "evaluate": "config runtime data model text embedding storage",
         "mining": "config runtime data model text embedding storage",
-        "training": "config runtime data model objectives evaluation storage",
-        "export": "config runtime data model storage",
+        "training": "config runtime data model objectives evaluate storage",
         "preflight": "config runtime data embedding training tuning storage",
         "tuning": "config runtime data training storage",
         "cleaning": "config runtime data model embedding storage",
-        "stages": "config runtime data model embedding evaluation mining training storage preflight tuning",
+        "stages": "config runtime data model embedding evaluate mining training storage preflight tuning",
     }.items()
 }
-WITHOUT_RAY = {"config", "storage", "text", "sources", "model", "objectives", "export", "cleaning"}
+WITHOUT_RAY = {"config", "storage", "text", "sources", "model", "objectives", "cleaning"}
 WITHOUT_TORCH = {"config", "storage", "text", "runtime", "sources", "data", "cleaning"}
 RAYLESS_MODULES = {
     f"{folder}/{name}.py"

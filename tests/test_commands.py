@@ -57,7 +57,7 @@ def check_absent(*names):
 child = os.fork()
 if child == 0:
     import pipeline.data.prepare, pipeline.data.feed, pipeline.embedding.embed
-    import pipeline.evaluation.retrieval, pipeline.mining.mine
+    import pipeline.evaluate.retrieval, pipeline.mining.mine
     check_absent("torch")
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0

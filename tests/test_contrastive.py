@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.objectives.contrastive import Contrast, Rows, contrastive_loss
+from pipeline.model.contrastive import Contrast, Rows, contrastive_loss
 from tests.gloo_workers import Result, run_workers
 
 B, M, D = 8, 2, 6

@@ -20,11 +20,11 @@ from transformers import BertConfig, BertModel
 
 from pipeline.data.vocabulary import train_tokenizer
 from pipeline.embedding.encode import TextEncoder
-from pipeline.export.folder import export_model
 from pipeline.model.card import Head
-from pipeline.model.elsewhere import FLAGS, POOLINGS, files_elsewhere
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import load_model, save_model
+from pipeline.model.hf_export import export_model
+from pipeline.model.hf_io import FLAGS, POOLINGS, files_elsewhere
 from pipeline.model.reading import model_fingerprint, read_card
 from pipeline.model.transformer import Encoder, EncoderShape
 from tests.conftest import make_pairs, run_here, write_jsonl

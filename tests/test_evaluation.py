@@ -20,14 +20,14 @@ from pipeline.data.judging import Judge, normaliser
 from pipeline.data.manifest import Manifest
 from pipeline.embedding.columns import as_column
 from pipeline.embedding.nearest import Found
-from pipeline.evaluation.beir import BLOCK_ROWS, Corpus, RetrievalTask, open_beir, read_beir
-from pipeline.evaluation.evaluate import score_classification, score_clustering, score_retrieval, score_sts
-from pipeline.evaluation.held_out import held_out_task
-from pipeline.evaluation.labels import neighbour_scores, read_classification, read_labels
-from pipeline.evaluation.metrics import bm25_ranking, fused, nearest, retrieval_metrics
-from pipeline.evaluation.retrieval import FEW_TEXTS, TextVectors, best_of_block, merge_levels, merged_rows, to_table
-from pipeline.evaluation.sts import StsTask, pearson, read_sts, spearman
-from pipeline.evaluation.table import hybrid_verdict, score_table
+from pipeline.evaluate.beir import BLOCK_ROWS, Corpus, RetrievalTask, open_beir, read_beir
+from pipeline.evaluate.evaluate import score_classification, score_clustering, score_retrieval, score_sts
+from pipeline.evaluate.held_out import held_out_task
+from pipeline.evaluate.labels import neighbour_scores, read_classification, read_labels
+from pipeline.evaluate.metrics import bm25_ranking, fused, nearest, retrieval_metrics
+from pipeline.evaluate.retrieval import FEW_TEXTS, TextVectors, best_of_block, merge_levels, merged_rows, to_table
+from pipeline.evaluate.sts import StsTask, pearson, read_sts, spearman
+from pipeline.evaluate.table import hybrid_verdict, score_table
 from pipeline.sources.fields import RawRecord
 from pipeline.text.identity import content_id, is_validation
 from tests.conftest import board, make_pairs, no_board
@@ -241,7 +241,7 @@ def test_scores_over_the_cluster_are_those_of_one_matrix(tmp_path: Path, monkeyp
     from pipeline.config import load
     from pipeline.embedding.encode import TextEncoder
     from pipeline.embedding.store import recipe_of
-    from pipeline.evaluation.evaluate import score_tasks
+    from pipeline.evaluate.evaluate import score_tasks
 
     model = small_model(tmp_path / "model")
     rows = make_pairs(2500, seed=3)
@@ -259,7 +259,7 @@ def test_scores_over_the_cluster_are_those_of_one_matrix(tmp_path: Path, monkeyp
         Path(__file__).parents[1] / "configs" / "pairs.yaml",
         [f"embedding.model={model}", *(f"evaluation.{name}={path}" for name, path in paths.items())],
     )
-    monkeypatch.setattr("pipeline.evaluation.retrieval.RANK_ROWS", 700)
+    monkeypatch.setattr("pipeline.evaluate.retrieval.RANK_ROWS", 700)
     manifest = Manifest("", [], {}, [], {}, [], {})
     scores = score_tasks(config, tmp_path, manifest, recipe_of(config, model), board)
 
@@ -280,7 +280,7 @@ def test_scores_over_the_cluster_are_those_of_one_matrix(tmp_path: Path, monkeyp
 @pytest.mark.usefixtures("ray_cluster")
 def test_partial_results_are_merged_in_tasks_as_a_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     """28 partial results of two sizes, merged three at a time on three levels, against a sort of all documents."""
-    from pipeline.evaluation import retrieval
+    from pipeline.evaluate import retrieval
 
     chance = np.random.default_rng(0)
     corners = chance.integers(0, 2, size=(1000 + 40, 16)) / 2 - 0.25  # of length 1, and every product is exact

@@ -24,14 +24,14 @@ from pipeline.data.manifest import Manifest, SourceCount
 from pipeline.data.vocabulary import train_tokenizer
 from pipeline.embedding.store import recipe_of, table_of
 from pipeline.embedding.table import VectorTable
-from pipeline.export.card import Extras, model_card, read_origin
-from pipeline.export.destination import exporting, refuse_foreign
-from pipeline.export.embedding_matrix import load_embeddings, save_embeddings_for_model
-from pipeline.export.folder import export_model, pad_token_id
-from pipeline.export.onnx import PaddedEmbedder, export_onnx
+from pipeline.evaluate.embedding_matrix import load_embeddings, save_embeddings_for_model
+from pipeline.evaluate.export import exporting, refuse_foreign
+from pipeline.evaluate.model_card import Extras, model_card, read_origin
 from pipeline.model.card import Head
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import load_model, save_model
+from pipeline.model.hf_export import export_model, pad_token_id
+from pipeline.model.onnx import PaddedEmbedder, export_onnx
 from pipeline.model.packing import pack
 from pipeline.model.reading import model_fingerprint, read_card
 from pipeline.model.transformer import Encoder, EncoderShape
@@ -210,7 +210,7 @@ class TestFolder:
     def test_an_export_that_gives_other_vectors_fails(
         self, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from pipeline.export import folder
+        from pipeline.model import hf_export as folder
 
         def wrong(*args: Any) -> dict[str, Any]:
             return {**right(*args), "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
@@ -512,7 +512,7 @@ class TestJob:
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "thesis.txt").write_text("years of work")
         new = ["--to", str(tmp_path / "new")]
-        monkeypatch.setattr("pipeline.export.onnx.PACKAGES", ("onnx", "no_such_package"))
+        monkeypatch.setattr("pipeline.model.onnx.PACKAGES", ("onnx", "no_such_package"))
         for arguments, words in (
             ([], "the following arguments are required: --to"),
             (["--to", str(tmp_path / "mine")], "holds thesis.txt, which no export wrote"),

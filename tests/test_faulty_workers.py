@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pipeline.config import ConfigError
+from pipeline.model.batch import Batch
 from pipeline.model.transformer import Attention
-from pipeline.objectives.batch import Batch
 from pipeline.training.checkpoints import TrainState
 from pipeline.training.loop import Run, TrainingStopped, train
 from pipeline.training.step import OutOfMemory, backward, cut

@@ -21,9 +21,9 @@ from pipeline.model.card import Head
 from pipeline.model.compiled import compile_layers
 from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel
+from pipeline.model.learner import Learner, Special
 from pipeline.model.pretrained import load_pretrained
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.objectives.learner import Learner, Special
 from pipeline.training import saving
 from pipeline.training.assembly import resume
 from pipeline.training.batch import to_batch

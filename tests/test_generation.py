@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pipeline.evaluation.generation import generation_metrics
+from pipeline.evaluate.generation import generation_metrics
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.evaluation.picture import draw_png, write_page
-from pipeline.evaluation.space import COLUMNS, Points, group, project, sample
+from pipeline.evaluate.map import COLUMNS, Points, group, project, sample
+from pipeline.evaluate.picture import draw_png, write_page
 from pipeline.runtime.job import run_job
 from tests.test_evaluation import small_model
 

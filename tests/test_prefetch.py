@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.objectives.batch import Batch
+from pipeline.model.batch import Batch
 from pipeline.training.batch import to_batch
 from pipeline.training.prefetch import Prefetch, to_device
 

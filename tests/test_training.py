@@ -14,8 +14,8 @@ import torch
 from pipeline.config import Config, load
 from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel
+from pipeline.model.learner import Learner, Special
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.objectives.learner import Learner, Special
 from pipeline.training.batch import to_batch
 from pipeline.training.checkpoints import (
     TrainState,

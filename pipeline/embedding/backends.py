@@ -140,7 +140,7 @@ def model_backend(
 def check_backend(settings: Embedding) -> None:
     """Raise ConfigError where a package is missing."""
     if settings.backend == "onnxruntime":
-        from pipeline.export.onnx import check_packages
+        from pipeline.model.onnx import check_packages
 
         check_packages("embedding.backend=onnxruntime")
 
@@ -155,8 +155,8 @@ def make_graph(folder: Path, settings: Embedding, graphs: StoragePath) -> None:
     graph = graph_of(folder, settings, graphs)
 
     def fill() -> dict[str, Any]:
-        from pipeline.export.folder import export_model, quiet_transformers
-        from pipeline.export.onnx import export_onnx
+        from pipeline.model.hf_export import export_model, quiet_transformers
+        from pipeline.model.onnx import export_onnx
 
         quiet_transformers()
         with tempfile.TemporaryDirectory(dir=scratch()) as name:

@@ -4,7 +4,7 @@ save_model(folder, model, tokenizer_json, max_length)
 model, tokenizer = load_model(folder)
 
 What is known without loading the weights is said by model/reading.py. A folder without model.json is read as one of
-transformers or sentence-transformers (model/elsewhere.py).
+transformers or sentence-transformers (model/hf_io.py).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def save_card(folder: Path, model: EmbeddingModel, tokenizer_json: str, max_leng
 def load_model(folder: Path) -> tuple[EmbeddingModel, Tokenizer]:
     """The model in evaluation mode, and its tokenizer set to cut at `max_length`. Raises OSError or ValueError."""
     if not is_ours(folder):
-        from pipeline.model.elsewhere import load_elsewhere
+        from pipeline.model.hf_io import load_elsewhere
 
         return load_elsewhere(folder)
     card = read_card(folder)

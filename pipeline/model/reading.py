@@ -4,7 +4,7 @@ read_card(folder).head.prompt("query")
 load_tokenizer(folder)
 model_fingerprint(folder)                     # '9f0c…': names the vectors that this model gives
 
-A folder without model.json is read as one of transformers or sentence-transformers (model/elsewhere.py, with torch).
+A folder without model.json is read as one of transformers or sentence-transformers (model/hf_io.py, with torch).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def is_ours(folder: Path) -> bool:
 def read_card(folder: Path) -> Card:
     """Raises OSError or ValueError where the folder holds no model that we know."""
     if not is_ours(folder):
-        from pipeline.model.elsewhere import read_elsewhere
+        from pipeline.model.hf_io import read_elsewhere
 
         return read_elsewhere(folder)
     try:
@@ -50,7 +50,7 @@ def is_table(card: Card) -> bool:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """A model's tokenizer, set to cut at `max_length`. Raises OSError or ValueError."""
     if not is_ours(folder):
-        from pipeline.model.elsewhere import tokenizer_elsewhere
+        from pipeline.model.hf_io import tokenizer_elsewhere
 
         return tokenizer_elsewhere(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -72,6 +72,6 @@ def model_files(folder: Path) -> Iterable[str]:
     """The files that a model is read from, relative to its folder."""
     if is_ours(folder):
         return FILES
-    from pipeline.model.elsewhere import files_elsewhere
+    from pipeline.model.hf_io import files_elsewhere
 
     return files_elsewhere(folder)

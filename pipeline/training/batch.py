@@ -5,8 +5,8 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.model.batch import EMPTY, Batch
 from pipeline.model.packing import Packed
-from pipeline.objectives.batch import EMPTY, Batch
 
 FIELDS = ("anchor", "positive", "text")
 

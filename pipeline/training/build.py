@@ -12,8 +12,8 @@ from pipeline.data.vocabulary import framing
 from pipeline.model.card import Head
 from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel
+from pipeline.model.learner import Learner, Special
 from pipeline.model.transformer import Encoder, EncoderShape, gated_width, parameter_count
-from pipeline.objectives.learner import Learner, Special
 from pipeline.storage.files import fetched
 from pipeline.storage.path import as_path
 

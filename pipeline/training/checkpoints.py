@@ -37,7 +37,7 @@ from pipeline.storage.path import StoragePath
 if TYPE_CHECKING:  # torch takes a second, which search and a run with nothing to do can go without
     import torch
 
-    from pipeline.objectives.learner import Learner
+    from pipeline.model.learner import Learner
 
 HALVINGS = "halvings"
 PARTNERS = "partners.safetensors"  # a decoder, a prediction head, a learned temperature

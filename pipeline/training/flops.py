@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from pipeline.model.decoder import Decoder
 from pipeline.model.embedding_model import EmbeddingModel
+from pipeline.model.learner import Learner, Part, Task
 from pipeline.model.linear import use_onednn
 from pipeline.model.transformer import Encoder
-from pipeline.objectives.learner import Learner, Part, Task
 
 Lengths = Tensor | npt.NDArray[np.integer] | list[int]
 

@@ -23,8 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from pipeline.model.learner import Learner
 from pipeline.objectives.collectives import total, world_size
-from pipeline.objectives.learner import Learner
 
 
 class FullySharded:

@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import Config
+from pipeline.model.batch import Batch
 from pipeline.model.compiled import compile_layers
+from pipeline.model.learner import Learner, Part
 from pipeline.model.transformer import Encoder
-from pipeline.objectives.batch import Batch
 from pipeline.objectives.collectives import rank, world_size
-from pipeline.objectives.learner import Learner, Part
 from pipeline.runtime.console import log
 from pipeline.training.batch import to_batch
 from pipeline.training.checkpoints import TrainState, note_halvings

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.training import Training
-from pipeline.objectives.batch import Batch
+from pipeline.model.batch import Batch
 from pipeline.objectives.collectives import total, world_size
 from pipeline.training.checkpoints import TrainState
 from pipeline.training.flops import device_utilisation, memory, peak_flops

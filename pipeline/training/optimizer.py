@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from pipeline.config.training import Training
+from pipeline.model.learner import Learner
 from pipeline.model.transformer import Encoder
-from pipeline.objectives.learner import Learner
 
 
 def build_optimizer(learner: Learner, settings: Training) -> torch.optim.AdamW:

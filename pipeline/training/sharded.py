@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 
-from pipeline.objectives.learner import Learner
+from pipeline.model.learner import Learner
 from pipeline.storage.files import fetched, place, replacing
 from pipeline.storage.path import StoragePath
 from pipeline.training.checkpoints import PARTNERS, WEIGHTS, is_sharded

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.objectives.batch import Batch
+from pipeline.model.batch import Batch
+from pipeline.model.learner import Learner, Part
 from pipeline.objectives.collectives import from_all
-from pipeline.objectives.learner import Learner, Part
 from pipeline.training.strategy import Strategy
 
 

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config import Config, ConfigError
+from pipeline.model.learner import Learner
 from pipeline.objectives.collectives import world_size
-from pipeline.objectives.learner import Learner
 from pipeline.training.reducer import Reducer
 
 

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.evaluation.generation import generation_metrics
-from pipeline.evaluation.sts import spearman
+from pipeline.evaluate.generation import generation_metrics
+from pipeline.evaluate.sts import spearman
+from pipeline.model.batch import Batch
+from pipeline.model.learner import Learner
 from pipeline.model.packing import Packed
-from pipeline.objectives.batch import Batch
 from pipeline.objectives.collectives import gather, rank, total, world_size
-from pipeline.objectives.learner import Learner
 
 ROWS_AT_ONCE = 256
 CORRUPTION_SEED = 0  # of held-out texts: each validation sees the same ones

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.embedding.documents import shard_tokens, tokens_of
-from pipeline.evaluation.beir import RetrievalTask
+from pipeline.evaluate.beir import RetrievalTask
 from pipeline.runtime.artifact import open_parquet
 from pipeline.storage.files import matching
 from pipeline.storage.path import StoragePath

@@ -22,8 +22,8 @@ import pyarrow as pa
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.nearest import Floats, Found, merged, nearest_in_block, unit
 from pipeline.embedding.recipe import EncoderRecipe
-from pipeline.evaluation.beir import BLOCK_ROWS, Corpus, RetrievalTask
-from pipeline.evaluation.metrics import DEPTH
+from pipeline.evaluate.beir import BLOCK_ROWS, Corpus, RetrievalTask
+from pipeline.evaluate.metrics import DEPTH
 from pipeline.runtime.session import Board
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import html
 import textwrap
 
 from pipeline.embedding.nearest import Floats
-from pipeline.evaluation.space import Points
+from pipeline.evaluate.map import Points
 from pipeline.storage.files import replacing, write_atomically
 from pipeline.storage.path import StoragePath
 

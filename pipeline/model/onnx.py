@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import ConfigError
-from pipeline.export.folder import MIN_COSINE
 from pipeline.model.card import Pooling
+from pipeline.model.hf_export import MIN_COSINE
 from pipeline.runtime.job import JobError
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -26,7 +26,7 @@ from pipeline.storage.files import fetched
 from pipeline.storage.path import StoragePath
 
 if TYPE_CHECKING:
-    from pipeline.evaluation.metrics import Qrels  # whose libraries a check of the folder need not pay for
+    from pipeline.evaluate.metrics import Qrels  # whose libraries a check of the folder need not pay for
 
 BLOCK_ROWS = 1024  # documents that are read together
 

@@ -19,12 +19,12 @@ from pipeline.data.manifest import Manifest
 from pipeline.embedding.documents import tokens_fit
 from pipeline.embedding.nearest import Floats, Found, unit
 from pipeline.embedding.recipe import EncoderRecipe
-from pipeline.evaluation.beir import RetrievalTask, open_beir
-from pipeline.evaluation.held_out import held_out_task
-from pipeline.evaluation.labels import neighbour_scores, read_classification, read_labels, v_measure
-from pipeline.evaluation.metrics import bm25_ranking, fused, retrieval_metrics, to_ranking
-from pipeline.evaluation.retrieval import TextVectors, nearest_documents
-from pipeline.evaluation.sts import StsTask, pearson, read_sts, spearman
+from pipeline.evaluate.beir import RetrievalTask, open_beir
+from pipeline.evaluate.held_out import held_out_task
+from pipeline.evaluate.labels import neighbour_scores, read_classification, read_labels, v_measure
+from pipeline.evaluate.metrics import bm25_ranking, fused, retrieval_metrics, to_ranking
+from pipeline.evaluate.retrieval import TextVectors, nearest_documents
+from pipeline.evaluate.sts import StsTask, pearson, read_sts, spearman
 from pipeline.model.reading import read_card
 from pipeline.runtime.console import Stage, log
 from pipeline.runtime.session import Board

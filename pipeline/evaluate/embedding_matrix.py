@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 
-from pipeline.export.destination import exporting
+from pipeline.evaluate.export import exporting
 from pipeline.runtime.artifact import entries_of
 
 VERSION = 1

@@ -12,7 +12,7 @@ TITLES = {"spearman": "Spearman", "pearson": "Pearson", "v_measure": "V-measure"
 
 def score_table(scores: dict[str, Any]) -> str:
     """A line a retrieval task and system under one header, and what hybrid is; then a line a system of other tasks."""
-    from pipeline.evaluation.metrics import METRICS
+    from pipeline.evaluate.metrics import METRICS
 
     retrieval, others = [], []
     for name, result in scores.items():

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Objective, Writing
+from pipeline.model.batch import Batch, hashes
+from pipeline.model.contrastive import Contrast, Rows, contrastive_loss
+from pipeline.model.corruption import Tokens, delete_tokens, mask_spans, mask_tokens
 from pipeline.model.decoder import Decoder, Memory
 from pipeline.model.embedding_model import EmbeddingModel
+from pipeline.model.generative import MaskedHead, TokenLoss, masked_loss, shift, token_loss
 from pipeline.model.packing import Layout, Packed
-from pipeline.objectives.batch import Batch, hashes
-from pipeline.objectives.contrastive import Contrast, Rows, contrastive_loss
-from pipeline.objectives.corruption import Tokens, delete_tokens, mask_spans, mask_tokens
-from pipeline.objectives.generative import MaskedHead, TokenLoss, masked_loss, shift, token_loss
 
 MAX_SCALE = 100.0  # of a learned temperature's inverse (CLIP, section 2.5)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.config import ConfigError
 from pipeline.embedding.nearest import nearest, unit
-from pipeline.evaluation.tsv import read_tsv
+from pipeline.evaluate.tsv import read_tsv
 from pipeline.storage.path import StoragePath
 
 COLUMNS = ("text", "label")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import ConfigError
-from pipeline.evaluation.tsv import read_tsv
+from pipeline.evaluate.tsv import read_tsv
 from pipeline.storage.path import StoragePath
 
 COLUMNS = ("score", "sentence1", "sentence2")
