@@ -40,8 +40,7 @@ from pipeline.embedding.torch_backend import TorchBackend
 from pipeline.evaluate.beir import read_beir
 from pipeline.evaluate.metrics import nearest, retrieval_metrics
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import load_model, save_model
-from pipeline.model.reading import load_tokenizer
+from pipeline.model.folder import load_model, load_tokenizer, save_model
 from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.runtime.console import table
 

@@ -165,7 +165,7 @@ def loop(sent: dict[str, Any]) -> None:
     import torch
     from tokenizers import Tokenizer
 
-    from pipeline.model.learner import Part
+    from pipeline.model.batch import Part
     from pipeline.training.batch import to_batch
     from pipeline.training.build import build_learner
     from pipeline.training.optimizer import build_optimizer

@@ -23,11 +23,10 @@ from torch import Tensor
 
 from benchmarks.gpu_training import Trainer, encoder_of, learner_of, pairs
 from pipeline.model.attention import attend
-from pipeline.model.batch import Batch
-from pipeline.model.compiled import compile_layers
-from pipeline.model.learner import Learner, Part
+from pipeline.model.batch import Batch, Part
+from pipeline.model.learner import Learner
 from pipeline.model.packing import Layout, Packed
-from pipeline.model.transformer import Encoder, EncoderShape
+from pipeline.model.transformer import Encoder, EncoderShape, compile_layers
 from pipeline.training.batch import to_batch
 from pipeline.training.prefetch import Prefetch, to_device
 from pipeline.training.step import backward, cut

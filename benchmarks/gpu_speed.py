@@ -21,8 +21,8 @@ import pyarrow as pa
 import torch
 
 from benchmarks.gpu_training import Trainer, encoder_of, learner_of, pairs, shape_of
-from pipeline.model.compiled import compile_layers
-from pipeline.model.learner import Part
+from pipeline.model.batch import Part
+from pipeline.model.transformer import compile_layers
 from pipeline.training.batch import to_batch
 from pipeline.training.flops import memory, peak_flops, step_flops
 from pipeline.training.precision import autocast_type

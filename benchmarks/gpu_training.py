@@ -23,9 +23,10 @@ import torch
 from pipeline.config import Objective
 from pipeline.config.model import NORM_EPS, SIZES
 from pipeline.config.training import Training
-from pipeline.model.card import Head
+from pipeline.model.batch import Part
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.learner import Learner, Part
+from pipeline.model.folder import Head
+from pipeline.model.learner import Learner
 from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.training.optimizer import build_optimizer
 from pipeline.training.precision import Precision

@@ -61,7 +61,7 @@ from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.stores.dead_letters import DeadLetters
 from pipeline.embedding.sync import Sync, with_vectors
 from pipeline.embedding.table import VectorTable
-from pipeline.model.reading import is_table, load_tokenizer, read_card
+from pipeline.model.folder import is_table, load_tokenizer, read_card
 from pipeline.runtime.artifact import Artifact, Output
 from pipeline.runtime.console import table as lines_of
 from pipeline.runtime.memory import large_buffers_given_back

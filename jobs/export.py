@@ -40,8 +40,8 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     license_id, folder = checked_license(args.license), destination(args.to)
     from pipeline.evaluate.export import exporting, refuse_foreign
     from pipeline.evaluate.model_card import Extras, model_card, read_origin
+    from pipeline.model.folder import model_fingerprint, read_card
     from pipeline.model.onnx import check_packages
-    from pipeline.model.reading import model_fingerprint, read_card
     from pipeline.stages import model_folder
     from pipeline.storage.files import fetched
 
@@ -67,11 +67,10 @@ def main(config: Config, args: argparse.Namespace) -> Result:
 
 def write_model(config: Config, args: argparse.Namespace, model: Path, folder: Path) -> dict[str, Any]:
     """The model, and what else was asked for. Returns how near each came to the model, and the rows written."""
-    from pipeline.model.hf_export import export_model, quiet_transformers
+    from pipeline.model.folder import read_card
+    from pipeline.model.hf_io import export_model
     from pipeline.model.onnx import export_onnx
-    from pipeline.model.reading import read_card
 
-    quiet_transformers()
     card = read_card(model)
     metrics: dict[str, Any] = {"width": card.width, "cosine": round(export_model(model, folder), 6)}
     log.info("export: vectors as transformers gives them are at cosine %.6f or nearer", metrics["cosine"])
@@ -87,7 +86,7 @@ def write_embeddings(config: Config, dtype: Any, model: Path, folder: Path) -> i
     """The vectors of the run's table, which must hold all of its data. Returns their number."""
     from pipeline.embedding.store import recipe_of, table_of
     from pipeline.evaluate.embedding_matrix import save_embeddings_for_model
-    from pipeline.model.reading import model_fingerprint
+    from pipeline.model.folder import model_fingerprint
 
     vectors = table_of(config, recipe_of(config, model))
     if not vectors.exists() or not vectors.is_verified(vectors.open()):

@@ -120,7 +120,7 @@ def check_model(place: StoragePath) -> None:
             f"embedding.model: found no folder {place}; allowed are a checkpoint's, and those of transformers and of "
             "sentence-transformers"
         )
-    from pipeline.model.reading import FILES, is_ours, read_card  # for others' folders torch and transformers
+    from pipeline.model.folder import FILES, is_ours, read_card  # for others' folders torch and transformers
 
     folder = fetched(place)
     missing = [name for name in FILES if not (folder / name).is_file()] if is_ours(folder) else []
@@ -211,7 +211,7 @@ def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
     """Scores of the model, BM25 beside, on what the config names; `again` even where they are there."""
     folder, manifest = session.prepared()
     from pipeline.embedding.store import recipe_of
-    from pipeline.model.reading import model_fingerprint
+    from pipeline.model.folder import model_fingerprint
 
     model, latest, wanted = _model_of(config, manifest), config.run_dir / "evaluation.json", config.evaluation
     recipe = recipe_of(config, model)

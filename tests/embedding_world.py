@@ -25,9 +25,8 @@ from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.store import recipe_of, table_of
 from pipeline.embedding.sync import COUNTS, Sync, with_vectors
 from pipeline.embedding.table import VectorTable, Writer
-from pipeline.model.card import Head
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import save_model
+from pipeline.model.folder import Head, save_model
 from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.text.identity import content_id, shard_of
 from tests.conftest import make_pairs

@@ -20,12 +20,9 @@ from transformers import BertConfig, BertModel
 
 from pipeline.data.vocabulary import train_tokenizer
 from pipeline.embedding.encode import TextEncoder
-from pipeline.model.card import Head
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import load_model, save_model
-from pipeline.model.hf_export import export_model
-from pipeline.model.hf_io import FLAGS, POOLINGS, files_elsewhere
-from pipeline.model.reading import model_fingerprint, read_card
+from pipeline.model.folder import Head, load_model, model_fingerprint, read_card, save_model
+from pipeline.model.hf_io import FLAGS, POOLINGS, export_model, hf_files
 from pipeline.model.transformer import Encoder, EncoderShape
 from tests.conftest import make_pairs, run_here, write_jsonl
 
@@ -179,7 +176,7 @@ def test_the_fingerprint_is_that_of_the_content(bert: Path, tmp_path: Path) -> N
     assert model_fingerprint(shutil.copytree(folder, tmp_path / "copy")) == fingerprint
     (folder / "README.md").write_text("other words")
     assert model_fingerprint(folder) == fingerprint
-    names = files_elsewhere(folder)
+    names = hf_files(folder)
     assert {"1_Pooling/config.json", "config.json", "model.safetensors", "modules.json", "tokenizer.json"} < {*names}
     for name in names:
         content = (folder / name).read_bytes()

@@ -22,9 +22,8 @@ from pipeline.embedding.columns import TOKENS, as_ragged
 from pipeline.embedding.encode import TextEncoder, open_encoder
 from pipeline.embedding.recipe import EncoderRecipe, let_windows_overlap, tokenize
 from pipeline.embedding.torch_backend import TorchBackend
-from pipeline.model.card import Head, Pooling
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import load_model, save_model
+from pipeline.model.folder import Head, Pooling, load_model, save_model
 from pipeline.model.packing import Packed, pack
 from pipeline.model.transformer import Encoder, EncoderShape
 from tests.conftest import make_pairs

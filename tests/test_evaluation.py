@@ -346,9 +346,8 @@ def small_model(folder: Path, prompts: tuple[tuple[str, str], ...] = ()) -> Path
     import torch
 
     from pipeline.data.vocabulary import train_tokenizer
-    from pipeline.model.card import Head
     from pipeline.model.embedding_model import EmbeddingModel
-    from pipeline.model.folder import save_model
+    from pipeline.model.folder import Head, save_model
     from pipeline.model.transformer import Encoder, EncoderShape
 
     torch.manual_seed(0)

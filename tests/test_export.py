@@ -27,15 +27,13 @@ from pipeline.embedding.table import VectorTable
 from pipeline.evaluate.embedding_matrix import load_embeddings, save_embeddings_for_model
 from pipeline.evaluate.export import exporting, refuse_foreign
 from pipeline.evaluate.model_card import Extras, model_card, read_origin
-from pipeline.model.card import Head
+from pipeline.model import hf_io
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import load_model, save_model
-from pipeline.model.hf_export import export_model, pad_token_id
+from pipeline.model.folder import Head, load_model, model_fingerprint, read_card, save_model
+from pipeline.model.hf_io import export_model, pad_token_id
 from pipeline.model.onnx import PaddedEmbedder, export_onnx
 from pipeline.model.packing import pack
-from pipeline.model.reading import model_fingerprint, read_card
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.runtime.job import JobError
 from pipeline.text.docstrings import pairs
 from tests.conftest import run_here
 
@@ -210,14 +208,13 @@ class TestFolder:
     def test_an_export_that_gives_other_vectors_fails(
         self, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from pipeline.model import hf_export as folder
 
         def wrong(*args: Any) -> dict[str, Any]:
             return {**right(*args), "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
 
-        right = folder.eurobert_config
-        monkeypatch.setattr(folder, "eurobert_config", wrong)
-        with pytest.raises(JobError, match="a fault of the export"):
+        right = hf_io.eurobert_config
+        monkeypatch.setattr(hf_io, "eurobert_config", wrong)
+        with pytest.raises(RuntimeError, match="a fault of the export"):
             export_model(checkpoints["weighted"], tmp_path)
 
 

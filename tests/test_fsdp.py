@@ -17,13 +17,13 @@ from torch.multiprocessing import ProcessRaisedException
 
 from pipeline.config import Config, load
 from pipeline.config.training import Training
-from pipeline.model.card import Head
-from pipeline.model.compiled import compile_layers
+from pipeline.model.batch import Special
 from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.learner import Learner, Special
+from pipeline.model.folder import Head
+from pipeline.model.learner import Learner
 from pipeline.model.pretrained import load_pretrained
-from pipeline.model.transformer import Encoder, EncoderShape
+from pipeline.model.transformer import Encoder, EncoderShape, compile_layers
 from pipeline.training import saving
 from pipeline.training.assembly import resume
 from pipeline.training.batch import to_batch

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from pipeline.config.model import SIZES
 from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import load_model, save_model
+from pipeline.model.folder import load_model, model_fingerprint, save_model
 from pipeline.model.packing import Layout, Packed, join, pack
-from pipeline.model.reading import model_fingerprint
 from pipeline.model.transformer import Encoder, EncoderShape, gated_width, parameter_count
 
 SHAPE = EncoderShape(vocab_size=50, d_model=32, num_layers=2, num_heads=4, d_ff=48, norm_eps=1e-5)

@@ -14,12 +14,10 @@ import transformers
 from torch import Tensor, nn
 
 from pipeline.model import pretrained
-from pipeline.model.card import Head
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import load_model, save_model
+from pipeline.model.folder import Head, load_model, model_fingerprint, save_model
 from pipeline.model.packing import Layout, Packed, pack
 from pipeline.model.pretrained import FAMILIES, load_pretrained
-from pipeline.model.reading import model_fingerprint
 
 PAD = 1
 SHAPE = {

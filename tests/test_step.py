@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import Objective
-from pipeline.model.batch import Batch
-from pipeline.model.card import Head
+from pipeline.model.batch import Batch, Special
 from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.learner import Learner, Special
+from pipeline.model.folder import Head
+from pipeline.model.learner import Learner
 from pipeline.model.packing import pack
 from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.training.reducer import MAX_FLAGS, _Bucket

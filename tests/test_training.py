@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from pipeline.config import Config, load
+from pipeline.model.batch import Special
 from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.learner import Learner, Special
+from pipeline.model.learner import Learner
 from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.training.batch import to_batch
 from pipeline.training.checkpoints import (

@@ -22,8 +22,7 @@ from safetensors.numpy import load_file
 
 from pipeline.config import Embedding
 from pipeline.embedding.nearest import unit
-from pipeline.model.card import Card
-from pipeline.model.reading import is_table, model_fingerprint, read_card
+from pipeline.model.folder import Card, is_table, model_fingerprint, read_card
 from pipeline.runtime.artifact import Artifact, checked
 from pipeline.storage.files import fetched, scratch
 from pipeline.storage.path import StoragePath
@@ -155,10 +154,9 @@ def make_graph(folder: Path, settings: Embedding, graphs: StoragePath) -> None:
     graph = graph_of(folder, settings, graphs)
 
     def fill() -> dict[str, Any]:
-        from pipeline.model.hf_export import export_model, quiet_transformers
+        from pipeline.model.hf_io import export_model
         from pipeline.model.onnx import export_onnx
 
-        quiet_transformers()
         with tempfile.TemporaryDirectory(dir=scratch()) as name:
             temporary, head = Path(name), read_card(folder).head
             export_model(folder, temporary)

@@ -32,7 +32,7 @@ from pipeline.data.manifest import SPLITS, Manifest
 from pipeline.embedding.columns import TOKENS, one_array
 from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.table import PLACE
-from pipeline.model.reading import read_card
+from pipeline.model.folder import read_card
 from pipeline.runtime.artifact import Artifact, Output, open_parquet
 from pipeline.runtime.session import Board
 from pipeline.storage.files import for_each, matching, sizes

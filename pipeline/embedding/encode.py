@@ -22,7 +22,7 @@ from pipeline.embedding.backends import Backend, model_backend, open_backend
 from pipeline.embedding.columns import Column, as_numbers, as_ragged
 from pipeline.embedding.nearest import unit
 from pipeline.embedding.recipe import EncoderRecipe, let_windows_overlap, tokenize
-from pipeline.model.reading import load_tokenizer, read_card
+from pipeline.model.folder import load_tokenizer, read_card
 from pipeline.storage.files import fetched
 from pipeline.storage.path import StoragePath
 

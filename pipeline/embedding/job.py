@@ -29,7 +29,7 @@ from pipeline.embedding.store import embedded_field, prompt_name, publish, recip
 from pipeline.embedding.stores.dead_letters import DeadLetters
 from pipeline.embedding.sync import COUNTS, Difference, Sync, count_tokens, encoded_rows
 from pipeline.embedding.table import VectorTable, Writer
-from pipeline.model.reading import read_card
+from pipeline.model.folder import read_card
 from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError, alone_in
 from pipeline.runtime.session import Board

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from pipeline.config import Embedding
 from pipeline.embedding.columns import Column, as_groups, as_tokens
-from pipeline.model.reading import is_table, load_tokenizer, model_fingerprint, read_card
+from pipeline.model.folder import is_table, load_tokenizer, model_fingerprint, read_card
 from pipeline.storage.files import fetched
 from pipeline.storage.path import StoragePath
 

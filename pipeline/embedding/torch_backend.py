@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from pipeline.embedding.backends import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
-from pipeline.model.compiled import compile_layers
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.packing import Packed
+from pipeline.model.transformer import compile_layers
 
 
 class TorchBackend:

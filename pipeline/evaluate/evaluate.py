@@ -25,7 +25,7 @@ from pipeline.evaluate.labels import neighbour_scores, read_classification, read
 from pipeline.evaluate.metrics import bm25_ranking, fused, retrieval_metrics, to_ranking
 from pipeline.evaluate.retrieval import TextVectors, nearest_documents
 from pipeline.evaluate.sts import StsTask, pearson, read_sts, spearman
-from pipeline.model.reading import read_card
+from pipeline.model.folder import read_card
 from pipeline.runtime.console import Stage, log
 from pipeline.runtime.session import Board
 from pipeline.storage.path import StoragePath, as_path

@@ -16,8 +16,7 @@ from typing import Any
 import yaml
 
 from pipeline.data.manifest import Manifest, read_prepared
-from pipeline.model.card import Card
-from pipeline.model.reading import model_fingerprint
+from pipeline.model.folder import Card, model_fingerprint
 from pipeline.storage.files import fetched, matching
 from pipeline.storage.path import StoragePath, absolute
 

@@ -1,10 +1,19 @@
-"""A worker's rows of a global batch, as packed tokens, and the hashes by which equal texts know each other."""
+"""A worker's rows of a global batch as packed tokens, and the parts that go through the model at once.
+
+    batch = Batch(ids=["r1", "r2"], fields={"anchor": …, "positive": …}, negatives=EMPTY, negative_counts=[0, 0])
+    batch.slice(0, 1)                           # its first row
+    batch.keys(slots=0)                         # (2, 3): hashes of record, anchor and positive; equal texts are equal
+    part = learner.prepare(batch, seed=step)    # a Part
+
+Plain data; `Learner` makes parts of batches.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import xxhash
@@ -15,7 +24,7 @@ from pipeline.model.packing import Packed, join, pack
 
 @dataclass(frozen=True)
 class Batch:
-    """n rows. `negatives` are all rows' hard negatives end to end, `negative_counts` how many each row has."""
+    """n rows. `negatives` are the hard negatives of all rows end to end, `negative_counts` how many each row has."""
 
     ids: list[str]  # of records
     fields: dict[str, Packed]  # anchor and positive, or text
@@ -40,7 +49,7 @@ class Batch:
 
     @property
     def text(self) -> Packed:
-        """What generative objectives and masking learn from: `text`, or a pair's positive."""
+        """The texts for generative objectives: `text`, or the positive of a pair."""
         return self.fields["text"] if "text" in self.fields else self.fields["positive"]
 
     def slice(self, start: int, stop: int) -> Batch:
@@ -58,7 +67,7 @@ class Batch:
         return reduce(join, (self.fields["anchor"], self.fields["positive"], self.negatives))
 
     def keys(self, slots: int) -> Tensor:
-        """(n, 3 + slots) int64 hashes: of the record, its anchor, its positive and its negatives; 0 is none."""
+        """(n, 3 + slots) int64 hashes: of the record, its anchor, its positive and its negatives; 0 for no negative."""
         record = [text_hash(one.encode()) for one in self.ids]
         columns = [record, hashes(self.fields["anchor"]), hashes(self.fields["positive"])]
         keys = torch.zeros(len(self), 3 + slots, dtype=torch.int64)
@@ -70,6 +79,81 @@ class Batch:
     def filled_slots(self, slots: int) -> Tensor:
         """(n, slots) bool: where a row has a negative."""
         return torch.arange(slots)[None, :] < torch.tensor(self.negative_counts, dtype=torch.int64)[:, None]
+
+
+Sees = Literal["states", "vectors", "nothing"]
+
+
+@dataclass(frozen=True)
+class Special:
+    """Ids of special tokens. `start` and `end` frame what the decoder writes; `kept` are never corrupted."""
+
+    start: int
+    end: int
+    mask: int
+    kept: frozenset[int]
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """A generative objective's inputs and labels.
+
+    The encoder reads `source`. The decoder reads `inputs` and sees the source's states, its vectors or nothing of it.
+    Without `inputs` the labels are those of the source's tokens at `positions`.
+    """
+
+    labels: Tensor
+    source: Packed | None = None
+    sees: Sees = "nothing"
+    inputs: Packed | None = None
+    positions: Tensor | None = None
+    label_smoothing: float = 0.0
+
+    def to(self, device: torch.device | str) -> Task:
+        return replace(
+            self,
+            labels=self.labels.to(device),
+            source=None if self.source is None else self.source.to(device),
+            inputs=None if self.inputs is None else self.inputs.to(device),
+            positions=None if self.positions is None else self.positions.to(device),
+        )
+
+    def emptied(self) -> Task:
+        """The same objective, without texts."""
+        return replace(
+            self,
+            labels=self.labels[:0],
+            source=None if self.source is None else self.source.slice(0, 0),
+            inputs=None if self.inputs is None else self.inputs.slice(0, 0),
+            positions=None if self.positions is None else self.positions[:0],
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch: n rows of a worker's batch, ready for one forward pass."""
+
+    rows: int
+    pairs: Packed | None  # anchors, positives and hard negatives end to end
+    filled: Tensor  # (n, M) the slots that the negatives take
+    keys: Tensor  # (n, 3 + M)
+    tasks: dict[str, Task]
+
+    def to(self, device: torch.device | str) -> Part:
+        return Part(
+            self.rows,
+            None if self.pairs is None else self.pairs.to(device),
+            self.filled.to(device),
+            self.keys.to(device),
+            {name: task.to(device) for name, task in self.tasks.items()},
+        )
+
+    def emptied(self) -> Part:
+        """No rows, for the same objectives: run by a worker whose rows make fewer parts than another's."""
+        pairs = None if self.pairs is None else self.pairs.slice(0, 0)
+        tasks = {name: task.emptied() for name, task in self.tasks.items()}
+        return Part(0, pairs, self.filled[:0], self.keys[:0], tasks)
 
 
 def hashes(texts: Packed) -> list[int]:

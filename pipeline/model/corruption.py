@@ -1,4 +1,4 @@
-"""Corrupted copies of packed token rows: tokens deleted, spans masked, tokens to be guessed. In numpy, before a step.
+"""Corrupted copies of packed token rows: deleted tokens, masked spans, masked tokens. In numpy, before a step.
 
     texts = Tokens(ids=[2 10 11 12 13 3 | 2 14 3], offsets=[0 6 9])        # [CLS] is 2, [SEP] 3, [MASK] 4
     delete_tokens(texts, keys=[1 2], seed=7, special={2, 3})               # 2 11 12 3 | 2 14 3
@@ -7,14 +7,14 @@
     mask_tokens(texts, keys, 7, mask_id=4, special={2, 3}, vocab_size=20)  # tokens   2 10 11 12 4 3 | 2 14 3
                                                                            # positions 4, labels 13
 
-What happens to a token follows from its row's key, the seed and its position: a record is corrupted the same way in
-any batch, at any row and on any worker, and another way under another seed, such as the epoch's. Give windows of one
-record keys of their own. `special` tokens stay as they are.
+The corruption of a token depends on its row's key, the seed and its position: a record is corrupted in the same way in
+any batch, at any row and on any worker, and in another way under another seed, such as the step's. Give each window of
+a record its own key. `special` tokens are never changed.
 
-Cost: some ten passes over the tokens; `mask_spans` also sorts them, about 0.5 s for a million.
+Cost: about ten passes over the tokens; `mask_spans` also sorts them, about 0.5 s for a million.
 """
 
-# Shapes: N rows, T tokens, C of them content, which is all but the special ones.
+# Shapes: N rows, T tokens, C of them content tokens (not special).
 from __future__ import annotations
 
 from collections.abc import Collection
@@ -27,12 +27,12 @@ DELETION_RATIO = 0.6  # TSDAE (Wang et al. 2021), section 3
 NOISE_DENSITY = 0.15  # T5 (Raffel et al. 2020), section 3.3.4, as is the next
 MEAN_SPAN_TOKENS = 3.0
 MASKING_RATIO = 0.3  # ModernBERT (Warner et al. 2024); more than 15% helps (Wettig et al. 2023, section 3)
-KEPT, RANDOM = 0.1, 0.1  # of the tokens to be guessed; the others are masked (BERT, Devlin et al. 2019, section 3.1)
+KEPT, RANDOM = 0.1, 0.1  # of the predicted tokens; the others are masked (BERT, Devlin et al. 2019, section 3.1)
 
 Array = npt.NDArray[Any]
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step, 2^64 over the golden ratio
 KEEP, KIND, WORD, SPAN, GAP = range(5)
-"""What a random number decides: each question has numbers of its own."""
+"""The questions that random numbers decide; each has its own sequence."""
 
 
 class Tokens(NamedTuple):
@@ -43,14 +43,14 @@ class Tokens(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """Rows with a mask in place of each span, and for each row its spans, each behind a mask."""
+    """Rows with a mask instead of each span, and the spans of each row, each after a mask."""
 
     inputs: Tokens
     targets: Tokens
 
 
 class Masked(NamedTuple):
-    """Rows with tokens to be guessed: where they are among all T, and what they were."""
+    """Rows with masked tokens, the positions of these among all T, and their labels."""
 
     tokens: Tokens
     positions: Array  # (P,)
@@ -60,9 +60,9 @@ class Masked(NamedTuple):
 def delete_tokens(
     texts: Tokens, keys: Array, seed: int, *, special: Collection[int], ratio: float = DELETION_RATIO
 ) -> Tokens:
-    """Each token deleted with probability `ratio`; of a row's content at least one token stays.
+    """Delete each token with probability `ratio`, but keep at least one content token of a row.
 
-    `keys`: (N,) 64-bit integers, one a row.
+    `keys`: (N,) 64-bit integers, one per row.
     """
     row, position = _places(texts.offsets)
     content = _content(texts.ids, special)
@@ -82,13 +82,13 @@ def mask_spans(
     density: float = NOISE_DENSITY,
     mean_span: float = MEAN_SPAN_TOKENS,
 ) -> Spans:
-    """T5's span corruption: `density` of the content in spans of `mean_span` tokens on average.
+    """T5's span corruption: masks `density` of the content, in spans of `mean_span` tokens on average.
 
-    As in T5, the number of noise tokens and of spans follows from a row's length, spans do not touch, and a row of a
-    single token has none. Unlike T5's, whose rows all end with a span, a span may stand anywhere: short texts, of one
-    span, would lose their end in every epoch. Every sentinel is `mask_id`, where T5 has one for each span: the n-th
-    mask of the inputs stands for what follows the n-th mask of the targets. A special token within a span parts it;
-    `mask_id` is to be one, where texts may hold it.
+    As in T5, the numbers of noise tokens and of spans follow from a row's length, spans do not touch, and a row of a
+    single token has none. Two things differ. A span may be anywhere, where T5's rows all end with a span: short texts
+    of one span would lose their end in every epoch. And every sentinel is `mask_id`, where T5 has one for each span:
+    the n-th mask of the inputs stands for the tokens after the n-th mask of the targets. A special token within a span
+    splits it; if texts may contain `mask_id`, it must be among `special`.
     """
     row, _ = _places(texts.offsets)
     content = np.flatnonzero(_content(texts.ids, special))
@@ -113,7 +113,7 @@ def mask_tokens(
     special: Collection[int],
     ratio: float = MASKING_RATIO,
 ) -> Masked:
-    """Each token to be guessed with probability `ratio`: masked, in a tenth of cases kept, in a tenth another word."""
+    """Predict each token with probability `ratio`: 8 of 10 are masked, 1 is kept, 1 becomes a random word."""
     row, position = _places(texts.offsets)
     chosen = _content(texts.ids, special) & (_uniform(keys, seed, KEEP, row, position) < ratio)
     positions = np.flatnonzero(chosen)
@@ -128,10 +128,10 @@ def mask_tokens(
 
 
 def _noise(row: Array, rows: int, keys: Array, seed: int, density: float, mean_span: float) -> Array:
-    """(C,) bool for content tokens of these rows: noise or not.
+    """(C,) bool: whether each content token is noise.
 
-    In a row of n noise tokens and m others, s - 1 of the n - 1 places between noise tokens are drawn to part them into
-    s spans, and s of the m + 1 gaps round the others to put one in each.
+    In a row of n noise tokens and m others, s - 1 of the n - 1 places between noise tokens are drawn to split them into
+    s spans, and s of the m + 1 gaps around the others get one span each.
     """
     length = np.bincount(row, minlength=rows)
     noise = np.clip(np.round(length * density).astype(np.int64), 1, np.maximum(length - 1, 0))
@@ -140,7 +140,7 @@ def _noise(row: Array, rows: int, keys: Array, seed: int, density: float, mean_s
 
     of, place = _places(_total_before(noise))
     lot = _uniform(keys, seed, SPAN, of, place)
-    lot[place == 0] = -1.0  # a row's first noise token begins a span in any case
+    lot[place == 0] = -1.0  # a row's first noise token always begins a span
     begins = _lowest(lot, of, place, spans)
     gap_of, gap = _places(_total_before(others + 1))
     taken = gap[_lowest(_uniform(keys, seed, GAP, gap_of, gap), gap_of, gap, spans)]
@@ -151,14 +151,14 @@ def _noise(row: Array, rows: int, keys: Array, seed: int, density: float, mean_s
 
 
 def _lowest(lot: Array, row: Array, place: Array, counts: Array) -> Array:
-    """(len(row),) bool: the `counts[row]` of each row with the lowest lots; `place` counts up in each row."""
+    """(len(row),) bool: the `counts[row]` entries of each row with the lowest lots; `place` is the index in the row."""
     lowest = np.zeros(len(row), dtype=bool)
     lowest[np.lexsort((lot, row))] = place < counts[row]  # sorted by row, so `place` there is the rank
     return lowest
 
 
 def _places(offsets: Array) -> tuple[Array, Array]:
-    """(T,) each token's row, and its position in it."""
+    """(T,) each token's row, and its position in the row."""
     row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     return row, np.arange(len(row)) - offsets[row]
 
@@ -172,12 +172,12 @@ def _chosen(texts: Tokens, keep: Array) -> Tokens:
 
 
 def _total_before(counts: Array) -> Array:
-    """(n + 1,) sums of what comes before each, and of all."""
+    """(n + 1,) sums of the counts before each, and of all."""
     return np.concatenate([[0], np.cumsum(counts)])
 
 
 def _uniform(keys: Array, seed: int, question: int, row: Array, position: Array) -> Array:
-    """(len(row),) numbers in [0, 1): each row's own sequence of SplitMix64 (Steele et al. 2014, figure 17)."""
+    """(len(row),) numbers in [0, 1): a SplitMix64 sequence for each row (Steele et al. 2014, figure 17)."""
     salt = _mix(_mix(np.array([seed % 2**64], dtype=np.uint64)) + np.uint64(question))
     state = _mix(keys.astype(np.uint64) ^ salt)
     bits = _mix(state[row] + (position.astype(np.uint64) + np.uint64(1)) * GOLDEN)
@@ -185,7 +185,7 @@ def _uniform(keys: Array, seed: int, question: int, row: Array, position: Array)
 
 
 def _mix(bits: Array) -> Array:
-    """SplitMix64's finaliser: every bit of the result depends on every bit given. Arrays wrap around, as is meant."""
+    """SplitMix64's finaliser: every output bit depends on every input bit. Arrays wrap around on purpose."""
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))  # type: ignore[no-any-return]

@@ -1,7 +1,6 @@
-"""What a decoder and a masked-token head learn from, over packed tokens: sums and counts, never means.
+"""Losses of a decoder and of a masked-token head over packed tokens, and scores of generated texts.
 
-A mean over tokens is a worker's own, so each loss is the sum over this worker's tokens and their number; the caller
-divides by the tokens of the global batch.
+Losses are sums over this worker's tokens, with their number; the caller divides by the tokens of the global batch.
 
     inputs, labels = shift(pack([[7, 8], [9]]), start_id=2, end_id=3)
     # inputs: 2 7 8 | 2 9        labels: 7 8 3 | 9 3
@@ -9,16 +8,16 @@ divides by the tokens of the global batch.
     states = decoder.hidden(inputs, memory)
     token_loss(states, decoder.output_table, labels)               # TokenLoss(sum, nll, count)
 
-The objectives differ in what the decoder writes, which is shifted, and what it looks at:
+The objectives differ in the text that the decoder writes, which is shifted, and in the memory that it sees:
 
     seq2seq            the positive           Memory(states of the anchor)
     TSDAE              the clean text         Memory.of_vectors(vectors of texts with tokens deleted)
-    span corruption    what the masks hid     Memory(states of the text with spans masked)
+    span corruption    the masked spans       Memory(states of the text with spans masked)
     causal             the text               None
 
     masked_loss(head, states, token_table, positions, labels)      # MLM: no decoder
 
-`corruption` makes their inputs. Under FSDP call these within the wrapped module's forward, where weights are whole.
+`corruption` makes their inputs. Under FSDP call these inside the wrapped module's forward, where weights are whole.
 """
 
 # Shapes: T packed tokens, N sequences, D width, V vocabulary, P masked positions.
@@ -34,12 +33,13 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.model.packing import Packed
 from pipeline.model.transformer import INIT_STD, RMSNorm
 
+ROUGE = ("rouge1", "rouge2", "rougeL")
 CHUNK_LOGITS = 2**25  # logits held at once: 128 MB of float32, where 16,384 tokens of 32,000 words would be 2 GB
 
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """Sums over tokens. `sum` is to be minimised; `nll`, without label smoothing or gradient, gives the perplexity."""
+    """Sums over tokens. `sum` is minimised; `nll`, without label smoothing or gradient, gives the perplexity."""
 
     sum: Tensor
     nll: Tensor
@@ -47,14 +47,14 @@ class TokenLoss:
 
 
 def shift(target: Packed, start_id: int, end_id: int) -> tuple[Packed, Tensor]:
-    """Teacher forcing: what the decoder reads, and the label of each token of it.
+    """Teacher forcing: the decoder's inputs, and the label of each of their tokens.
 
-    A sequence is read as `start_id`, its tokens, `end_id`. One that a tokenizer has framed already, [CLS] … [SEP],
-    keeps its frame: a first token that is `start_id`, and a last one that is `end_id`, are not added again. A lone
-    token that is both is the start.
+    A sequence becomes `start_id`, its tokens, `end_id`; the inputs are all but its last token, the labels all but its
+    first. A sequence that the tokenizer has already framed, [CLS] … [SEP], is not framed again: a first token equal to
+    `start_id` and a last one equal to `end_id` are kept. A single token that equals both counts as the start.
     """
     lengths, filled = target.lengths, target.lengths > 0
-    ids = F.pad(target.ids, (0, 1), value=-1)  # so that an empty last sequence has something to look at
+    ids = F.pad(target.ids, (0, 1), value=-1)  # an empty last sequence indexes one past the end
     started = filled & (ids[target.offsets[:-1]] == start_id)
     ended = filled & (ids[target.offsets[1:] - 1] == end_id) & ((lengths > 1) | ~started)
     framed = lengths + (~started).long() + (~ended).long()
@@ -101,9 +101,9 @@ def _summed(states_TD: Tensor, table_VD: Tensor, labels_T: Tensor, label_smoothi
 
 
 class MaskedHead(nn.Module):
-    """What stands between an encoder's state and the token table: dense, GELU and norm, as in BERT's code.
+    """Dense, GELU and norm between an encoder's states and the token table, as in BERT's code.
 
-    Unlike BERT's, it has no bias for each token of the vocabulary, and the norm is `RMSNorm`.
+    Unlike BERT's, it has no bias per token of the vocabulary, and the norm is `RMSNorm`.
     """
 
     def __init__(self, width: int, norm_eps: float = 1e-5) -> None:
@@ -120,5 +120,25 @@ class MaskedHead(nn.Module):
 def masked_loss(
     head: MaskedHead, states_TD: Tensor, table_VD: Tensor, positions_P: Tensor, labels_P: Tensor
 ) -> TokenLoss:
-    """The loss of the tokens that stood at `positions_P`, rows of the encoder's states; the others are not scored."""
+    """The loss of predicting `labels_P` from the encoder's states at `positions_P`; other tokens are not scored."""
     return token_loss(head(states_TD.index_select(0, positions_P)), table_VD, labels_P)
+
+
+def generation_metrics(hypotheses: list[str], references: list[str]) -> dict[str, float]:
+    """`bleu` of all texts, 0 to 100, and mean F1 of `rouge1`, `rouge2` and `rougeL`, 0 to 1.
+
+    BLEU is sacrebleu's at its defaults (Post 2018): cased, tokenizer 13a, and zero where no text has four words. ROUGE
+    is Google's rouge-score with Porter's stemmer: its words are runs of a-z and 0-9, so it suits English. Raises
+    ValueError where there are no texts, or not one reference for each.
+    """
+    # Imported here: rouge-score's nltk takes seconds, and few runs need scores.
+    from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
+    from sacrebleu import corpus_bleu
+
+    if not hypotheses or len(hypotheses) != len(references):
+        raise ValueError(f"found {len(hypotheses)} generated texts and {len(references)} references; need one for each")
+    scorer = RougeScorer(ROUGE, use_stemmer=True)
+    scores = [scorer.score(reference, text) for text, reference in zip(hypotheses, references, strict=True)]
+    rouge = {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in ROUGE}
+    values = {"bleu": corpus_bleu(hypotheses, [references]).score} | rouge
+    return {name: round(value, 4) for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""What is trained: the embedding model and, beside it, what its objectives need. Their weighted sum is the hybrid.
+"""The trained module: the embedding model and the heads of its objectives, whose weighted sum is the loss.
 
     learner = Learner(model, objective, special, decoder)
     part = learner.prepare(batch, seed=step)          # corrupted texts, shifted targets; on the CPU
@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.config import Objective, Writing
-from pipeline.model.batch import Batch, hashes
+from pipeline.model.batch import Batch, Part, Sees, Special, Task, hashes
 from pipeline.model.contrastive import Contrast, Rows, contrastive_loss
 from pipeline.model.corruption import Tokens, delete_tokens, mask_spans, mask_tokens
 from pipeline.model.decoder import Decoder, Memory
@@ -32,89 +31,14 @@ from pipeline.model.packing import Layout, Packed
 MAX_SCALE = 100.0  # of a learned temperature's inverse (CLIP, section 2.5)
 
 
-Sees = Literal["states", "vectors", "nothing"]
-
-
-@dataclass(frozen=True)
-class Special:
-    """Token ids with a part to play. `start` and `end` frame what the decoder writes; `kept` are never corrupted."""
-
-    start: int
-    end: int
-    mask: int
-    kept: frozenset[int]
-    vocab_size: int
-
-
-@dataclass(frozen=True)
-class Task:
-    """A generative objective's inputs and labels.
-
-    The encoder reads `source`, and the decoder `inputs` while it sees of the source its states, its vectors or nothing.
-    Without `inputs` the labels are those of the source's tokens at `positions`.
-    """
-
-    labels: Tensor
-    source: Packed | None = None
-    sees: Sees = "nothing"
-    inputs: Packed | None = None
-    positions: Tensor | None = None
-    label_smoothing: float = 0.0
-
-    def to(self, device: torch.device | str) -> Task:
-        return replace(
-            self,
-            labels=self.labels.to(device),
-            source=None if self.source is None else self.source.to(device),
-            inputs=None if self.inputs is None else self.inputs.to(device),
-            positions=None if self.positions is None else self.positions.to(device),
-        )
-
-    def emptied(self) -> Task:
-        """The same objective, of no text."""
-        return replace(
-            self,
-            labels=self.labels[:0],
-            source=None if self.source is None else self.source.slice(0, 0),
-            inputs=None if self.inputs is None else self.inputs.slice(0, 0),
-            positions=None if self.positions is None else self.positions[:0],
-        )
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some rows of a worker's batch, ready for one forward pass."""
-
-    rows: int
-    pairs: Packed | None  # anchors, positives and hard negatives end to end
-    filled: Tensor  # (n, M) the slots that the negatives take
-    keys: Tensor  # (n, 3 + M)
-    tasks: dict[str, Task]
-
-    def to(self, device: torch.device | str) -> Part:
-        return Part(
-            self.rows,
-            None if self.pairs is None else self.pairs.to(device),
-            self.filled.to(device),
-            self.keys.to(device),
-            {name: task.to(device) for name, task in self.tasks.items()},
-        )
-
-    def emptied(self) -> Part:
-        """No rows, for the same objectives: what a worker runs whose rows make fewer parts than another's."""
-        pairs = None if self.pairs is None else self.pairs.slice(0, 0)
-        tasks = {name: task.emptied() for name, task in self.tasks.items()}
-        return Part(0, pairs, self.filled[:0], self.keys[:0], tasks)
-
-
 class Learner(nn.Module):
-    """The model under training. `decoder` is there where an objective writes, `special` where one is generative.
+    """The model in training. Objectives that write need a `decoder`, generative ones `special`.
 
-    `negatives` says whether records have some at all: without them no worker makes room for them.
+    `negatives`: whether any record has hard negatives; without them batches have no slots for them.
     """
 
     entries = ("embed", "encode", "loss", "write")
-    """Methods that run weights, beside `forward`. None calls another: fsdp gathers weights at each one's beginning."""
+    """Methods that use weights, besides `forward`. None calls another, because fsdp gathers weights at each call."""
 
     def __init__(
         self,
@@ -137,7 +61,7 @@ class Learner(nn.Module):
                 self.log_scale = nn.Parameter(torch.tensor(-math.log(contrastive.temperature)))
             self.contrasted = Contrast(contrastive.symmetric, contrastive.false_negative_margin, model.head.dimensions)
         if list(objective.named) == ["causal"]:
-            model.requires_grad_(False)  # the decoder alone learns, and the table, if it is the encoder's
+            model.requires_grad_(False)  # only the decoder learns, and the encoder's table if the decoder shares it
             table = model.token_table
             table.requires_grad_(decoder is not None and decoder.token_table is table)
 
@@ -151,7 +75,7 @@ class Learner(nn.Module):
 
     @property
     def stacks(self) -> list[Any]:
-        """What has `layers`: the encoder, and the decoder where there is one."""
+        """The modules with `layers`: the encoder, and the decoder if there is one."""
         return [self.model.backbone] + ([self.decoder] if self.decoder is not None else [])
 
     @property
@@ -160,23 +84,23 @@ class Learner(nn.Module):
 
     @property
     def writing(self) -> list[str]:
-        """Objectives whose decoder writes a text that can be compared with another."""
+        """Objectives whose decoder writes a text that has a reference."""
         return [name for name in ("seq2seq", "denoising") if name in self.weights]
 
     def prepare(self, batch: Batch, seed: int) -> Part:
-        """What a forward pass over these rows needs."""
+        """The inputs of a forward pass over these rows, on the CPU."""
         pairs = batch.pairs() if self.contrasts else None
         keys = batch.keys(self.hard_negatives) if self.contrasts else torch.zeros(len(batch), 0, dtype=torch.int64)
         tasks = {name: self._task(name, batch, seed) for name in self.generative}
         return Part(len(batch), pairs, batch.filled_slots(self.hard_negatives), keys, tasks)
 
     def forward(self, part: Part) -> tuple[Tensor | None, dict[str, TokenLoss]]:
-        """Vectors of the part's pairs, where they are contrasted, and the losses of its tasks."""
+        """Vectors of the part's pairs, if there is a contrastive objective, and the losses of its tasks."""
         vectors = self.model(part.pairs) if part.pairs is not None else None
         return vectors, {name: self._loss(task) for name, task in part.tasks.items()}
 
     def embed(self, part: Part) -> Tensor:
-        """(N, D): anchors, positives, hard negatives."""
+        """(N, D) vectors of anchors, positives and hard negatives."""
         assert part.pairs is not None
         return self.model(part.pairs)  # type: ignore[no-any-return]
 
@@ -207,7 +131,7 @@ class Learner(nn.Module):
         return self._loss(task)
 
     def write(self, task: Task, max_new_tokens: int) -> list[list[int]]:
-        """What the decoder writes for each of a task's texts, greedily."""
+        """Tokens that the decoder writes for each of a task's texts, by greedy decoding."""
         assert self.decoder is not None
         assert self.special is not None
         return self.decoder.generate(self._memory(task), self.special.start, self.special.end, max_new_tokens)

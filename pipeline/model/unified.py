@@ -18,14 +18,14 @@ from pipeline.model.transformer import Encoder, EncoderShape, gated_width
 
 
 class UnifiedTransformer(nn.Module):
-    """An encoder of sources and a decoder of targets. `generate` writes at most `max_new_tokens`, if not told."""
+    """An encoder of sources and a decoder of targets. `max_new_tokens` is the default of `generate`."""
 
     def __init__(self, encoder: Encoder, decoder: Decoder, max_new_tokens: int) -> None:
         super().__init__()
         self.encoder, self.decoder, self.max_new_tokens = encoder, decoder, max_new_tokens
 
     def forward(self, source: Packed, target_inputs: Packed) -> Tensor:
-        """Logits (T, V), for the T tokens of `target_inputs`; sequence i of them looks at sequence i of the source."""
+        """(T, V) logits for the T tokens of `target_inputs`, whose sequence i attends to the source's sequence i."""
         return self.decoder.logits(self.decoder.hidden(target_inputs, self.memory(source)))
 
     def memory(self, source: Packed) -> Memory:
@@ -58,12 +58,12 @@ def build_unified_transformer(
     tie_embeddings: bool = False,
     gradient_checkpointing: bool = False,
 ) -> UnifiedTransformer:
-    """A fresh transformer; the defaults are the base model's of Vaswani et al. 2017, table 3.
+    """A randomly initialised transformer; the defaults are the base model's of Vaswani et al. 2017, table 3.
 
-    `src_seq_len` and `tgt_seq_len`: longest sequences in tokens, special ones included; longer ones are refused.
+    `src_seq_len` and `tgt_seq_len`: longest sequences in tokens, special tokens included; longer ones raise ValueError.
     `d_ff`: by default `gated_width`. `decoder_layers`: by default as many as the encoder's. `tie_embeddings`: one table
-    for source tokens, target tokens and logits (Vaswani et al., section 3.4), else three. Raises ValueError where the
-    vocabularies then differ, or the numbers do not divide.
+    instead of three for source tokens, target tokens and logits (Vaswani et al., section 3.4). Raises ValueError where
+    the vocabularies then differ, or the numbers do not divide.
     """
     if tie_embeddings and src_vocab_size != tgt_vocab_size:
         raise ValueError(

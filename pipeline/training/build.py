@@ -9,10 +9,11 @@ from tokenizers import Tokenizer
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.vocabulary import framing
-from pipeline.model.card import Head
+from pipeline.model.batch import Special
 from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.learner import Learner, Special
+from pipeline.model.folder import Head
+from pipeline.model.learner import Learner
 from pipeline.model.transformer import Encoder, EncoderShape, gated_width, parameter_count
 from pipeline.storage.files import fetched
 from pipeline.storage.path import as_path

@@ -27,9 +27,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pipeline.model.batch import Part, Task
 from pipeline.model.decoder import Decoder
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.learner import Learner, Part, Task
+from pipeline.model.learner import Learner
 from pipeline.model.linear import use_onednn
 from pipeline.model.transformer import Encoder
 

@@ -21,10 +21,9 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import Config
-from pipeline.model.batch import Batch
-from pipeline.model.compiled import compile_layers
-from pipeline.model.learner import Learner, Part
-from pipeline.model.transformer import Encoder
+from pipeline.model.batch import Batch, Part
+from pipeline.model.learner import Learner
+from pipeline.model.transformer import Encoder, compile_layers
 from pipeline.objectives.collectives import rank, world_size
 from pipeline.runtime.console import log
 from pipeline.training.batch import to_batch

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.model.batch import Batch
-from pipeline.model.learner import Learner, Part
+from pipeline.model.batch import Batch, Part
+from pipeline.model.learner import Learner
 from pipeline.objectives.collectives import from_all
 from pipeline.training.strategy import Strategy
 

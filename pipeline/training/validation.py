@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.evaluate.generation import generation_metrics
 from pipeline.evaluate.sts import spearman
 from pipeline.model.batch import Batch
+from pipeline.model.generative import generation_metrics
 from pipeline.model.learner import Learner
 from pipeline.model.packing import Packed
 from pipeline.objectives.collectives import gather, rank, total, world_size
