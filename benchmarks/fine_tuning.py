@@ -25,6 +25,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -150,15 +152,26 @@ def score(folder: Path, data: Path, precision: str) -> float:
     import torch
 
     from pipeline.embedding.encode import TextEncoder
-    from pipeline.evaluate.beir import read_beir
-    from pipeline.evaluate.metrics import nearest, retrieval_metrics
+    from pipeline.evaluate.metrics import retrieval_metrics
+    from pipeline.evaluate.tasks import read_beir
 
     encoder, task = TextEncoder(folder), read_beir(data / "debian" / "beir")
     texts = dict(task.documents.items())
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         queries, documents = (encoder.encode(list(each.values())) for each in (task.queries, texts))
-    found = nearest(list(task.queries), queries, list(texts), documents)
+    found = ranked(list(task.queries), queries, list(texts), documents)
     return retrieval_metrics(task.qrels, found)["ndcg@10"]
+
+
+def ranked(
+    query_ids: list[str], queries: np.ndarray, document_ids: list[str], documents: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """The documents of highest cosine for each query, with their scores; unit vectors, (Q, D) and (N, D)."""
+    from pipeline.embedding.nearest import nearest_in_block
+    from pipeline.evaluate.metrics import DEPTH, to_ranking
+
+    names = np.array([name.encode() for name in document_ids])
+    return to_ranking(query_ids, nearest_in_block(queries, documents, names, DEPTH))
 
 
 def main() -> None:

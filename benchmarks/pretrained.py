@@ -36,11 +36,11 @@ from torch.nn.utils.rnn import pad_sequence
 from benchmarks.corpora import machine
 from benchmarks.fine_tuning import minilm
 from pipeline.embedding.encode import TextEncoder
-from pipeline.evaluate.sts import read_sts, spearman
 from pipeline.model.contrastive import Contrast, Rows, contrastive_loss
 from pipeline.model.folder import load_model
 from pipeline.model.linear import use_onednn
 from pipeline.model.packing import pack
+from pipeline.model.scores import read_sts, spearman
 from pipeline.runtime.console import table
 
 BATCH, MAX_LENGTH, TEMPERATURE = 64, 128, 0.05

@@ -25,8 +25,8 @@ import bm25s
 import lance
 
 from pipeline.embedding.words import word_settings, words
-from pipeline.evaluate.beir import RetrievalTask, read_beir
 from pipeline.evaluate.metrics import DEPTH, retrieval_metrics
+from pipeline.evaluate.tasks import RetrievalTask, read_beir
 from pipeline.runtime.console import table
 
 DOCUMENTS, QUERIES = 10_000, 2_000

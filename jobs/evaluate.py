@@ -20,7 +20,7 @@ from pipeline.runtime.job import Result, run_job
 
 
 def main(config: Config, args: Namespace) -> Result:
-    from pipeline.evaluate.table import score_table
+    from pipeline.evaluate.report import score_table
     from pipeline.stages import Session, check_stage, evaluate_stage
 
     with Session(config, args.rehash, ("prepare", "encode")) as session:

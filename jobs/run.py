@@ -18,7 +18,7 @@ from pipeline.runtime.job import Result, run_job
 
 
 def main(config: Config, args: Namespace) -> Result:
-    from pipeline.evaluate.table import score_table
+    from pipeline.evaluate.report import score_table
     from pipeline.stages import Session, check_stage, embed_stage, evaluate_stage, prepare_stage, train_stage
 
     with Session(config, args.rehash, ("prepare", "train", "encode", "store")) as session:

@@ -17,9 +17,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.drift import has_moved, log_drift
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import Inputs, prepare
-from pipeline.evaluate.beir import check_beir
-from pipeline.evaluate.labels import read_classification, read_labels
-from pipeline.evaluate.sts import read_sts
+from pipeline.evaluate.tasks import check_tasks
 from pipeline.preflight.look import look
 from pipeline.runtime.artifact import Artifact
 from pipeline.runtime.cluster import place_data
@@ -100,15 +98,7 @@ def check_stage(session: Session) -> Result:
 
 def check_folders(config: Config) -> None:
     """Raise ConfigError for a folder that a later stage would miss, before an earlier one has worked for hours."""
-    wanted = config.evaluation
-    if wanted.beir_dir:
-        check_beir(as_path(wanted.beir_dir))
-    if wanted.sts_file:
-        read_sts(as_path(wanted.sts_file))
-    if wanted.clustering_file:
-        read_labels(as_path(wanted.clustering_file), "evaluation.clustering_file")
-    if wanted.classification_dir:
-        read_classification(as_path(wanted.classification_dir))
+    check_tasks(config.evaluation)
     if config.embedding.model:
         check_model(as_path(config.embedding.model))
 

@@ -16,7 +16,7 @@ MAY_IMPORT = {
         "config": "storage",
         "text": "",
         "runtime": "config storage",
-        "model": "config objectives",
+        "model": "config objectives storage",
         "objectives": "",
         "sources": "config runtime text storage",
         "data": "config runtime text sources storage",

@@ -20,7 +20,7 @@ import pytest
 from pipeline.config import Config, ConfigError, load
 from pipeline.data.feed import training_plan, validation_rows
 from pipeline.data.prepare import Inputs, prepare
-from pipeline.evaluate.held_out import held_out_task
+from pipeline.evaluate.tasks import held_out_task
 from pipeline.runtime import artifact
 from pipeline.runtime.artifact import Artifact, Output, checked, open_parquet, read_manifest
 from pipeline.runtime.job import JobError, alone_in

@@ -25,9 +25,9 @@ from pyarrow import fs
 
 from pipeline.config import ConfigError, load
 from pipeline.data.vocabulary import load_tokenizer, train_tokenizer
-from pipeline.evaluate.beir import check_beir, open_beir
 from pipeline.evaluate.export import exporting
-from pipeline.evaluate.sts import read_sts
+from pipeline.evaluate.tasks import check_beir, open_beir
+from pipeline.model.scores import read_sts
 from pipeline.runtime.job import check_reachable
 from pipeline.stages import check_writable
 from pipeline.storage import mirror

@@ -13,7 +13,7 @@ from pipeline.config import Config, load
 from pipeline.data.feed import training_plan, validation_rows
 from pipeline.data.manifest import read_prepared
 from pipeline.data.prepare import Inputs, prepare
-from pipeline.evaluate.held_out import held_out_task
+from pipeline.evaluate.tasks import held_out_task
 from pipeline.storage.path import BucketPath
 from tests.bucket_servers import Served, s3
 from tests.conftest import board, make_pairs, no_board, write_jsonl

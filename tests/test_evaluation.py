@@ -20,14 +20,21 @@ from pipeline.data.judging import Judge, normaliser
 from pipeline.data.manifest import Manifest
 from pipeline.embedding.columns import as_column
 from pipeline.embedding.nearest import Found
-from pipeline.evaluate.beir import BLOCK_ROWS, Corpus, RetrievalTask, open_beir, read_beir
 from pipeline.evaluate.evaluate import score_classification, score_clustering, score_retrieval, score_sts
-from pipeline.evaluate.held_out import held_out_task
-from pipeline.evaluate.labels import neighbour_scores, read_classification, read_labels
-from pipeline.evaluate.metrics import bm25_ranking, fused, nearest, retrieval_metrics
+from pipeline.evaluate.metrics import bm25_ranking, fused, neighbour_scores, retrieval_metrics
+from pipeline.evaluate.report import hybrid_verdict, score_table
 from pipeline.evaluate.retrieval import FEW_TEXTS, TextVectors, best_of_block, merge_levels, merged_rows, to_table
-from pipeline.evaluate.sts import StsTask, pearson, read_sts, spearman
-from pipeline.evaluate.table import hybrid_verdict, score_table
+from pipeline.evaluate.tasks import (
+    BLOCK_ROWS,
+    Corpus,
+    RetrievalTask,
+    held_out_task,
+    open_beir,
+    read_beir,
+    read_classification,
+    read_labels,
+)
+from pipeline.model.scores import StsTask, pearson, read_sts, spearman
 from pipeline.sources.fields import RawRecord
 from pipeline.text.identity import content_id, is_validation
 from tests.conftest import board, make_pairs, no_board
@@ -48,15 +55,6 @@ def test_metrics_by_hand() -> None:
         "recall@10": round((1 + 1 / 2) / 3, 4),
         "recall@100": round(2 / 3, 4),
     }
-
-
-def test_nearest_against_a_full_sort() -> None:
-    chance = np.random.default_rng(0)
-    queries, documents = chance.normal(size=(300, 8)), chance.normal(size=(50, 8))
-    ranking = nearest([str(i) for i in range(300)], queries, [str(i) for i in range(50)], documents, k=7)
-    for i, query in enumerate(queries):
-        assert set(ranking[str(i)]) == {str(j) for j in np.argsort(-(documents @ query))[:7]}
-    assert len(nearest(["q"], queries[:1], ["d"], documents[:1])["q"]) == 1
 
 
 def test_fusion_by_hand() -> None:

@@ -26,7 +26,7 @@ from pipeline.embedding.store import recipe_of, table_of
 from pipeline.embedding.table import VectorTable
 from pipeline.evaluate.embedding_matrix import load_embeddings, save_embeddings_for_model
 from pipeline.evaluate.export import exporting, refuse_foreign
-from pipeline.evaluate.model_card import Extras, model_card, read_origin
+from pipeline.evaluate.model_card import model_card, read_origin
 from pipeline.model import hf_io
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import Head, load_model, model_fingerprint, read_card, save_model
@@ -438,9 +438,9 @@ def empty_config(folder: Path) -> Path:
 class TestCard:
     def test_it_says_what_is_known(self, run: Path) -> None:
         best = run / "runs" / "small" / "best" / "step-00000060"
-        origin = read_origin(best, run / "runs" / "small" / "evaluation.json")
-        named = {"name": "mine", "license_id": "mit", "evaluate_command": "python jobs/evaluate.py"}
-        text = model_card(read_card(best), origin, extras=Extras(onnx=True, embeddings=2), **named)
+        origin = read_origin(best, run / "runs" / "small")
+        command = "python jobs/evaluate.py"
+        text = model_card(read_card(best), origin, "mine", "mit", command, onnx=True, embeddings=2)
         front = yaml.safe_load(text.split("---")[1])
         assert (front["license"], front["pipeline_tag"]) == ("mit", "sentence-similarity")
         assert front["library_name"] in front["tags"]
@@ -460,9 +460,8 @@ class TestCard:
         assert "secret-place" not in text
 
     def test_it_leaves_out_what_is_not(self, checkpoints: dict[str, Path], run: Path) -> None:
-        origin = read_origin(checkpoints["table"], run / "runs" / "small" / "evaluation.json")
-        named: dict[str, Any] = {"name": "m", "license_id": None, "evaluate_command": ""}
-        text = model_card(read_card(checkpoints["table"]), origin, extras=Extras(), **named)
+        origin = read_origin(checkpoints["table"], run / "runs" / "small")
+        text = model_card(read_card(checkpoints["table"]), origin, "m", None, "")
         assert "license" not in text.split("---")[1]
         headings = [line for line in text.splitlines() if line.startswith("## ")]
         assert headings == ["## Use", "## Model", "## Limits"]

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pipeline.model.generative import generation_metrics
+from pipeline.model.scores import generation_metrics
 
 
 @pytest.mark.parametrize(

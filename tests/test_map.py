@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.evaluate.map import COLUMNS, Points, group, project, sample
-from pipeline.evaluate.picture import draw_png, write_page
+from pipeline.evaluate.map import COLUMNS, Points, draw_png, group, project, sample, write_page
 from pipeline.runtime.job import run_job
 from tests.test_evaluation import small_model
 

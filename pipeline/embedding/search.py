@@ -32,6 +32,7 @@ from pipeline.runtime.job import JobError
 COLUMNS = ["id", *TEXTS]
 REFINE = 10  # an index's candidates a result, whose distances are computed again from whole vectors
 FUSED = 100  # candidates of either ranking that a hybrid query fuses
+MAX_QUERY_CHARS = 10_000
 SELECTIVE_ROWS = 20_000  # up to so many rows a filter names them one by one
 
 
@@ -59,6 +60,12 @@ def search(
     from pipeline.embedding.encode import open_encoder
     from pipeline.embedding.store import open_pinecone, published
 
+    if not query.strip():
+        raise ConfigError("query: found nothing; allowed are words to look for")
+    if len(query) > MAX_QUERY_CHARS:
+        raise ConfigError(f"query: found {len(query):,} characters; allowed are at most {MAX_QUERY_CHARS:,}")
+    if limit < 1:
+        raise ConfigError(f"--limit: found {limit}; allowed is 1 or more")
     conditions, (recipe, table) = checked_where(where), published(config)
     text = normaliser(config.data)(query)
     if config.embedding.store == "pinecone":

@@ -1,1 +1,1 @@
-"""How good the vectors are: retrieval metrics, BEIR folders, BM25 beside."""
+"""How good the vectors are, and what others can use: scores, a map, exports."""

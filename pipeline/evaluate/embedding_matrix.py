@@ -1,14 +1,14 @@
-"""Vectors as a matrix for use inside another model: row i belongs to the i-th id.
+"""Vectors as a matrix for use inside another model; row i is the vector of the i-th id.
 
     embeddings.safetensors    `weight`, (N, D) float32 or float16
     ids.parquet               row, id, source_id; rows in order of id, so the same vectors give the same files
     embeddings.json           version, dtype, rows, width, the model's fingerprint, size and hash of the two files
 
-    save_embeddings_for_model(folder, store.scan, model=fingerprint, dtype="float16")
-    layer, ids = load_embeddings(folder)              # a torch.nn.Embedding whose row ids.index("9f0c…") is that text's
+    save_embeddings_for_model(folder, table.scan, model=fingerprint, dtype="float16")
+    layer, ids = load_embeddings(folder)              # torch.nn.Embedding; row ids.index("9f0c…") is that text's vector
 
-Rows come in any order and go straight to their places in a file that is mapped into memory: what is held is the ids
-and one batch of vectors.
+Rows come in any order and are written to their places in a memory-mapped file, so only the ids and one batch of vectors
+are in memory.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ CHANGED = "the vectors changed while they were read; export them when nothing wr
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16"}
 
 Scan = Callable[[Sequence[str]], Iterable[pa.RecordBatch]]
-"""Batches of the columns asked for, of `id`, `source_id` and `vector`: `VectorTable.scan`, or of a table in memory
-`lambda columns: table.select(columns).to_batches()`."""
+"""Gives batches of the columns asked for, among `id`, `source_id` and `vector`: `VectorTable.scan`, or for a table in
+memory `lambda columns: table.select(columns).to_batches()`."""
 
 
 def save_embeddings_for_model(
     folder: Path, scan: Scan, *, model: str, dtype: Literal["float32", "float16"] = "float32"
 ) -> int:
-    """Write the three files as a folder that appears whole. Returns its rows.
+    """Write the three files as a folder that appears whole. Returns the number of rows.
 
-    `scan` is called twice, for the ids and for the vectors; ids are ASCII. `model` is the fingerprint of what made the
-    vectors. Raises ValueError where there are no rows, an id comes twice or the rows change between the two.
+    `scan` is called twice, for the ids and for the vectors; ids are ASCII. `model` is the fingerprint of the vectors'
+    model. Raises ValueError if there are no rows, an id comes twice, or the rows change between the two calls.
     """
     described: dict[str, Any] = {"version": VERSION, "dtype": dtype, "model": model}
     with exporting(folder, MARKER, described) as temporary:
@@ -54,9 +54,9 @@ def save_embeddings_for_model(
 
 
 def load_embeddings(folder: Path) -> tuple[torch.nn.Embedding, list[str]]:
-    """The matrix as a frozen layer, and each row's id. Reads both files once to check them.
+    """The matrix as a frozen layer, and the id of each row. Reads both files an extra time to check their hashes.
 
-    Raises ValueError for another version, or for a file that is missing or not as it was written.
+    Raises ValueError for another version, and for a file that is missing or changed.
     """
     try:
         described: dict[str, Any] = json.loads((folder / MARKER).read_text(encoding="utf-8"))
@@ -75,7 +75,7 @@ def load_embeddings(folder: Path) -> tuple[torch.nn.Embedding, list[str]]:
 
 
 def _write_ids(path: Path, scan: Scan) -> np.ndarray:
-    """The table of rows, by id. Returns the ids, (N,) bytes in order."""
+    """Write the table of rows, sorted by id. Returns the sorted ids, (N,) bytes."""
     batches = list(scan(["id", "source_id"]))
     if not sum(len(batch) for batch in batches):
         raise ValueError("there are no vectors to write")
@@ -85,13 +85,13 @@ def _write_ids(path: Path, scan: Scan) -> np.ndarray:
     if len(twice):
         raise ValueError(f"id {ids[twice[0]].decode()} comes twice among the vectors")
     table = table.select(["id", "source_id"]).add_column(0, "row", pa.array(range(len(ids)), pa.int64()))
-    table = table.cast(IDS_SCHEMA)  # whatever the store says of nulls: the same ids are to be the same bytes
+    table = table.cast(IDS_SCHEMA)  # equal ids give equal bytes, whatever the table's schema says about nulls
     pq.write_table(table.combine_chunks(), path, compression="zstd")
     return ids
 
 
 def _write_vectors(path: Path, scan: Scan, ids: np.ndarray, dtype: str) -> int:
-    """A safetensors file of one tensor. Returns its width."""
+    """Write a safetensors file of one tensor, (N, D). Returns D."""
     matrix, filled = None, 0
     for batch_ids, vectors in _vectors(scan):
         if matrix is None:
@@ -120,7 +120,7 @@ def _vectors(scan: Scan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _new_matrix(path: Path, shape: tuple[int, int], dtype: str) -> np.memmap:
-    """Rows to fill behind a header: its length in 8 bytes, then JSON with blanks up to a multiple of 8 bytes."""
+    """A matrix to fill after safetensors' header: 8 bytes of length, then JSON padded to a multiple of 8 bytes."""
     size = shape[0] * shape[1] * np.dtype(dtype).itemsize
     header = {"weight": {"dtype": SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [0, size]}}
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()

@@ -1,4 +1,4 @@
-"""Every score that a config asks for, of one model: at its full width, and cut to each size that it was trained for.
+"""All scores that a config asks for, of one model: at full width, and cut to each size that it was trained for.
 
 scores = score_tasks(config, prepared_folder, manifest, model_folder, session.board)
 # {"held-out": {"queries": 1000, "documents": 10000,
@@ -19,13 +19,11 @@ from pipeline.data.manifest import Manifest
 from pipeline.embedding.documents import tokens_fit
 from pipeline.embedding.nearest import Floats, Found, unit
 from pipeline.embedding.recipe import EncoderRecipe
-from pipeline.evaluate.beir import RetrievalTask, open_beir
-from pipeline.evaluate.held_out import held_out_task
-from pipeline.evaluate.labels import neighbour_scores, read_classification, read_labels, v_measure
-from pipeline.evaluate.metrics import bm25_ranking, fused, retrieval_metrics, to_ranking
+from pipeline.evaluate.metrics import bm25_ranking, fused, neighbour_scores, retrieval_metrics, to_ranking, v_measure
 from pipeline.evaluate.retrieval import TextVectors, nearest_documents
-from pipeline.evaluate.sts import StsTask, pearson, read_sts, spearman
+from pipeline.evaluate.tasks import RetrievalTask, held_out_task, open_beir, read_classification, read_labels
 from pipeline.model.folder import read_card
+from pipeline.model.scores import StsTask, pearson, read_sts, spearman
 from pipeline.runtime.console import Stage, log
 from pipeline.runtime.session import Board
 from pipeline.storage.path import StoragePath, as_path
@@ -36,7 +34,7 @@ Scores = dict[str, Any]
 def score_tasks(
     config: Config, folder: StoragePath, manifest: Manifest, recipe: EncoderRecipe, board: Callable[[], Board]
 ) -> dict[str, Scores]:
-    """Scores by task, in the order of the config's keys; asks for the `board` where there are texts to encode."""
+    """Scores by task, in the order of the config's keys. `board` starts Ray, and is called only to encode texts."""
     wanted, normalise = config.evaluation, normaliser(config.data)
     dimensions, vectors = read_card(recipe.local).head.dimensions, TextVectors(recipe, board)
     sizes = [recipe.width, *(size for size in dimensions if size < recipe.width)]
@@ -85,18 +83,18 @@ def _retrieval_tasks(
 
 
 def _unused(name: str, scores: dict[str, Scores]) -> str:
-    """The name, or the name with a number: of two files called test both are scored."""
+    """The name, with a number if there is already a task of that name."""
     names = (name if number == 1 else f"{name} {number}" for number in range(1, len(scores) + 2))
     return next(one for one in names if one not in scores)
 
 
 def _system(name: str, size: int, sizes: list[int]) -> str:
-    """`model` at full width, `model@64` cut to 64."""
+    """`model` at full width, `model@64` for vectors cut to 64 numbers."""
     return name if size == sizes[0] else f"{name}@{size}"
 
 
 def score_retrieval(task: RetrievalTask, found: dict[int, Found], *, bm25: bool) -> Scores:
-    """Metrics of the documents found by size, the full width first, and where wanted of BM25 and of both fused."""
+    """Metrics by system: the model at each size, full width first, and with `bm25` BM25 and both fused (hybrid)."""
     names, sizes = list(task.queries), list(found)
     rankings = {size: to_ranking(names, one) for size, one in found.items()}
     systems = {_system("model", size, sizes): ranking for size, ranking in rankings.items()}
@@ -110,7 +108,7 @@ def score_retrieval(task: RetrievalTask, found: dict[int, Found], *, bm25: bool)
 
 
 def score_sts(task: StsTask, first: Floats, second: Floats, sizes: list[int]) -> Scores:
-    """Correlations of the vectors' cosines with the scores that people gave; (N, D) each."""
+    """Correlations of cosines with the scores that people gave; (N, D) vectors of either sentence."""
 
     def correlations(size: int) -> dict[str, float]:
         cosines = (unit(first[:, :size]) * unit(second[:, :size])).sum(axis=1, dtype=np.float64).tolist()
@@ -120,7 +118,7 @@ def score_sts(task: StsTask, first: Floats, second: Floats, sizes: list[int]) ->
 
 
 def score_clustering(vectors: Floats, labels: list[str], sizes: list[int]) -> Scores:
-    """V-measure of the vectors' clusters; (N, D)."""
+    """V-measure of the clusters of (N, D) vectors."""
     counts = {"texts": len(labels), "labels": len(set(labels))}
     return counts | _by_size(lambda size: {"v_measure": v_measure(_cut(vectors, size), labels)}, sizes)
 
@@ -128,7 +126,7 @@ def score_clustering(vectors: Floats, labels: list[str], sizes: list[int]) -> Sc
 def score_classification(
     train: Floats, train_labels: list[str], test: Floats, test_labels: list[str], sizes: list[int]
 ) -> Scores:
-    """Accuracy and macro F1 of the labels that neighbours vote for; (N, D) and (M, D)."""
+    """Accuracy and macro F1 of the labels that nearest neighbours vote for; (N, D) and (M, D) vectors."""
     counts = {"texts": len(test), "training texts": len(train), "labels": len(set(train_labels))}
     return counts | _by_size(
         lambda size: neighbour_scores(_cut(train, size), train_labels, _cut(test, size), test_labels), sizes
@@ -142,5 +140,5 @@ def _by_size(score: Callable[[int], dict[str, float]], sizes: list[int]) -> Scor
 
 
 def _cut(vectors: Floats, size: int) -> Floats:
-    """The first numbers of each vector, at unit length again; a whole vector as it is."""
+    """The first `size` numbers of each vector, at unit length; whole vectors unchanged."""
     return vectors if size == vectors.shape[1] else unit(vectors[:, :size])

@@ -1,21 +1,22 @@
 """The model card: README.md of an export, in the form that model hubs read.
 
-    origin = read_origin(checkpoint, run_dir / "evaluation.json")       # what the checkpoint's run left beside it
-    model_card(read_card(checkpoint), origin, name="quickstart", …)
+    origin = read_origin(checkpoint, run_dir)       # the files that the checkpoint's run left
+    model_card(read_card(checkpoint), origin, "quickstart", "mit", "python jobs/evaluate.py")
 
-What is not known is left out: a checkpoint copied away from its run has no data, no settings and no scores to show.
+Sections without content are left out: a checkpoint copied away from its run shows no data, settings or scores.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from pipeline.data.manifest import Manifest, read_prepared
+from pipeline.evaluate.report import score_rows
 from pipeline.model.folder import Card, model_fingerprint
 from pipeline.storage.files import fetched, matching
 from pipeline.storage.path import StoragePath, absolute
@@ -27,24 +28,15 @@ LIMITS = """## Limits
 A text without tokens, such as the empty one, has no vector: among others it may come back as zeros or as that of
 padding, and alone it may raise an error, depending on what runs the model."""
 SHAPE_KEYS = {  # of model.json, in our terms and in those of transformers
-    *(
-        "model_type",
-        "vocab_size",
-        "norm_eps",
-        "positions",
-        "d_model",
-        "d_ff",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-    ),
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("vocab_size", "norm_eps", "positions", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads"),
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads"),
 }
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of how a model came to be; empty where nothing is."""
+    """How a model was trained, as far as it is known."""
 
     settings: dict[str, Any] = field(default_factory=dict)  # sections of config.resolved.yaml
     state: dict[str, Any] = field(default_factory=dict)  # the checkpoint's state.json
@@ -53,56 +45,51 @@ class Origin:
     scores: dict[str, Any] = field(default_factory=dict)  # of evaluation.json, if they are this model's
 
 
-@dataclass(frozen=True)
-class Extras:
-    """What else lies in the export."""
+def read_origin(checkpoint: StoragePath, scored_in: StoragePath) -> Origin:
+    """Almost empty for a checkpoint that is not in its run's folder (<root>/runs/<run>/best/step-…).
 
-    onnx: bool = False
-    embeddings: int = 0  # rows
-
-
-def read_origin(checkpoint: StoragePath, evaluation: StoragePath) -> Origin:
-    """Of a checkpoint in its run's folder (<root>/runs/<run>/best/step-…); next to nothing of one that lies elsewhere.
-
-    `evaluation` is the evaluation.json to take scores from, where they are this model's.
+    `scored_in` is the folder of the run whose evaluation.json has scores; they are used only if they are this model's.
     """
     run_dir = absolute(checkpoint).parent.parent
-    run, scored = _read_json(run_dir / "run.json"), _read_json(evaluation)
+    run, scored = _read_json(run_dir / "run.json"), _read_json(scored_in / "evaluation.json")
     resolved = run_dir / "config.resolved.yaml"
     settings = yaml.safe_load(resolved.read_text(encoding="utf-8")) if run and resolved.is_file() else {}
-    manifests = prepared_manifests(run_dir.parent.parent) if run else ()
+    prepared = matching(run_dir.parent.parent, "prepared/*/manifest.json") if run else []
+    manifests = (read_prepared(path.parent) for path in prepared)
     return Origin(
         settings={name: settings[name] for name in SECTIONS if name in settings},
         state=_read_json(checkpoint / "state.json"),
         run=run,
-        manifest=next((m for m in manifests if m.fingerprint == run["data_fingerprint"]), None),
+        manifest=next((m for m in manifests if m and m.fingerprint == run["data_fingerprint"]), None),
         scores=scored["scores"] if scored.get("of", {}).get("model") == model_fingerprint(fetched(checkpoint)) else {},
     )
 
 
-def prepared_manifests(root: StoragePath) -> Iterator[Manifest]:
-    """Of the finished data sets under storage.root."""
-    for path in matching(root, "prepared/*/manifest.json"):
-        manifest = read_prepared(path.parent)
-        if manifest:
-            yield manifest
-
-
 def model_card(
-    card: Card, origin: Origin, *, name: str, license_id: str | None, evaluate_command: str, extras: Extras
+    card: Card,
+    origin: Origin,
+    name: str,
+    license_id: str | None,
+    evaluate_command: str,
+    *,
+    onnx: bool = False,
+    embeddings: int = 0,
 ) -> str:
-    """The whole README.md. `license_id` is the hub's identifier, such as `apache-2.0`; None leaves the field out."""
+    """The text of README.md. `license_id` is the hub's identifier, such as `apache-2.0`, or None.
+
+    `onnx` and `embeddings`, a number of rows, describe the other files in the export.
+    """
     front = {
         "library_name": "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
-        "tags": [*TAGS, *(["onnx"] if extras.onnx else [])],
+        "tags": [*TAGS, *(["onnx"] if onnx else [])],
         **({"license": license_id} if license_id else {}),
     }
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
         _summary(card),
-        _usage(card, name, extras),
+        _usage(card, name, onnx, embeddings),
         _model(card),
         _data(origin.manifest),
         _training(origin),
@@ -115,8 +102,8 @@ def model_card(
 def _summary(card: Card) -> str:
     length = " of unit length" if card.head.normalize else ""
     text = (
-        f"Texts to vectors of {card.width} numbers{length}; texts of like meaning have a high cosine. "
-        f"The first {card.max_length} tokens of a text count."
+        f"Maps texts to vectors of {card.width} numbers{length}; texts of similar meaning have a high cosine. "
+        f"Only the first {card.max_length} tokens of a text are used."
     )
     if card.head.dimensions:
         sizes = ", ".join(map(str, card.head.dimensions))
@@ -127,7 +114,7 @@ def _summary(card: Card) -> str:
     return text
 
 
-def _usage(card: Card, name: str, extras: Extras) -> str:
+def _usage(card: Card, name: str, onnx: bool, embeddings: int) -> str:
     text = f"""## Use
 
 ```python
@@ -141,19 +128,19 @@ print(model.similarity(queries, documents))
 
 `AutoModel.from_pretrained("{name}")` gives the token states; the vector is {_pooling(card)}. Neither runs
 code from this folder."""
-    prompts = "".join(f"\n- `{kind}`: `{lead!r}`" for kind, lead in card.head.prompts if lead)
+    prompts = "".join(f"\n- `{kind}`: `{prompt!r}`" for kind, prompt in card.head.prompts if prompt)
     if prompts:
-        text += f"\n\n`encode_query` and `encode_document` lead texts with what the model was trained with:\n{prompts}"
-    if extras.onnx:
+        text += f"\n\n`encode_query` and `encode_document` add the prompts that the model was trained with:\n{prompts}"
+    if onnx:
         text += (
             "\n\n`model.onnx` takes `input_ids` and `attention_mask`, (texts, tokens) int64, and gives "
             "`sentence_embedding`, (texts, numbers) float32, pooled already."
         )
-    if extras.embeddings:
+    if embeddings:
         text += (
-            f"\n\n`embeddings/` holds {extras.embeddings:,} vectors for use inside another model: `weight` in "
-            "`embeddings.safetensors` is for `torch.nn.Embedding.from_pretrained`, and `ids.parquet` says whose each "
-            "row is."
+            f"\n\n`embeddings/` holds {embeddings:,} vectors for use inside another model: `weight` in "
+            "`embeddings.safetensors` is for `torch.nn.Embedding.from_pretrained`, and `ids.parquet` names the record "
+            "of each row."
         )
     return text
 
@@ -203,20 +190,13 @@ def _without_nulls(tree: Any) -> Any:
 
 def _scores(scores: dict[str, Any], command: str) -> str:
     rows = [
-        (f"{name} ({_counts(result)})", system, ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
-        for name, result in scores.items()
-        for system, values in result.items()
-        if isinstance(values, dict)
+        (task, system, ", ".join(f"{metric} {value:.4f}" for metric, value in values.items()))
+        for task, system, values in score_rows(scores)
     ]
     if not rows:
         return ""
     table = _table(("task", "", "scores"), rows)
     return f"## Scores\n\n{table}\n\nWith the data and the run at hand:\n\n```\n{command}\n```"
-
-
-def _counts(result: dict[str, Any]) -> str:
-    """How many queries, documents or pairs."""
-    return ", ".join(f"{value:,} {key}" for key, value in result.items() if isinstance(value, int))
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

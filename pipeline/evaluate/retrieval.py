@@ -1,11 +1,11 @@
-"""Texts encoded and documents ranked over the cluster; partial results are merged in tasks, as a tree.
+"""Encodes texts and ranks documents over the cluster; partial results are merged in tasks, as a tree.
 
     documents ──► encode ──► best of each block, for all queries ──► best of several ──► … ──► the last few merged
     on disk       actors     tasks; the queries are sent once        tasks                     in the driver
 
-No process holds more vectors or scores than those of a block, so memory is flat in the number of documents. A partial
-result is Q queries times DEPTH scores and ids: 24 MB for 10,000 queries. With a million documents 122 of them are
-merged in 18 tasks, and the driver merges two.
+No process has more vectors or scores than those of a block, so memory does not grow with the number of documents. A
+partial result is DEPTH scores and ids for each of Q queries: 24 MB for 10,000 queries. For a million documents, 18
+tasks merge 122 partial results, and the driver merges the last two.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import pyarrow as pa
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.nearest import Floats, Found, merged, nearest_in_block, unit
 from pipeline.embedding.recipe import EncoderRecipe
-from pipeline.evaluate.beir import BLOCK_ROWS, Corpus, RetrievalTask
 from pipeline.evaluate.metrics import DEPTH
+from pipeline.evaluate.tasks import BLOCK_ROWS, Corpus, RetrievalTask
 from pipeline.runtime.session import Board
 
 if TYPE_CHECKING:
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 RANK_ROWS = 8192  # documents ranked together: with 256 queries at once 16 MB of scores
 MERGED_TOGETHER = 8  # partial results
-FEW_TEXTS = 1024  # are encoded before a pool of encoders has started
+FEW_TEXTS = 1024  # encoded in this process sooner than a pool of encoders starts
 
 
 @dataclass(frozen=True)
 class TextVectors:
-    """Vectors of texts: of few in this process, of many by the pool of encoders, for which `board` starts Ray."""
+    """Encodes few texts in this process, many by a pool of encoders, for which `board` starts Ray."""
 
     recipe: EncoderRecipe
     board: Callable[[], Board]
@@ -48,7 +48,7 @@ class TextVectors:
         return open_encoder(self.recipe, device="cpu")
 
     def of(self, texts: list[str], name: str, prompt: str = "") -> Floats:
-        """(N, D) vectors in the order of the texts; `prompt` names one of the model's own."""
+        """(N, D) vectors in the order of the texts; `prompt` names one of the model's prompts."""
         if len(texts) <= FEW_TEXTS:
             return self.encoder.encode(texts, prompt)
         import ray.data
@@ -67,7 +67,7 @@ class TextVectors:
 def nearest_documents(
     task: RetrievalTask, queries: Floats, sizes: Sequence[int], recipe: EncoderRecipe, board: Board
 ) -> dict[int, Found]:
-    """The best DEPTH documents of each query, ids in UTF-8, by vectors cut to each of `sizes`; queries are (Q, D)."""
+    """By size, the best DEPTH documents of each of (Q, D) queries, with vectors cut to that size; ids are UTF-8."""
     import ray
 
     from pipeline.embedding.embed import encoded
@@ -84,15 +84,15 @@ def nearest_documents(
         vectors = encoded(_dataset(task), len(task.documents), recipe, board, "document")
         ranked = vectors.map_batches(rank, batch_size=RANK_ROWS, batch_format="pyarrow", num_cpus=0.5)
         for level in range(merge_levels(len(task.documents))):
-            # NOTE: another share of CPUs than the level before, or Ray Data makes one operator of both, which merges
-            # nothing of other tasks (Ray 2.60).
+            # NOTE: each level asks for another share of CPUs, because Ray Data fuses levels with equal shares into one
+            # operator, in which no task sees another task's results (Ray 2.60).
             cpus, rows = (0.5, 0.49)[level % 2 == 0], MERGED_TOGETHER * len(sizes)
             ranked = ranked.map_batches(merge, batch_size=rows, batch_format="pyarrow", num_cpus=cpus)
         return merged_rows(ranked.iter_batches(batch_size=None, batch_format="pyarrow"), count)
 
 
 def merge_levels(documents: int) -> int:
-    """How often partial results are merged in tasks until at most MERGED_TOGETHER are left for the driver."""
+    """The number of times that tasks merge partial results before at most MERGED_TOGETHER remain for the driver."""
     levels, partial = 0, math.ceil(documents / RANK_ROWS)
     while partial > MERGED_TOGETHER:
         levels, partial = levels + 1, math.ceil(partial / MERGED_TOGETHER)
@@ -100,7 +100,7 @@ def merge_levels(documents: int) -> int:
 
 
 def merged_rows(partial: Iterable[pa.Table], queries: int) -> dict[int, Found]:
-    """By size, the best of partial results, each a row that `to_table` made."""
+    """By size, the best of partial results; each is a row of `to_table`."""
     found: dict[int, Found] = {}
     for block in partial:
         for row in block.to_pylist():
@@ -115,7 +115,7 @@ def best_of_block(queries: Floats, vectors: Floats, names: np.ndarray, sizes: Se
 
 
 def to_table(found: dict[int, Found]) -> pa.Table:
-    """A row a size, ids and scores as bytes: as Python values they would take 20 times as long to send."""
+    """A row per size, with ids and scores as bytes, because Python values would take 20 times as long to send."""
     rows = [
         {"size": size, "dtype": one.ids.dtype.str, "ids": one.ids.tobytes(), "scores": one.scores.tobytes()}
         for size, one in found.items()
@@ -125,7 +125,7 @@ def to_table(found: dict[int, Found]) -> pa.Table:
 
 
 def from_row(row: dict[str, Any], queries: int) -> Found:
-    """What `to_table` made a row of."""
+    """The inverse of `to_table`."""
     scores = np.frombuffer(row["scores"], np.float32).reshape(queries, -1)
     return Found(np.frombuffer(row["ids"], row["dtype"]).reshape(scores.shape), scores)
 

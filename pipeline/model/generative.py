@@ -1,4 +1,4 @@
-"""Losses of a decoder and of a masked-token head over packed tokens, and scores of generated texts.
+"""Losses of a decoder and of a masked-token head over packed tokens.
 
 Losses are sums over this worker's tokens, with their number; the caller divides by the tokens of the global batch.
 
@@ -33,7 +33,6 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.model.packing import Packed
 from pipeline.model.transformer import INIT_STD, RMSNorm
 
-ROUGE = ("rouge1", "rouge2", "rougeL")
 CHUNK_LOGITS = 2**25  # logits held at once: 128 MB of float32, where 16,384 tokens of 32,000 words would be 2 GB
 
 
@@ -122,23 +121,3 @@ def masked_loss(
 ) -> TokenLoss:
     """The loss of predicting `labels_P` from the encoder's states at `positions_P`; other tokens are not scored."""
     return token_loss(head(states_TD.index_select(0, positions_P)), table_VD, labels_P)
-
-
-def generation_metrics(hypotheses: list[str], references: list[str]) -> dict[str, float]:
-    """`bleu` of all texts, 0 to 100, and mean F1 of `rouge1`, `rouge2` and `rougeL`, 0 to 1.
-
-    BLEU is sacrebleu's at its defaults (Post 2018): cased, tokenizer 13a, and zero where no text has four words. ROUGE
-    is Google's rouge-score with Porter's stemmer: its words are runs of a-z and 0-9, so it suits English. Raises
-    ValueError where there are no texts, or not one reference for each.
-    """
-    # Imported here: rouge-score's nltk takes seconds, and few runs need scores.
-    from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
-    from sacrebleu import corpus_bleu
-
-    if not hypotheses or len(hypotheses) != len(references):
-        raise ValueError(f"found {len(hypotheses)} generated texts and {len(references)} references; need one for each")
-    scorer = RougeScorer(ROUGE, use_stemmer=True)
-    scores = [scorer.score(reference, text) for text, reference in zip(hypotheses, references, strict=True)]
-    rouge = {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in ROUGE}
-    values = {"bleu": corpus_bleu(hypotheses, [references]).score} | rouge
-    return {name: round(value, 4) for name, value in values.items()}

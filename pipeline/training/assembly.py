@@ -21,8 +21,8 @@ from pipeline.data.feed import LocalFeed, training_plan, validation_rows
 from pipeline.data.judging import normaliser
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan
-from pipeline.evaluate.sts import read_sts
 from pipeline.model.packing import pack
+from pipeline.model.scores import read_sts
 from pipeline.objectives.collectives import rank, world_size
 from pipeline.runtime.artifact import checked
 from pipeline.runtime.console import log

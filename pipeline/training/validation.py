@@ -15,11 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.evaluate.sts import spearman
 from pipeline.model.batch import Batch
-from pipeline.model.generative import generation_metrics
 from pipeline.model.learner import Learner
 from pipeline.model.packing import Packed
+from pipeline.model.scores import generation_metrics, spearman
 from pipeline.objectives.collectives import gather, rank, total, world_size
 
 ROWS_AT_ONCE = 256
