@@ -27,6 +27,7 @@ from pipeline.model.batch import Batch, Part
 from pipeline.model.learner import Learner
 from pipeline.model.packing import Layout, Packed
 from pipeline.model.transformer import Encoder, EncoderShape, compile_layers
+from pipeline.training import prefetch as prefetching
 from pipeline.training.batch import to_batch
 from pipeline.training.prefetch import Prefetch, to_device
 from pipeline.training.step import backward, cut
@@ -66,7 +67,7 @@ class Rig:
         return [self.part(learner, batch.slice(*ends)) for ends in cut(batch, micro_batches)]
 
     def part(self, learner: Learner, batch: Batch) -> Part:
-        return learner.prepare(batch, seed=0).to(self.device)
+        return prefetch.to_device(learner.prepare(batch, seed=0), self.device)
 
 
 @dataclass(frozen=True)

@@ -110,15 +110,6 @@ class Task:
     positions: Tensor | None = None
     label_smoothing: float = 0.0
 
-    def to(self, device: torch.device | str) -> Task:
-        return replace(
-            self,
-            labels=self.labels.to(device),
-            source=None if self.source is None else self.source.to(device),
-            inputs=None if self.inputs is None else self.inputs.to(device),
-            positions=None if self.positions is None else self.positions.to(device),
-        )
-
     def emptied(self) -> Task:
         """The same objective, without texts."""
         return replace(
@@ -139,15 +130,6 @@ class Part:
     filled: Tensor  # (n, M) the slots that the negatives take
     keys: Tensor  # (n, 3 + M)
     tasks: dict[str, Task]
-
-    def to(self, device: torch.device | str) -> Part:
-        return Part(
-            self.rows,
-            None if self.pairs is None else self.pairs.to(device),
-            self.filled.to(device),
-            self.keys.to(device),
-            {name: task.to(device) for name, task in self.tasks.items()},
-        )
 
     def emptied(self) -> Part:
         """No rows, for the same objectives: run by a worker whose rows make fewer parts than another's."""

@@ -7,6 +7,7 @@ model.eval().generate(pack([[5, 6, 7], [8]]), start_id=2, end_id=3)      # [[9, 
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Literal
 
 import torch
@@ -70,37 +71,28 @@ def build_unified_transformer(
             f"tie_embeddings needs one vocabulary; found src_vocab_size={src_vocab_size} and "
             f"tgt_vocab_size={tgt_vocab_size}"
         )
-    d_ff = d_ff or gated_width(d_model)
-    encoder = Encoder(
-        EncoderShape(
-            src_vocab_size,
-            d_model,
-            num_layers,
-            num_heads,
-            d_ff,
-            num_kv_heads=num_kv_heads,
-            dropout=dropout,
-            positions=positions,
-            max_positions=src_seq_len,
-            norm_eps=norm_eps,
-        )
+    encoder_shape = EncoderShape(
+        src_vocab_size,
+        d_model,
+        num_layers,
+        num_heads,
+        d_ff or gated_width(d_model),
+        num_kv_heads=num_kv_heads,
+        dropout=dropout,
+        positions=positions,
+        max_positions=src_seq_len,
+        norm_eps=norm_eps,
     )
+    of_target = {
+        "vocab_size": tgt_vocab_size,
+        "num_layers": num_layers if decoder_layers is None else decoder_layers,
+        "max_positions": tgt_seq_len,
+        "memory_width": d_model,
+        "tie_head": tie_embeddings,
+    }
+    encoder = Encoder(encoder_shape)
     decoder = Decoder(
-        DecoderShape(
-            tgt_vocab_size,
-            d_model,
-            num_layers if decoder_layers is None else decoder_layers,
-            num_heads,
-            d_ff,
-            num_kv_heads=num_kv_heads,
-            dropout=dropout,
-            positions=positions,
-            max_positions=tgt_seq_len,
-            norm_eps=norm_eps,
-            memory_width=d_model,
-            tie_head=tie_embeddings,
-        ),
-        tie_to=encoder.token_table if tie_embeddings else None,
+        DecoderShape(**asdict(encoder_shape) | of_target), tie_to=encoder.token_table if tie_embeddings else None
     )
     encoder.gradient_checkpointing = decoder.gradient_checkpointing = gradient_checkpointing
     return UnifiedTransformer(encoder, decoder, tgt_seq_len)

@@ -20,6 +20,7 @@ from pipeline.model.learner import Learner
 from pipeline.model.packing import Packed
 from pipeline.model.scores import generation_metrics, spearman
 from pipeline.objectives.collectives import gather, rank, total, world_size
+from pipeline.training.prefetch import to_device
 
 ROWS_AT_ONCE = 256
 CORRUPTION_SEED = 0  # of held-out texts: each validation sees the same ones
@@ -95,7 +96,7 @@ def _token_losses(learner: Learner, batch: Batch, device: torch.device) -> dict[
     names = learner.generative
     sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
     for ends in _ranges(len(batch)) if names else ():
-        part = learner.prepare(batch.slice(*ends), CORRUPTION_SEED).to(device)
+        part = to_device(learner.prepare(batch.slice(*ends), CORRUPTION_SEED), device)
         for row, name in enumerate(names):
             loss = learner.loss(part.tasks[name])
             sums[row] += torch.tensor([float(loss.nll), loss.count], dtype=torch.float64, device=device)
@@ -109,7 +110,7 @@ def _written(learner: Learner, validation: Validation, device: torch.device) -> 
     few = validation.batch.slice(0, min(validation.generated_texts, len(validation.batch)))
     if not len(few):
         return {}
-    part = learner.prepare(few, CORRUPTION_SEED).to(device)
+    part = to_device(learner.prepare(few, CORRUPTION_SEED), device)
     metrics: dict[str, float] = {}
     for name in learner.writing:
         target = few.fields["positive"] if name == "seq2seq" else few.text
