@@ -67,7 +67,7 @@ class Rig:
         return [self.part(learner, batch.slice(*ends)) for ends in cut(batch, micro_batches)]
 
     def part(self, learner: Learner, batch: Batch) -> Part:
-        return prefetch.to_device(learner.prepare(batch, seed=0), self.device)
+        return prefetching.to_device(learner.prepare(batch, seed=0), self.device)
 
 
 @dataclass(frozen=True)
