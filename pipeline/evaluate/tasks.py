@@ -11,7 +11,6 @@ folder stay on disk: opening it reads the file once and keeps the offset of ever
 
 from __future__ import annotations
 
-import csv
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -111,7 +110,9 @@ def open_beir(folder: StoragePath) -> RetrievalTask:
     documents = _corpus(folder / "corpus.jsonl")
     queries = {row["_id"]: row["text"] for _, _, row in _rows(folder / "queries.jsonl")}
     qrels: Qrels = {}
-    for query, document, score in _judgements(folder / "qrels" / "test.tsv"):
+    columns, path = ("query-id", "corpus-id", "score"), folder / "qrels" / "test.tsv"
+    judged = read_tsv(path, columns, "evaluation.beir_dir", lambda row: (row[0], row[1], int(row[2])), lenient=True)
+    for query, document, score in judged:
         if score > 0 and query in queries:
             qrels.setdefault(query, {})[document] = score
     if not qrels or not documents:
@@ -200,28 +201,11 @@ def _rows(path: StoragePath, start: int = 0, number: int = 1) -> Iterator[tuple[
                     yield start, number, row
                 start, number = start + len(line), number + 1
     except OSError as error:
-        raise _open_error(path, error) from None
+        raise ConfigError(
+            f"evaluation.beir_dir: {path}: {error.strerror}; allowed is a folder in BEIR's format"
+        ) from None
     except ValueError as error:
         raise ConfigError(f"evaluation.beir_dir: {path} line {number}: {error}") from None
-
-
-def _judgements(path: StoragePath) -> Iterator[tuple[str, str, int]]:
-    try:
-        with fetched(path).open(encoding="utf-8", newline="") as file:
-            rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            next(rows, None)  # the header
-            for query, document, score in filter(None, rows):
-                yield query, document, int(score)
-    except OSError as error:
-        raise _open_error(path, error) from None
-    except ValueError:
-        raise ConfigError(
-            f"evaluation.beir_dir: {path} line {rows.line_num}: allowed are a query id, a document id and a score"
-        ) from None
-
-
-def _open_error(path: StoragePath, error: OSError) -> ConfigError:
-    return ConfigError(f"evaluation.beir_dir: {path}: {error.strerror}; allowed is a folder in BEIR's format")
 
 
 def _tokens(folder: StoragePath, records: list[tuple[str, str]]) -> pa.Array:

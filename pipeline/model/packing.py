@@ -176,10 +176,6 @@ def take(x: Tensor, rows: Tensor) -> Tensor:
 
 def put(x: Tensor, rows: Tensor, size: int) -> Tensor:
     """`size` rows: those of `x` at the distinct `rows`, zeros elsewhere."""
-    return _Put.apply(x, rows, size)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _put(x: Tensor, rows: Tensor, size: int) -> Tensor:
     return x.new_zeros(size, *x.shape[1:]).index_copy_(0, rows, x)
 
 
@@ -192,15 +188,4 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
-        return _put(gradient, ctx.saved_tensors[0], ctx.size), None
-
-
-class _Put(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, rows: Tensor, size: int) -> Tensor:  # type: ignore[no-untyped-def, override]
-        ctx.save_for_backward(rows)
-        return _put(x, rows, size)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def, override]
-        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+        return put(gradient, ctx.saved_tensors[0], ctx.size), None

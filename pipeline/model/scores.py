@@ -49,15 +49,20 @@ def read_sts(path: StoragePath) -> StsTask:
     return StsTask(path.stem, first, second, scores)
 
 
-def read_tsv(path: StoragePath, columns: Sequence[str], key: str, parse: Callable[[list[str]], Row]) -> list[Row]:
-    """Rows of a TSV without quoting, whose header is `columns`. `parse` raises ValueError for a wrong row."""
+def read_tsv(
+    path: StoragePath, columns: Sequence[str], key: str, parse: Callable[[list[str]], Row], *, lenient: bool = False
+) -> list[Row]:
+    """Rows of a TSV without quoting, whose header is `columns`. `parse` raises ValueError for a wrong row.
+
+    `lenient` takes any header and skips blank lines. Raises ConfigError that names the config `key`, file and line.
+    """
     names, found = ", ".join(columns), []
     try:
         with fetched(path).open(encoding="utf-8", newline="") as file:
             rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            if next(rows, None) != list(columns):
+            if next(rows, None) != list(columns) and not lenient:
                 raise ValueError(f"a header of {names} is wanted")
-            for cells in rows:
+            for cells in filter(None, rows) if lenient else rows:
                 if len(cells) != len(columns):
                     raise ValueError(f"{'not enough' if len(cells) < len(columns) else 'too many'} values")
                 found.append(parse(cells))
