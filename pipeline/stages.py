@@ -219,7 +219,7 @@ def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
     scored = Artifact(config.run_dir / "evaluations", "", key)
 
     def fill() -> dict[str, Any]:
-        from pipeline.evaluate.evaluate import score_tasks
+        from pipeline.evaluate.scoring import score_tasks
 
         scores = score_tasks(config, folder, manifest, recipe, session.board)
         scored.output.write("scores.json", json.dumps({"of": key, "scores": scores}, indent=2).encode())

@@ -20,10 +20,10 @@ from pipeline.data.judging import Judge, normaliser
 from pipeline.data.manifest import Manifest
 from pipeline.embedding.columns import as_column
 from pipeline.embedding.nearest import Found
-from pipeline.evaluate.evaluate import score_classification, score_clustering, score_retrieval, score_sts
 from pipeline.evaluate.metrics import bm25_ranking, fused, neighbour_scores, retrieval_metrics
 from pipeline.evaluate.report import hybrid_verdict, score_table
 from pipeline.evaluate.retrieval import FEW_TEXTS, TextVectors, best_of_block, merge_levels, merged_rows, to_table
+from pipeline.evaluate.scoring import score_classification, score_clustering, score_retrieval, score_sts
 from pipeline.evaluate.tasks import (
     BLOCK_ROWS,
     Corpus,
@@ -239,7 +239,7 @@ def test_scores_over_the_cluster_are_those_of_one_matrix(tmp_path: Path, monkeyp
     from pipeline.config import load
     from pipeline.embedding.encode import TextEncoder
     from pipeline.embedding.store import recipe_of
-    from pipeline.evaluate.evaluate import score_tasks
+    from pipeline.evaluate.scoring import score_tasks
 
     model = small_model(tmp_path / "model")
     rows = make_pairs(2500, seed=3)
@@ -327,12 +327,12 @@ def test_many_texts_are_encoded_by_the_pool_and_few_here(tmp_path: Path) -> None
     recipe = EncoderRecipe(model, Embedding(), tmp_path)
     texts = [str(row["anchor"]) for row in make_pairs(FEW_TEXTS + 1)]
     few, many = TextVectors(recipe, no_board), TextVectors(recipe, board)
-    for prompt, lead in (("query", "find: "), ("", "")):
-        expected = TextEncoder(model, device="cpu").encode([lead + text for text in texts])
-        np.testing.assert_allclose(many.of(texts, "texts", prompt), expected, atol=1e-6)
-        np.testing.assert_allclose(few.of(texts[:-1], "texts", prompt), expected[:-1], atol=1e-6)
+    for name, prompt in (("query", "find: "), ("", "")):
+        expected = TextEncoder(model, device="cpu").encode([prompt + text for text in texts])
+        np.testing.assert_allclose(many.of(texts, "texts", name), expected, atol=1e-6)
+        np.testing.assert_allclose(few.of(texts[:-1], "texts", name), expected[:-1], atol=1e-6)
         with pytest.raises(AssertionError, match="Ray was asked for"):
-            few.of(texts, "texts", prompt)
+            few.of(texts, "texts", name)
 
 
 def test_levels_of_merging() -> None:

@@ -14,7 +14,7 @@ are in memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 
+from pipeline.embedding.columns import as_matrix
 from pipeline.evaluate.export import exporting
 from pipeline.runtime.artifact import entries_of
 
@@ -93,7 +94,11 @@ def _write_ids(path: Path, scan: Scan) -> np.ndarray:
 def _write_vectors(path: Path, scan: Scan, ids: np.ndarray, dtype: str) -> int:
     """Write a safetensors file of one tensor, (N, D). Returns D."""
     matrix, filled = None, 0
-    for batch_ids, vectors in _vectors(scan):
+    for batch in scan(["id", "vector"]):
+        if not len(batch):
+            continue
+        vectors = as_matrix(batch["vector"])
+        batch_ids = batch["id"].to_numpy(zero_copy_only=False).astype(bytes)
         if matrix is None:
             matrix = _new_matrix(path, (len(ids), vectors.shape[1]), dtype)
         rows = np.searchsorted(ids, batch_ids).clip(max=len(ids) - 1)
@@ -108,15 +113,6 @@ def _write_vectors(path: Path, scan: Scan, ids: np.ndarray, dtype: str) -> int:
         raise ValueError(CHANGED)
     matrix.flush()
     return int(matrix.shape[1])
-
-
-def _vectors(scan: Scan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(n,) ids and (n, D) float32 vectors of each batch."""
-    for batch in scan(["id", "vector"]):
-        column = batch.column("vector")
-        vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(batch), column.type.list_size)
-        if len(batch):
-            yield batch.column("id").to_numpy(zero_copy_only=False).astype(bytes), vectors
 
 
 def _new_matrix(path: Path, shape: tuple[int, int], dtype: str) -> np.memmap:

@@ -27,6 +27,12 @@ LIMITS = """## Limits
 
 A text without tokens, such as the empty one, has no vector: among others it may come back as zeros or as that of
 padding, and alone it may raise an error, depending on what runs the model."""
+POOLINGS = {
+    "mean": "the mean of a text's states",
+    "cls": "the first token's state",
+    "last": "the last token's state",
+    "weighted": "a mean of a text's states in which the i-th has weight i",
+}
 SHAPE_KEYS = {  # of model.json, in our terms and in those of transformers
     *("vocab_size", "norm_eps", "positions", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads"),
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -91,8 +97,8 @@ def model_card(
         _summary(card),
         _usage(card, name, onnx, embeddings),
         _model(card),
-        _data(origin.manifest),
-        _training(origin),
+        _data(origin.manifest) if origin.manifest else "",
+        _training(origin) if origin.run else "",
         _scores(origin.scores, evaluate_command),
         LIMITS,
     ]
@@ -115,6 +121,7 @@ def _summary(card: Card) -> str:
 
 
 def _usage(card: Card, name: str, onnx: bool, embeddings: int) -> str:
+    unit = ", at unit length" if card.head.normalize else ""
     text = f"""## Use
 
 ```python
@@ -126,8 +133,8 @@ documents = model.encode_document(["def dedup(rows): return list(dict.fromkeys(r
 print(model.similarity(queries, documents))
 ```
 
-`AutoModel.from_pretrained("{name}")` gives the token states; the vector is {_pooling(card)}. Neither runs
-code from this folder."""
+`AutoModel.from_pretrained("{name}")` gives the token states; the vector is {POOLINGS[card.head.pooling]}{unit}.
+Neither runs code from this folder."""
     prompts = "".join(f"\n- `{kind}`: `{prompt!r}`" for kind, prompt in card.head.prompts if prompt)
     if prompts:
         text += f"\n\n`encode_query` and `encode_document` add the prompts that the model was trained with:\n{prompts}"
@@ -145,16 +152,6 @@ code from this folder."""
     return text
 
 
-def _pooling(card: Card) -> str:
-    means = {
-        "mean": "the mean of a text's states",
-        "cls": "the first token's state",
-        "last": "the last token's state",
-        "weighted": "a mean of a text's states in which the i-th weighs i",
-    }
-    return means[card.head.pooling] + (", at unit length" if card.head.normalize else "")
-
-
 def _model(card: Card) -> str:
     facts = {"architecture": "EuroBERT (`hidden_act: gelu`)"} if card.architecture == "unified" else {}
     facts |= {key: str(value) for key, value in card.shape.items() if key in SHAPE_KEYS and value is not None}
@@ -162,9 +159,7 @@ def _model(card: Card) -> str:
     return "## Model\n\n" + _table(("", ""), facts.items())
 
 
-def _data(manifest: Manifest | None) -> str:
-    if manifest is None:
-        return ""
+def _data(manifest: Manifest) -> str:
     rows = [(source.name, f"{source.rows_in:,}", f"{source.rows_kept:,}") for source in manifest.sources]
     splits = ", ".join(f"{count:,} in {name}" for name, count in manifest.splits.items())
     table = _table(("source", "records in", "kept"), rows)
@@ -172,8 +167,6 @@ def _data(manifest: Manifest | None) -> str:
 
 
 def _training(origin: Origin) -> str:
-    if not origin.run:
-        return ""
     facts = [f"{origin.state['step']:,} steps"] if "step" in origin.state else []
     facts += [f"{origin.state['train_seconds']:.0f} s of training"] if "train_seconds" in origin.state else []
     facts += [f"{package} {version}" for package, version in origin.run.get("versions", {}).items()]
