@@ -34,7 +34,7 @@ from pipeline.evaluate.tasks import (
     read_classification,
     read_labels,
 )
-from pipeline.model.scores import StsTask, pearson, read_sts, spearman
+from pipeline.model.scores import StsTask
 from pipeline.sources.fields import RawRecord
 from pipeline.text.identity import content_id, is_validation
 from tests.conftest import board, make_pairs, no_board
@@ -137,18 +137,6 @@ def test_texts_from_elsewhere_become_what_records_are(quality: str, whitespace: 
     assert normaliser(data)(raw) == record["text"] != raw
     task = RetrievalTask("t", {"q": raw}, {"d": raw}, {"q": {"d": 1}}).normalised(normaliser(data))
     assert (task.queries, task.documents) == ({"q": record["text"]}, {"d": record["text"]})
-
-
-def test_sts(tmp_path: Path) -> None:
-    file = tmp_path / "pairs.tsv"
-    file.write_text('score\tsentence1\tsentence2\n1.5\ta "quoted\tb\n3\tc\td\n')
-    task = read_sts(file)
-    assert (task.name, task.first, task.second, task.scores) == ("pairs", ['a "quoted', "c"], ["b", "d"], [1.5, 3.0])
-    assert spearman([1, 2, 3, 4], [0.1, 0.2, 0.4, 0.3]) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
-    assert spearman([1, 2], [0.5, 0.5]) == 0
-    assert spearman([1, 2, 3], [0.1, math.nan, 0.2]) == 0
-    assert pearson([1, 2, 3], [0.2, 0.4, 0.9]) == pytest.approx(0.7 / math.sqrt(2 * 0.26), abs=1e-6)
-    assert pearson([1, 2], [0.5, 0.5]) == pearson([1, 2], [0.5, math.inf]) == 0
 
 
 class GivenVectors:
@@ -401,27 +389,18 @@ def test_labels(tmp_path: Path) -> None:
         read_labels(tmp_path / "other.tsv", "key")
 
 
-PAIRS, LABELS = "score\tsentence1\tsentence2\n", "text\tlabel\n"
-
-
 @pytest.mark.parametrize(
-    ("key", "content", "sentence"),
+    ("content", "sentence"),
     [
-        ("sts_file", "a\tb\tc\n", "line 1: a header of score, sentence1, sentence2 is wanted"),
-        ("sts_file", "", "a header of score, sentence1, sentence2 is wanted"),
-        ("sts_file", f"{PAIRS}x\ta\tb\n", "line 2: could not convert"),
-        ("sts_file", f"{PAIRS}1\ta\tb\n2\ta\n", "line 3: not enough values"),
-        ("sts_file", f"{PAIRS}nan\ta\tb\n", "line 2: nan is no score"),
-        ("sts_file", f"{PAIRS}1\ta\tb\n1\tc\td\n", "fewer than two scores"),
-        ("classification_dir", "a\tb\n", "line 1: a header of text, label is wanted"),
-        ("classification_dir", f"{LABELS}a\tb\tc\n", "line 2: too many values; allowed are rows of text, label"),
-        ("classification_dir", f"{LABELS}a\tx\nb\tx\n", "has 1 labels; allowed are two or more"),
+        ("a\tb\n", "line 1: a header of text, label is wanted"),
+        ("text\tlabel\na\tb\tc\n", "line 2: too many values; allowed are rows of text, label"),
+        ("text\tlabel\na\tx\nb\tx\n", "has 1 labels; allowed are two or more"),
     ],
 )
-def test_files_of_pairs_and_labels_that_are_none(key: str, content: str, sentence: str, tmp_path: Path) -> None:
+def test_files_of_labels_that_are_none(content: str, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text(content)
-    with pytest.raises(ConfigError, match=f"^evaluation.{key}: .*{sentence}"):
-        read_sts(tmp_path / "train.tsv") if key == "sts_file" else read_classification(tmp_path)
+    with pytest.raises(ConfigError, match=f"^evaluation.classification_dir: .*{sentence}"):
+        read_classification(tmp_path)
 
 
 def test_the_table_has_a_line_for_each_system() -> None:

@@ -1,12 +1,46 @@
-"""BLEU and ROUGE on cases computed by hand."""
+"""Sentence pairs, correlations, BLEU and ROUGE on cases computed by hand."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
-from pipeline.model.scores import generation_metrics
+from pipeline.config import ConfigError
+from pipeline.model.scores import generation_metrics, pearson, read_sts, spearman
+
+HEADER = "score\tsentence1\tsentence2\n"
+
+
+def test_sts(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.tsv"
+    file.write_text(f'{HEADER}1.5\ta "quoted\tb\n3\tc\td\n')
+    task = read_sts(file)
+    assert (task.name, task.first, task.second, task.scores) == ("pairs", ['a "quoted', "c"], ["b", "d"], [1.5, 3.0])
+    assert spearman([1, 2, 3, 4], [0.1, 0.2, 0.4, 0.3]) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
+    assert spearman([1, 2], [0.5, 0.5]) == 0
+    assert spearman([1, 2, 3], [0.1, math.nan, 0.2]) == 0
+    assert pearson([1, 2, 3], [0.2, 0.4, 0.9]) == pytest.approx(0.7 / math.sqrt(2 * 0.26), abs=1e-6)
+    assert pearson([1, 2], [0.5, 0.5]) == pearson([1, 2], [0.5, math.inf]) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("a\tb\tc\n", "line 1: a header of score, sentence1, sentence2 is wanted"),
+        ("", "a header of score, sentence1, sentence2 is wanted"),
+        (f"{HEADER}x\ta\tb\n", "line 2: could not convert"),
+        (f"{HEADER}1\ta\tb\n2\ta\n", "line 3: not enough values"),
+        (f"{HEADER}1\ta\tb\n\n2\ta\tb\n", "line 3: not enough values"),
+        (f"{HEADER}nan\ta\tb\n", "line 2: nan is no score"),
+        (f"{HEADER}1\ta\tb\n1\tc\td\n", "fewer than two scores"),
+    ],
+)
+def test_files_of_pairs_that_are_none(content: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "pairs.tsv").write_text(content)
+    with pytest.raises(ConfigError, match=f"^evaluation.sts_file: .*{sentence}"):
+        read_sts(tmp_path / "pairs.tsv")
 
 
 @pytest.mark.parametrize(
