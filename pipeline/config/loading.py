@@ -1,7 +1,6 @@
 """From a YAML file, the environment and arguments to a config.
 
-Precedence: defaults < YAML file < the DeepSpeed file it names < environment (`PIPELINE_STORAGE`) < `section.key=value`
-arguments.
+Precedence: defaults < YAML file < environment (`PIPELINE_STORAGE`) < `section.key=value` arguments.
 
     >>> config = load("configs/quickstart.yaml", ["training.learning_rate=3e-4"])
     >>> config.get("training.learning_rate")
@@ -21,7 +20,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.config.deepspeed import apply_deepspeed, origin
 from pipeline.config.reading import ConfigError, assign, explain, parse_override, read_yaml
 from pipeline.config.space import check_space
 from pipeline.config.tree import DEFAULT_ROOT, EVALUATION_PATHS, Config
@@ -49,17 +47,15 @@ def load(
         from_arguments[key] = override
     if sources is not None:
         assign(tree, ["data", "sources"], sources, "sources")
-    rows = apply_deepspeed(tree, list(from_arguments))
     _apply_environment(tree, from_arguments, environ)
     _refuse_credentials(tree)
     _take_pretrained_tokenizer(tree)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        where = origin(rows, file, tree["training"]["deepspeed_config"], error.errors()[0]["loc"]) if rows else file
-        raise ConfigError(explain(error, where, list(from_arguments), Config)) from None
+        raise ConfigError(explain(error, file, list(from_arguments), Config)) from None
     _check_uris(config)
-    config._deepspeed, config._folder = tuple(rows), file.absolute().parent
+    config._folder = file.absolute().parent
     swept = any(key == "tune" or key.startswith("tune.space") for key in from_arguments)
     check_space(config, "argument tune.space" if swept else f"{file}: tune.space")
     return config

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.section import PathStr, Section, Share
+from pipeline.config.section import Section, Share
 
 
 class EarlyStopping(Section):
@@ -72,8 +72,6 @@ class Training(Section):
     and of the optimizer's state (torch's fully_shard)."""
     gradient_compression: Literal["none", "fp16", "bf16"] = "none"
     """Type in which ddp sends gradients to the other workers; bf16 needs GPUs (nccl)."""
-    deepspeed_config: PathStr | None = None
-    """A DeepSpeed JSON file whose settings take the place of ours; a table says what became what."""
     max_skipped_steps: int = Field(10, ge=1)
     """Stop after so many steps in a row whose loss or gradient is no finite number; each is skipped by all workers."""
     validate_every_steps: int = Field(200, ge=1)

@@ -12,7 +12,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator
 
 from pipeline.config.data import Data, Tokenizer
-from pipeline.config.deepspeed import Row
 from pipeline.config.embedding import Embedding
 from pipeline.config.evaluation import Evaluation
 from pipeline.config.mining import Mining
@@ -81,7 +80,6 @@ class Config(Section):
     mining: Mining = Mining()
     tune: Tune = Tune()
     scaling: Scaling = Scaling()
-    _deepspeed: tuple[Row, ...] = PrivateAttr(())
     _folder: Path = PrivateAttr(Path())
 
     def get(self, dotted: str) -> Any:
@@ -92,11 +90,6 @@ class Config(Section):
                 raise KeyError(f"no config key {dotted}")
             value = getattr(value, part)
         return value
-
-    @property
-    def deepspeed(self) -> tuple[Row, ...]:
-        """What became of each key of `training.deepspeed_config`, for a table under `deepspeed.HEADER`."""
-        return self._deepspeed
 
     @property
     def secret_files(self) -> list[str]:
@@ -120,14 +113,8 @@ class Config(Section):
         return self.under_root(self.logging.save_dir) if self.logging.save_dir else self.run_dir
 
     def dump(self) -> dict[str, Any]:
-        """The resolved tree as plain values. No key of it is a secret.
-
-        The settings of a DeepSpeed file stand in it as our own, so it goes without the file, which would take the place
-        of what arguments had changed.
-        """
-        tree: dict[str, Any] = self.model_dump(mode="json")
-        tree["training"]["deepspeed_config"] = None
-        return tree
+        """The resolved tree as plain values. It holds no secrets."""
+        return self.model_dump(mode="json")
 
     def changed(self, values: dict[str, Any], where: str) -> Config:
         """A config with other values at dotted keys. Raises ConfigError that says `where` they come from."""
@@ -138,5 +125,5 @@ class Config(Section):
             found = Config.model_validate(tree)
         except ValidationError as error:
             raise ConfigError(explain(error, where, [], Config)) from None
-        found._deepspeed, found._folder = self._deepspeed, self._folder
+        found._folder = self._folder
         return found

@@ -9,13 +9,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from pipeline.config import Config, ConfigError
-from pipeline.config.deepspeed import HEADER
 from pipeline.data.drift import has_moved
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan
 from pipeline.runtime.artifact import checked
 from pipeline.runtime.cluster import connected_cluster
-from pipeline.runtime.console import log, table
+from pipeline.runtime.console import log
 from pipeline.runtime.findings import Finding, refuse
 from pipeline.runtime.job import JobError, signals
 from pipeline.runtime.session import Board
@@ -89,8 +88,6 @@ def fit(
     workers = _workers(config, task.plan, beside)
     claim_run_folder(config, folder, manifest, task.total_steps)
     _, state = resume_point(config)
-    if config.deepspeed:
-        log.info("train: %s became\n%s", config.training.deepspeed_config, table(config.deepspeed, HEADER))
     log.info(
         "train: %s steps of %s pairs on %s%s",
         f"{task.total_steps:,}",
