@@ -1,11 +1,11 @@
 """Linear layers whose matrix products oneDNN computes on a CPU, forward and backward.
 
-    use_onednn(model)                     # in place, and only where it is quicker; names in a state dict stay
+    use_onednn(model)                     # in place, where it is faster; the names in the state dict do not change
 
-torch gives float32 products to MKL, which takes AVX2 on processors that are not Intel's. oneDNN takes the AVX-512 that
-they have: 200 GFLOP/s instead of 95 for 5,137 tokens x 384 x 1,536 on one core of an EPYC (Zen 5), and little more than
-half the time of a fine-tuning step. On Intel's, MKL is the quicker one, by a quarter. Both multiply and add in float32;
-results differ in the order of sums alone, and are the same bits each time.
+torch gives float32 products to MKL, which uses only AVX2 on processors that Intel did not make. oneDNN uses their
+AVX-512: 200 GFLOP/s instead of 95 for 5,137 tokens x 384 x 1,536 on one core of an EPYC (Zen 5), and a fine-tuning step
+takes little more than half the time. On Intel's processors MKL is faster by a quarter. Both compute in float32; results
+differ only in the order of sums, and are deterministic.
 """
 
 # Shapes: T rows, I inputs, O outputs.
@@ -21,11 +21,12 @@ MIN_PRODUCTS = 1 << 23  # ours, measured: oneDNN starts 50 us later, and has cau
 
 
 def use_onednn(module: nn.Module) -> None:
-    """Let every `nn.Linear` of the module be a `Linear`, where oneDNN has AVX-512 and MKL does not take it."""
+    """Replace every `nn.Linear` below the module by a `Linear`, if the CPU has AVX-512 and MKL would not use it."""
     if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and not is_intel():
-        for child in module.modules():
-            if type(child) is nn.Linear:
-                child.__class__ = Linear
+        for parent in list(module.modules()):
+            for name, child in parent.named_children():
+                if type(child) is nn.Linear:
+                    setattr(parent, name, Linear.like(child))
 
 
 def is_intel(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -34,7 +35,14 @@ def is_intel(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, through oneDNN for float32 on a CPU. Smaller products, other types and autocast go torch's way."""
+    """`nn.Linear`, through oneDNN for float32 on a CPU. Smaller products, other types and autocast use torch's own."""
+
+    @classmethod
+    def like(cls, linear: nn.Linear) -> Linear:
+        """A layer with the same parameters as another."""
+        own = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        own.weight, own.bias = linear.weight, linear.bias
+        return own.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if (
