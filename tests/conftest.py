@@ -80,10 +80,10 @@ def ray_cluster() -> Iterator[str]:
     """A Ray session of two CPUs, whatever the machine has, for all tests of this process. Yields its address."""
     import ray
 
-    from pipeline.runtime.session import _set_up_ray_data
+    from pipeline.runtime.session import configure_ray_data
 
     context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    _set_up_ray_data()
+    configure_ray_data()
     yield context.address_info["gcs_address"]
     ray.shutdown()
 

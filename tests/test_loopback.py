@@ -81,5 +81,5 @@ def test_an_address_at_which_nobody_answers_is_said(monkeypatch: pytest.MonkeyPa
         session._reach(f"ray://{address}")
         session._reach("auto")
     for nobody in (address, f"ray://{address}", "127.0.0.1:port"):
-        with pytest.raises(JobError, match=f"RAY_ADDRESS: nobody answers at {nobody} "):
+        with pytest.raises(JobError, match=f"RAY_ADDRESS: nothing answers at {nobody} "):
             session._reach(nobody)

@@ -161,7 +161,7 @@ def test_submitted_stopped_and_submitted_again_and_no_secret_is_left(sweep: bool
             head.ask("/api/jobs/", token="of somebody else")
         code, sentence = refused(head, arguments)
         assert code == 1
-        assert f"prepare: RAY_ADDRESS: there is no way into the cluster at {head.address}" in sentence
+        assert f"prepare: RAY_ADDRESS: cannot connect to the cluster at {head.address}" in sentence
         submit("first", "train", wait=False)
         head.wait_for(lambda: trains(run_dir) or head.status("first") == "FAILED", "first")
         assert "RUNNING" in head.ray("job", "status", "first")

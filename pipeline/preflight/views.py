@@ -10,6 +10,7 @@ import shutil
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.runtime.cluster import NODE_ID
 
@@ -42,9 +43,10 @@ def views_of(nodes: Sequence[str], paths: Mapping[str, str], key_files: Sequence
 
 def view_here(paths: Mapping[str, str], key_files: Sequence[str] | None) -> View:
     """What the node that this runs on sees. `key_files` may hold the store's key; None where there is none to have."""
-    from ray._private.worker import _global_node
+    import ray
 
-    disk = shutil.disk_usage(_global_node.get_session_dir_path())
+    ray_here = ray.get_runtime_context()
+    disk = shutil.disk_usage(Path(ray_here.get_temp_dir(), ray_here.get_session_name()))
     missing = tuple(key for key, path in paths.items() if not os.path.exists(path))
     return View(socket.gethostname(), missing, key_files is None or _has_key(key_files), disk.free, disk.total)
 

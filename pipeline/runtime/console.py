@@ -1,16 +1,19 @@
-"""What a person watching sees: log lines, a bar a stage on a terminal, a line every 30 s elsewhere, and a table.
+"""What a person sees: log lines, a progress bar per stage on a terminal, a line every 30 s elsewhere, and tables.
 
-Everything goes to stderr and to training.log; stdout belongs to a job's result.
+Everything goes to stderr and to training.log; stdout is for a job's result.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import TracebackType
+from typing import Any, BinaryIO, TextIO
 
 from tqdm import tqdm
 
@@ -23,20 +26,20 @@ LINE_EVERY_S = 30.0
 LOG_NAME = "training.log"
 
 
-class _ConsoleHandler(logging.Handler):
-    """Writes above the bar that is being drawn."""
+class Console(logging.StreamHandler[TextIO]):
+    """Writes log lines to stderr, above the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(self.format(record), file=self.stream)
 
 
 class LogFile(logging.FileHandler):
-    """training.log. Ray sets the format of every handler that it finds on its loggers; this one keeps its own."""
+    """training.log, and its copy in the bucket where it belongs in one."""
 
     def __init__(self, folder: StoragePath, line_format: str) -> None:
         self.mirror, path = Mirror.of_log(folder, LOG_NAME)
         super().__init__(path, encoding="utf-8", delay=True)
-        super().setFormatter(logging.Formatter(line_format))
+        self.setFormatter(logging.Formatter(line_format))
         self._read_only = False
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -44,28 +47,32 @@ class LogFile(logging.FileHandler):
             return
         try:
             if self.stream is None:
-                Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+                self._make_folder()
             super().emit(record)
-        except OSError:  # jobs that only read work where nothing can be written
+        except OSError:  # jobs that only read also work where nothing can be written
             self._read_only = True
+
+    def open_raw(self) -> BinaryIO:
+        """The file, for output that is not a log record."""
+        self._make_folder()
+        return open(self.baseFilename, "ab")
+
+    def _make_folder(self) -> None:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
 
     def close(self) -> None:
         super().close()
         self.mirror.close()
 
-    def setFormatter(self, fmt: logging.Formatter | None) -> None:
-        return
-
     def write_traceback(self, error: BaseException) -> None:
-        """What a person at the console is spared."""
+        """The traceback goes to the file alone; the console shows one sentence."""
         trace = (type(error), error, error.__traceback__)
         self.emit(log.makeRecord(log.name, logging.ERROR, __file__, 0, "the job failed", (), trace))
 
 
 def start_logging(folder: StoragePath, level: str, line_format: str) -> LogFile:
-    """Send our own messages to the console and to `folder/training.log`. Returns the file's handler, for Ray's."""
-    file = LogFile(folder, line_format)
-    console = _ConsoleHandler()
+    """Send our own log lines to the console and to `folder/training.log`. Returns the file's handler."""
+    file, console = LogFile(folder, line_format), Console()
     console.setFormatter(logging.Formatter("%(message)s"))
     stop_logging()
     log.handlers[:] = [console, file]
@@ -81,8 +88,32 @@ def stop_logging() -> None:
     log.propagate = True
 
 
+@contextmanager
+def other_output_to_log() -> Iterator[None]:
+    """Send what others write to stdout and stderr to training.log, while our own lines still go to the console.
+
+    File descriptor 2 is redirected, because Ray's C++ core writes to it. Does nothing before `start_logging`.
+    """
+    file, console = _handler(LogFile), _handler(Console)
+    if file is None or console is None:
+        yield
+        return
+    with file.open_raw() as raw, os.fdopen(os.dup(2), "w", buffering=1) as terminal, redirect_stdout(sys.stderr):
+        stderr = console.setStream(terminal) or terminal
+        os.dup2(raw.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal.fileno(), 2)
+            console.setStream(stderr)
+
+
+def _handler(kind: type[Any]) -> Any:
+    return next((handler for handler in log.handlers if isinstance(handler, kind)), None)
+
+
 class Stage:
-    """A named piece of work under way.
+    """A named piece of work and its progress.
 
     with Stage("prepare: read", total=120, unit="files") as stage:
         stage.advance(1)
@@ -90,14 +121,16 @@ class Stage:
 
     def __init__(self, name: str, total: int | None, unit: str, start: int = 0) -> None:
         self.name, self.unit = name, unit
+        console = _handler(Console)
+        stream = console.stream if console else sys.stderr
         self.bar = tqdm(
             total=total,
             initial=start,
             desc=name,
             unit=unit if unit == "B" else f" {unit}",
             unit_scale=unit == "B",
-            file=sys.stderr,
-            disable=not sys.stderr.isatty(),
+            file=stream,
+            disable=not stream.isatty(),
             leave=False,
         )
         self.total, self.start, self.done, self.shown = total, start, start, ""
@@ -109,7 +142,7 @@ class Stage:
         return self
 
     def advance(self, amount: int, shown: str = "") -> None:
-        """`amount` more units are done; `shown` is what to print beside the rate."""
+        """`amount` more units are done; `shown` is printed next to the rate."""
         self.done += amount
         self.shown = shown or self.shown
         if not self.bar.disable:
@@ -119,7 +152,7 @@ class Stage:
             log.info("%s: %s", self.name, self._progress())
 
     def _progress(self) -> str:
-        """What is done, the rate since the last such line, and the time left at that rate."""
+        """The units done, the rate since the last such line, and the time left at that rate."""
         now = time.monotonic()
         rate = (self.done - self.last_done) / (now - self.last_line)
         self.last_line, self.last_done = now, self.done
@@ -146,7 +179,7 @@ class Stage:
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
-    """Columns side by side, numbers to the right."""
+    """Aligned columns, numbers to the right."""
     columns = [[title, *map(str, cells)] for title, *cells in zip(header, *rows, strict=True)]
     aligned = []
     for cells in columns:

@@ -1,7 +1,7 @@
-"""A Ray session: the cluster that RAY_ADDRESS names, else one of this machine's own for as long as the job runs.
+"""A Ray session: the cluster at RAY_ADDRESS, else one on this machine for as long as the job runs.
 
-Ray's chatter, its workers' output included, goes to training.log. Tasks and workers tell the driver how far they are
-through a `Board`, a small actor that the driver polls.
+The output of Ray and of its workers goes to training.log. Tasks and workers report their progress through a `Board`, a
+small actor that the driver polls.
 
     with ray_session() as board:
         with board.stage("prepare: read", 12, "tasks", counter="read"):
@@ -10,60 +10,55 @@ through a `Board`, a small actor that the driver polls.
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.runtime.cluster import on_own_node
-from pipeline.runtime.console import LogFile, Stage, log
+from pipeline.runtime.console import Stage, log, other_output_to_log
 from pipeline.runtime.job import JobError, signals
 
 POLL_S = 0.5
-POLL_TIMEOUT_S = 60  # a starved machine answers late
+POLL_TIMEOUT_S = 60  # an overloaded machine answers late
 REACH_S, CONNECT_S = 10.0, 5.0
-BLOCK_BYTES = 1 << 24  # of Ray Data's: about the rows of a write. A task holds several, and Ray's own are of 128 MB
-RETRY_ADVICE = "\nFailed to "  # what Ray Data adds to the words of an error follows
+BLOCK_BYTES = 1 << 24  # of Ray Data: about the rows of a write. A task holds several, and Ray's default is 128 MB
+RETRY_ADVICE = "\nFailed to "  # Ray Data appends this to an error's message
 
-# Read by Ray when it is imported. Tokens are asked for knowingly: RAY_AUTH_MODE, where it is set, is kept.
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_COLOR_PREFIX": "0",
-    "RAY_DEDUP_LOGS": "0",
+    # an actor of Ray Train logs it every second, because a local session has no dashboard (2.60)
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "Failed to query Ray Train Controller actor state",
     "RAY_SCHEDULER_EVENTS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths of the config are looked up from where the job runs
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # the config's paths are relative to where the job runs
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "RAY_AIR_NEW_OUTPUT": "0",  # which prints to stdout
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are the job's
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # for the workers of a trial that is ended to write their checkpoint
+    "RAY_AIR_NEW_OUTPUT": "0",  # it prints to stdout
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # run_job handles signals
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # time for the workers of a stopped trial to write a checkpoint
     "TOKENIZERS_PARALLELISM": "true",
 }
+"""Ray reads most of these when it is imported. Variables that are already set are kept."""
 LOCAL_ENVIRONMENT = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listen on 127.0.0.1 alone
-    "RAY_enable_metrics_collection": "0",  # Ray's exporter of metrics has crashed a driver (2.60)
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listen on 127.0.0.1 only
+    "RAY_enable_metrics_collection": "0",  # Ray's metrics exporter has crashed a driver (2.60)
 }
-"""For a session that is started here, as well."""
-
-
-SAID_EACH_SECOND = "Failed to query Ray Train Controller actor state"
-"""By an actor of Ray Train's that asks the dashboard, which a local session goes without (Ray 2.60)."""
+"""Also set for a session that is started here."""
 
 
 class _BoardActor:
-    """Counters and messages from anywhere in the cluster, kept until the driver asks."""
+    """Counters and messages from anywhere in the cluster, kept until the driver reads them."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -93,14 +88,14 @@ class _BoardActor:
         return self.stop_wanted
 
     def read(self, seen: int) -> tuple[dict[str, int], list[dict[str, Any]]]:
-        """The counters, and the messages after the first `seen`; those are forgotten."""
+        """The counters, and the messages after the first `seen`, which are dropped."""
         self.messages = self.messages[seen - self.forgotten :]
         self.forgotten = seen
         return dict(self.counts), self.messages
 
 
 class Board:
-    """The driver's side: draws a stage's bar from what tasks and workers report."""
+    """The driver's side: shows a stage's progress from what tasks and workers report."""
 
     def __init__(self) -> None:
         import ray
@@ -109,7 +104,7 @@ class Board:
         self.seen = 0
 
     def ask_to_stop(self) -> None:
-        """Let whoever asks the board know that the job is to end soon."""
+        """Ask the workers, which poll `is_stop_wanted`, to end soon."""
         self.handle.ask_to_stop.remote()
 
     @contextmanager
@@ -124,10 +119,10 @@ class Board:
         receive: Callable[[dict[str, Any]], None] | None = None,
         describe: Callable[[dict[str, int]], str] | None = None,
     ) -> Iterator[Stage]:
-        """A stage whose bar follows `counter` from `start` on; all counters begin anew.
+        """A stage whose bar follows `counter`, beginning at `start`; all other counters are reset.
 
-        Messages are passed to `receive`; their `log` is logged. Beside the bar's rate stands a message's `shown`, or
-        what `describe` makes of the counters.
+        Messages are passed to `receive`; their `log` is logged. Next to the rate, the bar shows a message's `shown`, or
+        what `describe` returns for the counters.
         """
         import ray
 
@@ -158,7 +153,7 @@ class Board:
                 while not done.wait(POLL_S):
                     try:
                         try_to_poll()
-                    except ray.exceptions.RayError:  # the session is going down: its end is reported elsewhere
+                    except ray.exceptions.RayError:  # the session is ending; run_job reports why
                         return
 
             thread = threading.Thread(target=follow, daemon=True)
@@ -167,15 +162,15 @@ class Board:
                 yield stage
             finally:
                 done.set()
-                thread.join(timeout=5)  # not into a session that is going down
+                thread.join(timeout=5)  # not longer: the session may be ending
             try_to_poll()
 
 
 def set_environment() -> None:
-    """Settings for Ray and torch that are not set yet. Must come before the first import of either."""
+    """Set variables for Ray and torch that are not set yet. Call it before either is imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # torch makes this folder whether it compiles or not, by default among the temporary ones
+    # torch makes this folder even if it compiles nothing, by default under /tmp
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/torchinductor"))
     if not os.environ.get("RAY_ADDRESS"):
         for name, value in LOCAL_ENVIRONMENT.items():
@@ -183,7 +178,7 @@ def set_environment() -> None:
 
 
 def keep_token_private() -> None:
-    """Make the token of this user's sessions where there is none, as Ray would, but for nobody else to read."""
+    """Make the token of this user's sessions if there is none, as Ray would, but readable by this user only."""
     given = os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
     if given or os.environ.get("RAY_AUTH_MODE") != "token":
         return
@@ -198,33 +193,41 @@ def keep_token_private() -> None:
 
 @contextmanager
 def ray_session() -> Iterator[Board]:
-    """Connect to Ray, or start it here, with its output in training.log; leave nothing running at the end."""
+    """Connect to Ray, or start it here, with its output in training.log; at the end leave nothing running.
+
+    A session that is already there is used as it is, and left running.
+    """
     set_environment()
     import ray
 
-    address = os.environ.get("RAY_ADDRESS")
-    file = next((handler for handler in log.handlers if isinstance(handler, LogFile)), None)
-    if ray.is_initialized():  # the tests share one session
-        with _ray_logs_to(file), _errors_as_raised():
-            _set_up_ray_data()
-            yield Board()
-        return
+    with ExitStack() as stack:
+        if not ray.is_initialized():
+            stack.enter_context(_own_session(os.environ.get("RAY_ADDRESS")))
+        stack.enter_context(_errors_as_raised())
+        configure_ray_data()
+        yield Board()
+
+
+@contextmanager
+def _own_session(address: str | None) -> Iterator[None]:
+    import ray
+
     log.info("ray: %s", f"connects to {address}" if address else "starts on this machine")
+    local: dict[str, Any] = {}
     if not address:
         keep_token_private()
-    local = {} if address else {"address": "local", "include_dashboard": False, "num_cpus": max(2, os.cpu_count() or 2)}
-    with _ray_logs_to(file), _native_stderr_to(file), _errors_as_raised():
+        local = {"address": "local", "include_dashboard": False, "num_cpus": max(2, os.cpu_count() or 2)}
+    with other_output_to_log():
         try:
-            _init(address, **local, logging_level=logging.INFO)
-            signals.install()  # Ray has put its own SIGTERM handler there
-            _set_up_ray_data()
-            yield Board()
+            _init(address, **local)
+            signals.install()  # ray.init has replaced the SIGTERM handler
+            yield
         finally:
             ray.shutdown()
 
 
 def _init(cluster: str | None, **options: Any) -> None:
-    """`ray.init`; raises JobError where a `cluster` is named that is not there, or does not take this token."""
+    """`ray.init`. Raises JobError if the `cluster` cannot be reached or refuses the token."""
     import ray
 
     if cluster:
@@ -236,13 +239,13 @@ def _init(cluster: str | None, **options: Any) -> None:
             raise
         words = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise JobError(
-            f"RAY_ADDRESS: there is no way into the cluster at {cluster} ({words}); the token it asks for is read from "
+            f"RAY_ADDRESS: cannot connect to the cluster at {cluster} ({words}); the token is read from "
             "RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
         ) from error
 
 
 def _reach(address: str) -> None:
-    """Raise JobError where nobody listens at host:port for REACH_S: Ray itself would try for more than a minute."""
+    """Raise JobError if nothing listens at host:port within REACH_S; Ray itself would try for more than a minute."""
     deadline = time.monotonic() + REACH_S
     while True:
         try:
@@ -253,68 +256,15 @@ def _reach(address: str) -> None:
         except (OSError, ValueError) as error:
             if time.monotonic() >= deadline:
                 raise JobError(
-                    f"RAY_ADDRESS: nobody answers at {address} ({error}); give the address that `ray start` printed, "
-                    "or none, and Ray is started on this machine"
+                    f"RAY_ADDRESS: nothing answers at {address} ({error}); set the address that `ray start` printed, "
+                    "or unset it to start Ray on this machine"
                 ) from error
         time.sleep(POLL_S)
 
 
 @contextmanager
-def _native_stderr_to(file: LogFile | None) -> Iterator[None]:
-    """Ray's C++ core writes to file descriptor 2, past all logging: point it at the log, Python's stderr elsewhere."""
-    if file is None:
-        yield
-        return
-    console, console_fd = sys.stderr, os.dup(2)
-    with open(file.baseFilename, "ab") as log_file, os.fdopen(console_fd, "w", buffering=1) as python_stderr:
-        os.dup2(log_file.fileno(), 2)
-        sys.stderr = python_stderr
-        try:
-            yield
-        finally:
-            sys.stderr = console
-            os.dup2(console_fd, 2)
-
-
-@contextmanager
-def _ray_logs_to(file: LogFile | None) -> Iterator[None]:
-    """Ray's driver log and its workers' output into the log file. Both are hooks that Ray offers no setting for."""
-    import ray._private.worker as worker
-
-    loggers = [logging.getLogger(name) for name in ("ray", "pipeline.ray")]
-    handlers: list[logging.Handler] = [file] if file else [logging.NullHandler()]
-    for logger in loggers:
-        logger.handlers[:], logger.propagate = handlers, False
-    if not hasattr(worker, "_pipeline_original_print"):
-        worker._pipeline_original_print = worker.print_worker_logs  # type: ignore[attr-defined]
-
-        def to_log(data: Any, print_file: Any, *args: Any, **kwargs: Any) -> None:
-            worker._pipeline_original_print(data, _LogWriter(), *args, **kwargs)  # type: ignore[attr-defined]
-
-        worker.print_worker_logs = to_log
-    try:
-        yield
-    finally:  # the file is closed soon
-        for logger in loggers:
-            logger.handlers[:] = [logging.NullHandler()]
-
-
-class _LogWriter:
-    """A file-like object that writes lines to the log file."""
-
-    def write(self, text: str) -> int:
-        for line in text.splitlines():
-            if line.strip() and SAID_EACH_SECOND not in line:
-                logging.getLogger("pipeline.ray").info("%s", line)
-        return len(text)
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
-@contextmanager
 def _errors_as_raised() -> Iterator[None]:
-    """What a task raised, in the words that it had there: Ray's own error has the traceback for a message."""
+    """Raise the exception that a task raised, with its own message, instead of Ray's, whose message is a traceback."""
     import ray
 
     try:
@@ -325,14 +275,9 @@ def _errors_as_raised() -> Iterator[None]:
         raise error.cause from error
 
 
-def _set_up_ray_data() -> None:
-    """Importing Ray Data gives its logger a console handler and its datasets progress bars."""
+def configure_ray_data() -> None:
     import ray.data
 
-    logger = logging.getLogger("ray.data")
-    logger.handlers[:] = [h for h in logger.handlers if type(h).__name__ != "PlainRayHandler"]
-    logger.propagate = True  # to the rest of Ray's log
-    logger.setLevel(logging.INFO)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
