@@ -20,7 +20,7 @@ from pipeline.data.prepare import Inputs, prepare
 from pipeline.evaluation.beir import check_beir
 from pipeline.evaluation.labels import read_classification, read_labels
 from pipeline.evaluation.sts import read_sts
-from pipeline.preflight.look import look
+from pipeline.preflight import preflight
 from pipeline.runtime.artifact import Artifact
 from pipeline.runtime.cluster import place_data
 from pipeline.runtime.console import log
@@ -58,7 +58,7 @@ class Session:
             check_writable(self.config)
             self._board = self._stack.enter_context(ray_session())
             place_data(self.config.scaling.labels.data)
-            findings = look(self.config, self.needs)
+            findings = preflight(self.config, self.needs)
             log.debug("%s", findings_table(findings))
             refuse(findings)
         return self._board
@@ -90,7 +90,7 @@ def check_writable(config: Config) -> None:
 def check_stage(session: Session) -> Result:
     """What a look at the cluster finds, and no work. Raises ConfigError or JobError where a job would."""
     with ray_session():
-        findings = look(session.config, session.needs)
+        findings = preflight(session.config, session.needs)
         if "prepare" in session.needs and session.config.data.prepared is None:
             findings.append(Inputs(session.config, session.rehash).room)
     log.info("%s", findings_table(findings))

@@ -1,8 +1,8 @@
-"""What a look before the start has found: a table of it, and a refusal that says all that is wrong.
+"""What a check before the start has found: shown as a table, and refused with all that is wrong.
 
 findings = [Finding("training", "2 workers of 4 CPUs", ConfigError("scaling.num_workers: found …"))]
 findings_table(findings)
-refuse(findings)                             # logs each sentence but one, and raises that
+refuse(findings)                             # logs every error but the last, and raises that one
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.storage.path import StoragePath
 
 @dataclass(frozen=True)
 class Finding:
-    """`what` was looked at, what was `found`, and where that will not do the error of one sentence that says so."""
+    """`what` was checked, what was `found`, and the error if that is not good enough."""
 
     what: str
     found: str
@@ -31,7 +31,7 @@ def findings_table(findings: Iterable[Finding]) -> str:
 
 
 def refuse(findings: Iterable[Finding]) -> None:
-    """Raise the last error there is, once all before it are logged."""
+    """Log every error but the last, and raise that one."""
     wrong = [each.wrong for each in findings if each.wrong]
     for error in wrong[:-1]:
         log.error("%s", error)
@@ -40,7 +40,7 @@ def refuse(findings: Iterable[Finding]) -> None:
 
 
 def room(key: str, folder: StoragePath, needed_bytes: float, what: str) -> Finding:
-    """Whether the disk that holds a folder has room for so much; a bucket always has."""
+    """Whether the disk that holds a folder has enough free space; a bucket always has."""
     free = free_bytes(folder)
     if free is None:
         return Finding(f"room, {what}", f"{_gb(needed_bytes)} into a bucket")
