@@ -81,4 +81,4 @@ def test_a_signal_stops_a_job_that_is_importing(tmp_path: Any, capsys: pytest.Ca
         return Result()
 
     assert run_job("prepare", "", main, None, [f"storage.root={tmp_path}"]) == 130
-    assert "prepare: stopped by SIGINT; the same command goes on from here" in capsys.readouterr().err
+    assert "prepare: stopped by SIGINT; run the same command to continue" in capsys.readouterr().err

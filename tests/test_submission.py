@@ -171,7 +171,7 @@ def test_submitted_stopped_and_submitted_again_and_no_secret_is_left(sweep: bool
         head.ray("job", "stop", "first")
         head.wait_for(lambda: head.status("first") == "STOPPED", "first")
         said = head.ray("job", "logs", "first")
-        assert "train: stopped by SIGTERM; the same command goes on from here" in said
+        assert "train: stopped by SIGTERM; run the same command to continue" in said
         assert '"status": "stopped"' in said
         left = newest_state(run_dir)
         assert left["step"] > 0

@@ -22,7 +22,6 @@ manifest.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import re
@@ -41,7 +40,7 @@ import xxhash
 from pipeline.config import ConfigError
 from pipeline.runtime.cluster import data_on_own_node
 from pipeline.runtime.console import log
-from pipeline.runtime.job import JobError, alone_in
+from pipeline.runtime.job import JobError, alone_in, sentence_of
 from pipeline.runtime.session import Board
 from pipeline.storage.files import (
     digest_of,
@@ -54,7 +53,6 @@ from pipeline.storage.files import (
     sizes,
     write_atomically,
 )
-from pipeline.storage.object_store import BucketError
 from pipeline.storage.path import StoragePath
 
 MANIFEST = "manifest.json"
@@ -201,7 +199,7 @@ class _Tasks:
                     self._run(todo[place])
             except Exception as error:  # returned as data: Ray would raise an error that has lost the cause
                 traceback.print_exc()  # to the log
-                return {"error": [self._sentence(error)]}
+                return {"error": [sentence_of(error, self.folder)]}
             return {"error": []}
 
         indices = ray.data.range(len(todo), override_num_blocks=len(todo))
@@ -213,12 +211,6 @@ class _Tasks:
         result = self.work(index, output)
         write_atomically(self.notes[index], json.dumps({"result": result, "files": output.files}).encode())
         self.send({"bytes": self.task_bytes[index]})
-
-    def _sentence(self, error: Exception) -> str:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            return f"the disk that holds {self.folder} is full; free some space and run the same command again"
-        says_all = isinstance(error, OSError | JobError | ConfigError | BucketError)
-        return str(error) if says_all else f"{type(error).__name__}: {error}"
 
 
 def read_manifest(folder: StoragePath) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The frame of every job: its arguments, its exit code, its last line.
+"""What every job shares: its arguments, its exit code and its last line.
 
     def main(config: Config, args: Namespace) -> Result: ...
     if __name__ == "__main__":
@@ -36,18 +36,18 @@ DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
 class JobError(Exception):
-    """A run that failed for a reason one sentence can say; jobs exit 1 with it."""
+    """A run failed, for a reason that fits in one sentence; jobs exit 1 with it."""
 
 
 @contextmanager
 def alone_in(folder: StoragePath, *, wait: bool = False) -> Iterator[None]:
-    """Hold a folder for this job; see `locked`. Raises JobError while another job holds it, unless it is to `wait`."""
+    """Lock a folder for this job (see `locked`). Raises JobError if another job holds it, or waits for it."""
     try:
         with locked(folder, wait=wait):
             yield
     except Occupied:
         raise JobError(
-            f"another job is at work in {folder}; wait until it has ended, or name another run with storage.run=NAME"
+            f"another job is at work in {folder}; wait until it ends, or use another run with storage.run=NAME"
         ) from None
     except LockLost as error:
         raise JobError(str(error)) from None
@@ -55,15 +55,31 @@ def alone_in(folder: StoragePath, *, wait: bool = False) -> Iterator[None]:
 
 @dataclass
 class Result:
-    """What a job found (`metrics`) and wrote (`paths`). `reply` takes the place of the last line (search --json)."""
+    """A job's `metrics` and the `paths` it wrote. `reply` replaces the last line (search --json)."""
 
     metrics: dict[str, Any] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
     reply: Any = None
 
 
+EXPECTED = (ConfigError, JobError, BucketError)  # their messages say what to do
+
+
+def sentence_of(error: BaseException, folder: object = "storage.root") -> str:
+    """An error in one sentence, with what to do about a disk that is full or read-only. `folder` is on that disk."""
+    number, name = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (
+            f"{name} cannot be read or written ({os.strerror(number)}); change its permissions, or choose another "
+            "folder with storage.root=DIR"
+        )
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):  # Lance gives no number
+        return f"the disk that holds {name or folder} is full; free some space and run the same command again"
+    return str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}"
+
+
 def check_reachable(config: Config) -> None:
-    """Raise ConfigError if storage.root is in a bucket that does not exist or cannot be reached."""
+    """Raise ConfigError if storage.root is in a bucket that is missing or unreachable."""
     try:
         config.root.exists()
     except BucketError as error:
@@ -76,9 +92,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(name: str, description: str, query: bool = False, prepares: bool = True) -> argparse.ArgumentParser:
-    """The arguments all jobs share, and those of jobs that prepare data where it is not there.
+    """The arguments that all jobs share, and with `prepares` those of jobs that may prepare data.
 
-    With `query`, one of those without a key before an `=` is the job's query.
+    With `query`, the one argument that is not `section.key=value` is the job's query.
     """
     own = _Parser(
         prog=f"python jobs/{name}.py",
@@ -88,15 +104,15 @@ def parser(name: str, description: str, query: bool = False, prepares: bool = Tr
     )
     own.add_argument("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help="YAML file (default: %(default)s)")
     own.add_argument(
-        "--local_data_dir", metavar="DIR", help="a folder of text files, in place of data.sources: title → the rest"
+        "--local_data_dir", metavar="DIR", help="a folder of text files, used instead of data.sources: title → the rest"
     )
-    meaning = "config values that beat the file's"
+    meaning = "config values that override the file's"
     own.epilog = "Every key of the config, with its unit and default: pipeline/config/"
     if prepares:
         own.add_argument(
-            "--rehash", action="store_true", help="know input files by their content, not their times of change"
+            "--rehash", action="store_true", help="compare input files by content, not by size and modification time"
         )
-        own.add_argument("--check", action="store_true", help="see whether the cluster has what the job needs; no more")
+        own.add_argument("--check", action="store_true", help="only check whether the cluster has what the job needs")
     if query:
         own.add_argument("overrides", nargs="*", metavar="QUERY | section.key=value", help=f"the query; {meaning}")
     else:
@@ -106,7 +122,7 @@ def parser(name: str, description: str, query: bool = False, prepares: bool = Tr
 
 
 def parse(arguments: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse, and tell a query from overrides. Raises ConfigError for arguments that are neither."""
+    """Parse, and separate the query from the overrides. Raises ConfigError for other arguments."""
     args = arguments.parse_intermixed_args(argv)
     if args.query is not None:
         queries = [word for word in args.overrides if not re.match(r"\w+(\.\w+)+=", word)]
@@ -118,7 +134,7 @@ def parse(arguments: argparse.ArgumentParser, argv: Sequence[str] | None) -> arg
 
 
 class _Signals:
-    """SIGINT and SIGTERM as KeyboardInterrupt, which is all that Ray lets through; remembers which it was."""
+    """Turns SIGINT and SIGTERM into KeyboardInterrupt, the only one Ray passes on; `number` is the signal's."""
 
     def __init__(self) -> None:
         self.number = int(signal.SIGINT)
@@ -131,9 +147,8 @@ class _Signals:
 
     @contextmanager
     def held(self, ask: Callable[[], None], grace_s: float, why: str) -> Iterator[None]:
-        """Within it a signal only asks, and is raised at the end, after `grace_s` seconds, or when a second one comes.
-
-        `why` says what is waited for.
+        """Within it the first signal calls `ask`, and is raised at the end of the block, at the latest after `grace_s`
+        seconds; a second signal is raised at once. `why` says what the job waits for.
         """
         asked, done = threading.Event(), threading.Event()
 
@@ -171,13 +186,13 @@ class _Signals:
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        self.ignore()  # clean-up is under way; a second one must not cut it short
-        sys.unraisablehook = _note  # of what was half made just now: its destructor may miss the other half
+        self.ignore()  # a second signal must not interrupt the clean-up
+        sys.unraisablehook = _note  # destructors of half-built objects may fail now
         raise KeyboardInterrupt
 
 
 def _note(ignored: sys.UnraisableHookArgs) -> None:
-    log.debug("stopping: %s goes for nothing in %s", repr(ignored.exc_value), ignored.object)
+    log.debug("stopping: ignored %s in %s", repr(ignored.exc_value), ignored.object)
 
 
 signals = _Signals()
@@ -201,24 +216,18 @@ def run_job(
         check_reachable(config)
         log_file = start_logging(config.log_dir, config.logging.level, config.logging.format)
         result = main(config, args)
-    except ConfigError as error:
-        status, code, sentence = "failed", 2, str(error)
-    except JobError as error:
-        status, code, sentence = "failed", 1, str(error)
-    except BucketError as error:
-        status, code, sentence = "failed", 1, str(error)
-    except SystemExit as error:  # what Ray makes of SIGTERM while it starts
+    except SystemExit as error:  # Ray's answer to SIGTERM while it starts
         if log_file is None:
             raise  # --help
         signals.number = signal.SIGTERM if error.code == signal.SIGTERM else signal.SIGINT
         status, code, sentence = "stopped", 128 + signals.number, "stopped while Ray was starting"
-    except BaseException as error:  # a panic in a Rust library is no Exception
+    except BaseException as error:  # a panic in a Rust library is not an Exception
         if _is_interrupt(error):
             status, code = "stopped", 128 + signals.number
-            sentence = f"stopped by {signal.Signals(signals.number).name}; the same command goes on from here"
+            sentence = f"stopped by {signal.Signals(signals.number).name}; run the same command to continue"
         else:
-            status, code, sentence = "failed", 1, _sentence_of(error)
-            if log_file:
+            status, code, sentence = "failed", 2 if isinstance(error, ConfigError) else 1, sentence_of(error)
+            if log_file and not isinstance(error, EXPECTED):
                 log_file.write_traceback(error)
     signals.ignore()
     if sentence:
@@ -240,22 +249,8 @@ def run_job(
     return code
 
 
-def _sentence_of(error: BaseException) -> str:
-    """What to do about a disk that takes nothing; else the error as it is."""
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return (
-            f"{error.filename} cannot be read or written ({error.strerror}); change its permissions, or choose another "
-            "folder with storage.root=DIR"
-        )
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left on device" in str(error):  # Lance's errors have no number
-        name = getattr(error, "filename", None) or "see the log for the file"
-        return f"the disk is full ({name}); free some space and run the same command again"
-    return f"{type(error).__name__}: {error}"
-
-
 def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether a signal is the cause: Python wraps what is raised while a class is made, as it is in an import."""
+    """Whether a signal is the cause: Python 3.11 wraps an exception that is raised in a class body."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -266,7 +261,7 @@ def load_config(args: argparse.Namespace) -> Config:
     if args.local_data_dir is None:
         return load(args.config, args.overrides)
     if any(override.startswith("data.sources") for override in args.overrides):
-        raise ConfigError("--local_data_dir: found data.sources beside it; allowed is one of the two")
+        raise ConfigError("--local_data_dir: found data.sources too; allowed is one of the two")
     folder = Path(args.local_data_dir)
     if not folder.is_dir():
         raise ConfigError(f"--local_data_dir: found no folder at {folder}; allowed is a folder of text files")
@@ -275,7 +270,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: null in its place."""
+    """Replace NaN and infinity, which JSON lacks, by null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
