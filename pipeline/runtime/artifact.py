@@ -1,7 +1,7 @@
-"""Artifacts: folders of files that follow from their inputs, made once by tasks that can be killed anywhere.
+"""Artifacts: folders of files that are determined by their inputs, made once by tasks that may be killed at any point.
 
     records = Artifact(root / "stages", "records", {"sources": …})           # <root>/stages/records-3f9c2a…/
-    summary = records.make(lambda: fill(records, board))                     # at once if it is there already
+    summary = records.make(lambda: fill(records, board))                     # returns at once if it exists
 
     def fill(artifact, board):
         def work(index: int, output: Output) -> dict[str, int]:
@@ -9,11 +9,11 @@
             return {"rows": 1200}
         return {"rows": sum(each["rows"] for each in artifact.tasks(board, "prepare: read", task_bytes, work))}
 
-The folder is named by the hash of its inputs, so it is never stale. A task writes under temporary names and then a note
-with its result and the size and hash of each of its files; a rerun skips the tasks that have a note. `manifest.json`
-comes last: it holds the summary and all files. Reading checks sizes, and a file's hash the first time that a process
-opens it, so a flipped bit is found and named. What lies under `scratch/` is removed at the end and is not in the
-manifest.
+The folder is named by the hash of its inputs, so it is never stale. A task writes files under temporary names, and then
+a note with its result and the size and hash of each file; a rerun skips the tasks that have a note. `manifest.json` is
+written last: it holds the summary and lists all files. Reading checks every file's size, and its hash the first time
+that a process opens it, so a flipped bit is found and named. Files under `scratch/` are removed at the end and are not
+in the manifest.
 
     <folder>/records/00000.parquet
     <folder>/scratch/prepare-read/000000.json       a task's note
@@ -56,10 +56,10 @@ from pipeline.storage.files import (
 from pipeline.storage.path import StoragePath
 
 MANIFEST = "manifest.json"
-HELD_BYTES = 128 << 20  # a file of this size or less is read once, to be hashed and parsed from memory
+HELD_BYTES = 128 << 20  # a file up to this size is read once, then hashed and parsed from memory
 
 Files = dict[str, dict[str, Any]]
-"""Name in the folder → {"bytes": size, "xxh3": hash}; "from" is the folder of which a file is a second name."""
+"""Name in the folder → {"bytes": size, "xxh3": hash}; a link also has "from", the folder that it links to."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Output:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """A file on disk to write, which is renamed into place once it is complete."""
+        """A temporary file on disk, which is renamed into place once it is complete."""
         with replacing(self.folder / name) as temporary:
             yield temporary
             if not name.startswith("scratch/"):
@@ -91,7 +91,7 @@ class Output:
             write_parquet(table, temporary)
 
     def link(self, name: str, source: StoragePath) -> None:
-        """Give another artifact's file a second name here, or a copy in a bucket; its hash is taken over."""
+        """Link another artifact's file here (in a bucket: copy it), with the hash in its manifest."""
         place(source, self.folder / name)
         home, inside = _home(source)
         if home:
@@ -102,7 +102,7 @@ class Output:
 
 
 class Artifact:
-    """A folder below `home`, which is named by `name` and the hash of `inputs`, or by the hash alone."""
+    """A folder below `home`, named by `name`, unless it is empty, and the hash of `inputs`."""
 
     def __init__(self, home: StoragePath, name: str, inputs: Any) -> None:
         self.name = name
@@ -112,17 +112,17 @@ class Artifact:
         self.output = Output(self.folder)
 
     def read(self) -> dict[str, Any] | None:
-        """The manifest; None if the artifact is not finished, or no longer whole, which is logged."""
+        """The manifest; None if the artifact is not finished, or if a file is missing or truncated, which is logged."""
         manifest = read_manifest(self.folder)
         damage = manifest and _missing(self.folder, manifest["files"])
         if damage:
-            log.warning("%s has to be made again: its %s is missing or of another size", self.folder, damage)
+            log.warning("%s is made again: its %s is missing or has another size", self.folder, damage)
         return None if damage else manifest
 
     def make(self, fill: Callable[[], dict[str, Any]], *, again: bool = False) -> dict[str, Any]:
-        """The manifest; first `fill` writes the files and returns the summary, unless an earlier job has done so.
+        """The manifest; `fill` first writes the files and returns the summary, if no earlier job did.
 
-        Waits for another job that is making it. With `again` it is made in any case.
+        Waits for another job that is making it. With `again` it is made even if it exists.
         """
         found = None if again else self.read()
         if found is None:
@@ -133,14 +133,14 @@ class Artifact:
         return found
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """Write the manifest, which makes what was written the artifact."""
+        """Write the manifest, which completes the artifact."""
         manifest = {**summary, "files": dict(sorted(self.output.files.items()))}
         write_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
         remove_folder(self.scratch)
         return manifest
 
     def once(self, name: str, work: Callable[[], Any]) -> Any:
-        """What `work` returns, as JSON. It runs once: the result survives a restart of the job."""
+        """What `work` returns, which must be JSON. It runs once: a restarted job reads the result."""
         note = self.scratch / f"{name}.json"
         found = _read_note(note)
         if found is None:
@@ -158,8 +158,8 @@ class Artifact:
     ) -> list[Any]:
         """Run `work(index, output)` through Ray Data for each task that is not done, and return all results in order.
 
-        Results are JSON. `task_bytes` is the input that each task reads, for progress. Tasks in `only_here` run on the
-        job's own node, after the others.
+        Results must be JSON. `task_bytes` is the size of each task's input, for the progress bar. Tasks in `only_here`
+        run on the driver's node, after the others.
         """
         notes = self.scratch / re.sub(r"\W+", "-", title)
         names = [notes / f"{index:06d}.json" for index in range(len(task_bytes))]
@@ -197,13 +197,13 @@ class _Tasks:
             try:
                 for place in batch["id"].tolist():
                     self._run(todo[place])
-            except Exception as error:  # returned as data: Ray would raise an error that has lost the cause
-                traceback.print_exc()  # to the log
+            except Exception as error:  # returned as data: an error raised through Ray loses its cause
+                traceback.print_exc()  # goes to training.log
                 return {"error": [sentence_of(error, self.folder)]}
             return {"error": []}
 
         indices = ray.data.range(len(todo), override_num_blocks=len(todo))
-        for row in indices.map_batches(run, batch_size=1, **options).iter_rows():  # leaving it ends the other tasks
+        for row in indices.map_batches(run, batch_size=1, **options).iter_rows():  # raising cancels the other tasks
             raise JobError(f"{self.title}: {row['error']}")
 
     def _run(self, index: int) -> None:
@@ -214,9 +214,9 @@ class _Tasks:
 
 
 def read_manifest(folder: StoragePath) -> dict[str, Any] | None:
-    """The manifest of a finished artifact; None if there is none, or one that cannot be read.
+    """The manifest of a finished artifact; None if there is none, or if it cannot be read.
 
-    Raises ConfigError for a folder of an earlier version, which held no hashes.
+    Raises ConfigError for a folder of an earlier version, which had no hashes.
     """
     try:
         found = json.loads((folder / MANIFEST).read_text())
@@ -228,9 +228,9 @@ def read_manifest(folder: StoragePath) -> dict[str, Any] | None:
 
 
 def checked(path: StoragePath) -> StoragePath:
-    """Verify a file against the hash in its artifact's manifest; files in no manifest pass.
+    """Verify a file against the hash in its artifact's manifest; a file without one passes.
 
-    Each process reads a file once for this. Raises JobError for a file that has changed.
+    Each process does so once per file. Raises JobError for a file that has changed.
     """
     stat = path.stat()
     if (path, stat) not in _checked:
@@ -240,7 +240,7 @@ def checked(path: StoragePath) -> StoragePath:
 
 
 def open_parquet(path: StoragePath) -> pq.ParquetFile:
-    """A Parquet file of an artifact, checked as by `checked`; each page's checksum is checked again as it is read."""
+    """A Parquet file of an artifact, verified like `checked`; page checksums are verified again when they are read."""
     stat = path.stat()
     if (path, stat) in _checked or stat.st_size > HELD_BYTES:
         return parquet_file(checked(path))
@@ -255,7 +255,7 @@ def write_parquet(table: pa.Table, path: Path) -> None:
 
 
 _checked: set[tuple[StoragePath, Any]] = set()
-"""Files that this process has checked, with their size and time of change."""
+"""Files that this process has verified, with their size and modification time."""
 
 
 def _check(path: StoragePath, found: str) -> None:
@@ -266,7 +266,7 @@ def _check(path: StoragePath, found: str) -> None:
         folders = [home, *([home.parent.parent / entry["from"]] if "from" in entry else [])]
         raise JobError(
             f"{path} is damaged: its content is not what was written; delete {' and '.join(map(str, folders))} and "
-            "run the same command again, which makes it again"
+            "run the same command again to rebuild it"
         )
 
 
@@ -276,7 +276,7 @@ def _files_of(home: StoragePath, changed: Any) -> Files:
 
 
 def _home(path: StoragePath) -> tuple[StoragePath | None, str]:
-    """The artifact's folder that a file is in, at most one folder down, and its name there."""
+    """The artifact's folder that holds a file, itself or in a subfolder, and the file's name there."""
     for home, name in ((path.parent, path.name), (path.parent.parent, f"{path.parent.name}/{path.name}")):
         if (home / MANIFEST).is_file():
             return home, name

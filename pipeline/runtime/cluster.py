@@ -1,11 +1,11 @@
-"""What a cluster is made of: its nodes, and those that its autoscaler may add; and where a job's work goes in it.
+"""A cluster's nodes, those that its autoscaler may add, and where a job's work is placed.
 
     cluster = connected_cluster()
-    cluster.with_labels({"pool": "gpu"}).capacity()          # of the nodes that carry the label
-    cluster.fitting(cpus=4, gpus=1)                          # 3: so many such bundles find a place, each on one node
+    cluster.with_labels({"pool": "gpu"}).capacity()          # of the nodes that have the label
+    cluster.fitting(cpus=4, gpus=1)                          # 3: the bundles of this size that fit, each on one node
 
-Ray's autoscaler tells nobody what it may add (2.60); the file that it goes by does. Nodes to come count as if they
-carried any label.
+Ray has no API for the nodes that its autoscaler may add (2.60), so they are read from the cluster's own file. Nodes
+that are not there yet count as if they had every label.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 
 import yaml
 
-NODE_ID = "ray.io/node-id"  # a label that Ray itself puts on nodes
-BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` leaves a cluster's file on its head
-UNLIMITED = 1_000  # bundles of nothing that a node has room for
+NODE_ID = "ray.io/node-id"  # a label that Ray sets on each node
+BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where `ray up` puts the cluster's file on the head
+UNLIMITED = 1_000  # bundles without resources that fit on a node
 
 
 @dataclass(frozen=True)
 class Node:
-    """A machine; `labels` is None where it is yet to come."""
+    """A machine; `labels` is None if it is not there yet."""
 
     cpus: float
     gpus: float
@@ -37,17 +37,17 @@ class Node:
         return self.labels is None or labels.items() <= self.labels.items()
 
     def fitting(self, cpus: float, gpus: float) -> int:
-        """How many bundles of so much it has room for."""
-        rooms = [there / wanted for there, wanted in ((self.cpus, cpus), (self.gpus, gpus)) if wanted]
-        return int(min(rooms) + 1e-9) if rooms else UNLIMITED
+        """How many bundles of this size fit."""
+        ratios = [there / wanted for there, wanted in ((self.cpus, cpus), (self.gpus, gpus)) if wanted]
+        return int(min(ratios) + 1e-9) if ratios else UNLIMITED
 
 
-UNTOLD = [Node(2.0, 0.0, None)] * 4
+ASSUMED = [Node(2.0, 0.0, None)] * 4
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """CPUs and GPUs of a cluster: those `there` now, and those it may grow to (the same, where it does not scale)."""
+    """CPUs and GPUs of a cluster: those there now, and those it may grow to (the same if it does not autoscale)."""
 
     cpus_there: float
     gpus_there: float
@@ -57,7 +57,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The nodes that are there, and those that may be added; `own` is the id of the one that the driver is on."""
+    """The nodes that are there, and those that may be added; `own` is the id of the driver's node."""
 
     nodes: tuple[Node, ...]
     own: str = ""
@@ -68,16 +68,16 @@ class Cluster:
 
     @property
     def others(self) -> list[str]:
-        """Ids of the nodes that are there beside the driver's."""
+        """Ids of the nodes that are there, without the driver's."""
         ids = [(node.labels or {}).get(NODE_ID, "") for node in self.there]
         return [each for each in ids if each != self.own]
 
     def with_labels(self, labels: Mapping[str, str]) -> Cluster:
-        """The part of it where work that asks for these labels may go."""
+        """The nodes that have these labels."""
         return Cluster(tuple(node for node in self.nodes if node.has(labels)), self.own)
 
     def without_labels(self, labels: Mapping[str, str]) -> Cluster:
-        """The part of it where such work will not go."""
+        """The nodes that lack one of these labels."""
         return Cluster(tuple(node for node in self.nodes if not node.has(labels)), self.own)
 
     def capacity(self) -> Capacity:
@@ -90,7 +90,7 @@ class Cluster:
         )
 
     def fitting(self, cpus: float, gpus: float) -> int:
-        """How many bundles of so much find a place, each on one node."""
+        """How many bundles of this size fit, each on one node."""
         return sum(node.fitting(cpus, gpus) for node in self.nodes)
 
     def __str__(self) -> str:
@@ -114,13 +114,12 @@ def connected_cluster() -> Cluster:
 
 
 def addable(there: Sequence[Node], file: Path) -> list[Node]:
-    """Nodes that an autoscaler may add to those that are there, by the cluster's own file.
+    """Nodes that an autoscaler may add to those that are there, from the cluster's own file.
 
-    Without that file a cluster in which no node has a CPU, and which so was made to grow, counts as if a few small
-    nodes might come.
+    Without that file, a cluster in which no node has a CPU is taken to be one that grows, by a few small nodes.
     """
     if not file.is_file():
-        return [] if any(node.cpus for node in there) else UNTOLD
+        return [] if any(node.cpus for node in there) else ASSUMED
     config = yaml.safe_load(file.read_text(encoding="utf-8"))
     kinds: Counter[tuple[float, float]] = Counter()
     for name, kind in config["available_node_types"].items():
@@ -132,14 +131,14 @@ def addable(there: Sequence[Node], file: Path) -> list[Node]:
 
 
 def on_own_node(actor: Any) -> Any:
-    """An actor class of Ray's whose actor stays where the driver is, so that it is lost with nothing else."""
+    """The actor class, pinned to the driver's node, so that the actor is lost only if the driver is."""
     import ray
 
     return actor.options(label_selector={NODE_ID: ray.get_runtime_context().get_node_id()})
 
 
 def place_data(labels: Mapping[str, str]) -> None:
-    """Have this process's datasets run their tasks on nodes with these labels alone."""
+    """Run the tasks of this process's datasets only on nodes with these labels."""
     import ray.data
 
     ray.data.DataContext.get_current().execution_options.label_selector = dict(labels) or None
@@ -147,8 +146,9 @@ def place_data(labels: Mapping[str, str]) -> None:
 
 @contextmanager
 def data_on_own_node() -> Iterator[dict[str, Any]]:
-    """Options of map_batches whose tasks stay on this process's node: as many at once as it has CPUs, none reserved,
-    for a head may offer Ray no CPU. The labels that its datasets ask for by themselves do not count within it.
+    """Options of map_batches that keep tasks on this process's node, at most one per CPU at a time.
+
+    They reserve no CPU, because a head may offer none. The labels of `place_data` are suspended within the block.
     """
     import ray.data
 
