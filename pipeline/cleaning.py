@@ -128,9 +128,7 @@ def _current(config: Config) -> set[StoragePath]:
 
 
 def _manifest(folder: StoragePath) -> dict[str, Any]:
-    with suppress(ConfigError):  # of an earlier version, which nothing can use
-        return read_manifest(folder) or {}
-    return {}
+    return read_manifest(folder) or {}
 
 
 def _unused(kind: str, folder: StoragePath, why: str) -> Unused:

@@ -22,7 +22,7 @@ from pipeline.data.feed import training_plan, validation_rows
 from pipeline.data.prepare import Inputs, prepare
 from pipeline.evaluation.held_out import held_out_task
 from pipeline.runtime import artifact
-from pipeline.runtime.artifact import Artifact, Output, checked, open_parquet, read_manifest
+from pipeline.runtime.artifact import Artifact, Output, checked, open_parquet
 from pipeline.runtime.job import JobError, alone_in
 from pipeline.storage import files
 from tests.conftest import board, make_pairs, no_board, write_jsonl
@@ -131,12 +131,6 @@ def test_a_step_is_done_once(tmp_path: Path) -> None:
     made = Artifact(tmp_path, "steps", [])
     assert made.once("first", lambda: {"rows": 3}) == {"rows": 3}
     assert Artifact(tmp_path, "steps", []).once("first", lambda: pytest.fail("done twice")) == {"rows": 3}
-
-
-def test_a_folder_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"fingerprint": "d4", "shards": []}')
-    with pytest.raises(ConfigError, match=f"^{tmp_path} was written by an earlier version, .*; delete it$"):
-        read_manifest(tmp_path)
 
 
 def test_stages_of_an_earlier_version_are_refused(tmp_path: Path) -> None:

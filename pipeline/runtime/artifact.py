@@ -37,7 +37,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from pipeline.config import ConfigError
 from pipeline.runtime.cluster import data_on_own_node
 from pipeline.runtime.console import log
 from pipeline.runtime.job import JobError, alone_in, sentence_of
@@ -214,14 +213,9 @@ class _Tasks:
 
 
 def read_manifest(folder: StoragePath) -> dict[str, Any] | None:
-    """The manifest of a finished artifact; None if there is none, or if it cannot be read.
-
-    Raises ConfigError for a folder of an earlier version, which had no hashes.
-    """
+    """The manifest of a finished artifact; None if there is none, or if it cannot be read."""
     try:
         found = json.loads((folder / MANIFEST).read_text())
-        if isinstance(found, dict) and "fingerprint" in found and "files" not in found:
-            raise ConfigError(f"{folder} was written by an earlier version, which this one cannot read; delete it")
         return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else None
     except (OSError, ValueError):
         return None
