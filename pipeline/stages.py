@@ -23,7 +23,7 @@ from pipeline.evaluation.sts import read_sts
 from pipeline.preflight import preflight
 from pipeline.runtime.artifact import Artifact
 from pipeline.runtime.cluster import place_data
-from pipeline.runtime.console import log
+from pipeline.runtime.console import log, log_timeline
 from pipeline.runtime.findings import findings_table, refuse
 from pipeline.runtime.job import JobError, Result, alone_in
 from pipeline.runtime.session import Board, ray_session, set_environment
@@ -61,6 +61,7 @@ class Session:
             findings = preflight(self.config, self.needs)
             log.debug("%s", findings_table(findings))
             refuse(findings)
+            log_timeline("preflight is done")
         return self._board
 
     def __enter__(self) -> Session:

@@ -112,6 +112,18 @@ def _handler(kind: type[Any]) -> Any:
     return next((handler for handler in log.handlers if isinstance(handler, kind)), None)
 
 
+def process_start_s() -> float:
+    """When this process loaded `logging`, one of its first modules, in seconds since the epoch."""
+    now = logging.makeLogRecord({})
+    return now.created - now.relativeCreated / 1000
+
+
+def log_timeline(event: str, start_s: float | None = None, at_s: float | None = None) -> None:
+    """One line of a job's start-up, at debug level: seconds from the job's start to an event, which is now or `at_s`."""
+    start_s, at_s = start_s or process_start_s(), at_s or time.time()
+    log.debug("timeline: %.2f s: %s", at_s - start_s, event)
+
+
 class Stage:
     """A named piece of work and its progress.
 

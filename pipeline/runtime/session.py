@@ -10,6 +10,7 @@ small actor that the driver polls.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -23,7 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.runtime.cluster import on_own_node
-from pipeline.runtime.console import Stage, log, other_output_to_log
+from pipeline.runtime.console import Stage, log, log_timeline, other_output_to_log
 from pipeline.runtime.job import JobError, signals
 
 POLL_S = 0.5
@@ -121,7 +122,7 @@ class Board:
     ) -> Iterator[Stage]:
         """A stage whose bar follows `counter`, beginning at `start`; all other counters are reset.
 
-        Messages are passed to `receive`; their `log` is logged. Next to the rate, the bar shows a message's `shown`, or
+        Messages are passed to `receive`; their `log` is logged at their `level`, by default INFO. Next to the rate, the bar shows a message's `shown`, or
         what `describe` returns for the counters.
         """
         import ray
@@ -137,7 +138,7 @@ class Board:
                     if receive:
                         receive(message)
                     if "log" in message:
-                        log.info("%s", message["log"])
+                        log.log(message.get("level", logging.INFO), "%s", message["log"])
                 shown = [message["shown"] for message in messages if "shown" in message]
                 if describe:
                     shown.append(describe(counts))
@@ -221,6 +222,7 @@ def _own_session(address: str | None) -> Iterator[None]:
         try:
             _init(address, **local)
             signals.install()  # ray.init has replaced the SIGTERM handler
+            log_timeline("Ray is connected")
             yield
         finally:
             ray.shutdown()
