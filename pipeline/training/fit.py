@@ -14,7 +14,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan
 from pipeline.runtime.artifact import checked
 from pipeline.runtime.cluster import connected_cluster
-from pipeline.runtime.console import log
+from pipeline.runtime.console import log, log_timeline, process_start_s
 from pipeline.runtime.findings import Finding, refuse
 from pipeline.runtime.job import JobError, signals
 from pipeline.runtime.session import Board
@@ -95,7 +95,8 @@ def fit(
         workers,
         f", on from step {state.step:,}" if state.step else "",
     )
-    sent = Sent(task, workers.threads, board.handle)
+    log_timeline("training starts")
+    sent = Sent(task, workers.threads, board.handle, process_start_s())
     fatal: list[dict[str, Any]] = []
     with Trackers.open(config, state.step) as trackers:
 

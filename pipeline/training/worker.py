@@ -6,7 +6,9 @@ run is told when the driver is asked to stop, or Ray learns that a node is about
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import ConfigError
 from pipeline.data.feed import RayFeed
 from pipeline.runtime.cluster import place_data
+from pipeline.runtime.console import log, log_timeline
 from pipeline.storage.path import StoragePath
 
 if TYPE_CHECKING:
@@ -29,15 +32,17 @@ POLL_S = 1.0
 
 @dataclass(frozen=True)
 class Sent:
-    """What a worker is sent: the task, torch threads for each worker, and the driver's board."""
+    """What a worker is sent: the task, torch threads for each worker, the driver's board and when the job started."""
 
     task: Task
     threads: int
     board: Any
+    start_s: float
 
 
 def train_worker(message: dict[str, Any]) -> None:
     """Train to the end, or until asked to stop. What no restart would mend is told to the driver, and ends the run."""
+    placed_s = time.time()
     import ray.train
     import torch
 
@@ -56,7 +61,9 @@ def train_worker(message: dict[str, Any]) -> None:
     def alert(title: str, text: str, step: int) -> None:
         tell({"alert": {"title": title, "text": text, "step": step}})
 
-    _send_log(tell)
+    _send_log(tell, sent.task.config.logging.level)
+    log_timeline("the workers are placed", sent.start_s, placed_s)
+    log_timeline("the workers have imported torch", sent.start_s)
     hooks = Hooks(
         partial(_report_checkpoint, sent.task.config.run_dir), _reporter(sent.board), alert, _wishes(sent, rank)
     )
@@ -69,18 +76,15 @@ def train_worker(message: dict[str, Any]) -> None:
         tell({"fatal": str(error), "config": isinstance(error, ConfigError)})
 
 
-def _send_log(tell: Callable[[dict[str, Any]], None]) -> None:
-    """Let this process's log lines be the driver's."""
-    import logging
-
-    from pipeline.runtime.console import log
+def _send_log(tell: Callable[[dict[str, Any]], None], level: str) -> None:
+    """Send this process's log lines to the driver."""
 
     class ToBoard(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            tell({"log": record.getMessage()})
+            tell({"log": record.getMessage(), "level": record.levelno})
 
-    log.handlers[:] = [ToBoard(logging.INFO)]
-    log.setLevel(logging.INFO)
+    log.handlers[:] = [ToBoard()]
+    log.setLevel(level)
     log.propagate = False
 
 
@@ -131,6 +135,7 @@ def _wishes(sent: Sent, rank: int) -> Callable[[int], Wishes]:
     from pipeline.training.loop import Wishes
 
     stop, saved_for = threading.Event(), set[str]()
+    events = iter(("the first batch is there", "the first step is done"))
 
     def follow() -> None:
         try:
@@ -144,6 +149,8 @@ def _wishes(sent: Sent, rank: int) -> Callable[[int], Wishes]:
         threading.Thread(target=follow, name="wishes", daemon=True).start()
 
     def wishes(step: int) -> Wishes:
+        if event := next(events, None):
+            log_timeline(event, sent.start_s)
         leaving: set[str] = set()
         if step % sent.task.config.training.log_every_steps == 0:
             notice = ray.train.get_preemption_info()
