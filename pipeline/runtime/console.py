@@ -119,7 +119,7 @@ def process_start_s() -> float:
 
 
 def log_timeline(event: str, start_s: float | None = None, at_s: float | None = None) -> None:
-    """One line of a job's start-up, at debug level: seconds from the job's start to an event, which is now or `at_s`."""
+    """Log at debug level how many seconds after the job's start an event of its start-up came, now or at `at_s`."""
     start_s, at_s = start_s or process_start_s(), at_s or time.time()
     log.debug("timeline: %.2f s: %s", at_s - start_s, event)
 

@@ -122,8 +122,8 @@ class Board:
     ) -> Iterator[Stage]:
         """A stage whose bar follows `counter`, beginning at `start`; all other counters are reset.
 
-        Messages are passed to `receive`; their `log` is logged at their `level`, by default INFO. Next to the rate, the bar shows a message's `shown`, or
-        what `describe` returns for the counters.
+        Messages are passed to `receive`; their `log` is logged at their `level`, by default INFO. Next to the rate, the
+        bar shows a message's `shown`, or what `describe` returns for the counters.
         """
         import ray
 
