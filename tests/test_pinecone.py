@@ -17,8 +17,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from pipeline.config import ConfigError, load
-from pipeline.config.pinecone import Pinecone
+from pipeline.config import ConfigError, Pinecone, load
 from pipeline.embedding.columns import as_column
 from pipeline.embedding.stores import pinecone_records, pinecone_service
 from pipeline.embedding.stores.budget import Allowance, Budget

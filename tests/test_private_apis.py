@@ -12,7 +12,7 @@ import torch
 from pinecone import Pinecone as Client
 from pinecone.index import Index
 
-from pipeline.config.pinecone import Pinecone
+from pipeline.config import Pinecone
 from pipeline.embedding.embed import READ_CPUS
 from pipeline.embedding.stores.pinecone_service import PineconeService
 from tests.pinecone_server import pinecone_server

@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import ConfigError, load
-from pipeline.config.pinecone import Pinecone
+from pipeline.config import ConfigError, Pinecone, load
 from pipeline.embedding.pushing import over_cluster, push_over_cluster
 from pipeline.embedding.stores import pinecone_records, push
 from pipeline.embedding.stores.dead_letters import DeadLetters

@@ -1,6 +1,6 @@
 """The one config tree: every key, its unit, its default and where the default comes from.
 
-Nothing in this folder imports Ray or torch, so that a wrong key costs a second and not a cluster.
+Nothing in this folder imports Ray or torch, so that a wrong key is found within a second.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator
 
 from pipeline.config.data import Data, Tokenizer
-from pipeline.config.embedding import Embedding
-from pipeline.config.evaluation import Evaluation
-from pipeline.config.mining import Mining
+from pipeline.config.embedding import Embedding, Pinecone
+from pipeline.config.evaluation import Evaluation, Mining
 from pipeline.config.model import Model
 from pipeline.config.objective import Objective
-from pipeline.config.pinecone import Pinecone
 from pipeline.config.reading import ConfigError, assign, explain
 from pipeline.config.section import PathStr, RunName, Section
 from pipeline.config.training import Checkpointing, Scaling, Training
@@ -34,26 +32,26 @@ class Storage(Section):
     az://container/prefix, with options such as ?region=…&endpoint_override=… and credentials from the environment.
     Default: $PIPELINE_STORAGE, else ~/.cache/text-embedding-pipeline."""
     run: RunName = "default"
-    """Name of the run: its folder is `<root>/runs/<run>`; training in it again resumes it. A sweep's trials are runs
+    """Name of the run. Its folder is `<root>/runs/<run>`; training in it again resumes it. A sweep's trials are runs
     below it, such as `default/tune/trials/0003`."""
 
 
 class Logging(Section):
     save_dir: PathStr | None = None
-    """Folder of training.log; relative to storage.root, or an absolute one on disk. Default: the run's folder."""
+    """Folder of training.log, relative to storage.root or absolute on disk. Default: the run's folder."""
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """Least severe messages written, to the console and to the file."""
+    """Lowest level of the messages written to the console and to training.log."""
     format: str = Field("%(asctime)s %(levelname)-7s %(message)s", min_length=1)
-    """Of lines in training.log, in the style of Python's logging."""
+    """Format of the lines in training.log, in the style of Python's logging."""
     trackers: list[Literal["tensorboard", "wandb", "ray"]] = []
-    """Where training's metrics go beside the console and metrics.jsonl: TensorBoard's event files and Weights & Biases
+    """Where training metrics go besides the console and metrics.jsonl: TensorBoard's event files and Weights & Biases
     (offline without WANDB_API_KEY) in the run's folder, and Ray's metrics endpoint."""
     wandb_project: str = Field("text-embedding-pipeline", min_length=1)
-    """Project of Weights & Biases; the run goes by `storage.run`."""
+    """Project of Weights & Biases; the run's name is `storage.run`."""
     loss_spike_deviations: float = Field(6.0, gt=0)
-    """A loss so many standard deviations above the mean of the last 100 logged ones raises an alert. Ours."""
+    """Alert if a loss is this many standard deviations above the mean of the last 100 logged losses. Ours."""
     memory_alert_fraction: float = Field(0.85, gt=0, le=1)
-    """Share of a GPU's memory beyond which an alert is raised."""
+    """Alert if a larger share of a GPU's memory is used."""
 
     @field_validator("format")
     @classmethod
@@ -83,7 +81,7 @@ class Config(Section):
     _folder: Path = PrivateAttr(Path())
 
     def get(self, dotted: str) -> Any:
-        """The value at a dotted path: `get("training.learning_rate")`; KeyError names a path that is not there."""
+        """The value at a dotted path: `get("training.learning_rate")`. Raises KeyError for an unknown path."""
         value: Any = self
         for part in dotted.split("."):
             if not (isinstance(value, BaseModel) and part in type(value).model_fields):
@@ -93,7 +91,7 @@ class Config(Section):
 
     @property
     def secret_files(self) -> list[str]:
-        """Where an `api.env` of secrets may be: the folder that the job runs in, and the config file's."""
+        """Where an `api.env` with secrets may be: in the working directory, and next to the config file."""
         return [str(folder.absolute() / "api.env") for folder in (Path(), self._folder)]
 
     @property
@@ -101,7 +99,7 @@ class Config(Section):
         return as_path(self.storage.root)
 
     def under_root(self, folder: str) -> StoragePath:
-        """A folder relative to `root`, an absolute one on disk, or one that a URI names."""
+        """A folder relative to `root`, an absolute one on disk, or a URI."""
         return below(self.root, folder)
 
     @property
@@ -117,7 +115,7 @@ class Config(Section):
         return self.model_dump(mode="json")
 
     def changed(self, values: dict[str, Any], where: str) -> Config:
-        """A config with other values at dotted keys. Raises ConfigError that says `where` they come from."""
+        """A config with other values at dotted keys. Raises ConfigError, which says `where` the values come from."""
         tree = self.dump()
         for key, value in values.items():
             assign(tree, key.split("."), value, where)

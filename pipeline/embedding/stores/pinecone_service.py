@@ -25,7 +25,7 @@ from pinecone.errors.exceptions import ApiError, NotFoundError, PineconeConnecti
 from pinecone.errors.exceptions import PineconeTimeoutError as TimedOut
 from pinecone.index import Index
 
-from pipeline.config.pinecone import Pinecone
+from pipeline.config import Pinecone
 from pipeline.embedding.stores.budget import Allowance, Budget
 from pipeline.embedding.stores.secret import VARIABLE, api_key
 from pipeline.embedding.stores.store import StoreError

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from pinecone.index import Index
 
-from pipeline.config.pinecone import Pinecone
+from pipeline.config import Pinecone
 from pipeline.embedding.stores.budget import Budget
 from pipeline.embedding.stores.pinecone_records import bad_id, batches, grouped, to_filter, to_records, to_row
 from pipeline.embedding.stores.pinecone_service import PassingError, PineconeService, RejectedError
