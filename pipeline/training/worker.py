@@ -1,7 +1,7 @@
 """A training worker of Ray Train: what Ray does for a run.
 
-Batches come through Ray Data, checkpoints go through Ray's reporting, metrics and alerts to the driver's board; and the
-run is told when the driver is asked to stop, or Ray learns that a node is about to be taken away.
+Batches come through Ray Data, checkpoints go through Ray's reporting, metrics and alerts to the driver; and the run is
+told when the driver is asked to stop, or Ray learns that a node is about to be taken away.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ POLL_S = 1.0
 
 @dataclass(frozen=True)
 class Sent:
-    """What a worker is sent: the task, torch threads for each worker, the driver's board and when the job started."""
+    """What a worker is sent: the task, torch threads for each worker, the driver's board, the job's start."""
 
     task: Task
     threads: int
