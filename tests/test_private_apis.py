@@ -31,7 +31,7 @@ def test_pinecones_data_plane_takes_no_retries(monkeypatch: pytest.MonkeyPatch) 
     assert "retry_config" not in inspect.signature(Index).parameters  # once it is, index._http can go
     monkeypatch.setenv("PINECONE_API_KEY", "k")
     with pinecone_server("k") as server:
-        settings = Pinecone(host=server.url, index_host=server.url, max_attempts=1)
+        settings = Pinecone(host=server.url, index_host=f"{server.url}/data/i")
         index = PineconeService(settings, []).index
         server.faults = {"503": 1.0}
         with pytest.raises(Exception, match="503"):
