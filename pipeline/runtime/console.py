@@ -118,10 +118,9 @@ def process_start_s() -> float:
     return now.created - now.relativeCreated / 1000
 
 
-def log_timeline(event: str, start_s: float | None = None, at_s: float | None = None) -> None:
-    """Log at debug level how many seconds after the job's start an event of its start-up came, now or at `at_s`."""
-    start_s, at_s = start_s or process_start_s(), at_s or time.time()
-    log.debug("timeline: %.2f s: %s", at_s - start_s, event)
+def log_timeline(event: str, start_s: float | None = None) -> None:
+    """Log at debug level an event of a job's start-up, with the seconds since `start_s`, by default this process's."""
+    log.debug("timeline: %.2f s: %s", time.time() - (start_s or process_start_s()), event)
 
 
 class Stage:

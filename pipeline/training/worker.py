@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +41,6 @@ class Sent:
 
 def train_worker(message: dict[str, Any]) -> None:
     """Train to the end, or until asked to stop. What no restart would mend is told to the driver, and ends the run."""
-    placed_s = time.time()
     import ray.train
     import torch
 
@@ -62,8 +60,7 @@ def train_worker(message: dict[str, Any]) -> None:
         tell({"alert": {"title": title, "text": text, "step": step}})
 
     _send_log(tell, sent.task.config.logging.level)
-    log_timeline("the workers are placed", sent.start_s, placed_s)
-    log_timeline("the workers have imported torch", sent.start_s)
+    log_timeline("the workers are placed and have imported torch", sent.start_s)
     hooks = Hooks(
         partial(_report_checkpoint, sent.task.config.run_dir), _reporter(sent.board), alert, _wishes(sent, rank)
     )
