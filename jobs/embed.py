@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.config import Config
-from pipeline.runtime.job import Result, parser, run_job
+from pipeline.runtime.job import parser, run_job
+from pipeline.runtime.outcome import Result
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.config import Config
 from pipeline.runtime.console import log
-from pipeline.runtime.job import Result, run_job
+from pipeline.runtime.job import run_job
+from pipeline.runtime.outcome import Result
 
 
 def main(config: Config, args: Namespace) -> Result:

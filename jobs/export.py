@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 from pipeline.config import Config, ConfigError
 from pipeline.runtime.console import log
-from pipeline.runtime.job import JobError, Result, parser, run_job
+from pipeline.runtime.job import parser, run_job
+from pipeline.runtime.outcome import JobError, Result
 from pipeline.storage.object_store import holds_credentials
 from pipeline.storage.path import StoragePath, absolute, as_path
 

@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.config import Config, ConfigError
 from pipeline.runtime.console import Stage
-from pipeline.runtime.job import JobError, Result, parser, run_job
+from pipeline.runtime.job import parser, run_job
+from pipeline.runtime.outcome import JobError, Result
 
 
 def arguments() -> argparse.ArgumentParser:

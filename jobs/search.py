@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.config import Config, ConfigError
 from pipeline.runtime.console import log
-from pipeline.runtime.job import Result, parser, run_job
+from pipeline.runtime.job import parser, run_job
+from pipeline.runtime.outcome import Result
 
 if TYPE_CHECKING:
     from pipeline.embedding.search import Hit

@@ -27,7 +27,7 @@ from pipeline.data.prepare import Inputs
 from pipeline.embedding.table import READ_FOR, open_dataset
 from pipeline.runtime.artifact import read_manifest
 from pipeline.runtime.console import log
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 from pipeline.storage.files import disk_bytes, files_below, matching, remove_folder
 from pipeline.storage.lock import NAME as LOCK
 from pipeline.storage.lock import LockLost, Occupied, locked

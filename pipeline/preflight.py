@@ -20,7 +20,7 @@ from pathlib import Path
 from pipeline.config import Config, ConfigError
 from pipeline.runtime.cluster import NODE_ID, Cluster, connected_cluster
 from pipeline.runtime.findings import Finding, room
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 from pipeline.storage.files import free_bytes, scratch, write_atomically
 from pipeline.storage.path import as_path, on_disk
 from pipeline.training.workers import DATA_CPUS, shortfalls, size_workers

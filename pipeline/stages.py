@@ -25,7 +25,7 @@ from pipeline.runtime.artifact import Artifact
 from pipeline.runtime.cluster import place_data
 from pipeline.runtime.console import log, log_timeline
 from pipeline.runtime.findings import findings_table, refuse
-from pipeline.runtime.job import JobError, Result, alone_in
+from pipeline.runtime.outcome import JobError, Result, alone_in
 from pipeline.runtime.session import Board, ray_session, set_environment
 from pipeline.storage.files import fetched, files_below, may_write, place, write_atomically
 from pipeline.storage.object_store import BucketError

@@ -23,7 +23,7 @@ from pipeline.data.prepare import Inputs, prepare
 from pipeline.evaluation.held_out import held_out_task
 from pipeline.runtime import artifact
 from pipeline.runtime.artifact import Artifact, Output, checked, open_parquet
-from pipeline.runtime.job import JobError, alone_in
+from pipeline.runtime.outcome import JobError, alone_in
 from pipeline.storage import files
 from tests.conftest import board, make_pairs, no_board, write_jsonl
 

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 
 from pipeline.config import ConfigError, Source
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 from pipeline.sources import source as sources
 from pipeline.sources.source import check_fields, plan_source, read
 from tests.bucket_servers import NOBODY, Forbidding, Served, answering, give_up_at_once, s3, serving

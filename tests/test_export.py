@@ -35,7 +35,7 @@ from pipeline.model.folder import load_model, save_model
 from pipeline.model.packing import pack
 from pipeline.model.reading import model_fingerprint, read_card
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 from pipeline.text.docstrings import pairs
 from tests.conftest import run_here
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runtime.job import JobError, alone_in
+from pipeline.runtime.outcome import JobError, alone_in
 from pipeline.storage import lock
 from pipeline.storage.lock import LockLost, Occupied, holder_of, locked
 from pipeline.storage.object_store import BucketError

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from pipeline.runtime import session
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 from pipeline.runtime.session import keep_token_private
 
 

@@ -20,7 +20,7 @@ from pipeline.data import prepare as prepare_module
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import prepare
 from pipeline.runtime.artifact import Artifact, Output
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 from pipeline.sources import source as sources
 from pipeline.text.identity import content_id, is_validation
 from tests.conftest import board, make_pairs, no_board, write_jsonl

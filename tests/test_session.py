@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.embedding.stores.store import StoreError
-from pipeline.runtime.job import Result, run_job
+from pipeline.runtime.job import run_job
+from pipeline.runtime.outcome import Result
 from pipeline.runtime.session import ray_session
 
 WORDS = "Pinecone's index docs is gone; python jobs/embed.py makes it"

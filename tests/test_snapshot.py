@@ -18,7 +18,7 @@ from pipeline.embedding.stores import push
 from pipeline.embedding.stores.snapshot import write_snapshot
 from pipeline.embedding.table import VectorTable
 from pipeline.runtime.artifact import MANIFEST, read_manifest
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 from pipeline.storage.files import files_below
 from pipeline.storage.path import StoragePath, as_path
 from pipeline.text.identity import content_id

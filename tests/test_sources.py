@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import ConfigError, Source
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 from pipeline.sources import source as sources
 from pipeline.sources.source import RawRecord, check_fields, plan_source, read
 

@@ -25,7 +25,7 @@ from pipeline.embedding.lookup import open_embedder
 from pipeline.embedding.search import TableSearch
 from pipeline.embedding.store import publish, published
 from pipeline.embedding.table import DIGEST_CHARS, PLACE, VectorTable, Writer
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 from pipeline.text.identity import content_id
 from tests.embedding_world import Corpus, World, corpus_of, save_random_model
 

@@ -29,7 +29,7 @@ from pipeline.embedding.search import TableSearch
 from pipeline.embedding.stores.store import StoreError
 from pipeline.embedding.stores.where import parse
 from pipeline.embedding.table import PLACE, ZONE_ROWS, VectorTable
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 from pipeline.storage.path import as_path
 from pipeline.text.identity import content_id
 from tests.bucket_servers import serving

@@ -12,7 +12,7 @@ from pipeline.config import Data
 from pipeline.data.manifest import Manifest, SourceCount
 from pipeline.runtime.artifact import open_parquet
 from pipeline.runtime.console import log, table
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 from pipeline.storage.files import matching
 from pipeline.storage.path import StoragePath
 

@@ -27,7 +27,7 @@ from pipeline.data.tokenizing import Recipe, Tokenized, tokenize_file
 from pipeline.data.vocabulary import loaded_tokenizer
 from pipeline.runtime.artifact import Artifact, Output, checked, open_parquet, read_manifest
 from pipeline.runtime.console import log
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 from pipeline.runtime.session import Board
 from pipeline.storage.files import for_each, matching, sizes
 from pipeline.storage.path import StoragePath

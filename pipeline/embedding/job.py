@@ -31,7 +31,7 @@ from pipeline.embedding.sync import COUNTS, Difference, Sync, count_tokens, enco
 from pipeline.embedding.table import VectorTable, Writer
 from pipeline.model.reading import read_card
 from pipeline.runtime.console import log
-from pipeline.runtime.job import JobError, alone_in
+from pipeline.runtime.outcome import JobError, alone_in
 from pipeline.runtime.session import Board
 from pipeline.storage.files import remove_folder
 from pipeline.storage.path import StoragePath

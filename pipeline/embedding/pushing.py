@@ -20,7 +20,7 @@ from pipeline.embedding.stores.push import Push
 from pipeline.embedding.stores.store import StoreError
 from pipeline.embedding.table import Writer
 from pipeline.runtime.cluster import on_own_node
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 from pipeline.runtime.session import Board
 from pipeline.storage.object_store import BucketError
 from pipeline.storage.path import StoragePath

@@ -27,7 +27,7 @@ from pipeline.embedding.stores.where import Where, checked_where, keeps, to_sql
 from pipeline.embedding.table import TEXTS, VectorTable
 from pipeline.embedding.words import SAMPLE_TEXTS, word_settings
 from pipeline.runtime.console import log
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 
 COLUMNS = ["id", *TEXTS]
 REFINE = 10  # an index's candidates a result, whose distances are computed again from whole vectors

@@ -22,7 +22,7 @@ from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.stores.budget import Budget
 from pipeline.embedding.table import VectorTable
 from pipeline.model.reading import model_files, model_fingerprint, read_card
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 from pipeline.storage.files import fetched, free_bytes, may_write, place, write_atomically
 from pipeline.storage.path import StoragePath, as_path
 

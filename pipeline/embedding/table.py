@@ -44,7 +44,7 @@ import xxhash
 from pipeline.embedding.columns import as_matrix
 from pipeline.embedding.stores.store import StoreError
 from pipeline.runtime.console import log
-from pipeline.runtime.job import alone_in
+from pipeline.runtime.outcome import alone_in
 from pipeline.storage.files import lance_location, remove_folder
 from pipeline.storage.path import StoragePath, check_guards
 

@@ -33,7 +33,7 @@ from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import load_model
 from pipeline.model.packing import Layout, pack
 from pipeline.model.reading import read_card
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 
 POOLING_MODES = {  # ours → the key of 1_Pooling/config.json
     "cls": "pooling_mode_cls_token",

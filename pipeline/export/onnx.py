@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pipeline.config import ConfigError
 from pipeline.export.folder import MIN_COSINE
 from pipeline.model.card import Pooling
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 MAX_FILE_BYTES = 1 << 30  # half of what a protobuf may hold; the weights of larger models lie in model.onnx.data

@@ -35,7 +35,7 @@ from pipeline.mining.choosing import Answers
 from pipeline.mining.keys import TextKeys, text_keys
 from pipeline.runtime.artifact import Artifact, Output, checked, open_parquet
 from pipeline.runtime.console import log
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 from pipeline.runtime.session import Board
 from pipeline.storage.files import matching, replacing, sizes
 from pipeline.storage.path import StoragePath, on_disk

@@ -39,7 +39,7 @@ import xxhash
 
 from pipeline.runtime.cluster import data_on_own_node
 from pipeline.runtime.console import log
-from pipeline.runtime.job import JobError, alone_in, sentence_of
+from pipeline.runtime.outcome import JobError, alone_in, sentence_of
 from pipeline.runtime.session import Board
 from pipeline.storage.files import (
     digest_of,

@@ -10,72 +10,23 @@ Exit codes: 0 done, 1 failed, 2 bad config or arguments, 130 on Ctrl-C, 143 on S
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import math
-import os
 import re
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 from pipeline.config import Config, ConfigError, load
 from pipeline.runtime.console import log, start_logging, stop_logging
-from pipeline.storage.lock import LockLost, Occupied, locked
+from pipeline.runtime.outcome import EXPECTED, Result, sentence_of
+from pipeline.runtime.signals import signals
 from pipeline.storage.object_store import BucketError
-from pipeline.storage.path import StoragePath
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
-
-
-class JobError(Exception):
-    """A run failed, for a reason that fits in one sentence; jobs exit 1 with it."""
-
-
-@contextmanager
-def alone_in(folder: StoragePath, *, wait: bool = False) -> Iterator[None]:
-    """Lock a folder for this job (see `locked`). Raises JobError if another job holds it, or waits for it."""
-    try:
-        with locked(folder, wait=wait):
-            yield
-    except Occupied:
-        raise JobError(
-            f"another job is at work in {folder}; wait until it ends, or use another run with storage.run=NAME"
-        ) from None
-    except LockLost as error:
-        raise JobError(str(error)) from None
-
-
-@dataclass
-class Result:
-    """A job's `metrics` and the `paths` it wrote. `reply` replaces the last line (search --json)."""
-
-    metrics: dict[str, Any] = field(default_factory=dict)
-    paths: dict[str, str] = field(default_factory=dict)
-    reply: Any = None
-
-
-EXPECTED = (ConfigError, JobError, BucketError)  # their messages say what to do
-
-
-def sentence_of(error: BaseException, folder: object = "storage.root") -> str:
-    """An error in one sentence, with what to do about a disk that is full or read-only. `folder` is on that disk."""
-    number, name = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return (
-            f"{name} cannot be read or written ({os.strerror(number)}); change its permissions, or choose another "
-            "folder with storage.root=DIR"
-        )
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):  # Lance gives no number
-        return f"the disk that holds {name or folder} is full; free some space and run the same command again"
-    return str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}"
 
 
 def check_reachable(config: Config) -> None:
@@ -131,71 +82,6 @@ def parse(arguments: argparse.ArgumentParser, argv: Sequence[str] | None) -> arg
         args.query = queries[0]
         args.overrides = [word for word in args.overrides if word is not queries[0]]
     return args
-
-
-class _Signals:
-    """Turns SIGINT and SIGTERM into KeyboardInterrupt, the only one Ray passes on; `number` is the signal's."""
-
-    def __init__(self) -> None:
-        self.number = int(signal.SIGINT)
-
-    def install(self) -> None:
-        self._handle_both(self._raise)
-
-    def ignore(self) -> None:
-        self._handle_both(signal.SIG_IGN)
-
-    @contextmanager
-    def held(self, ask: Callable[[], None], grace_s: float, why: str) -> Iterator[None]:
-        """Within it the first signal calls `ask`, and is raised at the end of the block, at the latest after `grace_s`
-        seconds; a second signal is raised at once. `why` says what the job waits for.
-        """
-        asked, done = threading.Event(), threading.Event()
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if asked.is_set():
-                self._raise(number, frame)
-            self.number = number
-            asked.set()
-
-        def wait() -> None:
-            asked.wait()
-            if done.is_set():
-                return
-            log.info("stopping: waits up to %g s %s; a second signal ends the job at once", grace_s, why)
-            ask()
-            if not done.wait(grace_s):
-                os.kill(os.getpid(), self.number)
-
-        self._handle_both(handle)
-        threading.Thread(target=wait, name="signals", daemon=True).start()
-        try:
-            yield
-            if asked.is_set():
-                self.ignore()
-                raise KeyboardInterrupt
-        finally:
-            done.set()
-            if not asked.is_set():
-                self.install()
-            asked.set()
-
-    def _handle_both(self, handler: Any) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handler)
-
-    def _raise(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        self.ignore()  # a second signal must not interrupt the clean-up
-        sys.unraisablehook = _note  # destructors of half-built objects may fail now
-        raise KeyboardInterrupt
-
-
-def _note(ignored: sys.UnraisableHookArgs) -> None:
-    log.debug("stopping: ignored %s in %s", repr(ignored.exc_value), ignored.object)
-
-
-signals = _Signals()
 
 
 def run_job(

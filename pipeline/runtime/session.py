@@ -25,7 +25,8 @@ from urllib.parse import urlsplit
 
 from pipeline.runtime.cluster import on_own_node
 from pipeline.runtime.console import Stage, log, log_timeline, other_output_to_log
-from pipeline.runtime.job import JobError, signals
+from pipeline.runtime.outcome import JobError
+from pipeline.runtime.signals import signals
 
 POLL_S = 0.5
 POLL_TIMEOUT_S = 60  # an overloaded machine answers late

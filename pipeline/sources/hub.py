@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import ConfigError, Source
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 from pipeline.sources.fields import Row, broken
 from pipeline.sources.filesystem import list_files
 from pipeline.sources.readers.table_rows import BATCH_ROWS, asked_for, batch_rows

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import ConfigError, Source
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 from pipeline.sources import hub
 from pipeline.sources.fields import FieldMap, RawRecord, Row, broken, has, own_fields, required_fields, text_fields
 from pipeline.sources.filesystem import (

@@ -16,8 +16,9 @@ from pipeline.runtime.artifact import checked
 from pipeline.runtime.cluster import connected_cluster
 from pipeline.runtime.console import log, log_timeline, process_start_s
 from pipeline.runtime.findings import Finding, refuse
-from pipeline.runtime.job import JobError, signals
+from pipeline.runtime.outcome import JobError
 from pipeline.runtime.session import Board
+from pipeline.runtime.signals import signals
 from pipeline.storage.arrow import arrow_location
 from pipeline.storage.path import StoragePath
 from pipeline.training.checkpoints import TrainState, newest_valid, next_attempt, prune, read_state

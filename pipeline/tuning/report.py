@@ -19,7 +19,7 @@ import yaml
 
 from pipeline.config import Config
 from pipeline.runtime.console import log, table
-from pipeline.runtime.job import JobError, Result
+from pipeline.runtime.outcome import JobError, Result
 from pipeline.storage.files import remove_folder, write_atomically
 from pipeline.storage.path import StoragePath
 from pipeline.training.checkpoints import best_checkpoint

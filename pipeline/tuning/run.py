@@ -8,7 +8,7 @@ from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.runtime.cluster import connected_cluster
 from pipeline.runtime.console import Stage, log
-from pipeline.runtime.job import Result
+from pipeline.runtime.outcome import Result
 from pipeline.runtime.session import Board
 from pipeline.storage.path import StoragePath
 from pipeline.training.assembly import Task

@@ -21,7 +21,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.runtime.console import LogFile, log
-from pipeline.runtime.job import JobError, alone_in
+from pipeline.runtime.outcome import JobError, alone_in
 from pipeline.storage.path import StoragePath
 from pipeline.training.checkpoints import TrainState
 from pipeline.training.tracking.tracker import VALIDATION, Metrics

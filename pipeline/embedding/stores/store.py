@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pipeline.runtime.job import JobError
+from pipeline.runtime.outcome import JobError
 
 
 class StoreError(JobError):
