@@ -1,7 +1,7 @@
 """A Ray session: the cluster at RAY_ADDRESS, else one on this machine for as long as the job runs.
 
-The output of Ray and of its workers goes to training.log. Tasks and workers report how far they are through a `Board`,
-a small actor that the driver polls.
+The output of Ray and of its workers goes to training.log. Tasks and workers report through a `Board`, a small actor
+that the driver polls.
 
     with ray_session() as board:
         with board.stage("prepare: read", 12, "tasks", counter="read"):
