@@ -26,7 +26,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.runtime.session import Board, ray_session, set_environment
+from pipeline.runtime.session import Progress, ray_session, set_environment
 
 set_environment()
 
@@ -47,11 +47,11 @@ WORKERS = 2
 MODELS = {"token table": ["model.num_layers=0"], "one layer": ["model.num_layers=1", "model.d_ff=256"]}
 
 
-def prepared(data: Path, root: Path, board: Board) -> tuple[Path, Manifest]:
+def prepared(data: Path, root: Path, progress: Progress) -> tuple[Path, Manifest]:
     files = {"debian": "train.jsonl", "wordnet": "pairs.jsonl"}
     sources = [Source(name=name, type="json", path=str(data / name / file)) for name, file in files.items()]
     config = Config(storage=Storage(root=str(root)), data=Data(sources=sources, min_chars=1))
-    folder, manifest = prepare(config, lambda: board)
+    folder, manifest = prepare(config, lambda: progress)
     assert isinstance(folder, Path)
     return folder, manifest
 
@@ -249,9 +249,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="counted steps of a segment")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch, ray_session() as board:
+    with tempfile.TemporaryDirectory() as scratch, ray_session() as progress:
         root = (args.storage or Path(scratch)).resolve()
-        folder, manifest = prepared(args.data.resolve(), root, board)
+        folder, manifest = prepared(args.data.resolve(), root, progress)
         plan = training_plan(folder, manifest, BATCH, 0)
         first = first_batches(plan, 2 * args.repeats + 1)
         shuffle = shuffling(plan)

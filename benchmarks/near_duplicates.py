@@ -42,10 +42,10 @@ def ours(rows: list[Record], folder: Path, threshold: float) -> dict[str, Any]:
     """Seconds and records kept."""
     files = write_records(rows, folder / "input")
     stage, data = Artifact(folder, "distinct", []), Data(near_duplicates=NearDuplicates(threshold=threshold))
-    with ray_session() as board:
+    with ray_session() as progress:
         began = time.perf_counter()
-        near_duplicates.find(stage, board, files, data)
-        counts = near_duplicates.write_distinct(stage, board, files)
+        near_duplicates.find(stage, progress, files, data)
+        counts = near_duplicates.write_distinct(stage, progress, files)
         seconds = time.perf_counter() - began
     return {"seconds": seconds, "kept": sum(count["kept"] for count in counts.values())}
 

@@ -25,7 +25,7 @@ from pipeline.runtime.artifact import Artifact, Output
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.runtime.session import Board, ray_session, set_environment
+from pipeline.runtime.session import Progress, ray_session, set_environment
 
 set_environment()
 
@@ -103,14 +103,14 @@ def plan_of(records: int, shards: int) -> Plan:
     return training_plan(Path("prepared"), manifest_of(records, shards), 512, 0)
 
 
-def read_empty(inputs: Inputs, folder: Path, board: Board) -> int:
+def read_empty(inputs: Inputs, folder: Path, progress: Progress) -> int:
     """Send prepare's first tasks through Ray, as `make_records` does. Returns their number."""
 
     def nothing(index: int, output: Output) -> None:
         return
 
     task_bytes = [task.bytes for _, task in inputs.work]
-    return len(Artifact(folder, "empty", []).tasks(board, "prepare: read and judge", task_bytes, nothing))
+    return len(Artifact(folder, "empty", []).tasks(progress, "prepare: read and judge", task_bytes, nothing))
 
 
 def look_empty(inputs: Inputs, folder: Path) -> int:
@@ -138,13 +138,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=10**9)
     records = parser.parse_args().records
-    with tempfile.TemporaryDirectory() as name, ray_session() as board:
+    with tempfile.TemporaryDirectory() as name, ray_session() as progress:
         folder, before = Path(name), peak_mb()
         planning, inputs = timed(lambda: inputs_of(folder, records))
         lines: list[tuple[str, str]] = [(name, f"{count:,}") for name, count in counted(inputs, records).items()]
         after_plans = peak_mb()
         ran = {
-            "read tasks run, a second": timed(lambda: read_empty(inputs, folder, board)),
+            "read tasks run, a second": timed(lambda: read_empty(inputs, folder, progress)),
             "a task a record file, a second": timed(lambda: look_empty(inputs, folder)),
         }
         lines += [

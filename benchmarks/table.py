@@ -43,7 +43,7 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.runtime.session import Board, ray_session, set_environment
+from pipeline.runtime.session import Progress, ray_session, set_environment
 
 set_environment()
 
@@ -184,9 +184,9 @@ def sync(world: World, *, changed: bool) -> dict[str, float]:
 
     def compared(version: int) -> tuple[Sync, list[Difference]]:
         one = Sync(documents, table, NO_MODEL, "", version, empty=False)
-        return one, differences(one, board)
+        return one, differences(one, progress)
 
-    with lazy_board() as board, table.writing() as writer:
+    with lazy_board() as progress, table.writing() as writer:
         writer.begin()
         cpu, began = cpu_s(), time.perf_counter()
         one, found = timed("compare", lambda: compared(int(writer.dataset.version)))
@@ -221,7 +221,7 @@ def sync(world: World, *, changed: bool) -> dict[str, float]:
 
 
 @contextmanager
-def lazy_board() -> Iterator[Callable[[], Board]]:
+def lazy_board() -> Iterator[Callable[[], Progress]]:
     """Ray begins when there is work for it: few documents are compared in the driver."""
     with ExitStack() as stack:
         yield cache(lambda: stack.enter_context(ray_session()))
@@ -239,10 +239,10 @@ def join_and_index(world: World) -> dict[str, float]:
 
 
 def all_checked(world: World) -> dict[str, float]:
-    with lazy_board() as board:
+    with lazy_board() as progress:
         cpu, began = cpu_s(), time.perf_counter()
         one = Sync(world.documents(changed=True), world.table, NO_MODEL, "", world.table.version(), False, check=True)
-        counts = Difference.total(differences(one, board)).summary
+        counts = Difference.total(differences(one, progress)).summary
         seconds, cpu = time.perf_counter() - began, cpu_s() - cpu
     if counts.total() != counts["untouched"]:
         raise SystemExit(f"rows are not what their digests say: {counts}")

@@ -26,7 +26,7 @@ from pipeline.runtime.cluster import place_data
 from pipeline.runtime.console import log, log_timeline
 from pipeline.runtime.findings import findings_table, refuse
 from pipeline.runtime.outcome import JobError, Result, alone_in
-from pipeline.runtime.session import Board, ray_session, set_environment
+from pipeline.runtime.session import Progress, ray_session, set_environment
 from pipeline.storage.files import fetched, files_below, may_write, place, write_atomically
 from pipeline.storage.object_store import BucketError
 from pipeline.storage.path import StoragePath, as_path
@@ -42,17 +42,17 @@ class Session:
         check_folders(config)
         self.config, self.rehash, self.needs = config, rehash, needs
         self._stack = ExitStack()
-        self._board: Board | None = None
+        self._board: Progress | None = None
         self._prepared: tuple[StoragePath, Manifest] | None = None
 
     def prepared(self) -> tuple[StoragePath, Manifest]:
         """The prepared data set, brought up to date on first use; says how far it is from what the run trained on."""
         if self._prepared is None:
-            self._prepared = prepare(self.config, self.board, self.rehash)
+            self._prepared = prepare(self.config, self.progress, self.rehash)
             log_drift(self.config, *self._prepared)
         return self._prepared
 
-    def board(self) -> Board:
+    def progress(self) -> Progress:
         """Raises ConfigError or JobError where the cluster lacks what the job needs."""
         if self._board is None:
             check_writable(self.config)
@@ -164,9 +164,9 @@ def train_stage(config: Config, session: Session) -> Result:
     if state:
         log.info("train: nothing to do, the run is at its end, step %s", f"{state.step:,}")
     else:
-        board = session.board()
+        progress = session.progress()
         with alone_in(config.run_dir):
-            state = fit(config, folder, manifest, board)
+            state = fit(config, folder, manifest, progress)
     model = model_folder(config)
     metrics = {"step": state.step, "train_seconds": round(state.train_seconds, 1), **state.metrics}
     paths = {"model": str(model), "history": str(config.run_dir / "metrics.jsonl")}
@@ -180,7 +180,7 @@ def tune_stage(config: Config, session: Session) -> Result:
     from pipeline.tuning.run import sweep
 
     with alone_in(config.run_dir / "tune"):
-        return sweep(config, folder, manifest, session.board)
+        return sweep(config, folder, manifest, session.progress)
 
 
 def embed_stage(
@@ -196,15 +196,15 @@ def embed_stage(
     index = Index.of(config, folder, manifest, _model_of(config, manifest))
     table = index.table
     if dry_run:
-        metrics = index.estimate(session.board)
+        metrics = index.estimate(session.progress)
     elif verify:
-        metrics = index.verify(session.board)
+        metrics = index.verify(session.progress)
     elif config.embedding.store == "lancedb" and index.is_done() and not rebuild:
         log.info("embed: nothing to do, %s documents are in %s", f"{table.count():,}", table.path)
         index.publish()
         metrics = {"embedded": 0, "rows": table.count()}
     else:
-        metrics = index.bring_up_to_date(session.board, rebuild=rebuild)
+        metrics = index.bring_up_to_date(session.progress, rebuild=rebuild)
     return Result(metrics, {"store": str(table.home), "table": table.name})
 
 
@@ -232,7 +232,7 @@ def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
     def fill() -> dict[str, Any]:
         from pipeline.evaluation.evaluate import score_tasks
 
-        scores = score_tasks(config, folder, manifest, recipe, session.board)
+        scores = score_tasks(config, folder, manifest, recipe, session.progress)
         scored.output.write("scores.json", json.dumps({"of": key, "scores": scores}, indent=2).encode())
         return {"scores": scores}
 
@@ -252,7 +252,7 @@ def mine_stage(config: Config, session: Session) -> Result:
     from pipeline.mining.mine import mine
 
     recipe = recipe_of(config, _model_of(config, manifest))
-    target, mined = mine(config, folder, manifest, recipe, session.board)
+    target, mined = mine(config, folder, manifest, recipe, session.progress)
     name = f"{target.parent.name}/{target.name}"
     log.info("mine: data.prepared=%s has what was mined; train on it under another storage.run", name)
     metrics = {

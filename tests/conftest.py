@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline.runtime.job import run_job
-from pipeline.runtime.session import LOCAL_ENVIRONMENT, Board, set_environment
+from pipeline.runtime.session import LOCAL_ENVIRONMENT, Progress, set_environment
 from tests.bucket_servers import CREDENTIALS
 
 for name in ("RAY_ADDRESS", "PIPELINE_STORAGE"):
@@ -89,12 +89,12 @@ def ray_cluster() -> Iterator[str]:
 
 
 @functools.cache
-def board() -> Board:
-    """One board for all tests of this process: each is an actor, which takes a process's start."""
-    return Board()
+def progress() -> Progress:
+    """One progress for all tests of this process: each is an actor, which takes a process's start."""
+    return Progress()
 
 
-def no_board() -> Board:
+def no_progress() -> Progress:
     raise AssertionError("Ray was asked for")
 
 

@@ -111,7 +111,7 @@ class World:
         index = self.index()
 
         def embed(
-            sync: Sync, recipe: EncoderRecipe, ranges: Any, documents: int, letters: Any, board: Any, writer: Any
+            sync: Sync, recipe: EncoderRecipe, ranges: Any, documents: int, letters: Any, progress: Any, writer: Any
         ) -> Spent:
             return embed_here(sync, encoder or self.encoder(), ranges, letters, writer)
 

@@ -25,7 +25,7 @@ from pipeline.storage.files import files_below, lance_location, write_atomically
 from pipeline.storage.lock import locked
 from pipeline.storage.path import StoragePath, as_path, without_options
 from tests.bucket_servers import S3, s3
-from tests.conftest import board, make_pairs, no_board, run_here, write_jsonl
+from tests.conftest import make_pairs, no_progress, progress, run_here, write_jsonl
 from tests.embedding_world import World, corpus_of
 
 A, B, D, E, F = (letter * 16 for letter in "abdef")  # keys of data sets and stages
@@ -150,9 +150,9 @@ def test_prepared_data_that_stays_is_whole(tmp_path: Path) -> None:
     def config(length: int) -> Config:
         return load(file, [f"storage.root={root}", f"tokenizer.max_length={length}"], environ={})
 
-    of_run, manifest = prepare(config(16), board)
-    of_none, _ = prepare(config(8), board)
-    of_config, _ = prepare(config(12), board)
+    of_run, manifest = prepare(config(16), progress)
+    of_none, _ = prepare(config(8), progress)
+    of_config, _ = prepare(config(12), progress)
     write_atomically(root / "runs/r/attempt-001/step-00000001/state.json", b"{}")
     write_atomically(root / "runs/r/run.json", json.dumps({"data_fingerprint": manifest.fingerprint}).encode())
     unused, before = list(find_unused(config(12))), used_bytes(root)
@@ -161,11 +161,11 @@ def test_prepared_data_that_stays_is_whole(tmp_path: Path) -> None:
     assert all(map(remove, unused))
     freed, said = before - used_bytes(root), sum(each.bytes for each in unused)
     assert 0.8 * said < freed < 1.01 * said
-    assert prepare(config(16), no_board)[0] == of_run
-    assert prepare(config(12), no_board)[0] == of_config
+    assert prepare(config(16), no_progress)[0] == of_run
+    assert prepare(config(12), no_progress)[0] == of_config
     (of_config / "manifest.json").unlink()  # as after a kill at the end
     assert list(find_unused(config(12))) == []
-    assert prepare(config(12), no_board)[0] == of_config
+    assert prepare(config(12), no_progress)[0] == of_config
 
 
 def test_a_published_table_and_its_model_stay(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from pipeline.evaluation.sts import StsTask, pearson, read_sts, spearman
 from pipeline.evaluation.table import hybrid_verdict, score_table
 from pipeline.sources.fields import RawRecord
 from pipeline.text.identity import content_id, is_validation
-from tests.conftest import board, make_pairs, no_board
+from tests.conftest import make_pairs, no_progress, progress
 
 
 def test_metrics_by_hand() -> None:
@@ -261,7 +261,7 @@ def test_scores_over_the_cluster_are_those_of_one_matrix(tmp_path: Path, monkeyp
     )
     monkeypatch.setattr("pipeline.evaluation.retrieval.RANK_ROWS", 700)
     manifest = Manifest("", [], {}, [], {}, [], {})
-    scores = score_tasks(config, tmp_path, manifest, recipe_of(config, model), board)
+    scores = score_tasks(config, tmp_path, manifest, recipe_of(config, model), progress)
 
     encoder = TextEncoder(model, device="cpu")
     texts = [str(row["positive"]) for row in rows]
@@ -310,7 +310,7 @@ def test_partial_results_are_merged_in_tasks_as_a_tree(monkeypatch: pytest.Monke
     monkeypatch.setattr("pipeline.embedding.embed.encoded", encoded)
     task = RetrievalTask("tree", {}, dict(zip(names, texts, strict=True)), {})
     assert retrieval.merge_levels(1000) == 3
-    found = retrieval.nearest_documents(task, queries, [16, 4], None, board())  # type: ignore[arg-type]
+    found = retrieval.nearest_documents(task, queries, [16, 4], None, progress())  # type: ignore[arg-type]
     for size in (16, 4):
         scores = corners[1000:, :size] @ corners[:1000, :size].T * 16 / size
         for row, ids in enumerate(found[size].ids.tolist()):
@@ -328,7 +328,7 @@ def test_many_texts_are_encoded_by_the_pool_and_few_here(tmp_path: Path) -> None
     model = small_model(tmp_path / "model", prompts=(("query", "find: "),))
     recipe = EncoderRecipe(model, Embedding(), tmp_path)
     texts = [str(row["anchor"]) for row in make_pairs(FEW_TEXTS + 1)]
-    few, many = TextVectors(recipe, no_board), TextVectors(recipe, board)
+    few, many = TextVectors(recipe, no_progress), TextVectors(recipe, progress)
     for prompt, lead in (("query", "find: "), ("", "")):
         expected = TextEncoder(model, device="cpu").encode([lead + text for text in texts])
         np.testing.assert_allclose(many.of(texts, "texts", prompt), expected, atol=1e-6)

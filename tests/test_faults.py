@@ -51,7 +51,7 @@ def test_ctrl_c_in_each_stage_and_the_next_run_goes_on(tmp_path: Path) -> None:
 
 PREPARE = """
 import sys
-from pipeline.runtime.session import Board, set_environment
+from pipeline.runtime.session import Progress, set_environment
 set_environment()
 import ray
 from pipeline.config import load
@@ -59,7 +59,7 @@ from pipeline.data import prepare
 from pipeline.sources import source
 prepare.SHARD_BYTES, source.TASK_BYTES = 1 << 17, 1 << 16
 ray.init(address="local", num_cpus=int(sys.argv[1]), include_dashboard=False, log_to_driver=False)
-prepare.prepare(load(sys.argv[2], sys.argv[3:]), Board)
+prepare.prepare(load(sys.argv[2], sys.argv[3:]), Progress)
 """
 
 

@@ -22,7 +22,7 @@ from pipeline.data.manifest import RECORD_SCHEMA, REJECTED_SCHEMA
 from pipeline.runtime.artifact import Artifact, Output
 from pipeline.text.identity import content_id, shard_of
 from pipeline.text.shingles import Shingles, jaccard, shingles
-from tests.conftest import board
+from tests.conftest import progress
 from tests.test_shingles import likeness, variants, word_tuples
 
 
@@ -43,8 +43,8 @@ def record_files(folder: Path, texts: Sequence[str], shards: int) -> list[Path]:
 def distinct(folder: Path, files: list[Path], data: Data) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
     """What stays, what goes, and the counts of it."""
     stage = Artifact(folder, "distinct", [])
-    near = near_duplicates.find(stage, board(), files, data)
-    counts = near_duplicates.write_distinct(stage, board(), files)
+    near = near_duplicates.find(stage, progress(), files, data)
+    counts = near_duplicates.write_distinct(stage, progress(), files)
     clusters = near_duplicates.largest_clusters(stage)
     stage.finish({})
     stay, gone = (

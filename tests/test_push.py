@@ -28,7 +28,7 @@ from pipeline.storage.files import files_below
 from pipeline.storage.path import StoragePath, as_path, public_uri
 from pipeline.text.identity import content_id
 from tests.bucket_servers import serving
-from tests.conftest import board
+from tests.conftest import progress
 from tests.pinecone_server import Service, pinecone_server
 from tests.test_pinecone import ALL_FAULTS, KEY
 from tests.vector_table import ODD, Place, World, rows_of, vector_of
@@ -742,19 +742,19 @@ def test_over_a_cluster(server: Service, tmp_path: Path, ray_cluster: str) -> No
         world.add(writer, world.new(100))
         server.work_s = 0.05
         server.poison = {content_id([min(world.documents)])}
-        assert push_over_cluster(writer, config, letters, board()) == Counter(upserted=99, refused=1)
+        assert push_over_cluster(writer, config, letters, progress()) == Counter(upserted=99, refused=1)
         assert DeadLetters(letters).ids() == server.poison
         assert server.most_under_way == 2
         assert server.busiest(1.0) <= 40 + 1 + 2
         world.remove(writer, [min(world.documents)])
         world.step(writer)
-        push_over_cluster(writer, config, letters, board())
+        push_over_cluster(writer, config, letters, progress())
         world.check()
         server.remove(INDEX)
         (tmp_path / "c.yaml").write_text(json.dumps({"pinecone": {**settings, "create": False}}))
         config = load(tmp_path / "c.yaml", [f"storage.root={tmp_path}"], environ={})
         with pytest.raises(StoreError, match=r"^Pinecone has no index text-embedding-pipeline; pinecone.create=true"):
-            push_over_cluster(writer, config, letters, board())
+            push_over_cluster(writer, config, letters, progress())
 
 
 def test_an_error_in_a_task_is_its_sentence(ray_cluster: str) -> None:

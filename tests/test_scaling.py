@@ -22,7 +22,7 @@ from pipeline.embedding import embed
 from pipeline.embedding.embed import MOST_WRITE_ROWS, WRITE_ROWS, Waves, write_rows
 from pipeline.sources.source import MAX_TASKS
 from pipeline.text.identity import shard_of
-from tests.conftest import board
+from tests.conftest import progress
 
 ROOT = Path(__file__).parents[1]
 MILLION, BILLION = 10**6, 10**9
@@ -74,7 +74,7 @@ def test_a_manifest_and_a_plan_of_training_take_what_the_page_says(tmp_path: Pat
 def test_all_tasks_of_a_plan_go_through_ray(tmp_path: Path) -> None:
     """The simulated run of benchmarks/scaling_plan.py, of a million records."""
     inputs = scaling_plan.inputs_of(tmp_path, MILLION)
-    assert scaling_plan.read_empty(inputs, tmp_path, board()) == len(inputs.work) == 120
+    assert scaling_plan.read_empty(inputs, tmp_path, progress()) == len(inputs.work) == 120
     assert scaling_plan.look_empty(inputs, tmp_path) == inputs.shards == 60
 
 

@@ -23,7 +23,7 @@ from pipeline.storage.files import files_below
 from pipeline.storage.path import StoragePath, as_path
 from pipeline.text.identity import content_id
 from tests.bucket_servers import serving
-from tests.conftest import board, no_board
+from tests.conftest import no_progress, progress
 from tests.vector_table import WIDTH, World, vector_of
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -61,11 +61,11 @@ def test_random_changes_are_in_the_next_snapshot_and_older_ones_go(tmp_path: Pat
     for each in (world, neighbour):
         with each.table.writing() as writer:
             each.add(writer, each.new(30))
-    kept = write_snapshot(neighbour.table, home, board)
+    kept = write_snapshot(neighbour.table, home, progress)
     for _ in range(5):
         with world.table.writing() as writer:
             world.step(writer)
-        folder = write_snapshot(world.table, home, board)
+        folder = write_snapshot(world.table, home, progress)
         check(world, rows_in(folder))
         assert sorted(home.iterdir()) == sorted([folder, kept])
     check(neighbour, rows_in(kept))  # another table of this name
@@ -75,11 +75,11 @@ def test_without_a_change_there_is_nothing_to_do(tmp_path: Path) -> None:
     world = World(tmp_path)
     with world.table.writing() as writer:
         world.add(writer, world.new(20))
-    folder = write_snapshot(world.table, tmp_path / "parquet", board)
+    folder = write_snapshot(world.table, tmp_path / "parquet", progress)
     before = files_below(folder)
     with world.table.writing():
         pass  # another version with the same rows
-    assert write_snapshot(world.table, tmp_path / "parquet", no_board) == folder
+    assert write_snapshot(world.table, tmp_path / "parquet", no_progress) == folder
     assert files_below(folder) == before
 
 
@@ -87,7 +87,7 @@ def test_pandas_and_pyarrow_read_it(tmp_path: Path) -> None:
     world = World(tmp_path, vector_type="float16")
     with world.table.writing() as writer:
         world.add(writer, world.new(200))
-    folder = write_snapshot(world.table, tmp_path / "parquet", board)
+    folder = write_snapshot(world.table, tmp_path / "parquet", progress)
     frame = pd.read_parquet(folder / "rows").set_index("text")
     assert sorted(frame.index) == sorted(world.documents)
     for text, vector in frame["vector"].items():
@@ -103,7 +103,7 @@ def test_pandas_and_pyarrow_read_it(tmp_path: Path) -> None:
 def test_an_empty_table(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.table.create()
-    folder = write_snapshot(world.table, tmp_path / "parquet", board)
+    folder = write_snapshot(world.table, tmp_path / "parquet", progress)
     assert rows_in(folder) == []
     assert len(ds.dataset(folder / "rows").schema.field("vector").type.value_field.name) > 0
 
@@ -121,20 +121,20 @@ def test_killed_it_is_absent_and_the_rest_is_written_later(tmp_path: Path) -> No
     world, home = World(tmp_path), tmp_path / "parquet"
     with world.table.writing() as writer:
         world.add(writer, world.new(60))
-    whole = write_snapshot(world.table, home, board)
+    whole = write_snapshot(world.table, home, progress)
     with world.table.writing() as writer:
         world.add(writer, world.new(5))
     table = FailingTable(tmp_path, "t", WIDTH)
     (tmp_path / "full").touch()
     with pytest.raises(JobError, match=r"^parquet: write: the disk is full$"):
-        write_snapshot(table, home, board)
+        write_snapshot(table, home, progress)
     (broken,) = set(home.iterdir()) - {whole}
     assert not (broken / MANIFEST).exists()
     assert (whole / MANIFEST).exists()  # until there is another
     written = {name: stat for name, stat in files_below(broken / "rows").items() if name.endswith("parquet")}
     assert 0 < len(written) < 16
     (tmp_path / "full").unlink()
-    assert write_snapshot(table, home, board) == broken
+    assert write_snapshot(table, home, progress) == broken
     after = files_below(broken / "rows")
     assert [name for name in written if after[name] == written[name]]  # those that had a note are not written again
     check(world, rows_in(broken))
@@ -148,6 +148,6 @@ def test_in_a_bucket(tmp_path: Path) -> None:
         for _ in range(2):
             with world.table.writing() as writer:
                 world.add(writer, world.new(10))
-            folder = write_snapshot(world.table, home, board)
+            folder = write_snapshot(world.table, home, progress)
             check(world, rows_in(folder))
             assert {name.partition("/")[0] for name in files_below(home)} == {folder.name}

@@ -24,7 +24,7 @@ from pipeline.tuning.space import Space
 from pipeline.tuning.sweep import Row, Sweep
 from pipeline.tuning.terms import Terms, trial_config
 from tests.bucket_servers import s3
-from tests.conftest import make_pairs, no_board, run_here, write_jsonl
+from tests.conftest import make_pairs, no_progress, run_here, write_jsonl
 
 RATE = "training.learning_rate"
 TRIAL = {RATE: {"loguniform": [1e-4, 1e-1]}, "training.weight_decay": {"uniform": [0.0, 1.0]}}
@@ -375,7 +375,7 @@ class TestRealSweep:
         self.check_the_best_model_alone_is_kept(folder)
         self.check_trackers(folder, {int(row["trial"]) + 1: float(row["loss"]) for row in rows if row["loss"]})
 
-        monkeypatch.setattr("pipeline.stages.ray_session", no_board)
+        monkeypatch.setattr("pipeline.stages.ray_session", no_progress)
         code, last, err = tuning(capsys, *GRID)
         assert (code, last["metrics"]["trials"]) == (0, 4), err
         assert "nothing to do, all 4 trials have ended" in err

@@ -36,7 +36,7 @@ from pipeline.data.contamination import contamination
 from pipeline.data.exchange import read_part, write_parts
 from pipeline.data.manifest import rejections
 from pipeline.runtime.artifact import Artifact, Output, open_parquet
-from pipeline.runtime.session import Board
+from pipeline.runtime.session import Progress
 from pipeline.storage.files import for_each, parquet_file, sizes
 from pipeline.storage.path import StoragePath
 from pipeline.text.shingles import Shingles, band_keys, bands_of, shingle_sets, thin_out
@@ -64,7 +64,7 @@ _GONE = pa.schema(
 )
 
 
-def find(distinct: Artifact, board: Board, files: Sequence[StoragePath], data: Data) -> int:
+def find(distinct: Artifact, progress: Progress, files: Sequence[StoragePath], data: Data) -> int:
     """Find what has to go, in the artifact's scratch folder. Returns the number of near-duplicates."""
     scratch, threshold = distinct.scratch, data.near_duplicates.threshold
     file_bytes = [size or 0 for size in sizes(files)]
@@ -75,7 +75,7 @@ def find(distinct: Artifact, board: Board, files: Sequence[StoragePath], data: D
     def sign(index: int, output: Output) -> None:
         _sign(files[index], output, data)
 
-    distinct.tasks(board, "prepare: signatures", file_bytes, sign)
+    distinct.tasks(progress, "prepare: signatures", file_bytes, sign)
     if threshold is None:
         distinct.output.write_table(GONE, _GONE.empty_table())
         return 0
@@ -88,12 +88,12 @@ def find(distinct: Artifact, board: Board, files: Sequence[StoragePath], data: D
         found = [_links(np.concatenate(for_each(scratch, partial(_row, band), keys))) for band in runs[index]]
         _save(np.concatenate(found, axis=1), output, f"scratch/links/{links[index].name}")
 
-    distinct.tasks(board, "prepare: likely pairs", [band_bytes * len(run) for run in runs], link)
+    distinct.tasks(progress, "prepare: likely pairs", [band_bytes * len(run) for run in runs], link)
 
     def join(index: int, output: Output) -> None:
         _save(_components(links, int(offsets[-1])), output, "scratch/components.npy")
 
-    distinct.tasks(board, "prepare: join the pairs", [band_bytes], join)
+    distinct.tasks(progress, "prepare: join the pairs", [band_bytes], join)
     candidates = [scratch / "candidates" / f"{file.stem}.parts" for file in files]
 
     def collect(index: int, output: Output) -> None:
@@ -102,20 +102,20 @@ def find(distinct: Artifact, board: Board, files: Sequence[StoragePath], data: D
         with output.writing(f"scratch/candidates/{candidates[index].name}") as file:
             write_parts(table, table["component"].to_numpy() % len(files), len(files), file)
 
-    distinct.tasks(board, "prepare: collect the alike", file_bytes, collect)
+    distinct.tasks(progress, "prepare: collect the alike", file_bytes, collect)
     part_bytes = sum(filter(None, sizes(candidates))) // len(files)
 
     def thin(part: int, output: Output) -> None:
         output.write_table(f"scratch/gone/{part:05d}.parquet", _thin_out(read_part(candidates, part), threshold))
 
-    distinct.tasks(board, "prepare: compare them", [part_bytes] * len(files), thin)
+    distinct.tasks(progress, "prepare: compare them", [part_bytes] * len(files), thin)
     gone = [scratch / "gone" / f"{part:05d}.parquet" for part in range(len(files))]
     found = pa.concat_tables(for_each(scratch, lambda path: parquet_file(path).read(), gone)).sort_by("record")
     distinct.output.write_table(GONE, found)
     return len(found)
 
 
-def write_distinct(distinct: Artifact, board: Board, files: Sequence[StoragePath]) -> dict[str, Counter[str]]:
+def write_distinct(distinct: Artifact, progress: Progress, files: Sequence[StoragePath]) -> dict[str, Counter[str]]:
     """Write `records/` without what has to go, and that to `rejected/`. Returns source → `kept` or a reason → rows."""
     scratch, folder, offsets = distinct.scratch, distinct.folder, _offsets(files)
     file_bytes = [size or 0 for size in sizes(files)]
@@ -136,7 +136,7 @@ def write_distinct(distinct: Artifact, board: Board, files: Sequence[StoragePath
         return outcome
 
     total: dict[str, Counter[str]] = {}
-    for outcomes in distinct.tasks(board, "prepare: write what stays", file_bytes, write):
+    for outcomes in distinct.tasks(progress, "prepare: write what stays", file_bytes, write):
         for source, outcome in outcomes.items():
             total.setdefault(source, Counter()).update(outcome)
     return total

@@ -35,7 +35,7 @@ from pipeline.data.vocabulary import load_tokenizer, tokenizer_file, train_token
 from pipeline.runtime.artifact import Artifact, Output
 from pipeline.runtime.console import log
 from pipeline.runtime.findings import Finding, refuse, room
-from pipeline.runtime.session import Board
+from pipeline.runtime.session import Progress
 from pipeline.sources.content import inputs_by_content
 from pipeline.sources.source import Plan, check_fields, plan_source, text_fields
 from pipeline.storage.files import matching, sizes
@@ -123,8 +123,8 @@ class Inputs:
         self.prepared = Artifact(config.root / "prepared", "", whole)
 
 
-def prepare(config: Config, board: Callable[[], Board], rehash: bool = False) -> tuple[StoragePath, Manifest]:
-    """Bring the prepared data up to date. Returns its folder and manifest; asks for the `board` if there is work.
+def prepare(config: Config, progress: Callable[[], Progress], rehash: bool = False) -> tuple[StoragePath, Manifest]:
+    """Bring the prepared data up to date. Returns its folder and manifest; asks for the `progress` if there is work.
 
     With `rehash`, inputs are known by their content rather than by their times of change. `data.prepared` is taken as
     it is.
@@ -138,7 +138,7 @@ def prepare(config: Config, board: Callable[[], Board], rehash: bool = False) ->
     else:
         _refuse_older(config.root)
         refuse([inputs.room])
-        inputs.prepared.make(lambda: _fill(inputs, config, board))
+        inputs.prepared.make(lambda: _fill(inputs, config, progress))
     manifest = read_prepared(folder)
     assert manifest
     return folder, manifest
@@ -153,15 +153,15 @@ def _refuse_older(root: StoragePath) -> None:
         )
 
 
-def _fill(inputs: Inputs, config: Config, board: Callable[[], Board]) -> dict[str, Any]:
-    sources = _records(inputs, config, board)
-    sources, clusters = _distinct(inputs, config, board, sources)
-    _tokenizer(inputs, config, board)
+def _fill(inputs: Inputs, config: Config, progress: Callable[[], Progress]) -> dict[str, Any]:
+    sources = _records(inputs, config, progress)
+    sources, clusters = _distinct(inputs, config, progress, sources)
+    _tokenizer(inputs, config, progress)
     files, recipe, tokenizer = _record_files(inputs), inputs.recipe, inputs.tokenizer_json
 
     def tokenize() -> dict[str, Any]:
         series = series_of(config, recipe, tokenizer)
-        return token_shards(inputs.tokens, board(), files, recipe, tokenizer, series)
+        return token_shards(inputs.tokens, progress(), files, recipe, tokenizer, series)
 
     described = _made(inputs.tokens, tokenize)
     manifest = _assemble(inputs, config, sources, clusters, described)
@@ -215,12 +215,12 @@ def _record_files(inputs: Inputs) -> list[StoragePath]:
     return [(inputs.distinct or inputs.records).folder / "records" / f"{i:05d}.parquet" for i in range(inputs.shards)]
 
 
-def _records(inputs: Inputs, config: Config, board: Callable[[], Board]) -> list[SourceCount]:
+def _records(inputs: Inputs, config: Config, progress: Callable[[], Progress]) -> list[SourceCount]:
     """Read, judge and deduplicate every source. Returns what became of each, checked."""
     stage = inputs.records
 
     def fill() -> dict[str, Any]:
-        found = make_records(stage, board(), inputs.work, config.data, inputs.shards)
+        found = make_records(stage, progress(), inputs.work, config.data, inputs.shards)
         check_sources(found, config.data, stage.folder)
         return {"sources": [vars(source) for source in found]}
 
@@ -232,7 +232,7 @@ def _records(inputs: Inputs, config: Config, board: Callable[[], Board]) -> list
 
 
 def _distinct(
-    inputs: Inputs, config: Config, board: Callable[[], Board], sources: list[SourceCount]
+    inputs: Inputs, config: Config, progress: Callable[[], Progress], sources: list[SourceCount]
 ) -> tuple[list[SourceCount], list[dict[str, Any]]]:
     """Take near-duplicates and evaluation texts out. Returns what became of each source, and the largest clusters."""
     stage = inputs.distinct
@@ -241,9 +241,9 @@ def _distinct(
 
     def fill() -> dict[str, Any]:
         files = [inputs.records.folder / "records" / f"{i:05d}.parquet" for i in range(inputs.shards)]
-        near = near_duplicates.find(stage, board(), files, config.data)
+        near = near_duplicates.find(stage, progress(), files, config.data)
         check_duplicates(sources, config.data.max_removed_fraction, near)
-        outcomes = near_duplicates.write_distinct(stage, board(), files)
+        outcomes = near_duplicates.write_distinct(stage, progress(), files)
         return {"outcomes": outcomes, "clusters": near_duplicates.largest_clusters(stage)}
 
     made = _made(stage, fill)
@@ -259,7 +259,7 @@ def _after(source: SourceCount, outcome: Counter[str]) -> SourceCount:
     return replace(source, rows_kept=kept, rejected=dict(sorted((Counter(source.rejected) + outcome).items())))
 
 
-def _tokenizer(inputs: Inputs, config: Config, board: Callable[[], Board]) -> None:
+def _tokenizer(inputs: Inputs, config: Config, progress: Callable[[], Progress]) -> None:
     """Train a tokenizer where none was given."""
     stage, wanted = inputs.tokenizer, config.tokenizer
     if stage is None:
@@ -273,7 +273,7 @@ def _tokenizer(inputs: Inputs, config: Config, board: Callable[[], Board]) -> No
 
     def fill() -> dict[str, Any]:
         sample = min(sum(filter(None, sizes(files))), wanted.train_mb << 20)
-        stage.tasks(board(), "prepare: train the tokenizer", [sample], train)
+        stage.tasks(progress(), "prepare: train the tokenizer", [sample], train)
         return {}
 
     _made(stage, fill)

@@ -26,7 +26,7 @@ from pipeline.data.manifest import RECORD_SCHEMA, SourceCount, rejections
 from pipeline.runtime.artifact import Artifact, Output, open_parquet
 from pipeline.runtime.cluster import connected_cluster
 from pipeline.runtime.console import log
-from pipeline.runtime.session import Board
+from pipeline.runtime.session import Progress
 from pipeline.sources.source import ReadTask, read
 from pipeline.storage.files import sizes
 from pipeline.storage.path import StoragePath
@@ -37,7 +37,7 @@ MAX_PARTS = 5_000  # beyond that, parts are larger: each is opened by every task
 
 
 def make_records(
-    records: Artifact, board: Board, work: Sequence[tuple[Source, ReadTask]], data: Data, shards: int
+    records: Artifact, progress: Progress, work: Sequence[tuple[Source, ReadTask]], data: Data, shards: int
 ) -> list[SourceCount]:
     """Fill the artifact's `records/` and `rejected/`. Returns what became of each source's records, not yet checked."""
     task_bytes = [task.bytes for _, task in work]
@@ -47,7 +47,7 @@ def make_records(
         source, task = work[index]
         return _judge_task(index, task, source, data, shards, part_chars, output)
 
-    tallies = records.tasks(board, "prepare: read and judge", task_bytes, judge, _only_here(work))
+    tallies = records.tasks(progress, "prepare: read and judge", task_bytes, judge, _only_here(work))
     read_in: Counter[str] = Counter(dict.fromkeys((source.name for source, _ in work), 0))
     parts: list[StoragePath] = []
     for (source, _), tally in zip(work, tallies, strict=True):
@@ -58,7 +58,7 @@ def make_records(
     def write(shard: int, output: Output) -> dict[str, dict[str, int]]:
         return _write_shard(read_part(parts, shard), output, shard) if parts else {}
 
-    counts = records.tasks(board, "prepare: remove exact duplicates", [size] * shards, write)
+    counts = records.tasks(progress, "prepare: remove exact duplicates", [size] * shards, write)
     return _merge(read_in, counts)
 
 

@@ -1,6 +1,6 @@
 """From record files to a prepared data set: token shards, a histogram of lengths, the manifest last.
 
-described = tokens.make(lambda: token_shards(tokens, board, files, recipe, tokenizer_json))
+described = tokens.make(lambda: token_shards(tokens, progress, files, recipe, tokenizer_json))
 parts = Parts(files, tokenizer_json, recipe, sources, clusters, rejected)
 prepared.make(lambda: asdict(assemble(prepared, tokens, described, parts)))
 
@@ -28,7 +28,7 @@ from pipeline.data.vocabulary import loaded_tokenizer
 from pipeline.runtime.artifact import Artifact, Output, checked, open_parquet, read_manifest
 from pipeline.runtime.console import log
 from pipeline.runtime.outcome import JobError
-from pipeline.runtime.session import Board
+from pipeline.runtime.session import Progress
 from pipeline.storage.files import for_each, matching, sizes
 from pipeline.storage.path import StoragePath
 from pipeline.text.augment import Augmentation
@@ -110,7 +110,7 @@ def _as_written(kind: pa.DataType) -> pa.DataType:
 
 def token_shards(
     tokens: Artifact,
-    board: Board,
+    progress: Progress,
     files: Sequence[StoragePath],
     recipe: Recipe,
     tokenizer: StoragePath,
@@ -129,7 +129,7 @@ def token_shards(
         output.report(records=sum(shard["rows"] for shard in found["shards"]))
         return found
 
-    found = tokens.tasks(board, "prepare: tokenize", [size or 0 for size in sizes(files)], tokenize)
+    found = tokens.tasks(progress, "prepare: tokenize", [size or 0 for size in sizes(files)], tokenize)
     if earlier:
         log.info(
             "prepare: %s of %s records were tokenized, the tokens of the others are those in %s",

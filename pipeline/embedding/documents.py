@@ -1,7 +1,7 @@
 """The distinct texts of a prepared data set: a document for each, with all places that have it, by ranges of id.
 
     documents = Documents.of(prepared, root, manifest, "positive", use_tokens=True)
-    documents.make(board)
+    documents.make(progress)
     documents.read(3)                    # (id, source, source_id, places, text, metadata, digest) of range 3, by id
 
     records/00000.parquet ──┐   id of each text         ┌──► documents/00000.parquet     ids from 00… to 55…
@@ -34,7 +34,7 @@ from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.embedding.table import PLACE
 from pipeline.model.reading import read_card
 from pipeline.runtime.artifact import Artifact, Output, open_parquet
-from pipeline.runtime.session import Board
+from pipeline.runtime.session import Progress
 from pipeline.storage.files import for_each, matching, sizes
 from pipeline.storage.path import StoragePath
 from pipeline.text.identity import content_id, id_bounds, shard_of
@@ -103,12 +103,12 @@ class Documents:
         groups = (one.row_group(i).total_byte_size for one in found for i in range(one.num_row_groups))
         return sum(groups) / max(sum(one.num_rows for one in found), 1)
 
-    def make(self, board: Any) -> None:
-        """Group the records, unless that is done; asks for the `board` if there is work."""
+    def make(self, progress: Any) -> None:
+        """Group the records, unless that is done; asks for the `progress` if there is work."""
         if not self.are_records:
-            self.artifact.make(lambda: self._group(board()))
+            self.artifact.make(lambda: self._group(progress()))
 
-    def _group(self, board: Board) -> dict[str, Any]:
+    def _group(self, progress: Progress) -> dict[str, Any]:
         ranges = len(self.records)
         bytes_in = [size or 0 for size in sizes(self.records)]
 
@@ -124,10 +124,10 @@ class Documents:
             output.write_table(f"documents/{index:05d}.parquet", rows)
             return len(rows)
 
-        names = self.artifact.tasks(board, "embed: find distinct texts", bytes_in, spread)
+        names = self.artifact.tasks(progress, "embed: find distinct texts", bytes_in, spread)
         parts = [self.artifact.folder / name for name in names]
         even = [sum(bytes_in) // max(ranges, 1)] * ranges
-        rows = self.artifact.tasks(board, "embed: write distinct texts", even, group)
+        rows = self.artifact.tasks(progress, "embed: write distinct texts", even, group)
         return {"data": self.shards.name, "rows": rows}
 
     def _identified(self, index: int) -> pa.Table:

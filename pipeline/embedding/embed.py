@@ -32,7 +32,7 @@ from pipeline.embedding.table import VectorTable, Writer
 from pipeline.runtime.cluster import Cluster, connected_cluster
 from pipeline.runtime.console import log
 from pipeline.runtime.memory import large_buffers_given_back
-from pipeline.runtime.session import Board
+from pipeline.runtime.session import Progress
 from pipeline.storage.files import lance_location
 
 ROWS = 1024  # texts encoded together: seconds of work
@@ -56,14 +56,14 @@ def write_rows(documents: int, mean_bytes: float = 0.0) -> int:
 class EncodeDocuments:
     """An actor that gives documents with `tokens` their `vector`, or, where they have chunks, their `vectors`."""
 
-    def __init__(self, recipe: EncoderRecipe, threads: int, board: Any) -> None:
-        self.encoder, self.board = open_encoder(recipe, threads), board
+    def __init__(self, recipe: EncoderRecipe, threads: int, progress: Any) -> None:
+        self.encoder, self.progress = open_encoder(recipe, threads), progress
 
     def __call__(self, documents: pa.Table) -> pa.Table:
         began, tokens = time.perf_counter(), count_tokens(documents["tokens"])
         rows = with_vectors(documents, self.encoder)
-        self.board.add.remote("embedded", len(rows))
-        self.board.post.remote({"seconds": {"encode": time.perf_counter() - began}, "tokens": tokens})
+        self.progress.add.remote("embedded", len(rows))
+        self.progress.post.remote({"seconds": {"encode": time.perf_counter() - began}, "tokens": tokens})
         return rows
 
 
@@ -74,16 +74,21 @@ class EncodeTexts:
     """
 
     def __init__(
-        self, recipe: EncoderRecipe, threads: int, board: Any, prompt: str, prompts: dict[str, str] | None
+        self, recipe: EncoderRecipe, threads: int, progress: Any, prompt: str, prompts: dict[str, str] | None
     ) -> None:
-        self.encoder, self.board, self.prompt, self.prompts = open_encoder(recipe, threads), board, prompt, prompts
+        self.encoder, self.progress, self.prompt, self.prompts = (
+            open_encoder(recipe, threads),
+            progress,
+            prompt,
+            prompts,
+        )
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         if "tokens" in rows.column_names:
             vectors, rows = self.encoder.encode_tokens(rows["tokens"]), rows.drop_columns(["tokens"])
         else:
             vectors = self._of_texts(rows)
-        self.board.add.remote("embedded", len(rows))
+        self.progress.add.remote("embedded", len(rows))
         return rows.append_column("vector", as_column(vectors))
 
     def _of_texts(self, rows: pa.Table) -> np.ndarray:
@@ -100,7 +105,7 @@ def encoded(
     dataset: Dataset,
     texts: int,
     recipe: EncoderRecipe,
-    board: Board,
+    progress: Progress,
     prompt: str,
     prompts: dict[str, str] | None = None,
 ) -> Dataset:
@@ -108,7 +113,7 @@ def encoded(
 
     The prompt is that of the text's `source`, else the model's own named `prompt`. `texts` says how many there are.
     """
-    return in_pool(dataset, texts, recipe, board, EncodeTexts, prompt, prompts)
+    return in_pool(dataset, texts, recipe, progress, EncodeTexts, prompt, prompts)
 
 
 @dataclass(frozen=True)
@@ -143,12 +148,14 @@ def pool_of(texts: int, recipe: EncoderRecipe) -> Pool:
     return Pool.of(texts, recipe.settings.max_workers, cluster, on_gpus=not recipe.is_table)
 
 
-def in_pool(dataset: Dataset, texts: int, recipe: EncoderRecipe, board: Board, actor: type, *arguments: Any) -> Dataset:
+def in_pool(
+    dataset: Dataset, texts: int, recipe: EncoderRecipe, progress: Progress, actor: type, *arguments: Any
+) -> Dataset:
     """The dataset, of so many texts, through a pool of encoding actors that are made with `arguments`."""
     pool = pool_of(texts, recipe)
     return dataset.map_batches(
         actor,
-        fn_constructor_args=(recipe, pool.threads, board.handle, *arguments),
+        fn_constructor_args=(recipe, pool.threads, progress.handle, *arguments),
         batch_size=ROWS,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=pool.most, initial_size=pool.now),
@@ -203,11 +210,11 @@ def embed(
     ranges: Sequence[int],
     documents: int,
     letters: DeadLetters,
-    board: Board,
+    progress: Progress,
     writer: Writer,
 ) -> Spent:
     """Encode the documents that are due in these ranges, so many in all, and append them to the table, wave by wave."""
-    handle, table = board.handle, sync.table
+    handle, table = progress.handle, sync.table
 
     def due(batch: dict[str, Any]) -> Iterator[pa.Table]:
         for index in batch["id"].tolist():
@@ -234,9 +241,9 @@ def embed(
 
     written = refused = 0
     waves = Waves(writer)
-    with board.stage("embed", documents, "documents", counter="embedded", receive=receive):
+    with progress.stage("embed", documents, "documents", counter="embedded", receive=receive):
         dataset = _a_task_each(len(ranges)).map_batches(due, batch_size=1, num_cpus=READ_CPUS)
-        dataset = in_pool(dataset, documents, recipe, board, EncodeDocuments)
+        dataset = in_pool(dataset, documents, recipe, progress, EncodeDocuments)
         dataset = dataset.map_batches(
             write, batch_size=write_rows(documents, sync.documents.mean_bytes), batch_format="pyarrow", num_cpus=0.5
         )
@@ -277,19 +284,19 @@ def _without_direction(rows: pa.Table) -> tuple[pa.Table, pa.Table, list[Refused
     return rows.filter(pa.array(good)), bad, refused
 
 
-def differences(sync: Sync, board: Callable[[], Board], title: str = "embed: compare") -> list[Difference]:
+def differences(sync: Sync, progress: Callable[[], Progress], title: str = "embed: compare") -> list[Difference]:
     """How each range of the table differs from the documents."""
     ranges = range(len(sync.documents))
     if sync.empty or sum(sync.documents.rows) <= LOCAL_ROWS:
         return [sync.difference(index) for index in ranges]
-    handle = board().handle
+    handle = progress().handle
 
     def compare(batch: dict[str, Any]) -> pa.Table:
         found = [(index, sync.difference(index)) for index in batch["id"].tolist()]
         handle.add.remote("compared", len(found))
         return pa.Table.from_pylist([{"range": index, **each.to_row()} for index, each in found], DIFFERENCE)
 
-    with board().stage(title, len(ranges), "ranges", counter="compared"):
+    with progress().stage(title, len(ranges), "ranges", counter="compared"):
         rows = _a_task_each(len(ranges)).map_batches(compare, batch_size=1, num_cpus=0.5).take_all()
     return [Difference.from_row(row) for row in sorted(rows, key=lambda row: row["range"])]
 

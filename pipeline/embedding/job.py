@@ -2,7 +2,7 @@
 
 index = Index.of(config, prepared_folder, manifest, model)
 if not index.is_done():
-    metrics = index.bring_up_to_date(session.board)
+    metrics = index.bring_up_to_date(session.progress)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pipeline.embedding.table import VectorTable, Writer
 from pipeline.model.reading import read_card
 from pipeline.runtime.console import log
 from pipeline.runtime.outcome import JobError, alone_in
-from pipeline.runtime.session import Board
+from pipeline.runtime.session import Progress
 from pipeline.storage.files import remove_folder
 from pipeline.storage.path import StoragePath
 
@@ -77,31 +77,31 @@ class Index:
     def publish(self) -> None:
         publish(self.config, self.recipe, self.table)
 
-    def bring_up_to_date(self, board: Callable[[], Board], *, rebuild: bool = False) -> dict[str, Any]:
+    def bring_up_to_date(self, progress: Callable[[], Progress], *, rebuild: bool = False) -> dict[str, Any]:
         """Embed, rewrite and delete what has to be; verify; let readers use the table. Returns the counts.
 
         Raises JobError where more would be deleted than is allowed, texts have no vector, or the table is not what it
         should be afterwards.
         """
         began = time.monotonic()
-        self.documents.make(board)
+        self.documents.make(progress)
         if rebuild:
             with alone_in(self.table.path):
                 self.table.empty()
         with self.table.writing() as writer:
             metrics = (
-                {"embedded": 0, "rows": self.table.count()} if self.is_done() else self._write(writer, board, began)
+                {"embedded": 0, "rows": self.table.count()} if self.is_done() else self._write(writer, progress, began)
             )
             self.publish()
-            return metrics | self._deliver(writer, board)
+            return metrics | self._deliver(writer, progress)
 
-    def _deliver(self, writer: Writer, board: Callable[[], Board]) -> dict[str, Any]:
+    def _deliver(self, writer: Writer, progress: Callable[[], Progress]) -> dict[str, Any]:
         """Bring what lies beside the table up to date: a namespace of Pinecone, or Parquet files."""
         config, store = self.config, self.config.embedding.store
         if store == "parquet":
             from pipeline.embedding.stores.snapshot import write_snapshot
 
-            folder = write_snapshot(self.table, config.under_root(config.embedding.uri or "parquet"), board)
+            folder = write_snapshot(self.table, config.under_root(config.embedding.uri or "parquet"), progress)
             return {"parquet": str(folder)}
         if store == "lancedb":
             return {}
@@ -109,7 +109,7 @@ class Index:
         from pipeline.embedding.stores.push import pinned_bytes
 
         letters = config.run_dir / "dead_letters" / f"{self.table.name}-pinecone"
-        counts = push_over_cluster(writer, config, letters, board())
+        counts = push_over_cluster(writer, config, letters, progress())
         log.info("embed: Pinecone holds the table's rows: %s", _listed(counts) or "nothing had changed")
         if pinned := pinned_bytes(self.table):
             log.info("embed: versions that were pushed keep %s MB of old files", f"{pinned / 1e6:,.0f}")
@@ -120,7 +120,7 @@ class Index:
             )
         return {"upserted": counts["upserted"], "pushed_deletions": counts["deleted"]}
 
-    def _write(self, writer: Writer, board: Callable[[], Board], began: float) -> dict[str, Any]:
+    def _write(self, writer: Writer, progress: Callable[[], Progress], began: float) -> dict[str, Any]:
         from pipeline.embedding.embed import differences, embed, finish_somewhere, rewrite
 
         wanted = self.config.embedding
@@ -132,7 +132,7 @@ class Index:
         sync = self._sync(int(writer.dataset.version), empty=not rows, check=not writer.was_verified)
         if rows and sync.check:
             log.info("embed: checks all %s rows: the last job did not finish, or something else wrote", f"{rows:,}")
-        found = differences(sync, board)
+        found = differences(sync, progress)
         whole = Difference.total(found)
         counts = whole.summary
         self._refuse_mass_deletion(counts)
@@ -142,15 +142,15 @@ class Index:
         due = [index for index, each in enumerate(found) if each.counts["new"]]
         spent = None
         if due:
-            spent = embed(sync, self.recipe, due, counts["new"] + counts["changed"], letters, board(), writer)
+            spent = embed(sync, self.recipe, due, counts["new"] + counts["changed"], letters, progress(), writer)
             metrics |= {"embedded": spent.written, "refused": spent.refused}
         rewrite(sync, [index for index, each in enumerate(found) if each.counts["metadata"]], writer)
         writer.delete(whole.obsolete)
         log.info("embed: %s", _listed(counts) or "nothing had changed")
-        board()
+        progress()
         facts = finish_somewhere(self.table, wanted.index, wanted.index_rows, self.config.scaling.labels.data)
         without_vector = spent.refused if spent else 0
-        verified = self._verified(board, check=False, missing=without_vector)
+        verified = self._verified(progress, check=False, missing=without_vector)
         writer.clean_up()
         writer.mark_verified(INCOMPLETE if without_vector else self.documents.key)
         if without_vector:
@@ -180,26 +180,26 @@ class Index:
                 "is missing, or allow it with embedding.max_deleted_fraction=1"
             )
 
-    def verify(self, board: Callable[[], Board]) -> dict[str, Any]:
+    def verify(self, progress: Callable[[], Progress]) -> dict[str, Any]:
         """Compare all ids, texts, metadata and vectors with their digests, and a sample of vectors with their texts.
 
         Raises JobError where something is not as it should be.
         """
-        self.documents.make(board)
+        self.documents.make(progress)
         try:
-            return self._verified(board, check=True)
+            return self._verified(progress, check=True)
         except JobError:
             with suppress(JobError, OSError), self.table.writing() as writer:
                 writer.forget_verified()  # so that the next job checks and repairs all rows
             raise
 
-    def _verified(self, board: Callable[[], Board], *, check: bool, missing: int = 0) -> dict[str, Any]:
+    def _verified(self, progress: Callable[[], Progress], *, check: bool, missing: int = 0) -> dict[str, Any]:
         """`missing` texts may be, because they have no vector."""
         from pipeline.embedding.embed import differences
 
         dataset = self.table.open()
         sync = self._sync(int(dataset.version), empty=not dataset.count_rows(), check=check)
-        counts = Difference.total(differences(sync, board, "embed: verify")).summary
+        counts = Difference.total(differences(sync, progress, "embed: verify")).summary
         counts["new"] -= missing
         wrong = [f"{counts[name]:,} rows are {what}" for name, what in WRONG.items() if counts[name]]
         sampled, least, off = self._sampled()
@@ -242,11 +242,11 @@ class Index:
     def _encoder(self) -> TextEncoder:
         return open_encoder(self.recipe)
 
-    def estimate(self, board: Callable[[], Board]) -> dict[str, Any]:
+    def estimate(self, progress: Callable[[], Progress]) -> dict[str, Any]:
         """What an embedding would do, and about how long encoding would take on this cluster. Writes no vector."""
         from pipeline.embedding.embed import differences, pool_of
 
-        self.documents.make(board)
+        self.documents.make(progress)
         exists, documents = self.table.exists(), sum(self.documents.rows)
         rows = self.table.count() if exists else 0
         sync = self._sync(
@@ -254,9 +254,9 @@ class Index:
             empty=not rows,
             check=exists and not self.table.is_verified(self.table.open()),
         )
-        found = differences(sync, board)
+        found = differences(sync, progress)
         counts = Difference.total(found).summary
-        board()
+        progress()
         pool = pool_of(documents, self.recipe)
         due = counts["new"] + counts["changed"]
         rate, tokens = self._measured(sync, found, pool.threads) if due else (1.0, 0.0)

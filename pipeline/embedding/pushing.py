@@ -1,7 +1,7 @@
 """A push to Pinecone spread over the cluster: a task a range of ids, all within one budget of requests.
 
 with table.writing() as writer:
-    counts = push_over_cluster(writer, config, config.run_dir / "dead_letters" / table.name, board)
+    counts = push_over_cluster(writer, config, config.run_dir / "dead_letters" / table.name, progress)
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pipeline.embedding.stores.store import StoreError
 from pipeline.embedding.table import Writer
 from pipeline.runtime.cluster import on_own_node
 from pipeline.runtime.outcome import JobError
-from pipeline.runtime.session import Board
+from pipeline.runtime.session import Progress
 from pipeline.storage.object_store import BucketError
 from pipeline.storage.path import StoragePath
 
 PUSH_CPUS = 0.5  # of a task, which mostly waits for answers
 
 
-def push_over_cluster(writer: Writer, config: Config, letters: StoragePath, board: Board) -> Counter[str]:
+def push_over_cluster(writer: Writer, config: Config, letters: StoragePath, progress: Progress) -> Counter[str]:
     """Make the namespace of a table hold what the table holds. Returns the counts of `Push.run`.
 
     Rows that were refused lie under `letters` afterwards. Raises StoreError.
@@ -39,12 +39,12 @@ def push_over_cluster(writer: Writer, config: Config, letters: StoragePath, boar
     namespace = settings.namespace or table.name
     store = PineconeStore(settings, namespace, table.width, config.secret_files, Budget(account))
     store.create()
-    handle = board.handle
+    handle = progress.handle
 
     def report(rows: int) -> None:
         handle.add.remote("pushed", rows)
 
-    with board.stage("push to Pinecone", None, "rows", counter="pushed"):
+    with progress.stage("push to Pinecone", None, "rows", counter="pushed"):
         most = config.embedding.max_deleted_fraction
         return Push(writer, store, DeadLetters(letters), over_cluster, imports, report, most).run()
 

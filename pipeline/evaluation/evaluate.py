@@ -1,6 +1,6 @@
 """Every score that a config asks for, of one model: at its full width, and cut to each size that it was trained for.
 
-scores = score_tasks(config, prepared_folder, manifest, model_folder, session.board)
+scores = score_tasks(config, prepared_folder, manifest, model_folder, session.progress)
 # {"held-out": {"queries": 1000, "documents": 10000,
 #               "model": {"ndcg@10": …}, "model@64": {…}, "bm25": {…}, "hybrid": {…}, "hybrid@64": {…}},
 #  "sts": {"pairs": 1379, "model": {"spearman": …, "pearson": …}, "model@64": {…}}}
@@ -27,18 +27,18 @@ from pipeline.evaluation.retrieval import TextVectors, nearest_documents
 from pipeline.evaluation.sts import StsTask, pearson, read_sts, spearman
 from pipeline.model.reading import read_card
 from pipeline.runtime.console import Stage, log
-from pipeline.runtime.session import Board
+from pipeline.runtime.session import Progress
 from pipeline.storage.path import StoragePath, as_path
 
 Scores = dict[str, Any]
 
 
 def score_tasks(
-    config: Config, folder: StoragePath, manifest: Manifest, recipe: EncoderRecipe, board: Callable[[], Board]
+    config: Config, folder: StoragePath, manifest: Manifest, recipe: EncoderRecipe, progress: Callable[[], Progress]
 ) -> dict[str, Scores]:
-    """Scores by task, in the order of the config's keys; asks for the `board` where there are texts to encode."""
+    """Scores by task, in the order of the config's keys; asks for the `progress` where there are texts to encode."""
     wanted, normalise = config.evaluation, normaliser(config.data)
-    dimensions, vectors = read_card(recipe.local).head.dimensions, TextVectors(recipe, board)
+    dimensions, vectors = read_card(recipe.local).head.dimensions, TextVectors(recipe, progress)
     sizes = [recipe.width, *(size for size in dimensions if size < recipe.width)]
     scores: dict[str, Scores] = {}
 
@@ -50,7 +50,7 @@ def score_tasks(
             log.warning("evaluate: %s is left out, it has no queries", task.name)
             continue
         queries = vectors.of(list(task.queries.values()), f"queries of {task.name}", "query")
-        found = nearest_documents(task, queries, sizes, recipe, board())
+        found = nearest_documents(task, queries, sizes, recipe, progress())
         with Stage(f"evaluate: score {task.name}", len(task.queries), "queries") as stage:
             scores[_unused(task.name, scores)] = score_retrieval(task, found, bm25=wanted.bm25)
             stage.advance(len(task.queries))

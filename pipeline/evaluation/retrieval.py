@@ -24,7 +24,7 @@ from pipeline.embedding.nearest import Floats, Found, merged, nearest_in_block, 
 from pipeline.embedding.recipe import EncoderRecipe
 from pipeline.evaluation.beir import BLOCK_ROWS, Corpus, RetrievalTask
 from pipeline.evaluation.metrics import DEPTH
-from pipeline.runtime.session import Board
+from pipeline.runtime.session import Progress
 
 if TYPE_CHECKING:
     from pipeline.embedding.encode import TextEncoder  # with torch, which the pool's actors alone may need
@@ -36,10 +36,10 @@ FEW_TEXTS = 1024  # are encoded before a pool of encoders has started
 
 @dataclass(frozen=True)
 class TextVectors:
-    """Vectors of texts: of few in this process, of many by the pool of encoders, for which `board` starts Ray."""
+    """Vectors of texts: of few in this process, of many by the pool of encoders, for which `progress` starts Ray."""
 
     recipe: EncoderRecipe
-    board: Callable[[], Board]
+    progress: Callable[[], Progress]
 
     @cached_property
     def encoder(self) -> TextEncoder:
@@ -55,17 +55,17 @@ class TextVectors:
 
         from pipeline.embedding.embed import encoded
 
-        table, board = pa.table({"id": range(len(texts)), "text": texts}), self.board()
+        table, progress = pa.table({"id": range(len(texts)), "text": texts}), self.progress()
         blocks = [table.slice(start, BLOCK_ROWS) for start in range(0, len(table), BLOCK_ROWS)]
-        with board.stage(f"evaluate: encode {name}", len(texts), "texts", counter="embedded"):
-            vectors = encoded(ray.data.from_arrow(blocks), len(texts), self.recipe, board, prompt)
+        with progress.stage(f"evaluate: encode {name}", len(texts), "texts", counter="embedded"):
+            vectors = encoded(ray.data.from_arrow(blocks), len(texts), self.recipe, progress, prompt)
             parts = list(vectors.iter_batches(batch_size=None, batch_format="pyarrow"))
         order = np.argsort(np.concatenate([part["id"].to_numpy() for part in parts]))
         return np.concatenate([as_matrix(part["vector"]) for part in parts])[order]
 
 
 def nearest_documents(
-    task: RetrievalTask, queries: Floats, sizes: Sequence[int], recipe: EncoderRecipe, board: Board
+    task: RetrievalTask, queries: Floats, sizes: Sequence[int], recipe: EncoderRecipe, progress: Progress
 ) -> dict[int, Found]:
     """The best DEPTH documents of each query, ids in UTF-8, by vectors cut to each of `sizes`; queries are (Q, D)."""
     import ray
@@ -80,8 +80,8 @@ def nearest_documents(
     def merge(partial: pa.Table) -> pa.Table:
         return to_table(merged_rows([partial], count))
 
-    with board.stage(f"evaluate: encode {task.name}", len(task.documents), "documents", counter="embedded"):
-        vectors = encoded(_dataset(task), len(task.documents), recipe, board, "document")
+    with progress.stage(f"evaluate: encode {task.name}", len(task.documents), "documents", counter="embedded"):
+        vectors = encoded(_dataset(task), len(task.documents), recipe, progress, "document")
         ranked = vectors.map_batches(rank, batch_size=RANK_ROWS, batch_format="pyarrow", num_cpus=0.5)
         for level in range(merge_levels(len(task.documents))):
             # NOTE: another share of CPUs than the level before, or Ray Data makes one operator of both, which merges

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from pipeline.mining.choosing import Keys
 from pipeline.runtime.artifact import Artifact, Output, open_parquet
-from pipeline.runtime.session import Board
+from pipeline.runtime.session import Progress
 from pipeline.storage.files import sizes
 from pipeline.storage.path import StoragePath
 from pipeline.text.identity import content_id, is_validation
@@ -39,7 +39,7 @@ def text_key(text: str) -> int:
     return int(content_id([text])[:16], 16)
 
 
-def text_keys(mined: Artifact, files: Sequence[StoragePath], fraction: float, board: Board) -> TextKeys:
+def text_keys(mined: Artifact, files: Sequence[StoragePath], fraction: float, progress: Progress) -> TextKeys:
     """Hash the texts of record files, into files in the scratch folder; `fraction` of the records are held out."""
 
     def hash_texts(index: int, output: Output) -> None:
@@ -48,7 +48,7 @@ def text_keys(mined: Artifact, files: Sequence[StoragePath], fraction: float, bo
         with output.writing(f"scratch/keys/{files[index].stem}.npy") as temporary, temporary.open("wb") as file:
             np.save(file, np.array(found, dtype=np.uint64).reshape(-1, 3))
 
-    mined.tasks(board, "mine: hash texts", [size or 0 for size in sizes(files)], hash_texts)
+    mined.tasks(progress, "mine: hash texts", [size or 0 for size in sizes(files)], hash_texts)
     found = []
     for path in files:
         with (mined.scratch / "keys" / f"{path.stem}.npy").open("rb") as file:

@@ -36,7 +36,7 @@ from pipeline.mining.keys import TextKeys, text_keys
 from pipeline.runtime.artifact import Artifact, Output, checked, open_parquet
 from pipeline.runtime.console import log
 from pipeline.runtime.outcome import JobError
-from pipeline.runtime.session import Board
+from pipeline.runtime.session import Progress
 from pipeline.storage.files import matching, replacing, sizes
 from pipeline.storage.path import StoragePath, on_disk
 
@@ -48,7 +48,7 @@ _CHOSEN = pa.schema([("id", pa.string()), ("negatives", pa.list_(pa.string()))])
 
 
 def mine(
-    config: Config, folder: StoragePath, manifest: Manifest, model: EncoderRecipe, board: Callable[[], Board]
+    config: Config, folder: StoragePath, manifest: Manifest, model: EncoderRecipe, progress: Callable[[], Progress]
 ) -> tuple[StoragePath, Manifest]:
     """The data set in `folder` with mined negatives, in a folder of its own. Raises ConfigError where it has no pairs.
 
@@ -72,9 +72,9 @@ def mine(
     target = Artifact(config.root / "prepared", "", ["mined", tokens.key])
 
     def fill() -> dict[str, Any]:
-        mined.make(lambda: _fill(mined, config, files, manifest, model, board()))
+        mined.make(lambda: _fill(mined, config, files, manifest, model, progress()))
         records = [mined.folder / "records" / file.name for file in files]
-        described = tokens.make(lambda: token_shards(tokens, board(), records, recipe, tokenizer))
+        described = tokens.make(lambda: token_shards(tokens, progress(), records, recipe, tokenizer))
         rejected = {path.name: path for path in matching(folder / "rejected", "*.parquet")}
         parts = Parts(records, tokenizer, recipe, manifest.sources, manifest.clusters, rejected)
         return asdict(assemble(target, tokens, described, parts))
@@ -103,17 +103,17 @@ def _fill(
     files: Sequence[StoragePath],
     manifest: Manifest,
     model: EncoderRecipe,
-    board: Board,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Write the record files. Returns how many negatives there are."""
     scratch = on_disk(mined.scratch)
     assert scratch  # `mine` has seen to it
-    keys = text_keys(mined, files, config.data.validation_fraction, board)
-    encoding = _Encoding(config, manifest, files, keys, model, board)
+    keys = text_keys(mined, files, config.data.validation_fraction, progress)
+    encoding = _Encoding(config, manifest, files, keys, model, progress)
     mined.once("candidates", lambda: _candidates(scratch / "candidates", encoding))
     blocks = sorted((scratch / "candidates").glob("*.arrow"))
     mined.once("chosen", lambda: _choose_all(scratch / "chosen", encoding, blocks))
-    return _write_records(mined, files, sorted((scratch / "chosen").glob("*.parts")), board)
+    return _write_records(mined, files, sorted((scratch / "chosen").glob("*.parts")), progress)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _Encoding:
     files: Sequence[StoragePath]
     keys: TextKeys
     model: EncoderRecipe
-    board: Board
+    progress: Progress
 
     def of(self, field: str, prompt: str, wanted: npt.NDArray[np.bool_]) -> Any:
         """A dataset of `id`, `file`, `anchor_key`, `positive_key`, `text` and `vector` of the records wanted, (N,)."""
@@ -142,7 +142,7 @@ class _Encoding:
 
         rows = ray.data.range(len(files), override_num_blocks=len(files)).map_batches(read, batch_size=1, num_cpus=0.5)
         prompts = {source.name: source.prompts[field] for source in self.manifest.sources if field in source.prompts}
-        return encoded(rows, int(wanted.sum()), self.model, self.board, prompt, prompts)
+        return encoded(rows, int(wanted.sum()), self.model, self.progress, prompt, prompts)
 
 
 def _read(
@@ -176,7 +176,7 @@ def _candidates(folder: Path, encoding: _Encoding) -> int:
             write_block(block, folder)
         return {"rows": [len(block)]}
 
-    with encoding.board.stage("mine: encode positives", count, "texts", counter="embedded"):
+    with encoding.progress.stage("mine: encode positives", count, "texts", counter="embedded"):
         dataset = encoding.of("positive", "document", wanted)
         dataset.map_batches(write, batch_size=BLOCK_ROWS, batch_format="pyarrow", num_cpus=0.5).materialize()
     written = sum(len(open_block(path)[0].keys) for path in folder.glob("*.arrow"))
@@ -192,25 +192,25 @@ def _choose_all(folder: Path, encoding: _Encoding, blocks: Sequence[Path]) -> in
     shutil.rmtree(folder, ignore_errors=True)
     keys, wanted = encoding.keys, encoding.config.mining
     answers, parts = ray.put(Answers.of(keys.anchors, keys.positives)), len(encoding.files)
-    board = encoding.board.handle
+    progress = encoding.progress.handle
 
     def choose_batch(rows: pa.Table) -> dict[str, list[int]]:
         if len(rows):
-            texts = negatives_of(rows, blocks, ray.get(answers), wanted, partial(board.add.remote, "mined"))
+            texts = negatives_of(rows, blocks, ray.get(answers), wanted, partial(progress.add.remote, "mined"))
             table = pa.table({"id": rows["id"], "negatives": texts}).cast(_CHOSEN)
             with replacing(folder / f"{rows['id'][0].as_py()}.parts") as file:
                 write_parts(table, rows["file"].to_numpy(), parts, file)
         return {"rows": [len(rows)]}
 
     count = int(keys.trains.sum())
-    with encoding.board.stage("mine: nearest texts", count, "anchors", counter="mined"):
+    with encoding.progress.stage("mine: nearest texts", count, "anchors", counter="mined"):
         dataset = encoding.of("anchor", "query", keys.trains)
         dataset.map_batches(choose_batch, batch_size=MINE_ROWS, batch_format="pyarrow", num_cpus=0.5).materialize()
     return count
 
 
 def _write_records(
-    mined: Artifact, files: Sequence[StoragePath], chosen: Sequence[Path], board: Board
+    mined: Artifact, files: Sequence[StoragePath], chosen: Sequence[Path], progress: Progress
 ) -> dict[str, Any]:
     """The record files with their negatives. Returns the counts of training records by how many they got."""
 
@@ -222,7 +222,7 @@ def _write_records(
         found: list[int] = np.bincount([len(texts) for texts in by_id.values()] or [0], minlength=1).tolist()
         return found if by_id else []
 
-    found = mined.tasks(board, "mine: write records", [size or 0 for size in sizes(files)], write)
+    found = mined.tasks(progress, "mine: write records", [size or 0 for size in sizes(files)], write)
     return {"records_by_negatives": [sum(column) for column in itertools.zip_longest(*found, fillvalue=0)]}
 
 

@@ -1,13 +1,13 @@
 """Artifacts: folders of files that are determined by their inputs, made once by tasks that may be killed at any point.
 
     records = Artifact(root / "stages", "records", {"sources": …})           # <root>/stages/records-3f9c2a…/
-    summary = records.make(lambda: fill(records, board))                     # returns at once if it exists
+    summary = records.make(lambda: fill(records, progress))                     # returns at once if it exists
 
-    def fill(artifact, board):
+    def fill(artifact, progress):
         def work(index: int, output: Output) -> dict[str, int]:
             with output.writing(f"records/{index:05d}.parquet") as file: ...
             return {"rows": 1200}
-        return {"rows": sum(each["rows"] for each in artifact.tasks(board, "prepare: read", task_bytes, work))}
+        return {"rows": sum(each["rows"] for each in artifact.tasks(progress, "prepare: read", task_bytes, work))}
 
 The folder is named by the hash of its inputs, so it is never stale. A task writes files under temporary names, and then
 a note with its result and the size and hash of each file; a rerun skips the tasks that have a note. `manifest.json` is
@@ -40,7 +40,7 @@ import xxhash
 from pipeline.runtime.cluster import data_on_own_node
 from pipeline.runtime.console import log
 from pipeline.runtime.outcome import JobError, alone_in, sentence_of
-from pipeline.runtime.session import Board
+from pipeline.runtime.session import Progress
 from pipeline.storage.files import (
     digest_of,
     files_below,
@@ -149,7 +149,7 @@ class Artifact:
 
     def tasks(
         self,
-        board: Board,
+        progress: Progress,
         title: str,
         task_bytes: Sequence[int],
         work: Callable[[int, Output], Any],
@@ -165,8 +165,8 @@ class Artifact:
         todo = [index for index, size in enumerate(sizes(names)) if not size]
         if todo:
             total = sum(task_bytes[index] for index in todo)
-            with board.stage(title, total, "B", counter="bytes", describe=_describe):
-                run = _Tasks(self.folder, title, names, task_bytes, work, board.handle.add_all.remote)
+            with progress.stage(title, total, "B", counter="bytes", describe=_describe):
+                run = _Tasks(self.folder, title, names, task_bytes, work, progress.handle.add_all.remote)
                 if anywhere := [index for index in todo if index not in only_here]:
                     run(anywhere, {})
                 if here := [index for index in todo if index in only_here]:

@@ -1,11 +1,11 @@
 """A Ray session: the cluster at RAY_ADDRESS, else one on this machine for as long as the job runs.
 
-The output of Ray and of its workers goes to training.log. Tasks and workers report through a `Board`, a small actor
+The output of Ray and of its workers goes to training.log. Tasks and workers report through a `Progress`, a small actor
 that the driver polls.
 
-    with ray_session() as board:
-        with board.stage("prepare: read", 12, "tasks", counter="read"):
-            ray.get([read.remote(board.handle) for _ in range(12)])      # each calls board.add.remote("read", 1)
+    with ray_session() as progress:
+        with progress.stage("prepare: read", 12, "tasks", counter="read"):
+            ray.get([read.remote(progress.handle) for _ in range(12)])      # each calls progress.add.remote("read", 1)
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ LOCAL_ENVIRONMENT = {
 """Also set for a session that is started here."""
 
 
-class _BoardActor:
+class _ProgressActor:
     """Counters and messages from anywhere in the cluster, kept until the driver reads them."""
 
     def __init__(self) -> None:
@@ -96,13 +96,13 @@ class _BoardActor:
         return dict(self.counts), self.messages
 
 
-class Board:
+class Progress:
     """The driver's side: shows a stage's progress from what tasks and workers report."""
 
     def __init__(self) -> None:
         import ray
 
-        self.handle = on_own_node(ray.remote(num_cpus=0, max_concurrency=1)(_BoardActor)).remote()
+        self.handle = on_own_node(ray.remote(num_cpus=0, max_concurrency=1)(_ProgressActor)).remote()
         self.seen = 0
 
     def ask_to_stop(self) -> None:
@@ -149,7 +149,7 @@ class Board:
                 try:
                     poll()
                 except ray.exceptions.GetTimeoutError:
-                    log.debug("%s: the board did not answer in %s s", name, POLL_TIMEOUT_S)
+                    log.debug("%s: the progress did not answer in %s s", name, POLL_TIMEOUT_S)
 
             def follow() -> None:
                 while not done.wait(POLL_S):
@@ -194,7 +194,7 @@ def keep_token_private() -> None:
 
 
 @contextmanager
-def ray_session() -> Iterator[Board]:
+def ray_session() -> Iterator[Progress]:
     """Connect to Ray, or start it here, with its output in training.log; at the end leave nothing running.
 
     A session that is already there is used as it is, and left running.
@@ -207,7 +207,7 @@ def ray_session() -> Iterator[Board]:
             stack.enter_context(_own_session(os.environ.get("RAY_ADDRESS")))
         stack.enter_context(_errors_as_raised())
         configure_ray_data()
-        yield Board()
+        yield Progress()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from pipeline.runtime.cluster import connected_cluster
 from pipeline.runtime.console import log, log_timeline, process_start_s
 from pipeline.runtime.findings import Finding, refuse
 from pipeline.runtime.outcome import JobError
-from pipeline.runtime.session import Board
+from pipeline.runtime.session import Progress
 from pipeline.runtime.signals import signals
 from pipeline.storage.arrow import arrow_location
 from pipeline.storage.path import StoragePath
@@ -70,7 +70,7 @@ def fit(
     config: Config,
     folder: StoragePath,
     manifest: Manifest,
-    board: Board,
+    progress: Progress,
     told: Callable[[Metrics], None] = lambda metrics: None,
     beside: int = 1,
 ) -> TrainState:
@@ -97,7 +97,7 @@ def fit(
         f", on from step {state.step:,}" if state.step else "",
     )
     log_timeline("training starts")
-    sent = Sent(task, workers.threads, board.handle, process_start_s())
+    sent = Sent(task, workers.threads, progress.handle, process_start_s())
     fatal: list[dict[str, Any]] = []
     with Trackers.open(config, state.step) as trackers:
 
@@ -109,8 +109,8 @@ def fit(
                 told(message["metrics"])
 
         with (
-            board.stage("train", task.total_steps, "steps", counter="steps", start=state.step, receive=receive),
-            _held(config, board),
+            progress.stage("train", task.total_steps, "steps", counter="steps", start=state.step, receive=receive),
+            _held(config, progress),
         ):
             _fit(config, workers, sent)
     if fatal:
@@ -120,11 +120,11 @@ def fit(
     return resume_point(config)[1]
 
 
-def _held(config: Config, board: Board) -> AbstractContextManager[None]:
+def _held(config: Config, progress: Progress) -> AbstractContextManager[None]:
     """Signals wait for a checkpoint; they are the main thread's, and in another one nobody's."""
     if threading.current_thread() is not threading.main_thread():
         return nullcontext()
-    return signals.held(board.ask_to_stop, config.checkpointing.grace_s, "for the last checkpoint")
+    return signals.held(progress.ask_to_stop, config.checkpointing.grace_s, "for the last checkpoint")
 
 
 def _trainer(config: Config, workers: Workers, sent: Sent) -> Any:

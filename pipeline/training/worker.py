@@ -31,11 +31,11 @@ POLL_S = 1.0
 
 @dataclass(frozen=True)
 class Sent:
-    """What a worker is sent: the task, torch threads for each worker, the driver's board, the job's start."""
+    """What a worker is sent: the task, torch threads for each worker, the driver's progress, the job's start."""
 
     task: Task
     threads: int
-    board: Any
+    progress: Any
     start_s: float
 
 
@@ -54,7 +54,7 @@ def train_worker(message: dict[str, Any]) -> None:
 
     def tell(message: dict[str, Any]) -> None:
         if rank == 0:
-            sent.board.post.remote(message)
+            sent.progress.post.remote(message)
 
     def alert(title: str, text: str, step: int) -> None:
         tell({"alert": {"title": title, "text": text, "step": step}})
@@ -62,7 +62,7 @@ def train_worker(message: dict[str, Any]) -> None:
     _send_log(tell, sent.task.config.logging.level)
     log_timeline("the workers are placed and have imported torch", sent.start_s)
     hooks = Hooks(
-        partial(_report_checkpoint, sent.task.config.run_dir), _reporter(sent.board), alert, _wishes(sent, rank)
+        partial(_report_checkpoint, sent.task.config.run_dir), _reporter(sent.progress), alert, _wishes(sent, rank)
     )
     place_data(sent.task.config.scaling.labels.data)
     feed = RayFeed(sent.task.plan, rank, world_size)
@@ -76,11 +76,11 @@ def train_worker(message: dict[str, Any]) -> None:
 def _send_log(tell: Callable[[dict[str, Any]], None], level: str) -> None:
     """Send this process's log lines to the driver."""
 
-    class ToBoard(logging.Handler):
+    class ToDriver(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             tell({"log": record.getMessage(), "level": record.levelno})
 
-    log.handlers[:] = [ToBoard()]
+    log.handlers[:] = [ToDriver()]
     log.setLevel(level)
     log.propagate = False
 
@@ -108,24 +108,24 @@ def _upload(run_dir: StoragePath, take: Take, checkpoint: Any, name: str) -> Any
     return Checkpoint(str(attempt / name), storage.storage_filesystem)
 
 
-def _reporter(board: Any) -> Callable[[dict[str, float]], None]:
+def _reporter(progress: Any) -> Callable[[dict[str, float]], None]:
     """Rank 0's metrics, sent to the driver: it draws the bar and keeps the trackers."""
 
     def report(metrics: dict[str, float]) -> None:
         message: dict[str, Any] = {"metrics": metrics}
         if "loss" in metrics:
-            board.put.remote("steps", int(metrics["step"]))
+            progress.put.remote("steps", int(metrics["step"]))
             message["shown"] = f"loss {metrics['loss']:.3f}, {metrics['pairs_per_s']:,.0f} pairs/s"
         else:
             values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name != "step")
             message["log"] = f"train: step {metrics['step']:,.0f}: {values}"
-        board.post.remote(message)
+        progress.post.remote(message)
 
     return report
 
 
 def _wishes(sent: Sent, rank: int) -> Callable[[int], Wishes]:
-    """Rank 0 looks at the driver's board once a second. Ray is asked every few steps, by all workers at the same."""
+    """Rank 0 looks at the driver's progress once a second. Ray is asked every few steps, by all workers at the same."""
     import ray
     import ray.train
 
@@ -137,7 +137,7 @@ def _wishes(sent: Sent, rank: int) -> Callable[[int], Wishes]:
     def follow() -> None:
         try:
             while not stop.wait(POLL_S):
-                if ray.get(sent.board.is_stop_wanted.remote()):
+                if ray.get(sent.progress.is_stop_wanted.remote()):
                     stop.set()
         except ray.exceptions.RayError:  # the session is going down
             return

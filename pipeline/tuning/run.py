@@ -9,7 +9,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.runtime.cluster import connected_cluster
 from pipeline.runtime.console import Stage, log
 from pipeline.runtime.outcome import Result
-from pipeline.runtime.session import Board
+from pipeline.runtime.session import Progress
 from pipeline.storage.path import StoragePath
 from pipeline.training.assembly import Task
 from pipeline.tuning.report import describe, report, tidy
@@ -19,13 +19,13 @@ from pipeline.tuning.terms import Terms, trial_config
 from pipeline.tuning.trial import Errand
 
 
-def sweep(config: Config, folder: StoragePath, manifest: Manifest, board: Callable[[], Board]) -> Result:
-    """Run the trials that are left, and report on all. `board` starts Ray, which a finished sweep does without."""
+def sweep(config: Config, folder: StoragePath, manifest: Manifest, progress: Callable[[], Progress]) -> Result:
+    """Run the trials that are left, and report on all. `progress` starts Ray, which a finished sweep does without."""
     terms = _terms(config, folder, manifest)
     with Sweep.open(config, terms) as found:
         left = found.goal - found.done
         if left > 0:
-            board()
+            progress()
             _run(found, left, config, folder, manifest)
         else:
             log.info("tune: nothing to do, all %d trials have ended", found.done)

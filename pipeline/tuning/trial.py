@@ -96,20 +96,20 @@ def _train(config: Config, errand: Errand, teller: Teller) -> TrainState:
         torch.cuda.empty_cache()  # of the trial that this process had before: others may share the GPU
         torch.set_num_threads(errand.slots.threads)
         return train_here(config, errand.folder, errand.manifest, teller.tell)
-    from pipeline.runtime.session import Board
+    from pipeline.runtime.session import Progress
     from pipeline.training.fit import fit
 
-    board = Board()
+    progress = Progress()
 
     def tell(metrics: Metrics) -> None:
-        """In the thread that follows the board: the workers are asked to stop, with a checkpoint."""
+        """In the thread that follows the progress: the workers are asked to stop, with a checkpoint."""
         try:
             if not teller.stopped:
                 teller.tell(metrics)
         except SystemExit:
-            board.ask_to_stop()
+            progress.ask_to_stop()
 
-    return fit(config, errand.folder, errand.manifest, board, tell, errand.slots.trials)
+    return fit(config, errand.folder, errand.manifest, progress, tell, errand.slots.trials)
 
 
 @contextmanager

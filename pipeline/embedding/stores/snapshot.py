@@ -1,6 +1,6 @@
 """A version of the vector table as a folder of Parquet files, which anything reads.
 
-    folder = write_snapshot(table, config.root / "parquet", board)       # <home>/<table>-<hash>/
+    folder = write_snapshot(table, config.root / "parquet", progress)       # <home>/<table>-<hash>/
     pyarrow.parquet.read_table(folder / "rows")                          # id, source, source_id, places, …, vector
 
 Files hold ranges of ids, sorted. The folder is complete once `manifest.json` is there; then other snapshots of the same
@@ -19,12 +19,12 @@ import pyarrow as pa
 from pipeline.embedding.stores.push import files_of, ranges
 from pipeline.embedding.table import VectorTable
 from pipeline.runtime.artifact import Artifact, Output
-from pipeline.runtime.session import Board
+from pipeline.runtime.session import Progress
 from pipeline.storage.files import remove_folder
 from pipeline.storage.path import StoragePath
 
 
-def write_snapshot(table: VectorTable, home: StoragePath, board: Callable[[], Board]) -> StoragePath:
+def write_snapshot(table: VectorTable, home: StoragePath, progress: Callable[[], Progress]) -> StoragePath:
     """The folder below `home` of the table's newest version, which one process at a time writes."""
     version = table.version()
     place = hashlib.sha256(str(table.path).encode()).hexdigest()[:8]  # tables of one name in several folders
@@ -41,7 +41,7 @@ def write_snapshot(table: VectorTable, home: StoragePath, board: Callable[[], Bo
 
     def fill() -> dict[str, Any]:
         row_bytes = -(-rows // len(parts)) * (4 * table.width + 1_000)
-        counts = artifact.tasks(board(), "parquet: write", [row_bytes] * len(parts), work)
+        counts = artifact.tasks(progress(), "parquet: write", [row_bytes] * len(parts), work)
         return {"table": str(table.path), "version": version, "rows": sum(counts)}
 
     artifact.make(fill)
