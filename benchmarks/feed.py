@@ -166,10 +166,9 @@ def loop(sent: dict[str, Any]) -> None:
     from tokenizers import Tokenizer
 
     from pipeline.objectives.learner import Part
-    from pipeline.training.batch import to_batch
     from pipeline.training.build import build_learner
     from pipeline.training.optimizer import build_optimizer
-    from pipeline.training.prefetch import Prefetch
+    from pipeline.training.prefetch import Prefetch, to_batch
     from pipeline.training.step import backward
     from pipeline.training.strategy import build_strategy
 
@@ -182,7 +181,7 @@ def loop(sent: dict[str, Any]) -> None:
         build_strategy(config, learner, torch.device("cpu")),
         build_optimizer(learner, config.training),
     )
-    strategy.take(learner.train())
+    strategy.attach(learner.train())
 
     def prepare(rows: Any) -> list[Part]:
         return [learner.prepare(to_batch(rows), seed=0)]

@@ -23,10 +23,9 @@ import torch
 from benchmarks.gpu_training import Trainer, encoder_of, learner_of, pairs, shape_of
 from pipeline.model.compiled import compile_layers
 from pipeline.objectives.learner import Part
-from pipeline.training.batch import to_batch
 from pipeline.training.flops import memory, peak_flops, step_flops
-from pipeline.training.precision import autocast_type
-from pipeline.training.prefetch import Prefetch, to_device
+from pipeline.training.optimizer import autocast_type
+from pipeline.training.prefetch import Prefetch, to_batch, to_device
 from pipeline.training.step import OutOfMemory
 
 DISTINCT = 2  # batches that are timed, in turn

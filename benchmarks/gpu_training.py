@@ -27,8 +27,7 @@ from pipeline.model.card import Head
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.objectives.learner import Learner, Part
-from pipeline.training.optimizer import build_optimizer
-from pipeline.training.precision import Precision
+from pipeline.training.optimizer import Precision, build_optimizer
 from pipeline.training.step import Outcome, backward
 from pipeline.training.strategy import DataParallel
 
@@ -96,7 +95,7 @@ class Trainer:
         settings = Training(learning_rate=1e-5)  # so small that losses do not vanish within a check's steps
         self.learner, self.precision = learner, Precision(precision, device)
         self.strategy, self.max_norm = DataParallel(), settings.max_grad_norm
-        self.strategy.take(learner)
+        self.strategy.attach(learner)
         self.optimizer = build_optimizer(learner, settings)
 
     def step(self, parts: Sequence[Part]) -> tuple[Outcome, bool]:

@@ -49,7 +49,7 @@ def run(job: str, storage: Path, name: str, args: argparse.Namespace, *more: str
 
 def scores(storage: Path, name: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """By system, of the weights that a run ended with."""
-    model, _ = newest_valid(storage / "runs" / name)
+    model = newest_valid(storage / "runs" / name).folder
     beir = f"evaluation.beir_dir={args.data / 'debian' / 'beir'}"
     last = run("evaluate", storage, "scored", args, f"embedding.model={model}", beir, "evaluation.held_out_queries=0")
     (found,) = last["metrics"].values()

@@ -42,13 +42,13 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     from pipeline.export.destination import exporting, refuse_foreign
     from pipeline.export.onnx import check_packages
     from pipeline.model.reading import model_fingerprint, read_card
-    from pipeline.stages import model_folder
+    from pipeline.stages import consolidated_model
     from pipeline.storage.files import fetched
 
     refuse_foreign(folder, MARKER)
     if args.onnx:
         check_packages("--onnx")
-    place = model_folder(config)
+    place = consolidated_model(config)
     model = fetched(place)
     with exporting(folder, MARKER, {"version": VERSION, "model": model_fingerprint(model)}) as temporary:
         metrics = write_model(config, args, model, temporary)

@@ -33,9 +33,9 @@ def main(config: Config, args: argparse.Namespace) -> Result:
             raise ConfigError(f"--{name}: found {getattr(args, name)}; allowed is {fewest} or more")
     from pipeline.embedding.store import recipe_of, table_of
     from pipeline.evaluation.picture import draw_png, write_page
-    from pipeline.stages import model_folder
+    from pipeline.stages import consolidated_model
 
-    model = model_folder(config)
+    model = consolidated_model(config)
     vectors = table_of(config, recipe_of(config, model))
     if not vectors.exists():
         raise JobError(f"no vectors yet of the model in {model}; python jobs/embed.py makes them")

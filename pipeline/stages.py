@@ -157,16 +157,18 @@ def train_stage(config: Config, session: Session) -> Result:
     """A trained model; prepares first where the token shards are missing or stale."""
     folder, manifest = session.prepared()
     _check_pairs(config, manifest)
-    from pipeline.training.fit import finished_state, fit
+    from pipeline.training.checkpoints import resume_point
+    from pipeline.training.fit import fit, is_done
 
-    state = finished_state(config, folder, manifest)
-    if state:
+    point = resume_point(config.run_dir)
+    state = point.state
+    if is_done(config, folder, manifest, state):
         log.info("train: nothing to do, the run is at its end, step %s", f"{state.step:,}")
     else:
         board = session.board()
         with alone_in(config.run_dir):
-            state = fit(config, folder, manifest, board)
-    model = model_folder(config)
+            state = fit(config, folder, manifest, board, known=point)
+    model = consolidated_model(config)
     metrics = {"step": state.step, "train_seconds": round(state.train_seconds, 1), **state.metrics}
     paths = {"model": str(model), "history": str(config.run_dir / "metrics.jsonl")}
     return Result(metrics, paths)
@@ -273,11 +275,24 @@ def _changes(path: str | None) -> list[list[str | int]]:
 
 def _model_of(config: Config, manifest: Manifest) -> StoragePath:
     """The model to use with a data set. Raises ConfigError for the run's own where it may not go with these data."""
-    model = model_folder(config)
+    model = consolidated_model(config)
     if config.embedding.model is None and has_moved(config, manifest):
-        from pipeline.training.fit import state_on_other_data
+        from pipeline.training.checkpoints import resume_point
+        from pipeline.training.run_folder import refuse_unfinished
 
-        state_on_other_data(config, manifest, model)
+        refuse_unfinished(config, manifest, resume_point(config.run_dir).state, model)
+    return model
+
+
+def consolidated_model(config: Config) -> StoragePath:
+    """`model_folder`, after writing the weights into one file if fsdp workers left them in parts."""
+    from pipeline.training.checkpoints import is_sharded
+
+    model = model_folder(config)
+    if is_sharded(model):
+        from pipeline.training.saving import consolidate  # and torch
+
+        consolidate(model)
     return model
 
 
@@ -288,11 +303,7 @@ def model_folder(config: Config) -> StoragePath:
     if config.embedding.model:
         check_folders(config)
         return as_path(config.embedding.model)
-    folder_or_none = best_checkpoint(config.run_dir)
-    if folder_or_none is None:
+    best = best_checkpoint(config.run_dir)
+    if best is None:
         raise JobError(f"no trained model in {config.run_dir}; python jobs/train.py makes one")
-    if not (folder_or_none / "model.safetensors").is_file():
-        from pipeline.training.sharded import consolidate_where_it_lies
-
-        consolidate_where_it_lies(folder_or_none)
-    return folder_or_none
+    return best

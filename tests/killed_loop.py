@@ -33,7 +33,7 @@ from pipeline.data.manifest import Manifest, Shard
 from pipeline.runtime.artifact import write_parquet
 from pipeline.storage.files import fetched
 from pipeline.training.checkpoints import newest_valid
-from pipeline.training.sharded import consolidate
+from pipeline.training.saving import consolidate
 
 VOCABULARY = 64
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -115,7 +115,7 @@ def train_in(
 
 def _finished(folder: Path, starts: int) -> Finished:
     run_dir = load(folder / "c.yaml", environ={}).run_dir
-    newest, _ = newest_valid(run_dir)
+    newest = newest_valid(run_dir).folder
     assert newest is not None
     checkpoint = fetched(newest)
     consolidate(checkpoint)
@@ -223,9 +223,9 @@ def _plant(kill: Kill) -> None:
 
     from pipeline.storage.path import BucketPath
     from pipeline.training import loop
-    from pipeline.training.precision import Precision
+    from pipeline.training.checkpoints import Placer
+    from pipeline.training.optimizer import Precision
     from pipeline.training.strategy import DataParallel
-    from pipeline.training.uploading import Upload
 
     passed = 0
 
@@ -266,11 +266,11 @@ def _plant(kill: Kill) -> None:
         "reduced": (DataParallel, "clip", before),
         "updated": (Precision, "step", after),
         "writing": (torch, "save", amid),
-        "written": (Upload, "__call__", before),
-        "moved": (Upload, "__call__", after),
+        "written": (Placer, "place", before),
+        "moved": (Placer, "place", after),
         "uploading": (BucketPath, "upload", half),
-        "sealing": (Upload, "_whole", after),
-        "sealed": (Upload, "__call__", after),
+        "sealing": (Placer, "_merged_state", after),
+        "sealed": (Placer, "place", after),
     }[kill.place]
     setattr(owner, name, planted(getattr(owner, name)))
 

@@ -36,7 +36,7 @@ WITHOUT_TORCH = {"config", "storage", "text", "runtime", "sources", "data", "cle
 RAYLESS_MODULES = {
     f"{folder}/{name}.py"
     for folder, names in {
-        "training": "assembly loop reducer saving strategy step build validation checkpoints fsdp sharded uploading",
+        "training": "assembly build checkpoints collectives fsdp loop saving step strategy validation",
         "embedding": "chunks documents indexing nearest search store sync table",
         "mining": "blocks choosing",
         "tuning": "journal pictures report slots space sweep terms",

@@ -128,7 +128,10 @@ def test_it_is_used_where_it_has_avx512_and_mkl_has_not(
     monkeypatch.setattr(linear, "is_intel", lambda: is_intel(cpuinfo))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2)))
-    names = list(model.state_dict())
+    names, parameters = list(model.state_dict()), list(model.parameters())
+    random = torch.get_rng_state()
     use_onednn(model)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(ours is theirs for ours, theirs in zip(model.parameters(), parameters, strict=True))
     assert [type(m) is Linear for m in model.modules() if isinstance(m, nn.Linear)] == [used] * 2
     assert list(model.state_dict()) == names

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from pipeline.objectives.batch import Batch
-from pipeline.training.batch import to_batch
-from pipeline.training.prefetch import Prefetch, to_device
+from pipeline.training.prefetch import Prefetch, to_batch, to_device
 
 
 class Source:

@@ -35,7 +35,7 @@ def trials_of(folder: Path, name: str) -> list[dict[str, str]]:
 def starts(trial: Path) -> list[int]:
     """The steps from which a trial's training began, by its log."""
     log = (trial / "training.log").read_text() if (trial / "training.log").is_file() else ""
-    return [int(step) for step in re.findall(r"workers go on from step (\d+)", log)]
+    return [int(step) for step in re.findall(r"workers from step (\d+)", log)]
 
 
 def under_way(folder: Path, name: str) -> list[Path]:

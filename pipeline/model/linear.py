@@ -21,11 +21,12 @@ MIN_PRODUCTS = 1 << 23  # ours, measured: oneDNN starts 50 us later, and has cau
 
 
 def use_onednn(module: nn.Module) -> None:
-    """Let every `nn.Linear` of the module be a `Linear`, where oneDNN has AVX-512 and MKL does not take it."""
+    """Replace each `nn.Linear` below the module by a `Linear`, where oneDNN has AVX-512 and MKL does not take it."""
     if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and not is_intel():
-        for child in module.modules():
-            if type(child) is nn.Linear:
-                child.__class__ = Linear
+        for parent in list(module.modules()):
+            for name, child in parent.named_children():
+                if type(child) is nn.Linear:
+                    setattr(parent, name, Linear.sharing(child))
 
 
 def is_intel(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -35,6 +36,13 @@ def is_intel(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 class Linear(nn.Linear):
     """`nn.Linear`, through oneDNN for float32 on a CPU. Smaller products, other types and autocast go torch's way."""
+
+    @classmethod
+    def sharing(cls, layer: nn.Linear) -> Linear:
+        """A layer with the same parameters."""
+        ours = cls(layer.in_features, layer.out_features, bias=False, device="meta")
+        ours.weight, ours.bias = layer.weight, layer.bias
+        return ours.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if (

@@ -1,13 +1,14 @@
 """InfoNCE over the global batch: every anchor is classified among the positives and hard negatives of all workers.
 
-Worker r holds b of the B rows of the global batch, as many as others or not. It gathers the candidates of all, scores
-its own anchors against them (and, if symmetric, its own positives against all anchors), and sums over its own rows, in
-units of B / W. The mean of that over workers is the single-process loss, and `gather`'s backward pass carries each
-worker's share of the gradient back to the rows' owner, so averaging parameter gradients over workers gives the
+A worker has b of the B rows of the global batch, as many as others or not. It scores its own anchors against the
+candidates of all workers (and, if symmetric, its own positives against all anchors) and sums over its own rows, in
+units of B / W. The mean of that over W workers is the single-process loss. The caller gathers the vectors of all
+workers; if gradients flow back through that to the vectors' owners, the mean of the workers' parameter gradients is the
 single-process gradient.
 
     rows = Rows(anchors, positives, negatives, keys)                # (b, D), (b, D), (b, M, D), (b, 3 + M)
-    loss, metrics = contrastive_loss(rows, Contrast(symmetric=True), scale=1 / 0.05)
+    loss, metrics = contrastive_loss(rows, Contrast(symmetric=True), scale=1 / 0.05)                    # one process
+    loss, metrics = contrastive_loss(rows, contrast, scale, GlobalBatch(all_rows, first=rank * b, workers=W))
 
 A candidate that is as good an answer as the positive must not count as wrong. Whether it is one follows from `keys`,
 hashes of each row's record and texts: equal records, equal texts, and answers to an equal anchor are masked.
@@ -17,14 +18,11 @@ Cost: b x B x (1 + M) products of D numbers, once a direction and size.
 # Shapes: b rows of this worker, B of all, M hard negatives a row at most, C = B * (1 + M) candidates, D width.
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from pipeline.objectives.collectives import gather, rank, world_size
 
 ID, ANCHOR, POSITIVE, NEGATIVES = 0, 1, 2, 3  # columns of `keys`
 
@@ -43,6 +41,16 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class GlobalBatch:
+    """The rows of all workers, in rank order."""
+
+    rows: Rows
+    first: int
+    """Where this worker's rows begin."""
+    workers: int = 1
+
+
+@dataclass(frozen=True)
 class Contrast:
     """What is asked of each row."""
 
@@ -55,17 +63,16 @@ class Contrast:
 
 
 def contrastive_loss(
-    rows: Rows, contrast: Contrast, scale: Tensor | float, counts: Sequence[int] | None = None
+    rows: Rows, contrast: Contrast, scale: Tensor | float, batch: GlobalBatch | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, and `accuracy`, the share of anchors whose own positive scores highest, and `mrr`.
 
     Each is this worker's share: their means over workers are those of the global batch. `scale` is one over the
-    temperature, `counts` the rows of each worker where they differ. Vectors need not be of unit length.
+    temperature. Without a `batch` these rows are the whole batch. Vectors need not be of unit length.
     """
-    counts = counts or [len(rows.anchors)] * world_size()
-    everyone = _everyone(rows, counts)
-    width, first, share = rows.anchors.shape[1], sum(counts[: rank()]), sum(counts) / world_size()
-    own = torch.arange(first, first + len(rows.anchors), device=rows.anchors.device)
+    batch = batch or GlobalBatch(rows, 0)
+    everyone, width, share = batch.rows, rows.anchors.shape[1], len(batch.rows.anchors) / batch.workers
+    own = torch.arange(batch.first, batch.first + len(rows.anchors), device=rows.anchors.device)
     candidates = torch.cat([everyone.positives, everyone.negatives.flatten(0, 1)])
     wrong_pairs = _wrong_pairs(rows.keys, everyone.keys)
     wrong = torch.cat([wrong_pairs, _wrong_negatives(rows.keys, everyone.keys)], dim=1)
@@ -114,11 +121,3 @@ def _ranks(scores: Tensor, own: Tensor) -> dict[str, Tensor]:
     mine = scores.gather(1, own[:, None])
     rank = 1 + (scores > mine).sum(dim=1) + ((scores == mine).sum(dim=1) - 1) / 2
     return {"accuracy": (rank == 1).float(), "mrr": 1 / rank}
-
-
-def _everyone(rows: Rows, counts: Sequence[int]) -> Rows:
-    """The rows of all workers, in rank order."""
-    with torch.no_grad():
-        keys = gather(rows.keys, counts)
-    anchors, positives, negatives = (gather(each, counts) for each in (rows.anchors, rows.positives, rows.negatives))
-    return Rows(anchors, positives, negatives, keys)

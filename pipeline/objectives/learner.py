@@ -4,8 +4,8 @@
     part = learner.prepare(batch, seed=step)          # corrupted texts, shifted targets; on the CPU
     vectors, losses = learner(part)                   # of pairs, for `contrast`; sums over tokens, by objective
 
-Generative losses are sums: over how many tokens of all workers the mean is, only the whole step knows. Texts are
-corrupted by their record and the seed, so that a record is corrupted alike on any worker.
+Generative losses are sums over tokens: they are normalised by the global token count, which is known only once all
+workers have counted theirs. The corruption of a text depends on its record and the seed, not on the worker.
 """
 
 # Shapes: n rows of a part, M slots for negatives, N texts, D width.
@@ -25,7 +25,7 @@ from pipeline.model.decoder import Decoder, Memory
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.packing import Layout, Packed
 from pipeline.objectives.batch import Batch, hashes
-from pipeline.objectives.contrastive import Contrast, Rows, contrastive_loss
+from pipeline.objectives.contrastive import Contrast, GlobalBatch, Rows, contrastive_loss
 from pipeline.objectives.corruption import Tokens, delete_tokens, mask_spans, mask_tokens
 from pipeline.objectives.generative import MaskedHead, TokenLoss, masked_loss, shift, token_loss
 
@@ -184,13 +184,8 @@ class Learner(nn.Module):
         """(N, D) vectors of any texts."""
         return self.model(texts)  # type: ignore[no-any-return]
 
-    def contrast(
-        self, parts: Sequence[Part], vectors: Sequence[Tensor], counts: Sequence[int] | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted contrastive loss of this worker's rows, given their vectors, and its metrics.
-
-        `counts`: the rows of each worker, where they differ.
-        """
+    def rows(self, parts: Sequence[Part], vectors: Sequence[Tensor]) -> Rows:
+        """The rows of several parts, given the vectors of their pairs."""
         cut = [
             each.split([part.rows, part.rows, len(each) - 2 * part.rows])
             for part, each in zip(parts, vectors, strict=True)
@@ -198,8 +193,11 @@ class Learner(nn.Module):
         anchors, positives, negatives = (torch.cat(column) for column in zip(*cut, strict=True))
         filled = torch.cat([part.filled for part in parts])
         slots = negatives.new_zeros(*filled.shape, negatives.shape[-1]).masked_scatter(filled[..., None], negatives)
-        rows = Rows(anchors, positives, slots, torch.cat([part.keys for part in parts]))
-        loss, metrics = contrastive_loss(rows, self.contrasted, self.scale, counts)
+        return Rows(anchors, positives, slots, torch.cat([part.keys for part in parts]))
+
+    def contrast(self, rows: Rows, batch: GlobalBatch | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted contrastive loss of this worker's rows of a global batch, and its metrics."""
+        loss, metrics = contrastive_loss(rows, self.contrasted, self.scale, batch)
         return self.weights["contrastive"] * loss, metrics
 
     def loss(self, task: Task) -> TokenLoss:

@@ -1,19 +1,16 @@
-"""From a prepared data set to a run that is ready to loop, and back to where it stood: the same with Ray and without.
+"""From a prepared data set to a run that is ready to loop, or to resume: the same with Ray and without.
 
-task = Task(config, folder, manifest, plan, total_steps)
-state = run_task(task, feed.batches, Hooks(save=..., report=print))       # on every worker
-state = train_here(config, folder, manifest)                              # one process, or torchrun's; no Ray
+task = Task.of(config, folder, manifest)
+state = run_task(task, feed.batches, Hooks(save=..., report=print), device)     # on every worker
+state = train_here(config, folder, manifest)                                    # one process, or torchrun's; no Ray
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-import pyarrow as pa
 import torch
-import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from pipeline.config import Config
@@ -23,26 +20,18 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan
 from pipeline.evaluation.sts import read_sts
 from pipeline.model.packing import pack
-from pipeline.objectives.collectives import rank, world_size
 from pipeline.runtime.artifact import checked
 from pipeline.runtime.console import log
 from pipeline.storage.lock import holder_of
 from pipeline.storage.path import StoragePath, as_path
-from pipeline.training.batch import to_batch
 from pipeline.training.build import build_learner, check_model, describe
-from pipeline.training.checkpoints import (
-    TrainState,
-    newest_valid,
-    next_attempt,
-    noted_halvings,
-    prune,
-    read_state,
-    step_folder,
-)
-from pipeline.training.ending import is_finished, steps_of
-from pipeline.training.loop import Run, Wishes, train
+from pipeline.training.checkpoints import ResumePoint, TrainState, noted_oom_splits, prune, resume_point
+from pipeline.training.collectives import broadcast, rank, world_size
+from pipeline.training.loop import Batches, Hooks, Run, build_run, train
+from pipeline.training.prefetch import to_batch
 from pipeline.training.run_folder import claim_run_folder
-from pipeline.training.saving import Place, Saver, Take, load
+from pipeline.training.saving import LocalSaver, load_checkpoint
+from pipeline.training.stopping import is_finished, steps_of
 from pipeline.training.tracking.tracker import Metrics
 from pipeline.training.tracking.trackers import Trackers
 from pipeline.training.validation import StsPairs, Validation
@@ -50,7 +39,7 @@ from pipeline.training.validation import StsPairs, Validation
 
 @dataclass(frozen=True)
 class Task:
-    """What every worker of a run is to know."""
+    """What every worker of a run needs to know."""
 
     config: Config
     folder: StoragePath
@@ -58,7 +47,7 @@ class Task:
     plan: Plan
     total_steps: int
     holder: str
-    """Who holds the run's folder: see `Upload`."""
+    """Who holds the lock on the run's folder: see `Placer`."""
 
     @classmethod
     def of(cls, config: Config, folder: StoragePath, manifest: Manifest) -> Task:
@@ -67,100 +56,75 @@ class Task:
         plan = training_plan(folder, manifest, settings.global_batch_size, settings.seed, settings.batching)
         return cls(config, folder, manifest, plan, steps_of(config, plan), holder_of(config.run_dir))
 
-
-@dataclass(frozen=True)
-class Hooks:
-    """What a run calls: see `Run`, and `Saver` for `place`, which takes a checkpoint to where a resume looks for it."""
-
-    place: Place
-    report: Callable[[dict[str, float]], None]
-    alert: Callable[[str, str, int], None]
-    wishes: Callable[[int], Wishes] = lambda step: Wishes()
+    @property
+    def tokenizer_json(self) -> str:
+        return checked(self.folder / "tokenizer.json").read_text(encoding="utf-8")
 
 
 def run_task(
-    task: Task, batches: Callable[[int, int], Iterator[pa.Table]], hooks: Hooks, device: torch.device
+    task: Task, batches: Batches, hooks: Hooks, device: torch.device, known: ResumePoint | None = None
 ) -> TrainState:
-    """Train from the newest whole checkpoint, or from the start. Raises TrainingStopped, ConfigError on all workers."""
+    """Train from the newest whole checkpoint, or from the start. Raises TrainingStopped, ConfigError on all workers.
+
+    A `known` checkpoint was read already.
+    """
     config = task.config
     task.plan.check_workers(world_size())
     torch.manual_seed(config.training.seed)
-    tokenizer_json = checked(task.folder / "tokenizer.json").read_text(encoding="utf-8")
-    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer = Tokenizer.from_str(task.tokenizer_json)
     learner = build_learner(config, tokenizer, negatives="negatives" in task.manifest.text_fields)
-    run = Run(
-        learner=learner,
-        config=config,
-        batches=batches,
-        validation=_validation(task, tokenizer),
-        total_steps=task.total_steps,
-        save=Saver(config, tokenizer_json, hooks.place, task.holder).save,
-        report=hooks.report,
-        device=device,
-        wishes=hooks.wishes,
-        alert=hooks.alert,
-    )
-    state = resume(run)
+    run = build_run(config, learner, batches, _validation(task, tokenizer), task.total_steps, hooks, device)
+    state = resume(run, known)
     if rank() == 0:
         log.info("train: %s", describe(run.learner))
-        log.info("train: %d workers go on from step %d", world_size(), state.step)
+        log.info("train: training on %d workers from step %d", world_size(), state.step)
     return state if is_finished(config, task.total_steps, state) else train(run, state)
 
 
+def resume(run: Run, known: ResumePoint | None = None) -> TrainState:
+    """Load the newest whole checkpoint, if there is one.
+
+    Rank 0 finds it for all workers: they see the same disk or bucket, but not at the same moment.
+    """
+    run_dir = run.config.run_dir
+    found = (resume_point(run_dir, known), noted_oom_splits(run_dir)) if rank() == 0 else None
+    point, oom_splits = broadcast(found) or (ResumePoint(), 0)
+    if point.folder:
+        load_checkpoint(point.folder, run)
+    point.state.oom_splits = max(point.state.oom_splits, oom_splits)
+    return point.state
+
+
 def train_here(
-    config: Config, folder: StoragePath, manifest: Manifest, told: Callable[[Metrics], None] = lambda metrics: None
+    config: Config,
+    folder: StoragePath,
+    manifest: Manifest,
+    on_metrics: Callable[[Metrics], None] = lambda metrics: None,
 ) -> TrainState:
     """Train without Ray: in this process, or in those that torch.distributed has joined. Returns the final state.
 
-    `told` gets, on rank 0, what the trackers get, after them.
+    `on_metrics` is called on rank 0 with what the trackers get, after them.
     """
-    task = Task.of(config, folder, manifest)
-    check_model(config, Tokenizer.from_str(checked(folder / "tokenizer.json").read_text(encoding="utf-8")))
+    task, point = Task.of(config, folder, manifest), ResumePoint()
+    check_model(config, Tokenizer.from_str(task.tokenizer_json))
     if rank() == 0:
         claim_run_folder(config, folder, manifest, task.total_steps)
-    attempt = next_attempt(config.run_dir)
-
-    def place(state: TrainState, written: Path, take: Take | None) -> None:
-        trackers.send()
-        if take:
-            take(written, config.run_dir / attempt / step_folder(state.step))
-        if rank() == 0:
-            prune(config.run_dir, config.checkpointing.max_checkpoints)
+        point = resume_point(config.run_dir)
+        prune(config.run_dir, config.checkpointing.max_checkpoints, point.folder)
 
     def report(metrics: Metrics) -> None:
         trackers.log(metrics)
-        told(metrics)
+        on_metrics(metrics)
 
-    checkpoint, passed_over = newest_valid(config.run_dir) if rank() == 0 else (None, [])
-    for sentence in passed_over:
-        log.warning("train: %s", sentence)
-    with Trackers.open(config, read_state(checkpoint).step if checkpoint else 0, leader=rank() == 0) as trackers:
+    with Trackers.open(config, point.state.step, leader=rank() == 0) as trackers:
+        saver = LocalSaver(config, task.tokenizer_json, task.holder, trackers)
         feed = LocalFeed(task.plan, rank(), world_size())
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        return run_task(task, feed.batches, Hooks(place, report, trackers.alert), device)
-
-
-def resume(run: Run) -> TrainState:
-    """Take up the newest whole checkpoint, if there is one.
-
-    Rank 0 chooses it: all workers see the same disk or bucket, but not at the same moment.
-    """
-    folder = run.config.run_dir
-    chosen: list[tuple[StoragePath | None, int]] = [(None, 0)]
-    if rank() == 0:
-        chosen = [(newest_valid(folder)[0], noted_halvings(folder))]
-    if world_size() > 1:
-        dist.broadcast_object_list(chosen, device=run.device)
-    ((checkpoint, halvings),) = chosen
-    if checkpoint is not None:
-        load(checkpoint, run)
-    state = read_state(checkpoint) if checkpoint else TrainState()
-    state.halvings = max(state.halvings, halvings)
-    return state
+        return run_task(task, feed.batches, Hooks(saver.save, report, trackers.alert), device, point)
 
 
 def _validation(task: Task, tokenizer: Tokenizer) -> Validation:
-    """Held-out rows, and an STS file where there is one."""
+    """Held-out rows, and the pairs of an STS file if the config names one."""
     config, sts = task.config, None
     rows = validation_rows(task.folder, task.manifest, config.training.validation_pairs)
     if config.evaluation.sts_file:

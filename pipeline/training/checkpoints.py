@@ -1,26 +1,32 @@
-"""Checkpoints: a model folder, what was trained beside the model, the optimizer, and `state.json`, written last.
+"""The checkpoints of a run: find the newest one that is whole, put a new one in its place, delete old ones.
 
-`state.json` holds the step, the metrics and every file's hash, so a folder without it, or with a file that does not
-match it, is passed over; `newest_valid` says which those were. Ray's rotation keeps the newest K of one start of the
-driver; `newest_valid` looks over all starts (`attempt-*`), and the best by validation lies outside Ray's list, in
-`best/`, because Ray's rotation cannot keep both the newest and the best. A checkpoint in a bucket is fetched to be
-read.
+    point = newest_valid(run_dir)                          # reads and hashes the newest checkpoint, once
+    point.folder, point.state, point.passed_over
 
-    <run>/attempt-001/step-00000200/{model.safetensors, model.json, tokenizer.json, partners.safetensors, optimizer.pt,
+    <run>/attempt-001/step-00000200/{model.safetensors, model.json, tokenizer.json, heads.safetensors, optimizer.pt,
                                      state.json}
     <run>/best/step-00000200/…
+
+`state.json` holds the step, the metrics and the hash of each file. It is written last, so a folder without it, or with
+a file that does not match its hash, is not a checkpoint. Each start of a run writes into an `attempt-*` of its own.
+
+Why we also rotate checkpoints ourselves: Ray's CheckpointConfig keeps the newest K, or with a score the top K and the
+latest, of one start of the driver, but a run needs the newest K (to fall back on if the newest is broken) and the best
+of all its starts, with Ray and without. So Ray keeps the newest K of an attempt, `prune` the newest K of all attempts,
+and the best is linked into `best/`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from pipeline.runtime.console import log
 from pipeline.storage.files import (
     digest_of,
     fetched,
@@ -32,43 +38,49 @@ from pipeline.storage.files import (
     staging,
     write_atomically,
 )
+from pipeline.storage.lock import LockLost, holder_of
+from pipeline.storage.object_store import BucketError
 from pipeline.storage.path import StoragePath
 
-if TYPE_CHECKING:  # torch takes a second, which search and a run with nothing to do can go without
-    import torch
-
-    from pipeline.objectives.learner import Learner
-
-HALVINGS = "halvings"
-PARTNERS = "partners.safetensors"  # a decoder, a prediction head, a learned temperature
-WEIGHTS = "weights"  # the folder in place of model.safetensors, where each worker wrote its part
+OOM_SPLITS = "oom_splits"
+POLL_S = 0.5
+WEIGHTS = "weights"  # the folder that replaces model.safetensors if each worker wrote its part
 
 
 @dataclass
 class TrainState:
     """Where training stands.
 
-    The feed's position, the schedule's and every worker's seeds of chance are functions of `step`: what is not here
-    need not be kept.
+    The position in the data, the learning rate and all random seeds are functions of `step`, so they are not stored.
     """
 
     step: int = 0
     train_seconds: float = 0.0
     best_metric: float | None = None
-    """Score of the best validation so far, higher for the better."""
+    """Score of the best validation so far; higher is better."""
     validations_without_gain: int = 0
     ended_early: bool = False
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    halvings: int = 0
-    """How often micro-batches were halved for want of memory."""
+    oom_splits: int = 0
+    """How often micro-batches were halved because memory ran out."""
     scaler: dict[str, float] = field(default_factory=dict)
-    """torch's GradScaler, where training is in fp16."""
+    """The state of torch's GradScaler, in fp16."""
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def is_sharded(folder: Path) -> bool:
-    """Whether each worker wrote its part of the checkpoint: see training/sharded.py."""
+@dataclass(frozen=True)
+class ResumePoint:
+    """The newest whole checkpoint and its state; without one, the first step."""
+
+    folder: StoragePath | None = None
+    state: TrainState = field(default_factory=TrainState)
+    passed_over: tuple[str, ...] = ()
+    """A sentence for each newer checkpoint that is not whole."""
+
+
+def is_sharded(folder: StoragePath) -> bool:
+    """Whether each worker wrote its part of the checkpoint."""
     return (folder / WEIGHTS).is_dir()
 
 
@@ -76,46 +88,36 @@ def step_folder(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save_checkpoint(
-    folder: Path,
-    learner: Learner,
-    optimizer: torch.optim.Optimizer,
-    state: TrainState,
-    *,
-    tokenizer_json: str,
-    max_length: int,
-) -> None:
-    """Write a checkpoint into an empty folder, `state.json` last."""
-    import torch
-    from safetensors.torch import save_file
+def next_attempt(run_dir: StoragePath) -> str:
+    """A folder name that no start of the run has had: Ray would restore the state of a run with the same name."""
+    taken = [int(folder.name.removeprefix("attempt-")) for folder in run_dir.glob("attempt-[0-9]*")]
+    return f"attempt-{max(taken, default=0) + 1:03d}"
 
-    from pipeline.model.folder import save_model
 
-    save_model(folder, learner.model, tokenizer_json, max_length)
-    partners = {name: tensor.contiguous() for name, tensor in learner.state_dict().items() if not _is_model(name)}
-    if partners:
-        save_file(partners, folder / PARTNERS)
-    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    seal(folder, state)
+def note_oom_splits(run_dir: StoragePath, oom_splits: int) -> None:
+    """Tell the next start how often to halve micro-batches; for runs that must restart when memory runs out."""
+    write_atomically(run_dir / OOM_SPLITS, str(oom_splits).encode())
+
+
+def noted_oom_splits(run_dir: StoragePath) -> int:
+    path = run_dir / OOM_SPLITS
+    return int(path.read_text()) if path.is_file() else 0
 
 
 def seal(folder: Path, state: TrainState) -> None:
-    """Write `state.json`, and so call what lies in the folder whole."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    hashes = {str(path.relative_to(folder)): _hash(path) for path in files}
-    temporary = folder / "state.json.tmp"
-    temporary.write_text(json.dumps({**asdict(state), "files": hashes}, indent=2))
-    temporary.rename(folder / "state.json")
+    """Write `state.json` with the hashes of all files in the folder."""
+    hashes = {name: _hash(folder / name) for name in files_below(folder)}
+    write_atomically(folder / "state.json", json.dumps({**asdict(state), "files": hashes}, indent=2).encode())
 
 
 def read_state(folder: StoragePath) -> TrainState:
-    """The state of a checkpoint whose files all match their hashes. Raises ValueError saying what does not."""
+    """The state of a checkpoint whose files all match their hashes. Raises ValueError naming a file that does not."""
     if not (folder / "state.json").is_file():
         raise ValueError("its state.json is missing or broken")
     local = fetched(folder)
     try:
-        content: dict[str, Any] = json.loads((local / "state.json").read_text())
-        hashes = content.pop("files")
+        content = json.loads((local / "state.json").read_text())
+        hashes: dict[str, str] = content.pop("files")
         state = TrainState(**content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("its state.json is missing or broken") from None
@@ -126,47 +128,122 @@ def read_state(folder: StoragePath) -> TrainState:
     return state
 
 
-def load_weights(folder: Path, learner: Learner) -> None:
-    """The model, and what is trained beside it."""
-    from safetensors.torch import load_file
-
-    learner.model.backbone.load_state_dict(load_file(folder / "model.safetensors"))
-    partners = load_file(folder / PARTNERS) if (folder / PARTNERS).is_file() else {}
-    missing, unexpected = learner.load_state_dict(partners, strict=False)
-    assert not unexpected
-    assert all(_is_model(name) for name in missing)
-
-
-def _is_model(name: str) -> bool:
-    return name.startswith("model.")
-
-
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    import torch
-
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
-
-
-def newest_valid(run_dir: StoragePath) -> tuple[StoragePath | None, list[str]]:
-    """The checkpoint furthest on whose files are whole, and a sentence for each one that was passed over."""
+def newest_valid(run_dir: StoragePath, known: ResumePoint | None = None) -> ResumePoint:
+    """The newest checkpoint whose files are whole. A `known` one that still is the newest is not read again."""
     passed_over: list[str] = []
     for folder in _newest_first(run_dir):
+        if known and folder == known.folder:
+            return known
         try:
-            read_state(folder)
-            return folder, passed_over
+            return ResumePoint(folder, read_state(folder), tuple(passed_over))
         except ValueError as error:
             passed_over.append(f"{folder} was passed over: {error}")
-    return None, passed_over
+    return ResumePoint(passed_over=tuple(passed_over))
+
+
+def resume_point(run_dir: StoragePath, known: ResumePoint | None = None) -> ResumePoint:
+    """`newest_valid`, with a warning for each checkpoint that was passed over."""
+    point = newest_valid(run_dir, known)
+    for sentence in point.passed_over if point is not known else ():
+        log.warning("train: %s", sentence)
+    return point
 
 
 def best_checkpoint(run_dir: StoragePath) -> StoragePath | None:
-    """The checkpoint kept for its validation score, else the newest whole one."""
-    best = sorted(matching(run_dir / "best", "step-*[0-9]"), key=lambda folder: folder.name, reverse=True)
-    return next((folder for folder in best if _is_valid(folder)), None) or newest_valid(run_dir)[0]
+    """The checkpoint with the best validation score; if it is missing or broken, the newest one that is whole."""
+    for folder in reversed(matching(run_dir / "best", "step-*[0-9]")):
+        try:
+            read_state(folder)
+            return folder
+        except ValueError:
+            continue
+    return newest_valid(run_dir).folder
+
+
+def prune(run_dir: StoragePath, keep: int, newest: StoragePath | None = None) -> None:
+    """Keep the newest `keep` checkpoints over all attempts; delete the others, and what attempts leave behind.
+
+    Not while a Ray trainer runs, which must find the checkpoints that it knows of. `newest` is the newest checkpoint
+    whose hashes were checked: it stays, and newer ones are broken and go. Of the others, those that lack files go.
+    """
+    shutil.rmtree(staging(run_dir), ignore_errors=True)
+    folders, kept = _newest_first(run_dir), list[StoragePath]()
+    broken = folders[: folders.index(newest)] if newest and newest in folders else []
+    for folder in folders:
+        if folder == newest or (folder not in broken and len(kept) < keep and _has_all_files(folder)):
+            kept.append(folder)
+        else:
+            remove_folder(folder)
+    for attempt in matching(run_dir, "attempt-[0-9]*"):
+        if attempt not in {folder.parent for folder in kept}:
+            remove_folder(attempt)
+
+
+@dataclass(frozen=True)
+class Placer:
+    """Moves what a worker wrote of a checkpoint to its place in the run's folder.
+
+        placer = Placer(run_dir, rank=0, writers=2, start="9f0c41aa", wait_s=600)
+        placer.place(Path("incoming/0/step-00000200"), run_dir / "attempt-001" / "step-00000200", is_best=True)
+
+        rank 1:  its files ──► written-9f0c41aa-00001.json, its part of state.json
+        rank 0:  its files ──► waits for the others' parts ──► best/ ──► state.json, all parts in one
+
+    Each file appears whole or not at all, and a worker that is killed leaves a folder without state.json. The best is
+    copied before state.json is written, so a run that resumes from a step has the best up to it.
+    """
+
+    run_dir: StoragePath
+    rank: int
+    writers: int
+    start: str
+    """Separates this start of the workers from an earlier one, whose parts may lie in the same folder."""
+    wait_s: float
+    holder: str = ""
+    """Who held the lock on the run's folder when training began: the driver."""
+
+    def place(self, folder: Path, target: StoragePath, is_best: bool) -> None:
+        """Move a sealed folder to its place.
+
+        Raises BucketError if the bucket fails, or if another worker's part is missing after `wait_s` seconds, and
+        LockLost if another job holds the run's folder by now.
+        """
+        if holder_of(self.run_dir) != self.holder:
+            raise LockLost(f"another job has taken over {self.run_dir}")
+        names = [name for name in files_below(folder) if name != "state.json"]
+        if self.rank == 0:
+            (target / "state.json").unlink(missing_ok=True)  # of the same step before a restart
+        for_each(target, lambda name: place(folder / name, target / name), names)
+        if self.rank > 0:
+            place(folder / "state.json", target / self.part(self.rank))
+        else:
+            state_json = self._merged_state((folder / "state.json").read_text(), target)
+            if is_best:
+                keep_best(target, self.run_dir, state_json)
+            write_atomically(target / "state.json", state_json.encode())
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def part(self, rank: int) -> str:
+        """The name of a worker's part of state.json."""
+        return f"written-{self.start}-{rank:05d}.json"
+
+    def _merged_state(self, own: str, target: StoragePath) -> str:
+        """state.json with the files of all workers."""
+        if self.writers == 1:
+            return own
+        content, deadline = json.loads(own), time.monotonic() + self.wait_s
+        for rank in range(1, self.writers):
+            part = target / self.part(rank)
+            while not part.is_file():
+                if time.monotonic() > deadline:
+                    raise BucketError(f"worker {rank} has not written its part of {target} in {self.wait_s:g} s")
+                time.sleep(POLL_S)
+            content["files"] |= json.loads(part.read_text())["files"]
+        return json.dumps(content, indent=2)
 
 
 def keep_best(checkpoint: StoragePath, run_dir: StoragePath, state_json: str) -> None:
-    """Give a checkpoint a second place in `best/`, without what only training needs, then drop the one it beats."""
+    """Link a checkpoint into `best/`, without the optimizer, then delete the one that was there."""
     best = run_dir / "best" / checkpoint.name
     remove_folder(best)
     content = json.loads(state_json)
@@ -178,57 +255,15 @@ def keep_best(checkpoint: StoragePath, run_dir: StoragePath, state_json: str) ->
             remove_folder(other)
 
 
-def next_attempt(run_dir: StoragePath) -> str:
-    """A folder name no start of the driver has had: Ray takes an old one for a run to restore."""
-    taken = [int(folder.name.removeprefix("attempt-")) for folder in run_dir.glob("attempt-[0-9]*")]
-    return f"attempt-{max(taken, default=0) + 1:03d}"
-
-
-def note_halvings(run_dir: StoragePath, halvings: int) -> None:
-    """For the next start of a run that cannot go on without one: its micro-batches are to be halved so often."""
-    write_atomically(run_dir / HALVINGS, str(halvings).encode())
-
-
-def noted_halvings(run_dir: StoragePath) -> int:
-    path = run_dir / HALVINGS
-    return int(path.read_text()) if path.is_file() else 0
-
-
-def prune(run_dir: StoragePath, keep: int, spared: StoragePath | None = None) -> None:
-    """Keep the newest `keep` whole checkpoints over all attempts; drop the rest, and what attempts leave behind.
-
-    Not while an attempt is under way: Ray must find the checkpoints that it knows of. A checkpoint counts as whole if
-    all its files are there. Hashes are not checked here: `spared`, which passed that check, stays in any case.
-    """
-    shutil.rmtree(staging(run_dir), ignore_errors=True)
-    kept: list[StoragePath] = []
-    for folder in _newest_first(run_dir):
-        if folder == spared or (len(kept) < keep and _seems_valid(folder)):
-            kept.append(folder)
-        else:
-            remove_folder(folder)
-    for attempt in matching(run_dir, "attempt-[0-9]*"):
-        if attempt not in {folder.parent for folder in kept}:
-            remove_folder(attempt)
-
-
 def _newest_first(run_dir: StoragePath) -> list[StoragePath]:
     folders = matching(run_dir, "attempt-[0-9]*/step-[0-9]*")
     return sorted(folders, key=lambda folder: (folder.name, folder.parent.name), reverse=True)
 
 
-def _seems_valid(folder: StoragePath) -> bool:
-    """Whole, as far as that shows without reading it."""
+def _has_all_files(folder: StoragePath) -> bool:
     try:
         return bool(json.loads((folder / "state.json").read_text())["files"].keys() <= files_below(folder).keys())
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _is_valid(folder: StoragePath) -> bool:
-    try:
-        return bool(read_state(folder))
-    except ValueError:
         return False
 
 

@@ -1,19 +1,25 @@
-"""Training on Ray, the driver's side: it checks, starts, follows, and sees to an orderly end."""
+"""Training on Ray, the driver's side: it checks, starts, follows, and sees to an orderly end.
+
+point = resume_point(config.run_dir)               # hashes the newest checkpoint, once
+if not is_done(config, folder, manifest, point.state):
+    state = fit(config, folder, manifest, board, known=point)
+"""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, ConfigError
 from pipeline.config.deepspeed import HEADER
 from pipeline.data.drift import has_moved
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan
-from pipeline.runtime.artifact import checked
 from pipeline.runtime.cluster import connected_cluster
 from pipeline.runtime.console import log, table
 from pipeline.runtime.findings import Finding, refuse
@@ -21,49 +27,33 @@ from pipeline.runtime.job import JobError, signals
 from pipeline.runtime.session import Board
 from pipeline.storage.arrow import arrow_location
 from pipeline.storage.path import StoragePath
-from pipeline.training.checkpoints import TrainState, newest_valid, next_attempt, prune, read_state
-from pipeline.training.ending import is_finished
+from pipeline.training.checkpoints import ResumePoint, TrainState, next_attempt, prune, resume_point
 from pipeline.training.run_folder import claim_run_folder, refuse_other_run, refuse_unfinished
+from pipeline.training.stopping import is_finished
 from pipeline.training.tracking.jsonl import read_rows
 from pipeline.training.tracking.summary import final_table, plot_history
 from pipeline.training.tracking.tracker import Metrics
 from pipeline.training.tracking.trackers import Trackers
-from pipeline.training.worker import Sent, train_worker
 from pipeline.training.workers import Workers, shortfalls, size_workers
 
-
-def resume_point(config: Config) -> tuple[StoragePath | None, TrainState]:
-    """The newest whole checkpoint and its state; says which ones were passed over."""
-    checkpoint, passed_over = newest_valid(config.run_dir)
-    for sentence in passed_over:
-        log.warning("train: %s", sentence)
-    return checkpoint, read_state(checkpoint) if checkpoint else TrainState()
+if TYPE_CHECKING:  # torch takes a second, which a run with nothing to do can go without
+    from pipeline.training.worker import Sent
 
 
-def state_on_other_data(config: Config, manifest: Manifest, model: StoragePath | None = None) -> TrainState:
-    """The state of a run that is at its end, and whose data have moved since. Raises ConfigError for others.
+def is_done(config: Config, folder: StoragePath, manifest: Manifest, state: TrainState) -> bool:
+    """Whether a run in this state has nothing left to do, even if its data have changed since.
 
-    `model` is the run's, where that is all that is asked for.
-    """
-    _, state = resume_point(config)
-    refuse_unfinished(config, manifest, state, model)
-    return state
-
-
-def finished_state(config: Config, folder: StoragePath, manifest: Manifest) -> TrainState | None:
-    """The state of a run that has nothing left to do, though its data may have moved since.
-
-    Raises ConfigError for a run folder of another config, and for one of other data that is not at its end.
+    Raises ConfigError for the run of another config, and for one that is not at its end and whose data have changed.
     """
     if has_moved(config, manifest):
-        return state_on_other_data(config, manifest)
+        refuse_unfinished(config, manifest, state)
+        return True
     refuse_other_run(config, manifest)
-    _, state = resume_point(config)
     if not state.step:
-        return None
+        return False
     from pipeline.training.assembly import Task
 
-    return state if is_finished(config, Task.of(config, folder, manifest).total_steps, state) else None
+    return is_finished(config, Task.of(config, folder, manifest).total_steps, state)
 
 
 def fit(
@@ -71,24 +61,26 @@ def fit(
     folder: StoragePath,
     manifest: Manifest,
     board: Board,
-    told: Callable[[Metrics], None] = lambda metrics: None,
-    beside: int = 1,
+    on_metrics: Callable[[Metrics], None] = lambda metrics: None,
+    concurrent_runs: int = 1,
+    known: ResumePoint | None = None,
 ) -> TrainState:
-    """Train, or go on training, to the end. Returns the final state.
+    """Train, or resume training, to the end. Returns the final state.
 
-    SIGINT and SIGTERM wait for a checkpoint before they end it. `told` gets what the trackers get, after them; so many
-    runs, this one among them, train `beside` each other.
+    SIGINT and SIGTERM wait for a checkpoint before they end it. `on_metrics` is called with what the trackers get,
+    after them. `concurrent_runs` share the cluster, this one included. A `known` checkpoint was read already.
     """
     from tokenizers import Tokenizer
 
     from pipeline.training.assembly import Task
     from pipeline.training.build import check_model
+    from pipeline.training.worker import Sent
 
     task = Task.of(config, folder, manifest)
-    check_model(config, Tokenizer.from_str(checked(folder / "tokenizer.json").read_text(encoding="utf-8")))
-    workers = _workers(config, task.plan, beside)
+    check_model(config, Tokenizer.from_str(task.tokenizer_json))
+    workers = _workers(config, task.plan, concurrent_runs)
     claim_run_folder(config, folder, manifest, task.total_steps)
-    _, state = resume_point(config)
+    point = resume_point(config.run_dir, known)
     if config.deepspeed:
         log.info("train: %s became\n%s", config.training.deepspeed_config, table(config.deepspeed, HEADER))
     log.info(
@@ -96,33 +88,33 @@ def fit(
         f"{task.total_steps:,}",
         config.training.global_batch_size,
         workers,
-        f", on from step {state.step:,}" if state.step else "",
+        f", from step {point.state.step:,}" if point.state.step else "",
     )
-    sent = Sent(task, workers.threads, board.handle)
     fatal: list[dict[str, Any]] = []
-    with Trackers.open(config, state.step) as trackers:
+    with Trackers.open(config, point.state.step) as trackers:
 
         def receive(message: dict[str, Any]) -> None:
             trackers.receive(message)
             if "fatal" in message:
                 fatal.append(message)
             if "metrics" in message:
-                told(message["metrics"])
+                on_metrics(message["metrics"])
 
         with (
-            board.stage("train", task.total_steps, "steps", counter="steps", start=state.step, receive=receive),
+            board.stage("train", task.total_steps, "steps", counter="steps", start=point.state.step, receive=receive),
             _held(config, board),
         ):
-            _fit(config, workers, sent)
+            _fit(config, workers, Sent(task, workers.threads, board.handle, point))
     if fatal:
         raise (ConfigError if fatal[0]["config"] else JobError)(fatal[0]["fatal"])
-    prune(config.run_dir, config.checkpointing.max_checkpoints)
+    point = resume_point(config.run_dir, point)
+    prune(config.run_dir, config.checkpointing.max_checkpoints, point.folder)
     _summarise(config)
-    return resume_point(config)[1]
+    return point.state
 
 
 def _held(config: Config, board: Board) -> AbstractContextManager[None]:
-    """Signals wait for a checkpoint; they are the main thread's, and in another one nobody's."""
+    """Signals wait for a checkpoint. Only the main thread can handle them."""
     if threading.current_thread() is not threading.main_thread():
         return nullcontext()
     return signals.held(board.ask_to_stop, config.checkpointing.grace_s, "for the last checkpoint")
@@ -132,21 +124,11 @@ def _trainer(config: Config, workers: Workers, sent: Sent) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from pipeline.training.process_group import ProcessGroupConfig
-
-    class Trainer(TorchTrainer):
-        def _register_sigint_handler(self, controller: object) -> None:
-            """Leave signals to the job, which turns them into an orderly end."""
+    from pipeline.training.worker import ProcessGroupConfig, train_worker
 
     scaling, run_dir = config.scaling, config.run_dir
-    # Ray's controller takes these from the driver: a worker that does not answer, as one that hangs in native code,
-    # is given up after as long a time as one for which the others wait in vain.
-    for name in ("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "RAY_TRAIN_COLLECTIVE_TIMEOUT_S"):
-        os.environ[name] = str(scaling.collective_timeout_s)
-    # Elastic workers may be counted on a node that is gone, until Ray has noticed: let it count again soon.
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "300" if workers.fewest == workers.most else "60"
     storage_path, filesystem = arrow_location(run_dir)
-    return Trainer(
+    return TorchTrainer(
         train_worker,
         train_loop_config={"sent": sent},
         torch_config=ProcessGroupConfig(timeout_s=max(1, round(scaling.collective_timeout_s))),
@@ -168,15 +150,30 @@ def _trainer(config: Config, workers: Workers, sent: Sent) -> Any:
     )
 
 
-def _fit(config: Config, workers: Workers, sent: Sent) -> None:
-    """Ray restarts workers that are lost; a controller that is lost, with them, is started anew here."""
-    from ray.exceptions import ActorDiedError, ActorUnavailableError
-    from ray.train.v2.api.exceptions import TrainingFailedError
+def controller_timeouts(config: Config, workers: Workers) -> dict[str, str]:
+    """Ray Train's timeouts, which its controller takes from the driver's environment (see CONTRIBUTING, Private APIs).
 
+    A worker that does not answer, because it hangs in native code, is given up after as long a time as the others wait
+    for it. Elastic workers may be counted on a node that is gone, until Ray has noticed: let it count again soon.
+    """
+    return {
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(config.scaling.collective_timeout_s),
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(config.scaling.collective_timeout_s),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300" if workers.fewest == workers.most else "60",
+    }
+
+
+def _fit(config: Config, workers: Workers, sent: Sent) -> None:
+    """Ray restarts workers that are lost; a lost controller, whose workers end with it, is restarted here."""
+    from ray.exceptions import ActorDiedError, ActorUnavailableError
+    from ray.train import TrainingFailedError
+
+    os.environ.update(controller_timeouts(config, workers))
     for starts_left in reversed(range(config.scaling.max_failures + 1)):
-        prune(config.run_dir, config.checkpointing.max_checkpoints, spared=newest_valid(config.run_dir)[0])
+        sent = replace(sent, point=resume_point(config.run_dir, sent.point))
+        prune(config.run_dir, config.checkpointing.max_checkpoints, sent.point.folder)
         try:
-            _trainer(config, workers, sent).fit()
+            _off_main_thread(_trainer(config, workers, sent).fit)
             return
         except TrainingFailedError as error:
             log.debug("training failed", exc_info=True)
@@ -184,7 +181,7 @@ def _fit(config: Config, workers: Workers, sent: Sent) -> None:
             lines = str(next(iter(reasons.values()))).strip().splitlines()
             words = lines[-1] if lines else type(error).__name__
             raise JobError(
-                f"training failed: {words}; training.log has more, and once that is mended the same command goes on "
+                f"training failed: {words}; training.log has more, and once that is mended the same command resumes "
                 "from the newest whole checkpoint"
             ) from error
         except (ActorDiedError, ActorUnavailableError) as error:
@@ -193,8 +190,22 @@ def _fit(config: Config, workers: Workers, sent: Sent) -> None:
             log.warning("train: Ray's controller of the run died; it is started anew, from the newest checkpoint")
 
 
+def _off_main_thread(work: Callable[[], object]) -> None:
+    """Run in a thread, where Ray Train leaves SIGINT alone: the job turns it into an orderly end."""
+    done: Future[object] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="fit", daemon=True).start()
+    done.result()
+
+
 def _summarise(config: Config) -> None:
-    """The history as a picture, its last and best figures as a table. Neither is worth a run."""
+    """Draw the history, and log its last and best figures. A failure here must not fail the run."""
     history = config.run_dir / "metrics.jsonl"
     try:
         plot_history(history, config.run_dir / "history.png")
@@ -203,10 +214,10 @@ def _summarise(config: Config) -> None:
         log.warning("train: the history could not be drawn: %s", error)
 
 
-def _workers(config: Config, plan: Plan, beside: int) -> Workers:
+def _workers(config: Config, plan: Plan, concurrent_runs: int) -> Workers:
     """Workers that fit the cluster. Raises ConfigError saying what would fit."""
     cluster = connected_cluster()
-    workers = size_workers(config, cluster, beside)
+    workers = size_workers(config, cluster, concurrent_runs)
     refuse(Finding("training", str(workers), ConfigError(each)) for each in shortfalls(config, workers, cluster))
     plan.check_workers(workers.most)
     share = plan.global_batch_size // workers.most

@@ -208,7 +208,7 @@ def _measured_peak(threads: int, dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def _measured(size: int, dtype: torch.dtype) -> float:
-    layer, x = nn.Linear(size, size, bias=False, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    layer, x = nn.Sequential(nn.Linear(size, size, bias=False, dtype=dtype)), torch.ones(size, size, dtype=dtype)
     use_onednn(layer)
     seconds: list[float] = []
     while len(seconds) < 2 or sum(seconds) < MEASURED_FOR_S / len(MEASURED_SIZES):  # the first one also warms up

@@ -23,8 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from pipeline.objectives.collectives import total, world_size
 from pipeline.objectives.learner import Learner
+from pipeline.training.collectives import all_reduce_sum, world_size
 
 
 class FullySharded:
@@ -34,7 +34,7 @@ class FullySharded:
     flags. torch.distributed must be up.
     """
 
-    lockstep = True
+    is_sharded = True
 
     def __init__(self, learner: Learner, device: torch.device) -> None:
         mesh = init_device_mesh(device.type, (world_size(),))
@@ -50,7 +50,7 @@ class FullySharded:
         for name in learner.entries:
             register_fsdp_forward_method(learner, name)
 
-    def take(self, learner: Learner) -> None:
+    def attach(self, learner: Learner) -> None:
         # NOTE: fully_shard looks at once which weights are trained, when a module is first gathered. Layers that join
         # after the token table's warm-up are gathered here, so that it looks again.
         for module in learner.modules():
@@ -73,14 +73,14 @@ class FullySharded:
         """One small collective: the flags, and the scalars' gradients."""
         gradients = [0.0 if scalar.grad is None else scalar.grad for scalar in self.scalars]
         values = [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in (*flags, *gradients)]
-        sums = total(torch.stack(values))
+        sums = all_reduce_sum(torch.stack(values))
         for scalar, summed in zip(self.scalars, sums[len(flags) :], strict=True):
             scalar.grad = (summed / world_size()).to(scalar.dtype)
         return sums[: len(flags)].tolist()  # type: ignore[no-any-return]
 
     def clip(self, max_norm: float) -> Tensor:
         parts = [parameter.grad.to_local() for parameter in self.sharded if isinstance(parameter.grad, DTensor)]
-        square = total(nn.utils.get_total_norm(parts).square())
+        square = all_reduce_sum(nn.utils.get_total_norm(parts).square())
         norm = torch.stack([square, *(scalar.grad.square() for scalar in self.scalars if scalar.grad is not None)])
         norm = norm.sum().sqrt()
         for parameters in (self.sharded, self.scalars):

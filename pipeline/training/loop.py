@@ -1,10 +1,10 @@
-"""The training loop: batches in, metrics and checkpoints out. It knows torch.distributed, and nothing of Ray.
+"""The training loop: batches in, metrics and checkpoints out. It uses torch.distributed, and not Ray.
 
-    run = Run(learner, config, feed.batches, validation, total_steps, save=save, report=print)
+    run = build_run(config, learner, feed.batches, validation, total_steps, Hooks(save=saver.save, report=print))
     state = train(run, TrainState())               # from the first step, or from a checkpoint's
 
-Every choice that depends on chance or time is made alike on all workers: seeds follow from (seed, step, rank), and the
-clock's verdict, like validation's, is shared before it is acted on.
+Every decision that depends on chance or time is the same on all workers: seeds are functions of (seed, step, rank), and
+the clock and the validation scores are shared before they are acted on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -24,35 +24,49 @@ from pipeline.config import Config
 from pipeline.model.compiled import compile_layers
 from pipeline.model.transformer import Encoder
 from pipeline.objectives.batch import Batch
-from pipeline.objectives.collectives import rank, world_size
 from pipeline.objectives.learner import Learner, Part
 from pipeline.runtime.console import log
-from pipeline.training.batch import to_batch
-from pipeline.training.checkpoints import TrainState, note_halvings
+from pipeline.training.checkpoints import TrainState, note_oom_splits
+from pipeline.training.collectives import rank, world_size
 from pipeline.training.flops import step_flops
 from pipeline.training.meter import Meter
-from pipeline.training.optimizer import build_optimizer
-from pipeline.training.precision import Precision
-from pipeline.training.prefetch import Prefetch, to_device
-from pipeline.training.schedule import Schedule
+from pipeline.training.optimizer import Precision, Schedule, build_optimizer
+from pipeline.training.prefetch import Prefetch, to_batch, to_device
 from pipeline.training.step import Outcome, OutOfMemory, backward, cut
-from pipeline.training.stopping import Judge
-from pipeline.training.strategy import build_strategy
+from pipeline.training.stopping import BestModel
+from pipeline.training.strategy import Strategy, build_strategy
 from pipeline.training.validation import Validation, validate
+
+Batches = Callable[[int, int], Iterator[pa.Table]]
+"""A worker's rows of the steps from `start` to `stop`, one table a step."""
 
 
 class TrainingStopped(RuntimeError):  # noqa: N818  # no fault of the code's: the run cannot go on
-    """Training cannot go on: what was found, at which step, and from where to go on."""
+    """Training cannot go on: what was found, at which step, and from where to resume."""
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What a worker is asked for from outside, at some step."""
+class ControlFlags:
+    """What a worker is asked to do from outside, at some step."""
 
     stop: bool = False
-    """End here, with a checkpoint."""
+    """Write a checkpoint and end."""
     save: bool = False
     """Write a checkpoint and go on."""
+
+
+@dataclass
+class Hooks:
+    """What the loop calls."""
+
+    save: Callable[[Run, TrainState, bool], None]
+    """On every worker, with the run, its state, and whether it is the best so far."""
+    report: Callable[[dict[str, float]], None]
+    """On rank 0, every `training.log_every_steps` and after each validation."""
+    alert: Callable[[str, str, int], None] = lambda title, text, step: log.warning("%s: %s", title, text)
+    """On rank 0, with a title, a sentence and the step, when something is wrong."""
+    control_flags: Callable[[int], ControlFlags] = lambda step: ControlFlags()
+    """On every worker, at each step."""
 
 
 @dataclass(frozen=True)
@@ -62,59 +76,63 @@ class Ready:
     batch: Batch
     parts: list[Part]
     flops: float
-    halvings: int
+    oom_splits: int
 
 
 @dataclass
 class Run:
-    """What a run is made of."""
+    """What a run is made of; `build_run` makes one."""
 
-    learner: Learner
     config: Config
-    batches: Callable[[int, int], Iterator[pa.Table]]
-    """This worker's rows of steps `start` to `stop`, a table a step."""
+    learner: Learner
+    batches: Batches
     validation: Validation
     total_steps: int
-    save: Callable[[Run, TrainState, bool], None]
-    """Called on every worker with this run, its state, and whether it is the best so far."""
-    report: Callable[[dict[str, float]], None]
-    """Called on rank 0 every `training.log_every_steps`, and after each validation."""
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    wishes: Callable[[int], Wishes] = lambda step: Wishes()
-    """Asked on every worker at each step."""
-    alert: Callable[[str, str, int], None] = lambda title, text, step: log.warning("%s: %s", title, text)
-    """Called on rank 0 with a title, a sentence and the step, when something is wrong."""
+    hooks: Hooks
+    device: torch.device
+    schedule: Schedule
+    precision: Precision
+    strategy: Strategy
+    optimizer: torch.optim.Optimizer
+    saved_step: int | None = None
 
-    def __post_init__(self) -> None:
+    def ready(self, batch: Batch, step: int, oom_splits: int) -> Ready:
+        """Cut a batch and prepare its micro-batches; the corruption of texts depends on the step."""
         settings = self.config.training
-        self.saved_step: int | None = None
-        self.learner.to(self.device)
-        self.schedule = Schedule.of(settings, self.total_steps)
-        self.precision = Precision(settings.precision, self.device)
-        self.judge = Judge(settings, self.learner.weights)
-        if settings.compile:
-            for stack in self.learner.stacks:
-                compile_layers(stack)
-        self.strategy = build_strategy(self.config, self.learner, self.device)
-        self.optimizer = build_optimizer(self.learner, settings)
-
-    def batch(self, rows: pa.Table) -> Batch:
-        return to_batch(rows, self.learner.hard_negatives)
-
-    def ready(self, batch: Batch, step: int, halvings: int) -> Ready:
-        """A batch cut and prepared; texts are corrupted by the step."""
-        settings = self.config.training
-        ranges = cut(batch, settings.gradient_accumulation_steps, settings.micro_batch_tokens, halvings)
+        ranges = cut(batch, settings.gradient_accumulation_steps, settings.micro_batch_tokens, oom_splits)
         seed = _seed(settings.seed, step)
         parts = [self.learner.prepare(batch.slice(*ends), seed) for ends in ranges]
-        return Ready(batch, to_device(parts, self.device), step_flops(self.learner, parts), halvings)
+        return Ready(batch, to_device(parts, self.device), step_flops(self.learner, parts), oom_splits)
+
+
+def build_run(
+    config: Config,
+    learner: Learner,
+    batches: Batches,
+    validation: Validation,
+    total_steps: int,
+    hooks: Hooks,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> Run:
+    """Move the learner to the device, compile and shard it as the config asks, and build its optimizer."""
+    settings = config.training
+    learner.to(device)
+    if settings.compile:
+        for stack in learner.stacks:
+            compile_layers(stack)
+    schedule, precision = Schedule.of(settings, total_steps), Precision(settings.precision, device)
+    strategy = build_strategy(config, learner, device)
+    optimizer = build_optimizer(learner, settings)
+    return Run(
+        config, learner, batches, validation, total_steps, hooks, device, schedule, precision, strategy, optimizer
+    )
 
 
 def train(run: Run, state: TrainState) -> TrainState:
     """Train from `state` to the end of the run, or to its time limit. Ends with a validation and a checkpoint.
 
-    Asked to stop, it ends with a checkpoint alone. Raises TrainingStopped where it cannot go on, and OutOfMemory
-    where workers in lockstep must begin anew from the newest checkpoint.
+    Asked to stop, it ends with a checkpoint and no validation. Raises TrainingStopped where it cannot go on, and
+    OutOfMemory where the workers of a sharded model must restart from the newest checkpoint.
     """
     settings, checkpointing = run.config.training, run.config.checkpointing
     run.saved_step = state.step or None
@@ -123,7 +141,7 @@ def train(run: Run, state: TrainState) -> TrainState:
     steps = iter(range(state.step, run.total_steps))
     feed = Prefetch(
         run.batches(state.step, run.total_steps),
-        lambda rows: run.ready(run.batch(rows), next(steps), state.halvings),
+        lambda rows: run.ready(to_batch(rows, run.learner.hard_negatives), next(steps), state.oom_splits),
         run.device,
     )
     meter, saved_at = Meter(settings, run.total_steps, run.device, state), state.train_seconds
@@ -143,7 +161,7 @@ def train(run: Run, state: TrainState) -> TrainState:
                 _report(
                     run, {"step": state.step, **metrics, "learning_rate": rate, "skipped_steps": state.skipped_steps}
                 )
-            stop, save = (bool(each) for each in outcome.wishes)
+            stop, save = (bool(each) for each in outcome.flags)
             ended |= settings.max_time_s is not None and state.train_seconds >= settings.max_time_s
             is_best = False
             if not stop and (ended or state.step % settings.validate_every_steps == 0):
@@ -152,7 +170,7 @@ def train(run: Run, state: TrainState) -> TrainState:
             ended |= stop or state.ended_early
             if ended or save or is_best or overdue or state.step % checkpointing.every_steps == 0:
                 state.scaler = run.precision.state()
-                run.save(run, state, is_best)
+                run.hooks.save(run, state, is_best)
                 saved_at, run.saved_step = state.train_seconds, state.step
             if ended:
                 break
@@ -167,15 +185,15 @@ def _join_layers(run: Run, step: int) -> None:
         encoder.active_layers = encoder.shape.num_layers if layers_join else 0
         encoder.layers.requires_grad_(layers_join)
     run.learner.train()
-    run.strategy.take(run.learner)
+    run.strategy.attach(run.learner)
 
 
 def _gradients(run: Run, ready: Ready, state: TrainState) -> Outcome:
-    """The step's gradients; in smaller micro-batches where memory is short, on all workers alike."""
-    wishes = run.wishes(state.step)
+    """Compute the step's gradients, on all workers in smaller micro-batches if one of them runs out of memory."""
+    flags = run.hooks.control_flags(state.step)
     while True:
-        if ready.halvings != state.halvings:
-            ready = run.ready(ready.batch, state.step, state.halvings)
+        if ready.oom_splits != state.oom_splits:
+            ready = run.ready(ready.batch, state.step, state.oom_splits)
         _seed_dropout(run.config.training.seed, state.step)
         try:
             return backward(
@@ -184,34 +202,34 @@ def _gradients(run: Run, ready: Ready, state: TrainState) -> Outcome:
                 ready.parts,
                 autocast=run.precision.autocast,
                 loss_scale=run.precision.loss_scale,
-                wishes=(wishes.stop, wishes.save),
+                flags=(flags.stop, flags.save),
             )
         except OutOfMemory:
-            if run.strategy.lockstep:
-                note_halvings(run.config.run_dir, state.halvings + 1)
+            if run.strategy.is_sharded:
+                note_oom_splits(run.config.run_dir, state.oom_splits + 1)
                 raise
-        _halve(run, state)
+        _split(run, state)
 
 
-def _halve(run: Run, state: TrainState) -> None:
+def _split(run: Run, state: TrainState) -> None:
     """Smaller micro-batches from here on; raises TrainingStopped where a single record does not fit."""
     gc.collect()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
-    state.halvings += 1
-    if 2 ** (state.halvings - 1) >= run.config.training.global_batch_size:
+    state.oom_splits += 1
+    if 2 ** (state.oom_splits - 1) >= run.config.training.global_batch_size:
         raise TrainingStopped(
             f"step {state.step}: out of memory with one record a micro-batch; a smaller tokenizer.max_length, "
             "model.gradient_checkpointing=true or a smaller model may fit"
         )
     if rank() == 0:
-        run.alert(
-            "out of memory", f"step {state.step} is done again in micro-batches half as large, and so on", state.step
+        run.hooks.alert(
+            "out of memory", f"step {state.step} is repeated with micro-batches half as large, which stay", state.step
         )
 
 
 def _update(run: Run, ready: Ready, outcome: Outcome, state: TrainState) -> None:
-    """Let the optimizer step, or skip it where the loss or the gradient is no finite number, on all workers alike."""
+    """Let the optimizer step, or skip it, on all workers, if the loss or the gradient is NaN or infinite."""
     run.precision.unscale(run.optimizer)
     norm = float(run.strategy.clip(run.config.training.max_grad_norm))
     outcome.metrics["grad_norm"] = torch.tensor(norm, device=run.device)
@@ -225,13 +243,13 @@ def _update(run: Run, ready: Ready, outcome: Outcome, state: TrainState) -> None
     found = "the loss" if outcome.bad_losses else "the gradient's norm"
     if state.skipped_in_a_row >= run.config.training.max_skipped_steps:
         raise TrainingStopped(
-            f"step {state.step}: {found} is no finite number, {state.skipped_in_a_row} steps in a row, all of them "
+            f"step {state.step}: {found} is NaN or infinite, {state.skipped_in_a_row} steps in a row, all of them "
             f"skipped; the last good checkpoint is of step {run.saved_step or 'none'}, from which a lower "
             "training.learning_rate (checkpointing.accept_changes=[training.learning_rate]) may go on; the records of "
             f"this step were {_ids(ready.batch)}"
         )
     if rank() == 0:
-        run.alert("step skipped", f"step {state.step}: {found} is no finite number", state.step)
+        run.hooks.alert("step skipped", f"step {state.step}: {found} is NaN or infinite", state.step)
 
 
 def _ids(batch: Batch) -> str:
@@ -246,17 +264,17 @@ def _ids(batch: Batch) -> str:
 
 def _report(run: Run, metrics: dict[str, float]) -> None:
     if rank() == 0:
-        run.report(metrics)
+        run.hooks.report(metrics)
 
 
 def _validate(run: Run, state: TrainState) -> bool:
-    """Score held-out records; note the metrics. Returns whether they are the best so far."""
+    """Score held-out records and record the metrics in the state. Returns whether they are the best so far."""
     run.learner.eval()
-    metrics = validate(run.learner, run.validation, run.device, together=run.strategy.lockstep)
+    metrics = validate(run.learner, run.validation, run.device, together=run.strategy.is_sharded)
     run.learner.train()
     state.metrics = {f"validation_{name}": value for name, value in metrics.items()}
     _report(run, {"step": state.step, **state.metrics})
-    return run.judge.is_best(metrics, state)
+    return BestModel(run.config.training, run.learner.weights).record(metrics, state)
 
 
 def _seed(seed: int, step: int, *who: int) -> int:

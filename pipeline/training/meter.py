@@ -19,10 +19,10 @@ from torch import Tensor
 
 from pipeline.config.training import Training
 from pipeline.objectives.batch import Batch
-from pipeline.objectives.collectives import total, world_size
 from pipeline.training.checkpoints import TrainState
+from pipeline.training.collectives import all_reduce_sum, world_size
 from pipeline.training.flops import device_utilisation, memory, peak_flops
-from pipeline.training.precision import autocast_type
+from pipeline.training.optimizer import autocast_type
 from pipeline.training.validation import with_perplexity
 
 ZERO = {"seconds": 0.0, "pairs": 0.0, "tokens": 0.0, "computed_tokens": 0.0, "flops": 0.0, "waited_s": 0.0}
@@ -82,6 +82,7 @@ class Meter:
         """Means of the metrics over workers, and the workers' sums."""
         names = sorted(metrics)
         own = [*(float(metrics[name]) for name in names), *self.sums.values()]
-        shared = total(torch.tensor(own, dtype=torch.float64, device=self.device)).tolist()
-        means = {name: value / world_size() for name, value in zip(names, shared, strict=False)}
-        return means, dict(zip(self.sums, shared[len(names) :], strict=True))
+        shared = all_reduce_sum(torch.tensor(own, dtype=torch.float64, device=self.device)).tolist()
+        totals, sums = shared[: len(names)], shared[len(names) :]
+        means = {name: value / world_size() for name, value in zip(names, totals, strict=True)}
+        return means, dict(zip(self.sums, sums, strict=True))

@@ -1,4 +1,4 @@
-"""Batches made ready in a thread of their own, while the device computes.
+"""From the feed's tables to batches on the device, prepared in a thread of their own while the device computes.
 
     with closing(Prefetch(feed.batches(start, stop), prepare, device)) as batches:
         for batch in batches: ...                  # what `prepare` made of each table, in order
@@ -25,11 +25,17 @@ from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from pipeline.model.packing import Packed
+from pipeline.objectives.batch import EMPTY, Batch
+
 CLOSING_S = 30.0
 """Closing waits so long for a read that is under way; a thread that it leaves behind ends with that read. Ours."""
+
+FIELDS = ("anchor", "positive", "text")
 
 T = TypeVar("T")
 
@@ -158,3 +164,21 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         names = [each.name for each in fields(value) if each.init]
         return replace(value, **{name: _map(getattr(value, name), change) for name in names})
     return value
+
+
+def to_batch(rows: pa.Table, hard_negatives: int = 0) -> Batch:
+    """A table of `id` and token ids as a batch, with at most so many of each row's `negatives`, the first ones."""
+    fields = {name: packed(rows[name]) for name in FIELDS if name in rows.column_names}
+    ids = rows["id"].to_pylist()
+    if not hard_negatives or "negatives" not in rows.column_names:
+        return Batch(ids, fields, EMPTY, [0] * len(ids))
+    lists = pc.list_slice(rows["negatives"].combine_chunks(), 0, hard_negatives)
+    counts = pc.fill_null(pc.list_value_length(lists), 0).to_pylist()
+    return Batch(ids, fields, packed(pa.chunked_array([lists.drop_null().flatten()])), counts)
+
+
+def packed(column: pa.ChunkedArray) -> Packed:
+    """A column of token-id lists, as it lies in the shard, as packed sequences."""
+    lists = column.combine_chunks()
+    offsets = lists.offsets.to_numpy()
+    return Packed.of(lists.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0])

@@ -24,7 +24,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.storage.files import digest_of, place, write_atomically
 from pipeline.storage.path import StoragePath
 from pipeline.training.checkpoints import TrainState
-from pipeline.training.ending import is_finished
+from pipeline.training.stopping import is_finished
 
 FIXED_SECTIONS = ("model", "objective", "training")
 FREE_KEYS = (
@@ -69,7 +69,7 @@ def refuse_other_run(config: Config, manifest: Manifest) -> None:
         _refuse(config, differing)
 
 
-def refuse_unfinished(config: Config, manifest: Manifest, state: TrainState, model: StoragePath | None) -> None:
+def refuse_unfinished(config: Config, manifest: Manifest, state: TrainState, model: StoragePath | None = None) -> None:
     """Raise ConfigError for a run that cannot stay as it is, now that the data have moved.
 
     It can if it is at its end, its keys are the same, and the data are tokenized as they were. Its own keys do not

@@ -1,18 +1,17 @@
-"""Which validation is the best so far, and when there have been enough without a better one.
+"""When a run ends, and which validation is the best so far.
 
-    judge = Judge(config.training, learner.weights)
-    judge.score({"ndcg@10": 0.71, "loss": 1.3})      # 0.71: the higher the better, whatever the metric
-    is_best = judge.is_best(metrics, state)          # notes in `state` what the next validation must beat
+    best = BestModel(config.training, learner.weights)
+    best.score({"ndcg@10": 0.71, "loss": 1.3})       # 0.71: higher is better, whatever the metric
+    is_best = best.record(metrics, state)            # updates what the next validation must beat, and the patience
 
-`training.best_metric` decides. Without it NDCG@10 does where anchors look for their positives, else the weighted sum of
-the objectives' negative log likelihoods of a token.
+`training.best_metric` decides. Without it NDCG@10 does if there is a contrastive objective, else the weighted sum of
+the objectives' negative log likelihoods per token.
 
-The best model and the end of patience are told apart, as in transformers' EarlyStoppingCallback: any better score is
-the best, and one that is better by more than `early_stopping.min_delta` is a gain. So the model that is kept is the
-best there was, and gains too small to wait for end a run even where each is one. A score that is no number is never
-better.
+The best model and the patience are separate, as in transformers' EarlyStoppingCallback: any better score is the best,
+and a score that is better by more than `early_stopping.min_delta` is a gain. So the best model there was is kept, and a
+run can end while its scores still improve by too little to wait for. NaN is never better.
 
-Everything here is a function of numbers that all workers share, so they stop together.
+All of this depends only on numbers that all workers share, so they stop together.
 """
 
 from __future__ import annotations
@@ -20,11 +19,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from pipeline.config import ConfigError
+from pipeline.config import Config, ConfigError
 from pipeline.config.training import Training
+from pipeline.data.plan import Plan
 from pipeline.training.checkpoints import TrainState
 
+DEFAULT_EPOCHS = 3
 LOWER_IS_BETTER = ("loss", "nll", "perplexity")
+
+
+def steps_of(config: Config, plan: Plan) -> int:
+    """Optimizer steps of the whole run: whichever limit comes first."""
+    steps, epochs = config.training.max_steps, config.training.max_epochs
+    if epochs is None:
+        if steps is not None:
+            return steps
+        epochs = DEFAULT_EPOCHS
+    by_epochs = max(1, math.ceil(epochs * plan.batches_per_epoch))
+    return min(by_epochs, steps or by_epochs)
+
+
+def is_finished(config: Config, total_steps: int, state: TrainState) -> bool:
+    limit = config.training.max_time_s
+    out_of_time = limit is not None and state.train_seconds >= limit
+    return state.ended_early or out_of_time or state.step >= total_steps
 
 
 def lower_is_better(name: str) -> bool:
@@ -32,25 +50,17 @@ def lower_is_better(name: str) -> bool:
     return any(part in name for part in LOWER_IS_BETTER)
 
 
-def count_without_gain(score: float, best: float | None, so_far: int, min_delta: float) -> int:
-    """Validations in a row without a gain, now that one has `score` where the best before it, if any, had `best`.
-
-    0 where it is better by more than `min_delta`, else one more than `so_far`.
-    """
-    return 0 if score - (-math.inf if best is None else best) > min_delta else so_far + 1
-
-
-class Judge:
-    """`weights` are the objectives' own, by name."""
+class BestModel:
+    """Compares validations. `weights` are the objectives' weights, by name."""
 
     def __init__(self, settings: Training, weights: Mapping[str, float]) -> None:
         self.stopping, self.weights = settings.early_stopping, weights
         self.metric = settings.best_metric or ("ndcg@10" if "contrastive" in weights else None)
 
     def score(self, metrics: Mapping[str, float]) -> float:
-        """The one number by which models are compared, higher for the better, of a validation's metrics.
+        """The number by which models are compared, higher is better, from a validation's metrics.
 
-        Raises ConfigError where `training.best_metric` is none of them.
+        Raises ConfigError if `training.best_metric` is not one of them.
         """
         if self.metric is None:
             return -sum(weight * metrics[f"{name}_nll"] for name, weight in self.weights.items())
@@ -62,13 +72,16 @@ class Judge:
             )
         return -metrics[name] if lower_is_better(name) else metrics[name]
 
-    def is_best(self, metrics: Mapping[str, float], state: TrainState) -> bool:
-        """Whether a validation is the best so far. Notes in the state its score, the validations without a gain, and
-        whether patience has ended with them. Raises ConfigError as `score` does."""
-        score, best = self.score(metrics), state.best_metric
-        without_gain = count_without_gain(score, best, state.validations_without_gain, self.stopping.min_delta)
-        is_best = score > (-math.inf if best is None else best)
-        state.best_metric = score if is_best else best
-        state.validations_without_gain = without_gain
-        state.ended_early = self.stopping.patience is not None and without_gain >= self.stopping.patience
+    def record(self, metrics: Mapping[str, float], state: TrainState) -> bool:
+        """Update the best score, the validations without a gain and the end of patience in `state`.
+
+        Returns whether this validation is the best so far. Raises ConfigError as `score` does.
+        """
+        score, best = self.score(metrics), -math.inf if state.best_metric is None else state.best_metric
+        is_gain, is_best = score - best > self.stopping.min_delta, score > best
+        if is_best:
+            state.best_metric = score
+        state.validations_without_gain = 0 if is_gain else state.validations_without_gain + 1
+        patience = self.stopping.patience
+        state.ended_early = patience is not None and state.validations_without_gain >= patience
         return is_best

@@ -12,15 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.evaluation.generation import generation_metrics
 from pipeline.evaluation.sts import spearman
 from pipeline.model.packing import Packed
 from pipeline.objectives.batch import Batch
-from pipeline.objectives.collectives import gather, rank, total, world_size
 from pipeline.objectives.learner import Learner
+from pipeline.training.collectives import all_reduce_sum, broadcast, gather_rows, rank, world_size
 
 ROWS_AT_ONCE = 256
 CORRUPTION_SEED = 0  # of held-out texts: each validation sees the same ones
@@ -63,7 +62,7 @@ def validate(
     metrics |= with_perplexity(_token_losses(learner, validation.batch, device))
     if together or rank() == 0:
         metrics |= _written(learner, validation, device)
-    return _of_rank_0(metrics, device)
+    return broadcast(metrics)  # names that rank 0 alone has, and the last bits of the others
 
 
 def with_perplexity(metrics: dict[str, float]) -> dict[str, float]:
@@ -88,7 +87,7 @@ def encode_shared(learner: Learner, texts: Packed, device: torch.device) -> Tens
     """(N, D) vectors of all texts, each worker encoding its share. The last share is filled up with zeros."""
     found = torch.cat([learner.encode(texts.slice(*ends).to(device)) for ends in _ranges(len(texts))])
     short = math.ceil(len(texts) / world_size()) - len(found)
-    return gather(nn.functional.pad(found, (0, 0, 0, short)))[: len(texts)]
+    return gather_rows(nn.functional.pad(found, (0, 0, 0, short)))[: len(texts)]
 
 
 def _token_losses(learner: Learner, batch: Batch, device: torch.device) -> dict[str, float]:
@@ -101,7 +100,8 @@ def _token_losses(learner: Learner, batch: Batch, device: torch.device) -> dict[
             loss = learner.loss(part.tasks[name])
             sums[row] += torch.tensor([float(loss.nll), loss.count], dtype=torch.float64, device=device)
     return {
-        f"{name}_nll": nll / max(count, 1.0) for name, (nll, count) in zip(names, total(sums).tolist(), strict=True)
+        f"{name}_nll": nll / max(count, 1.0)
+        for name, (nll, count) in zip(names, all_reduce_sum(sums).tolist(), strict=True)
     }
 
 
@@ -119,15 +119,6 @@ def _written(learner: Learner, validation: Validation, device: torch.device) -> 
         references = validation.decode([target.slice(i, i + 1).ids.tolist() for i in range(len(target))])
         metrics |= {f"{name}_{key}": value for key, value in generation_metrics(written, references).items()}
     return metrics
-
-
-def _of_rank_0(metrics: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Rank 0's metrics, on every worker: names that it alone has, and the last bits of the others."""
-    if world_size() == 1:
-        return metrics
-    shared: list[dict[str, float]] = [metrics]
-    dist.broadcast_object_list(shared, device=device)
-    return shared[0]
 
 
 def ranking_metrics(anchors: Tensor, positives: Tensor, scale: float) -> dict[str, float]:

@@ -1,154 +1,211 @@
 """A training worker of Ray Train: what Ray does for a run.
 
-Batches come through Ray Data, checkpoints go through Ray's reporting, metrics and alerts to the driver's board; and the
-run is told when the driver is asked to stop, or Ray learns that a node is about to be taken away.
+Ray places the workers and restarts them. Batches come through Ray Data, checkpoints go through Ray's reports, metrics
+and alerts go to the driver's board; the run learns when the driver wants to stop, and when Ray is about to lose a node.
+
+The workers' process group can be reached only at the address by which Ray knows their node, which is 127.0.0.1 in a
+session of one machine. By default, torch's store for the rendezvous listens on all interfaces, without authentication,
+whatever address it is given; here it gets a socket that is already bound.
 """
 
 from __future__ import annotations
 
+import ipaddress
+import logging
+import os
+import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pipeline.config import ConfigError
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.backend import Backend, BackendConfig
+from ray.train.torch import TorchConfig, get_device
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from pipeline.config import Config, ConfigError
 from pipeline.data.feed import RayFeed
 from pipeline.runtime.cluster import place_data
-from pipeline.storage.path import StoragePath
+from pipeline.runtime.console import log
+from pipeline.storage.arrow import arrow_location
+from pipeline.training.assembly import Task, run_task
+from pipeline.training.checkpoints import ResumePoint, TrainState
+from pipeline.training.loop import ControlFlags, Hooks, TrainingStopped
+from pipeline.training.saving import Saver
+from pipeline.training.tracking.tracker import Metrics
 
-if TYPE_CHECKING:
-    from pipeline.training.assembly import Task
-    from pipeline.training.checkpoints import TrainState
-    from pipeline.training.loop import Wishes
-    from pipeline.training.saving import Take
-
+LEAVE_S = 30.0  # for a worker to leave the process group, as Ray's own backend waits
 POLL_S = 1.0
 
 
 @dataclass(frozen=True)
 class Sent:
-    """What a worker is sent: the task, torch threads for each worker, and the driver's board."""
+    """What a worker is sent."""
 
     task: Task
     threads: int
+    """torch threads of each worker."""
     board: Any
+    """The driver's board."""
+    point: ResumePoint
+    """The newest checkpoint, which the driver has read."""
 
 
 def train_worker(message: dict[str, Any]) -> None:
-    """Train to the end, or until asked to stop. What no restart would mend is told to the driver, and ends the run."""
-    import ray.train
-    import torch
-
-    from pipeline.training.assembly import Hooks, run_task
-    from pipeline.training.loop import TrainingStopped
-
+    """Train to the end, or until asked to stop. An error that a restart would not fix is sent to the driver."""
     sent: Sent = message["sent"]
-    torch.set_num_threads(sent.threads)
-    context = ray.train.get_context()
+    config, context = sent.task.config, ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(sent.threads)
 
-    def tell(message: dict[str, Any]) -> None:
+    def send(message: dict[str, Any]) -> None:
         if rank == 0:
             sent.board.post.remote(message)
 
     def alert(title: str, text: str, step: int) -> None:
-        tell({"alert": {"title": title, "text": text, "step": step}})
+        send({"alert": {"title": title, "text": text, "step": step}})
 
-    _send_log(tell)
-    hooks = Hooks(
-        partial(_report_checkpoint, sent.task.config.run_dir), _reporter(sent.board), alert, _wishes(sent, rank)
-    )
-    place_data(sent.task.config.scaling.labels.data)
+    _send_log(send)
+    place_data(config.scaling.labels.data)
     feed = RayFeed(sent.task.plan, rank, world_size)
     try:
-        run_task(sent.task, feed.batches, hooks, ray.train.torch.get_device())
+        saver = RaySaver(config, sent.task.tokenizer_json, sent.task.holder)
+        hooks = Hooks(saver.save, partial(_report, sent.board), alert, _control_flags(sent.board, config, rank))
+        run_task(sent.task, feed.batches, hooks, get_device(), sent.point)
         ray.train.report({})  # waits until all checkpoints are in their places
     except (TrainingStopped, ConfigError) as error:  # on all workers alike
-        tell({"fatal": str(error), "config": isinstance(error, ConfigError)})
+        send({"fatal": str(error), "config": isinstance(error, ConfigError)})
 
 
-def _send_log(tell: Callable[[dict[str, Any]], None]) -> None:
-    """Let this process's log lines be the driver's."""
-    import logging
+class RaySaver(Saver):
+    """Reports checkpoints to Ray, on every rank, which is a barrier. Ray calls `_upload` in a thread of its own."""
 
-    from pipeline.runtime.console import log
+    def place(self, folder: Path, state: TrainState, is_best: bool) -> None:
+        ray.train.report(
+            state.metrics,
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)) if self.writes else None,
+            checkpoint_dir_name=folder.name,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=False,
+            checkpoint_upload_fn=partial(self._upload, is_best) if self.writes else None,
+        )
+
+    def _upload(self, is_best: bool, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        attempt, run_dir = ray.train.get_context().get_experiment_name(), self.config.run_dir
+        self.placer.place(Path(checkpoint.path), run_dir / attempt / name, is_best)
+        location, filesystem = arrow_location(run_dir)
+        return ray.train.Checkpoint(f"{location}/{attempt}/{name}", filesystem)
+
+
+def _send_log(send: Callable[[dict[str, Any]], None]) -> None:
+    """Send this process's log lines to the driver."""
 
     class ToBoard(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            tell({"log": record.getMessage()})
+            send({"log": record.getMessage()})
 
     log.handlers[:] = [ToBoard(logging.INFO)]
     log.setLevel(logging.INFO)
     log.propagate = False
 
 
-def _report_checkpoint(run_dir: StoragePath, state: TrainState, folder: Path, take: Take | None) -> None:
-    """Every rank reports, which is a barrier. Ray takes the folders away in threads, while training goes on."""
-    from ray.train import Checkpoint, CheckpointUploadMode, report
-
-    report(
-        state.metrics,
-        checkpoint=Checkpoint.from_directory(str(folder)) if take else None,
-        checkpoint_dir_name=folder.name,
-        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        delete_local_checkpoint_after_upload=False,
-        checkpoint_upload_fn=partial(_upload, run_dir, take) if take else None,
-    )
+def _report(board: Any, metrics: Metrics) -> None:
+    """Send rank 0's metrics to the driver, which draws the bar and keeps the trackers."""
+    message: dict[str, Any] = {"metrics": metrics}
+    if "loss" in metrics:
+        board.put.remote("steps", int(metrics["step"]))
+        message["shown"] = f"loss {metrics['loss']:.3f}, {metrics['pairs_per_s']:,.0f} pairs/s"
+    else:
+        values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name != "step")
+        message["log"] = f"train: step {metrics['step']:,.0f}: {values}"
+    board.post.remote(message)
 
 
-def _upload(run_dir: StoragePath, take: Take, checkpoint: Any, name: str) -> Any:
-    from ray.train import Checkpoint, get_context
-
-    storage: Any = get_context().get_storage()
-    attempt = Path(storage.experiment_fs_path)
-    take(Path(checkpoint.path), run_dir / attempt.name / name)
-    return Checkpoint(str(attempt / name), storage.storage_filesystem)
-
-
-def _reporter(board: Any) -> Callable[[dict[str, float]], None]:
-    """Rank 0's metrics, sent to the driver: it draws the bar and keeps the trackers."""
-
-    def report(metrics: dict[str, float]) -> None:
-        message: dict[str, Any] = {"metrics": metrics}
-        if "loss" in metrics:
-            board.put.remote("steps", int(metrics["step"]))
-            message["shown"] = f"loss {metrics['loss']:.3f}, {metrics['pairs_per_s']:,.0f} pairs/s"
-        else:
-            values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name != "step")
-            message["log"] = f"train: step {metrics['step']:,.0f}: {values}"
-        board.post.remote(message)
-
-    return report
-
-
-def _wishes(sent: Sent, rank: int) -> Callable[[int], Wishes]:
-    """Rank 0 looks at the driver's board once a second. Ray is asked every few steps, by all workers at the same."""
-    import ray
-    import ray.train
-
-    from pipeline.training.loop import Wishes
-
+def _control_flags(board: Any, config: Config, rank: int) -> Callable[[int], ControlFlags]:
+    """Rank 0 asks the driver's board once a second. All workers ask Ray, every few steps, at the same steps."""
     stop, saved_for = threading.Event(), set[str]()
 
     def follow() -> None:
-        try:
+        with suppress(ray.exceptions.RayError):  # the session is going down
             while not stop.wait(POLL_S):
-                if ray.get(sent.board.is_stop_wanted.remote()):
+                if ray.get(board.is_stop_wanted.remote()):
                     stop.set()
-        except ray.exceptions.RayError:  # the session is going down
-            return
 
     if rank == 0:
-        threading.Thread(target=follow, name="wishes", daemon=True).start()
+        threading.Thread(target=follow, name="control flags", daemon=True).start()
 
-    def wishes(step: int) -> Wishes:
+    def control_flags(step: int) -> ControlFlags:
         leaving: set[str] = set()
-        if step % sent.task.config.training.log_every_steps == 0:
+        if step % config.training.log_every_steps == 0:
             notice = ray.train.get_preemption_info()
             leaving = set(notice.preempted_node_ids) - saved_for if notice else set()
             saved_for.update(leaving)
-        return Wishes(stop.is_set(), bool(leaving))
+        return ControlFlags(stop.is_set(), bool(leaving))
 
-    return wishes
+    return control_flags
+
+
+@dataclass
+class ProcessGroupConfig(TorchConfig):
+    """A `TorchConfig` for gloo on CPUs and nccl on GPUs, whose rendezvous listens at the node's own address alone."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _OwnAddressBackend
+
+
+class _OwnAddressBackend(Backend):
+    share_cuda_visible_devices = True  # nccl needs to see the GPUs of the node's other workers
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        assert isinstance(backend_config, TorchConfig)
+        timeout = timedelta(seconds=backend_config.timeout_s)
+        backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) > 0 else "gloo"
+        address, port = worker_group.execute_single(0, _serve, timeout)
+        size = len(worker_group)
+        ray.get(
+            [worker_group.execute_single_async(i, _join, backend, i, size, address, port, timeout) for i in range(size)]
+        )
+
+    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        with suppress(ray.exceptions.GetTimeoutError):
+            ray.get(worker_group.execute_async(_leave), timeout=LEAVE_S)
+
+
+_held: list[TCPStore] = []
+"""The store that this process serves, for as long as its group lives."""
+
+
+def _serve(timeout: timedelta) -> tuple[str, int]:
+    """Open the store on this node; returns its address and port."""
+    address = ray.util.get_node_ip_address()
+    family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
+    with socket.create_server((address, 0), family=family) as listening:
+        port = listening.getsockname()[1]
+        _held[:] = [
+            TCPStore(address, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listening.detach())
+        ]
+    return address, port
+
+
+def _join(backend: str, rank: int, world_size: int, address: str, port: int, timeout: timedelta) -> None:
+    os.environ["LOCAL_RANK"] = str(ray.train.get_context().get_local_rank())  # which device meshes look for
+    if ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:
+        loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback)
+    store = _held[0] if rank == 0 else TCPStore(address, port, None, False, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

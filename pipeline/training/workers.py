@@ -3,7 +3,7 @@
     workers = size_workers(config, cluster)                 # Workers(fewest=2, most=2, cpus=0.5, gpus=0, threads=1)
     for sentence in shortfalls(config, workers, cluster): ...
 
-Beside the workers a CPU must be left to Ray Data, which reads for them: without one, training waits for ever.
+One CPU must be left for Ray Data, which reads for the workers: without it, training waits for ever.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Workers:
         return f"{number} workers of {self.cpus:g} CPUs and {self.gpus:g} GPUs"
 
 
-def size_workers(config: Config, cluster: Cluster, beside: int = 1) -> Workers:
-    """The workers that are asked for, whether or not they fit; so many runs train `beside` each other."""
+def size_workers(config: Config, cluster: Cluster, concurrent_runs: int = 1) -> Workers:
+    """The workers that are asked for, whether or not they fit, if `concurrent_runs` share the cluster."""
     capacity, wanted = cluster.with_labels(config.scaling.labels.train).capacity(), config.scaling
     gpu_share = (1.0 if capacity.gpus else 0.0) if wanted.gpus_per_worker == "auto" else wanted.gpus_per_worker
     if wanted.num_workers == "auto":
@@ -42,7 +42,7 @@ def size_workers(config: Config, cluster: Cluster, beside: int = 1) -> Workers:
     else:
         numbers = wanted.num_workers if isinstance(wanted.num_workers, list) else [wanted.num_workers]
         fewest, most = numbers[0], numbers[-1]
-    threads = max(1, int(max(capacity.cpus_there // (most * beside), wanted.cpus_per_worker)))
+    threads = max(1, int(max(capacity.cpus_there // (most * concurrent_runs), wanted.cpus_per_worker)))
     return Workers(fewest, most, wanted.cpus_per_worker, gpu_share, threads)
 
 
