@@ -166,7 +166,7 @@ def loop(sent: dict[str, Any]) -> None:
     from tokenizers import Tokenizer
 
     from pipeline.objectives.learner import Part
-    from pipeline.training.build import build_learner
+    from pipeline.training.assembly import build_learner
     from pipeline.training.optimizer import build_optimizer
     from pipeline.training.prefetch import Prefetch, to_batch
     from pipeline.training.step import backward

@@ -23,7 +23,7 @@ import torch
 from benchmarks.gpu_training import Trainer, encoder_of, learner_of, pairs, shape_of
 from pipeline.model.compiled import compile_layers
 from pipeline.objectives.learner import Part
-from pipeline.training.flops import memory, peak_flops, step_flops
+from pipeline.training.meter import memory, peak_flops, step_flops
 from pipeline.training.optimizer import autocast_type
 from pipeline.training.prefetch import Prefetch, to_batch, to_device
 from pipeline.training.step import OutOfMemory

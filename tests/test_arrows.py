@@ -36,7 +36,7 @@ WITHOUT_TORCH = {"config", "storage", "text", "runtime", "sources", "data", "cle
 RAYLESS_MODULES = {
     f"{folder}/{name}.py"
     for folder, names in {
-        "training": "assembly build checkpoints collectives fsdp loop saving step strategy validation",
+        "training": "assembly checkpoints collectives fsdp loop saving step strategy validation",
         "embedding": "chunks documents indexing nearest search store sync table",
         "mining": "blocks choosing",
         "tuning": "journal pictures report slots space sweep terms",

@@ -20,7 +20,7 @@ from pipeline.model.packing import Layout, Packed, pack
 from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.objectives.batch import Batch
 from pipeline.objectives.learner import Learner, Special
-from pipeline.training.flops import (
+from pipeline.training.meter import (
     device_utilisation,
     forward_backward_flops,
     gpu_peak,

@@ -130,12 +130,12 @@ def test_a_resume_hashes_each_file_of_the_newest_checkpoint_once(
         batches = LocalFeed(sent.task.plan).batches
         return SimpleNamespace(fit=lambda: run_task(sent.task, batches, hooks, torch.device("cpu"), sent.point))
 
+    def train_through_ray() -> None:
+        monkeypatch.setattr(fit, "_trainer", trainer)
+        task, point = Task.of(config, data, manifest), resume_point(config.run_dir)
+        assert not fit.is_done(config, data, manifest, point.state)
+        fit._fit(config, Workers(1, 1, 1, 0, 1), Sent(task, 1, None, resume_point(config.run_dir, point)))
+
     with pytest.raises(ReachedError):
-        if with_ray:
-            monkeypatch.setattr(fit, "_trainer", trainer)
-            task, point = Task.of(config, data, manifest), resume_point(config.run_dir)
-            assert not fit.is_done(config, data, manifest, point.state)
-            fit._fit(config, Workers(1, 1, 1, 0, 1), Sent(task, 1, None, resume_point(config.run_dir, point)))
-        else:
-            train_here(config, data, manifest, until(4))
+        train_through_ray() if with_ray else train_here(config, data, manifest, until(4))
     assert sorted(hashed) == sorted(json.loads(state.read_text())["files"])

@@ -72,8 +72,7 @@ def fit(
     """
     from tokenizers import Tokenizer
 
-    from pipeline.training.assembly import Task
-    from pipeline.training.build import check_model
+    from pipeline.training.assembly import Task, check_model
     from pipeline.training.worker import Sent
 
     task = Task.of(config, folder, manifest)

@@ -28,8 +28,7 @@ from pipeline.objectives.learner import Learner, Part
 from pipeline.runtime.console import log
 from pipeline.training.checkpoints import TrainState, note_oom_splits
 from pipeline.training.collectives import rank, world_size
-from pipeline.training.flops import step_flops
-from pipeline.training.meter import Meter
+from pipeline.training.meter import Meter, step_flops
 from pipeline.training.optimizer import Precision, Schedule, build_optimizer
 from pipeline.training.prefetch import Prefetch, to_batch, to_device
 from pipeline.training.step import Outcome, OutOfMemory, backward, cut
