@@ -1,15 +1,16 @@
 """fsdp: each worker holds a part of every weight, of its gradient and of the optimizer's state (torch's fully_shard).
 
-    strategy = FullySharded(learner, device)     # the learner's parameters are parts of tensors from here on
+    strategy = FullySharded(learner, device)     # from here on, each parameter holds this worker's part
     optimizer = build_optimizer(learner, ...)    # after it
 
-A layer's weights are gathered from all workers before it runs, forwards and backwards, and let go after; what is in no
-layer, the token table above all, stays whole from a forward pass to the end of its backward pass. All workers make the
-same passes in the same order: each waits for the others in every one.
+A layer's weights are gathered from all workers before it runs, forwards and backwards, and freed after it. Weights
+outside the layers, mainly the token table, stay whole from a forward pass to the end of its backward pass. All workers
+must make the same passes in the same order, because each pass waits for all of them.
 
-Cost over ddp: of `n` bytes of weights, n more to receive in each forward and in each backward pass. Gradients are sent
-once a step, so with several micro-batches they lie whole on every worker until its last; with one they are sent layer
-by layer. Under autocast the 16-bit copies of the weights live as long as the graph, unless layers are checkpointed.
+Cost over ddp: for `n` bytes of weights, a worker receives n more in each forward and in each backward pass. Gradients
+are sent once a step, so with several micro-batches they are whole on every worker until the last one; with one they are
+sent layer by layer. Under autocast the 16-bit copies of the weights live as long as the graph, unless layers are
+checkpointed.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from pipeline.training.collectives import all_reduce_sum, world_size
 
 
 class FullySharded:
-    """A `Strategy`. Cuts the learner's parameters along their first dimension, each worker keeping its share.
+    """A `Strategy`. Shards the learner's parameters along their first dimension.
 
-    Scalars, such as a learned temperature, cannot be cut: every worker keeps them, and their gradients go with the
-    flags. torch.distributed must be up.
+    Scalars, such as a learned temperature, cannot be sharded: every worker keeps them, and their gradients are reduced
+    with the flags. torch.distributed must be initialised.
     """
 
     is_sharded = True
@@ -45,14 +46,14 @@ class FullySharded:
             for layer in stack.layers:
                 fully_shard(layer, mesh=mesh)
         self.learner: FSDPModule = fully_shard(learner, mesh=mesh, ignored_params=set(self.scalars))
-        # A worker with an empty micro-batch has no gradient for some weights, and must send zeros in their place.
+        # A worker with an empty micro-batch has no gradient for some weights, and must send zeros instead.
         self.learner.set_reduce_scatter_unused_params(True)
         for name in learner.entries:
             register_fsdp_forward_method(learner, name)
 
     def attach(self, learner: Learner) -> None:
-        # NOTE: fully_shard looks at once which weights are trained, when a module is first gathered. Layers that join
-        # after the token table's warm-up are gathered here, so that it looks again.
+        # NOTE: fully_shard notes which weights are trained when a module is first gathered. Gather them here, so that it
+        # notices the layers that start to train after the token table's warm-up.
         for module in learner.modules():
             if isinstance(module, FSDPModule):
                 module.unshard()
@@ -70,7 +71,7 @@ class FullySharded:
         yield
 
     def finish(self, flags: Sequence[bool | Tensor]) -> list[float]:
-        """One small collective: the flags, and the scalars' gradients."""
+        """Reduces the flags and the scalars' gradients in one small collective."""
         gradients = [0.0 if scalar.grad is None else scalar.grad for scalar in self.scalars]
         values = [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in (*flags, *gradients)]
         sums = all_reduce_sum(torch.stack(values))

@@ -177,7 +177,7 @@ def train(run: Run, state: TrainState) -> TrainState:
 
 
 def _join_layers(run: Run, step: int) -> None:
-    """The table alone while it warms up, then all layers."""
+    """Train the token table alone while it warms up, then all layers."""
     encoder = run.learner.model.backbone
     if isinstance(encoder, Encoder):
         layers_join = step >= run.schedule.table_steps
@@ -211,7 +211,7 @@ def _gradients(run: Run, ready: Ready, state: TrainState) -> Outcome:
 
 
 def _split(run: Run, state: TrainState) -> None:
-    """Smaller micro-batches from here on; raises TrainingStopped where a single record does not fit."""
+    """Use smaller micro-batches from here on. Raises TrainingStopped if a single record does not fit."""
     gc.collect()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -269,7 +269,7 @@ def _report(run: Run, metrics: dict[str, float]) -> None:
 def _validate(run: Run, state: TrainState) -> bool:
     """Score held-out records and record the metrics in the state. Returns whether they are the best so far."""
     run.learner.eval()
-    metrics = validate(run.learner, run.validation, run.device, together=run.strategy.is_sharded)
+    metrics = validate(run.learner, run.validation, run.device, is_sharded=run.strategy.is_sharded)
     run.learner.train()
     state.metrics = {f"validation_{name}": value for name, value in metrics.items()}
     _report(run, {"step": state.step, **state.metrics})
@@ -281,5 +281,5 @@ def _seed(seed: int, step: int, *who: int) -> int:
 
 
 def _seed_dropout(seed: int, step: int) -> None:
-    """A step's dropout follows from its number, and differs between workers."""
+    """Seed dropout by the step and the worker."""
     torch.manual_seed(_seed(seed, step, rank()))

@@ -13,8 +13,8 @@ eta_s                         seconds to the last step, at the rate since the la
     mfu = flops / seconds / peak_flops(device, torch.bfloat16)
 
 A multiplication and an addition are two operations. A matrix of n numbers costs 2n a token forwards and 4n backwards,
-attention 12 x layers x width x length^2 a text (PaLM, Chowdhery et al. 2022, appendix B). What is computed twice to save
-memory counts once: this is the model's FLOPs utilisation, not the hardware's. Pooling and the similarities of the
+attention 12 x layers x width x length^2 a text (PaLM, Chowdhery et al. 2022, appendix B). What is computed twice to
+save memory counts once: this is the model's FLOPs utilisation, not the hardware's. Pooling and the similarities of the
 contrastive loss are not counted; a causal mask or a window saves nothing. Within 1% of torch's own count.
 """
 
@@ -53,10 +53,7 @@ MATRIX = 6  # operations a number and token: 2 forwards, 4 backwards
 ATTENTION = 12  # operations a layer, unit of width, query and key: 4 forwards (two products), 8 backwards
 
 MEASURED_FOR_S = 0.2
-MEASURED_SIZES = (
-    512,
-    1024,
-)  # rows: the first takes few ms, so other processes seldom cut in; the next suits many cores
+MEASURED_SIZES = (512, 1024)  # rows: the first takes few ms, so that others seldom cut in; the next suits many cores
 
 TERA = 1e12
 PEAKS: dict[str, dict[str, float]] = {
@@ -95,7 +92,7 @@ ZERO = {"seconds": 0.0, "pairs": 0.0, "tokens": 0.0, "computed_tokens": 0.0, "fl
 
 
 class Meter:
-    """Sums between two reports; `state.train_seconds` is kept up to date at each."""
+    """Sums between two reports. Each report updates `state.train_seconds`."""
 
     def __init__(self, settings: Training, total_steps: int, device: torch.device, state: TrainState) -> None:
         self.settings, self.total_steps = settings, total_steps
@@ -107,10 +104,9 @@ class Meter:
     def count(
         self, batch: Batch, flops: float, metrics: dict[str, Tensor], waited_s: float, *, last: bool
     ) -> dict[str, float] | None:
-        """Take a step into account; on a reporting step, the metrics, the same on all workers.
+        """Count a step. On a reporting step, returns the metrics, the same on all workers.
 
-        `flops`: operations of this worker's step. `waited_s`: seconds that it has waited for batches since the loop
-        began.
+        `flops`: operations of this worker's step. `waited_s`: seconds it has waited for batches since the loop began.
         """
         self._add(batch, flops)
         if self.state.step % self.settings.log_every_steps and not last:
@@ -169,7 +165,7 @@ def forward_backward_flops(model: nn.Module, lengths: Lengths) -> float:
 def step_flops(learner: Learner, parts: Iterable[Part]) -> float:
     """Operations of a step of this worker: pairs, sources, what decoders write, and the scores over the vocabulary.
 
-    Ask it of parts on the CPU: lengths that lie on a GPU would wait for it.
+    Call it with parts on the CPU: reading lengths from a GPU would wait for the device.
     """
     flops = 0.0
     for part in parts:

@@ -2,15 +2,15 @@
 
     with closing(Prefetch(feed.batches(start, stop), prepare, device)) as batches:
         for batch in batches: ...                  # what `prepare` made of each table, in order
-        batches.waited_s                           # how long the loop has waited for them, all in all
+        batches.waited_s                           # how long the loop has waited for them in total
 
     def prepare(rows):                             # on a GPU its copies run on a stream of their own
         return to_device([learner.prepare(to_batch(rows), seed)], device)
 
-At most `depth` batches are ready or in the making ahead of the one that is trained on, and a table is asked for once
-there is room for its batch. What the feed or `prepare` raises is raised where the loop asks for the next batch. Closing
-ends the thread and, in it, the feed. Cost: the interpreter's time for `prepare`, as without the thread, and on a GPU
-the memory of `depth` batches.
+At most `depth` batches are prepared ahead of the one that is trained on, and a table is read only once there is room
+for its batch. An error in the feed or in `prepare` is raised where the loop asks for the next batch. Closing ends the
+thread and the feed in it. Cost: the interpreter's time for `prepare`, as without the thread, and on a GPU the memory of
+`depth` batches.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pipeline.model.packing import Packed
 from pipeline.objectives.batch import EMPTY, Batch
 
 CLOSING_S = 30.0
-"""Closing waits so long for a read that is under way; a thread that it leaves behind ends with that read. Ours."""
+"""How long closing waits for a read to end; after that, the thread ends with its read. Ours."""
 
 FIELDS = ("anchor", "positive", "text")
 
@@ -52,7 +52,7 @@ class _Ended:
 
 
 class Prefetch(Iterator[T]):
-    """`prepare(table)` of each table, in order. To be closed; also where it is no longer referred to, it is."""
+    """`prepare(table)` of each table, in order. Close it after use; garbage collection closes it too."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Prefetch(Iterator[T]):
             daemon=True,
         )
         self.close = weakref.finalize(self, _end, self._thread, self._room, self._stop)
-        """End the thread and the feed; what is ready is lost. Again, it does nothing."""
+        """End the thread and the feed, and drop what is ready. A second call does nothing."""
         self._thread.start()
 
     def __next__(self) -> T:
@@ -95,7 +95,7 @@ class Prefetch(Iterator[T]):
 
 
 def _used_on(stream: torch.cuda.Stream, tensor: Tensor) -> Tensor:
-    """Tell the allocator, which would give the memory to the copies' stream again while `stream` still reads it."""
+    """Keep the allocator from giving the memory back to the copies' stream while `stream` still reads it."""
     if tensor.is_cuda:
         tensor.record_stream(stream)
     return tensor
@@ -109,7 +109,7 @@ def _work(
     room: threading.Semaphore,
     stop: threading.Event,
 ) -> None:
-    """The thread. It holds no reference to its Prefetch, which can go out of scope."""
+    """The thread. It holds no reference to its Prefetch, which can be garbage collected."""
     end = _Ended()
     try:
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -127,7 +127,7 @@ def _work(
 
 @contextmanager
 def _closing(batches: Iterator[pa.Table]) -> Iterator[None]:
-    """Close a generator in the thread that runs it: another could find it at work."""
+    """Close a generator in the thread that runs it: another thread could find it running."""
     try:
         yield
     finally:
@@ -167,7 +167,7 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def to_batch(rows: pa.Table, hard_negatives: int = 0) -> Batch:
-    """A table of `id` and token ids as a batch, with at most so many of each row's `negatives`, the first ones."""
+    """A table of `id` and token ids as a batch, with the first `hard_negatives` of each row's negatives."""
     fields = {name: packed(rows[name]) for name in FIELDS if name in rows.column_names}
     ids = rows["id"].to_pylist()
     if not hard_negatives or "negatives" not in rows.column_names:
@@ -178,7 +178,7 @@ def to_batch(rows: pa.Table, hard_negatives: int = 0) -> Batch:
 
 
 def packed(column: pa.ChunkedArray) -> Packed:
-    """A column of token-id lists, as it lies in the shard, as packed sequences."""
+    """A column of token-id lists, as packed sequences."""
     lists = column.combine_chunks()
     offsets = lists.offsets.to_numpy()
     return Packed.of(lists.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0])

@@ -1,7 +1,7 @@
-"""A run's folder: what it was started with, and the refusal to go on with something else.
+"""A run's folder: what the run was started with, and the refusal to resume it with something else.
 
-<root>/runs/<run>/config.resolved.yaml    the whole tree; --config takes it back
-<root>/runs/<run>/tokenizer.json          that of the data and the model
+<root>/runs/<run>/config.resolved.yaml    the whole config; --config accepts it
+<root>/runs/<run>/tokenizer.json          of the data and the model
 <root>/runs/<run>/run.json                data (see data/drift.py), git SHA, versions
 """
 
@@ -35,11 +35,11 @@ FREE_KEYS = (
     "training.early_stopping.patience",
     "training.early_stopping.min_delta",
 )
-"""Keys of the fixed sections that change nothing about the weights at a given step."""
+"""Keys of the fixed sections that do not affect the weights at a given step."""
 
 
 def claim_run_folder(config: Config, prepared: StoragePath, manifest: Manifest, steps: int) -> None:
-    """Write what a run is started with. Raises ConfigError where its folder holds another one."""
+    """Write what the run is started with. Raises ConfigError if the folder holds another run."""
     refuse_other_run(config, manifest)
     folder = config.run_dir
     place(prepared / "tokenizer.json", folder / "tokenizer.json")
@@ -55,10 +55,7 @@ def claim_run_folder(config: Config, prepared: StoragePath, manifest: Manifest, 
 
 
 def refuse_other_run(config: Config, manifest: Manifest) -> None:
-    """Raise ConfigError naming what differs from what the run's folder was started with, if it was.
-
-    What `checkpointing.accept_changes` names may differ.
-    """
+    """Raise ConfigError naming what has changed since the run was started, except `checkpointing.accept_changes`."""
     then = TrainedOn.read(config)
     if then is None:
         return
@@ -70,10 +67,10 @@ def refuse_other_run(config: Config, manifest: Manifest) -> None:
 
 
 def refuse_unfinished(config: Config, manifest: Manifest, state: TrainState, model: StoragePath | None = None) -> None:
-    """Raise ConfigError for a run that cannot stay as it is, now that the data have moved.
+    """Raise ConfigError unless a run can be used although its data have changed.
 
-    It can if it is at its end, its keys are the same, and the data are tokenized as they were. Its own keys do not
-    matter to a job that only uses its `model`.
+    It can if it is at its end, its config is the same, and the data are tokenized as they were. A job that only uses
+    its `model` does not need the same config.
     """
     then = TrainedOn.read(config)
     assert then
@@ -130,7 +127,7 @@ def _flatten(tree: dict[str, Any], prefix: str, into: dict[str, Any]) -> None:
 
 
 def _git_sha() -> str | None:
-    """The commit of this checkout; None where it is none, as in a submitted job."""
+    """The commit of this checkout; None without one, as in a submitted job."""
     try:
         answer = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10

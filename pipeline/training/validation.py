@@ -1,7 +1,7 @@
 """Scores on held-out records while a model trains, the same on every worker.
 
-contrastive objectives     loss, ndcg@10, recall@1 when anchors look for their positives; sts_spearman on an STS file
-generative objectives      nll and perplexity of a token; BLEU and ROUGE of texts that the decoder writes greedily
+contrastive objectives     loss, ndcg@10, recall@1 with anchors as queries; sts_spearman on an STS file
+generative objectives      nll and perplexity per token; BLEU and ROUGE of texts that the decoder writes greedily
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CORRUPTION_SEED = 0  # of held-out texts: each validation sees the same ones
 
 @dataclass(frozen=True)
 class StsPairs:
-    """Pairs of sentences, and how alike people find them."""
+    """Pairs of sentences, and how similar people find them."""
 
     first: Packed
     second: Packed
@@ -46,9 +46,9 @@ class Validation:
 
 @torch.no_grad()
 def validate(
-    learner: Learner, validation: Validation, device: torch.device, *, together: bool = False
+    learner: Learner, validation: Validation, device: torch.device, *, is_sharded: bool = False
 ) -> dict[str, float]:
-    """Metrics, the same on every worker. `together`: a forward pass needs all workers, so all make the same ones."""
+    """Metrics, the same on every worker. If the model `is_sharded`, all workers make the same forward passes."""
     metrics: dict[str, float] = {}
     if learner.contrasts:
         fields = validation.batch.fields
@@ -60,13 +60,13 @@ def validate(
             validation.sts.scores, nn.functional.cosine_similarity(first, second).tolist()
         )
     metrics |= with_perplexity(_token_losses(learner, validation.batch, device))
-    if together or rank() == 0:
-        metrics |= _written(learner, validation, device)
+    if is_sharded or rank() == 0:
+        metrics |= _generated(learner, validation, device)
     return broadcast(metrics)  # names that rank 0 alone has, and the last bits of the others
 
 
 def with_perplexity(metrics: dict[str, float]) -> dict[str, float]:
-    """The metrics, and beside each mean negative log likelihood of a token its exponential."""
+    """The metrics, and the perplexity for each mean negative log likelihood of a token."""
     perplexities = {
         name.removesuffix("nll") + "perplexity": math.exp(min(value, 700.0))
         for name, value in metrics.items()
@@ -76,7 +76,7 @@ def with_perplexity(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _ranges(rows: int) -> list[tuple[int, int]]:
-    """The rows that this worker scores, some at once. All workers make equally many calls, the last ones with few."""
+    """Batches of the rows that this worker scores. All workers get equally many; the last may be small or empty."""
     share = math.ceil(rows / world_size())
     first = rank() * share
     bounds = [min(first + i, rows) for i in (*range(0, share, ROWS_AT_ONCE), share)]
@@ -84,14 +84,14 @@ def _ranges(rows: int) -> list[tuple[int, int]]:
 
 
 def encode_shared(learner: Learner, texts: Packed, device: torch.device) -> Tensor:
-    """(N, D) vectors of all texts, each worker encoding its share. The last share is filled up with zeros."""
+    """(N, D) vectors of all texts; each worker encodes its share."""
     found = torch.cat([learner.encode(texts.slice(*ends).to(device)) for ends in _ranges(len(texts))])
-    short = math.ceil(len(texts) / world_size()) - len(found)
-    return gather_rows(nn.functional.pad(found, (0, 0, 0, short)))[: len(texts)]
+    missing = math.ceil(len(texts) / world_size()) - len(found)  # the last shares may be smaller
+    return gather_rows(nn.functional.pad(found, (0, 0, 0, missing)))[: len(texts)]
 
 
 def _token_losses(learner: Learner, batch: Batch, device: torch.device) -> dict[str, float]:
-    """By generative objective, the mean over all target tokens."""
+    """The mean over all target tokens, for each generative objective."""
     names = learner.generative
     sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
     for ends in _ranges(len(batch)) if names else ():
@@ -105,8 +105,8 @@ def _token_losses(learner: Learner, batch: Batch, device: torch.device) -> dict[
     }
 
 
-def _written(learner: Learner, validation: Validation, device: torch.device) -> dict[str, float]:
-    """BLEU and ROUGE, by objective that writes texts."""
+def _generated(learner: Learner, validation: Validation, device: torch.device) -> dict[str, float]:
+    """BLEU and ROUGE of each objective that writes texts."""
     few = validation.batch.slice(0, min(validation.generated_texts, len(validation.batch)))
     if not len(few):
         return {}
@@ -122,7 +122,7 @@ def _written(learner: Learner, validation: Validation, device: torch.device) -> 
 
 
 def ranking_metrics(anchors: Tensor, positives: Tensor, scale: float) -> dict[str, float]:
-    """`loss`, `ndcg@10` and `recall@1` when anchor i looks for positive i among all positives; (N, D) each."""
+    """`loss`, `ndcg@10` and `recall@1` if anchor i is to find positive i among all positives; (N, D) each."""
     anchors, positives = (nn.functional.normalize(each, dim=-1) for each in (anchors, positives))
     losses, ranks = [], []
     own = torch.arange(len(anchors), device=anchors.device)
@@ -130,8 +130,8 @@ def ranking_metrics(anchors: Tensor, positives: Tensor, scale: float) -> dict[st
         scores = anchors[rows] @ positives.T
         losses.append(nn.functional.cross_entropy(scores * scale, rows, reduction="sum"))
         own_score = scores.gather(1, rows[:, None])
-        ahead = (~(scores <= own_score)).sum(dim=1)  # so written, a score that is not a number comes last
-        ties = ((scores == own_score).sum(dim=1) - 1).clamp(min=0)  # shared out, or vectors all alike would win
+        ahead = (~(scores <= own_score)).sum(dim=1)  # written like this, NaN ranks last
+        ties = ((scores == own_score).sum(dim=1) - 1).clamp(min=0)  # ties count half, or equal vectors would win
         ranks.append(1 + ahead + ties / 2)
     position = torch.cat(ranks).double()
     gain = torch.where(position <= 10, 1 / torch.log2(position + 1), 0.0)
