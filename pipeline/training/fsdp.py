@@ -52,7 +52,7 @@ class FullySharded:
             register_fsdp_forward_method(learner, name)
 
     def attach(self, learner: Learner) -> None:
-        # NOTE: fully_shard notes which weights are trained when a module is first gathered. Gather them here, so that it
+        # NOTE: fully_shard notes which weights are trained when a module is first gathered. Gather all here, so that it
         # notices the layers that start to train after the token table's warm-up.
         for module in learner.modules():
             if isinstance(module, FSDPModule):

@@ -171,8 +171,10 @@ class _GradCache:
 def _gather_batch(rows: Rows, counts: list[int]) -> GlobalBatch:
     """The rows of all workers, with gradients for their owners; `counts` are each worker's number of rows."""
     keys = gather_rows(rows.keys, counts)
-    vectors = (gather_rows(each, counts) for each in (rows.anchors, rows.positives, rows.negatives))
-    return GlobalBatch(Rows(*vectors, keys), sum(counts[: rank()]), len(counts))
+    anchors, positives, negatives = (
+        gather_rows(each, counts) for each in (rows.anchors, rows.positives, rows.negatives)
+    )
+    return GlobalBatch(Rows(anchors, positives, negatives, keys), sum(counts[: rank()]), len(counts))
 
 
 def _as_many_as_others(parts: Sequence[Part]) -> list[Part]:
