@@ -176,7 +176,7 @@ def tune_stage(config: Config, session: Session) -> Result:
     """A sweep, or what is left of one: trials on one prepared data set, and the best one's config."""
     folder, manifest = session.prepared()
     _check_pairs(config, manifest)
-    from pipeline.tuning.run import sweep
+    from pipeline.tuning.sweep import sweep
 
     with alone_in(config.run_dir / "tune"):
         return sweep(config, folder, manifest, session.board)

@@ -39,7 +39,7 @@ RAYLESS_MODULES = {
         "training": "assembly loop reducer saving strategy step build validation checkpoints fsdp sharded uploading",
         "embedding": "chunks documents indexing nearest search store sync table",
         "mining": "blocks choosing",
-        "tuning": "journal pictures report slots space sweep terms",
+        "tuning": "space study sweep trial",
     }.items()
     for name in names.split()
 }

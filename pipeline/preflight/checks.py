@@ -15,7 +15,7 @@ from pipeline.runtime.cluster import Cluster
 from pipeline.runtime.findings import Finding
 from pipeline.runtime.job import JobError
 from pipeline.training.workers import DATA_CPUS, shortfalls, size_workers
-from pipeline.tuning.slots import slots
+from pipeline.tuning.trial import slots
 
 SPILL_FULL = 0.95
 """Share of a disk in use from which Ray spills no more objects to it: its `local_fs_capacity_threshold`."""

@@ -14,13 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
-from optuna.trial import Trial
+import optuna
+from optuna.distributions import BaseDistribution
 
 from pipeline.config import Config, Dimension
 
@@ -39,11 +34,14 @@ class Space:
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
-        return {key: distribution(dimension) for key, dimension in self.dimensions.items()}
+        return {key: _distribution(dimension) for key, dimension in self.dimensions.items()}
 
-    def suggest(self, trial: Trial) -> dict[str, Any]:
+    def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
         """A trial's values, drawn where it has none yet."""
-        drawn = {key: _suggest(trial, key, each) for key, each in self.distributions.items()}
+        drawn = {}
+        for key, dimension in self.dimensions.items():
+            kind, arguments = _in_optuna(dimension)
+            drawn[key] = getattr(trial, f"suggest_{kind.lower()}")(key, **arguments)
         return self.values(drawn)
 
     def values(self, drawn: dict[str, Any]) -> dict[str, Any]:
@@ -77,24 +75,21 @@ def default_space(config: Config) -> dict[str, Dimension]:
     return space
 
 
-def distribution(dimension: Dimension) -> BaseDistribution:
+def _distribution(dimension: Dimension) -> BaseDistribution:
+    kind, arguments = _in_optuna(dimension)
+    found: BaseDistribution = getattr(optuna.distributions, f"{kind}Distribution")(**arguments)
+    return found
+
+
+def _in_optuna(dimension: Dimension) -> tuple[str, dict[str, Any]]:
+    """Its kind, and the arguments that both Optuna's distribution of that kind and its suggest method take."""
     if dimension.choice is not None:
-        return CategoricalDistribution([_label(dimension, value) for value in dimension.choice])
-    low, high = dimension.candidates
+        return "Categorical", {"choices": [_label(dimension, value) for value in dimension.choice]}
+    ends = dict(zip(("low", "high"), dimension.candidates, strict=True))
     if dimension.integer:
-        return IntDistribution(low, high, step=(*dimension.integer, 1)[2])
-    if dimension.quniform:
-        return FloatDistribution(low, high, step=dimension.quniform[2])
-    return FloatDistribution(low, high, log=dimension.loguniform is not None)
-
-
-def _suggest(trial: Trial, key: str, drawn_from: BaseDistribution) -> Any:
-    if isinstance(drawn_from, CategoricalDistribution):
-        return trial.suggest_categorical(key, drawn_from.choices)
-    if isinstance(drawn_from, IntDistribution):
-        return trial.suggest_int(key, drawn_from.low, drawn_from.high, step=drawn_from.step)
-    assert isinstance(drawn_from, FloatDistribution)
-    return trial.suggest_float(key, drawn_from.low, drawn_from.high, step=drawn_from.step, log=drawn_from.log)
+        return "Int", {**ends, "step": (*dimension.integer, 1)[2]}
+    step = dimension.quniform[2] if dimension.quniform else None
+    return "Float", {**ends, "step": step, "log": dimension.loguniform is not None}
 
 
 def _label(dimension: Dimension, value: Any) -> Any:

@@ -1,268 +1,232 @@
-"""What a sweep knows: which trials there are, how each went, what to try next, and which are worth going on with.
+"""A sweep, from its first trial or from where it was left, to what it leaves under `<run>/tune`.
 
-    with Sweep.open(config, terms) as sweep:
-        sweep.next()                           # Candidate(number=0, values={"training.learning_rate": 0.001}, …)
-        if sweep.report(0, 100, 0.71):         # its metric at step 100: True asks to end it here
-            sweep.finish(0)
-        sweep.best                             # Row(number=0, state="stopped early", value=0.71, …)
+best.yaml            the config with the best trial's values, as `train.py --config` takes it; its run is `<run>-best`
+trials.csv           a line a trial: how it ended, its metric, its steps, its values, and why it failed
+*.png                parallel coordinates, importance of each key, learning curves
+metrics.jsonl        and the others of logging.trackers: a row a trial, in order of their numbers
 
-All of it is one Optuna study in a journal (journal.py), so that a killed sweep goes on as if nothing had happened: the
-searcher has the finished trials and their curves, asha's rungs are among them, and what was under way is handed out
-again first, under its own number. A trial is drawn with a seed of the sweep's seed and its number, not of how often the
-driver was started.
+The result says what stopping early saved: `steps` that all trials took, and `whole_steps` of all to their end.
 """
 
 from __future__ import annotations
 
-import math
+import csv
+import io
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import optuna
-from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.storages.journal import JournalStorage
-from optuna.trial import FrozenTrial, Trial, TrialState
+import yaml
 
-from pipeline.config import Config, ConfigError
-from pipeline.config.tune import Tune
-from pipeline.tuning.journal import Journal
-from pipeline.tuning.space import Space
-from pipeline.tuning.terms import Terms
-
-STATES = {
-    TrialState.COMPLETE: "done",
-    TrialState.PRUNED: "stopped early",
-    TrialState.FAIL: "failed",
-    TrialState.RUNNING: "under way",
-}
-TRIALS = 16
-MEDIAN_OF = 4  # trials that must have gone to their end before others are compared with them. Ours
+from pipeline.config import Config
+from pipeline.data.manifest import Manifest
+from pipeline.runtime.cluster import connected_cluster
+from pipeline.runtime.console import Stage, log, table
+from pipeline.runtime.job import JobError, Result
+from pipeline.runtime.session import Board
+from pipeline.storage.files import remove_folder, replacing, write_atomically
+from pipeline.storage.path import StoragePath
+from pipeline.training.assembly import Task
+from pipeline.training.checkpoints import best_checkpoint
+from pipeline.training.tracking.tracker import VALIDATION
+from pipeline.training.tracking.trackers import Trackers
+from pipeline.tuning.study import Row, SweepStudy, fanova
+from pipeline.tuning.trial import Criterion, TrialContext, slots, trial_config
 
 
-FEWEST_TO_WEIGH = 4  # trials from which importance is told. Ours
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A trial to run; `taken_up` where an earlier start of the driver has begun it."""
-
-    number: int
-    values: dict[str, Any]
-    taken_up: bool
-
-
-@dataclass(frozen=True)
-class Row:
-    """A trial as it stands. `value` is its best validation's, at `at_step`; `curve` has all of them, by step."""
-
-    number: int
-    state: str
-    values: dict[str, Any]
-    value: float | None
-    at_step: int | None
-    steps: int
-    whole_steps: int
-    """What it would have taken to its end; what it took, where it failed."""
-    seconds: float
-    reason: str
-    curve: dict[int, float]
-
-
-class Sweep:
-    def __init__(self, study: optuna.Study, space: Space, settings: Tune, terms: Terms, journal: Journal) -> None:
-        self.study, self.space, self.settings, self.terms, self.journal = study, space, settings, terms, journal
-        self.running: dict[int, Trial] = {}
-        self.pruned: set[int] = set()
-        self.unfinished = [trial for trial in self._frozen() if trial.state == TrialState.RUNNING]
-        points = len(list(space.grid())) if settings.searcher == "grid" else None
-        wanted = settings.trials or points or TRIALS
-        self.goal = min(wanted, points) if points else wanted
-
-    @classmethod
-    @contextmanager
-    def open(cls, config: Config, terms: Terms) -> Iterator[Sweep]:
-        """The sweep of the config's run, new or as it was left. Raises ConfigError where its folder holds another."""
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        space, journal = Space.of(config), Journal(config.run_dir / "tune")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Optuna marks what may change
-                study = optuna.create_study(
-                    storage=JournalStorage(journal),
-                    study_name="sweep",
-                    direction="maximize" if terms.higher_is_better else "minimize",
-                    pruner=_pruner(config.tune, terms),
-                    load_if_exists=True,
-                )
-            _refuse_another(config, study, terms.described(config, space))
-            sweep = cls(study, space, config.tune, terms, journal)
-            sweep._enqueue(config)
-            yield sweep
-        finally:
-            journal.close()
-
-    def _enqueue(self, config: Config) -> None:
-        """All points of a grid; else the config as it is, which the others are compared with."""
-        own = self.space.point(config)
-        points = list(self.space.grid()) if self.settings.searcher == "grid" else [own] if own else []
-        for point in points:
-            self.study.enqueue_trial(point, user_attrs={"is_config": point == own}, skip_if_exists=True)
-
-    def next(self) -> Candidate | None:
-        """The next trial to run: one that was under way when the driver ended, else a new one; None at the end."""
-        taken_up = bool(self.unfinished)
-        if not taken_up and self.count >= self.goal:
-            return None
-        number = self.unfinished[0].number if taken_up else self.count
-        self.study.sampler = _sampler(self.settings, number)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            trial = Trial(self.study, self.unfinished.pop(0)._trial_id) if taken_up else self.study.ask()
-            values = self.space.suggest(trial)
-        self.running[trial.number] = trial
-        return Candidate(trial.number, values, taken_up)
-
-    def report(self, number: int, step: int, value: float, *, last: bool = False) -> bool:
-        """Note a trial's metric after a validation, its `last` one or not. Returns whether it should end there."""
-        trial = self.running[number]
-        if step not in self._frozen()[number].intermediate_values:  # after a kill, some come again
-            trial.report(value, step)
-        if not last and trial.should_prune():
-            self.pruned.add(number)
-        return number in self.pruned
-
-    def finish(self, number: int, steps: int = 0, whole_steps: int = 0, seconds: float = 0.0, failed: str = "") -> Row:
-        """A trial is at its end, having taken `steps` of `whole_steps`; `failed` is why, where it is a bad one."""
-        trial = self.running.pop(number)
-        curve = _finite(self._frozen()[number].intermediate_values)
-        if not curve and not failed:
-            failed = f"it gave no {self.terms.metric}"
-        steps = max([steps, *curve])
-        noted = {"steps": steps, "whole_steps": steps if failed else max(whole_steps, steps)}
-        for name, value in {**noted, "seconds": round(seconds, 1), "reason": failed}.items():
-            trial.set_user_attr(name, value)
-        if failed:
-            self.study.tell(trial, state=TrialState.FAIL)
-        elif number in self.pruned:
-            self.study.tell(trial, state=TrialState.PRUNED)
+def sweep(config: Config, folder: StoragePath, manifest: Manifest, board: Callable[[], Board]) -> Result:
+    """Run the trials that are left, and report on all. `board` starts Ray, which a finished sweep does without."""
+    draft = trial_config(config, Criterion("", "max", 1, 1), 0, {})  # the budget is that of the config's own values
+    criterion = Criterion.of(config, Task.of(draft, folder, manifest).total_steps)
+    with SweepStudy.open(config, criterion, manifest.fingerprint) as study:
+        remaining = study.remaining
+        if remaining > 0:
+            board()
+            _run(study, config, folder, manifest)
         else:
-            self.study.tell(trial, self._best_of(curve)[1])
-        return self.rows[number]
+            log.info("tune: nothing to do, all %d trials have ended", study.goal - remaining)
+        remove_checkpoints(config, study)
+        return report(config, study, track=remaining > 0)
 
-    @property
-    def count(self) -> int:
-        """Trials that were begun."""
-        return len(self._frozen(waiting=False))
 
-    @property
-    def done(self) -> int:
-        return sum(trial.state.is_finished() for trial in self._frozen())
+def _run(study: SweepStudy, config: Config, folder: StoragePath, manifest: Manifest) -> None:
+    from pipeline.tuning.tuner import run_trials
 
-    @property
-    def rows(self) -> list[Row]:
-        """Every trial that was begun, by number."""
-        return [self._row(trial) for trial in self._frozen(waiting=False)]
+    wanted, criterion, remaining = config.tune.max_concurrent_trials, study.criterion, study.remaining
+    room = slots(
+        config.scaling,
+        config.training.strategy,
+        connected_cluster().with_labels(config.scaling.labels.train).capacity(),
+        remaining if wanted == "auto" else min(remaining, wanted),
+    )
+    log.info(
+        "tune: %d of %d trials are left, %d at the same time, of %d workers %s; a whole one takes %s steps%s",
+        remaining,
+        study.goal,
+        room.trials,
+        room.workers,
+        "in the trial's own process" if room.in_process else "beside it",
+        f"{criterion.total_steps:,}",
+        "" if config.tune.scheduler == "none" else f", each at least {criterion.grace_steps:,}",
+    )
+    with Stage("tune", study.goal, "trials", study.goal - remaining) as stage:
 
-    @property
-    def best(self) -> Row | None:
-        """The best of those that went to their end, else of those stopped early; None where all failed."""
-        for state in ("done", "stopped early"):
-            rows = [row for row in self.rows if row.state == state and row.value is not None]
-            if rows:
-                return max(rows, key=lambda row: self.terms.sign * (row.value or 0.0))
-        return None
+        def on_end(row: Row) -> None:
+            log.info("%s", describe(row, study))
+            remove_checkpoints(config, study, spared=row.number)
+            stage.advance(1)
 
-    @property
-    def config_row(self) -> Row | None:
-        """The trial that is the config as it is."""
-        return next((self._row(t) for t in self._frozen(waiting=False) if t.user_attrs.get("is_config")), None)
+        run_trials(study, TrialContext(config, criterion, room, folder, manifest), on_end)
 
-    @property
-    def common_step(self) -> tuple[int, int]:
-        """The last step at which all trials with a number have one, and how many those are: (0, 0) without any."""
-        curves = [row.curve for row in self.rows if row.curve]
-        return max(set.intersection(*map(set, curves)), default=0) if curves else 0, len(curves)
 
-    def importance(self) -> dict[str, float]:
-        """Each key's share of the variance of the score at `common_step`: what was stopped early counts as well.
+def describe(row: Row, study: SweepStudy) -> str:
+    """A trial that has ended, as a line of the log."""
+    value = "" if row.value is None else f": {study.criterion.metric} {row.value:.4f} at step {row.at_step:,}"
+    values = ", ".join(f"{key}={_shown(value)}" for key, value in row.values.items())
+    reason = f" ({row.reason})" if row.reason else ""
+    return f"tune: trial {row.number} {row.state} after {row.steps:,} steps{value}{reason}; {values}"
 
-        By fANOVA (Hutter et al. 2014). {} where there is too little to tell.
-        """
-        step, _ = self.common_step
-        rows = [trial for trial in self._frozen() if step in _finite(trial.intermediate_values)]
-        if len({trial.intermediate_values[step] for trial in rows}) < 2 or len(rows) < FEWEST_TO_WEIGH:
-            return {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            alike = optuna.create_study(direction=self.study.direction)
-            for trial in rows:
-                value = trial.intermediate_values[step]
-                alike.add_trial(
-                    optuna.trial.create_trial(params=trial.params, distributions=trial.distributions, value=value)
-                )
-            shares = optuna.importance.get_param_importances(
-                alike, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
-            )
-        return {key: round(float(share), 4) for key, share in shares.items()}
 
-    def _row(self, trial: FrozenTrial) -> Row:
-        noted, curve = trial.user_attrs, _finite(trial.intermediate_values)
-        at_step, value = self._best_of(curve) if curve else (None, None)
-        return Row(
-            number=trial.number,
-            state=STATES[trial.state],
-            values=self.space.values(trial.params),
-            value=value,
-            at_step=at_step,
-            steps=noted.get("steps", max(curve, default=0)),
-            whole_steps=noted.get("whole_steps", 0),
-            seconds=noted.get("seconds", 0.0),
-            reason=noted.get("reason", ""),
-            curve=curve,
+def remove_checkpoints(config: Config, study: SweepStudy, spared: int | None = None) -> None:
+    """Those of trials that have ended, all but the best one's best model. Trial `spared` keeps its own for now."""
+    best = study.best
+    for row in study.rows:
+        if row.number != spared and row.state != "under way":
+            folder = _trial_folder(config, row.number)
+            for attempt in folder.glob("attempt-*"):
+                if row != best or (folder / "best").is_dir():
+                    remove_folder(attempt)
+            if row != best:
+                remove_folder(folder / "best")
+
+
+def _trial_folder(config: Config, number: int) -> StoragePath:
+    return config.run_dir / "tune" / "trials" / f"{number:04d}"
+
+
+def report(config: Config, study: SweepStudy, *, track: bool) -> Result:
+    """Write all of it; `track`: to the trackers too. Raises JobError, after the table, where all trials failed."""
+    folder, rows, best = config.run_dir / "tune", study.rows, study.best
+    write_atomically(folder / "trials.csv", _csv(rows, study.criterion.metric).encode())
+    log.info("tune: the trials\n%s", _trial_table(rows, study))
+    if best is None or best.value is None:
+        reason, count = Counter(row.reason for row in rows).most_common(1)[0]
+        raise JobError(
+            f"all {len(rows)} trials failed, {count} of them because {reason}; {folder / 'trials.csv'} has every "
+            "reason, and a new sweep needs another storage.run or an empty folder"
         )
-
-    def _best_of(self, curve: dict[int, float]) -> tuple[int, float]:
-        return max(curve.items(), key=lambda point: self.terms.sign * point[1])
-
-    def _frozen(self, *, waiting: bool = True) -> list[FrozenTrial]:
-        trials = self.study.get_trials(deepcopy=False)
-        return trials if waiting else [trial for trial in trials if trial.state != TrialState.WAITING]
-
-
-def _sampler(settings: Tune, number: int) -> BaseSampler:
-    """One for each trial, so that what is drawn does not depend on how often the driver was started."""
-    seed = int(np.random.SeedSequence([settings.seed, number]).generate_state(1)[0])
-    if settings.searcher == "optuna":
-        return TPESampler(seed=seed, constant_liar=True, n_startup_trials=max(5, (settings.trials or TRIALS) // 4))
-    return RandomSampler(seed=seed)
+    text = f"# The best of {len(rows)} trials: trial {best.number}, {study.criterion.metric} {best.value:.4f}\n"
+    found = config.changed({**best.values, "storage.run": f"{config.storage.run}-best"}, "best.yaml")
+    text += yaml.safe_dump(found.dump(), sort_keys=False, allow_unicode=True)
+    write_atomically(folder / "best.yaml", text.encode())
+    paths = {"best": str(folder / "best.yaml"), "trials": str(folder / "trials.csv")}
+    if model := best_checkpoint(_trial_folder(config, best.number)):
+        paths["model"] = str(model)
+    paths |= _draw(study, folder)
+    if track:
+        _track(config, study)
+    return Result(_metrics(study, rows, best), paths)
 
 
-def _pruner(settings: Tune, terms: Terms) -> BasePruner:
-    if settings.scheduler == "asha":
-        return SuccessiveHalvingPruner(terms.grace_steps, settings.reduction_factor)
-    if settings.scheduler == "median":
-        return MedianPruner(n_startup_trials=MEDIAN_OF, n_warmup_steps=terms.grace_steps)
-    return NopPruner()
+def _metrics(study: SweepStudy, rows: list[Row], best: Row) -> dict[str, Any]:
+    own, states = study.config_row, Counter(row.state for row in rows)
+    steps, whole_steps = sum(row.steps for row in rows), sum(row.whole_steps for row in rows)
+    compared = ""
+    if own and own.value is not None:
+        compared = f"; the config as it is, {own.state}, has {own.value:.4f} at step {own.at_step:,}"
+    log.info(
+        "tune: trial %d is best, %s %.4f at step %s%s; %s steps were taken, %.0f%% of the %s of all to their end",
+        best.number,
+        study.criterion.metric,
+        best.value,
+        f"{best.at_step:,}",
+        compared,
+        f"{steps:,}",
+        100 * steps / max(whole_steps, 1),
+        f"{whole_steps:,}",
+    )
+    return {
+        "trials": len(rows),
+        "done": states["done"],
+        "stopped_early": states["stopped early"],
+        "failed": states["failed"],
+        "metric": study.criterion.metric,
+        "best": _found(best),
+        "config": _found(own) if own else None,
+        "steps": steps,
+        "whole_steps": whole_steps,
+        "importance": study.importance(),
+    }
 
 
-def _refuse_another(config: Config, study: optuna.Study, described: dict[str, Any]) -> None:
-    then = study.user_attrs.get("sweep")
-    if then is None:
-        study.set_user_attr("sweep", described)
-        return
-    keys = sorted(key for key in then.keys() | described.keys() if then.get(key) != described.get(key))
-    if keys:
-        listed = ", ".join(f"{key} (then {then.get(key)!r}, now {described.get(key)!r})" for key in keys)
-        raise ConfigError(
-            f"{config.run_dir / 'tune'} holds a sweep that differs in {listed}; name another run with "
-            "storage.run=NAME, or delete that folder"
-        )
+def _found(row: Row) -> dict[str, Any]:
+    return {"trial": row.number, "state": row.state, "value": row.value, "step": row.at_step, "values": row.values}
 
 
-def _finite(curve: dict[int, float]) -> dict[int, float]:
-    return {step: value for step, value in sorted(curve.items()) if math.isfinite(value)}
+def _trial_table(rows: list[Row], study: SweepStudy) -> str:
+    """The best first; failed ones last, with their reasons."""
+    sign, keys = study.criterion.sign, study.space.dimensions
+    ranked = sorted(rows, key=lambda row: (row.value is None, row.state != "done", -sign * (row.value or 0)))
+    header = ["trial", "state", study.criterion.metric, "steps", *(key.rpartition(".")[2] for key in keys)]
+    lines = [
+        [row.number, row.state, "–" if row.value is None else f"{row.value:.4f}", row.steps]
+        + [_shown(row.values[key]) for key in keys]
+        for row in ranked
+    ]
+    return "\n".join([table(lines, header), *(f"trial {row.number}: {row.reason}" for row in ranked if row.reason)])
+
+
+def _csv(rows: list[Row], metric: str) -> str:
+    lines = [
+        {"trial": row.number, "state": row.state, metric: row.value, "at_step": row.at_step, "steps": row.steps}
+        | {"whole_steps": row.whole_steps, "seconds": row.seconds, **row.values, "reason": row.reason}
+        for row in rows
+    ]
+    writer = csv.DictWriter(text := io.StringIO(), list(lines[0]))
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def _draw(study: SweepStudy, folder: StoragePath) -> dict[str, str]:
+    """Optuna's pictures, as far as there is something to show: name → path. Trials without a validation are in none."""
+    import matplotlib
+    from optuna.visualization import matplotlib as pictures
+
+    metric, step = study.criterion.metric, study.common_step
+    best = {row.number: row.value for row in study.rows if row.value is not None}
+    drawn, paths = {}, {}
+    with warnings.catch_warnings(action="ignore"), matplotlib.rc_context({"backend": "agg", "figure.figsize": (9, 5)}):
+        drawn["coordinates"] = pictures.plot_parallel_coordinate(study.view(best), target_name=metric)
+        drawn["coordinates"].set_title(f"{len(best)} trials by their best {metric}, of those stopped early too")
+        drawn["curves"] = pictures.plot_intermediate_values(study.view(best))
+        drawn["curves"].set(title=f"{metric} by step", ylabel=metric)
+        if study.importance():
+            view = study.view(study.values_at(step))
+            drawn["importance"] = pictures.plot_param_importances(view, evaluator=fanova(), target_name=metric)
+            drawn["importance"].set_title(f"Share of the variance of {metric} at step {step:,}, by fANOVA")
+        for name, axes in drawn.items():
+            with replacing(folder / f"{name}.png") as temporary:
+                axes.figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
+            matplotlib.pyplot.close(axes.figure)
+            paths[name] = str(folder / f"{name}.png")
+    return paths
+
+
+def _track(config: Config, study: SweepStudy) -> None:
+    """A row a trial: its metric, the best so far, its steps and its numbers. Trials have trackers of their own too."""
+    own = config.changed({"storage.run": f"{config.storage.run}/tune"}, "the sweep")
+    best, sign = None, study.criterion.sign
+    with Trackers.open(own, 0) as trackers:
+        for row in study.rows:
+            if row.value is not None:
+                best = row.value if best is None else sign * max(sign * best, sign * row.value)
+                numbers = {k: float(v) for k, v in row.values.items() if isinstance(v, int | float)}
+                key = f"{VALIDATION}{study.criterion.metric}"
+                found = {key: row.value, f"{VALIDATION}best": best, "steps": row.steps}
+                trackers.log({"step": row.number + 1, **found, **numbers})
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

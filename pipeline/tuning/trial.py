@@ -1,115 +1,229 @@
-"""A trial, in a process of Ray Tune's: the training that jobs/train.py does, told of after each validation.
+"""A trial: its budget and its config, how many run side by side, and what Ray Tune runs in a process for each.
 
-A trial of one worker trains right here, on the loop that Ray's workers run; as Tune uses a process for one trial after
-the other, such a trial costs a second to start. One of several starts workers by Ray Train, half a minute.
+    slots(Scaling(num_workers=2), "ddp", Capacity(9, 0, 9, 0))       # Slots(trials=8, workers=2, in_process=False, …)
+    criterion = Criterion.of(config, total_steps=900)                # ndcg@10, compared at 100, 300 and 900 steps
+    trial_config(config, criterion, 3, {"training.learning_rate": 1e-3}).run_dir      # <run>/tune/trials/0003
 
-Whatever ends it short of the process itself is told as a sentence, and is no error to Tune, which starts a trial anew
-that has lost its process or its node: it goes on from its newest checkpoint.
+A trial of one worker trains in the process that Tune gives it. Tune uses a process for one trial after the other, so
+such a trial starts in a second. A trial of several workers starts them by Ray Train, which takes half a minute.
+
+A trial that fails reports the reason. Tune starts a trial again only where it lost its process or its node, and the
+trial resumes from its newest checkpoint.
 """
 
 from __future__ import annotations
 
 import gc
-import json
+import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError
+from pipeline.config.training import Scaling
 from pipeline.data.manifest import Manifest
+from pipeline.runtime.cluster import Capacity
 from pipeline.runtime.console import LogFile, log
-from pipeline.runtime.job import JobError, alone_in
+from pipeline.runtime.job import alone_in
 from pipeline.storage.path import StoragePath
 from pipeline.training.checkpoints import TrainState
+from pipeline.training.stopping import lower_is_better
+from pipeline.training.tracking.jsonl import read_rows
 from pipeline.training.tracking.tracker import VALIDATION, Metrics
-from pipeline.tuning.slots import Slots
-from pipeline.tuning.terms import Terms, trial_config
 
+VALUE = "value"
+STEP = "training_iteration"  # Tune's own name for how far a trial is; ours are optimizer steps
 LONGEST_REASON = 500
-WAIT_S = 120.0  # for a process of a driver that was killed, which notices within a minute
 
 
 @dataclass(frozen=True)
-class Errand:
-    """What all trials are sent: the sweep's config, its terms, its room, and the data set that all train on."""
+class Criterion:
+    """The metric by which trials are compared, and for how long they train."""
+
+    metric: str
+    """As validation names it: ndcg@10."""
+    mode: str
+    """max or min."""
+    total_steps: int
+    """Of a trial that is not stopped early."""
+    grace_steps: int
+    """Steps that every trial gets, and between two comparisons."""
+
+    @classmethod
+    def of(cls, config: Config, total_steps: int) -> Criterion:
+        """Raises ConfigError where trials would end before they are compared."""
+        wanted, metric = config.tune, _metric_of(config)
+        grace = wanted.grace_steps or -(-total_steps // wanted.reduction_factor**2)
+        if grace > total_steps:
+            raise ConfigError(
+                f"tune.grace_steps: found {grace}; allowed are at most the {total_steps} steps of a whole trial"
+            )
+        mode = ("min" if lower_is_better(metric) else "max") if wanted.mode == "auto" else wanted.mode
+        return cls(metric, mode, total_steps, grace)
+
+    @property
+    def sign(self) -> int:
+        return 1 if self.mode == "max" else -1
+
+
+def _metric_of(config: Config) -> str:
+    named = config.tune.metric or config.training.best_metric
+    if named:
+        return named.removeprefix("validation_")
+    return "ndcg@10" if config.objective.contrastive else f"{next(iter(config.objective.named))}_nll"
+
+
+def trial_config(config: Config, criterion: Criterion, number: int, values: dict[str, Any]) -> Config:
+    """A trial as a run of its own, inside the sweep's. Raises ConfigError where the values do not go together."""
+    every = config.training.validate_every_steps if config.tune.scheduler == "none" else criterion.grace_steps
+    workers, steps = config.scaling.num_workers, config.tune.max_steps
+    own = {
+        "storage.run": f"{config.storage.run}/tune/trials/{number:04d}",
+        "logging.save_dir": None,
+        "training.max_steps": steps or config.training.max_steps,
+        "training.max_epochs": None if steps else config.training.max_epochs,
+        "training.best_metric": criterion.metric,
+        "training.validate_every_steps": every,
+        "checkpointing.every_steps": min(config.checkpointing.every_steps, every),
+        "checkpointing.max_checkpoints": 1,
+        "scaling.num_workers": 1 if workers == "auto" else workers,
+    }
+    return config.changed(values | own, f"trial {number}")
+
+
+@dataclass(frozen=True)
+class Slots:
+    """`trials` at the same time, of `workers` each, and what a trial's own process reserves."""
+
+    trials: int
+    workers: int
+    in_process: bool
+    cpus: float
+    gpus: float
+    threads: int
+    """torch threads of a worker."""
+
+
+def slots(scaling: Scaling, strategy: str, capacity: Capacity, most: int | None = None) -> Slots:
+    """As many trials as fit, `most` at most. Raises ConfigError where not even one does.
+
+    A trial of one worker reserves that worker's share in its own process, a CPU at least. A trial of several reserves
+    nothing itself: Ray Train places its workers, which Tune does not count, so one CPU is left free to read data with.
+    num_workers=auto is one worker a trial: trials side by side never wait for each other. Of a range, the most count.
+    """
+    wanted = scaling.num_workers
+    workers = 1 if wanted == "auto" else max(wanted) if isinstance(wanted, list) else wanted
+    in_process = workers == 1 and not isinstance(wanted, list) and strategy == "ddp"
+    gpus = (1.0 if capacity.gpus else 0.0) if scaling.gpus_per_worker == "auto" else scaling.gpus_per_worker
+    cpus = max(1.0, scaling.cpus_per_worker) if in_process else scaling.cpus_per_worker
+    free = capacity.cpus if in_process else capacity.cpus - 1
+    fitting = int(free / cpus + 1e-9) // workers
+    if gpus:
+        # a fraction of a GPU is one GPU's: of two GPUs, two hold two workers of 0.6, not three
+        on_gpus = int(1 / gpus + 1e-9) * capacity.gpus if gpus < 1 else capacity.gpus / gpus
+        fitting = min(fitting, int(on_gpus // workers))
+    if fitting < 1:
+        raise ConfigError(
+            f"scaling: found trials of {workers} workers with {cpus:g} CPUs and {gpus:g} GPUs each, and {free:g} CPUs "
+            f"and {capacity.gpus:g} GPUs free for them; allowed are trials of which one fits, by "
+            "scaling.num_workers, cpus_per_worker and gpus_per_worker"
+        )
+    trials = min(fitting, most or fitting)
+    threads = max(1, int(capacity.cpus_there / (trials * workers)))
+    return Slots(trials, workers, in_process, cpus if in_process else 0.0, gpus if in_process else 0.0, threads)
+
+
+@dataclass(frozen=True)
+class TrialContext:
+    """What every trial is sent: the sweep's config, and the prepared data that all trials train on."""
 
     config: Config
-    terms: Terms
+    criterion: Criterion
     slots: Slots
     folder: StoragePath
     manifest: Manifest
 
 
-class Teller:
-    """Tells Ray Tune of validations, and learns from it when to stop."""
+class Reporter:
+    """Reports a trial's validations to Ray Tune, and learns from it when to stop.
 
-    def __init__(self, terms: Terms, whole_steps: int) -> None:
-        self.name, self.whole_steps = VALIDATION + terms.metric, whole_steps
-        self.started, self.step, self.stopped = time.monotonic(), 0, False
+    A resumed trial first reports what it had before, from its metrics.jsonl: a new Tuner has not heard of it.
+    """
 
-    def tell(self, metrics: Metrics) -> None:
-        """Wait for Tune's answer. Raises SystemExit, by Tune's own hand, where the trial is to end."""
-        self.step = int(metrics["step"])
-        if self.name not in metrics:
-            return
+    def __init__(self, metric: str) -> None:
+        self.key, self.started = VALIDATION + metric, time.monotonic()
+        self.history: StoragePath | None = None
+        self.whole_steps, self.step, self.stopped = 0, 0, False
+
+    def on_metrics(self, metrics: Metrics) -> None:
+        """Report a validation. Raises SystemExit, from inside Tune, where the trial is to end."""
+        rows, self.history = read_rows(self.history) if self.history else [], None
+        for row in [*(row for row in rows if row["step"] < metrics["step"]), metrics]:
+            repeated, self.step = row["step"] <= self.step, int(row["step"])
+            if self.key in row and not repeated and self.step < self.whole_steps:  # the last one is `end`'s
+                self._report(row[self.key])
+
+    def end(self, metrics: Metrics | None = None, failed: str = "") -> None:
+        """Report the last validation, or why there is none."""
+        if metrics:
+            self.on_metrics(metrics)
+        self._report((metrics or {}).get(self.key, math.nan), ended=True, failed=failed)
+
+    def _report(self, value: float, *, ended: bool = False, failed: str = "") -> None:
+        from ray import tune
+
+        found = {"whole_steps": self.whole_steps, "seconds": time.monotonic() - self.started}
         try:
-            self.report(value=float(metrics[self.name]), last=self.step >= self.whole_steps)
+            tune.report({VALUE: float(value), STEP: self.step, "ended": ended, "failed": failed, **found})
         except SystemExit:
             self.stopped = True
             raise
 
-    def report(self, **found: Any) -> None:
-        from ray import tune
 
-        seconds = time.monotonic() - self.started
-        tune.report({"step": self.step, "whole_steps": self.whole_steps, "seconds": seconds, **found})
-
-
-def run_trial(suggested: dict[str, Any], errand: Errand) -> None:
-    """What Ray Tune calls, in a thread of its own. `suggested`: the trial's number, and its values as JSON."""
-    teller = Teller(errand.terms, 0)
+def run_trial(suggested: dict[str, Any], context: TrialContext) -> None:
+    """What Ray Tune runs, in a thread of its own. `suggested`: the trial's number and its values."""
+    reporter = Reporter(context.criterion.metric)
     try:
-        config = trial_config(errand.config, errand.terms, suggested["number"], json.loads(suggested["values"]))
-        with _logged(config), _held(config):
-            state = _train(config, errand, teller)
+        config = trial_config(context.config, context.criterion, suggested["number"], suggested["values"])
+        with _logged(config), alone_in(config.run_dir, wait=True):  # a killed driver's may live on for a minute
+            state = _train(config, context, reporter)
     except Exception as error:
-        teller.report(failed=f"{' '.join(str(error).split())[:LONGEST_REASON] or type(error).__name__}")
+        reporter.end(failed=" ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__)
         return
-    if teller.stopped:
+    if reporter.stopped:
         sys.exit(0)
-    if state.metrics:  # of a trial that was at its end already, nobody may have heard
-        teller.tell({"step": state.step, **state.metrics})
-    teller.report(ended=True)
+    reporter.end({"step": state.step, **state.metrics})
 
 
-def _train(config: Config, errand: Errand, teller: Teller) -> TrainState:
+def _train(config: Config, context: TrialContext, reporter: Reporter) -> TrainState:
     from pipeline.training.assembly import Task, train_here
 
-    teller.whole_steps = Task.of(config, errand.folder, errand.manifest).total_steps
-    if errand.slots.in_process:
+    reporter.whole_steps = Task.of(config, context.folder, context.manifest).total_steps
+    reporter.history = config.run_dir / "metrics.jsonl"
+    if context.slots.in_process:
         import torch
 
         gc.collect()
         torch.cuda.empty_cache()  # of the trial that this process had before: others may share the GPU
-        torch.set_num_threads(errand.slots.threads)
-        return train_here(config, errand.folder, errand.manifest, teller.tell)
+        torch.set_num_threads(context.slots.threads)
+        return train_here(config, context.folder, context.manifest, reporter.on_metrics)
     from pipeline.runtime.session import Board
     from pipeline.training.fit import fit
 
     board = Board()
 
-    def tell(metrics: Metrics) -> None:
+    def on_metrics(metrics: Metrics) -> None:
         """In the thread that follows the board: the workers are asked to stop, with a checkpoint."""
         try:
-            if not teller.stopped:
-                teller.tell(metrics)
+            if not reporter.stopped:
+                reporter.on_metrics(metrics)
         except SystemExit:
             board.ask_to_stop()
 
-    return fit(config, errand.folder, errand.manifest, board, tell, errand.slots.trials)
+    return fit(config, context.folder, context.manifest, board, on_metrics, context.slots.trials)
 
 
 @contextmanager
@@ -126,19 +240,3 @@ def _logged(config: Config) -> Iterator[None]:
     finally:
         log.handlers.clear()
         file.close()
-
-
-@contextmanager
-def _held(config: Config) -> Iterator[None]:
-    """The trial's folder, once nobody else has it: processes outlive a driver that was killed by some seconds."""
-    deadline = time.monotonic() + WAIT_S
-    with ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(alone_in(config.run_dir))
-                break
-            except JobError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(1)
-        yield
