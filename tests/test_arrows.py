@@ -39,7 +39,7 @@ RAYLESS_MODULES = {
         "training": "assembly loop reducer saving strategy step build validation checkpoints fsdp sharded uploading",
         "embedding": "chunks documents indexing nearest search store sync table",
         "mining": "blocks choosing",
-        "tuning": "space study sweep trial",
+        "tuning": "space study sweep",
     }.items()
     for name in names.split()
 }

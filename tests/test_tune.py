@@ -165,15 +165,7 @@ class Controller:
 
     def report(self, trial: Trial, value: float, step: int, **more: Any) -> bool:
         """Returns whether the trial is to end."""
-        result = {
-            VALUE: value,
-            STEP: step,
-            "ended": step == 27,
-            "failed": "",
-            "whole_steps": 27,
-            "seconds": 0.1,
-            **more,
-        }
+        result = {VALUE: value, STEP: step, "ended": step == 27, "steps": step, "whole_steps": 27, **more}
         stop = self.scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP
         if not stop:
             self.search.on_trial_result(trial.trial_id, result)
@@ -313,8 +305,8 @@ class TestStudy:
             controller = Controller(study)
             trials = [controller.begin()[0] for _ in range(4)]
             controller.report(trials[1], 0.9, 3)
-            controller.report(trials[1], math.nan, 5, failed="the loss is no finite number", ended=True)
-            controller.report(trials[2], math.nan, 27)
+            controller.report(trials[1], math.nan, 0, steps=5, failed="the loss is no finite number", ended=True)
+            controller.report(trials[2], math.nan, 0, steps=27, ended=True)
             controller.search.on_trial_complete(trials[3].trial_id, error=True)
             (tmp_path / "error.txt").write_text("Traceback\nthe node is gone\n")
             died: Any = SimpleNamespace(trial_id=trials[3].trial_id, error_file=tmp_path / "error.txt", last_result={})

@@ -163,8 +163,8 @@ class Reporter:
         rows, self.history = read_rows(self.history) if self.history else [], None
         for row in [*(row for row in rows if row["step"] < metrics["step"]), metrics]:
             repeated, self.step = row["step"] <= self.step, int(row["step"])
-            if self.key in row and not repeated and self.step < self.whole_steps:  # the last one is `end`'s
-                self._report(row[self.key])
+            if not repeated and self.step < self.whole_steps and math.isfinite(row.get(self.key, math.nan)):
+                self._report(row[self.key])  # the last one is left to `end`
 
     def end(self, metrics: Metrics | None = None, failed: str = "") -> None:
         """Report the last validation, or why there is none."""
@@ -175,9 +175,10 @@ class Reporter:
     def _report(self, value: float, *, ended: bool = False, failed: str = "") -> None:
         from ray import tune
 
-        found = {"whole_steps": self.whole_steps, "seconds": time.monotonic() - self.started}
+        compared_at = self.step if math.isfinite(value) else 0  # where no scheduler looks
+        found = {"steps": self.step, "whole_steps": self.whole_steps, "seconds": time.monotonic() - self.started}
         try:
-            tune.report({VALUE: float(value), STEP: self.step, "ended": ended, "failed": failed, **found})
+            tune.report({VALUE: float(value), STEP: compared_at, "ended": ended, "failed": failed, **found})
         except SystemExit:
             self.stopped = True
             raise

@@ -81,7 +81,7 @@ class Search(OptunaSearch):
         row, failed = self.sweep.row(number), failed or result.get("failed", "")
         if row.value is None and not failed:
             failed = f"it gave no {self.sweep.criterion.metric}"
-        steps = max(step, *row.curve, 0)
+        steps = max(result.get("steps", 0), *row.curve, 0)
         whole_steps = steps if failed else max(result.get("whole_steps", 0), steps)
         seconds = round(result.get("seconds", 0.0), 1)
         noted = {"steps": steps, "whole_steps": whole_steps, "seconds": seconds, "reason": failed}
