@@ -156,15 +156,17 @@ class Reporter:
     def __init__(self, metric: str) -> None:
         self.key, self.started = VALIDATION + metric, time.monotonic()
         self.history: StoragePath | None = None
-        self.whole_steps, self.step, self.stopped = 0, 0, False
+        self.whole_steps, self.step, self.validated, self.stopped = 0, 0, 0, False
 
     def on_metrics(self, metrics: Metrics) -> None:
         """Report a validation. Raises SystemExit, from inside Tune, where the trial is to end."""
         rows, self.history = read_rows(self.history) if self.history else [], None
         for row in [*(row for row in rows if row["step"] < metrics["step"]), metrics]:
-            repeated, self.step = row["step"] <= self.step, int(row["step"])
-            if not repeated and self.step < self.whole_steps and math.isfinite(row.get(self.key, math.nan)):
-                self._report(row[self.key])  # the last one is left to `end`
+            self.step = int(row["step"])
+            is_new = self.validated < self.step < self.whole_steps  # the last validation is left to `end`
+            if is_new and math.isfinite(row.get(self.key, math.nan)):
+                self.validated = self.step
+                self._report(row[self.key])
 
     def end(self, metrics: Metrics | None = None, failed: str = "") -> None:
         """Report the last validation, or why there is none."""
