@@ -98,8 +98,12 @@ class SweepStudy:
         self.settings, self.criterion, self.storage = config.tune, criterion, storage
         self.space = Space.of(config)
         self.own = self.space.point(config)
-        direction = f"{criterion.mode}imize"
-        self.study = optuna.create_study(storage=storage, study_name=NAME, direction=direction, load_if_exists=True)
+        self.study = optuna.create_study(
+            storage=storage,
+            study_name=NAME,
+            direction="minimize" if criterion.mode == "min" else "maximize",
+            load_if_exists=True,
+        )
         searcher, trials = self.settings.searcher, self.settings.trials
         self.goal = trials or TRIALS
         self.points = [self.own] if self.own else []

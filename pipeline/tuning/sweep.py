@@ -196,16 +196,17 @@ def _draw(study: SweepStudy, folder: StoragePath) -> dict[str, str]:
 
     metric, step = study.criterion.metric, study.common_step
     best = {row.number: row.value for row in study.rows if row.value is not None}
-    drawn, paths = {}, {}
+    drawn: dict[str, Any] = {}
+    paths = {}
     with warnings.catch_warnings(action="ignore"), matplotlib.rc_context({"backend": "agg", "figure.figsize": (9, 5)}):
         drawn["coordinates"] = pictures.plot_parallel_coordinate(study.view(best), target_name=metric)
-        drawn["coordinates"].set_title(f"{len(best)} trials by their best {metric}, of those stopped early too")
+        drawn["coordinates"].set_title(f"{len(best)} trials by their best {metric}, those stopped early among them")
         drawn["curves"] = pictures.plot_intermediate_values(study.view(best))
         drawn["curves"].set(title=f"{metric} by step", ylabel=metric)
         if study.importance():
             view = study.view(study.values_at(step))
             drawn["importance"] = pictures.plot_param_importances(view, evaluator=fanova(), target_name=metric)
-            drawn["importance"].set_title(f"Share of the variance of {metric} at step {step:,}, by fANOVA")
+            drawn["importance"].set_title(f"Share of the variance of {metric} at step {step:,}, by fANOVA", loc="left")
         for name, axes in drawn.items():
             with replacing(folder / f"{name}.png") as temporary:
                 axes.figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
