@@ -19,10 +19,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.core.artifact import write_parquet
 from pipeline.data.manifest import RECORD_SCHEMA
+from pipeline.data.partitions import content_id, shard_of
 from pipeline.data.prepare import SHARD_BYTES
-from pipeline.runtime.artifact import write_parquet
-from pipeline.text.identity import content_id, shard_of
 
 CORPORA = ("wordnet", "linux-doc", "debian")
 PARAGRAPH_WORDS = 20  # shorter ones are headings and lists of names

@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.runtime.console import table
+from pipeline.core.console import table
 
 SCORES = ("perplexity", "bleu", "rouge1", "rouge2", "rougeL")
 PREFIX = "validation_denoising_"

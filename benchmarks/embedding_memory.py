@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.corpora import machine, records
 from benchmarks.memory import MEASURED, by, compared, watch
-from pipeline.runtime.console import table
+from pipeline.core.console import table
 
 WIDTH = 384
 WORKS = {"MapBatches": "compare, read and write", "MapWorker": "encode", "work": "join files and index"}
@@ -29,7 +29,7 @@ WORKS = {"MapBatches": "compare, read and write", "MapWorker": "encode", "work":
 
 
 def write_model(folder: Path, texts: list[str]) -> None:
-    from pipeline.data.vocabulary import train_tokenizer
+    from pipeline.data.tokenizer import train_tokenizer
     from pipeline.model.embedding_model import EmbeddingModel
     from pipeline.model.folder import save_model
     from pipeline.model.transformer import Encoder, EncoderShape

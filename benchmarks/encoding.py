@@ -30,20 +30,18 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.corpora import machine
-from benchmarks.fine_tuning import minilm
+from benchmarks.fine_tuning import minilm, ranked
 from pipeline.config import Embedding
-from pipeline.embedding.backends import CPU_BATCH_TOKENS, TableBackend, make_graph
-from pipeline.embedding.columns import as_ragged
-from pipeline.embedding.encode import TextEncoder, open_encoder
-from pipeline.embedding.recipe import EncoderRecipe, tokenize
-from pipeline.embedding.torch_backend import TorchBackend
-from pipeline.evaluation.beir import read_beir
-from pipeline.evaluation.metrics import nearest, retrieval_metrics
+from pipeline.core.console import table
+from pipeline.evaluate.metrics import retrieval_metrics
+from pipeline.evaluate.tasks import read_beir
+from pipeline.index.backends import CPU_BATCH_TOKENS, TableBackend, make_graph
+from pipeline.index.encoder import EncoderRecipe, TextEncoder, open_encoder, tokenize
+from pipeline.index.torch_backend import TorchBackend
+from pipeline.index.vectors import as_ragged
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import load_model, save_model
-from pipeline.model.reading import load_tokenizer
+from pipeline.model.folder import load_model, load_tokenizer, save_model
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.runtime.console import table
 
 ROWS = 1024  # that an encoding actor takes together
 BATCH_SIZES = (8, 16, 32, 64, 128)
@@ -167,7 +165,7 @@ def backends(folder: Path, beir: Path, documents: int, threads: int) -> list[lis
     plain, lines = np.concatenate(found["torch fp32"]), list[list[object]]()
     for name in BACKENDS:
         vectors = np.concatenate(found[name])
-        ranking = nearest(list(queries), asked[name], names, vectors)
+        ranking = ranked(list(queries), asked[name], names, vectors)
         score = retrieval_metrics({query: task.qrels[query] for query in queries}, ranking)["ndcg@10"]
         ratio = median(a / b for a, b in zip(times["torch fp32"], times[name], strict=True))
         cosine = float((vectors * plain).sum(axis=1).min())

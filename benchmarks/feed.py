@@ -26,18 +26,18 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.runtime.session import Board, ray_session, set_environment
+from pipeline.core.session import Progress, ray_session, set_environment
 
 set_environment()
 
 from benchmarks.corpora import machine
 from pipeline.config import Config, Data, Source, load
 from pipeline.config.tree import Storage
+from pipeline.core.console import table
 from pipeline.data.feed import LocalFeed, RayFeed, training_plan
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan
 from pipeline.data.prepare import prepare
-from pipeline.runtime.console import table
 
 FAR = 10_000  # steps
 BATCH = 512  # the quickstart's
@@ -47,11 +47,11 @@ WORKERS = 2
 MODELS = {"token table": ["model.num_layers=0"], "one layer": ["model.num_layers=1", "model.d_ff=256"]}
 
 
-def prepared(data: Path, root: Path, board: Board) -> tuple[Path, Manifest]:
+def prepared(data: Path, root: Path, progress: Progress) -> tuple[Path, Manifest]:
     files = {"debian": "train.jsonl", "wordnet": "pairs.jsonl"}
     sources = [Source(name=name, type="json", path=str(data / name / file)) for name, file in files.items()]
     config = Config(storage=Storage(root=str(root)), data=Data(sources=sources, min_chars=1))
-    folder, manifest = prepare(config, lambda: board)
+    folder, manifest = prepare(config, lambda: progress)
     assert isinstance(folder, Path)
     return folder, manifest
 
@@ -165,13 +165,12 @@ def loop(sent: dict[str, Any]) -> None:
     import torch
     from tokenizers import Tokenizer
 
-    from pipeline.objectives.learner import Part
-    from pipeline.training.batch import to_batch
-    from pipeline.training.build import build_learner
-    from pipeline.training.optimizer import build_optimizer
-    from pipeline.training.prefetch import Prefetch
-    from pipeline.training.step import backward
-    from pipeline.training.strategy import build_strategy
+    from pipeline.model.batch import Part
+    from pipeline.train.assembly import build_learner
+    from pipeline.train.optimizer import build_optimizer
+    from pipeline.train.prefetch import Prefetch, to_batch
+    from pipeline.train.step import backward
+    from pipeline.train.strategy import build_strategy
 
     config, plan, steps = sent["config"], sent["plan"], sent["steps"]
     rank = ray.train.get_context().get_world_rank()
@@ -182,7 +181,7 @@ def loop(sent: dict[str, Any]) -> None:
         build_strategy(config, learner, torch.device("cpu")),
         build_optimizer(learner, config.training),
     )
-    strategy.take(learner.train())
+    strategy.attach(learner.train())
 
     def prepare(rows: Any) -> list[Part]:
         return [learner.prepare(to_batch(rows), seed=0)]
@@ -249,9 +248,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="counted steps of a segment")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch, ray_session() as board:
+    with tempfile.TemporaryDirectory() as scratch, ray_session() as progress:
         root = (args.storage or Path(scratch)).resolve()
-        folder, manifest = prepared(args.data.resolve(), root, board)
+        folder, manifest = prepared(args.data.resolve(), root, progress)
         plan = training_plan(folder, manifest, BATCH, 0)
         first = first_batches(plan, 2 * args.repeats + 1)
         shuffle = shuffling(plan)

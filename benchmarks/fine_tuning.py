@@ -25,10 +25,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.runtime.console import table
+from pipeline.core.console import table
 
 BATCH, MAX_LENGTH, RATE, WARMUP, DECAY = 64, 128, 5e-5, 0.1, 0.01
 TEMPERATURE = 0.05
@@ -98,7 +100,7 @@ def train_peer(storage: Path, seed: int, precision: str) -> dict[str, Any]:
     )
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    from pipeline.training.schedule import Schedule
+    from pipeline.train.optimizer import Schedule
 
     model = SentenceTransformer(minilm(), device="cpu")
     model.max_seq_length = MAX_LENGTH
@@ -149,16 +151,27 @@ def score(folder: Path, data: Path, precision: str) -> float:
     """NDCG@10 of a model of ours or of theirs."""
     import torch
 
-    from pipeline.embedding.encode import TextEncoder
-    from pipeline.evaluation.beir import read_beir
-    from pipeline.evaluation.metrics import nearest, retrieval_metrics
+    from pipeline.evaluate.metrics import retrieval_metrics
+    from pipeline.evaluate.tasks import read_beir
+    from pipeline.index.encoder import TextEncoder
 
     encoder, task = TextEncoder(folder), read_beir(data / "debian" / "beir")
     texts = dict(task.documents.items())
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         queries, documents = (encoder.encode(list(each.values())) for each in (task.queries, texts))
-    found = nearest(list(task.queries), queries, list(texts), documents)
+    found = ranked(list(task.queries), queries, list(texts), documents)
     return retrieval_metrics(task.qrels, found)["ndcg@10"]
+
+
+def ranked(
+    query_ids: list[str], queries: np.ndarray, document_ids: list[str], documents: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """The documents of highest cosine for each query, with their scores; unit vectors, (Q, D) and (N, D)."""
+    from pipeline.evaluate.metrics import DEPTH, to_ranking
+    from pipeline.index.vectors import nearest_in_block
+
+    names = np.array([name.encode() for name in document_ids])
+    return to_ranking(query_ids, nearest_in_block(queries, documents, names, DEPTH))
 
 
 def main() -> None:

@@ -40,9 +40,9 @@ import torch
 from benchmarks.gpu_checks import CHECKS, Deviation, Rig
 from benchmarks.gpu_speed import Bounds, Case, Speed, measure, profile, release
 from benchmarks.gpu_training import shape_of
-from pipeline.runtime.console import table
-from pipeline.storage.files import write_atomically
-from pipeline.training.step import OutOfMemory
+from pipeline.core.console import table
+from pipeline.core.files import write_atomically
+from pipeline.train.step import OutOfMemory
 
 LIMIT_S = 530.0  # a configuration takes up to a minute, and the whole is to take under ten
 PROFILE_S = 60.0  # of these

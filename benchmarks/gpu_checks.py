@@ -23,15 +23,14 @@ from torch import Tensor
 
 from benchmarks.gpu_training import Trainer, encoder_of, learner_of, pairs
 from pipeline.model.attention import attend
-from pipeline.model.compiled import compile_layers
+from pipeline.model.batch import Batch, Part
+from pipeline.model.learner import Learner
 from pipeline.model.packing import Layout, Packed
-from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.objectives.batch import Batch
-from pipeline.objectives.learner import Learner, Part
-from pipeline.training.batch import to_batch
-from pipeline.training.prefetch import Prefetch, to_device
-from pipeline.training.step import backward, cut
-from pipeline.training.strategy import DataParallel
+from pipeline.model.transformer import Encoder, EncoderShape, compile_layers
+from pipeline.train import prefetch as prefetching
+from pipeline.train.prefetch import Prefetch, to_batch, to_device
+from pipeline.train.step import backward, cut
+from pipeline.train.strategy import DataParallel
 
 FP32 = 1e-4
 """float32 against float64, or against itself with sums in another order: 24 bits, over some thousand additions."""
@@ -67,7 +66,7 @@ class Rig:
         return [self.part(learner, batch.slice(*ends)) for ends in cut(batch, micro_batches)]
 
     def part(self, learner: Learner, batch: Batch) -> Part:
-        return learner.prepare(batch, seed=0).to(self.device)
+        return prefetching.to_device(learner.prepare(batch, seed=0), self.device)
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def result_of(
 ) -> Result:
     """Loss and gradients by training's own step."""
     strategy = DataParallel()
-    strategy.take(learner)
+    strategy.attach(learner)
     torch.manual_seed(1)
     outcome = backward(learner, strategy, parts, autocast=autocast, loss_scale=loss_scale)
     return Result(float(outcome.metrics["loss"]), gradients_of(learner, loss_scale))
@@ -249,7 +248,7 @@ def micro_batches(rig: Rig) -> Iterator[Deviation]:
     parts, one_graph = rig.parts(learner, 4), rig.learner(DROPOUT)
     torch.manual_seed(1)
     vectors = [one_graph.embed(part) for part in parts]
-    loss, _ = one_graph.contrast(parts, vectors)
+    loss, _ = one_graph.contrast(one_graph.rows(parts, vectors))
     loss.backward()  # type: ignore[no-untyped-call]
     expected = Result(float(loss.detach()), gradients_of(one_graph))
     yield from result_of(rig.learner(DROPOUT), parts).off("micro-batches, with dropout", expected)

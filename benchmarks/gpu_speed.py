@@ -21,13 +21,12 @@ import pyarrow as pa
 import torch
 
 from benchmarks.gpu_training import Trainer, encoder_of, learner_of, pairs, shape_of
-from pipeline.model.compiled import compile_layers
-from pipeline.objectives.learner import Part
-from pipeline.training.batch import to_batch
-from pipeline.training.flops import memory, peak_flops, step_flops
-from pipeline.training.precision import autocast_type
-from pipeline.training.prefetch import Prefetch, to_device
-from pipeline.training.step import OutOfMemory
+from pipeline.model.batch import Part
+from pipeline.model.transformer import compile_layers
+from pipeline.train.meter import memory, peak_flops, step_flops
+from pipeline.train.optimizer import autocast_type
+from pipeline.train.prefetch import Prefetch, to_batch, to_device
+from pipeline.train.step import OutOfMemory
 
 DISTINCT = 2  # batches that are timed, in turn
 FORWARD = 1 / 3  # of a step's operations

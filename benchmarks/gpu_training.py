@@ -23,14 +23,14 @@ import torch
 from pipeline.config import Objective
 from pipeline.config.model import NORM_EPS, SIZES
 from pipeline.config.training import Training
-from pipeline.model.card import Head
+from pipeline.model.batch import Part
 from pipeline.model.embedding_model import EmbeddingModel
+from pipeline.model.folder import Head
+from pipeline.model.learner import Learner
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.objectives.learner import Learner, Part
-from pipeline.training.optimizer import build_optimizer
-from pipeline.training.precision import Precision
-from pipeline.training.step import Outcome, backward
-from pipeline.training.strategy import DataParallel
+from pipeline.train.optimizer import Precision, build_optimizer
+from pipeline.train.step import Outcome, backward
+from pipeline.train.strategy import DataParallel
 
 SHAPES: dict[str, dict[str, Any]] = {
     "base": SIZES["base"] | {"vocab_size": 32_000},
@@ -90,13 +90,13 @@ def encoder_of(learner: Learner) -> Encoder:
 
 
 class Trainer:
-    """A learner, its optimizer and its precision; `step` is a step of pipeline/training/loop.py, for one worker."""
+    """A learner, its optimizer and its precision; `step` is a step of pipeline/train/loop.py, for one worker."""
 
     def __init__(self, learner: Learner, precision: str, device: torch.device) -> None:
         settings = Training(learning_rate=1e-5)  # so small that losses do not vanish within a check's steps
         self.learner, self.precision = learner, Precision(precision, device)
         self.strategy, self.max_norm = DataParallel(), settings.max_grad_norm
-        self.strategy.take(learner)
+        self.strategy.attach(learner)
         self.optimizer = build_optimizer(learner, settings)
 
     def step(self, parts: Sequence[Part]) -> tuple[Outcome, bool]:

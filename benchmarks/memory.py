@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.corpora import machine, records
-from pipeline.runtime.console import table
+from pipeline.core.console import table
 
 EVERY_S = 0.2
 MEASURED = ("peak worker MB", "peak driver MB", "seconds")

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.corpora import machine
-from pipeline.runtime.console import table
-from pipeline.training.checkpoints import newest_valid
+from pipeline.core.console import table
+from pipeline.train.checkpoints import newest_valid
 
 METRICS = ("ndcg@10", "mrr@10", "recall@10")
 
@@ -49,7 +49,7 @@ def run(job: str, storage: Path, name: str, args: argparse.Namespace, *more: str
 
 def scores(storage: Path, name: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """By system, of the weights that a run ended with."""
-    model, _ = newest_valid(storage / "runs" / name)
+    model = newest_valid(storage / "runs" / name).folder
     beir = f"evaluation.beir_dir={args.data / 'debian' / 'beir'}"
     last = run("evaluate", storage, "scored", args, f"embedding.model={model}", beir, "evaluation.held_out_queries=0")
     (found,) = last["metrics"].values()

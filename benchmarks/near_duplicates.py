@@ -20,19 +20,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.runtime.artifact import Artifact
+from pipeline.core.artifact import Artifact
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.runtime.session import ray_session, set_environment
+from pipeline.core.session import ray_session, set_environment
 
 set_environment()
 
 from benchmarks.corpora import CORPORA, Record, machine, records, text_bytes, text_of, with_copies, write_records
 from pipeline.config import Data, NearDuplicates
+from pipeline.core.console import table
 from pipeline.data import near_duplicates
-from pipeline.runtime.console import table
 
 CORES = max(2, os.cpu_count() or 2)  # as ray_session has it
 PEERS = {"datatrove": "spacy", "datatrove, words by \\w+": "regex"}
@@ -42,10 +42,10 @@ def ours(rows: list[Record], folder: Path, threshold: float) -> dict[str, Any]:
     """Seconds and records kept."""
     files = write_records(rows, folder / "input")
     stage, data = Artifact(folder, "distinct", []), Data(near_duplicates=NearDuplicates(threshold=threshold))
-    with ray_session() as board:
+    with ray_session() as progress:
         began = time.perf_counter()
-        near_duplicates.find(stage, board, files, data)
-        counts = near_duplicates.write_distinct(stage, board, files)
+        near_duplicates.find(stage, progress, files, data)
+        counts = near_duplicates.write_distinct(stage, progress, files)
         seconds = time.perf_counter() - began
     return {"seconds": seconds, "kept": sum(count["kept"] for count in counts.values())}
 

@@ -23,12 +23,12 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.runtime.artifact import Artifact
+from pipeline.core.artifact import Artifact
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.runtime.session import Board, ray_session, set_environment
+from pipeline.core.session import Progress, ray_session, set_environment
 
 set_environment()
 
@@ -37,9 +37,9 @@ import pyarrow.parquet as pq
 
 from benchmarks.corpora import CORPORA, Record, machine, records, text_of, write_records
 from pipeline.config import Data, NearDuplicates
+from pipeline.core.console import table
 from pipeline.data import near_duplicates
-from pipeline.runtime.console import table
-from pipeline.text.shingles import band_keys, bands_of, jaccard, shingle_sets
+from pipeline.data.similarity import band_keys, bands_of, jaccard, shingle_sets
 
 Pairs = dict[tuple[int, int], float]  # places in a list of records, the smaller first, and their similarity
 
@@ -91,13 +91,13 @@ def by_bands(rows: Sequence[Record], threshold: float, permutations: int) -> tup
     return len(proposed), {(a, b) for a, b in proposed if jaccard(sets[a], sets[b]) >= threshold}
 
 
-def end_to_end(rows: Sequence[Record], data: Data, board: Board) -> dict[int, int]:
+def end_to_end(rows: Sequence[Record], data: Data, progress: Progress) -> dict[int, int]:
     """What the stage removes, and who stands for it, by their places."""
     with tempfile.TemporaryDirectory() as folder:
         files = write_records(rows, Path(folder) / "input", shards=4)
         stage = Artifact(Path(folder), "distinct", [])
-        near_duplicates.find(stage, board, files, data)
-        near_duplicates.write_distinct(stage, board, files)
+        near_duplicates.find(stage, progress, files, data)
+        near_duplicates.write_distinct(stage, progress, files)
         rejected = pa.concat_tables([pq.read_table(stage.folder / "rejected" / file.name) for file in files])
     by_id = {row["id"]: place for place, row in enumerate(rows)}
     by_name = {row["source_id"]: place for place, row in enumerate(rows)}
@@ -105,13 +105,13 @@ def end_to_end(rows: Sequence[Record], data: Data, board: Board) -> dict[int, in
     return {by_id[gone]: by_name[survivor] for gone, survivor in pairs}
 
 
-def line(name: str, rows: Sequence[Record], near: Pairs, threshold: float, board: Board) -> list[object]:
+def line(name: str, rows: Sequence[Record], near: Pairs, threshold: float, progress: Progress) -> list[object]:
     """One line of the table."""
     data = Data(near_duplicates=NearDuplicates(threshold=threshold))
     permutations = data.near_duplicates.permutations
     truth = {pair for pair, similarity in near.items() if similarity >= threshold}
     proposed, found = by_bands(rows, threshold, permutations)
-    gone = end_to_end(rows, data, board)
+    gone = end_to_end(rows, data, progress)
     left = sum(a not in gone and b not in gone for a, b in truth)
     right = sum((min(pair), max(pair)) in truth and pair[1] not in gone for pair in gone.items())
     bands = "{} of {}".format(*bands_of(threshold, permutations))
@@ -132,12 +132,12 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=5000, help="of each corpus; 0 takes all")
     args = parser.parse_args()
     lines = []
-    with ray_session() as board:
+    with ray_session() as progress:
         for name in CORPORA:
             rows = records(args.data, name, paragraphs=True)
             rows = sample(rows, args.records) if args.records else rows
             near = brute_force(rows, min(THRESHOLDS))
-            lines += [line(name, rows, near, threshold, board) for threshold in THRESHOLDS]
+            lines += [line(name, rows, near, threshold, progress) for threshold in THRESHOLDS]
     header = ["corpus", "threshold", "bands", "records", "true pairs", "proposed", "recall", "precision"]
     print(f"{machine()}\n\n{table(lines, [*header, 'removed', 'broken', 'right', 'pairs left'])}")
 

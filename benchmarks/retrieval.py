@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.runtime.console import table
+from pipeline.core.console import table
 
 RECIPES: dict[str, list[str]] = {
     "the recipe (configs/pairs.yaml)": [],

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.text.safety import Rules, load_rules
+from pipeline.data.safety import Rules, load_rules
 
 LINES = ROOT / "tests" / "data" / "safety_lines.tsv"
 

@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.scaling_plan import RECORD_BYTES, inputs_of
+from pipeline.core.files import REQUESTS_AT_ONCE
 from pipeline.data.prepare import MAX_SHARDS
 from pipeline.data.records import parts_at_most
 from pipeline.data.tokenizing import ROW_GROUP_ROWS
-from pipeline.embedding.embed import SHORTEST_WAVE_S, SPREAD_ROWS, write_rows
-from pipeline.storage.files import REQUESTS_AT_ONCE
+from pipeline.index.embed import SHORTEST_WAVE_S, SPREAD_ROWS, write_rows
 
 SCALES = {"1 M": 10**6, "1 G": 10**9, "100 G": 10**11}
 NODES = {"1 M": (1, 1), "1 G": (8, 4), "100 G": (64, 32)}  # CPU workers, GPU workers
@@ -86,7 +86,7 @@ RATES = {
     "compare": Rate(1 / 1.8e-6, "documents/s a core", "the same day: CPU of a range of its documents"),
     "a commit": Rate(0.0022, "s", "the same day: the least of ten, to an empty table on a local disk"),
     "a commit, a fragment there": Rate(6.6e-6, "s", "and to one of 6,060 fragments, 42 ms"),
-    "index": Rate(3 / (1e5 * 256), "s a number", "pipeline/embedding/indexing.py: 3 s for 100,000 of 256 on two cores"),
+    "index": Rate(3 / (1e5 * 256), "s a number", "pipeline/index/indexing.py: 3 s for 100,000 of 256 on two cores"),
     "L4, training": Rate(0.25 * 121e12, "FLOP/s", "assumed: 25% of its dense bf16 peak, 121 TFLOP/s"),
     "L4, encoding": Rate(0.35 * 121e12, "FLOP/s", "assumed: 35% of it"),
     "Pinecone": Rate(50e6, "B/s a namespace", "its documentation"),
@@ -149,7 +149,7 @@ class Scale:
 
     @cached_property
     def waves(self) -> tuple[int, float, float]:
-        """As embed.Waves has them while all is encoded: commits, their seconds, and the last wave's, lost to a kill."""
+        """While all is encoded, as WaveCommitter has them: commits, their seconds, the seconds that a kill loses."""
         fixed, a_fragment = RATES["a commit"].value, RATES["a commit, a fragment there"].value
         a_fragment_s = 3600 * self.encode_hours / self.fragments
         there, now, commits, spent, longest, wave = 0, 0.0, 0, 0.0, 0.0, 0.0

@@ -20,28 +20,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.runtime.artifact import Artifact, Output
+from pipeline.core.artifact import Artifact, Output
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.runtime.session import Board, ray_session, set_environment
+from pipeline.core.session import Progress, ray_session, set_environment
 
 set_environment()
 
 from benchmarks.corpora import machine
 from pipeline.config import Config, Data, Source
 from pipeline.config.tree import Storage
+from pipeline.core.console import table
 from pipeline.data.feed import training_plan
 from pipeline.data.manifest import SPLITS, Manifest, Shard, SourceCount
 from pipeline.data.plan import Plan
 from pipeline.data.prepare import Inputs
 from pipeline.data.records import parts_at_most
+from pipeline.data.sources import CHECKED_ROWS
 from pipeline.data.tokenizing import ROW_GROUP_ROWS
-from pipeline.embedding.documents import Documents
-from pipeline.embedding.embed import _a_task_each
-from pipeline.runtime.console import table
-from pipeline.sources.source import CHECKED_ROWS
+from pipeline.index.documents import Documents
+from pipeline.index.pool import over_cluster
 
 RECORD_BYTES = 500  # of text: the mean of Debian's descriptions and of paragraphs of kernel documentation
 FILE_BYTES = 1 << 30
@@ -103,25 +103,21 @@ def plan_of(records: int, shards: int) -> Plan:
     return training_plan(Path("prepared"), manifest_of(records, shards), 512, 0)
 
 
-def read_empty(inputs: Inputs, folder: Path, board: Board) -> int:
+def read_empty(inputs: Inputs, folder: Path, progress: Progress) -> int:
     """Send prepare's first tasks through Ray, as `make_records` does. Returns their number."""
 
     def nothing(index: int, output: Output) -> None:
         return
 
     task_bytes = [task.bytes for _, task in inputs.work]
-    return len(Artifact(folder, "empty", []).tasks(board, "prepare: read and judge", task_bytes, nothing))
+    return len(Artifact(folder, "empty", []).tasks(progress, "prepare: read and filter", task_bytes, nothing))
 
 
 def look_empty(inputs: Inputs, folder: Path) -> int:
     """Send embedding's tasks, one a range, through Ray; prepare's later stages have as many. Returns their number."""
     documents = documents_of(folder, inputs.shards)
 
-    def look(batch: dict[str, Any]) -> dict[str, Any]:
-        return {"first": [documents.bounds(index)[0] for index in batch["id"].tolist()]}
-
-    rows = _a_task_each(len(documents)).map_batches(look, batch_size=1, num_cpus=0.5).iter_rows()
-    return len({row["first"] for row in rows})
+    return len({first for first, _ in over_cluster(documents.bounds, range(len(documents)))})
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -138,13 +134,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=10**9)
     records = parser.parse_args().records
-    with tempfile.TemporaryDirectory() as name, ray_session() as board:
+    with tempfile.TemporaryDirectory() as name, ray_session() as progress:
         folder, before = Path(name), peak_mb()
         planning, inputs = timed(lambda: inputs_of(folder, records))
         lines: list[tuple[str, str]] = [(name, f"{count:,}") for name, count in counted(inputs, records).items()]
         after_plans = peak_mb()
         ran = {
-            "read tasks run, a second": timed(lambda: read_empty(inputs, folder, board)),
+            "read tasks run, a second": timed(lambda: read_empty(inputs, folder, progress)),
             "a task a record file, a second": timed(lambda: look_empty(inputs, folder)),
         }
         lines += [

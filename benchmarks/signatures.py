@@ -24,8 +24,8 @@ import numpy.typing as npt
 from benchmarks.corpora import CORPORA, machine, records, text_bytes, text_of
 from benchmarks.near_duplicates_accuracy import NEAR, brute_force
 from pipeline.config import NearDuplicates
-from pipeline.runtime.console import table
-from pipeline.text.shingles import Shingles, shingle_sets
+from pipeline.core.console import table
+from pipeline.data.similarity import Shingles, shingle_sets
 
 Signatures = npt.NDArray[np.unsignedinteger]  # (records, permutations)
 

@@ -38,7 +38,7 @@ from timeit import repeat
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.runtime.session import set_environment
+from pipeline.core.session import set_environment
 
 set_environment()
 
@@ -50,22 +50,21 @@ import pyarrow.parquet as pq
 
 from benchmarks.corpora import machine, records, write_records
 from pipeline.config import Embedding
-from pipeline.data.tokenizing import Recipe, tokenize_file
-from pipeline.embedding.backends import TableBackend
-from pipeline.embedding.columns import as_column, as_matrix
-from pipeline.embedding.documents import Documents
-from pipeline.embedding.embed import Waves, write_fragments, write_rows
-from pipeline.embedding.encode import TextEncoder, open_encoder
-from pipeline.embedding.indexing import finish
-from pipeline.embedding.recipe import EncoderRecipe
-from pipeline.embedding.stores.dead_letters import DeadLetters
-from pipeline.embedding.sync import Sync, with_vectors
-from pipeline.embedding.table import VectorTable
-from pipeline.model.reading import is_table, load_tokenizer, read_card
-from pipeline.runtime.artifact import Artifact, Output
-from pipeline.runtime.console import table as lines_of
-from pipeline.runtime.memory import large_buffers_given_back
-from pipeline.text.identity import content_id
+from pipeline.core.artifact import Artifact, Output
+from pipeline.core.console import table as lines_of
+from pipeline.core.memory import large_buffers_given_back
+from pipeline.data.partitions import content_id
+from pipeline.data.tokenizing import TokenRecipe, tokenize_file
+from pipeline.index.backends import TableBackend
+from pipeline.index.dead_letters import DeadLetters
+from pipeline.index.documents import Documents
+from pipeline.index.embed import WaveCommitter, write_fragments, write_rows
+from pipeline.index.encoder import EncoderRecipe, TextEncoder, open_encoder
+from pipeline.index.indexing import finish
+from pipeline.index.sync import Sync, with_vectors
+from pipeline.index.table import VectorTable
+from pipeline.index.vectors import as_column, as_matrix
+from pipeline.model.folder import is_table, load_tokenizer, read_card
 
 VOCABULARY, WIDTH, MAX_LENGTH = 16_000, 256, 128  # of the model that is made where none is given
 WARM_DOCUMENTS, SAMPLE, LEAST_COSINE = 2_000, 500, 0.999
@@ -87,7 +86,7 @@ class World:
     def write(self, rows: list[dict[str, str]]) -> None:
         """What jobs/prepare.py leaves of these documents: records by rising id, and all of their tokens to train on."""
         (self.folder / "records").mkdir(parents=True)
-        tokenizer, recipe = load_tokenizer(self.model), Recipe(["text"], read_card(self.model).max_length, 0.0)
+        tokenizer, recipe = load_tokenizer(self.model), TokenRecipe(["text"], read_card(self.model).max_length, 0.0)
         tokenizer.no_truncation()
         for file in write_records(rows, self.folder / "records"):
             tokenize_file(file, Output(self.folder), recipe, tokenizer)
@@ -115,7 +114,7 @@ def ours(world: World, side: str, lap: Laps) -> None:
     table, letters = VectorTable(world.out(side), "ours", recipe.width), DeadLetters(world.out(side) / "letters")
     table.create()
     with table.writing() as writer, ThreadPoolExecutor(1) as pool:
-        sync, waves, some = Sync(documents, table, recipe, "", table.version(), empty=True), Waves(writer), []
+        sync, waves, some = Sync(documents, table, recipe, "", 0), WaveCommitter(writer), []
         encoding: Future[pa.Table] | None = None
         lap("write")
         for batch in chain(chain.from_iterable(map(sync.due, range(len(documents)))), [None]):
@@ -128,8 +127,7 @@ def ours(world: World, side: str, lap: Laps) -> None:
             if some and (batch is None or sum(map(len, some)) >= write_rows(world.documents)):
                 with large_buffers_given_back():
                     fragments, _ = write_fragments(table, pa.concat_tables(some), letters)
-                for first_id, fragment, _ in fragments:
-                    waves.add(first_id, fragment)
+                waves.add(fragments)
                 some.clear()
                 lap("write")
         waves.commit()
@@ -221,7 +219,7 @@ def distinct(data: Path, count: int) -> list[dict[str, str]]:
 
 
 def write_model(folder: Path, texts: list[str]) -> None:
-    from pipeline.data.vocabulary import train_tokenizer
+    from pipeline.data.tokenizer import train_tokenizer
     from pipeline.model.embedding_model import EmbeddingModel
     from pipeline.model.folder import save_model
     from pipeline.model.transformer import Encoder, EncoderShape

@@ -25,11 +25,11 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.runtime import artifact
-from pipeline.runtime.artifact import Artifact, open_parquet
-from pipeline.runtime.console import table
-from pipeline.storage.files import parquet_file, remove_folder
-from pipeline.storage.path import StoragePath, as_path
+from pipeline.core import artifact
+from pipeline.core.artifact import Artifact, open_parquet
+from pipeline.core.console import table
+from pipeline.core.files import parquet_file, remove_folder
+from pipeline.core.path import StoragePath, as_path
 
 SHARDS, ROWS, GROUP_ROWS, ROUNDS = 24, 16_384, 1024, 5
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.corpora import machine
 from pipeline.config import load
-from pipeline.runtime.console import table
+from pipeline.core.console import table
 
 CONFIG = ROOT / "configs" / "tune.yaml"
 

@@ -43,21 +43,21 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.runtime.session import Board, ray_session, set_environment
+from pipeline.core.session import Progress, ray_session, set_environment
 
 set_environment()
 
 from benchmarks.corpora import machine
-from pipeline.embedding.columns import as_column
-from pipeline.embedding.documents import Documents
-from pipeline.embedding.embed import SHORTEST_WAVE_S, Waves, differences, rewrite, write_fragments, write_rows
-from pipeline.embedding.indexing import finish
-from pipeline.embedding.recipe import EncoderRecipe
-from pipeline.embedding.stores.dead_letters import DeadLetters
-from pipeline.embedding.sync import Difference, Sync
-from pipeline.embedding.table import VectorTable
-from pipeline.runtime.artifact import Artifact
-from pipeline.runtime.console import table as lines_of
+from pipeline.core.artifact import Artifact
+from pipeline.core.console import table as lines_of
+from pipeline.index.dead_letters import DeadLetters
+from pipeline.index.documents import Documents
+from pipeline.index.embed import SHORTEST_WAVE_S, WaveCommitter, differences, rewrite, write_fragments, write_rows
+from pipeline.index.encoder import EncoderRecipe
+from pipeline.index.indexing import finish
+from pipeline.index.sync import Difference, Sync
+from pipeline.index.table import Fragment, VectorTable
+from pipeline.index.vectors import as_column
 
 WIDTH, RANGE_ROWS = 64, 16_667  # of a million records, prepare makes 60 shards
 WAVES, WAVE_FRAGMENTS, COMPACTED_EVERY = 200, 16, 50
@@ -149,7 +149,7 @@ def with_random_vectors(rows: pa.Table) -> pa.Table:
     return rows.append_column("vector", as_column(vectors))
 
 
-def written(world: World, ranges: list[int]) -> list[tuple[str, str, int]]:
+def written(world: World, ranges: list[int]) -> list[Fragment]:
     """Fragments of the documents of these ranges."""
     found = pa.concat_tables([rows for index in ranges for rows in world.documents().read(index)])
     return write_fragments(world.table, with_random_vectors(found), world.letters)[0]
@@ -164,10 +164,9 @@ def first_write(world: World) -> dict[str, float]:
     tasks = [list(range(world.ranges)[start : start + together]) for start in range(0, world.ranges, together)]
     with pool() as workers, world.table.writing() as writer:
         list(workers.map(str, range(os.cpu_count() or 1)))
-        cpu, began, waves = cpu_s(), time.perf_counter(), Waves(writer)
+        cpu, began, waves = cpu_s(), time.perf_counter(), WaveCommitter(writer)
         for found in workers.map(written, [world] * len(tasks), tasks):
-            for first_id, fragment, _ in found:
-                waves.add(first_id, fragment)
+            waves.add(found)
         waves.commit()
         seconds = time.perf_counter() - began
         return {"seconds": seconds, "cpu_s": cpu_s() - cpu, "commits": waves.commits, "commit": waves.commit_s}
@@ -183,10 +182,10 @@ def sync(world: World, *, changed: bool) -> dict[str, float]:
         return result
 
     def compared(version: int) -> tuple[Sync, list[Difference]]:
-        one = Sync(documents, table, NO_MODEL, "", version, empty=False)
-        return one, differences(one, board)
+        one = Sync(documents, table, NO_MODEL, "", version)
+        return one, differences(one, progress)
 
-    with lazy_board() as board, table.writing() as writer:
+    with lazy_progress() as progress, table.writing() as writer:
         writer.begin()
         cpu, began = cpu_s(), time.perf_counter()
         one, found = timed("compare", lambda: compared(int(writer.dataset.version)))
@@ -202,10 +201,9 @@ def sync(world: World, *, changed: bool) -> dict[str, float]:
                     some = []
 
         def embed() -> None:
-            waves = Waves(writer)
+            waves = WaveCommitter(writer)
             for rows in due():
-                for first_id, fragment, _ in write_fragments(table, rows, world.letters)[0]:
-                    waves.add(first_id, fragment)
+                waves.add(write_fragments(table, rows, world.letters)[0])
             waves.commit()
 
         timed("write", embed)
@@ -221,7 +219,7 @@ def sync(world: World, *, changed: bool) -> dict[str, float]:
 
 
 @contextmanager
-def lazy_board() -> Iterator[Callable[[], Board]]:
+def lazy_progress() -> Iterator[Callable[[], Progress]]:
     """Ray begins when there is work for it: few documents are compared in the driver."""
     with ExitStack() as stack:
         yield cache(lambda: stack.enter_context(ray_session()))
@@ -239,10 +237,10 @@ def join_and_index(world: World) -> dict[str, float]:
 
 
 def all_checked(world: World) -> dict[str, float]:
-    with lazy_board() as board:
+    with lazy_progress() as progress:
         cpu, began = cpu_s(), time.perf_counter()
-        one = Sync(world.documents(changed=True), world.table, NO_MODEL, "", world.table.version(), False, check=True)
-        counts = Difference.total(differences(one, board)).summary
+        one = Sync(world.documents(changed=True), world.table, NO_MODEL, "", world.table.version(), check=True)
+        counts = Difference.total(differences(one, progress)).summary
         seconds, cpu = time.perf_counter() - began, cpu_s() - cpu
     if counts.total() != counts["untouched"]:
         raise SystemExit(f"rows are not what their digests say: {counts}")
@@ -256,7 +254,7 @@ def waves(world: World, *, compacted: bool) -> list[float]:
     took = []
     with table.writing() as writer:
         for number in range(WAVES):
-            fragments = [write_fragments(table, rows, world.letters)[0][0][1] for _ in range(WAVE_FRAGMENTS)]
+            fragments = [write_fragments(table, rows, world.letters)[0][0] for _ in range(WAVE_FRAGMENTS)]
             began = time.perf_counter()
             writer.append(fragments)
             took.append(1000 * (time.perf_counter() - began))

@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.runtime.session import Board, ray_session, set_environment
+from pipeline.core.session import Progress, ray_session, set_environment
 
 set_environment()
 
@@ -30,10 +30,10 @@ from benchmarks.corpora import machine
 from pipeline.config import Config, Data, Source
 from pipeline.config.data import Tokenizer as TokenizerSection
 from pipeline.config.tree import Storage
+from pipeline.core.console import table
 from pipeline.data.prepare import Inputs, prepare
 from pipeline.data.records import record_texts
-from pipeline.data.vocabulary import load_tokenizer
-from pipeline.runtime.console import table
+from pipeline.data.tokenizer import load_tokenizer
 
 BATCH = 1000  # texts at a time: larger ones are no faster
 EVERYTHING = 1 << 40  # bytes
@@ -55,14 +55,14 @@ def config(root: Path, read: list[Source], seed: int, tokenizer: Path | None) ->
     )
 
 
-def ours(root: Path, read: list[Source], board: Board, repeats: int) -> tuple[float, Path]:
+def ours(root: Path, read: list[Source], progress: Progress, repeats: int) -> tuple[float, Path]:
     """The stage's seconds, and the folder with the records and the tokenizer."""
-    folder, _ = prepare(config(root, read, 0, None), lambda: board)  # trains the tokenizer, and warms the workers
+    folder, _ = prepare(config(root, read, 0, None), lambda: progress)  # trains the tokenizer, and warms the workers
     assert isinstance(folder, Path)
     seconds = []
     for seed in range(1, repeats + 1):
         wanted = config(root, read, seed, folder / "tokenizer.json")
-        prepare(wanted, lambda: board)
+        prepare(wanted, lambda: progress)
         seconds.append((Inputs(wanted).tokens.read() or {})["seconds"])
     return min(seconds), folder
 
@@ -106,9 +106,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        with ray_session() as board:
+        with ray_session() as progress:
             found = {
-                name: ours(Path(root), read, board, args.repeats) for name, read in sources(args.data.resolve()).items()
+                name: ours(Path(root), read, progress, args.repeats)
+                for name, read in sources(args.data.resolve()).items()
             }
         lines = [line(name, seconds, folder, args.repeats) for name, (seconds, folder) in found.items()]
     header = ["data", "texts", "MB", "M tokens", "ours s", "encode_batch s", "fast s"]

@@ -24,10 +24,10 @@ sys.path.insert(0, str(ROOT))
 import bm25s
 import lance
 
-from pipeline.embedding.words import word_settings, words
-from pipeline.evaluation.beir import RetrievalTask, read_beir
-from pipeline.evaluation.metrics import DEPTH, retrieval_metrics
-from pipeline.runtime.console import table
+from pipeline.core.console import table
+from pipeline.evaluate.metrics import DEPTH, retrieval_metrics
+from pipeline.evaluate.tasks import RetrievalTask, read_beir
+from pipeline.index.words import word_settings, words
 
 DOCUMENTS, QUERIES = 10_000, 2_000
 Split = Callable[[Sequence[str]], list[list[str]]]

@@ -15,9 +15,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.config import Config, ConfigError
-from pipeline.runtime.console import table
-from pipeline.runtime.job import Result, parser, run_job
-from pipeline.storage.path import without_options
+from pipeline.core.console import table
+from pipeline.core.outcome import Result
+from pipeline.core.path import without_options
+from pipeline.job import parser, run_job
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -32,7 +33,8 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     for name, value in (("--older-than", args.older_than), ("--larger-than", args.larger_than)):
         if not 0 <= value <= 1e8:
             raise ConfigError(f"{name}: found {value}; allowed is a number from 0 to 10^8")
-    from pipeline.cleaning import find_unused, forget_versions, remove
+    from pipeline.data.unused import find_unused, remove, tables
+    from pipeline.index.table import forget_versions
 
     age = timedelta(days=args.older_than)
     found = [
@@ -55,7 +57,9 @@ def main(config: Config, args: argparse.Namespace) -> Result:
             removed.append(each)
         else:
             print(f"kept {each.path}: another job is at work there")
-    freed = sum(each.bytes for each in removed) + forget_versions(config, [each.path for each in found], age)
+    freed = sum(each.bytes for each in removed)
+    unused = {each.path for each in found}
+    freed += sum(forget_versions(folder, age) for folder in tables(config.root) if folder not in unused)
     print(f"removed {len(removed)} folders and old versions of tables, {size(freed)}")
     return Result({"found": len(found), "removed": len(removed), "bytes": round(freed)})
 

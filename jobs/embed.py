@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.config import Config
-from pipeline.runtime.job import Result, parser, run_job
+from pipeline.core.outcome import Result
+from pipeline.job import parser, run_job
 
 
 def arguments() -> argparse.ArgumentParser:

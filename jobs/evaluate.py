@@ -15,12 +15,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.config import Config
-from pipeline.runtime.console import log
-from pipeline.runtime.job import Result, run_job
+from pipeline.core.console import log
+from pipeline.core.outcome import Result
+from pipeline.job import run_job
 
 
 def main(config: Config, args: Namespace) -> Result:
-    from pipeline.evaluation.table import score_table
+    from pipeline.evaluate.report import score_table
     from pipeline.stages import Session, check_stage, evaluate_stage
 
     with Session(config, args.rehash, ("prepare", "encode")) as session:

@@ -1,4 +1,4 @@
-"""Draw a sample of the store's vectors on a plane, coloured by source, or by cluster where there is one source alone.
+"""Draw a map of the run's vectors: a sample on a plane, coloured by source, or by cluster if there is one source.
 
 examples:
   python jobs/map.py                                         # map.png and map.html in the run's folder
@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.config import Config, ConfigError
-from pipeline.runtime.console import Stage
-from pipeline.runtime.job import JobError, Result, parser, run_job
+from pipeline.config import Config
+from pipeline.core.outcome import Result
+from pipeline.job import parser, run_job
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -26,32 +26,11 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(config: Config, args: argparse.Namespace) -> Result:
-    from pipeline.evaluation.space import COLUMNS, FEWEST, group, project, sample
+    from pipeline.evaluate.map import draw_map
+    from pipeline.stages import consolidated_model
 
-    for name, fewest in (("sample", FEWEST), ("clusters", 1)):
-        if getattr(args, name) < fewest:
-            raise ConfigError(f"--{name}: found {getattr(args, name)}; allowed is {fewest} or more")
-    from pipeline.embedding.store import recipe_of, table_of
-    from pipeline.evaluation.picture import draw_png, write_page
-    from pipeline.stages import model_folder
-
-    model = model_folder(config)
-    vectors = table_of(config, recipe_of(config, model))
-    if not vectors.exists():
-        raise JobError(f"no vectors yet of the model in {model}; python jobs/embed.py makes them")
-    points = sample(vectors.scan(COLUMNS), args.sample)
-    count, total = len(points.texts), vectors.count()
-    if count < FEWEST:
-        raise JobError(f"{vectors.name} holds {count} vectors; a map takes {FEWEST} or more")
-    with Stage("map: project", count, "vectors") as stage:
-        plane, groups = project(points.vectors), group(points, args.clusters)
-        stage.advance(count)
     folder = Path(args.to).expanduser().absolute() if args.to else config.run_dir
-    title = f"{vectors.name}: {count:,} of {total:,} vectors"
-    draw_png(plane, groups, title, folder / "map.png")
-    write_page(plane, groups, points, title, folder / "map.html")
-    found = {"points": count, "groups": len(set(groups))}
-    return Result(found, {"picture": str(folder / "map.png"), "page": str(folder / "map.html")})
+    return draw_map(config, consolidated_model(config), folder, sample_size=args.sample, clusters=args.clusters)
 
 
 if __name__ == "__main__":

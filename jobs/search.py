@@ -11,7 +11,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from dataclasses import asdict
@@ -20,14 +19,13 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.config import Config, ConfigError
-from pipeline.runtime.console import log
-from pipeline.runtime.job import Result, parser, run_job
+from pipeline.config import Config
+from pipeline.core.console import log
+from pipeline.core.outcome import Result
+from pipeline.job import parser, run_job
 
 if TYPE_CHECKING:
-    from pipeline.embedding.search import Hit
-
-MAX_QUERY_CHARS = 10_000
+    from pipeline.index.search import Hit
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -46,38 +44,20 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(config: Config, args: argparse.Namespace) -> Result:
-    query = checked(args.query)
-    if args.limit < 1:
-        raise ConfigError(f"--limit: found {args.limit}; allowed is 1 or more")
-    from pipeline.embedding.search import search
-    from pipeline.embedding.stores.where import parse
+    from pipeline.evaluate.report import hybrid_verdict, read_scores
+    from pipeline.index.search import search
+    from pipeline.index.where import parse
 
-    found = search(config, query, args.limit, parse(args.where), hybrid=args.hybrid)
+    found = search(config, args.query, args.limit, parse(args.where), hybrid=args.hybrid)
     if args.json:
         results = [{**asdict(hit), "score": round(hit.score, 4)} for hit in found]
         return Result(reply=[{**each, "score_type": "fusion"} for each in results] if args.hybrid else results)
-    if args.hybrid and (worse := verdict(config)):
+    if args.hybrid and (worse := hybrid_verdict(read_scores(config.run_dir))):
         log.warning("%s", worse)
     if args.hybrid:
         print("scores are sums of 1 / (60 + rank) over the rankings by meaning and by words")
     print("\n".join(map(line, found)))
     return Result({"results": len(found)})
-
-
-def verdict(config: Config) -> str | None:
-    """What the run's evaluation says against hybrid search, if it does."""
-    from pipeline.evaluation.table import hybrid_verdict
-
-    path = config.run_dir / "evaluation.json"
-    return hybrid_verdict(json.loads(path.read_text())["scores"]) if path.is_file() else None
-
-
-def checked(query: str) -> str:
-    if not query.strip():
-        raise ConfigError("query: found nothing; allowed are words to look for")
-    if len(query) > MAX_QUERY_CHARS:
-        raise ConfigError(f"query: found {len(query):,} characters; allowed are at most {MAX_QUERY_CHARS:,}")
-    return query
 
 
 def line(hit: Hit) -> str:

@@ -14,22 +14,19 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.config import Config, ConfigError
+from pipeline.core.artifact import Artifact
+from pipeline.core.cluster import place_data
+from pipeline.core.console import log, log_timeline
+from pipeline.core.files import fetched, files_below, may_write, place, write_atomically
+from pipeline.core.object_store import BucketError
+from pipeline.core.outcome import JobError, Result, alone_in, findings_table, refuse
+from pipeline.core.path import StoragePath, as_path
+from pipeline.core.session import Progress, ray_session, set_environment
 from pipeline.data.drift import has_moved, log_drift
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import Inputs, prepare
-from pipeline.evaluation.beir import check_beir
-from pipeline.evaluation.labels import read_classification, read_labels
-from pipeline.evaluation.sts import read_sts
-from pipeline.preflight.look import look
-from pipeline.runtime.artifact import Artifact
-from pipeline.runtime.cluster import place_data
-from pipeline.runtime.console import log
-from pipeline.runtime.findings import findings_table, refuse
-from pipeline.runtime.job import JobError, Result, alone_in
-from pipeline.runtime.session import Board, ray_session, set_environment
-from pipeline.storage.files import fetched, files_below, may_write, place, write_atomically
-from pipeline.storage.object_store import BucketError
-from pipeline.storage.path import StoragePath, as_path
+from pipeline.evaluate.tasks import check_tasks
+from pipeline.preflight import preflight
 
 
 class Session:
@@ -42,25 +39,26 @@ class Session:
         check_folders(config)
         self.config, self.rehash, self.needs = config, rehash, needs
         self._stack = ExitStack()
-        self._board: Board | None = None
+        self._board: Progress | None = None
         self._prepared: tuple[StoragePath, Manifest] | None = None
 
     def prepared(self) -> tuple[StoragePath, Manifest]:
         """The prepared data set, brought up to date on first use; says how far it is from what the run trained on."""
         if self._prepared is None:
-            self._prepared = prepare(self.config, self.board, self.rehash)
+            self._prepared = prepare(self.config, self.progress, self.rehash)
             log_drift(self.config, *self._prepared)
         return self._prepared
 
-    def board(self) -> Board:
+    def progress(self) -> Progress:
         """Raises ConfigError or JobError where the cluster lacks what the job needs."""
         if self._board is None:
             check_writable(self.config)
             self._board = self._stack.enter_context(ray_session())
             place_data(self.config.scaling.labels.data)
-            findings = look(self.config, self.needs)
+            findings = preflight(self.config, self.needs)
             log.debug("%s", findings_table(findings))
             refuse(findings)
+            log_timeline("preflight is done")
         return self._board
 
     def __enter__(self) -> Session:
@@ -90,7 +88,7 @@ def check_writable(config: Config) -> None:
 def check_stage(session: Session) -> Result:
     """What a look at the cluster finds, and no work. Raises ConfigError or JobError where a job would."""
     with ray_session():
-        findings = look(session.config, session.needs)
+        findings = preflight(session.config, session.needs)
         if "prepare" in session.needs and session.config.data.prepared is None:
             findings.append(Inputs(session.config, session.rehash).room)
     log.info("%s", findings_table(findings))
@@ -100,15 +98,7 @@ def check_stage(session: Session) -> Result:
 
 def check_folders(config: Config) -> None:
     """Raise ConfigError for a folder that a later stage would miss, before an earlier one has worked for hours."""
-    wanted = config.evaluation
-    if wanted.beir_dir:
-        check_beir(as_path(wanted.beir_dir))
-    if wanted.sts_file:
-        read_sts(as_path(wanted.sts_file))
-    if wanted.clustering_file:
-        read_labels(as_path(wanted.clustering_file), "evaluation.clustering_file")
-    if wanted.classification_dir:
-        read_classification(as_path(wanted.classification_dir))
+    check_tasks(config.evaluation)
     if config.embedding.model:
         check_model(as_path(config.embedding.model))
 
@@ -120,7 +110,7 @@ def check_model(place: StoragePath) -> None:
             f"embedding.model: found no folder {place}; allowed are a checkpoint's, and those of transformers and of "
             "sentence-transformers"
         )
-    from pipeline.model.reading import FILES, is_ours, read_card  # for others' folders torch and transformers
+    from pipeline.model.folder import FILES, is_ours, read_card  # for others' folders torch and transformers
 
     folder = fetched(place)
     missing = [name for name in FILES if not (folder / name).is_file()] if is_ours(folder) else []
@@ -157,16 +147,18 @@ def train_stage(config: Config, session: Session) -> Result:
     """A trained model; prepares first where the token shards are missing or stale."""
     folder, manifest = session.prepared()
     _check_pairs(config, manifest)
-    from pipeline.training.fit import finished_state, fit
+    from pipeline.train.checkpoints import resume_point
+    from pipeline.train.fit import fit, is_done
 
-    state = finished_state(config, folder, manifest)
-    if state:
+    point = resume_point(config.run_dir)
+    state = point.state
+    if is_done(config, folder, manifest, state):
         log.info("train: nothing to do, the run is at its end, step %s", f"{state.step:,}")
     else:
-        board = session.board()
+        progress = session.progress()
         with alone_in(config.run_dir):
-            state = fit(config, folder, manifest, board)
-    model = model_folder(config)
+            state = fit(config, folder, manifest, progress, known=point)
+    model = consolidated_model(config)
     metrics = {"step": state.step, "train_seconds": round(state.train_seconds, 1), **state.metrics}
     paths = {"model": str(model), "history": str(config.run_dir / "metrics.jsonl")}
     return Result(metrics, paths)
@@ -176,10 +168,10 @@ def tune_stage(config: Config, session: Session) -> Result:
     """A sweep, or what is left of one: trials on one prepared data set, and the best one's config."""
     folder, manifest = session.prepared()
     _check_pairs(config, manifest)
-    from pipeline.tuning.run import sweep
+    from pipeline.train.sweep import sweep
 
     with alone_in(config.run_dir / "tune"):
-        return sweep(config, folder, manifest, session.board)
+        return sweep(config, folder, manifest, session.progress)
 
 
 def embed_stage(
@@ -190,31 +182,31 @@ def embed_stage(
     `dry_run` says what there is to do, `verify` whether all is as it should be. `rebuild` starts from nothing.
     """
     folder, manifest = session.prepared()
-    from pipeline.embedding.job import Index
+    from pipeline.index.job import Index
 
     index = Index.of(config, folder, manifest, _model_of(config, manifest))
     table = index.table
     if dry_run:
-        metrics = index.estimate(session.board)
+        metrics = index.estimate(session.progress)
     elif verify:
-        metrics = index.verify(session.board)
+        metrics = index.verify(session.progress)
     elif config.embedding.store == "lancedb" and index.is_done() and not rebuild:
         log.info("embed: nothing to do, %s documents are in %s", f"{table.count():,}", table.path)
         index.publish()
         metrics = {"embedded": 0, "rows": table.count()}
     else:
-        metrics = index.bring_up_to_date(session.board, rebuild=rebuild)
+        metrics = index.bring_up_to_date(session.progress, rebuild=rebuild)
     return Result(metrics, {"store": str(table.home), "table": table.name})
 
 
 def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
     """Scores of the model, BM25 beside, on what the config names; `again` even where they are there."""
     folder, manifest = session.prepared()
-    from pipeline.embedding.store import recipe_of
-    from pipeline.model.reading import model_fingerprint
+    from pipeline.index.published import encoder_recipe
+    from pipeline.model.folder import model_fingerprint
 
     model, latest, wanted = _model_of(config, manifest), config.run_dir / "evaluation.json", config.evaluation
-    recipe = recipe_of(config, model)
+    recipe = encoder_recipe(config, model)
     key = {
         "model": model_fingerprint(fetched(model)),
         "data": manifest.fingerprint,
@@ -229,9 +221,9 @@ def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
     scored = Artifact(config.run_dir / "evaluations", "", key)
 
     def fill() -> dict[str, Any]:
-        from pipeline.evaluation.evaluate import score_tasks
+        from pipeline.evaluate.scoring import score_tasks
 
-        scores = score_tasks(config, folder, manifest, recipe, session.board)
+        scores = score_tasks(config, folder, manifest, recipe, session.progress)
         scored.output.write("scores.json", json.dumps({"of": key, "scores": scores}, indent=2).encode())
         return {"scores": scores}
 
@@ -247,11 +239,11 @@ def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
 def mine_stage(config: Config, session: Session) -> Result:
     """The run's data set with hard negatives, as another one."""
     folder, manifest = session.prepared()
-    from pipeline.embedding.store import recipe_of
-    from pipeline.mining.mine import mine
+    from pipeline.index.mine import mine
+    from pipeline.index.published import encoder_recipe
 
-    recipe = recipe_of(config, _model_of(config, manifest))
-    target, mined = mine(config, folder, manifest, recipe, session.board)
+    recipe = encoder_recipe(config, _model_of(config, manifest))
+    target, mined = mine(config, folder, manifest, recipe, session.progress)
     name = f"{target.parent.name}/{target.name}"
     log.info("mine: data.prepared=%s has what was mined; train on it under another storage.run", name)
     metrics = {
@@ -273,26 +265,35 @@ def _changes(path: str | None) -> list[list[str | int]]:
 
 def _model_of(config: Config, manifest: Manifest) -> StoragePath:
     """The model to use with a data set. Raises ConfigError for the run's own where it may not go with these data."""
-    model = model_folder(config)
+    model = consolidated_model(config)
     if config.embedding.model is None and has_moved(config, manifest):
-        from pipeline.training.fit import state_on_other_data
+        from pipeline.train.checkpoints import resume_point
+        from pipeline.train.run_folder import refuse_unfinished
 
-        state_on_other_data(config, manifest, model)
+        refuse_unfinished(config, manifest, resume_point(config.run_dir).state, model)
+    return model
+
+
+def consolidated_model(config: Config) -> StoragePath:
+    """`model_folder`, after writing the weights into one file if fsdp workers left them in parts."""
+    from pipeline.train.checkpoints import is_sharded
+
+    model = model_folder(config)
+    if is_sharded(model):
+        from pipeline.train.saving import consolidate  # and torch
+
+        consolidate(model)
     return model
 
 
 def model_folder(config: Config) -> StoragePath:
     """The model to embed with: `embedding.model`, else the run's best. Raises JobError where there is none."""
-    from pipeline.training.checkpoints import best_checkpoint
+    from pipeline.train.checkpoints import best_checkpoint
 
     if config.embedding.model:
         check_folders(config)
         return as_path(config.embedding.model)
-    folder_or_none = best_checkpoint(config.run_dir)
-    if folder_or_none is None:
+    best = best_checkpoint(config.run_dir)
+    if best is None:
         raise JobError(f"no trained model in {config.run_dir}; python jobs/train.py makes one")
-    if not (folder_or_none / "model.safetensors").is_file():
-        from pipeline.training.sharded import consolidate_where_it_lies
-
-        consolidate_where_it_lies(folder_or_none)
-    return folder_or_none
+    return best

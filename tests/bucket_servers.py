@@ -23,7 +23,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from pipeline.storage import object_store
+from pipeline.core import object_store
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "nobody",

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.runtime.job import run_job
-from pipeline.runtime.session import LOCAL_ENVIRONMENT, Board, set_environment
+from pipeline.core.session import LOCAL_ENVIRONMENT, Progress, set_environment
+from pipeline.job import run_job
 from tests.bucket_servers import CREDENTIALS
 
 for name in ("RAY_ADDRESS", "PIPELINE_STORAGE"):
@@ -80,21 +80,21 @@ def ray_cluster() -> Iterator[str]:
     """A Ray session of two CPUs, whatever the machine has, for all tests of this process. Yields its address."""
     import ray
 
-    from pipeline.runtime.session import _set_up_ray_data
+    from pipeline.core.session import configure_ray_data
 
     context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    _set_up_ray_data()
+    configure_ray_data()
     yield context.address_info["gcs_address"]
     ray.shutdown()
 
 
 @functools.cache
-def board() -> Board:
-    """One board for all tests of this process: each is an actor, which takes a process's start."""
-    return Board()
+def progress() -> Progress:
+    """One progress for all tests of this process: each is an actor, which takes a process's start."""
+    return Progress()
 
 
-def no_board() -> Board:
+def no_progress() -> Progress:
     raise AssertionError("Ray was asked for")
 
 

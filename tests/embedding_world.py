@@ -16,20 +16,19 @@ import torch
 
 from pipeline.config import Config, load
 from pipeline.data.manifest import RECORD_SCHEMA, Manifest, SourceCount
-from pipeline.data.vocabulary import train_tokenizer
-from pipeline.embedding.embed import Spent, write_fragments
-from pipeline.embedding.encode import TextEncoder, open_encoder
-from pipeline.embedding.indexing import finish
-from pipeline.embedding.job import Index
-from pipeline.embedding.recipe import EncoderRecipe
-from pipeline.embedding.store import recipe_of, table_of
-from pipeline.embedding.sync import COUNTS, Sync, with_vectors
-from pipeline.embedding.table import VectorTable, Writer
-from pipeline.model.card import Head
+from pipeline.data.partitions import content_id, shard_of
+from pipeline.data.tokenizer import train_tokenizer
+from pipeline.index.embed import Spent, write_fragments
+from pipeline.index.encoder import EncoderRecipe, TextEncoder, open_encoder
+from pipeline.index.indexing import finish
+from pipeline.index.job import Index
+from pipeline.index.published import encoder_recipe, table_of
+from pipeline.index.sync import COUNTS, Sync, with_vectors
+from pipeline.index.table import VectorTable
+from pipeline.index.writer import Writer
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import save_model
+from pipeline.model.folder import Head, save_model
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.text.identity import content_id, shard_of
 from tests.conftest import make_pairs
 
 FILES, MAX_LENGTH = 3, 24
@@ -96,7 +95,7 @@ class World:
 
     @property
     def recipe(self) -> EncoderRecipe:
-        return recipe_of(self.config, self.model)
+        return encoder_recipe(self.config, self.model)
 
     @property
     def table(self) -> VectorTable:
@@ -111,14 +110,14 @@ class World:
         index = self.index()
 
         def embed(
-            sync: Sync, recipe: EncoderRecipe, ranges: Any, documents: int, letters: Any, board: Any, writer: Any
+            sync: Sync, recipe: EncoderRecipe, ranges: Any, documents: int, letters: Any, progress: Any, writer: Any
         ) -> Spent:
             return embed_here(sync, encoder or self.encoder(), ranges, letters, writer)
 
         def here(table: VectorTable, kind: str | None, rows: int, labels: Any) -> dict[str, Any]:
             return finish(table, kind, rows)
 
-        with patch("pipeline.embedding.embed.embed", embed), patch("pipeline.embedding.embed.finish_somewhere", here):
+        with patch("pipeline.index.embed.embed", embed), patch("pipeline.index.embed.finish_on_cluster", here):
             metrics = index.bring_up_to_date(lambda: None, **options)  # type: ignore[arg-type, return-value]
         return +Counter({name: metrics.get(name, 0) for name in (*COUNTS, "embedded")})
 
@@ -151,6 +150,6 @@ def embed_here(sync: Sync, encoder: TextEncoder, ranges: Any, letters: Any, writ
         for batch in sync.due(index):
             rows = with_vectors(batch, encoder)
             fragments, bad = write_fragments(sync.table, rows, letters)
-            writer.append([fragment for _, fragment, _ in fragments])
-            written, refused = written + sum(rows for *_, rows in fragments), refused + bad
-    return Spent(written, refused, 0, 0, {})
+            writer.append(fragments)
+            written, refused = written + sum(each.rows for each in fragments), refused + bad
+    return Spent(written, refused)

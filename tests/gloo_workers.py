@@ -22,8 +22,8 @@ PRELOADED = [
     "transformers",
     "matplotlib.pyplot",
     "tensorboardX",
-    "pipeline.training.assembly",
-    "pipeline.training.fsdp",
+    "pipeline.train.assembly",
+    "pipeline.train.fsdp",
 ]
 """What takes seconds to import, once, in a process that workers are forked from, and that has started no thread."""
 

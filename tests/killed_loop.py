@@ -29,11 +29,11 @@ import yaml
 from tokenizers import Tokenizer, models, processors
 
 from pipeline.config import Config, load
+from pipeline.core.artifact import write_parquet
+from pipeline.core.files import fetched
 from pipeline.data.manifest import Manifest, Shard
-from pipeline.runtime.artifact import write_parquet
-from pipeline.storage.files import fetched
-from pipeline.training.checkpoints import newest_valid
-from pipeline.training.sharded import consolidate
+from pipeline.train.checkpoints import newest_valid
+from pipeline.train.saving import consolidate
 
 VOCABULARY = 64
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -115,7 +115,7 @@ def train_in(
 
 def _finished(folder: Path, starts: int) -> Finished:
     run_dir = load(folder / "c.yaml", environ={}).run_dir
-    newest, _ = newest_valid(run_dir)
+    newest = newest_valid(run_dir).folder
     assert newest is not None
     checkpoint = fetched(newest)
     consolidate(checkpoint)
@@ -139,7 +139,7 @@ def _main(folder: Path) -> None:
     """The process that forks: torch is imported once, and has started no thread yet."""
     import torch
 
-    import pipeline.training.assembly  # noqa: F401
+    import pipeline.train.assembly  # noqa: F401
 
     torch.set_num_threads(1)
     config = load(folder / "c.yaml", environ={})
@@ -180,7 +180,7 @@ def _wait(children: list[int]) -> bool:
 def _worker(folder: Path, config: Config, manifest: Manifest, number: int, rank: int, start: Start) -> None:
     import torch.distributed as dist
 
-    from pipeline.training import assembly
+    from pipeline.train import assembly
 
     faulthandler.dump_traceback_later(HANGS_S, exit=True)
     try:
@@ -203,7 +203,7 @@ def _worker(folder: Path, config: Config, manifest: Manifest, number: int, rank:
 
 def _record(path: Path) -> None:
     """Note the ids of each step as it is taken up."""
-    from pipeline.training import loop
+    from pipeline.train import loop
 
     gradients = loop._gradients
     file = path.open("w")
@@ -221,11 +221,11 @@ def _plant(kill: Kill) -> None:
     import obstore
     import torch
 
-    from pipeline.storage.path import BucketPath
-    from pipeline.training import loop
-    from pipeline.training.precision import Precision
-    from pipeline.training.strategy import DataParallel
-    from pipeline.training.uploading import Upload
+    from pipeline.core.path import BucketPath
+    from pipeline.train import loop
+    from pipeline.train.checkpoints import Placer
+    from pipeline.train.optimizer import Precision
+    from pipeline.train.strategy import DataParallel
 
     passed = 0
 
@@ -266,11 +266,11 @@ def _plant(kill: Kill) -> None:
         "reduced": (DataParallel, "clip", before),
         "updated": (Precision, "step", after),
         "writing": (torch, "save", amid),
-        "written": (Upload, "__call__", before),
-        "moved": (Upload, "__call__", after),
+        "written": (Placer, "place", before),
+        "moved": (Placer, "place", after),
         "uploading": (BucketPath, "upload", half),
-        "sealing": (Upload, "_whole", after),
-        "sealed": (Upload, "__call__", after),
+        "sealing": (Placer, "_merged_state", after),
+        "sealed": (Placer, "place", after),
     }[kill.place]
     setattr(owner, name, planted(getattr(owner, name)))
 

@@ -3,15 +3,14 @@
 import runpy
 import sys
 
-from pipeline.runtime.session import set_environment
+from pipeline.core.session import set_environment
 
 if __name__ == "__main__":
     set_environment()
 
-    from pipeline.data import prepare
-    from pipeline.embedding import embed
-    from pipeline.sources import source
+    from pipeline.data import prepare, sources
+    from pipeline.index import embed
 
-    prepare.SHARD_BYTES, source.TASK_BYTES, embed.WRITE_ROWS = 1 << 17, 1 << 16, 512
+    prepare.SHARD_BYTES, sources.TASK_BYTES, embed.WRITE_ROWS = 1 << 17, 1 << 16, 512
     del sys.argv[0]
     runpy.run_path(f"jobs/{sys.argv[0]}.py", run_name="__main__")

@@ -17,15 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import Config, ConfigError, load
+from pipeline.config import Config, load
+from pipeline.core import artifact, files
+from pipeline.core.artifact import Artifact, Output, checked, open_parquet
+from pipeline.core.outcome import JobError, alone_in
 from pipeline.data.feed import training_plan, validation_rows
 from pipeline.data.prepare import Inputs, prepare
-from pipeline.evaluation.held_out import held_out_task
-from pipeline.runtime import artifact
-from pipeline.runtime.artifact import Artifact, Output, checked, open_parquet, read_manifest
-from pipeline.runtime.job import JobError, alone_in
-from pipeline.storage import files
-from tests.conftest import board, make_pairs, no_board, write_jsonl
+from pipeline.evaluate.tasks import held_out_task
+from tests.conftest import make_pairs, progress, write_jsonl
 
 FLIPS = 60
 
@@ -115,12 +114,12 @@ def test_a_killed_job_resumes_with_the_tasks_that_have_no_note(tmp_path: Path) -
         return index**2
 
     expected = [index**2 for index in range(5)]
-    assert made.tasks(board(), "squares", [1] * 5, square) == expected
+    assert made.tasks(progress(), "squares", [1] * 5, square) == expected
     notes = sorted(made.scratch.glob("squares/*.json"))
     notes[1].unlink()
     notes[3].write_bytes(b"")
     again = Artifact(tmp_path, "squares", [])
-    assert again.tasks(board(), "squares", [1] * 5, square) == expected
+    assert again.tasks(progress(), "squares", [1] * 5, square) == expected
     assert sorted(path.name[0] for path in ran.iterdir()) == ["0", "1", "1", "2", "3", "3", "4"]
     manifest = again.finish({})
     assert manifest["files"].keys() == {f"squares/{index}" for index in range(5)}
@@ -131,22 +130,6 @@ def test_a_step_is_done_once(tmp_path: Path) -> None:
     made = Artifact(tmp_path, "steps", [])
     assert made.once("first", lambda: {"rows": 3}) == {"rows": 3}
     assert Artifact(tmp_path, "steps", []).once("first", lambda: pytest.fail("done twice")) == {"rows": 3}
-
-
-def test_a_folder_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"fingerprint": "d4", "shards": []}')
-    with pytest.raises(ConfigError, match=f"^{tmp_path} was written by an earlier version, .*; delete it$"):
-        read_manifest(tmp_path)
-
-
-def test_stages_of_an_earlier_version_are_refused(tmp_path: Path) -> None:
-    config = config_of(tmp_path)
-    (tmp_path / "store/stages/records-0123456789abcdef").mkdir(parents=True)
-    (tmp_path / "store/stages/records-0123456789abcdef/done.json").write_text("{}")
-    with pytest.raises(
-        ConfigError, match=r"found \S+/records-0123456789abcdef, .*; delete \S+/stages and \S+/prepared"
-    ):
-        prepare(config, no_board)
 
 
 def config_of(folder: Path) -> Config:
@@ -160,7 +143,7 @@ def config_of(folder: Path) -> Config:
 @pytest.fixture(scope="module")
 def prepared(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
     config = config_of(tmp_path_factory.mktemp("prepared"))
-    folder, _ = prepare(config, board)
+    folder, _ = prepare(config, progress)
     assert isinstance(folder, Path)
     return config, folder
 
@@ -222,7 +205,7 @@ def test_what_the_message_says_makes_it_whole_again(
     shutil.copytree(prepared[1].parents[1], tmp_path / "store")
     (tmp_path / "a.jsonl").write_bytes((prepared[1].parents[2] / "a.jsonl").read_bytes())
     config = config.changed({"storage.root": str(tmp_path / "store")}, "the test")
-    folder, manifest = prepare(config, board)
+    folder, manifest = prepare(config, progress)
     assert isinstance(folder, Path)
     path = folder / "train" / "00000.parquet"
     expected = path.read_bytes()
@@ -233,7 +216,7 @@ def test_what_the_message_says_makes_it_whole_again(
         open_parquet(path)
     for advised in re.findall(r"delete (\S+) and (\S+) and run", str(refused.value))[0]:
         shutil.rmtree(advised)
-    assert prepare(config, board) == (folder, manifest)
+    assert prepare(config, progress) == (folder, manifest)
     assert path.read_bytes() == expected
 
 

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
-from pipeline.runtime.cluster import BOOTSTRAP
+from pipeline.core.cluster import BOOTSTRAP
 from tests.conftest import make_pairs, write_jsonl
 from tests.job_process import ROOT, WAIT_S, environment, free_ports
 

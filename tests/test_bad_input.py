@@ -19,8 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import Source
-from pipeline.sources import source as sources
-from pipeline.sources.readers import csv_rows, json_rows, lines, text_rows
+from pipeline.data import input_files, read_json, read_tables, read_text, sources
 from tests.test_sources import ROWS, all_records, as_arrow, as_csv, as_lines, as_parquet, compressed
 
 OUTCOMES = dict[str | None, int]
@@ -34,7 +33,7 @@ def outcomes(kind: str, path: Path, **settings: Any) -> OUTCOMES:
 @pytest.fixture
 def short_lines(monkeypatch: pytest.MonkeyPatch) -> int:
     """Lines of more than 1,000 bytes are too long."""
-    for module in (lines, json_rows, text_rows):
+    for module in (input_files, read_json, read_text):
         monkeypatch.setattr(module, "MAX_LINE_BYTES", 1000)
     return 1000
 
@@ -132,7 +131,7 @@ def test_lines_and_paragraphs_of_text_that_are_too_long(short_lines: int, tmp_pa
 def test_a_long_row_of_csv_and_a_long_value_of_an_array(
     short_lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(json_rows, "BUFFER_BYTES", 100)
+    monkeypatch.setattr(read_json, "BUFFER_BYTES", 100)
     long = {"id": "x", "anchor": "x" * 100_000, "positive": "y"}
     (tmp_path / "a.csv").write_bytes(as_csv([*ROWS[:3], long, *ROWS[:3]]))
     assert outcomes("csv", tmp_path)["line_too_long"] == 1
@@ -149,13 +148,13 @@ def read_apart(kind: str, path: Path) -> tuple[OUTCOMES, int]:
 import json
 from collections import Counter
 from pipeline.config import Source
-from pipeline.sources.readers import json_rows, lines
-from pipeline.sources.source import plan_source, read
+from pipeline.data import input_files, read_json
+from pipeline.data.sources import plan_source, read
 
 def peak_kb():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 
-json_rows.MAX_LINE_BYTES = lines.MAX_LINE_BYTES = 16 << 20
+read_json.MAX_LINE_BYTES = input_files.MAX_LINE_BYTES = 16 << 20
 source = Source(name="s", type={kind!r}, path={str(path)!r})
 before = peak_kb()
 reasons = Counter(record.reason for task in plan_source(source).tasks for record in read(task, source))
@@ -220,7 +219,7 @@ def test_csv_rows_with_too_many_or_too_few_cells_and_a_delimiter(tmp_path: Path)
 def test_a_quote_that_is_never_closed_takes_a_bounded_part_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(csv_rows, "MAX_CELL_CHARS", 500)
+    monkeypatch.setattr(read_tables, "MAX_CELL_CHARS", 500)
     row = "some words,some more words\n"
     (tmp_path / "a.csv").write_text(f'anchor,positive\n{row}"never closed,x\n{row * 1000}')
     found = outcomes("csv", tmp_path)

@@ -24,17 +24,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pyarrow import fs
 
 from pipeline.config import ConfigError, load
-from pipeline.data.vocabulary import load_tokenizer, train_tokenizer
-from pipeline.evaluation.beir import check_beir, open_beir
-from pipeline.evaluation.sts import read_sts
-from pipeline.export.destination import exporting
-from pipeline.runtime.job import check_reachable
+from pipeline.core import mirror
+from pipeline.core.arrow import arrow_location
+from pipeline.core.files import fetched, place, remove_folder, replacing, scratch, sizes, write_atomically
+from pipeline.core.object_store import BucketError
+from pipeline.core.path import BucketPath, as_path
+from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+from pipeline.evaluate.export import exporting
+from pipeline.evaluate.tasks import check_beir, open_beir
+from pipeline.job import check_reachable
+from pipeline.model.scores import read_sts
 from pipeline.stages import check_writable
-from pipeline.storage import mirror
-from pipeline.storage.arrow import arrow_location
-from pipeline.storage.files import fetched, place, remove_folder, replacing, scratch, sizes, write_atomically
-from pipeline.storage.object_store import BucketError
-from pipeline.storage.path import BucketPath, as_path
 from tests.bucket_servers import CREDENTIALS, NOBODY, Forbidding, Served, answering, give_up_at_once, s3, serving
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import Config, load
+from pipeline.core.path import BucketPath
 from pipeline.data.feed import training_plan, validation_rows
 from pipeline.data.manifest import read_prepared
 from pipeline.data.prepare import Inputs, prepare
-from pipeline.evaluation.held_out import held_out_task
-from pipeline.storage.path import BucketPath
+from pipeline.evaluate.tasks import held_out_task
 from tests.bucket_servers import Served, s3
-from tests.conftest import board, make_pairs, no_board, write_jsonl
-from tests.test_shingles import variants
+from tests.conftest import make_pairs, no_progress, progress, write_jsonl
+from tests.test_similarity import variants
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -57,8 +57,8 @@ def test_a_bucket_holds_the_bytes_of_a_disk(served: Served, tmp_path: Path, monk
     monkeypatch.setattr(tempfile, "tempdir", None)
     local = config_of(str(tmp_path / "disk"), tmp_path / "in")
     remote = config_of(served.uri("bucket"), tmp_path / "in")
-    folder, expected = prepare(local, board)
-    place, manifest = prepare(remote, board)
+    folder, expected = prepare(local, progress)
+    place, manifest = prepare(remote, progress)
     assert isinstance(folder, Path)
     assert isinstance(place, BucketPath)
     assert manifest == expected == read_prepared(place)
@@ -76,7 +76,7 @@ def test_a_bucket_holds_the_bytes_of_a_disk(served: Served, tmp_path: Path, monk
     for name, path in on_disk.items():
         if path.name != "manifest.json":  # which holds seconds; the data set's was compared
             assert served.read(f"bucket/{name}") == path.read_bytes(), name
-    assert prepare(remote, no_board) == (place, manifest)
+    assert prepare(remote, no_progress) == (place, manifest)
 
     for step in (0, 3):
         plans = [training_plan(where, manifest, 64, seed=1) for where in (folder, place)]
@@ -87,4 +87,4 @@ def test_a_bucket_holds_the_bytes_of_a_disk(served: Served, tmp_path: Path, monk
     tokens = Inputs(remote).tokens.folder  # killed before its end, with one shard short
     (tokens / "manifest.json").unlink()
     (place / "manifest.json").unlink()
-    assert prepare(remote, board) == (place, manifest)
+    assert prepare(remote, progress) == (place, manifest)

@@ -19,12 +19,14 @@ from unittest.mock import patch
 import pytest
 
 from pipeline.config import Config, load
+from pipeline.core.files import fetched, scratch, write_atomically
+from pipeline.core.object_store import BucketError
+from pipeline.core.path import BucketPath
 from pipeline.data.manifest import Manifest
-from pipeline.storage.files import fetched, scratch, write_atomically
-from pipeline.storage.object_store import BucketError
-from pipeline.storage.path import BucketPath
-from pipeline.training import uploading
-from pipeline.training.checkpoints import (
+from pipeline.train import checkpoints
+from pipeline.train.checkpoints import (
+    Placer,
+    ResumePoint,
     TrainState,
     best_checkpoint,
     newest_valid,
@@ -34,10 +36,9 @@ from pipeline.training.checkpoints import (
     seal,
     step_folder,
 )
-from pipeline.training.run_folder import claim_run_folder
-from pipeline.training.sharded import consolidate_where_it_lies
-from pipeline.training.tracking.trackers import Trackers
-from pipeline.training.uploading import Upload, Writer
+from pipeline.train.run_folder import claim_run_folder
+from pipeline.train.saving import consolidate
+from pipeline.train.trackers import Trackers
 from tests.bucket_servers import CREDENTIALS, Served, serving
 from tests.killed_loop import Kill, Start, train_in
 from tests.test_resume import SETTINGS, STEPS, assert_same_batches
@@ -85,7 +86,7 @@ def written(folder: Path, step: int, files: tuple[str, ...] = FILES) -> Path:
 def save(run_dir: BucketPath, tmp_path: Path) -> Callable[..., BucketPath]:
     def save_step(step: int, *, attempt: int = 1, is_best: bool = False) -> BucketPath:
         target, folder = run_dir / f"attempt-{attempt:03d}" / step_folder(step), written(tmp_path / "incoming", step)
-        Upload(run_dir, Writer(0, 1, "start"), is_best, 60)(folder, target)
+        Placer(run_dir, 0, 1, "start", 60).place(folder, target, is_best)
         assert not folder.exists()
         return target
 
@@ -97,7 +98,7 @@ def test_a_checkpoint_arrives_as_it_was_written(save: Any, run_dir: BucketPath, 
     target = save(7)
     prefix = target.key.removeprefix("models/")
     assert {key.removeprefix(f"{prefix}/"): served.read(key) for key in served.keys(prefix)} == expected
-    assert newest_valid(run_dir) == (target, [])
+    assert newest_valid(run_dir) == ResumePoint(target, TrainState(7))
     assert {path.name: path.read_bytes() for path in fetched(target).iterdir()} == expected
     assert read_state(target).step == 7
     assert next_attempt(run_dir) == "attempt-002"
@@ -115,10 +116,9 @@ def test_a_damaged_checkpoint_is_passed_over(damage: str, save: Any, run_dir: Bu
     else:
         served.delete(key)
     said = f"{damaged} was passed over: its {path.name} is missing or broken"
-    assert newest_valid(run_dir) == (whole, [said])
-    assert read_state(whole).step == 1
-    prune(run_dir, 1, spared=whole)
-    assert newest_valid(run_dir)[0] == whole
+    assert newest_valid(run_dir) == ResumePoint(whole, TrainState(1), (said,))
+    prune(run_dir, 1, newest=whole)
+    assert newest_valid(run_dir) == ResumePoint(whole, TrainState(1))
 
 
 @pytest.mark.parametrize("at", range(1, len(FILES) + 2))
@@ -137,8 +137,8 @@ def test_an_upload_that_ends_anywhere_leaves_no_checkpoint(at: int, save: Any, r
 
     with patch.multiple(BucketPath, upload=counted, write_bytes=counted), pytest.raises(BucketError):
         save(2)
-    found, passed_over = newest_valid(run_dir)
-    assert (found, len(passed_over)) == (whole, at > 1)
+    point = newest_valid(run_dir)
+    assert (point.folder, len(point.passed_over)) == (whole, at > 1)
 
 
 def test_a_bucket_that_fails_passes_no_checkpoint_over(save: Any, run_dir: BucketPath) -> None:
@@ -176,22 +176,22 @@ def test_a_checkpoint_without_all_its_files_does_not_count_as_kept(save: Any, ru
     assert list(run_dir.glob("attempt-*/step-*")) == [kept]
 
 
-@patch.object(uploading, "POLL_S", 0.01)
+@patch.object(checkpoints, "POLL_S", 0.01)
 def test_the_first_of_several_workers_seals_once_all_parts_are_there(run_dir: BucketPath, tmp_path: Path) -> None:
     """The last worker comes late; another start of the workers has left its parts in the same folder."""
     target = run_dir / "attempt-001" / step_folder(4)
     parts = [written(tmp_path / f"{i}", 4, (f"weights/shard-{i}", f"optimizer/shard-{i}")) for i in range(3)]
-    (target / Writer(1, 3, "earlier").part(1)).write_bytes(b'{"files": {"weights/shard-1": "another"}}')
-    (target / Writer(2, 3, "earlier").part(2)).write_bytes(b'{"files": {"weights/shard-2": "another"}}')
-    uploads = [Upload(run_dir, Writer(rank, 3, "now"), True, 60) for rank in range(3)]
-    first = threading.Thread(target=uploads[0], args=(parts[0], target))
+    earlier, now = ([Placer(run_dir, rank, 3, start, 60) for rank in range(3)] for start in ("earlier", "now"))
+    (target / earlier[1].part(1)).write_bytes(b'{"files": {"weights/shard-1": "another"}}')
+    (target / earlier[2].part(2)).write_bytes(b'{"files": {"weights/shard-2": "another"}}')
+    first = threading.Thread(target=now[0].place, args=(parts[0], target, True))
     first.start()
-    uploads[2](parts[2], target)
-    assert newest_valid(run_dir)[0] is None
+    now[2].place(parts[2], target, True)
+    assert newest_valid(run_dir).folder is None
     assert first.is_alive()
-    uploads[1](parts[1], target)
+    now[1].place(parts[1], target, True)
     first.join()
-    assert newest_valid(run_dir) == (target, [])
+    assert newest_valid(run_dir) == ResumePoint(target, TrainState(4))
     names = {f"{kind}/shard-{rank}" for kind in ("weights", "optimizer") for rank in range(3)}
     assert json.loads((target / "state.json").read_text())["files"].keys() == names
     best = run_dir / "best" / step_folder(4)
@@ -202,8 +202,8 @@ def test_the_first_of_several_workers_seals_once_all_parts_are_there(run_dir: Bu
 def test_a_worker_that_never_comes_is_given_up(run_dir: BucketPath, tmp_path: Path) -> None:
     target = run_dir / "attempt-001" / step_folder(4)
     with pytest.raises(BucketError, match=r"^worker 1 has not written its part of (s3|gs|az)://.* in 0 s"):
-        Upload(run_dir, Writer(0, 2, "now"), False, 0)(written(tmp_path, 4), target)
-    assert newest_valid(run_dir)[0] is None
+        Placer(run_dir, 0, 2, "now", 0).place(written(tmp_path, 4), target, False)
+    assert newest_valid(run_dir).folder is None
 
 
 def test_metrics_go_on_on_another_machine(config: Config, run_dir: BucketPath) -> None:
@@ -259,15 +259,15 @@ def test_fsdp_workers_that_share_no_disk_end_with_the_bits_of_those_that_do(serv
     killed = train_in(tmp_path / "killed", settings, starts, root=served.uri("fsdp"))
     assert killed.weights == alone.weights
     assert_same_batches(killed, alone)
-    whole = {f"runs/r/attempt/{step_folder(STEPS)}/{name}" for name in ("model.safetensors", "partners.safetensors")}
+    whole = {f"runs/r/attempt/{step_folder(STEPS)}/{name}" for name in ("model.safetensors", "heads.safetensors")}
     assert left_in(served, "fsdp") == left_on(tmp_path / "alone") - whole  # which the test has put together there
 
     config = load(tmp_path / "killed" / "c.yaml", environ={})
     best, expected = best_checkpoint(config.run_dir), best_checkpoint(tmp_path / "alone" / "runs" / "r")
     assert isinstance(best, BucketPath)
     assert isinstance(expected, Path)
-    consolidate_where_it_lies(best)
-    consolidate_where_it_lies(expected)
+    consolidate(best)
+    consolidate(expected)
     assert (best / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
     assert best_checkpoint(config.run_dir) == best
 

@@ -10,9 +10,9 @@ from unittest.mock import patch
 import pytest
 
 from pipeline.config import ConfigError, Source
-from pipeline.runtime.job import JobError
-from pipeline.sources import source as sources
-from pipeline.sources.source import check_fields, plan_source, read
+from pipeline.core.outcome import JobError
+from pipeline.data import sources
+from pipeline.data.sources import check_fields, plan_source, read
 from tests.bucket_servers import NOBODY, Forbidding, Served, answering, give_up_at_once, s3, serving
 from tests.test_sources import FORMATS, ROWS, all_records, as_csv, as_lines, as_parquet, compressed
 

@@ -14,18 +14,18 @@ import lance
 import pyarrow as pa
 import pytest
 
-from pipeline import cleaning
-from pipeline.cleaning import find_unused, forget_versions, remove
 from pipeline.config import Config, load
+from pipeline.core import lock
+from pipeline.core.files import files_below, lance_location, write_atomically
+from pipeline.core.lock import locked
+from pipeline.core.path import StoragePath, as_path, without_options
 from pipeline.data.prepare import prepare
-from pipeline.embedding.table import open_dataset
-from pipeline.runtime.job import DEFAULT_CONFIG
-from pipeline.storage import lock
-from pipeline.storage.files import files_below, lance_location, write_atomically
-from pipeline.storage.lock import locked
-from pipeline.storage.path import StoragePath, as_path, without_options
+from pipeline.data.unused import find_unused, remove, tables
+from pipeline.index import table
+from pipeline.index.table import forget_versions, open_dataset
+from pipeline.job import DEFAULT_CONFIG
 from tests.bucket_servers import S3, s3
-from tests.conftest import board, make_pairs, no_board, run_here, write_jsonl
+from tests.conftest import make_pairs, no_progress, progress, run_here, write_jsonl
 from tests.embedding_world import World, corpus_of
 
 A, B, D, E, F = (letter * 16 for letter in "abdef")  # keys of data sets and stages
@@ -150,9 +150,9 @@ def test_prepared_data_that_stays_is_whole(tmp_path: Path) -> None:
     def config(length: int) -> Config:
         return load(file, [f"storage.root={root}", f"tokenizer.max_length={length}"], environ={})
 
-    of_run, manifest = prepare(config(16), board)
-    of_none, _ = prepare(config(8), board)
-    of_config, _ = prepare(config(12), board)
+    of_run, manifest = prepare(config(16), progress)
+    of_none, _ = prepare(config(8), progress)
+    of_config, _ = prepare(config(12), progress)
     write_atomically(root / "runs/r/attempt-001/step-00000001/state.json", b"{}")
     write_atomically(root / "runs/r/run.json", json.dumps({"data_fingerprint": manifest.fingerprint}).encode())
     unused, before = list(find_unused(config(12))), used_bytes(root)
@@ -161,11 +161,11 @@ def test_prepared_data_that_stays_is_whole(tmp_path: Path) -> None:
     assert all(map(remove, unused))
     freed, said = before - used_bytes(root), sum(each.bytes for each in unused)
     assert 0.8 * said < freed < 1.01 * said
-    assert prepare(config(16), no_board)[0] == of_run
-    assert prepare(config(12), no_board)[0] == of_config
+    assert prepare(config(16), no_progress)[0] == of_run
+    assert prepare(config(12), no_progress)[0] == of_config
     (of_config / "manifest.json").unlink()  # as after a kill at the end
     assert list(find_unused(config(12))) == []
-    assert prepare(config(12), no_board)[0] == of_config
+    assert prepare(config(12), no_progress)[0] == of_config
 
 
 def test_a_published_table_and_its_model_stay(tmp_path: Path) -> None:
@@ -190,12 +190,14 @@ def test_tables_forget_their_old_versions(root: StoragePath, monkeypatch: pytest
     uri, options = lance_location(path)
     for i in range(3):
         lance.write_dataset(pa.table({"id": [str(i)]}), uri, mode="append", storage_options=options)
-    forget_versions(config_of(root), [], timedelta(0))
+    assert tables(root) == [path]
+    forget_versions(path, timedelta(0))
     assert len(open_dataset(path).versions()) == 4  # a search may read them for an hour
-    monkeypatch.setattr(cleaning, "READ_FOR", timedelta(milliseconds=1))
-    forget_versions(config_of(root), [path], timedelta(0))
+    monkeypatch.setattr(table, "READ_FOR", timedelta(milliseconds=1))
+    with locked(path):
+        forget_versions(path, timedelta(0))
     assert len(open_dataset(path).versions()) == 4
-    assert forget_versions(config_of(root), [], timedelta(0)) > 0
+    assert forget_versions(path, timedelta(0)) > 0
     assert len(open_dataset(path).versions()) == 1
     assert open_dataset(path).count_rows() == 12
 

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from pipeline.runtime.cluster import BOOTSTRAP, Node, addable
+from pipeline.core.cluster import BOOTSTRAP, Node, addable
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"

@@ -22,7 +22,7 @@ def test_help_has_examples_and_imports_neither_ray_nor_torch() -> None:
     """Each job runs in a fork of a process that has loaded what they all start with."""
     code = f"""
 import os, runpy, sys
-import pipeline.runtime.job
+import pipeline.job
 for job in {JOBS}:
     if os.fork() == 0:
         sys.argv = [f"jobs/{{job}}.py", "--help"]
@@ -56,8 +56,8 @@ def check_absent(*names):
 
 child = os.fork()
 if child == 0:
-    import pipeline.data.prepare, pipeline.data.feed, pipeline.embedding.embed
-    import pipeline.evaluation.retrieval, pipeline.mining.mine
+    import pipeline.data.prepare, pipeline.data.feed, pipeline.index.embed
+    import pipeline.evaluate.retrieval, pipeline.index.mine
     check_absent("torch")
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
@@ -69,13 +69,13 @@ except SystemExit as end:
     assert not end.code
 check_absent("ray", "transformers")
 
-import pipeline.training.worker, pipeline.training.assembly
+import pipeline.train.worker, pipeline.train.assembly
 check_absent("torch.distributed.checkpoint", "torch._dynamo")
 
 from pipeline.config.embedding import Embedding
-from pipeline.embedding import embed, sync
-from pipeline.embedding.encode import open_encoder
-from pipeline.embedding.recipe import EncoderRecipe
+from pipeline.index import embed, sync
+from pipeline.index.encoder import open_encoder
+from pipeline.index.encoder import EncoderRecipe
 model = Path({str(save_random_model(tmp_path / "model"))!r})
 assert open_encoder(EncoderRecipe(model, Embedding(), Path())).encode(["a text"]).shape == (1, 32)
 check_absent("torch._dynamo", "lancedb")

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.compiled import compile_layers
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.packing import Packed, pack
-from pipeline.model.transformer import Encoder, EncoderShape
+from pipeline.model.transformer import Encoder, EncoderShape, compile_layers
 
 # torch.compile keeps this warning of its own from being shown, which is too late where warnings are errors.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

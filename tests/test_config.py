@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from pipeline.config import Config, ConfigError, load
-from pipeline.runtime.job import JobError, Result, alone_in, run_job
+from pipeline.core.outcome import JobError, Result, alone_in
+from pipeline.job import run_job
 
 NUMBERS = {  # key → values out of its range
     "data.max_bad_fraction": [-0.1, 1.1],

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.objectives.contrastive import Contrast, Rows, contrastive_loss
+from pipeline.model.contrastive import Contrast, Rows, contrastive_loss
+from pipeline.train.step import _gather_batch
 from tests.gloo_workers import Result, run_workers
 
 B, M, D = 8, 2, 6
@@ -143,7 +144,8 @@ def _share(rank: int, world_size: int, contrast: Contrast) -> Result:
     weight = start_weight()
     log_scale = torch.tensor(10.0, dtype=torch.float64).log().requires_grad_()
     rows = data(weight, slice(rank * B // world_size, (rank + 1) * B // world_size))
-    loss, _ = contrastive_loss(rows, contrast, log_scale.exp())
+    batch = _gather_batch(rows, [B // world_size] * world_size)
+    loss, _ = contrastive_loss(rows, contrast, log_scale.exp(), batch)
     loss.backward()
     assert weight.grad is not None
     assert log_scale.grad is not None

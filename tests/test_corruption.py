@@ -8,7 +8,7 @@ from itertools import groupby, pairwise
 import numpy as np
 import pytest
 
-from pipeline.objectives.corruption import Tokens, delete_tokens, mask_spans, mask_tokens
+from pipeline.model.corruption import Tokens, delete_tokens, mask_spans, mask_tokens
 
 CLS, SEP, MASK, VOCAB = 2, 3, 4, 60
 SPECIAL = {CLS, SEP}

@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_refused() -> None:
         decoder.hidden(pack([[1] * 6]), None)
     with pytest.raises(ValueError, match="max_new_tokens=6"):
         decoder.generate(random_memory(), 1, 2, 6)
-    with pytest.raises(ValueError, match="looks at no memory"):
+    with pytest.raises(ValueError, match="has no memory"):
         random_decoder(replace(SHAPE, memory_width=None)).hidden(pack(TARGETS), random_memory())
     with pytest.raises(ValueError, match=r"table of shape \(40, 16\) cannot be shared"):
         Decoder(SHAPE, tie_to=nn.Embedding(40, 16))

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from jobs.from_deepspeed import main
 from pipeline.config import Config, ConfigError, load
-from pipeline.config.deepspeed import HEADER, Row
-from pipeline.config.deepspeed_batch import batch_parts
+from pipeline.config.deepspeed import Row, convert
 from pipeline.config.deepspeed_keys import DEFAULTS, DIRECT, FIXED, KNOWN, NO_COUNTERPART, NOT_NEEDED
 from pipeline.config.reading import assign
-from pipeline.runtime.console import table
 
 ZERO_2 = """{
   "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2,
@@ -60,7 +58,6 @@ SPECIFIED = """{
   "csv_monitor": {"enabled": false}, "flops_profiler": {"enabled": false, "profile_step": 1},
   "amp": {"enabled": "auto", "opt_level": "auto"}, "data_types": {"grad_accum_dtype": "fp32"}
 }"""
-WORKERS_2 = "scaling: {num_workers: 2}"
 
 
 @pytest.fixture(autouse=True)
@@ -69,23 +66,25 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def config_of(content: str | dict[str, Any], *arguments: str, yaml_text: str = "") -> Config:
-    """The config of a DeepSpeed file: its text, or its values by dotted keys."""
+def converted(content: str | dict[str, Any]) -> tuple[dict[str, Any], dict[str, Row]]:
+    """Our keys and the rows by key, of a DeepSpeed file: its text, or its values by dotted keys."""
     if not isinstance(content, str):
         tree: dict[str, Any] = {}
         for key, value in content.items():
             assign(tree, key.split("."), value, "")
         content = json.dumps(tree)
     Path("ds.json").write_text(content)
-    own: dict[str, Any] = yaml.safe_load(yaml_text) or {}
-    own.setdefault("training", {})["deepspeed_config"] = "ds.json"
-    Path("c.yaml").write_text(yaml.safe_dump(own))
-    return load("c.yaml", ["storage.root=.", *arguments], environ={})
+    ours, rows = convert(Path("ds.json"))
+    return ours, {row.key: row for row in rows}
 
 
-def refusal(content: str | dict[str, Any], *arguments: str, yaml_text: str = "") -> str:
+def training(content: str | dict[str, Any]) -> dict[str, Any]:
+    return converted(content)[0].get("training", {})
+
+
+def refusal(content: str | dict[str, Any]) -> str:
     with pytest.raises(ConfigError) as caught:
-        config_of(content, *arguments, yaml_text=yaml_text)
+        converted(content)
     return str(caught.value)
 
 
@@ -94,73 +93,65 @@ def sizes(batch: Any, micro: Any, steps: Any) -> dict[str, Any]:
     return {key: size for key, size in zip(keys, (batch, micro, steps), strict=True) if size is not None}
 
 
-def changed(config: Config) -> dict[str, Any]:
-    """Keys that are not at their defaults, by section."""
-    mine, default = config.dump(), Config().dump()
-    found = {
-        section: {key: value for key, value in keys.items() if value != default[section][key]}
-        for section, keys in mine.items()
-        if section != "storage"
-    }
-    return {section: keys for section, keys in found.items() if keys}
-
-
 def test_transformers_zero_2_and_3() -> None:
-    config = config_of(ZERO_2)
-    assert changed(config) == {"training": {"strategy": "fsdp", "schedule": "constant", "log_every_steps": 2000}}
-    rows = {row.key: row for row in config.deepspeed}
-    stays = Row("optimizer.params.lr", "auto", "", "training.learning_rate stays as it is")
+    ours, rows = converted(ZERO_2)
+    assert ours == {"training": {"strategy": "fsdp", "schedule": "constant", "log_every_steps": 2000}}
+    stays = Row("optimizer.params.lr", "auto", "", "training.learning_rate keeps its default")
     assert rows["optimizer.params.lr"] == stays
     assert "at any stage" in rows["zero_optimization.stage"].note
     assert rows["zero_optimization.overlap_comm"].note.startswith("not needed")
     assert "log" in rows["scheduler.params.warmup_type"].note
-    own = {"warmup_steps": 7, "precision": "bf16", "global_batch_size": 128}
-    third = config_of(ZERO_3, yaml_text=json.dumps({"training": own}))
-    assert changed(third) == {
-        "training": {"strategy": "fsdp", "final_rate_fraction": 0.0, "log_every_steps": 2000, **own}
-    }
+    third = {"strategy": "fsdp", "schedule": "linear", "final_rate_fraction": 0, "log_every_steps": 2000}
+    assert converted(ZERO_3)[0] == {"training": third}
 
 
-def test_a_file_that_leaves_nothing_open_and_its_table() -> None:
-    config = config_of(SPECIFIED)
-    assert changed(config) == yaml.safe_load("""
+def test_the_command_prints_a_config_under_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("ds.json").write_text(SPECIFIED)
+    assert main(["ds.json"]) == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed) == yaml.safe_load("""
         scaling: {num_workers: 2}
         model: {gradient_checkpointing: true}
         logging: {trackers: [wandb, tensorboard], wandb_project: theses}
         training:
           {global_batch_size: 64, gradient_accumulation_steps: 8, log_every_steps: 50, max_steps: 500, strategy: fsdp,
            learning_rate: 3.0e-5, betas: [0.8, 0.999], adam_eps: 1.0e-6, weight_decay: 3.0e-7, max_grad_norm: 0.5,
-           schedule: cosine, warmup_steps: 20, final_rate_fraction: 0.1, precision: bf16}
+           schedule: cosine, warmup_steps: 20, final_rate_fraction: 0.1, precision: bf16, gradient_compression: none}
     """)
-    rows, keys = config.deepspeed, [row.key for row in config.deepspeed]
-    assert keys[:4] == [*sizes(64, 4, 8), "steps_per_print"]
-    assert {"amp", "flops_profiler", "csv_monitor.enabled", "zero_optimization.offload_param"} <= set(keys)
-    assert rows[1] == Row("train_micro_batch_size_per_gpu", "4", "scaling.num_workers=2", "64 = 4 x 8 x 2 workers")
-    printed = table(rows, HEADER)
-    assert len(printed.splitlines()) == 2 + len(rows)
-    assert "training.betas=[0.8, 0.999]" in printed
+    Path("c.yaml").write_text(printed)
+    assert load("c.yaml", environ={}).training.betas == [0.8, 0.999]
+    table = [line for line in printed.splitlines() if line.startswith("#")]
+    rows = converted(SPECIFIED)[1]
+    assert len(table) == 1 + len(rows)
+    assert any("training.betas=[0.8, 0.999]" in line for line in table)
+    assert list(rows)[:4] == [*sizes(64, 4, 8), "steps_per_print"]
+    assert {"amp", "flops_profiler", "csv_monitor.enabled", "zero_optimization.offload_param"} <= rows.keys()
+    micro = "train_micro_batch_size_per_gpu"
+    assert rows[micro] == Row(micro, "4", "scaling.num_workers=2", "64 = 4 x 8 x 2 workers")
 
 
-def test_yaml_yields_to_the_file_and_the_file_to_arguments() -> None:
-    text = "training: {learning_rate: 1.0e-2, betas: [0.5, 0.5]}\nlogging: {trackers: [ray]}"
-    file = {"optimizer.type": "AdamW", "optimizer.params.lr": 1e-4, "wandb.enabled": True}
-    config = config_of(file, yaml_text=text)
-    assert (config.training.learning_rate, config.training.betas) == (1e-4, [0.5, 0.5])
-    assert config.logging.trackers == ["ray", "wandb"]
-    beaten = config_of(file, "training.learning_rate=2e-3", "logging.trackers=[]", yaml_text=text)
-    assert (beaten.training.learning_rate, beaten.logging.trackers) == (2e-3, [])
-    rows = {row.key: row for row in beaten.deepspeed}
-    assert rows["optimizer.params.lr"].note == "the argument training.learning_rate beats it"
-    assert rows["optimizer.params.lr"].became == ""
+def test_the_command_exits_2_with_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("ds.json").write_text('{"zero_optimization": {"offload_param": {"device": "cpu"}}}')
+    assert main(["ds.json"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert err.startswith("from_deepspeed: ds.json: zero_optimization.offload_param.device: found 'cpu'")
 
 
-def test_deepspeeds_defaults_where_neither_file_says() -> None:
+def test_no_value_leaves_its_comment(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("ds.json").write_text(json.dumps({"wandb": {"project": "a\ntraining: {seed: 7}"}}))
+    assert main(["ds.json"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == {"logging": {"wandb_project": "a\ntraining: {seed: 7}"}}
+
+
+def test_deepspeeds_defaults_where_its_file_does_not_say() -> None:
     schedule = {"scheduler.type": "WarmupCosineLR", "scheduler.params.total_num_steps": 5000}
-    config = config_of({"optimizer.type": "AdamW", "optimizer.params.lr": 1e-4, **schedule})
-    training = config.training
-    assert (training.betas, training.adam_eps, training.weight_decay) == ([0.9, 0.999], 1e-8, 0.0)
-    assert (training.warmup_steps, training.final_rate_fraction) == (1000, 1e-4)
-    assert Row("optimizer.params.betas", "", "training.betas=[0.9, 0.999]", "DeepSpeed's default") in config.deepspeed
+    ours, rows = converted({"optimizer.type": "AdamW", "optimizer.params.lr": 1e-4, **schedule})
+    found = ours["training"]
+    assert (found["betas"], found["adam_eps"], found["weight_decay"]) == ([0.9, 0.999], 1e-8, 0.0)
+    assert (found["warmup_steps"], found["final_rate_fraction"]) == (1000, 1e-4)
+    betas = "optimizer.params.betas"
+    assert rows[betas] == Row(betas, "", "training.betas=[0.9, 0.999]", "DeepSpeed's default")
 
 
 # key of ours → what it becomes, with the file that says so
@@ -188,7 +179,7 @@ BECOMES: dict[str, list[tuple[Any, dict[str, Any]]]] = {
 @pytest.mark.parametrize("key", BECOMES)
 def test_what_a_key_becomes(key: str) -> None:
     for expected, file in BECOMES[key]:
-        assert config_of(file).get(f"training.{key}") == expected, file
+        assert Config.model_validate(converted(file)[0]).get(f"training.{key}") == expected, file
 
 
 def test_schedules() -> None:
@@ -201,7 +192,8 @@ def test_schedules() -> None:
         ),
         ("WarmupCosineLR", {"warmup_num_steps": 5, "total_num_steps": 9}, ("cosine", 5, 1e-3, 9)),
     ):
-        found = config_of({"scheduler": {"type": kind, "params": parameters}}).training
+        file = json.dumps({"scheduler": {"type": kind, "params": parameters}})
+        found = Config.model_validate(converted(file)[0]).training
         assert (found.schedule, found.warmup_steps, found.learning_rate, found.max_steps) == expected
 
 
@@ -251,7 +243,7 @@ def test_what_has_no_counterpart_is_refused_by_name() -> None:
 
 def test_features_may_only_be_off() -> None:
     for off in ({"enabled": False}, {"enabled": "auto"}, None, {}, False):
-        assert changed(config_of(dict.fromkeys(sorted(NO_COUNTERPART), off))) == {}
+        assert converted(dict.fromkeys(sorted(NO_COUNTERPART), off))[0] == {}
     for key in NO_COUNTERPART:
         assert f"{key}: found" in (sentence := refusal({key: {"enabled": True}}))
         assert "no counterpart" in sentence
@@ -263,8 +255,8 @@ def test_what_adam_and_a_warm_up_are_here_anyway() -> None:
     for name, as_here in (("adam_w_mode", True), ("bias_correction", True), ("amsgrad", False)):
         key = f"optimizer.params.{name}"
         for value in (as_here, "auto"):
-            notes = {row.key: row.note for row in config_of({"optimizer.type": "Adam", key: value}).deepspeed}
-            assert notes[key].startswith("as here")
+            _, rows = converted({"optimizer.type": "Adam", key: value})
+            assert rows[key].note.startswith("as here")
         assert f"{key}: found" in refusal({"optimizer.type": "Adam", key: not as_here})
     for name, value in (("warmup_min_lr", 1e-8), ("warmup_type", "log")):
         sentence = refusal({"scheduler.type": "WarmupLR", f"scheduler.params.{name}": value})
@@ -280,15 +272,13 @@ def test_contradictions_of_two_keys() -> None:
     assert "optimizer.type: found no such key" in refusal({"optimizer.params.lr": 1e-4})
 
 
-def test_a_value_out_of_our_range_names_both_files() -> None:
+def test_a_value_out_of_our_range_names_both_keys() -> None:
     rate = {"optimizer.type": "AdamW", "optimizer.params.lr": 11}
     assert refusal(rate).startswith("ds.json (optimizer.params.lr): training.learning_rate: found 11")
     assert refusal({"gradient_clipping": 0}).startswith("ds.json (gradient_clipping): training.max_grad_norm: found 0")
     assert refusal({"train_batch_size": 1}).startswith("ds.json (train_batch_size): training.global_batch_size")
-    assert refusal({}, yaml_text="training: {learning_rate: 11}").startswith("c.yaml: training.learning_rate")
     both = {"communication_data_type": "fp16", "zero_optimization.stage": 2}
-    assert refusal(both).startswith("c.yaml with ds.json: training: ")
-    assert refusal(rate, "training.learning_rate=12").startswith("argument training.learning_rate: found 12")
+    assert refusal(both).startswith("ds.json: training: ")
 
 
 def test_a_file_that_is_no_json_object_or_not_there() -> None:
@@ -303,96 +293,38 @@ def test_a_file_that_is_no_json_object_or_not_there() -> None:
         sentence = refusal(content)
         assert sentence.startswith("ds.json: ")
         assert mentions in sentence
-    Path("c.yaml").write_text("training: {deepspeed_config: nowhere/ds.json}")
     with pytest.raises(ConfigError, match=r"^nowhere/ds\.json: No such file or directory"):
-        load("c.yaml")
-
-
-def test_wrong_sections_and_names_are_left_to_validation() -> None:
-    Path("ds.json").write_text(SPECIFIED)
-    for text, key in (
-        ("model: null", "model"),
-        ("training: null", "training"),
-        ("logging: [1]", "logging"),
-        ("scaling: 3", "scaling"),
-        ("training: {deepspeed_config: 3}", "training.deepspeed_config"),
-        ("training: {deepspeed_config: ''}", "training.deepspeed_config"),
-        ("training: {deepspeed_config: $NO_SUCH_VARIABLE_1/ds.json}", "training.deepspeed_config"),
-    ):
-        Path("c.yaml").write_text(f"{text}\n")
-        with pytest.raises(ConfigError, match=rf"c\.yaml: {key}"):
-            load("c.yaml", [] if "training" in text else ["training.deepspeed_config=ds.json"], environ={})
+        convert(Path("nowhere/ds.json"))
 
 
 def test_batch_arithmetic() -> None:
     """(Global batch, micro-batch, steps) of the file, and (global batch, steps, workers) of ours."""
-    for file, text, expected in (
-        ((64, None, None), "", (64, 1, "auto")),
-        ((64, None, 4), "", (64, 4, "auto")),
-        (("auto", "auto", "auto"), "training: {gradient_accumulation_steps: 2}", (256, 2, "auto")),
-        ((None, 4, None), WORKERS_2, (8, 1, 2)),
-        (("auto", 4, 8), WORKERS_2, (64, 8, 2)),
-        (("auto", 4, "auto"), f"{WORKERS_2}\ntraining: {{gradient_accumulation_steps: 3}}", (24, 3, 2)),
-        ((64, 4, None), WORKERS_2, (64, 8, 2)),
-        ((64, 4, 8), "", (64, 8, 2)),
-        ((64, 4, "auto"), "training: {gradient_accumulation_steps: 8}", (64, 8, 2)),
-        ((64, 4, 8), "scaling: {num_workers: [1, 2]}", (64, 8, [1, 2])),
-        ((64.0, 4, 16), "", (64, 16, 1)),
+    for file, expected in (
+        ((64, None, None), (64, 1, "auto")),
+        ((64, None, 4), (64, 4, "auto")),
+        (("auto", "auto", "auto"), (256, 1, "auto")),
+        ((64.0, 4, 16), (64, 16, 1)),
+        *(
+            ((m * s * w, m, s), (m * s * w, s, w))
+            for m, s, w in itertools.product(range(1, 6), repeat=3)
+            if m * s * w > 1
+        ),
     ):
-        config = config_of(sizes(*file), yaml_text=text)
-        training, workers = config.training, config.scaling.num_workers
-        found = (training.global_batch_size, training.gradient_accumulation_steps, workers)
-        assert found == expected, (file, text)
+        config = Config.model_validate(converted(sizes(*file))[0])
+        found = (config.training.global_batch_size, config.training.gradient_accumulation_steps)
+        assert (*found, config.scaling.num_workers) == expected, file
 
 
 def test_batches_that_do_not_add_up() -> None:
-    open_number = "train_micro_batch_size_per_gpu: found 4 while the number of workers is open"
-    for file, text, mentions in (
-        ((64, 4, 8), "scaling: {num_workers: 3}", "train_batch_size: found 64, which is not 4 x 8 x 3 workers"),
-        ((64, 4, 8), "scaling: {num_workers: [3, 4]}", "found 64, which is not 4 x 8 x 3 to 4 workers"),
-        ((64, 4, 3), "", "found 64, which is not 4 x 3 x any number of workers"),
-        ((4, 4, 8), "", "found 4, which is not 4 x 8 x any number of workers"),
-        ((63, 4, None), WORKERS_2, "found 63, which is not 4 x any number of steps x 2 workers"),
-        ((4, 4, None), WORKERS_2, "found 4, which is not 4 x any number of steps x 2 workers"),
-        ((64, 4, None), "", open_number),
-        ((None, 4, 8), "", open_number),
-        ((64, 4, None), "scaling: {num_workers: [1, 2]}", open_number),
+    open_number = "train_micro_batch_size_per_gpu: found 4; allowed is auto, or a number if train_batch_size and grad"
+    for file, mentions in (
+        ((64, 4, 3), "train_batch_size: found 64; allowed is 4 x 3 x the number of workers"),
+        ((4, 4, 8), "train_batch_size: found 4; allowed is 4 x 8 x the number of workers"),
+        ((64, 4, None), open_number),
+        ((None, 4, 8), open_number),
+        (("auto", 4, "auto"), open_number),
     ):
-        sentence = refusal(sizes(*file), yaml_text=text)
-        assert sentence.startswith("ds.json: ")
-        assert mentions in sentence
-
-
-def test_an_argument_takes_the_place_of_a_part_of_the_batch() -> None:
-    file = sizes(64, 4, 8)
-    larger = config_of(file, "training.global_batch_size=128")
-    assert (larger.training.global_batch_size, larger.training.gradient_accumulation_steps) == (128, 8)
-    assert larger.scaling.num_workers == "auto"
-    fewer = config_of(file, "training.gradient_accumulation_steps=2")
-    assert (fewer.training.global_batch_size, fewer.training.gradient_accumulation_steps) == (64, 2)
-    assert "64, which is not 4 x 8 x 4 workers" in refusal(file, "scaling.num_workers=4")
-
-
-def test_batch_parts_against_brute_force() -> None:
-    """Whatever is left out of a true product is found again, where one number alone fits."""
-    for micro, steps, workers in itertools.product(range(1, 6), repeat=3):
-        batch, exact = micro * steps * workers, (workers, workers)
-        assert batch_parts(batch, micro, steps, exact) == (batch, steps, None)
-        assert batch_parts(batch, micro, None, exact) == (batch, steps, None)
-        assert batch_parts(None, micro, steps, exact) == (batch, steps, None)
-        assert batch_parts(batch, micro, steps, None) == (batch, steps, workers)
-        assert batch_parts(batch, None, steps, None) == (batch, steps, None)
-
-
-def test_the_resolved_config_needs_no_deepspeed_file() -> None:
-    config = config_of(SPECIFIED, "training.learning_rate=2e-3")
-    Path("resolved.yaml").write_text(yaml.safe_dump(config.dump()))
-    Path("ds.json").unlink()
-    resolved = load("resolved.yaml", environ={})
-    assert resolved.dump() == config.dump()
-    assert resolved.deepspeed == ()  # there is no table without a file
-    assert config.dump()["training"]["learning_rate"] == 2e-3
-    assert pickle.loads(pickle.dumps(config)).deepspeed == config.deepspeed
+        assert refusal(sizes(*file)).startswith(f"ds.json: {mentions}")
 
 
 def test_the_tables_of_keys_do_not_overlap() -> None:

@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.embedding import embed
-from pipeline.embedding.columns import as_matrix
-from pipeline.embedding.encode import TextEncoder
-from pipeline.embedding.table import VectorTable, Writer
-from pipeline.text.identity import content_id
+from pipeline.data.partitions import content_id
+from pipeline.index import embed
+from pipeline.index.encoder import TextEncoder
+from pipeline.index.table import VectorTable
+from pipeline.index.vectors import as_matrix
+from pipeline.index.writer import Writer
 from tests.conftest import make_pairs, run_here, write_jsonl
 from tests.embedding_world import save_random_model
 

@@ -11,7 +11,7 @@ import lancedb
 import numpy as np
 import pytest
 
-from pipeline.embedding.encode import TextEncoder
+from pipeline.index.encoder import TextEncoder
 from tests.conftest import make_pairs, write_jsonl
 from tests.embedding_world import save_random_model
 from tests.job_process import JobProcess, kill, ray_processes, rows_and_ids, rows_there, write_config
@@ -49,8 +49,8 @@ def test_killed_at_four_points_and_changed_it_ends_with_one_vector_a_document(tm
         if point == "fragments":
             reached = until(lambda: list((store / "lancedb").rglob("data/*.lance")), job)
         else:
-            if point != "table" and until(lambda: ray_processes("EncodeDocuments"), job):
-                kills += kill(ray_processes("EncodeDocuments")[:1])
+            if point != "table" and until(lambda: ray_processes("EncodeTexts"), job):
+                kills += kill(ray_processes("EncodeTexts")[:1])
             reached = until(lambda before=before: rows_there(tmp_path) > before, job)
         if reached:
             kills += 1

@@ -8,11 +8,10 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import Embedding
-from pipeline.embedding.columns import as_matrix
-from pipeline.embedding.embed import EncodeTexts, Pool
-from pipeline.embedding.encode import TextEncoder
-from pipeline.embedding.recipe import EncoderRecipe, tokenize
-from pipeline.runtime.cluster import Cluster, Node
+from pipeline.core.cluster import Cluster, Node
+from pipeline.index.encoder import EncoderRecipe, TextEncoder, tokenize
+from pipeline.index.pool import EncodeTexts, Pool
+from pipeline.index.vectors import as_matrix
 from tests.embedding_world import save_random_model
 
 MANY = 10**9
@@ -45,20 +44,20 @@ def test_a_pool_that_needs_no_gpus_takes_all_cpus() -> None:
 
 
 def test_an_actor_takes_texts_or_their_tokens(tmp_path: Path) -> None:
-    recipe, board = EncoderRecipe(save_random_model(tmp_path / "model"), Embedding(), tmp_path), MagicMock()
+    recipe, progress = EncoderRecipe(save_random_model(tmp_path / "model"), Embedding(), tmp_path), MagicMock()
     encoder = TextEncoder(recipe.local, device="cpu")
     rows = pa.table({"id": [1, 2, 3], "source": ["a", "b", "a"], "text": ["one text", "", "another one, longer"]})
     led = [prompt + text for prompt, text in zip(("as a: ", "text: ", "as a: "), rows["text"].to_pylist(), strict=True)]
     expected = encoder.encode(led)
-    found = EncodeTexts(recipe, 1, board, "document", {"a": "as a: "})(rows)
+    found = EncodeTexts(recipe, 1, progress, "document", {"a": "as a: "})(rows)
     assert found.column_names == ["id", "source", "text", "vector"]
     np.testing.assert_allclose(as_matrix(found["vector"]), expected, atol=1e-5)
-    alone = EncodeTexts(recipe, 1, board, "document", None)(rows)
+    alone = EncodeTexts(recipe, 1, progress, "document", None)(rows)
     np.testing.assert_allclose(
         as_matrix(alone["vector"]), encoder.encode(rows["text"].to_pylist(), "document"), atol=1e-5
     )
     tokens = rows.drop_columns("text").append_column("tokens", tokenize(encoder.tokenizer, led))
-    found = EncodeTexts(recipe, 1, board, "query", None)(tokens)
+    found = EncodeTexts(recipe, 1, progress, "query", None)(tokens)
     assert found.column_names == ["id", "source", "vector"]
     np.testing.assert_allclose(as_matrix(found["vector"]), expected, atol=1e-5)
-    assert [call.args for call in board.add.remote.call_args_list] == [("embedded", 3)] * 3
+    assert [call.args for call in progress.add.remote.call_args_list] == [("embedded", 3)] * 3

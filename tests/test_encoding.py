@@ -16,15 +16,13 @@ import torch
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from pipeline.config import Embedding
-from pipeline.data.vocabulary import train_tokenizer
-from pipeline.embedding.backends import TableBackend
-from pipeline.embedding.columns import TOKENS, as_ragged
-from pipeline.embedding.encode import TextEncoder, open_encoder
-from pipeline.embedding.recipe import EncoderRecipe, let_windows_overlap, tokenize
-from pipeline.embedding.torch_backend import TorchBackend
-from pipeline.model.card import Head, Pooling
+from pipeline.data.tokenizer import train_tokenizer
+from pipeline.index.backends import TableBackend
+from pipeline.index.encoder import EncoderRecipe, TextEncoder, let_windows_overlap, open_encoder, tokenize
+from pipeline.index.torch_backend import TorchBackend
+from pipeline.index.vectors import TOKENS, as_ragged
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import load_model, save_model
+from pipeline.model.folder import Head, Pooling, load_model, save_model
 from pipeline.model.packing import Packed, pack
 from pipeline.model.transformer import Encoder, EncoderShape
 from tests.conftest import make_pairs
@@ -251,9 +249,9 @@ def test_layers_need_torch_and_tables_do_not(tokenizers: dict[str, Tokenizer], t
 import sys
 from itertools import pairwise
 from pathlib import Path
-import pipeline.embedding.encode as encode
+import pipeline.index.encoder as encode
 from pipeline.config import Embedding
-from pipeline.embedding.recipe import EncoderRecipe
+from pipeline.index.encoder import EncoderRecipe
 recipe = EncoderRecipe(Path({str(table)!r}), Embedding(), Path("unused"))
 assert encode.open_encoder(recipe).encode(["a text"], "query").shape == (1, 32)
 print(sorted({{"torch", "pandas", "ray", "transformers", "scipy", "onnxruntime", "lancedb"}} & set(sys.modules)))

@@ -16,21 +16,27 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import Config, ConfigError, Data, Embedding, Sanitize, Source
-from pipeline.data.judging import Judge, normaliser
+from pipeline.data.fields import RawRecord
+from pipeline.data.filtering import Filter, normaliser
 from pipeline.data.manifest import Manifest
-from pipeline.embedding.columns import as_column
-from pipeline.embedding.nearest import Found
-from pipeline.evaluation.beir import BLOCK_ROWS, Corpus, RetrievalTask, open_beir, read_beir
-from pipeline.evaluation.evaluate import score_classification, score_clustering, score_retrieval, score_sts
-from pipeline.evaluation.held_out import held_out_task
-from pipeline.evaluation.labels import neighbour_scores, read_classification, read_labels
-from pipeline.evaluation.metrics import bm25_ranking, fused, nearest, retrieval_metrics
-from pipeline.evaluation.retrieval import FEW_TEXTS, TextVectors, best_of_block, merge_levels, merged_rows, to_table
-from pipeline.evaluation.sts import StsTask, pearson, read_sts, spearman
-from pipeline.evaluation.table import hybrid_verdict, score_table
-from pipeline.sources.fields import RawRecord
-from pipeline.text.identity import content_id, is_validation
-from tests.conftest import board, make_pairs, no_board
+from pipeline.data.partitions import content_id, is_validation
+from pipeline.evaluate.metrics import bm25_ranking, fused, neighbour_scores, retrieval_metrics
+from pipeline.evaluate.report import hybrid_verdict, score_table
+from pipeline.evaluate.retrieval import FEW_TEXTS, TextVectors, best_of_block, merge_levels, merged_rows, to_table
+from pipeline.evaluate.scoring import score_classification, score_clustering, score_retrieval, score_sts
+from pipeline.evaluate.tasks import (
+    BLOCK_ROWS,
+    Corpus,
+    RetrievalTask,
+    held_out_task,
+    open_beir,
+    read_beir,
+    read_classification,
+    read_labels,
+)
+from pipeline.index.vectors import Found, as_column
+from pipeline.model.scores import StsTask
+from tests.conftest import make_pairs, no_progress, progress
 
 
 def test_metrics_by_hand() -> None:
@@ -48,15 +54,6 @@ def test_metrics_by_hand() -> None:
         "recall@10": round((1 + 1 / 2) / 3, 4),
         "recall@100": round(2 / 3, 4),
     }
-
-
-def test_nearest_against_a_full_sort() -> None:
-    chance = np.random.default_rng(0)
-    queries, documents = chance.normal(size=(300, 8)), chance.normal(size=(50, 8))
-    ranking = nearest([str(i) for i in range(300)], queries, [str(i) for i in range(50)], documents, k=7)
-    for i, query in enumerate(queries):
-        assert set(ranking[str(i)]) == {str(j) for j in np.argsort(-(documents @ query))[:7]}
-    assert len(nearest(["q"], queries[:1], ["d"], documents[:1])["q"]) == 1
 
 
 def test_fusion_by_hand() -> None:
@@ -135,22 +132,10 @@ def test_texts_from_elsewhere_become_what_records_are(quality: str, whitespace: 
     raw = "schÃ¶n\r\n    if a:\u200b  b   \n\n\n\n        c\n"
     source = Source(name="s", type="json", path="x", quality=quality)  # type: ignore[arg-type]
     data = Data(sources=[source], sanitize=Sanitize(whitespace=whitespace))  # type: ignore[arg-type]
-    record = Judge(source, data)(RawRecord("1", {"text": raw}))
+    record = Filter(source, data)(RawRecord("1", {"text": raw}))
     assert normaliser(data)(raw) == record["text"] != raw
     task = RetrievalTask("t", {"q": raw}, {"d": raw}, {"q": {"d": 1}}).normalised(normaliser(data))
     assert (task.queries, task.documents) == ({"q": record["text"]}, {"d": record["text"]})
-
-
-def test_sts(tmp_path: Path) -> None:
-    file = tmp_path / "pairs.tsv"
-    file.write_text('score\tsentence1\tsentence2\n1.5\ta "quoted\tb\n3\tc\td\n')
-    task = read_sts(file)
-    assert (task.name, task.first, task.second, task.scores) == ("pairs", ['a "quoted', "c"], ["b", "d"], [1.5, 3.0])
-    assert spearman([1, 2, 3, 4], [0.1, 0.2, 0.4, 0.3]) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
-    assert spearman([1, 2], [0.5, 0.5]) == 0
-    assert spearman([1, 2, 3], [0.1, math.nan, 0.2]) == 0
-    assert pearson([1, 2, 3], [0.2, 0.4, 0.9]) == pytest.approx(0.7 / math.sqrt(2 * 0.26), abs=1e-6)
-    assert pearson([1, 2], [0.5, 0.5]) == pearson([1, 2], [0.5, math.inf]) == 0
 
 
 class GivenVectors:
@@ -239,9 +224,9 @@ def test_sts_scores_are_those_of_sentence_transformers() -> None:
 def test_scores_over_the_cluster_are_those_of_one_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A BEIR folder, labels and pairs through Ray, the documents in blocks of 700, against one matrix of all scores."""
     from pipeline.config import load
-    from pipeline.embedding.encode import TextEncoder
-    from pipeline.embedding.store import recipe_of
-    from pipeline.evaluation.evaluate import score_tasks
+    from pipeline.evaluate.scoring import score_tasks
+    from pipeline.index.encoder import TextEncoder
+    from pipeline.index.published import encoder_recipe
 
     model = small_model(tmp_path / "model")
     rows = make_pairs(2500, seed=3)
@@ -259,9 +244,9 @@ def test_scores_over_the_cluster_are_those_of_one_matrix(tmp_path: Path, monkeyp
         Path(__file__).parents[1] / "configs" / "pairs.yaml",
         [f"embedding.model={model}", *(f"evaluation.{name}={path}" for name, path in paths.items())],
     )
-    monkeypatch.setattr("pipeline.evaluation.retrieval.RANK_ROWS", 700)
+    monkeypatch.setattr("pipeline.evaluate.retrieval.RANK_ROWS", 700)
     manifest = Manifest("", [], {}, [], {}, [], {})
-    scores = score_tasks(config, tmp_path, manifest, recipe_of(config, model), board)
+    scores = score_tasks(config, tmp_path, manifest, encoder_recipe(config, model), progress)
 
     encoder = TextEncoder(model, device="cpu")
     texts = [str(row["positive"]) for row in rows]
@@ -280,7 +265,7 @@ def test_scores_over_the_cluster_are_those_of_one_matrix(tmp_path: Path, monkeyp
 @pytest.mark.usefixtures("ray_cluster")
 def test_partial_results_are_merged_in_tasks_as_a_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     """28 partial results of two sizes, merged three at a time on three levels, against a sort of all documents."""
-    from pipeline.evaluation import retrieval
+    from pipeline.evaluate import retrieval
 
     chance = np.random.default_rng(0)
     corners = chance.integers(0, 2, size=(1000 + 40, 16)) / 2 - 0.25  # of length 1, and every product is exact
@@ -307,10 +292,10 @@ def test_partial_results_are_merged_in_tasks_as_a_tree(monkeypatch: pytest.Monke
     for name, value in {"RANK_ROWS": 37, "MERGED_TOGETHER": 3, "DEPTH": 30, "BLOCK_ROWS": 37}.items():
         monkeypatch.setattr(retrieval, name, value)
     monkeypatch.setattr(retrieval, "merged_rows", merged_rows)
-    monkeypatch.setattr("pipeline.embedding.embed.encoded", encoded)
+    monkeypatch.setattr("pipeline.index.pool.encoded", encoded)
     task = RetrievalTask("tree", {}, dict(zip(names, texts, strict=True)), {})
     assert retrieval.merge_levels(1000) == 3
-    found = retrieval.nearest_documents(task, queries, [16, 4], None, board())  # type: ignore[arg-type]
+    found = retrieval.nearest_documents(task, queries, [16, 4], None, progress())  # type: ignore[arg-type]
     for size in (16, 4):
         scores = corners[1000:, :size] @ corners[:1000, :size].T * 16 / size
         for row, ids in enumerate(found[size].ids.tolist()):
@@ -322,19 +307,18 @@ def test_partial_results_are_merged_in_tasks_as_a_tree(monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_many_texts_are_encoded_by_the_pool_and_few_here(tmp_path: Path) -> None:
-    from pipeline.embedding.encode import TextEncoder
-    from pipeline.embedding.recipe import EncoderRecipe
+    from pipeline.index.encoder import EncoderRecipe, TextEncoder
 
     model = small_model(tmp_path / "model", prompts=(("query", "find: "),))
     recipe = EncoderRecipe(model, Embedding(), tmp_path)
     texts = [str(row["anchor"]) for row in make_pairs(FEW_TEXTS + 1)]
-    few, many = TextVectors(recipe, no_board), TextVectors(recipe, board)
-    for prompt, lead in (("query", "find: "), ("", "")):
-        expected = TextEncoder(model, device="cpu").encode([lead + text for text in texts])
-        np.testing.assert_allclose(many.of(texts, "texts", prompt), expected, atol=1e-6)
-        np.testing.assert_allclose(few.of(texts[:-1], "texts", prompt), expected[:-1], atol=1e-6)
+    few, many = TextVectors(recipe, no_progress), TextVectors(recipe, progress)
+    for name, prompt in (("query", "find: "), ("", "")):
+        expected = TextEncoder(model, device="cpu").encode([prompt + text for text in texts])
+        np.testing.assert_allclose(many.of(texts, "texts", name), expected, atol=1e-6)
+        np.testing.assert_allclose(few.of(texts[:-1], "texts", name), expected[:-1], atol=1e-6)
         with pytest.raises(AssertionError, match="Ray was asked for"):
-            few.of(texts, "texts", prompt)
+            few.of(texts, "texts", name)
 
 
 def test_levels_of_merging() -> None:
@@ -345,10 +329,9 @@ def small_model(folder: Path, prompts: tuple[tuple[str, str], ...] = ()) -> Path
     """A random table of tokens, trained for 4 of its 16 numbers too."""
     import torch
 
-    from pipeline.data.vocabulary import train_tokenizer
-    from pipeline.model.card import Head
+    from pipeline.data.tokenizer import train_tokenizer
     from pipeline.model.embedding_model import EmbeddingModel
-    from pipeline.model.folder import save_model
+    from pipeline.model.folder import Head, save_model
     from pipeline.model.transformer import Encoder, EncoderShape
 
     torch.manual_seed(0)
@@ -404,27 +387,18 @@ def test_labels(tmp_path: Path) -> None:
         read_labels(tmp_path / "other.tsv", "key")
 
 
-PAIRS, LABELS = "score\tsentence1\tsentence2\n", "text\tlabel\n"
-
-
 @pytest.mark.parametrize(
-    ("key", "content", "sentence"),
+    ("content", "sentence"),
     [
-        ("sts_file", "a\tb\tc\n", "line 1: a header of score, sentence1, sentence2 is wanted"),
-        ("sts_file", "", "a header of score, sentence1, sentence2 is wanted"),
-        ("sts_file", f"{PAIRS}x\ta\tb\n", "line 2: could not convert"),
-        ("sts_file", f"{PAIRS}1\ta\tb\n2\ta\n", "line 3: not enough values"),
-        ("sts_file", f"{PAIRS}nan\ta\tb\n", "line 2: nan is no score"),
-        ("sts_file", f"{PAIRS}1\ta\tb\n1\tc\td\n", "fewer than two scores"),
-        ("classification_dir", "a\tb\n", "line 1: a header of text, label is wanted"),
-        ("classification_dir", f"{LABELS}a\tb\tc\n", "line 2: too many values; allowed are rows of text, label"),
-        ("classification_dir", f"{LABELS}a\tx\nb\tx\n", "has 1 labels; allowed are two or more"),
+        ("a\tb\n", "line 1: a header of text, label is wanted"),
+        ("text\tlabel\na\tb\tc\n", "line 2: too many values; allowed are rows of text, label"),
+        ("text\tlabel\na\tx\nb\tx\n", "has 1 labels; allowed are two or more"),
     ],
 )
-def test_files_of_pairs_and_labels_that_are_none(key: str, content: str, sentence: str, tmp_path: Path) -> None:
+def test_files_of_labels_that_are_none(content: str, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text(content)
-    with pytest.raises(ConfigError, match=f"^evaluation.{key}: .*{sentence}"):
-        read_sts(tmp_path / "train.tsv") if key == "sts_file" else read_classification(tmp_path)
+    with pytest.raises(ConfigError, match=f"^evaluation.classification_dir: .*{sentence}"):
+        read_classification(tmp_path)
 
 
 def test_the_table_has_a_line_for_each_system() -> None:

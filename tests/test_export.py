@@ -21,22 +21,20 @@ from tokenizers.models import BPE
 
 from pipeline.config import ConfigError, load
 from pipeline.data.manifest import Manifest, SourceCount
-from pipeline.data.vocabulary import train_tokenizer
-from pipeline.embedding.store import recipe_of, table_of
-from pipeline.embedding.table import VectorTable
-from pipeline.export.card import Extras, model_card, read_origin
-from pipeline.export.destination import exporting, refuse_foreign
-from pipeline.export.embedding_matrix import load_embeddings, save_embeddings_for_model
-from pipeline.export.folder import export_model, pad_token_id
-from pipeline.export.onnx import PaddedEmbedder, export_onnx
-from pipeline.model.card import Head
+from pipeline.data.read_text import docstring_pairs
+from pipeline.data.tokenizer import train_tokenizer
+from pipeline.evaluate.embedding_matrix import load_embeddings, save_embeddings_for_model
+from pipeline.evaluate.export import exporting, refuse_foreign
+from pipeline.evaluate.model_card import model_card, read_origin
+from pipeline.index.published import encoder_recipe, table_of
+from pipeline.index.table import VectorTable
+from pipeline.model import hf_io
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import load_model, save_model
+from pipeline.model.folder import Head, load_model, model_fingerprint, read_card, save_model
+from pipeline.model.hf_io import export_model, pad_token_id
+from pipeline.model.onnx import PaddedEmbedder, export_onnx
 from pipeline.model.packing import pack
-from pipeline.model.reading import model_fingerprint, read_card
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.runtime.job import JobError
-from pipeline.text.docstrings import pairs
 from tests.conftest import run_here
 
 WIDTH, VOCABULARY, MAX_LENGTH = 64, 1200, 48
@@ -57,7 +55,7 @@ VARIANTS = {
 def texts() -> list[str]:
     """1,000 names, docstrings and functions of an installed package, 1 to some hundred tokens long."""
     files = sorted((Path(np.__file__).parent / "lib").glob("*.py"))
-    found = [pair for file in files for pair in pairs(file.read_text("utf-8"))]
+    found = [pair for file in files for pair in docstring_pairs(file.read_text("utf-8"))]
     return [text for pair in found for text in (pair.name, pair.docstring, pair.code)][:1000]
 
 
@@ -210,14 +208,13 @@ class TestFolder:
     def test_an_export_that_gives_other_vectors_fails(
         self, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from pipeline.export import folder
 
         def wrong(*args: Any) -> dict[str, Any]:
             return {**right(*args), "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
 
-        right = folder.eurobert_config
-        monkeypatch.setattr(folder, "eurobert_config", wrong)
-        with pytest.raises(JobError, match="a fault of the export"):
+        right = hf_io.eurobert_config
+        monkeypatch.setattr(hf_io, "eurobert_config", wrong)
+        with pytest.raises(RuntimeError, match="a fault of the export"):
             export_model(checkpoints["weighted"], tmp_path)
 
 
@@ -323,8 +320,7 @@ class TestEmbeddingMatrix:
         table, rows = VectorTable(tmp_path / "lancedb", "vectors", 6), vectors_of(30)
         with table.writing() as writer:
             for part in (rows.slice(0, 11), rows.slice(11)):
-                written = table.write(with_all_columns(part, table))
-                writer.append([fragment for _, fragment, _ in written])
+                writer.append(table.write(with_all_columns(part, table)))
         backwards = rows.take(list(range(30))[::-1])
         scans = {"direct": scan_of(rows), "backwards": scan_of(backwards), "stored": table.scan}
         for name, scan in scans.items():
@@ -441,9 +437,9 @@ def empty_config(folder: Path) -> Path:
 class TestCard:
     def test_it_says_what_is_known(self, run: Path) -> None:
         best = run / "runs" / "small" / "best" / "step-00000060"
-        origin = read_origin(best, run / "runs" / "small" / "evaluation.json")
-        named = {"name": "mine", "license_id": "mit", "evaluate_command": "python jobs/evaluate.py"}
-        text = model_card(read_card(best), origin, extras=Extras(onnx=True, embeddings=2), **named)
+        origin = read_origin(best, run / "runs" / "small")
+        command = "python jobs/evaluate.py"
+        text = model_card(read_card(best), origin, "mine", "mit", command, onnx=True, embeddings=2)
         front = yaml.safe_load(text.split("---")[1])
         assert (front["license"], front["pipeline_tag"]) == ("mit", "sentence-similarity")
         assert front["library_name"] in front["tags"]
@@ -463,9 +459,8 @@ class TestCard:
         assert "secret-place" not in text
 
     def test_it_leaves_out_what_is_not(self, checkpoints: dict[str, Path], run: Path) -> None:
-        origin = read_origin(checkpoints["table"], run / "runs" / "small" / "evaluation.json")
-        named: dict[str, Any] = {"name": "m", "license_id": None, "evaluate_command": ""}
-        text = model_card(read_card(checkpoints["table"]), origin, extras=Extras(), **named)
+        origin = read_origin(checkpoints["table"], run / "runs" / "small")
+        text = model_card(read_card(checkpoints["table"]), origin, "m", None, "")
         assert "license" not in text.split("---")[1]
         headings = [line for line in text.splitlines() if line.startswith("## ")]
         assert headings == ["## Use", "## Model", "## Limits"]
@@ -482,7 +477,7 @@ class TestJob:
     ) -> None:
         best, to = run / "runs" / "small" / "best" / "step-00000060", tmp_path / "out"
         config = load(empty_config(tmp_path), [f"storage.root={run}", "storage.run=small", f"embedding.model={best}"])
-        table = table_of(config, recipe_of(config, best))
+        table = table_of(config, encoder_recipe(config, best))
         arguments = ["--to", str(to), f"embedding.model={best}", "--embeddings", "float16", "--license", "mit"]
         code, last, err = self.job(capsys, tmp_path, *arguments)
         assert (code, last["status"]) == (1, "failed")
@@ -492,7 +487,7 @@ class TestJob:
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), WIDTH)
         rows = with_all_columns(pa.table({"id": ["b", "a"], "source_id": ["2", "1"], "vector": column}), table)
         with table.writing() as writer:
-            writer.append([fragment for _, fragment, _ in table.write(rows)])
+            writer.append(table.write(rows))
             writer.mark_verified("key")
         code, last, err = self.job(capsys, tmp_path, *arguments)
         assert (code, last["paths"]["export"], last["metrics"]["embeddings"]) == (0, str(to), 2), err
@@ -512,7 +507,7 @@ class TestJob:
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "thesis.txt").write_text("years of work")
         new = ["--to", str(tmp_path / "new")]
-        monkeypatch.setattr("pipeline.export.onnx.PACKAGES", ("onnx", "no_such_package"))
+        monkeypatch.setattr("pipeline.model.onnx.PACKAGES", ("onnx", "no_such_package"))
         for arguments, words in (
             ([], "the following arguments are required: --to"),
             (["--to", str(tmp_path / "mine")], "holds thesis.txt, which no export wrote"),

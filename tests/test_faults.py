@@ -29,7 +29,7 @@ def test_ctrl_c_in_each_stage_and_the_next_run_goes_on(tmp_path: Path) -> None:
     """Each job starts a Ray session of its own, which Ctrl-C must end."""
     config, before = write_config(tmp_path), set(TEMPORARY.iterdir())
     stages = [
-        "prepare: read and judge: begins",
+        "prepare: read and filter: begins",
         "train: step 50:",
         "embed: begins",
         "evaluate: encode held-out: begins",
@@ -51,15 +51,15 @@ def test_ctrl_c_in_each_stage_and_the_next_run_goes_on(tmp_path: Path) -> None:
 
 PREPARE = """
 import sys
-from pipeline.runtime.session import Board, set_environment
+from pipeline.core.session import Progress, set_environment
 set_environment()
 import ray
 from pipeline.config import load
 from pipeline.data import prepare
-from pipeline.sources import source
-prepare.SHARD_BYTES, source.TASK_BYTES = 1 << 17, 1 << 16
+from pipeline.data import sources
+prepare.SHARD_BYTES, sources.TASK_BYTES = 1 << 17, 1 << 16
 ray.init(address="local", num_cpus=int(sys.argv[1]), include_dashboard=False, log_to_driver=False)
-prepare.prepare(load(sys.argv[2], sys.argv[3:]), Board)
+prepare.prepare(load(sys.argv[2], sys.argv[3:]), Progress)
 """
 
 

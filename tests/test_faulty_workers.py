@@ -6,17 +6,18 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pipeline.config import ConfigError
+from pipeline.model.batch import Batch
 from pipeline.model.transformer import Attention
-from pipeline.objectives.batch import Batch
-from pipeline.training.checkpoints import TrainState
-from pipeline.training.loop import Run, TrainingStopped, train
-from pipeline.training.step import OutOfMemory, backward, cut
-from pipeline.training.strategy import DataParallel, build_strategy
+from pipeline.train.checkpoints import TrainState
+from pipeline.train.loop import Run, TrainingStopped, train
+from pipeline.train.step import OutOfMemory, backward, cut
+from pipeline.train.strategy import DataParallel, build_strategy
 from tests.gloo_workers import Result, run_workers
 from tests.test_step import ROWS, assert_equal, batch, gradients, learner_of, whole_gradients
 from tests.test_training import config_of, new_run, rows
@@ -40,10 +41,10 @@ def _halved(rank: int, world_size: int, at: int) -> Result:
     if rank == world_size - 1:
         learner.model.forward = _out_of_memory(learner.model.forward, at)  # type: ignore[method-assign]
     strategy, tries = DataParallel(), 0
-    strategy.take(learner)
+    strategy.attach(learner)
     share: Batch = batch().slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
-    for halvings in range(3):
-        parts = [learner.prepare(share.slice(*ends), 7) for ends in cut(share, 2, halvings=halvings)]
+    for oom_splits in range(3):
+        parts = [learner.prepare(share.slice(*ends), 7) for ends in cut(share, 2, oom_splits=oom_splits)]
         tries += 1
         with suppress(OutOfMemory):
             backward(learner, strategy, parts)
@@ -71,14 +72,14 @@ def _loop(rank: int, world_size: int, fault: str) -> Result:
         elif rank == 1 and fault == "nan":
             contrast, steps = run.learner.contrast, iter(range(12))
 
-            def broken(*args: object) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-                loss, metrics = contrast(*args)  # type: ignore[arg-type]
+            def broken(*args: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+                loss, metrics = contrast(*args)
                 return loss * (torch.nan if next(steps) == 4 else 1), metrics
 
             run.learner.contrast = broken  # type: ignore[method-assign, assignment]
         state = train(run, TrainState())
         return {
-            "halvings": torch.tensor(state.halvings),
+            "oom_splits": torch.tensor(state.oom_splits),
             "skipped": torch.tensor(state.skipped_steps),
             **{name: tensor.detach().clone() for name, tensor in run.learner.state_dict().items()},
         }
@@ -99,7 +100,7 @@ def _halve_rows(run: Run, rank: int) -> None:
 
 def test_the_loop_goes_on_in_smaller_micro_batches_to_the_same_weights() -> None:
     plain, halved = (run_workers(2, _loop, fault) for fault in ("", "memory"))
-    assert (int(plain.pop("halvings")), int(halved.pop("halvings"))) == (0, 1)
+    assert (int(plain.pop("oom_splits")), int(halved.pop("oom_splits"))) == (0, 1)
     for name in plain:
         torch.testing.assert_close(halved[name], plain[name], atol=1e-5, rtol=1e-4, msg=name)
 
@@ -113,7 +114,7 @@ def test_a_loss_that_is_no_number_on_one_worker_is_skipped_by_both() -> None:
 def _compressed(rank: int, world_size: int, kind: str) -> Result:
     learner = learner_of("contrastive")
     strategy = DataParallel({"fp16": torch.float16, "none": None}[kind])
-    strategy.take(learner)
+    strategy.attach(learner)
     share = batch().slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
     backward(learner, strategy, [learner.prepare(share, 7)])
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.config import Source
-from pipeline.sources.fields import FieldMap, RawRecord, Row, broken, own_fields, required_fields, text_fields
+from pipeline.data.fields import FieldMap, RawRecord, Row, broken, own_fields, required_fields, text_fields
 
 
 def source(kind: str = "json", **settings: Any) -> Source:

@@ -13,21 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import Objective
-from pipeline.model.card import Head
+from pipeline.model.batch import Batch, Special
 from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel
+from pipeline.model.folder import Head
+from pipeline.model.learner import Learner
 from pipeline.model.packing import Layout, Packed, pack
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.objectives.batch import Batch
-from pipeline.objectives.learner import Learner, Special
-from pipeline.training.flops import (
-    device_utilisation,
-    forward_backward_flops,
-    gpu_peak,
-    memory,
-    peak_flops,
-    step_flops,
-)
+from pipeline.train.meter import device_utilisation, forward_backward_flops, gpu_peak, memory, peak_flops, step_flops
 
 LENGTHS = [3, 40, 17, 40, 90]
 VOCABULARY, WIDTH = 50, 32

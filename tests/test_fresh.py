@@ -18,9 +18,9 @@ from pipeline.config import load
 from pipeline.data import prepare as prepare_module
 from pipeline.data.drift import Drift
 from pipeline.data.manifest import RECORD_SCHEMA, read_prepared
+from pipeline.data.partitions import shard_of
 from pipeline.data.prepare import prepare
-from pipeline.text.identity import shard_of
-from tests.conftest import board, make_pairs, no_board, run_here, write_jsonl
+from tests.conftest import make_pairs, no_progress, progress, run_here, write_jsonl
 
 
 @pytest.mark.parametrize(("then", "now"), [(1, 1), (4, 4), (3, 7), (7, 3)])
@@ -129,7 +129,7 @@ class TestFresh:
         assert sorted(rows["text"].to_pylist()) == sorted(records["positive"].to_pylist())
         assert make_pairs(30, seed=3)[7]["positive"] in rows["text"].to_pylist()
 
-        monkeypatch.setattr("pipeline.stages.ray_session", no_board)
+        monkeypatch.setattr("pipeline.stages.ray_session", no_progress)
         code, last, err = corpus(capsys, "run")
         assert code == 0, err
         assert err.count("nothing to do") == 4
@@ -142,7 +142,7 @@ class TestFresh:
     def test_the_data_are_those_that_all_tokenizing_at_once_gives(self, corpus: Corpus, tmp_path: Path) -> None:
         tokenizer = corpus.root / "runs" / "notes" / "tokenizer.json"
         config = load(corpus.config, [f"storage.root={tmp_path}", f"tokenizer.load_path={tokenizer}"], environ={})
-        _, anew = prepare(config, board)
+        _, anew = prepare(config, progress)
         assert len(anew.shards) > 4
         found = next(
             manifest

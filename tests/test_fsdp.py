@@ -17,25 +17,25 @@ from torch.multiprocessing import ProcessRaisedException
 
 from pipeline.config import Config, load
 from pipeline.config.training import Training
-from pipeline.model.card import Head
-from pipeline.model.compiled import compile_layers
+from pipeline.model.batch import Special
 from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel
+from pipeline.model.folder import Head
+from pipeline.model.learner import Learner
 from pipeline.model.pretrained import load_pretrained
-from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.objectives.learner import Learner, Special
-from pipeline.training import saving
-from pipeline.training.assembly import resume
-from pipeline.training.batch import to_batch
-from pipeline.training.checkpoints import TrainState, load_weights, read_state
-from pipeline.training.fsdp import FullySharded
-from pipeline.training.loop import Run, TrainingStopped, train
-from pipeline.training.optimizer import build_optimizer
-from pipeline.training.saving import Saver, Take
-from pipeline.training.sharded import consolidate, is_sharded, load_sharded, save_sharded
-from pipeline.training.step import backward, cut
-from pipeline.training.strategy import DataParallel
-from pipeline.training.validation import Validation
+from pipeline.model.transformer import Encoder, EncoderShape, compile_layers
+from pipeline.train import saving
+from pipeline.train.assembly import resume
+from pipeline.train.checkpoints import TrainState, is_sharded, read_state
+from pipeline.train.fsdp import FullySharded
+from pipeline.train.loop import Hooks, Run, TrainingStopped, build_run, train
+from pipeline.train.optimizer import build_optimizer
+from pipeline.train.prefetch import to_batch
+from pipeline.train.saving import LocalSaver, consolidate, load_sharded, load_weights, save_sharded
+from pipeline.train.step import backward, cut
+from pipeline.train.strategy import DataParallel
+from pipeline.train.trackers import Trackers
+from pipeline.train.validation import Validation
 from tests import test_training
 from tests.gloo_workers import Result, run_workers
 from tests.test_pretrained import saved
@@ -112,14 +112,13 @@ def share(rank: int, world_size: int, table: pa.Table) -> pa.Table:
 
 def run_of(rank: int, world_size: int, folder: Path, strategy: str, options: list[str], dropout: float = 0.0) -> Run:
     config = config_of(folder, rank, f"training.strategy={strategy}", *options)
-    return Run(
-        learner_for(config, folder, dropout),
+    return build_run(
         config,
+        learner_for(config, folder, dropout),
         lambda a, b: (share(rank, world_size, table) for table in test_training.rows(a, b)),
         Validation(to_batch(next(test_training.rows(0, 1)).slice(0, 7)), lambda ids: [str(each) for each in ids], 3),
         STEPS,
-        lambda run, state, is_best: None,
-        lambda metrics: None,
+        Hooks(lambda run, state, is_best: None, lambda metrics: None),
     )
 
 
@@ -129,7 +128,7 @@ def _both(rank: int, world_size: int, folder: str, options: list[str]) -> Result
     for strategy in ("ddp", "fsdp"):
         run, losses = run_of(rank, world_size, Path(folder), strategy, options), []
         assert isinstance(run.strategy, FullySharded) == (strategy == "fsdp")
-        run.report = lambda metrics, losses=losses: losses.append(metrics["loss"]) if "loss" in metrics else None  # type: ignore[misc]
+        run.hooks.report = lambda metrics, losses=losses: losses.append(metrics["loss"]) if "loss" in metrics else None  # type: ignore[misc]
         state = train(run, TrainState())
         found[f"{strategy} losses"] = torch.tensor(losses)
         found |= {f"{strategy} {name}": torch.tensor(value) for name, value in state.metrics.items()}
@@ -161,7 +160,7 @@ def _gradients(rank: int, world_size: int, name: str, options: set[str]) -> Resu
         if "compile" in options:
             compile_layers(stack, "aot_eager")
     strategy = FullySharded(learner, CPU)
-    strategy.take(learner)
+    strategy.attach(learner)
     rows = batch().slice(*((0, 3), (3, 8))[rank])
     parts = [learner.prepare(rows.slice(*ends), 7) for ends in cut(rows, 1 + 2 * rank)]
     metrics = backward(learner, strategy, parts).metrics
@@ -198,7 +197,7 @@ def test_an_empty_part_changes_no_gradient(pooling: str) -> None:
         learner = learner_of("hybrid")
         learner.model.head = Head(pooling)
         strategy = DataParallel()
-        strategy.take(learner)
+        strategy.attach(learner)
         part = learner.prepare(batch(), 7)
         parts = [part, *[part.emptied()] * empty]
         backward(learner, strategy, parts)
@@ -231,19 +230,19 @@ def _out_of_memory(rank: int, world_size: int, folder: str) -> Result:
 
 def _started_again(rank: int, world_size: int, folder: str) -> Result:
     run = run_of(rank, world_size, Path(folder), "fsdp", [])
-    return {"halvings": torch.tensor(resume(run).halvings)}
+    return {"oom_splits": torch.tensor(resume(run).oom_splits)}
 
 
 def test_out_of_memory_on_one_worker_halves_the_micro_batches_of_the_next_start(tmp_path: Path) -> None:
     with pytest.raises(ProcessRaisedException, match="micro-batches half as large"):
         run_workers(2, _out_of_memory, str(tmp_path))
-    assert run_workers(2, _started_again, str(tmp_path))["halvings"] == 1
+    assert run_workers(2, _started_again, str(tmp_path))["oom_splits"] == 1
 
 
 def _saved(rank: int, world_size: int, folder: str) -> Result:
     learner = learner_of("hybrid")
     strategy = FullySharded(learner, CPU)
-    strategy.take(learner)
+    strategy.attach(learner)
     optimizer = build_optimizer(learner, Training())
     for seed in range(2):
         backward(learner, strategy, [learner.prepare(batch().slice(4 * rank, 4 * rank + 4), seed)])
@@ -307,18 +306,14 @@ def test_checkpoints_of_two_workers_load_on_one_and_on_three(tmp_path: Path) -> 
         assert torch.equal(tensor, expected[name]), name
 
 
-def saver_of(run: Run) -> Saver:
-    def place(state: TrainState, folder: Path, take: Take | None) -> None:
-        assert take
-        take(folder, run.config.run_dir / "attempt-001" / folder.name)
-
-    return Saver(run.config, "{}", place)
+def saver_of(run: Run) -> LocalSaver:
+    return LocalSaver(run.config, "{}", "", Trackers.open(run.config, 0, leader=False))
 
 
 def _saved_by_a_slow_leader(rank: int, world_size: int, folder: str) -> Result:
     """Rank 0 is held up between emptying the folder of a checkpoint and making it."""
     run = run_of(rank, world_size, Path(folder), "fsdp", [])
-    run.strategy.take(run.learner)
+    run.strategy.attach(run.learner)
     if rank == 0:
         empty = saving.shutil.rmtree
 

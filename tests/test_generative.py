@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.model import generative
+from pipeline.model.corruption import Tokens, delete_tokens, mask_spans, mask_tokens
 from pipeline.model.decoder import Decoder, DecoderShape, Memory
 from pipeline.model.embedding_model import EmbeddingModel
+from pipeline.model.generative import MaskedHead, TokenLoss, masked_loss, shift, token_loss
 from pipeline.model.packing import Layout, Packed, pack
 from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.model.unified import build_unified_transformer
-from pipeline.objectives import generative
-from pipeline.objectives.corruption import Tokens, delete_tokens, mask_spans, mask_tokens
-from pipeline.objectives.generative import MaskedHead, TokenLoss, masked_loss, shift, token_loss
 
 CLS, SEP, MASK, VOCAB, WIDTH = 1, 2, 3, 30, 16
 TEXTS = [[10, 11, 12, 13, 14, 15], [16], [17, 18, 19], []]

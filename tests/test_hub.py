@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import ConfigError, Source
-from pipeline.sources.source import check_fields, plan_source, read
+from pipeline.data.sources import check_fields, plan_source, read
 from tests.hub_server import hub
 from tests.test_sources import all_records, as_lines, as_parquet
 
@@ -85,7 +85,7 @@ REPOS = {
 READ = """
 import json, sys
 from pipeline.config import ConfigError, Source, load
-from pipeline.sources.source import check_fields, plan_source, read
+from pipeline.data.sources import check_fields, plan_source, read
 
 def described(source):
     try:

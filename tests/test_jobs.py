@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.text.identity import content_id
-from tests.conftest import make_pairs, no_board, run_here, write_jsonl
+from pipeline.data.partitions import content_id
+from tests.conftest import make_pairs, no_progress, run_here, write_jsonl
 
 
 class Job:
@@ -116,7 +116,7 @@ class TestWholeJob:
         assert state["best_metric"] == max(row.get("validation_ndcg@10", 0) for row in rows)
 
     def test_every_text_is_embedded_once_with_its_own_vector(self, job: Job) -> None:
-        from pipeline.embedding.encode import TextEncoder
+        from pipeline.index.encoder import TextEncoder
 
         (best,) = (job.root / "runs" / "small" / "best").iterdir()
         db = lancedb.connect(str(job.root / "lancedb"))
@@ -138,7 +138,7 @@ class TestWholeJob:
     def test_a_rerun_skips_everything_without_ray(
         self, job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pipeline.stages.ray_session", no_board)
+        monkeypatch.setattr("pipeline.stages.ray_session", no_progress)
         code, last, _, err = job(capsys, "run")
         assert code == 0, err
         assert err.count("nothing to do") == 4
@@ -214,7 +214,7 @@ class TestWholeJob:
         assert "evaluate: nothing to do" in job(capsys, "run", *again)[3]
         with (tmp_path / "qrels" / "test.tsv").open("a") as file:
             file.write("qdoc1\tdoc2\t1\n")
-        monkeypatch.setattr("pipeline.stages.ray_session", no_board)
+        monkeypatch.setattr("pipeline.stages.ray_session", no_progress)
         assert "Ray was asked for" in job(capsys, "run", *again)[3]
 
     def test_a_run_folder_of_another_config_is_refused(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:

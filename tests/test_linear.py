@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,9 +34,8 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 def both(inputs: int, outputs: int, bias: bool = True) -> tuple[nn.Linear, Linear]:
     torch.manual_seed(0)
-    theirs, ours = nn.Linear(inputs, outputs, bias), Linear(inputs, outputs, bias)
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
+    theirs = nn.Linear(inputs, outputs, bias)
+    return theirs, Linear(copy.deepcopy(theirs))
 
 
 def run(layer: nn.Module, x: Tensor) -> list[Tensor]:
@@ -128,7 +128,13 @@ def test_it_is_used_where_it_has_avx512_and_mkl_has_not(
     monkeypatch.setattr(linear, "is_intel", lambda: is_intel(cpuinfo))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2)))
-    names = list(model.state_dict())
+    model[1].requires_grad_(False)
+    parameters = dict(model.eval().named_parameters())
+    random = torch.get_rng_state()
     use_onednn(model)
+    assert torch.equal(torch.get_rng_state(), random)
     assert [type(m) is Linear for m in model.modules() if isinstance(m, nn.Linear)] == [used] * 2
-    assert list(model.state_dict()) == names
+    after = dict(model.named_parameters())
+    assert list(after) == list(parameters)
+    assert all(after[name] is parameter for name, parameter in parameters.items())
+    assert not any(m.training for m in model.modules())

@@ -16,17 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.runtime.job import JobError, alone_in
-from pipeline.storage import lock
-from pipeline.storage.lock import LockLost, Occupied, holder_of, locked
-from pipeline.storage.object_store import BucketError
-from pipeline.storage.path import BucketPath, as_path
+from pipeline.core import lock
+from pipeline.core.lock import LockLost, Occupied, holder_of, locked
+from pipeline.core.object_store import BucketError
+from pipeline.core.outcome import JobError, alone_in
+from pipeline.core.path import BucketPath, as_path
 from tests.bucket_servers import Served, serving
 
 HOLDER = """
 import sys, time
-from pipeline.storage import lock
-from pipeline.storage.path import as_path
+from pipeline.core import lock
+from pipeline.core.path import as_path
 lock.RENEW_EVERY_S, lock.LIMIT_S = 0.1, float(sys.argv[2])
 folder = as_path(sys.argv[1])
 with lock.locked(folder):

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.runtime import session
-from pipeline.runtime.job import JobError
-from pipeline.runtime.session import keep_token_private
+from pipeline.core import session
+from pipeline.core.outcome import JobError
+from pipeline.core.session import keep_token_private
 
 
 def outside(processes: list[psutil.Process]) -> tuple[int, set[str]]:
@@ -44,7 +44,7 @@ def test_the_rendezvous_of_training_workers_listens_on_loopback_alone() -> None:
     import ray
 
     def serve() -> tuple[int, int, set[str]]:
-        from pipeline.training.process_group import _serve
+        from pipeline.train.worker import _serve
 
         before, _ = outside([psutil.Process()])
         _serve(timedelta(seconds=60))
@@ -81,5 +81,5 @@ def test_an_address_at_which_nobody_answers_is_said(monkeypatch: pytest.MonkeyPa
         session._reach(f"ray://{address}")
         session._reach("auto")
     for nobody in (address, f"ray://{address}", "127.0.0.1:port"):
-        with pytest.raises(JobError, match=f"RAY_ADDRESS: nobody answers at {nobody} "):
+        with pytest.raises(JobError, match=f"RAY_ADDRESS: nothing answers at {nobody} "):
             session._reach(nobody)

@@ -12,9 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.evaluation.picture import draw_png, write_page
-from pipeline.evaluation.space import COLUMNS, Points, group, project, sample
-from pipeline.runtime.job import run_job
+from pipeline.evaluate.map import COLUMNS, Points, draw_png, group, project, sample, write_page
+from pipeline.job import run_job
 from tests.test_evaluation import small_model
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -124,8 +123,8 @@ def test_the_png_has_a_colour_for_each_group(tmp_path: Path) -> None:
 def test_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import jobs.map
     from pipeline.config import load
-    from pipeline.embedding.store import recipe_of, table_of
-    from pipeline.embedding.table import PLACE
+    from pipeline.index.published import encoder_recipe, table_of
+    from pipeline.index.table import PLACE
 
     model = small_model(tmp_path / "model")
     settings = {"storage": {"root": str(tmp_path / "store")}, "embedding": {"model": str(model)}}
@@ -144,12 +143,12 @@ def test_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert code == 2
         assert f"{option[0]}: found {option[1]}; allowed is" in err
     config = load(tmp_path / "c.yaml", environ={})
-    table = table_of(config, recipe_of(config, model))
+    table = table_of(config, encoder_recipe(config, model))
     rows = pa.Table.from_batches([batch([f"{i:032x}" for i in range(50)], np.random.default_rng(0), 16)])
     for name, kind in (("metadata", pa.string()), ("digest", pa.string()), ("places", pa.list_(PLACE))):
         rows = rows.append_column(name, pa.nulls(50, kind))
     with table.writing() as writer:
-        writer.append([fragment for _, fragment, _ in table.write(rows.select(table.schema.names))])
+        writer.append(table.write(rows.select(table.schema.names)))
     code, last, err = job("--sample", "40", "--clusters", "3", "--to", str(tmp_path / "out"))
     assert code == 0, err
     assert last["metrics"] == {"points": 40, "groups": 3}

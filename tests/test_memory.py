@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HELD = """
 import contextlib
 import numpy as np, psutil
-from pipeline.runtime.memory import large_buffers_given_back
+from pipeline.core.memory import large_buffers_given_back
 
 def freed(within):
     own, before = psutil.Process(), psutil.Process().memory_info().rss

@@ -16,11 +16,10 @@ from tokenizers import Tokenizer
 
 from pipeline.config import Config, ConfigError, Mining, load
 from pipeline.data.manifest import Manifest, read_prepared
-from pipeline.mining.blocks import negatives_of, open_block, write_block
-from pipeline.mining.choosing import Answers, Block, choose
-from pipeline.mining.mine import with_negatives
-from pipeline.runtime.job import run_job
-from pipeline.text.identity import is_validation
+from pipeline.data.partitions import is_validation
+from pipeline.index.mine import with_negatives
+from pipeline.index.negatives import Answers, Block, choose, negatives_of
+from pipeline.job import run_job
 from tests.conftest import make_pairs, write_jsonl
 from tests.test_evaluation import small_model
 
@@ -91,13 +90,13 @@ def test_blocks_on_disk(tmp_path: Path) -> None:
     anchors = np.arange(9, dtype=np.uint64)
     rows = pa.table({"anchor_key": anchors, "positive_key": keys, "text": texts, "vector": column})
     for start in (0, 5):
-        write_block(rows.slice(start, 5).drop_columns(["anchor_key"]), tmp_path)
+        Block.write(rows.slice(start, 5).drop_columns(["anchor_key"]), tmp_path)
     files = sorted(tmp_path.glob("*.arrow"))
     assert len(files) == 2
     for file in files:
-        block, found = open_block(file)
+        block = Block.open(file)
         assert block.keys.tolist() == sorted(block.keys.tolist())
-        assert found.to_pylist() == [f"text {key}" for key in block.keys]
+        assert block.texts.to_pylist() == [f"text {key}" for key in block.keys]
         np.testing.assert_allclose(np.linalg.norm(block.vectors, axis=1), 1, rtol=1e-6)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     expected = [[texts[j] for j in np.argsort(-(unit @ unit[i])) if j != i][:2] for i in range(9)]
@@ -154,8 +153,8 @@ def mined(config: Config, ray_cluster: None) -> Mined:
     import jobs.mine
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.mining.mine.BLOCK_ROWS", 150)
-        patch.setattr("pipeline.mining.mine.MINE_ROWS", 200)
+        patch.setattr("pipeline.index.mine.BLOCK_ROWS", 150)
+        patch.setattr("pipeline.index.mine.MINE_ROWS", 200)
         code = run_job("mine", jobs.mine.__doc__ or "", jobs.mine.main, None, ["--config", str(yaml_of(config))])
     assert code == 0
     folders = {}
@@ -175,7 +174,7 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_mined_records_against_a_loop(config: Config, mined: Mined) -> None:
-    from pipeline.embedding.encode import TextEncoder
+    from pipeline.index.encoder import TextEncoder
 
     before, after = records_of(mined[0]), records_of(mined[2])
     assert [row | {"negatives": 0} for row in after] == [row | {"negatives": 0} for row in before]
@@ -219,17 +218,17 @@ def test_the_split_and_its_tokens_stay(mined: Mined) -> None:
 
 
 def test_it_is_made_once(config: Config, mined: Mined) -> None:
-    from pipeline.embedding.store import recipe_of
-    from pipeline.mining.mine import mine
+    from pipeline.index.mine import mine
+    from pipeline.index.published import encoder_recipe
 
     model = Path(str(config.embedding.model))
-    again = mine(config, mined[0], mined[1], recipe_of(config, model), lambda: pytest.fail("asked for Ray"))
+    again = mine(config, mined[0], mined[1], encoder_recipe(config, model), lambda: pytest.fail("asked for Ray"))
     assert again == (mined[2], mined[3])
 
 
 def test_it_trains(config: Config, mined: Mined) -> None:
     from pipeline.data.prepare import prepare
-    from pipeline.training.assembly import train_here
+    from pipeline.train.assembly import train_here
 
     name = mined[2].relative_to(config.root)
     chosen = load(yaml_of(config), [f"data.prepared={name}", "storage.run=harder"], environ={})
@@ -266,8 +265,8 @@ def test_wrong_settings_and_others_than_the_data_sets_own(overrides: str, config
 
 
 def test_texts_alone_have_no_negatives(config: Config, tmp_path: Path) -> None:
-    from pipeline.embedding.recipe import EncoderRecipe
-    from pipeline.mining.mine import mine
+    from pipeline.index.encoder import EncoderRecipe
+    from pipeline.index.mine import mine
 
     manifest = Manifest("", [], {}, [], {"text": {}}, [], {})
     recipe = EncoderRecipe(tmp_path, config.embedding, tmp_path)

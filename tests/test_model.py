@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from pipeline.config.model import SIZES
 from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import load_model, save_model
+from pipeline.model.folder import load_model, model_fingerprint, save_model
 from pipeline.model.packing import Layout, Packed, join, pack
-from pipeline.model.reading import model_fingerprint
 from pipeline.model.transformer import Encoder, EncoderShape, gated_width, parameter_count
 
 SHAPE = EncoderShape(vocab_size=50, d_model=32, num_layers=2, num_heads=4, d_ff=48, norm_eps=1e-5)
@@ -178,7 +177,7 @@ def test_packing() -> None:
 
 
 def test_folder_round_trip(tmp_path: Path) -> None:
-    from pipeline.data.vocabulary import train_tokenizer
+    from pipeline.data.tokenizer import train_tokenizer
 
     model = EmbeddingModel(random_encoder(replace(SHAPE, vocab_size=600, num_kv_heads=2)))
     tokenizer = train_tokenizer(["some words to train on"] * 10, kind="bpe", vocab_size=600, lowercase=True)

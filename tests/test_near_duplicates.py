@@ -16,14 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import ConfigError, Data, NearDuplicates
+from pipeline.core.artifact import Artifact, Output
 from pipeline.data import near_duplicates
-from pipeline.data.contamination import Contamination, check_folders
 from pipeline.data.manifest import RECORD_SCHEMA, REJECTED_SCHEMA
-from pipeline.runtime.artifact import Artifact, Output
-from pipeline.text.identity import content_id, shard_of
-from pipeline.text.shingles import Shingles, jaccard, shingles
-from tests.conftest import board
-from tests.test_shingles import likeness, variants, word_tuples
+from pipeline.data.partitions import content_id, shard_of
+from pipeline.data.similarity import Contamination, Shingles, check_beir_folders, jaccard, shingles
+from tests.conftest import progress
+from tests.test_similarity import likeness, variants, word_tuples
 
 
 def record_files(folder: Path, texts: Sequence[str], shards: int) -> list[Path]:
@@ -43,8 +42,8 @@ def record_files(folder: Path, texts: Sequence[str], shards: int) -> list[Path]:
 def distinct(folder: Path, files: list[Path], data: Data) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
     """What stays, what goes, and the counts of it."""
     stage = Artifact(folder, "distinct", [])
-    near = near_duplicates.find(stage, board(), files, data)
-    counts = near_duplicates.write_distinct(stage, board(), files)
+    near = near_duplicates.find(stage, progress(), files, data)
+    counts = near_duplicates.write_distinct(stage, progress(), files)
     clusters = near_duplicates.largest_clusters(stage)
     stage.finish({})
     stay, gone = (
@@ -123,8 +122,7 @@ def test_contamination_against_every_pair() -> None:
     texts = variants(300, 8)
     known = Contamination([], 0.7)
     for i, text in enumerate(texts[:150]):
-        known.names.append(str(i))
-        known._texts.add(near_duplicates.shingle_sets([text])[0])
+        known.add(str(i), text)
     oracle = [word_tuples(text) for text in texts]
     for place in range(150, 300):
         best = max(likeness(oracle[place], other) for other in oracle[:150])
@@ -134,7 +132,7 @@ def test_contamination_against_every_pair() -> None:
 
 def test_folders_that_are_no_evaluation_sets(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no corpus\.jsonl in .*allowed are BEIR folders"):
-        check_folders([str(tmp_path)])
+        check_beir_folders([str(tmp_path)])
     folder = beir(tmp_path / "set", [], [])
     for line in (b'{"_id": "a"}', b'{"_id": "a", "text": null}', b'{"_id": "a", "text": "caf\xe9"}', b"[]"):
         (folder / "corpus.jsonl").write_bytes(line + b"\n")
@@ -157,25 +155,23 @@ def test_text_that_all_share_does_not_make_them_all_candidates(tmp_path: Path, m
         compared["pairs"] += 1
         return jaccard(a, b)
 
-    monkeypatch.setattr("pipeline.text.shingles.jaccard", counted)
-    assert len(near_duplicates._thin_out(candidates, 0.8)) == 0
+    monkeypatch.setattr("pipeline.data.similarity.jaccard", counted)
+    assert len(near_duplicates._compare(candidates, 0.8)) == 0
     assert compared["pairs"] < len(sets)  # of 79,800
 
 
 def test_components_are_those_of_all_links(tmp_path: Path) -> None:
     links = [np.array([[0, 5], [1, 6]]), np.array([[1, 8], [2, 9]]), np.zeros((2, 0), dtype=np.int64)]
     for i, pairs in enumerate(links):
-        np.save(tmp_path / f"{i}.npy", pairs)
-    found = near_duplicates._components([tmp_path / f"{i}.npy" for i in range(3)], 10)
+        near_duplicates._save(pairs, Output(tmp_path), str(i))
+    found = near_duplicates._components([tmp_path / str(i) for i in range(3)], 10)
     assert found[0] == found[1] == found[2] != near_duplicates.ALONE
     assert found[5] == found[6] != found[8] == found[9]
     assert (found[[3, 4, 7]] == near_duplicates.ALONE).all()
 
 
-def test_rows_of_an_array_are_read_alone(tmp_path: Path) -> None:
-    array = np.random.default_rng(0).integers(0, 1 << 60, (5, 1000), dtype=np.uint64)
-    near_duplicates._save(array, Output(tmp_path), "a.npy")
+def test_a_slice_of_the_numbers_in_a_file(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).integers(0, 1 << 60, 1000)
+    near_duplicates._save(numbers, Output(tmp_path), "a")
     for start, stop in ((0, None), (2, 3), (1, 5), (3, 3)):
-        assert (near_duplicates._load(tmp_path / "a.npy", start, stop) == array[start:stop]).all()
-    near_duplicates._save(array[0], Output(tmp_path), "a.npy")
-    assert (near_duplicates._load(tmp_path / "a.npy", 10, 20) == array[0][10:20]).all()
+        assert (near_duplicates._load(tmp_path / "a", start, stop) == numbers[start:stop]).all()

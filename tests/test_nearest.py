@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.embedding.columns import as_column
-from pipeline.embedding.nearest import Found, best, nearest, nearest_in_block, nearest_rows, unit
+from pipeline.index.vectors import Found, as_column, best, nearest, nearest_in_block, nearest_rows, unit
 
 
 def by_sorting_everything(queries: np.ndarray, vectors: np.ndarray, ids: list[bytes], k: int) -> list[list[bytes]]:

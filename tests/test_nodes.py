@@ -17,7 +17,7 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from pipeline.embedding.encode import TextEncoder
+from pipeline.index.encoder import TextEncoder
 from tests.job_process import UNDISTURBED, JobProcess, prepared_bytes, wait_until, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -144,12 +144,12 @@ def test_nodes_are_lost_and_nothing_else_is(
             assert (swept["done"], set(nodes.places("ImplicitFunc"))) == (2, {"gpu"})
 
         job = start("embed", "embedding.batch_tokens=1024")
-        wait_until(lambda: nodes.at_work(trainers[-1], "EncodeDocuments"), job)
+        wait_until(lambda: nodes.at_work(trainers[-1], "EncodeTexts"), job)
         nodes.kill(trainers.pop())
         nodes.kill(readers.pop())
         readers.append(nodes.add(CPU))
         metrics = job.finish()["metrics"]
-        assert set(nodes.places("EncodeDocuments")) == {"gpu"}
+        assert set(nodes.places("EncodeTexts")) == {"gpu"}
         assert set(nodes.places("MapBatches(due)")) == {"cpu"}
 
         if everything:

@@ -17,14 +17,12 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from pipeline.config import ConfigError, load
-from pipeline.config.pinecone import Pinecone
-from pipeline.embedding.columns import as_column
-from pipeline.embedding.stores import pinecone_records, pinecone_service
-from pipeline.embedding.stores.budget import Allowance, Budget
-from pipeline.embedding.stores.pinecone_store import PineconeStore
-from pipeline.embedding.stores.store import StoreError
-from pipeline.embedding.table import PLACE
+from pipeline.config import ConfigError, Pinecone, load
+from pipeline.index import pinecone_client, pinecone_records
+from pipeline.index.pinecone_client import Budget
+from pipeline.index.pinecone_store import PineconeStore
+from pipeline.index.table import PLACE, StoreError
+from pipeline.index.vectors import as_column
 from tests.pinecone_server import RefusalError, Service, pinecone_server
 
 WIDTH = 5
@@ -85,7 +83,7 @@ class TestFaults:
         with pinecone_server(KEY, {kind: 0.2 / len(ALL_FAULTS) for kind in ALL_FAULTS}, seed=5) as server:
             server.work_s = 0.02
             server.retry_after_s = 0.1
-            budget = Budget(Allowance(rate, at_once))
+            budget = Budget(rate, at_once)
             # Two stores, as of two processes, that share one budget.
             settings = {"batch_rows": 20, "max_attempts": 12, "timeout_s": 1.5, "max_concurrency": 16}
             stores = [store_at(server, budget=budget, **settings) for _ in range(2)]
@@ -152,18 +150,18 @@ class TestFaults:
 
     def test_retry_after_is_waited_for_by_all(self) -> None:
         with pinecone_server(KEY, retry_after_s=0.4) as server:
-            budget = Budget(Allowance(5000, 1))
+            budget = Budget(5000, 1)
             stores = [made(server, budget=budget, max_attempts=2) for _ in range(2)]
             for store in stores:
                 store.count()
             server.faults = {"429-after": 1.0}
-            hold = budget.account.hold
+            hold = budget.hold
 
             def hold_and_mend(seconds: float) -> None:
                 server.faults.clear()
                 hold(seconds)
 
-            budget.account.hold = hold_and_mend  # type: ignore[method-assign]
+            budget.hold = hold_and_mend  # type: ignore[method-assign]
             begun = len(server.requests)
             stores[0].count()
             stores[1].count()
@@ -176,7 +174,7 @@ class TestFaults:
         monkeypatch.setattr(time, "time", lambda: 1_000_000)  # 13:46:40 of that day
         dates = {"Mon, 12 Jan 1970 13:47:10 GMT": 30, "Mon, 12 Jan 1970 13:46:00 GMT": 0}
         for header, asked in {None: None, "7": 7, "soon": None, **dates}.items():
-            assert pinecone_service._seconds(header) == asked
+            assert pinecone_client._seconds(header) == asked
 
 
 class TestSentences:
@@ -374,12 +372,12 @@ class TestKey:
         monkeypatch.setattr(server, "checked", refuse)
         (refused,) = store.upsert(rows_of(["b"]))
         assert "***" in refused.reason
-        seen += [refused.reason, repr(store), str(store.describe()), repr(vars(store)), repr(vars(store.service))]
+        seen += [refused.reason, repr(store), repr(vars(store)), repr(vars(store.client))]
         config = tmp_path / "c.yaml"
         config.write_text("embedding: {store: pinecone}")
         seen += [json.dumps(load(config).dump()), repr(load(config)), str(load(config).secret_files)]
         seen += [record.getMessage() + str(record.__dict__) for record in caplog.records]
-        seen += [repr(pickle.dumps(store)), repr(pickle.dumps(store.service)), repr(pickle.dumps(caught.value))]
+        seen += [repr(pickle.dumps(store)), repr(pickle.dumps(store.client)), repr(pickle.dumps(caught.value))]
         assert len(caplog.records) > 10
         assert set(server.keys) == {KEY}
         assert not [text for text in seen if KEY in text]
@@ -396,44 +394,44 @@ class TestKey:
 class TestBudget:
     def test_requests_are_let_go_one_by_one_and_no_more_than_so_many_at_once(self) -> None:
         now = [0.0]
-        account = Allowance(10, 2, lease_s=5, clock=lambda: now[0])
-        assert account.ask() == 0
-        assert account.ask() == pytest.approx(0.1)
+        budget = Budget(10, 2, lease_s=5, clock=lambda: now[0])
+        assert budget.ask() == 0
+        assert budget.ask() == pytest.approx(0.1)
         now[0] = 0.1
-        assert account.ask() == 0
+        assert budget.ask() == 0
         now[0] = 0.3
-        assert 0 < account.ask() <= 0.1  # two are under way
-        account.give_back()
-        assert account.ask() == 0
-        account.hold(2)
-        account.give_back()
-        account.give_back()
-        assert account.ask() == pytest.approx(2)
-        account.hold(1)  # a shorter one takes nothing from it
-        assert account.ask() == pytest.approx(2)
+        assert 0 < budget.ask() <= 0.1  # two are under way
+        budget.give_back()
+        assert budget.ask() == 0
+        budget.hold(2)
+        budget.give_back()
+        budget.give_back()
+        assert budget.ask() == pytest.approx(2)
+        budget.hold(1)  # a shorter one takes nothing from it
+        assert budget.ask() == pytest.approx(2)
 
     def test_what_a_lost_process_had_comes_back(self) -> None:
         now = [0.0]
-        account = Allowance(1000, 1, lease_s=5, clock=lambda: now[0])
-        assert account.ask() == 0
+        budget = Budget(1000, 1, lease_s=5, clock=lambda: now[0])
+        assert budget.ask() == 0
         now[0] = 4.9
-        assert account.ask() > 0
+        assert budget.ask() > 0
         now[0] = 5.1
-        assert account.ask() == 0
-        account.give_back()
-        account.give_back()  # the lost one, after all: it takes no place from others
-        assert account.ask() > 0
+        assert budget.ask() == 0
+        budget.give_back()
+        budget.give_back()  # the lost one, after all: it takes no place from others
+        assert budget.ask() > 0
 
-    def test_waiting_is_by_the_account_alone(self) -> None:
+    def test_a_turn_waits_as_long_as_it_is_told(self) -> None:
         now, waits = [0.0], list[float]()
 
         def sleep(seconds: float) -> None:
             waits.append(seconds)
             now[0] += seconds
 
-        budget = Budget(Allowance(4, 100, clock=lambda: now[0]), sleep)
+        budget = Budget(4, 100, clock=lambda: now[0])
         for _ in range(9):
-            with budget:
+            with budget.turn(sleep):
                 pass
         assert now[0] == pytest.approx(2)
         assert waits == pytest.approx([0.25] * 8)

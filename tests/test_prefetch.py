@@ -13,9 +13,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.objectives.batch import Batch
-from pipeline.training.batch import to_batch
-from pipeline.training.prefetch import Prefetch, to_device
+from pipeline.model.batch import Batch
+from pipeline.train.prefetch import Prefetch, to_batch, to_device
 
 
 class Source:

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from pipeline.config import Config, ConfigError, load
-from pipeline.preflight.checks import (
+from pipeline.core.cluster import NODE_ID, Cluster, Node
+from pipeline.core.outcome import Finding, findings_table, refuse, room
+from pipeline.preflight import (
+    View,
     check_data,
     check_encoding,
     check_key,
@@ -19,9 +22,6 @@ from pipeline.preflight.checks import (
     check_training,
     checkpoint_bytes,
 )
-from pipeline.preflight.views import View
-from pipeline.runtime.cluster import NODE_ID, Cluster, Node
-from pipeline.runtime.findings import Finding, findings_table, refuse, room
 from tests.test_jobs import Job
 
 

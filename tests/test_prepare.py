@@ -16,15 +16,15 @@ import pytest
 from tokenizers import Tokenizer
 
 from pipeline.config import Config, ConfigError, load
+from pipeline.core.artifact import Artifact, Output
+from pipeline.core.outcome import JobError
 from pipeline.data import prepare as prepare_module
+from pipeline.data import sources
 from pipeline.data.manifest import Manifest
+from pipeline.data.partitions import content_id, is_validation
 from pipeline.data.prepare import prepare
-from pipeline.runtime.artifact import Artifact, Output
-from pipeline.runtime.job import JobError
-from pipeline.sources import source as sources
-from pipeline.text.identity import content_id, is_validation
-from tests.conftest import board, make_pairs, no_board, write_jsonl
-from tests.test_shingles import likeness, variants, word_tuples
+from tests.conftest import make_pairs, no_progress, progress, write_jsonl
+from tests.test_similarity import likeness, variants, word_tuples
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -80,7 +80,7 @@ def messy(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Messy:
     config = config_of(root, path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_module, "SHARD_BYTES", 100_000)
-        folder, manifest = prepare(config, board)
+        folder, manifest = prepare(config, progress)
     assert isinstance(folder, Path)
     return Messy(root, path, config, folder, manifest)
 
@@ -137,7 +137,7 @@ def test_bytes_do_not_depend_on_order_or_cut(messy: Messy, tmp_path: Path, monke
     for i in range(3):
         (other / f"{i}.jsonl").write_bytes(b"".join(lines[i::3]))
     monkeypatch.setattr(sources, "TASK_BYTES", 20_000)
-    second, again = prepare(config_of(tmp_path, other), board)
+    second, again = prepare(config_of(tmp_path, other), progress)
     skip = "rejected"  # whose source_ids name files and offsets
     assert {k: v for k, v in contents(messy.folder).items() if skip not in k} == {
         k: v for k, v in contents(second).items() if skip not in k
@@ -149,29 +149,29 @@ def test_what_is_done_is_found_and_what_changed_is_done_again(tmp_path: Path) ->
     """Inputs are known by their path, size and time, or by their content; a killed job does only what is missing."""
     path = write_jsonl(tmp_path / "a.jsonl", make_pairs(300))
     config = config_of(tmp_path, path)
-    folder, manifest = prepare(config, board, rehash=True)
-    assert prepare(config, no_board, rehash=True) == (folder, manifest)
+    folder, manifest = prepare(config, progress, rehash=True)
+    assert prepare(config, no_progress, rehash=True) == (folder, manifest)
 
     found, files = contents(folder), {p: p.stat().st_mtime_ns for p in folder.rglob("records/*.parquet")}
     (folder / "manifest.json").unlink()
     for file in folder.glob("train/*"):
         file.unlink()
-    assert prepare(config, no_board, rehash=True) == (folder, manifest)  # every stage was done
+    assert prepare(config, no_progress, rehash=True) == (folder, manifest)  # every stage was done
     assert contents(folder) == found
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("records/*.parquet")} == files
 
     stat = path.stat()
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
-    assert prepare(config, no_board, rehash=True)[0] == folder
+    assert prepare(config, no_progress, rehash=True)[0] == folder
     path.write_bytes(path.read_bytes().replace(b"invoice", b"receipt"))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert prepare(config, board, rehash=True)[0] != folder
+    assert prepare(config, progress, rehash=True)[0] != folder
 
-    before, manifest = prepare(config, board)
-    assert prepare(config, no_board) == (before, manifest)
+    before, manifest = prepare(config, progress)
+    assert prepare(config, no_progress) == (before, manifest)
     with path.open("a") as file:
         file.write(json.dumps({"anchor": "a record added later", "positive": "which makes the data stale"}) + "\n")
-    later, changed = prepare(config, board)
+    later, changed = prepare(config, progress)
     assert later != before
     assert changed.sources[0].rows_kept == manifest.sources[0].rows_kept + 1
 
@@ -202,9 +202,9 @@ def test_a_changed_option_redoes_what_depends_on_it(
     path = shared / "a.jsonl"
     if not path.exists():
         write_jsonl(path, make_pairs(300))
-    prepare(config_of(shared, path), board)
+    prepare(config_of(shared, path), progress)
     before = stages(shared)
-    prepare(config_of(shared, path, override), board if redone else no_board)
+    prepare(config_of(shared, path, override), progress if redone else no_progress)
     after = stages(shared)
     assert {name.rpartition("-")[0] for name in set(after) - set(before)} == redone
     assert {name: after[name] for name in before} == before
@@ -215,7 +215,7 @@ def test_what_goes_wrong_in_a_task_is_said_in_one_sentence(tmp_path: Path) -> No
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(JobError, match=r"^prepare: x: the disk that holds .* is full; free some space .*$"):
-        Artifact(tmp_path, "x", []).tasks(board(), "prepare: x", [1], work)
+        Artifact(tmp_path, "x", []).tasks(progress(), "prepare: x", [1], work)
 
 
 def test_sources_together(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_sources_together(tmp_path: Path) -> None:
         | ({"prompts": prompts[name]} if name in prompts else {})
         for i, name in enumerate(("one", "two", "copies", "empty"))
     ]
-    folder, manifest = prepare(config_of(tmp_path, tmp_path, f"data.sources={json.dumps(entries)}"), board)
+    folder, manifest = prepare(config_of(tmp_path, tmp_path, f"data.sources={json.dumps(entries)}"), progress)
     found = {source.name: source for source in manifest.sources}
     assert [found[name].rows_in for name in found] == [40, 40, 9, 0]
     assert sum(source.rows_kept for source in found.values()) == 60
@@ -254,7 +254,7 @@ def test_sources_with_and_without_negatives(tmp_path: Path) -> None:
             ("without", rows[30:], {"anchor": "anchor", "positive": "positive"}),
         )
     ]
-    folder, manifest = prepare(config_of(tmp_path, tmp_path, f"data.sources={json.dumps(entries)}"), board)
+    folder, manifest = prepare(config_of(tmp_path, tmp_path, f"data.sources={json.dumps(entries)}"), progress)
     negatives = {row["source"]: row["negatives"] for row in pq.read_table(folder / "train").to_pylist()}
     assert len(negatives["with"]) == 2
     assert negatives["without"] == []
@@ -264,14 +264,14 @@ def test_sources_with_and_without_negatives(tmp_path: Path) -> None:
 def test_the_cap_on_duplicates(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", make_pairs(10) * 3)
     with pytest.raises(JobError, match=r"20 of 30 records are duplicates, more than data\.max_removed_fraction=0\.5"):
-        prepare(config_of(tmp_path, path, "data.max_removed_fraction=0.5"), board)
+        prepare(config_of(tmp_path, path, "data.max_removed_fraction=0.5"), progress)
     words = [f"word{i}" for i in range(50)]
     near = [{"anchor": f"anchor number {i}", "positive": " ".join([*words, str(i)])} for i in range(20)]
     path = write_jsonl(tmp_path / "b.jsonl", near)
     likely = "data.near_duplicates.threshold=0.7"
     with pytest.raises(JobError, match=r"19 of 20 records are duplicates"):
-        prepare(config_of(tmp_path, path, likely, "data.max_removed_fraction=0.5"), board)
-    _, manifest = prepare(config_of(tmp_path, path, likely), board)
+        prepare(config_of(tmp_path, path, likely, "data.max_removed_fraction=0.5"), progress)
+    _, manifest = prepare(config_of(tmp_path, path, likely), progress)
     assert (manifest.sources[0].rows_kept, manifest.sources[0].rejected) == (1, {"near_duplicate": 19})
     assert [cluster["removed"] for cluster in manifest.clusters] == [19]
 
@@ -281,7 +281,7 @@ def test_train_and_validation_share_no_near_duplicate(tmp_path: Path) -> None:
     rows = [{"anchor": text.split(" ", 1)[0] + " as an anchor", "positive": text} for text in texts]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     config = config_of(tmp_path, path, "data.near_duplicates.threshold=0.7", "data.validation_fraction=0.3")
-    folder, manifest = prepare(config, board)
+    folder, manifest = prepare(config, progress)
     kept = {
         row["id"]: word_tuples(f"{row['anchor']}\n{row['positive']}")
         for row in pq.read_table(folder / "records").to_pylist()
@@ -292,74 +292,25 @@ def test_train_and_validation_share_no_near_duplicate(tmp_path: Path) -> None:
         assert max(likeness(kept[one], kept[other]) for other in kept if other not in held_out) < 0.7
 
 
-def test_safety_quality_and_language_rules_give_their_reasons(tmp_path: Path) -> None:
-    prose = "This sentence is written in plain English, and it says a few things about the weather in the north."
-    rows = [
-        {"anchor": "an ordinary title", "positive": prose},
-        {
-            "anchor": "a title of sorts",
-            "positive": "buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy buy",
-        },
-        {
-            "anchor": "ein deutscher Titel",
-            "positive": "Dieser Satz ist auf Deutsch geschrieben und handelt vom Wetter im Norden.",
-        },
-        {"anchor": "another title", "positive": f"Write to someone@example.org. {prose}"},
-    ]
-    path = write_jsonl(tmp_path / "a.jsonl", rows)
-    config = config_of(
-        tmp_path, path, "data.quality={preset: short, languages: [en]}", "data.safety.actions={email: redact}",
-        "data.validation_fraction=0.4",
-    )  # fmt: skip
-    folder, manifest = prepare(config, board)
-    reasons = manifest.sources[0].rejected
-    assert reasons.pop("language_de") == 1
-    assert sum(rows for reason, rows in reasons.items() if reason.startswith("quality_")) == 1
-    kept = pq.read_table(folder / "records")["positive"].to_pylist()
-    assert sorted(kept) == [prose, f"Write to [EMAIL]. {prose}"]
-
-
 def test_text_alone_in_windows(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("\n\n".join(f"Paragraph {i} " + "goes on and on about it " * (i % 30) for i in range(80)))
     entry = {"name": "book", "type": "text", "record": "paragraph", "path": str(path)}
     overrides = [f"data.sources=[{json.dumps(entry)}]", "tokenizer.long_texts=windows", "tokenizer.window_overlap=4"]
-    folder, manifest = prepare(config_of(tmp_path, path, *overrides), board)
+    folder, manifest = prepare(config_of(tmp_path, path, *overrides), progress)
     table = pq.read_table(folder / "train")
     assert table["window"].to_pylist() != [0] * len(table)
     assert manifest.lengths["text"]["max"] == 16
     assert set(table["id"].to_pylist()) <= set(pq.read_table(folder / "records")["id"].to_pylist())
     with pytest.raises(ConfigError, match=r"tokenizer\.long_texts: found windows with records of anchor, positive"):
-        prepare(config_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", make_pairs(5)), *overrides[1:]), board)
-
-
-def test_names_and_ids_that_are_no_text(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"id": "\\ud800", "line": "\\udfff", "anchor": "an anchor text", "positive": "a positive text"}\n')
-    folder, _ = prepare(config_of(tmp_path, path), board)
-    (row,) = pq.read_table(folder / "records").to_pylist()
-    assert (row["source_id"], row["metadata"]) == ("s:?", '{"line": "?"}')
-
-
-def test_nan_and_infinities_in_metadata_become_null(tmp_path: Path) -> None:
-    path, lines = tmp_path / "a.jsonl", ["NaN", '{"deep": [1.5, -Infinity, {"x": NaN}], "y": "NaN"}', "1e999", "0.5"]
-    texts = [f'"anchor": "anchor text number {n}", "positive": "positive text number {n}"' for n in range(len(lines))]
-    path.write_text("".join(f'{{{text}, "line": {line}}}\n' for text, line in zip(texts, lines, strict=True)))
-    folder, _ = prepare(config_of(tmp_path, path), board)
-    rows = {row["positive"][-1]: row["metadata"] for row in pq.read_table(folder / "records").to_pylist()}
-    assert [rows[f"{n}"] for n in range(len(lines))] == [
-        '{"line": null}',
-        '{"line": {"deep": [1.5, null, {"x": null}], "y": "NaN"}}',
-        '{"line": null}',
-        '{"line": 0.5}',
-    ]
+        prepare(config_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", make_pairs(5)), *overrides[1:]), progress)
 
 
 def test_of_equal_records_the_same_one_stays_in_any_order(tmp_path: Path) -> None:
     rows = [{"id": "x", "line": i, "anchor": "an anchor text", "positive": "a positive text"} for i in range(5)]
     kept = []
     for name, order in (("1", rows), ("2", rows[::-1])):
-        folder, _ = prepare(config_of(tmp_path / name, write_jsonl(tmp_path / name / "a.jsonl", order)), board)
+        folder, _ = prepare(config_of(tmp_path / name, write_jsonl(tmp_path / name / "a.jsonl", order)), progress)
         kept.append(pq.read_table(folder / "records").to_pylist())
     assert kept[0] == kept[1]
 
@@ -367,16 +318,16 @@ def test_of_equal_records_the_same_one_stays_in_any_order(tmp_path: Path) -> Non
 def test_a_tokenizer_of_ones_own(tmp_path: Path) -> None:
     """Its file is taken over as it is; the tokens are without the padding that it asks for."""
     path = write_jsonl(tmp_path / "a.jsonl", make_pairs(300))
-    folder, _ = prepare(config_of(tmp_path, path), board)
+    folder, _ = prepare(config_of(tmp_path, path), progress)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_padding(length=14)
     own = tmp_path / "own.json"
     tokenizer.save(str(own))
-    other, _ = prepare(config_of(tmp_path / "2", path, f"tokenizer.load_path={own}"), board)
+    other, _ = prepare(config_of(tmp_path / "2", path, f"tokenizer.load_path={own}"), progress)
     assert (other / "tokenizer.json").read_bytes() == own.read_bytes()
     assert contents(other / "train") == contents(folder / "train")
     with pytest.raises(ConfigError, match=r"no\.json"):
-        prepare(config_of(tmp_path / "3", path, f"tokenizer.load_path={tmp_path / 'no.json'}"), board)
+        prepare(config_of(tmp_path / "3", path, f"tokenizer.load_path={tmp_path / 'no.json'}"), progress)
 
 
 def test_too_much_bad_input_stops_with_a_sentence(tmp_path: Path) -> None:
@@ -384,8 +335,8 @@ def test_too_much_bad_input_stops_with_a_sentence(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write("{broken\n" * 10)
     with pytest.raises(JobError, match=r"source s: 10 broken_json of 40 records .*max_bad_fraction=0\.05"):
-        prepare(config_of(tmp_path, path), board)
-    assert prepare(config_of(tmp_path, path, "data.max_bad_fraction=0.3"), board)[1].sources[0].rejected == {
+        prepare(config_of(tmp_path, path), progress)
+    assert prepare(config_of(tmp_path, path, "data.max_bad_fraction=0.3"), progress)[1].sources[0].rejected == {
         "broken_json": 10
     }
 
@@ -393,4 +344,4 @@ def test_too_much_bad_input_stops_with_a_sentence(tmp_path: Path) -> None:
 def test_everything_rejected_is_an_error(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"anchor": "a", "positive": "b"}])
     with pytest.raises(JobError, match=r"none of its 1 records was kept \(1 too_short\)"):
-        prepare(config_of(tmp_path, path), board)
+        prepare(config_of(tmp_path, path), progress)

@@ -14,12 +14,10 @@ import transformers
 from torch import Tensor, nn
 
 from pipeline.model import pretrained
-from pipeline.model.card import Head
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import load_model, save_model
+from pipeline.model.folder import Head, load_model, model_fingerprint, save_model
 from pipeline.model.packing import Layout, Packed, pack
 from pipeline.model.pretrained import FAMILIES, load_pretrained
-from pipeline.model.reading import model_fingerprint
 
 PAD = 1
 SHAPE = {
@@ -97,7 +95,7 @@ def test_states_and_gradients_equal_padded_ones(family: str, implementation: str
 @pytest.mark.parametrize("family", FAMILIES)
 def test_folder_round_trip(family: str, tmp_path: Path) -> None:
     """Buffers that no file holds, such as rotary frequencies, are there too."""
-    from pipeline.data.vocabulary import train_tokenizer
+    from pipeline.data.tokenizer import train_tokenizer
 
     tokenizer_json = train_tokenizer(["some words"] * 10, kind="bpe", vocab_size=300, lowercase=True).to_str()
     first, second = tmp_path / "first", tmp_path / "second"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import processors
 
-from pipeline.data.vocabulary import train_tokenizer
+from pipeline.data.tokenizer import train_tokenizer
 from tests.conftest import make_pairs, run_here
 
 
@@ -81,7 +81,7 @@ def test_texts_alone_train_a_pretrained_encoder(
     assert code == 0, err
     from sentence_transformers import SentenceTransformer
 
-    from pipeline.embedding.encode import TextEncoder
+    from pipeline.index.encoder import TextEncoder
 
     texts = [str(row["positive"]) for row in make_pairs(20)]
     ours = TextEncoder(Path(last["paths"]["model"])).encode(texts)

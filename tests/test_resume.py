@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import yaml
 
-from tests.killed_loop import PLACES, Finished, Kill, Start, train_in
+from pipeline.config import load
+from pipeline.data.feed import LocalFeed
+from pipeline.train import checkpoints, fit
+from pipeline.train.assembly import Task, run_task, train_here
+from pipeline.train.checkpoints import resume_point, step_folder
+from pipeline.train.loop import Hooks
+from pipeline.train.worker import Sent
+from pipeline.train.workers import Workers
+from tests.killed_loop import PLACES, Finished, Kill, Start, prepared, train_in
 
 STEPS = 24
 SETTINGS: dict[str, Any] = {
@@ -85,3 +98,44 @@ def test_fsdp_killed_and_resumed_ends_with_the_same_bits(tmp_path: Path) -> None
     killed = train_in(tmp_path / "killed", settings, starts)
     assert killed.weights == alone.weights
     assert_same_batches(killed, alone)
+
+
+class ReachedError(Exception): ...
+
+
+def until(step: int) -> Callable[[dict[str, float]], None]:
+    def on_metrics(metrics: dict[str, float]) -> None:
+        if metrics["step"] >= step:
+            raise ReachedError
+
+    return on_metrics
+
+
+@pytest.mark.parametrize("with_ray", [False, True])
+def test_a_resume_hashes_each_file_of_the_newest_checkpoint_once(
+    with_ray: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its first step: in one process, and in the driver and its workers together (the trainer is made up)."""
+    data, manifest = tmp_path / "data", prepared(tmp_path / "data")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(SETTINGS | {"storage": {"root": str(tmp_path), "run": "r"}}))
+    config = load(tmp_path / "c.yaml", environ={})
+    with pytest.raises(ReachedError):
+        train_here(config, data, manifest, until(5))
+    (state,) = config.run_dir.glob(f"attempt-*/{step_folder(3)}/state.json")
+    hash_of, hashed = checkpoints._hash, list[str]()
+    monkeypatch.setattr(checkpoints, "_hash", lambda path: hashed.append(path.name) or hash_of(path))
+
+    def trainer(config: object, workers: object, sent: Sent) -> SimpleNamespace:
+        hooks = Hooks(lambda run, state, is_best: None, until(4))
+        batches = LocalFeed(sent.task.plan).batches
+        return SimpleNamespace(fit=lambda: run_task(sent.task, batches, hooks, torch.device("cpu"), sent.point))
+
+    def train_through_ray() -> None:
+        monkeypatch.setattr(fit, "_trainer", trainer)
+        task, point = Task.of(config, data, manifest), resume_point(config.run_dir)
+        assert not fit.is_done(config, data, manifest, point.state)
+        fit._fit(config, Workers(1, 1, 1, 0, 1), Sent(task, 1, None, resume_point(config.run_dir, point)))
+
+    with pytest.raises(ReachedError):
+        train_through_ray() if with_ray else train_here(config, data, manifest, until(4))
+    assert sorted(hashed) == sorted(json.loads(state.read_text())["files"])

@@ -6,10 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Data, Source
-from pipeline.data.judging import Judge
-from pipeline.sources.fields import RawRecord
-from pipeline.text.safety import SHIPPED, Rules, load_rules
+from pipeline.data.safety import SHIPPED, Rules, load_rules
 
 LINES = (Path(__file__).parent / "data" / "safety_lines.tsv").read_text().splitlines()[1:]
 TEXTS = [(label, split, json.loads(text)) for label, split, text in (line.split("\t") for line in LINES)]
@@ -137,7 +134,7 @@ WRONG_FILES = {
     "rules:\n" + rule("(a"): r"rule 'n' .* RE2 refuses: missing \): ",
     "rules:\n" + rule("(?=a)"): "rule 'n' .* RE2 refuses: invalid perl operator",
     "rules:\n" + rule("a*"): "rule 'n' .* matches the empty text",
-    "rules:\n" + rule("a", "drop"): "rule 'n' .* action 'drop', which is none of keep",
+    "rules:\n" + rule("a", "drop"): "rule 'n' .* action 'drop', which is not one of keep",
     "rules:\n" + rule("{quote}a"): "rule 'n' .* fragment 'quote'",
     "rules:\n" + rule("N", "redact"): r"rule 'n' would write '\[N\]', which its own pattern",
     "rules:\n" + rule("a") * 2: "use the name 'n' for two rules",
@@ -155,7 +152,7 @@ def test_a_wrong_file_is_one_sentence(tmp_path: Path) -> None:
 def test_a_missing_file_and_wrong_actions(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.yaml cannot be read: .*No such file"):
         load_rules(tmp_path / "none.yaml", {})
-    with pytest.raises(ValueError, match="safety action 'drop' of 'email' is none of keep, redact, reject"):
+    with pytest.raises(ValueError, match="safety action 'drop' of 'email' is not one of keep, redact, reject"):
         load_rules(None, {"email": "drop"})
     with pytest.raises(ValueError, match=r"name 'mail', which .* categories are personal_data, .* rules .*email, "):
         load_rules(None, {"mail": "keep"})
@@ -163,21 +160,3 @@ def test_a_missing_file_and_wrong_actions(tmp_path: Path) -> None:
 
 def test_every_shipped_rule_says_why() -> None:
     assert SHIPPED.read_text().count("    why: ") == len(DEFAULT.rules)
-
-
-def test_a_character_that_is_taken_out_hides_nothing() -> None:
-    redact = Data.model_validate({"safety": {"actions": {"email": "redact"}}})
-    judge = Judge(Source(name="s", type="json", path="none"), redact)
-    for hidden in ("\x01", "\u200b", "\u202e"):
-        text = f"For help with any of this, please do write to ann@exam{hidden}ple.org today."
-        kept = judge(RawRecord("0", {"anchor": "Where to get help", "positive": text}))
-        assert kept["positive"] == "For help with any of this, please do write to [EMAIL] today."
-
-
-def test_metadata_that_is_too_deep_is_a_reason() -> None:
-    deep: list[object] = []
-    for _ in range(100_000):
-        deep = [deep]
-    judge = Judge(Source(name="s", type="json", path="none"), Data())
-    found = judge(RawRecord("0", {"anchor": "Where to get help", "positive": "Here, of course."}, {"deep": deep}))
-    assert found["reason"] == "unreadable_value"

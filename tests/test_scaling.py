@@ -17,12 +17,13 @@ import pytest
 
 from benchmarks import scaling, scaling_plan
 from pipeline.data.manifest import read_prepared
+from pipeline.data.partitions import shard_of
 from pipeline.data.prepare import MAX_SHARDS
-from pipeline.embedding import embed
-from pipeline.embedding.embed import MOST_WRITE_ROWS, WRITE_ROWS, Waves, write_rows
-from pipeline.sources.source import MAX_TASKS
-from pipeline.text.identity import shard_of
-from tests.conftest import board
+from pipeline.data.sources import MAX_TASKS
+from pipeline.index import embed
+from pipeline.index.embed import MOST_WRITE_ROWS, WRITE_ROWS, WaveCommitter, write_rows
+from pipeline.index.table import Fragment
+from tests.conftest import progress
 
 ROOT = Path(__file__).parents[1]
 MILLION, BILLION = 10**6, 10**9
@@ -39,7 +40,8 @@ def traced() -> Any:
 def test_a_billion_records_are_planned_as_some_thousand_tasks(tmp_path: Path) -> None:
     """The driver's lists have an entry a task, a shard, a file: none a record."""
     small = scaling_plan.inputs_of(tmp_path, MILLION)
-    assert sum(plan.total_bytes for _, plan in small.plans) == pytest.approx(500 * MILLION, rel=0.01)
+    read_bytes = sum(size for _, plan in small.plans for _, size, _ in plan.inputs)
+    assert read_bytes == pytest.approx(500 * MILLION, rel=0.01)
     assert len(small.work) == -(-500 * MILLION // (4 << 20))
     (tmp_path / "large").mkdir()
     tracemalloc.reset_peak()
@@ -74,7 +76,7 @@ def test_a_manifest_and_a_plan_of_training_take_what_the_page_says(tmp_path: Pat
 def test_all_tasks_of_a_plan_go_through_ray(tmp_path: Path) -> None:
     """The simulated run of benchmarks/scaling_plan.py, of a million records."""
     inputs = scaling_plan.inputs_of(tmp_path, MILLION)
-    assert scaling_plan.read_empty(inputs, tmp_path, board()) == len(inputs.work) == 120
+    assert scaling_plan.read_empty(inputs, tmp_path, progress()) == len(inputs.work) == 120
     assert scaling_plan.look_empty(inputs, tmp_path) == inputs.shards == 60
 
 
@@ -101,7 +103,7 @@ class Clocked:
     def __init__(self, fixed_s: float, fragment_s: float) -> None:
         self.fixed_s, self.fragment_s, self.now, self.there = fixed_s, fragment_s, 0.0, 0
 
-    def append(self, fragments: list[str]) -> None:
+    def append(self, fragments: list[Fragment]) -> None:
         assert fragments == sorted(fragments)
         self.there += len(fragments)
         self.now += self.fixed_s + self.fragment_s * self.there
@@ -113,11 +115,11 @@ def test_commits_are_few_and_short_beside_the_encoding(scale: scaling.Scale) -> 
     a_fragment_s, ends = 3600 * scale.encode_hours / scale.fragments, [0.0]
     writer = Clocked(*(scaling.RATES[name].value for name in ("a commit", "a commit, a fragment there")))
     with patch.object(embed, "time", SimpleNamespace(monotonic=lambda: writer.now)):
-        waves = Waves(writer)  # type: ignore[arg-type]
+        waves = WaveCommitter(writer)  # type: ignore[arg-type]
         for number in range(scale.fragments):
             writer.now += a_fragment_s
             held = writer.there
-            waves.add(f"{number % 7}", f"{number % 7}, {number:09}")
+            waves.add([Fragment(f"{number % 7}", 1, f"{number:09}")])
             if writer.there > held:
                 ends.append(writer.now)
         waves.commit()

@@ -14,10 +14,9 @@ from transformers import optimization
 from pipeline.config import Objective
 from pipeline.config.training import Training
 from pipeline.model.embedding_model import EmbeddingModel
+from pipeline.model.learner import Learner
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.objectives.learner import Learner
-from pipeline.training.optimizer import build_optimizer
-from pipeline.training.schedule import Schedule
+from pipeline.train.optimizer import Schedule, build_optimizer
 
 PEAK = 0.5
 

@@ -13,11 +13,11 @@ import pytest
 import xxhash
 
 from pipeline.config import load
-from pipeline.embedding.columns import as_column
-from pipeline.embedding.documents import PLACE_COLUMNS
-from pipeline.embedding.store import open_pinecone
-from pipeline.embedding.table import PLACE, VectorTable
-from pipeline.runtime.job import DEFAULT_CONFIG
+from pipeline.index.documents import PLACE_COLUMNS
+from pipeline.index.published import open_pinecone
+from pipeline.index.table import PLACE, VectorTable
+from pipeline.index.vectors import as_column
+from pipeline.job import DEFAULT_CONFIG
 from tests.conftest import run_here
 from tests.pinecone_server import pinecone_server
 
@@ -45,8 +45,8 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     config = tmp_path / "c.yaml"
     config.write_text("{}")
     table = VectorTable(tmp_path / "lancedb", "t", WIDTH)
-    monkeypatch.setattr("pipeline.embedding.store.published", lambda _: (SimpleNamespace(folder=tmp_path), table))
-    monkeypatch.setattr("pipeline.embedding.encode.open_encoder", lambda *_, **__: Words())
+    monkeypatch.setattr("pipeline.index.search.published", lambda _: (SimpleNamespace(folder=tmp_path), table))
+    monkeypatch.setattr("pipeline.index.search.open_encoder", lambda *_, **__: Words())
 
     def run(*args: str) -> tuple[int, Any, str]:
         shared = ["--config", str(config), f"storage.root={tmp_path}"]
@@ -63,7 +63,7 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
             {**columns, "places": pa.array(places_of, pa.list_(PLACE)), "vector": as_column(Words().encode(texts))}
         )
         with table.writing() as writer:
-            writer.append([fragment for _, fragment, _ in table.write(table.stored(rows))])
+            writer.append(table.write(table.stored(rows)))
 
     run.fill = fill  # type: ignore[attr-defined]
     run.table = table  # type: ignore[attr-defined]

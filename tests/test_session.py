@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from pipeline.config import Config
-from pipeline.embedding.stores.store import StoreError
-from pipeline.runtime.job import Result, run_job
-from pipeline.runtime.session import ray_session
+from pipeline.core.outcome import Result
+from pipeline.core.session import ray_session
+from pipeline.index.table import StoreError
+from pipeline.job import run_job
 
 WORDS = "Pinecone's index docs is gone; python jobs/embed.py makes it"
 
@@ -81,4 +82,4 @@ def test_a_signal_stops_a_job_that_is_importing(tmp_path: Any, capsys: pytest.Ca
         return Result()
 
     assert run_job("prepare", "", main, None, [f"storage.root={tmp_path}"]) == 130
-    assert "prepare: stopped by SIGINT; the same command goes on from here" in capsys.readouterr().err
+    assert "prepare: stopped by SIGINT; run the same command to continue" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 
 from pipeline.config import load
 from pipeline.data.manifest import read_prepared
-from pipeline.training.assembly import train_here
+from pipeline.train.assembly import train_here
 from tests.job_process import (
     UNDISTURBED,
     WAIT_S,
@@ -184,16 +184,16 @@ def test_a_node_comes_and_goes_in_mid_run(tmp_path: Path, monkeypatch: pytest.Mo
     try:
         access = {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": cluster.address}
         job = JobProcess("train", config, *arguments, f"checkpointing.every_steps={every}", **access)
-        job.wait_for("train: 1 workers go on from step 0")
+        job.wait_for("train: training on 1 workers from step 0")
         wait_until(lambda: steps_saved(tmp_path), job)
         second = cluster.add_node(num_cpus=2)
-        job.wait_for("train: 2 workers go on from step")
+        job.wait_for("train: training on 2 workers from step")
         saved = steps_saved(tmp_path)
         wait_until(lambda: steps_saved(tmp_path) - saved, job)
         drain(cluster, second)
         wait_until(lambda: any(int(name.removeprefix("step-")) % every for name in steps_saved(tmp_path)), job)
         cluster.remove_node(second, allow_graceful=False)
-        wait_until(lambda: job.log.read_text().count("train: 1 workers go on from step") == 2, job)
+        wait_until(lambda: job.log.read_text().count("train: training on 1 workers from step") == 2, job)
         saved = steps_saved(tmp_path)
         wait_until(lambda: steps_saved(tmp_path) - saved, job)
         job.process.send_signal(signal.SIGTERM)

@@ -12,16 +12,15 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import Objective
-from pipeline.model.card import Head
+from pipeline.model.batch import Batch, Special
 from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel
+from pipeline.model.folder import Head
+from pipeline.model.learner import Learner
 from pipeline.model.packing import pack
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.objectives.batch import Batch
-from pipeline.objectives.learner import Learner, Special
-from pipeline.training.reducer import MAX_FLAGS, _Bucket
-from pipeline.training.step import Outcome, backward, cut
-from pipeline.training.strategy import DataParallel
+from pipeline.train.step import Outcome, backward, cut
+from pipeline.train.strategy import MAX_FLAGS, DataParallel, _Bucket
 from tests.gloo_workers import Result, run_workers
 
 ROWS = 8
@@ -100,7 +99,7 @@ def whole_gradients(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch
     terms = [learner.weights[task] * loss.sum / loss.count for task, loss in losses.items()]
     metrics = {f"{task}_nll": loss.nll / loss.count for task, loss in losses.items()}
     if vectors is not None:
-        contrast, found = learner.contrast([part], [vectors])
+        contrast, found = learner.contrast(learner.rows([part], [vectors]))
         terms.append(contrast)
         metrics |= found
     loss = torch.stack(terms).sum()
@@ -111,7 +110,7 @@ def whole_gradients(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch
 def step(learner: Learner, rows: Batch, micro_batches: int = 1, strategy: DataParallel | None = None) -> Outcome:
     """A step as the loop makes it."""
     strategy = strategy or DataParallel()
-    strategy.take(learner)
+    strategy.attach(learner)
     return backward(learner, strategy, [learner.prepare(rows.slice(*ends), 7) for ends in cut(rows, micro_batches)])
 
 
@@ -145,10 +144,10 @@ def test_cuts() -> None:
     )
     assert cut(rows) == [(0, 8)]
     assert cut(rows, 3) == [(0, 2), (2, 5), (5, 8)]
-    assert cut(rows, 2, halvings=1) == [(0, 2), (2, 4), (4, 6), (6, 8)]
+    assert cut(rows, 2, oom_splits=1) == [(0, 2), (2, 4), (4, 6), (6, 8)]
     assert cut(rows, 100) == [(i, i + 1) for i in range(8)]
     most = max(sizes) + 5
-    for ranges in (cut(rows, most_tokens=most), cut(rows, 2, most, halvings=1)):
+    for ranges in (cut(rows, most_tokens=most), cut(rows, 2, most, oom_splits=1)):
         assert [row for ends in ranges for row in range(*ends)] == list(range(8))
     assert all(sum(sizes[a:b]) <= most for a, b in cut(rows, most_tokens=most))
     assert cut(rows, most_tokens=1) == [(i, i + 1) for i in range(8)]
@@ -174,7 +173,7 @@ def test_cached_gradients_replay_dropout(name: str) -> None:
     for part, state in zip(parts, states, strict=True):
         torch.set_rng_state(state)
         outputs.append(learner(part))
-    loss, _ = learner.contrast(parts, [vectors for vectors, _ in outputs])
+    loss, _ = learner.contrast(learner.rows(parts, [vectors for vectors, _ in outputs]))
     for task in learner.generative:
         losses = [tasks[task] for _, tasks in outputs]
         loss = loss + learner.weights[task] * sum(each.sum for each in losses) / sum(each.count for each in losses)
@@ -240,5 +239,5 @@ def test_records_without_negatives_make_no_room_for_them() -> None:
     part = learner.prepare(Batch(batch().ids, fields, pack([]), [0] * ROWS), seed=1)
     assert part.filled.shape == (ROWS, 0)
     assert part.keys.shape == (ROWS, 3)
-    loss, _ = learner.contrast([part], [learner.embed(part)])
+    loss, _ = learner.contrast(learner.rows([part], [learner.embed(part)]))
     assert bool(torch.isfinite(loss))

@@ -14,14 +14,14 @@ from transformers.trainer_callback import EarlyStoppingCallback
 
 from pipeline.config import ConfigError
 from pipeline.config.training import EarlyStopping, Training
-from pipeline.training.checkpoints import TrainState
-from pipeline.training.stopping import Judge, count_without_gain, lower_is_better
+from pipeline.train.checkpoints import TrainState
+from pipeline.train.stopping import BestModel, lower_is_better
 
 PAIRS = {"contrastive": 1.0}
 
 
-def judge(metric: str | None = None, weights: dict[str, float] = PAIRS, **stopping: float) -> Judge:
-    return Judge(Training(best_metric=metric, early_stopping=EarlyStopping(**stopping)), weights)  # type: ignore[arg-type]
+def best_model(metric: str | None = None, weights: dict[str, float] = PAIRS, **stopping: float) -> BestModel:
+    return BestModel(Training(best_metric=metric, early_stopping=EarlyStopping(**stopping)), weights)  # type: ignore[arg-type]
 
 
 METRICS = {"loss": 1.5, "ndcg@10": 0.7, "recall@1": 0.5, "sts_spearman": 0.6, "mlm_nll": 3.0, "denoising_nll": 4.0}
@@ -41,14 +41,14 @@ def test_the_metric_that_decides_and_its_direction() -> None:
         ("seq2seq_bleu", PAIRS, 12.0),
         ("validation_loss", PAIRS, -1.5),
     ):
-        assert judge(metric, weights).score(METRICS) == pytest.approx(expected), (metric, weights)
+        assert best_model(metric, weights).score(METRICS) == pytest.approx(expected), (metric, weights)
     assert all(lower_is_better(name) for name in ("validation_loss", "causal_perplexity"))
     assert not lower_is_better("seq2seq_rougeL")
 
 
 def test_a_metric_that_is_not_there_is_refused_with_those_that_are() -> None:
     with pytest.raises(ConfigError) as refusal:
-        judge("spearman").score({"ndcg@10": 0.7, "loss": 1.0})
+        best_model("spearman").score({"ndcg@10": 0.7, "loss": 1.0})
     assert str(refusal.value) == (
         "training.best_metric: found 'spearman'; allowed are the metrics of this run's validation, loss, ndcg@10"
     )
@@ -56,10 +56,10 @@ def test_a_metric_that_is_not_there_is_refused_with_those_that_are() -> None:
 
 def test_the_best_and_the_gains_of_a_run() -> None:
     """The third score is the best, though no gain; the fourth is a gain over it; the last two end patience."""
-    state, ruling = TrainState(), judge(patience=2, min_delta=0.1)
+    state, best = TrainState(), best_model(patience=2, min_delta=0.1)
     seen = []
     for score in (0.5, 0.4, 0.55, 0.7, 0.7, 0.75):
-        is_best = ruling.is_best({"ndcg@10": score}, state)
+        is_best = best.record({"ndcg@10": score}, state)
         seen.append((is_best, state.best_metric, state.validations_without_gain, state.ended_early))
     assert seen == [
         (True, 0.5, 0, False),
@@ -73,23 +73,25 @@ def test_the_best_and_the_gains_of_a_run() -> None:
 
 def test_a_gain_is_more_than_min_delta() -> None:
     for score, expected in ((0.75, 5), (math.nextafter(0.75, 1), 0), (0.5, 5), (math.nan, 5)):
-        assert count_without_gain(score, best=0.5, so_far=4, min_delta=0.25) == expected, score
+        state = TrainState(best_metric=0.5, validations_without_gain=4)
+        best_model(min_delta=0.25).record({"ndcg@10": score}, state)
+        assert state.validations_without_gain == expected, score
 
 
 def test_a_score_that_is_no_number_is_never_better() -> None:
-    state, ruling = TrainState(), judge(patience=2)
-    assert not ruling.is_best({"ndcg@10": math.nan}, state)
+    state, best = TrainState(), best_model(patience=2)
+    assert not best.record({"ndcg@10": math.nan}, state)
     assert (state.best_metric, state.validations_without_gain) == (None, 1)
-    assert ruling.is_best({"ndcg@10": 0.1}, state)
-    assert not ruling.is_best({"ndcg@10": math.nan}, state)
+    assert best.record({"ndcg@10": 0.1}, state)
+    assert not best.record({"ndcg@10": math.nan}, state)
     assert (state.best_metric, state.validations_without_gain, state.ended_early) == (0.1, 1, False)
-    assert not judge("loss").is_best({"loss": math.inf}, TrainState())
+    assert not best_model("loss").record({"loss": math.inf}, TrainState())
 
 
 def test_without_patience_a_run_never_ends_early() -> None:
-    state, ruling = TrainState(), judge()
+    state, best = TrainState(), best_model()
     for _ in range(100):
-        ruling.is_best({"ndcg@10": 0.5}, state)
+        best.record({"ndcg@10": 0.5}, state)
     assert state.validations_without_gain == 99
     assert not state.ended_early
 
@@ -101,11 +103,11 @@ def test_as_transformers_callback_does(metric: str) -> None:
     for seed, min_delta in itertools.product(range(5), (0.0, 0.05)):
         chance = random.Random(seed)
         callback, theirs, control = EarlyStoppingCallback(4, min_delta), TrainerState(), TrainerControl()
-        ours, ruling = TrainState(), judge(metric, patience=4, min_delta=min_delta)
+        ours, best = TrainState(), best_model(metric, patience=4, min_delta=min_delta)
         for value in [round(chance.random(), 2) for _ in range(30)]:
             previous = theirs.best_metric
             callback.on_evaluate(args, theirs, control, metrics={f"eval_{metric}": value})
-            is_best = ruling.is_best({metric: value}, ours)
+            is_best = best.record({metric: value}, ours)
             # transformers' Trainer notes the best after its callbacks have seen it
             theirs.best_metric = value if previous is None else better(previous, value)
             assert is_best == (theirs.best_metric != previous)

@@ -161,7 +161,7 @@ def test_submitted_stopped_and_submitted_again_and_no_secret_is_left(sweep: bool
             head.ask("/api/jobs/", token="of somebody else")
         code, sentence = refused(head, arguments)
         assert code == 1
-        assert f"prepare: RAY_ADDRESS: there is no way into the cluster at {head.address}" in sentence
+        assert f"prepare: RAY_ADDRESS: cannot connect to the cluster at {head.address}" in sentence
         submit("first", "train", wait=False)
         head.wait_for(lambda: trains(run_dir) or head.status("first") == "FAILED", "first")
         assert "RUNNING" in head.ray("job", "status", "first")
@@ -171,7 +171,7 @@ def test_submitted_stopped_and_submitted_again_and_no_secret_is_left(sweep: bool
         head.ray("job", "stop", "first")
         head.wait_for(lambda: head.status("first") == "STOPPED", "first")
         said = head.ray("job", "logs", "first")
-        assert "train: stopped by SIGTERM; the same command goes on from here" in said
+        assert "train: stopped by SIGTERM; run the same command to continue" in said
         assert '"status": "stopped"' in said
         left = newest_state(run_dir)
         assert left["step"] > 0
@@ -194,7 +194,7 @@ def test_submitted_stopped_and_submitted_again_and_no_secret_is_left(sweep: bool
         assert "SUCCEEDED" in shown
         for path in ("jobs/", "v0/actors?detail=1", "v0/tasks?detail=1", "v0/runtime_envs?detail=1"):
             head.said += head.ask(f"/api/{path}")
-        assert "EncodeDocuments" in head.said
+        assert "EncodeTexts" in head.said
         words = [key, head.token]
         assert [word for word in words if word in head.said] == []
         assert files_with(words, head.session, tmp_path / "store") == []

@@ -35,7 +35,13 @@ def trials_of(folder: Path, name: str) -> list[dict[str, str]]:
 def starts(trial: Path) -> list[int]:
     """The steps from which a trial's training began, by its log."""
     log = (trial / "training.log").read_text() if (trial / "training.log").is_file() else ""
-    return [int(step) for step in re.findall(r"workers go on from step (\d+)", log)]
+    return [int(step) for step in re.findall(r"workers from step (\d+)", log)]
+
+
+def validations(run: Path) -> dict[int, float]:
+    """Step → loss."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
 
 
 def under_way(folder: Path, name: str) -> list[Path]:
@@ -68,6 +74,10 @@ def test_a_sweep_that_is_killed_ends_as_one_that_was_left_alone(tmp_path: Path) 
     assert last["metrics"]["trials"] == last["metrics"]["done"] == 6
 
     assert trials_of(tmp_path, "killed") == expected
+    for row in expected:  # the best of all validations, those before the kill too
+        losses = validations(trials / f"{int(row['trial']):04d}")
+        assert set(losses) == set(range(20, 241, 20))
+        assert float(row["loss"]) == min(losses.values()) == losses[int(row["at_step"])]
     for number in ended:
         assert starts(trials / f"{int(number):04d}") == before[f"{int(number):04d}"] == [0]
     begun = [starts(trial) for trial in trials.iterdir()]
@@ -90,12 +100,5 @@ def test_trials_of_two_workers_are_the_training_of_train(tmp_path: Path) -> None
     trained = run("train", Path(last["paths"]["best"]))
     assert trained["metrics"]["step"] == 240
     runs = tmp_path / "store" / "runs"
-    trial, alone = (
-        {
-            row["step"]: row["validation_loss"]
-            for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-            if "validation_loss" in row
-        }
-        for folder in (runs / "r" / "tune" / "trials" / "0000", runs / "r-best")
-    )
+    trial, alone = validations(runs / "r" / "tune" / "trials" / "0000"), validations(runs / "r-best")
     assert trial == {step: alone[step] for step in (80, 160, 240)}

@@ -17,16 +17,16 @@ import pyarrow as pa
 import pytest
 import xxhash
 
-from pipeline.embedding import embed
-from pipeline.embedding.columns import as_matrix
-from pipeline.embedding.documents import PLACE_COLUMNS, first_places, place_digests
-from pipeline.embedding.encode import TextEncoder, open_encoder
-from pipeline.embedding.lookup import open_embedder
-from pipeline.embedding.search import TableSearch
-from pipeline.embedding.store import publish, published
-from pipeline.embedding.table import DIGEST_CHARS, PLACE, VectorTable, Writer
-from pipeline.runtime.job import JobError
-from pipeline.text.identity import content_id
+from pipeline.core.outcome import JobError
+from pipeline.data.partitions import content_id
+from pipeline.index import embed
+from pipeline.index.documents import PLACE_COLUMNS, first_places, place_digests
+from pipeline.index.encoder import TextEncoder, open_encoder
+from pipeline.index.published import publish, published
+from pipeline.index.search import TableSearch, open_embedder
+from pipeline.index.table import DIGEST_CHARS, PLACE, VectorTable
+from pipeline.index.vectors import as_matrix
+from pipeline.index.writer import Writer
 from tests.embedding_world import Corpus, World, corpus_of, save_random_model
 
 TEXTS = 200
@@ -114,7 +114,7 @@ def killed_at(calls: int, *, after: bool) -> Any:
 
 def test_killed_at_any_step_the_next_run_makes_it_whole(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """At twenty seeded points, with changes between them: nothing is embedded twice but what no commit had."""
-    monkeypatch.setattr("pipeline.embedding.documents.READ_ROWS", 16)
+    monkeypatch.setattr("pipeline.index.documents.READ_ROWS", 16)
     world.corpus = corpus_of(80)
     world.overrides = ["embedding.verify_sample=0", "embedding.max_deleted_fraction=1"]
     chance, made, encoder = random.Random(0), Counter[str](), world.encoder()
@@ -476,8 +476,7 @@ def test_documents_without_metadata_are_right_when_all_is_checked(world: World) 
         digests = [a + b for a, b in zip(place_digests(places).to_pylist(), of_content, strict=True)]
         columns = {"metadata": pa.nulls(len(rows), pa.string()), "places": places, "digest": digests}
         own = {name: columns.get(name, rows[name]) for name in world.table.schema.names}
-        written = world.table.write(world.table.typed(pa.table(own)).sort_by("id"))
-        writer.append([fragment for _, fragment, _ in written])
+        writer.append(world.table.write(world.table.typed(pa.table(own)).sort_by("id")))
         writer.delete(rows["_rowid"].to_numpy())
     assert world.run()["embedded"] == 0
     world.check()

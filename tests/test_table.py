@@ -22,16 +22,15 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.embedding import indexing, search
-from pipeline.embedding.columns import as_column, as_matrix
-from pipeline.embedding.indexing import describe, finish, recall, unreadable
-from pipeline.embedding.search import TableSearch
-from pipeline.embedding.stores.store import StoreError
-from pipeline.embedding.stores.where import parse
-from pipeline.embedding.table import PLACE, ZONE_ROWS, VectorTable
-from pipeline.runtime.job import JobError
-from pipeline.storage.path import as_path
-from pipeline.text.identity import content_id
+from pipeline.core.outcome import JobError
+from pipeline.core.path import as_path
+from pipeline.data.partitions import content_id
+from pipeline.index import indexing, search
+from pipeline.index.indexing import describe, finish, recall, unreadable_indexes
+from pipeline.index.search import TableSearch
+from pipeline.index.table import PLACE, ZONE_ROWS, Fragment, StoreError, VectorTable
+from pipeline.index.vectors import as_column, as_matrix
+from pipeline.index.where import parse
 from tests.bucket_servers import serving
 
 WIDTH = 16
@@ -71,9 +70,8 @@ def rows_of(rows: list[Row]) -> pa.Table:
     return pa.table({**columns, "places": places, "vector": as_column(vectors)})
 
 
-def write(table: VectorTable, rows: list[Row]) -> list[str]:
-    fragments = table.write(table.stored(rows_of(rows)).sort_by("id"))
-    return [fragment for _, fragment, _ in fragments]
+def write(table: VectorTable, rows: list[Row]) -> list[Fragment]:
+    return table.write(table.stored(rows_of(rows)).sort_by("id"))
 
 
 def fill(table: VectorTable, rows: list[Row]) -> None:
@@ -206,7 +204,7 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import os, signal
 from tests import test_table
-from pipeline.embedding.table import VectorTable
+from pipeline.index.table import VectorTable
 table = VectorTable(Path(sys.argv[2]), "t", test_table.WIDTH)
 with table.writing() as writer:
     fragments = test_table.write(table, [test_table.row(f"old-{n}", test_table.random.Random(n)) for n in range(10)])
@@ -253,7 +251,7 @@ def test_ranges_read_little_more_than_a_scan(table: VectorTable) -> None:
             )
             rows = rows.append_column("places", pa.array([[]] * len(own), pa.list_(PLACE)))
             rows = rows.append_column("vector", as_column(chance.normal(size=(len(own), WIDTH))))
-            writer.append([fragment for _, fragment, _ in table.write(table.stored(rows))])
+            writer.append(table.write(table.stored(rows)))
     finish(table, None, 256)
     before = lance.bytes_read_counter()
     table.open().to_table(columns=["id"])
@@ -342,7 +340,7 @@ def test_hybrid_finds_words_in_all_scripts_and_fuses_both_rankings(table: Vector
 def test_an_index_of_another_program_is_left_alone(table: VectorTable) -> None:
     fill(table, [row(f"{n:03d}", random.Random(n)) for n in range(300)])
     table.open().create_scalar_index("source", "BITMAP")
-    assert unreadable(table) == []
+    assert unreadable_indexes(table) == []
     finish(table, None, 256)
     assert {index.field_names[0] for index in table.open().describe_indices()} == {"source", "id"}
 
@@ -403,11 +401,11 @@ def test_a_table_without_its_index_files_is_still_searched(table: VectorTable) -
         if file.is_file():
             file.unlink()
     assert TableSearch(table).query(np.array(rows[5]["vector"]), 1)[0]["id"] == "005"
-    assert sorted(unreadable(table)) == ["id_idx", "vector_idx"]
+    assert sorted(unreadable_indexes(table)) == ["id_idx", "vector_idx"]
     with table.writing() as writer:
-        for name in unreadable(table):
+        for name in unreadable_indexes(table):
             writer.drop_index(name)
         assert finish(table, "ivf_sq", 256)["recall@10"] > 0.9
-    assert unreadable(table) == []
+    assert unreadable_indexes(table) == []
     assert TableSearch(table).query(np.array(rows[5]["vector"]), 1)[0]["id"] == "005"
     assert as_matrix(table.read(["vector"])["vector"]).shape == (600, WIDTH)

@@ -16,16 +16,13 @@ import pytest
 import xxhash
 from tokenizers import Tokenizer, processors
 
-from pipeline.config import ConfigError
-from pipeline.data.exchange import read_part, write_parts
-from pipeline.data.lengths import LengthCounts, draw
-from pipeline.data.manifest import RECORD_SCHEMA
+from pipeline.config import Augment, ConfigError
+from pipeline.core.artifact import Output
+from pipeline.data.manifest import RECORD_SCHEMA, LengthCounts, draw_lengths
+from pipeline.data.partitions import content_id, id_bounds, is_validation, overlapping, read_part, shard_of, write_parts
 from pipeline.data.shards import EarlierTokens
-from pipeline.data.tokenizing import Cutter, Recipe, tokenize_file
-from pipeline.data.vocabulary import load_tokenizer, train_tokenizer
-from pipeline.runtime.artifact import Output
-from pipeline.text.augment import MASK, Augmentation
-from pipeline.text.identity import content_id, id_bounds, is_validation, overlapping, shard_of
+from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+from pipeline.data.tokenizing import MASK, Cutter, TokenRecipe, augmented, tokenize_file
 
 WORDS = [f"word{i}" for i in range(50)]
 PAIRS = ["anchor", "positive"]
@@ -64,7 +61,7 @@ def records(folder: Path, count: int = 300, **extra: Any) -> tuple[Path, dict[st
 
 def test_rows_are_in_canonical_order_and_row_groups_hold_one_source(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path, rows = records(tmp_path, 4000)
-    found = tokenize_file(path, Output(tmp_path), Recipe(PAIRS, 16, 0.1, seed=7), tokenizer)
+    found = tokenize_file(path, Output(tmp_path), TokenRecipe(PAIRS, 16, 0.1, seed=7), tokenizer)
     train, validation = found["shards"]
     order = [(row["source"], xxhash.xxh3_64_intdigest(one.encode(), seed=7), one) for one, row in rows.items()]
     held_out = {one for one in rows if is_validation(one, 0.1)}
@@ -83,14 +80,14 @@ def test_rows_are_in_canonical_order_and_row_groups_hold_one_source(tmp_path: Pa
 
 def test_texts_are_cut_and_special_tokens_stay(tmp_path: Path, framed: Tokenizer) -> None:
     path, rows = records(tmp_path)
-    tokenize_file(path, Output(tmp_path), Recipe(PAIRS, 9, 0.1), framed)
+    tokenize_file(path, Output(tmp_path), TokenRecipe(PAIRS, 9, 0.1), framed)
     own = Tokenizer.from_str(framed.to_str())
     own.enable_truncation(9)
     for row in pq.read_table(tmp_path / "train").to_pylist():
         assert row["anchor"] == own.encode(rows[row["id"]]["anchor"]).ids
-    Cutter(framed, Recipe(PAIRS, 3, 0.1))
-    with pytest.raises(ConfigError, match="leave no room beside the 2 special tokens"):
-        Cutter(framed, Recipe(PAIRS, 2, 0.1))
+    Cutter(framed, TokenRecipe(PAIRS, 3, 0.1))
+    with pytest.raises(ConfigError, match="leave no room besides the 2 special tokens"):
+        Cutter(framed, TokenRecipe(PAIRS, 2, 0.1))
 
 
 def test_windows_cover_their_parent_and_overlap(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -99,7 +96,7 @@ def test_windows_cover_their_parent_and_overlap(tmp_path: Path, tokenizer: Token
     rows = [{"id": one, "source": "s", "source_id": "s:1", "text": text} for one, text in texts.items()]
     pq.write_table(pa.Table.from_pylist(rows, RECORD_SCHEMA), tmp_path / "00000.parquet")
     for max_length, overlap in ((10, 3), (7, 0), (5, 2)):
-        recipe, folder = Recipe(["text"], max_length, 0.2, window_overlap=overlap), tmp_path / f"{max_length}"
+        recipe, folder = TokenRecipe(["text"], max_length, 0.2, window_overlap=overlap), tmp_path / f"{max_length}"
         found = tokenize_file(tmp_path / "00000.parquet", Output(folder), recipe, tokenizer)
         table = pa.concat_tables([pq.read_table(folder / shard["path"]) for shard in found["shards"]])
         windows: dict[str, list[list[int]]] = {}
@@ -114,7 +111,7 @@ def test_windows_cover_their_parent_and_overlap(tmp_path: Path, tokenizer: Token
 
 def test_prompts_and_negatives(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path, rows = records(tmp_path, negatives=["word1 word2", "word3"])
-    recipe = Recipe([*PAIRS, "negatives"], 32, 0.1, prompts={"a": {"anchor": "query: "}})
+    recipe = TokenRecipe([*PAIRS, "negatives"], 32, 0.1, prompts={"a": {"anchor": "query: "}})
     found = tokenize_file(path, Output(tmp_path), recipe, tokenizer)
     for row in pq.read_table(tmp_path / "train").to_pylist():
         prompt = "query: " if row["source"] == "a" else ""
@@ -126,32 +123,32 @@ def test_prompts_and_negatives(tmp_path: Path, tokenizer: Tokenizer) -> None:
 
 def test_anchors_of_the_training_split_alone_are_augmented(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path, rows = records(tmp_path)
-    change = Augmentation(word_dropout=0.5)
-    tokenize_file(path, Output(tmp_path), Recipe(PAIRS, 256, 0.2, seed=3, augmentation=change), tokenizer)
+    change = Augment(word_dropout=0.5)
+    tokenize_file(path, Output(tmp_path), TokenRecipe(PAIRS, 256, 0.2, seed=3, augmentation=change), tokenizer)
     for split in ("train", "validation"):
         for row in pq.read_table(tmp_path / split).to_pylist():
             whole = rows[row["id"]]
-            anchor = change.apply(whole["anchor"], row["id"], 3) if split == "train" else whole["anchor"]
+            anchor = augmented(whole["anchor"], change, row["id"], 3) if split == "train" else whole["anchor"]
             assert row["anchor"] == tokenizer.encode(anchor).ids
             assert row["positive"] == tokenizer.encode(whole["positive"]).ids
 
 
 def test_augmentation_is_a_function_of_id_and_seed() -> None:
     text = " ".join(WORDS)
-    change = Augmentation(word_dropout=0.2, span_masking=0.2, truncation=0.5)
-    assert change.apply(text, "a", 0) == change.apply(text, "a", 0)
-    assert len({change.apply(text, one, seed) for one in "abc" for seed in range(3)}) == 9
-    masked = [Augmentation(span_masking=0.3).apply(text, str(i), 0).split() for i in range(50)]
+    change = Augment(word_dropout=0.2, span_masking=0.2, truncation=0.5)
+    assert augmented(text, change, "a", 0) == augmented(text, change, "a", 0)
+    assert len({augmented(text, change, one, seed) for one in "abc" for seed in range(3)}) == 9
+    masked = [augmented(text, Augment(span_masking=0.3), str(i), 0).split() for i in range(50)]
     assert all(words.count(MASK) == 15 and len(words) == 50 for words in masked)
-    kept = [len(Augmentation(word_dropout=0.3).apply(text, str(i), 0).split()) for i in range(200)]
+    kept = [len(augmented(text, Augment(word_dropout=0.3), str(i), 0).split()) for i in range(200)]
     assert 0.67 < np.mean(kept) / 50 < 0.73
-    shortest = min(len(Augmentation(truncation=0.4).apply(text, str(i), 0).split()) for i in range(200))
+    shortest = min(len(augmented(text, Augment(truncation=0.4), str(i), 0).split()) for i in range(200))
     assert 30 <= shortest <= 31
-    assert Augmentation(word_dropout=1.0).apply(text, "a", 0) == "word0"
-    assert Augmentation().apply("  as   it was", "a", 0) == "  as   it was"
-    change = Augmentation(span_masking=0.5)  # of texts that have masks already
-    assert change.apply(f"{MASK} {MASK} word", "id", 0) == f"{MASK} {MASK} {MASK}"
-    assert change.apply(f"{MASK} {MASK}", "id", 0) == f"{MASK} {MASK}"
+    assert augmented(text, Augment(word_dropout=1.0), "a", 0) == "word0"
+    assert augmented("  ", change, "a", 0) == "  "
+    change = Augment(span_masking=0.5)  # of texts that have masks already
+    assert augmented(f"{MASK} {MASK} word", change, "id", 0) == f"{MASK} {MASK} {MASK}"
+    assert augmented(f"{MASK} {MASK}", change, "id", 0) == f"{MASK} {MASK}"
 
 
 def in_shards(folder: Path, rows: list[dict[str, Any]], shards: int) -> list[Path]:
@@ -170,10 +167,10 @@ def test_tokens_of_an_earlier_data_set_give_the_same_files(
     recipe: str, then: int, now: int, tmp_path: Path, framed: Tokenizer
 ) -> None:
     how = {
-        "pairs": Recipe(PAIRS, 9, 0.1),
-        "negatives and prompts": Recipe([*PAIRS, "negatives"], 9, 0.1, prompts={"b": {"anchor": "word7 "}}),
-        "windows": Recipe(["text"], 9, 0.1, window_overlap=2),
-        "augmented": Recipe(PAIRS, 9, 0.1, augmentation=Augmentation(word_dropout=0.3)),
+        "pairs": TokenRecipe(PAIRS, 9, 0.1),
+        "negatives and prompts": TokenRecipe([*PAIRS, "negatives"], 9, 0.1, prompts={"b": {"anchor": "word7 "}}),
+        "windows": TokenRecipe(["text"], 9, 0.1, window_overlap=2),
+        "augmented": TokenRecipe(PAIRS, 9, 0.1, augmentation=Augment(word_dropout=0.3)),
     }[recipe]
     _, by_id = records(tmp_path / "all", 90)
     rows = [
@@ -199,11 +196,11 @@ def test_tokens_of_an_earlier_data_set_give_the_same_files(
 
 def test_earlier_tokens_that_are_gone_are_not_used(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path, _ = records(tmp_path)
-    tokenize_file(path, Output(tmp_path), Recipe(PAIRS, 9, 0.1), tokenizer)
+    tokenize_file(path, Output(tmp_path), TokenRecipe(PAIRS, 9, 0.1), tokenizer)
     assert EarlierTokens(tmp_path, 1).read(0, 1)
     (tmp_path / "train" / path.name).rename(tmp_path / "train" / "moved")
     part = EarlierTokens(tmp_path, 1).read(0, 1)
-    found = tokenize_file(path, Output(tmp_path / "again"), Recipe(PAIRS, 9, 0.1), tokenizer, part)
+    found = tokenize_file(path, Output(tmp_path / "again"), TokenRecipe(PAIRS, 9, 0.1), tokenizer, part)
     assert found["tokenized"] == found["shards"][0]["rows"] > 0
     assert (tmp_path / "again/train" / path.name).read_bytes() == (tmp_path / "train/moved").read_bytes()
     (tmp_path / "train" / path.name).write_bytes(b"no Parquet")
@@ -231,7 +228,7 @@ def test_unknown_tokens_are_counted_by_the_models_own_id(kind: str, tmp_path: Pa
     trained = train_tokenizer([" ".join(WORDS)] * 5, kind=kind, vocab_size=120, lowercase=True)
     renamed = Tokenizer.from_str(trained.to_str().replace("[UNK]", "<unk>"))
     path, _ = records(tmp_path, 20, anchor="word1 漢 word2 漢")
-    found = tokenize_file(path, Output(tmp_path / "out"), Recipe(PAIRS, 64, 0.1), renamed)
+    found = tokenize_file(path, Output(tmp_path / "out"), TokenRecipe(PAIRS, 64, 0.1), renamed)
     assert found["lengths"]["anchor"]["unknown"] == 2 * 20
 
 
@@ -243,7 +240,7 @@ def test_length_figures_against_numpy() -> None:
         half.add(part, np.minimum(part, 64), room=64, unknown=len(part))
     total = LengthCounts()
     for half in halves:
-        total.merge(half.to_json())
+        total.merge(vars(half))
     summary, cut = total.summary(), np.minimum(lengths, 64)
     assert summary["mean"] == round(cut.mean(), 2)
     assert summary["std"] == round(cut.std(), 2)
@@ -258,7 +255,7 @@ def test_length_figures_against_numpy() -> None:
 def test_the_picture_is_drawn_whatever_there_is(tmp_path: Path) -> None:
     one = LengthCounts()
     one.add(np.array([3]), np.array([3]), room=8, unknown=0)
-    draw({"anchor": one, "negatives": LengthCounts()}, 8, tmp_path / "lengths.png")
+    draw_lengths({"anchor": one, "negatives": LengthCounts()}, 8, tmp_path / "lengths.png")
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -283,7 +280,7 @@ def test_a_pretrained_tokenizers_folder(tmp_path: Path, tokenizer: Tokenizer) ->
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(tmp_path).to_str() == load_tokenizer(tmp_path / "tokenizer.json").to_str()
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(ConfigError, match=r"tokenizer\.json is no tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is not a tokenizer\.json"):
         load_tokenizer(tmp_path)
 
 

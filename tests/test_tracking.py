@@ -16,13 +16,21 @@ from typing import Any
 import pytest
 
 from pipeline.config import Config, load
-from pipeline.runtime.console import log
-from pipeline.training.tracking.alerts import LEAST, FullMemory, LossSpikes
-from pipeline.training.tracking.jsonl import JsonLines, metrics_kind, read_rows
-from pipeline.training.tracking.summary import PANELS, _series, final_table, plot_history
-from pipeline.training.tracking.tracker import Metrics, Tracker, grouped
-from pipeline.training.tracking.trackers import Trackers
-from pipeline.training.tracking.wandb import _mode, run_id
+from pipeline.core.console import log
+from pipeline.train.alerts import LEAST, FullMemory, LossSpikes
+from pipeline.train.history import (
+    PANELS,
+    JsonLines,
+    Metrics,
+    Tracker,
+    _series,
+    final_table,
+    grouped,
+    metrics_kind,
+    plot_history,
+    read_rows,
+)
+from pipeline.train.trackers import Trackers, _mode, run_id
 
 
 def config_of(root: Path, *overrides: str) -> Config:

@@ -6,33 +6,33 @@ import math
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
 
 from pipeline.config import Config, load
+from pipeline.model.batch import Special
 from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel
+from pipeline.model.learner import Learner
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.objectives.learner import Learner, Special
-from pipeline.training.batch import to_batch
-from pipeline.training.checkpoints import (
+from pipeline.train.checkpoints import (
     TrainState,
     best_checkpoint,
     keep_best,
-    load_optimizer,
-    load_weights,
     newest_valid,
     next_attempt,
     prune,
     read_state,
-    save_checkpoint,
     step_folder,
 )
-from pipeline.training.loop import Run, TrainingStopped, Wishes, train
-from pipeline.training.optimizer import build_optimizer
-from pipeline.training.validation import Validation, ranking_metrics
+from pipeline.train.loop import ControlFlags, Hooks, Run, TrainingStopped, build_run, train
+from pipeline.train.optimizer import build_optimizer
+from pipeline.train.prefetch import to_batch
+from pipeline.train.saving import load_checkpoint, load_optimizer, save_checkpoint
+from pipeline.train.validation import Validation, ranking_metrics
 
 SHAPE = EncoderShape(vocab_size=64, d_model=16, num_layers=1, num_heads=2, d_ff=24, dropout=0.2, norm_eps=1.0)
 
@@ -74,15 +74,8 @@ def new_learner(config: Config) -> Learner:
 
 def new_run(config: Config, save: object = lambda run, state, is_best: None, stop: int = 12) -> Run:
     validation = Validation(to_batch(next(rows(0, 1))), lambda ids: [str(each) for each in ids], generated_texts=2)
-    return Run(
-        new_learner(config),
-        config,
-        lambda a, b: rows(a, min(b, stop)),
-        validation,
-        12,
-        save,  # type: ignore[arg-type]
-        lambda metrics: None,
-    )
+    hooks = Hooks(save, lambda metrics: None)  # type: ignore[arg-type]
+    return build_run(config, new_learner(config), lambda a, b: rows(a, min(b, stop)), validation, 12, hooks)
 
 
 def encoder_of(run: Run) -> Encoder:
@@ -94,7 +87,7 @@ def saver(folder: Path):  # type: ignore[no-untyped-def]
     def save(run: Run, state: TrainState, is_best: bool) -> None:
         target = folder / "attempt-001" / step_folder(state.step)
         target.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(target, run.learner, run.optimizer, state, tokenizer_json="{}", max_length=8)
+        save_checkpoint(target, run, state, "{}")
         if is_best:
             keep_best(target, folder, (target / "state.json").read_text())
 
@@ -117,12 +110,10 @@ def test_resumed_weights_are_bit_identical(killed_at: int, options: list[str], t
     assert state.step == 12
 
     train(new_run(config, saver(tmp_path / "killed"), stop=killed_at), TrainState())  # its feed ends: nothing is saved
-    checkpoint, _ = newest_valid(tmp_path / "killed")
-    assert checkpoint is not None
-    resumed = new_run(config)
-    load_weights(checkpoint, resumed.learner)
-    load_optimizer(checkpoint, resumed.optimizer, torch.device("cpu"))
-    start = read_state(checkpoint)
+    point = newest_valid(tmp_path / "killed")
+    assert point.folder is not None
+    resumed, start = new_run(config), point.state
+    load_checkpoint(point.folder, resumed)
     assert killed_at - 4 < start.step <= killed_at
     assert train(resumed, start).step == 12
     for name, tensor in whole.learner.state_dict().items():
@@ -139,7 +130,7 @@ def test_the_loss_falls_and_layers_join(tmp_path: Path) -> None:
         if "loss" in metrics:
             seen.append((metrics["loss"], encoder_of(run).active_layers))
 
-    run.report = note
+    run.hooks.report = note
     train(run, TrainState())
     losses, active = zip(*seen, strict=True)
     assert losses[-1] < 0.3 * losses[0]
@@ -189,7 +180,7 @@ def test_checkpoints_by_steps_and_by_minutes(tmp_path: Path) -> None:
 def test_asked_to_stop_a_run_ends_with_a_checkpoint_and_asked_to_save_goes_on(tmp_path: Path) -> None:
     saved: list[int] = []
     run = new_run(config_of(tmp_path), lambda run, state, is_best: saved.append(state.step))
-    run.wishes = lambda step: Wishes(stop=step == 6, save=step == 1)
+    run.hooks.control_flags = lambda step: ControlFlags(stop=step == 6, save=step == 1)
     state = train(run, TrainState())
     assert saved == [2, 4, 7]
     assert state.step == 7
@@ -226,11 +217,11 @@ def test_losses_that_are_no_numbers_are_skipped_and_then_stop_the_run(tmp_path: 
     """The third step's texts give no finite loss; at last none does."""
     run = new_run(config_of(tmp_path, "training.max_skipped_steps=3", "checkpointing.every_steps=2"))
     alerts: list[str] = []
-    run.alert = lambda title, text, step: alerts.append(text)
+    run.hooks.alert = lambda title, text, step: alerts.append(text)
     contrast, steps = run.learner.contrast, iter(range(12))
 
-    def broken(*args: object) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss, metrics = contrast(*args)  # type: ignore[arg-type]
+    def broken(*args: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, metrics = contrast(*args)
         return loss * (math.nan if next(steps) in (2, 4, 5, 6) else 1), metrics
 
     run.learner.contrast = broken  # type: ignore[method-assign, assignment]
@@ -238,14 +229,14 @@ def test_losses_that_are_no_numbers_are_skipped_and_then_stop_the_run(tmp_path: 
     with pytest.raises(TrainingStopped, match=r"step 6: the loss .* 3 steps in a row.* of step 6.* 6-0, 6-1, 6-2"):
         train(run, state)
     assert state.skipped_steps == 4
-    assert alerts == [f"step {k}: the loss is no finite number" for k in (2, 4, 5)]
+    assert alerts == [f"step {k}: the loss is NaN or infinite" for k in (2, 4, 5)]
     assert all(bool(torch.isfinite(p).all()) for p in run.learner.parameters())
 
 
 def test_fp16_scales_the_loss_and_gives_up_scales_that_are_too_large(tmp_path: Path) -> None:
     run = new_run(config_of(tmp_path, "training.precision=fp16", "training.log_every_steps=1"))
     losses: list[float] = []
-    run.report = lambda metrics: losses.append(metrics["loss"]) if "loss" in metrics else None
+    run.hooks.report = lambda metrics: losses.append(metrics["loss"]) if "loss" in metrics else None
     run.batches = lambda start, stop: (next(rows(0, 1)) for _ in range(start, stop))
     state = train(run, TrainState())
     assert 0 < state.skipped_steps < 12
@@ -286,10 +277,12 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(damage: str, run_dir: Path)
         (newest / "optimizer.pt").unlink()
     else:
         (newest / "state.json").write_text("{")
-    found, passed_over = newest_valid(run_dir)
-    assert found == run_dir / "attempt-001" / step_folder(8)
-    assert len(passed_over) == 1
-    assert str(newest) in passed_over[0]
+    point = newest_valid(run_dir)
+    assert (point.folder, point.state.step) == (run_dir / "attempt-001" / step_folder(8), 8)
+    assert len(point.passed_over) == 1
+    assert str(newest) in point.passed_over[0]
+    prune(run_dir, keep=1, newest=point.folder)
+    assert [folder.name for folder in (run_dir / "attempt-001").iterdir()] == [step_folder(8)]
 
 
 def test_a_planted_pickle_is_not_run(run_dir: Path) -> None:

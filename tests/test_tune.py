@@ -11,20 +11,24 @@ import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
 
 from pipeline.config import Config, ConfigError, load
 from pipeline.config.training import Scaling
-from pipeline.runtime.cluster import Capacity
-from pipeline.tuning.slots import slots
-from pipeline.tuning.space import Space
-from pipeline.tuning.sweep import Row, Sweep
-from pipeline.tuning.terms import Terms, trial_config
+from pipeline.core.cluster import Capacity
+from pipeline.train.space import Space
+from pipeline.train.study import Row, SweepStudy
+from pipeline.train.trial import STEP, VALUE, Criterion, slots, trial_config
+from pipeline.train.tuner import Deaths, Search, scheduler_of
 from tests.bucket_servers import s3
-from tests.conftest import make_pairs, no_board, run_here, write_jsonl
+from tests.conftest import make_pairs, no_progress, run_here, write_jsonl
 
 RATE = "training.learning_rate"
 TRIAL = {RATE: {"loguniform": [1e-4, 1e-1]}, "training.weight_decay": {"uniform": [0.0, 1.0]}}
@@ -136,8 +140,9 @@ def test_trials_and_their_workers_fit_side_by_side(
         assert slots(*given, most=1).trials == 1
 
 
-TERMS = Terms("ndcg@10", higher_is_better=True, total_steps=27, grace_steps=3)
+CRITERION = Criterion("ndcg@10", "max", total_steps=27, grace_steps=3)
 Score = Callable[[dict[str, Any], int], float]
+Ran = list[tuple[int, dict[str, Any], list[int]]]
 
 
 def by_rate(values: dict[str, Any], step: int) -> float:
@@ -145,37 +150,61 @@ def by_rate(values: dict[str, Any], step: int) -> float:
     return -abs(math.log10(values[RATE]) + 2) - 1 / step
 
 
-def run_trials(sweep: Sweep, count: int, score: Score = by_rate) -> list[tuple[int, dict[str, Any], list[int]]]:
-    """Up to `count` trials, one after the other: number, values, and the steps that it got to report."""
-    ran = []
-    while len(ran) < count and (candidate := sweep.next()) is not None:
-        steps = list(range(3, 28, 3))
-        reported = []
-        for step in steps:
-            reported.append(step)
-            if sweep.report(candidate.number, step, score(candidate.values, step), last=step == steps[-1]):
-                break
-        sweep.finish(candidate.number, reported[-1], 27)
-        ran.append((candidate.number, candidate.values, reported))
-    return ran
+class Controller:
+    """Calls a sweep's search and scheduler as Tune's controller does, for one trial after the other."""
+
+    def __init__(self, study: SweepStudy, score: Score = by_rate) -> None:
+        self.study, self.score = study, score
+        self.search, self.scheduler = Search(study, lambda row: None), scheduler_of(study)
+
+    def begin(self) -> tuple[Trial, int, dict[str, Any]]:
+        trial = Trial("stub", stub=True)
+        suggested = self.search.suggest(trial.trial_id)
+        self.scheduler.on_trial_add(None, trial)
+        return trial, suggested["number"], suggested["values"]
+
+    def report(self, trial: Trial, value: float, step: int, **more: Any) -> bool:
+        """Returns whether the trial is to end."""
+        result = {VALUE: value, STEP: step, "ended": step == 27, "steps": step, "whole_steps": 27, **more}
+        stop = self.scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP
+        if not stop:
+            self.search.on_trial_result(trial.trial_id, result)
+        if stop or result["ended"]:
+            self.scheduler.on_trial_complete(None, trial, result)
+            self.search.on_trial_complete(trial.trial_id, result)
+        return stop or result["ended"]
+
+    def run(self, count: int) -> Ran:
+        """Up to `count` trials: number, values, and the steps that it got to report."""
+        ran: Ran = []
+        while len(ran) < count and self.study.remaining:
+            trial, number, values = self.begin()
+            steps = iter(range(3, 28, 3))
+            reported = [next(steps)]
+            while not self.report(trial, self.score(values, reported[-1]), reported[-1]):
+                reported.append(next(steps))
+            ran.append((number, values, reported))
+        return ran
 
 
 def shown(rows: list[Row]) -> list[Any]:
     return [(row.number, row.state, row.values, row.curve, row.steps, row.whole_steps, row.reason) for row in rows]
 
 
-class TestSweep:
+class TestStudy:
     def test_asha_goes_on_with_the_best_third_of_those_that_came_so_far(self, tmp_path: Path) -> None:
-        config = config_of(tmp_path, {"space": TRIAL, "searcher": "random", "trials": 40})
-        with Sweep.open(config, TERMS) as sweep:
-            ran = run_trials(sweep, 40)
+        """Of those of an earlier start too."""
+        config, ran = config_of(tmp_path, {"space": TRIAL, "searcher": "random", "trials": 40}), []
+        for _ in range(2):
+            with SweepStudy.open(config, CRITERION) as study:
+                ran += Controller(study).run(20)
         rungs: dict[int, list[float]] = {3: [], 9: []}  # 27 is the end
         for _, values, reported in ran:
             last = 27
             for rung, seen in rungs.items():
-                value = by_rate(values, rung)
+                value, before = by_rate(values, rung), list(seen)
                 seen.append(value)
-                if sum(other > value for other in seen) >= max(1, len(seen) // 3):
+                if before and value < np.percentile(before, 100 * 2 / 3):
                     last = rung
                     break
             assert reported[-1] == last
@@ -184,105 +213,119 @@ class TestSweep:
 
     def test_median_stops_what_is_below_the_others(self, tmp_path: Path) -> None:
         tune = {"space": TRIAL, "searcher": "random", "scheduler": "median", "trials": 20}
-        with Sweep.open(config_of(tmp_path, tune), TERMS) as sweep:
-            ran = run_trials(sweep, 20, lambda values, step: by_rate(values, 1))
-        done: list[float] = []
+        config, ran = config_of(tmp_path, tune), []
+        for _ in range(2):
+            with SweepStudy.open(config, CRITERION) as study:
+                ran += Controller(study, lambda values, step: by_rate(values, 1)).run(10)
+        curves: list[tuple[int, float]] = []  # the last step, and the value at each
         for _, values, reported in ran:
             value = by_rate(values, 1)
-            below = len(done) >= 4 and value < statistics.median(done)
-            assert reported[-1] == (3 if below else 27)
-            done += [] if below else [value]
-        assert 4 < len(done) < 20
+            last = 27
+            for step in range(3, 28, 3):
+                others = [other for end, other in curves if end >= step]
+                if len(others) >= 3 and value < statistics.median(others):
+                    last = step
+                    break
+            curves.append((last, value))
+            assert reported[-1] == last
+        assert 4 < sum(last == 27 for last, _ in curves) < 20
 
-    @pytest.mark.parametrize("searcher", ["random", "optuna"])
     @pytest.mark.parametrize("scheduler", ["asha", "none"])
-    def test_killed_anywhere_it_tries_and_stops_what_it_would_have(
-        self, searcher: str, scheduler: str, tmp_path: Path
-    ) -> None:
-        tune = {"space": TRIAL, "searcher": searcher, "scheduler": scheduler, "trials": 14}
-        with Sweep.open(config_of(tmp_path, tune), TERMS) as sweep:
-            run_trials(sweep, 14)
-            expected = shown(sweep.rows)
-        chance, folder = random.Random(searcher + scheduler), tmp_path / "killed"
+    def test_killed_anywhere_it_tries_and_stops_what_it_would_have(self, scheduler: str, tmp_path: Path) -> None:
+        tune = {"space": TRIAL, "searcher": "random", "scheduler": scheduler, "trials": 14}
+        with SweepStudy.open(config_of(tmp_path, tune), CRITERION) as study:
+            Controller(study).run(14)
+            expected = shown(study.rows)
+        chance, folder = random.Random(scheduler), tmp_path / "killed"
         folder.mkdir()
-        config, starts = config_of(folder, tune), 0
+        config, starts, ran = config_of(folder, tune), 0, []
         journal = folder / "runs" / "s" / "tune" / "journal.jsonl"
         while True:
             starts += 1
-            with Sweep.open(config, TERMS) as sweep:
-                run_trials(sweep, chance.randrange(3))
-                if sweep.done == 14:
+            with SweepStudy.open(config, CRITERION) as study:
+                controller = Controller(study)
+                ran += controller.run(chance.randrange(3))
+                if not study.remaining:
                     break
-                candidate = sweep.next()
-                assert candidate
+                trial, number, values = controller.begin()
                 for step in range(3, chance.choice([3, 6, 12]), 3):  # is under way when the driver is killed
-                    if sweep.report(candidate.number, step, by_rate(candidate.values, step)):
-                        sweep.finish(candidate.number, step, 27)
+                    if controller.report(trial, by_rate(values, step), step):
+                        ran.append((number, values, [step]))
                         break
             with journal.open("a") as file:
                 file.write('{"op_code": 5, "torn')
         assert starts > 3
-        assert shown(sweep.rows) == expected
+        assert shown(study.rows) == expected
+        assert sorted(number for number, _, _ in ran) == list(range(14))  # none again
 
     def test_what_was_under_way_comes_first_under_its_number(self, tmp_path: Path) -> None:
-        """The first trial of all is the config as it is."""
+        """The first trial of all is the config as it is. Twice killed, the second time with a trial in the queue."""
         config = config_of(tmp_path, {"space": TRIAL, "trials": 9}, training={"learning_rate": 3e-3})
-        with Sweep.open(config, TERMS) as sweep:
-            begun = [sweep.next() for _ in range(3)]
-            assert sweep.rows[0].values == {RATE: 3e-3, "training.weight_decay": 0.01}
-            assert sweep.config_row == sweep.rows[0]
-            sweep.report(1, 3, 0.5)
-            sweep.finish(1, 3, 27)
-        with Sweep.open(config, TERMS) as sweep:
-            again = [sweep.next() for _ in range(3)]
-            assert sweep.rows[1].curve == {3: 0.5}
-        assert [(c.number, c.taken_up) for c in again if c] == [(0, True), (2, True), (3, False)]
-        assert [c.values for c in again[:2] if c] == [c.values for c in (begun[0], begun[2]) if c]
+        with SweepStudy.open(config, CRITERION) as study:
+            controller = Controller(study)
+            begun = [controller.begin() for _ in range(3)]
+            assert study.rows[0].values == {RATE: 3e-3, "training.weight_decay": 0.01}
+            assert study.config_row == study.rows[0]
+            controller.report(begun[1][0], 0.5, 3)
+            controller.report(begun[1][0], 0.6, 27)
+        for _ in range(2):
+            with SweepStudy.open(config, CRITERION) as study:
+                assert [row.number for row in study.rows] == [1]
+                controller = Controller(study)
+                again = [controller.begin() for _ in range(3)]
+                assert study.rows[1].curve == {3: 0.5, 27: 0.6}
+                assert study.remaining == 8
+            assert [number for _, number, _ in again] == [0, 2, 3]
+            assert [values for *_, values in again[:2]] == [begun[0][2], begun[2][2]]
 
     def test_the_searcher_learns_and_keeps_it_over_a_restart(self, tmp_path: Path) -> None:
         config = config_of(tmp_path, {"space": TRIAL, "scheduler": "none", "trials": 60})
-        with Sweep.open(config, TERMS) as sweep:
-            run_trials(sweep, 40)
-        with Sweep.open(config, TERMS) as sweep:
-            learnt = [math.log10(values[RATE]) for _, values, _ in run_trials(sweep, 20)]
-            assert next(iter(sweep.importance())) == RATE
-            assert sweep.importance()[RATE] > 0.8  # the decay changes nothing
+        with SweepStudy.open(config, CRITERION) as study:
+            earlier = Controller(study).run(40)
+        with SweepStudy.open(config, CRITERION) as study:
+            later = Controller(study).run(20)
+            assert next(iter(study.importance())) == RATE
+            assert study.importance()[RATE] > 0.8  # the decay changes nothing
+        assert len({json.dumps(values) for _, values, _ in earlier + later}) == 60
+        learnt = [math.log10(values[RATE]) for _, values, _ in later]
         assert sum(abs(rate + 2) for rate in learnt) / 20 < 0.53  # up to 0.43 over seeds; from 0.62 on if it forgets
 
     def test_a_grid_is_gone_through_once_over_restarts(self, tmp_path: Path) -> None:
         space = {RATE: {"choice": [1e-3, 1e-2, 1e-1]}, "training.seed": {"integer": [1, 3]}}
         config = config_of(tmp_path, {"space": space, "searcher": "grid", "scheduler": "none"})
         for _ in range(6):
-            with Sweep.open(config, TERMS) as sweep:
-                run_trials(sweep, 2)
-                rows = sweep.rows
+            with SweepStudy.open(config, CRITERION) as study:
+                Controller(study).run(2)
+                rows = study.rows
         points = [(row.values[RATE], row.values["training.seed"]) for row in rows]
-        assert sorted(points) == [(rate, seed) for rate in (1e-3, 1e-2, 1e-1) for seed in (1, 2, 3)]
+        assert points == [(rate, seed) for rate in (1e-3, 1e-2, 1e-1) for seed in (1, 2, 3)]
 
     def test_failures_are_told_apart_and_never_best(self, tmp_path: Path) -> None:
-        with Sweep.open(config_of(tmp_path, {"space": TRIAL, "trials": 4}), TERMS) as sweep:
-            for number in range(4):
-                assert sweep.next()
-                sweep.report(number, 3, [0.1, 0.9, math.nan, 0.2][number])
-            sweep.finish(1, 5, 27, failed="the loss is no finite number")
-            sweep.finish(2, 3, 27)
-            assert sweep.best is None
-            sweep.finish(0, 3, 27)
-            best = sweep.best
-            rows = sweep.rows
+        with SweepStudy.open(config_of(tmp_path, {"space": TRIAL, "trials": 4}), CRITERION) as study:
+            controller = Controller(study)
+            trials = [controller.begin()[0] for _ in range(4)]
+            controller.report(trials[1], 0.9, 3)
+            controller.report(trials[1], math.nan, 0, steps=5, failed="the loss is no finite number", ended=True)
+            controller.report(trials[2], math.nan, 0, steps=27, ended=True)
+            controller.search.on_trial_complete(trials[3].trial_id, error=True)
+            (tmp_path / "error.txt").write_text("Traceback\nthe node is gone\n")
+            died: Any = SimpleNamespace(trial_id=trials[3].trial_id, error_file=tmp_path / "error.txt", last_result={})
+            Deaths(controller.search).on_trial_error(1, trials, died)
+            assert study.best is None
+            controller.report(trials[0], 0.1, 27)
+            best, rows = study.best, study.rows
         assert best is not None
         assert best.number == 0
-        reasons = ["the loss is no finite number", "it gave no ndcg@10"]
-        assert [(row.state, row.reason) for row in rows[1:3]] == [("failed", reason) for reason in reasons]
+        reasons = ["the loss is no finite number", "it gave no ndcg@10", "its process died: the node is gone"]
+        assert [(row.state, row.reason) for row in rows[1:]] == [("failed", reason) for reason in reasons]
         assert (rows[1].steps, rows[1].whole_steps) == (5, 5)
 
     def test_another_sweep_in_the_folder_is_refused_and_more_trials_are_not(self, tmp_path: Path) -> None:
-        with Sweep.open(config_of(tmp_path, {"space": TRIAL, "trials": 2}), TERMS) as sweep:
-            run_trials(sweep, 9)
-        with Sweep.open(config_of(tmp_path, {"space": TRIAL, "trials": 4}), TERMS) as sweep:
-            assert len(run_trials(sweep, 9)) == 2
+        for trials, left in ((2, 2), (4, 2)):
+            with SweepStudy.open(config_of(tmp_path, {"space": TRIAL, "trials": trials}), CRITERION) as study:
+                assert len(Controller(study).run(9)) == left
         other = config_of(tmp_path, {"space": {RATE: TRIAL[RATE]}, "seed": 1}, training={"max_grad_norm": 2.0})
-        with pytest.raises(ConfigError) as error, Sweep.open(other, TERMS):
+        with pytest.raises(ConfigError) as error, SweepStudy.open(other, CRITERION):
             pass
         for key in ("tune.seed (then 0, now 1)", "training.max_grad_norm", "tune.space.training.weight_decay"):
             assert key in str(error.value)
@@ -290,24 +333,25 @@ class TestSweep:
 
     def test_a_loss_is_best_where_it_is_low(self, tmp_path: Path) -> None:
         config = config_of(tmp_path, {"space": TRIAL, "trials": 12, "metric": "validation_loss", "searcher": "random"})
-        terms = Terms.of(config, 27)
-        assert (terms.metric, terms.higher_is_better, terms.grace_steps) == ("loss", False, 3)
-        with Sweep.open(config, terms) as sweep:
-            run_trials(sweep, 12, lambda values, step: -by_rate(values, step))
-            rows, best = sweep.rows, sweep.best
+        criterion = Criterion.of(config, 27)
+        assert criterion == Criterion("loss", "min", 27, 3)
+        with SweepStudy.open(config, criterion) as study:
+            Controller(study, lambda values, step: -by_rate(values, step)).run(12)
+            rows, best = study.rows, study.best
         assert best is not None
         assert best.value == min(row.value or math.inf for row in rows if row.state == "done")
         assert max(row.steps for row in rows) == 27
+        assert min(row.steps for row in rows) == 3
 
 
 def test_a_trial_is_a_run_of_its_own_with_its_values_and_the_budget(tmp_path: Path) -> None:
     config = config_of(tmp_path, {"space": TRIAL, "max_steps": 90}, training={"max_epochs": 3})
-    trial = trial_config(config, Terms.of(config, 90), 7, {RATE: 0.02})
+    trial = trial_config(config, Criterion.of(config, 90), 7, {RATE: 0.02})
     assert trial.run_dir == tmp_path / "runs" / "s" / "tune" / "trials" / "0007"
     assert (trial.training.learning_rate, trial.training.max_steps, trial.training.max_epochs) == (0.02, 90, None)
     assert (trial.training.validate_every_steps, trial.training.best_metric) == (10, "ndcg@10")
     with pytest.raises(ConfigError, match="trial 7"):
-        trial_config(config, Terms.of(config, 90), 7, {"model.num_heads": 3})
+        trial_config(config, Criterion.of(config, 90), 7, {"model.num_heads": 3})
 
 
 class Tuning:
@@ -375,7 +419,7 @@ class TestRealSweep:
         self.check_the_best_model_alone_is_kept(folder)
         self.check_trackers(folder, {int(row["trial"]) + 1: float(row["loss"]) for row in rows if row["loss"]})
 
-        monkeypatch.setattr("pipeline.stages.ray_session", no_board)
+        monkeypatch.setattr("pipeline.stages.ray_session", no_progress)
         code, last, err = tuning(capsys, *GRID)
         assert (code, last["metrics"]["trials"]) == (0, 4), err
         assert "nothing to do, all 4 trials have ended" in err
@@ -389,7 +433,7 @@ class TestRealSweep:
         assert load(folder / "best.yaml", environ={}).dump() == written == expected
 
     def check_the_best_model_alone_is_kept(self, folder: Path) -> None:
-        from pipeline.training.checkpoints import read_state
+        from pipeline.train.checkpoints import read_state
 
         (kept,) = folder.glob("trials/*/*/step-*")
         rows = [json.loads(line) for line in (kept.parents[1] / "metrics.jsonl").read_text().splitlines()]
@@ -442,11 +486,13 @@ class TestRealSweep:
     ) -> None:
         """How a real trial fails, the first test shows."""
 
-        def drive(sweep: Sweep, errand: Any, done: Callable[[Row], None]) -> None:
-            while candidate := sweep.next():
-                done(sweep.finish(candidate.number, failed="it diverged"))
+        def run_trials(study: SweepStudy, context: Any, on_end: Callable[[Row], None]) -> None:
+            search = Search(study, on_end)
+            for trial_id in ("a", "b"):
+                search.suggest(trial_id)
+                search.on_trial_complete(trial_id, {"failed": "it diverged"})
 
-        monkeypatch.setattr("pipeline.tuning.drive.drive", drive)
+        monkeypatch.setattr("pipeline.train.tuner.run_trials", run_trials)
         space = "tune.space={training.global_batch_size: {choice: [4096, 8192]}}"
         code, last, err = tuning(capsys, space, "tune.trials=2", "storage.run=bad", "training.global_batch_size=4096")
         assert code == 2  # the config itself cannot be trained

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 from lance.query import MatchQuery
 
-from pipeline.embedding.words import SEPARATOR, TEXTS_AT_ONCE, word_settings, words
-from pipeline.evaluation.metrics import bm25_ranking
+from pipeline.evaluate.metrics import bm25_ranking
+from pipeline.index.words import SEPARATOR, TEXTS_AT_ONCE, word_settings, words
 
 SENTENCES = {
     "Chinese": ["今天天气很好,我们去公园散步。", "图书馆里有很多书。", "火车站离这里不远。"],

@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.embedding.columns import as_column
-from pipeline.embedding.table import VectorTable, Writer
-from pipeline.storage.path import StoragePath
-from pipeline.text.identity import content_id
+from pipeline.core.path import StoragePath
+from pipeline.data.partitions import content_id
+from pipeline.index.table import VectorTable
+from pipeline.index.vectors import as_column
+from pipeline.index.writer import Writer
 
 WIDTH = 5
 Place = dict[str, Any]
@@ -73,7 +74,7 @@ class World:
         self.documents |= documents
         if documents:
             rows = rows_of(self.table, documents).sort_by("id").combine_chunks()
-            writer.append([fragment for _, fragment, _ in self.table.write(rows)])
+            writer.append(self.table.write(rows))
 
     def change(self, writer: Writer, documents: Documents) -> None:
         """Other places of texts that are there."""
@@ -82,7 +83,7 @@ class World:
             rows = rows_of(self.table, documents).sort_by("id").combine_chunks()
             old = self.table.read(["id", "_rowid"])
             keep = pc.is_in(old["id"], rows["id"].combine_chunks())
-            writer.append([fragment for _, fragment, _ in self.table.write(rows)])
+            writer.append(self.table.write(rows))
             writer.delete(old["_rowid"].filter(keep).to_numpy())
 
     def remove(self, writer: Writer, texts: list[str]) -> None:

@@ -1,15 +1,14 @@
 """The one config tree, from a YAML file, the environment and `section.key=value` arguments."""
 
 from pipeline.config.data import Augment, Data, NearDuplicates, Quality, Safety, Sanitize, Source, Tokenizer
-from pipeline.config.embedding import Embedding
+from pipeline.config.embedding import Embedding, Pinecone
+from pipeline.config.evaluation import Mining
 from pipeline.config.loading import load
-from pipeline.config.mining import Mining
 from pipeline.config.model import Model
 from pipeline.config.objective import Objective, Writing
-from pipeline.config.pinecone import Pinecone
-from pipeline.config.reading import ConfigError
 from pipeline.config.tree import Config
 from pipeline.config.tune import Dimension, Tune
+from pipeline.core.outcome import ConfigError
 
 __all__ = [
     "Augment",

@@ -1,4 +1,4 @@
-"""The sections `data` and `tokenizer`: where records come from, what becomes of them, and how they turn into tokens."""
+"""The sections `data` and `tokenizer`: where records come from, how they are filtered, and how they are tokenized."""
 
 from __future__ import annotations
 
@@ -18,39 +18,40 @@ class Source(Section):
     name: Name
     """Name of the source, in the manifest and in each record's `source_id`."""
     type: Literal["text", "json", "csv", "parquet", "arrow", "huggingface", "python_packages"]
-    """text: see `record`. json: JSON Lines, or a file that holds one JSON value, of objects. csv: with a header line;
-    tab-separated where the name says .tsv. arrow: files, streams and Feather. huggingface: a data set of the hub, or a
-    folder of one. python_packages: the functions and classes of the installed packages.
-    Files ending in .gz or .zst are decompressed on the way."""
+    """text: see `record`. json: JSON Lines, or one JSON array of objects per file. csv: with a header line; .tsv files
+    are tab-separated. arrow: Arrow files, streams and Feather. huggingface: a data set of the hub, or its folder.
+    python_packages: the functions and classes of the installed packages. Files ending in .gz or .zst are
+    decompressed."""
     path: PathStr | None = None
-    """A file, a folder or a glob, on local disk, s3://, gs:// or az:// (with options as in `?region=eu-west-1` and
+    """A file, a folder or a glob, on local disk, s3://, gs:// or az:// (with options such as `?region=eu-west-1` or
     `?anonymous=true`). huggingface: the data set's name. python_packages: a folder of packages, by default this
     Python's site-packages."""
     record: Literal["file", "paragraph", "line"] = "file"
-    """What a text source's record is. A file has the fields `title` (its title or first line), `body` (the rest) and
-    `text` (all); a paragraph and a line have `text`."""
+    """What a record of a text source is. A file has the fields `title` (its title or first line), `body` (the rest) and
+    `text` (all); a paragraph or a line has `text`."""
     delimiter: str | None = Field(None, min_length=1, max_length=1)
-    """Between a csv source's cells; by default a tab in .tsv files, else a comma."""
+    """Character between the cells of a csv source; by default a tab in .tsv files, else a comma."""
     config: str | None = None
     """huggingface: the data set's configuration."""
     split: str = "train"
     """huggingface: the data set's split."""
     revision: str | None = None
-    """huggingface: the commit or tag; pin it, or the data changes when its owner changes it."""
+    """huggingface: the commit or tag. Without it, the data may change whenever its owner changes it."""
     fields: dict[TextField | Literal["id"], str] = {}
-    """Record field → the source's own field, dots for nested ones. By default fields of the same name; of text files
-    `title` → `body`, of python_packages `docstring` → `code`. A list of texts is joined by blank lines."""
+    """Record field → the source's field, with dots for nested fields. Default: fields of the same name; for text files
+    `title` → `body`, for python_packages `docstring` → `code`. A list of texts is joined by blank lines."""
     metadata: list[str] = []
-    """Further fields of the source that ride along with each record."""
+    """Other fields of the source to keep with each record."""
     prompts: dict[TextField, str] = {}
-    """Record field → what is put before it when it is tokenized, such as {anchor: "query: "}. Not part of the id.
-    Queries of a search and of evaluation get the anchor's prompt where all sources have the same."""
+    """Record field → prompt that is prepended before tokenizing, such as {anchor: "query: "}. Not part of the id.
+    Search and evaluation prepend the anchor's prompt to queries if it is the same for all sources."""
     weight: float | None = Field(None, gt=0)
-    """Share of training batches, against the other sources' weights. By default in proportion to rows."""
+    """Share of training batches, relative to the other sources' weights. Default: proportional to the number of
+    rows."""
     max_samples: int | None = Field(None, ge=1)
-    """Read at most so many records: those first in the source's own order."""
+    """Read at most this many records, the first in the source's order."""
     quality: QualityPreset | None = None
-    """This source's own preset, in place of `data.quality.preset`."""
+    """This source's preset, instead of `data.quality.preset`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Source:
@@ -61,7 +62,7 @@ class Source(Section):
             raise ValueError("`fields` that map either `text`, or `anchor` and `positive`, with `negatives` or without")
         for key, types in (("record", ["text"]), ("delimiter", ["csv"]), *((k, ["huggingface"]) for k in _HUB_KEYS)):
             if getattr(self, key) != type(self).model_fields[key].default and self.type not in types:
-                raise ValueError(f"`{key}` on sources of type {types[0]} alone, not {self.type}")
+                raise ValueError(f"`{key}` only on sources of type {types[0]}, not {self.type}")
         return self
 
 
@@ -76,14 +77,14 @@ class Sanitize(Section):
     remove_controls: bool = True
     """Remove control characters other than newline and tab."""
     remove_zero_width: bool = True
-    """Remove zero-width spaces, soft hyphens and byte order marks; joiners, which scripts and emoji need, stay."""
+    """Remove zero-width spaces, soft hyphens and byte order marks; joiners, which scripts and emoji need, are kept."""
     remove_bidi_overrides: bool = True
-    """Remove characters that reverse what is shown against what is written."""
+    """Remove characters that make text display in another order than it is stored."""
     whitespace: Literal["auto", "collapse", "keep"] = "auto"
-    """collapse: one blank where there are several, one empty line at most. keep: indentation and blanks inside lines
-    stay. auto: keep where the quality preset is `code` and of python_packages, else collapse."""
+    """collapse: one space instead of several, at most one empty line. keep: keep indentation and spaces inside lines.
+    auto: keep for the quality preset `code` and for python_packages, else collapse."""
     lowercase: bool = False
-    """Lower-case the records themselves; `tokenizer.lowercase` leaves them as they are and lower-cases tokens."""
+    """Lower-case the records; `tokenizer.lowercase` only lower-cases tokens."""
     allowed_characters: str | None = None
     """A character class in regex's syntax such as '\\p{L}\\p{N}\\p{P}\\s'; characters outside it are removed."""
 
@@ -100,74 +101,75 @@ class Sanitize(Section):
 
 class Safety(Section):
     rules: PathStr | None = None
-    """A YAML file of rules of your own; by default those of pipeline/text/safety_rules.yaml."""
+    """A YAML file with your own rules; by default pipeline/data/safety_rules.yaml."""
     actions: dict[str, Literal["keep", "redact", "reject"]] = {}
-    """Rule or category → what to do with what it finds, in place of the rule's own action: `{email: redact}`."""
+    """Rule or category → what to do with its matches, instead of the rule's own action: `{email: redact}`."""
 
 
 class Quality(Section):
     preset: QualityPreset = "none"
     """web: Gopher, C4 and FineWeb rules, for pages. short: for titles, descriptions and questions. code: for programs.
-    Judged is the field that is searched (`positive`, else `text`)."""
+    Applied to the field that is searched (`positive`, else `text`)."""
     thresholds: dict[str, float] = {}
-    """Thresholds in place of the preset's; pipeline/text/quality.py lists them with their sources."""
+    """Thresholds that replace the preset's; pipeline/data/quality.py lists them with their sources."""
     languages: list[str] = []
-    """Keep records in these languages alone (ISO 639-1 codes such as en); [] keeps all."""
+    """Keep only records in these languages (ISO 639-1 codes such as en); [] keeps all."""
     min_language_score: Share = 0.65
-    """Probability that the identified language must reach (FineWeb, section 3.3)."""
+    """Smallest probability of the identified language (FineWeb, section 3.3)."""
 
 
 class NearDuplicates(Section):
     threshold: float | None = Field(None, gt=0, le=1)
-    """Jaccard similarity over 5-word shingles from which a record is a near-duplicate; null removes exact ones alone.
-    0.8 is the usual choice (Lee et al. 2022, section 4.2)."""
+    """Jaccard similarity of 5-word shingles from which a record is a near-duplicate; null: remove only exact
+    duplicates. 0.8 is the usual choice (Lee et al. 2022, section 4.2)."""
     permutations: int = Field(256, ge=16, le=1024)
-    """Length of a MinHash signature. Bands are cut from it so that a pair at the threshold is found 99 times in 100."""
+    """Length of a MinHash signature. Its bands are chosen so that a pair at the threshold is found with probability
+    0.99."""
 
 
 class Augment(Section):
     word_dropout: Share = 0.0
-    """Share of an anchor's words that are left out."""
+    """Share of an anchor's words that are deleted."""
     span_masking: Share = 0.0
     """Share of an anchor's words that are replaced by [MASK], in spans of three on average (SpanBERT, section 3.1)."""
     truncation: Share = 0.0
-    """Largest share of an anchor's words that is cut off its end."""
+    """Largest share of an anchor's words that is cut from its end."""
 
 
 class Data(Section):
     sources: list[Source] = Field([Source(name="packages", type="python_packages")], min_length=1)
     """Where records come from."""
     prepared: PathStr | None = None
-    """A prepared data set to use as it is, made from the same sources: what jobs/mine.py wrote. Relative to
-    storage.root."""
+    """A prepared data set to use instead of preparing one, such as the one that jobs/mine.py wrote; made from the same
+    sources. Relative to storage.root."""
     max_bad_fraction: Share = 0.05
-    """Stop when a larger share of a source's records cannot be read (broken lines, missing fields, bad bytes)."""
+    """Stop if a larger share of a source's records cannot be read (broken lines, missing fields, bad bytes)."""
     min_chars: int = Field(10, ge=1)
     """Records with a shorter field, in characters, are rejected: 10 drops docstrings such as "See base." (ours)."""
     max_chars: int = Field(1_000_000, ge=1)
     """Records with a longer field, in characters, are rejected."""
     max_nonprintable: Share = 0.1
-    """Records with a field of a larger share of non-printable characters are rejected (ours: binary is > 0.3)."""
+    """Records with a field that has a larger share of non-printable characters are rejected (ours: binary is > 0.3)."""
     sanitize: Sanitize = Sanitize()
     """How texts are normalised."""
     safety: Safety = Safety()
-    """What is done with suspicious patterns and personal data."""
+    """What to do with suspicious patterns and personal data."""
     quality: Quality = Quality()
-    """Which texts are worth keeping."""
+    """Which texts are kept."""
     near_duplicates: NearDuplicates = NearDuplicates()
-    """Removal of records that are nearly equal to others, over all sources."""
+    """Removal of near-duplicates, across all sources."""
     max_removed_fraction: Share = 1.0
-    """Stop when duplicates, exact and near, are a larger share of the records that passed the rules."""
+    """Stop if duplicates, exact and near, are a larger share of the records that passed the rules."""
     decontaminate: list[PathStr] = []
-    """BEIR folders: records that equal or nearly equal one of their documents or queries are removed."""
+    """BEIR folders: records that are duplicates or near-duplicates of their documents or queries are removed."""
     decontaminate_threshold: float = Field(0.8, gt=0, le=1)
-    """Jaccard similarity from which a record nearly equals an evaluation text."""
+    """Jaccard similarity from which a record is a near-duplicate of an evaluation text."""
     validation_fraction: float = Field(0.02, gt=0, lt=0.5)
-    """Share of records held out, chosen by hash of id."""
+    """Share of records held out, chosen by the hash of their id."""
     augment: Augment = Augment()
-    """Changes to the anchors of training pairs, the same on every run."""
+    """Augmentation of the anchors of training pairs, the same in every run."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Seed of the order of rows in shards and of augmentation."""
+    """Seed of the order of rows and of augmentation."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Data:
@@ -179,28 +181,30 @@ class Data(Section):
         return self
 
     def prompt(self, *fields: TextField) -> str:
-        """The prompt that all sources put before the first of `fields` they have one for; "" where they differ."""
+        """The prompt that all sources have for the first of `fields` with a prompt; "" if they differ."""
         found = {next((s.prompts[name] for name in fields if name in s.prompts), "") for s in self.sources}
         return found.pop() if len(found) == 1 else ""
 
 
 class Tokenizer(Section):
     load_path: PathStr | None = None
-    """A tokenizer.json, or a pretrained tokenizer's folder. Without one, one is trained once and kept with the data."""
+    """A tokenizer.json, or a pretrained tokenizer's folder. By default a tokenizer is trained and kept with the
+    data."""
     type: Literal["bpe", "wordpiece", "unigram"] = "bpe"
-    """What is trained. Byte-level BPE trains to the same file every time; the other two do not (tokenizers 0.23)."""
+    """Kind of tokenizer that is trained. Training is deterministic for byte-level BPE only (tokenizers 0.23)."""
     vocab_size: int = Field(16_000, ge=512, le=1_000_000)
-    """Tokens in a trained vocabulary."""
+    """Size of a trained vocabulary."""
     lowercase: bool = True
-    """Lower-case before tokenizing: small data sees each word more often (debian: +0.01 NDCG@10, ours)."""
+    """Lower-case before tokenizing, which helps on small data (debian: +0.01 NDCG@10, ours)."""
     max_length: int = Field(128, ge=2, le=131_072)
-    """Tokens of a text that a model sees, special ones included."""
+    """Tokens of a text that the model sees, with special tokens."""
     long_texts: Literal["truncate", "windows"] = "truncate"
-    """What becomes of longer texts. windows: rows of `max_length` tokens each, with their parent's id; text alone."""
+    """What to do with longer texts. windows: cut them into rows of `max_length` tokens with their parent's id; for
+    records with `text` only."""
     window_overlap: int = Field(16, ge=0)
-    """Tokens that neighbouring windows share."""
+    """Tokens shared by neighbouring windows."""
     train_mb: int = Field(64, ge=1)
-    """Text the vocabulary is trained on, in MB: the records first by hash."""
+    """Size of the sample that the tokenizer is trained on, in MB; records are chosen by hash."""
 
     @model_validator(mode="after")
     def _windows_move(self) -> Tokenizer:

@@ -1,29 +1,31 @@
-"""A DeepSpeed JSON file as keys of our own: `training.deepspeed_config: ds.json`.
+"""Converts a DeepSpeed JSON file to a config, once: `python jobs/from_deepspeed.py ds.json > config.yaml`.
 
-    rows = apply_deepspeed(tree, arguments=["training.learning_rate"])
-    tree["training"]["strategy"]        # "fsdp", of {"zero_optimization": {"stage": 2}}
-    rows[0]                             # Row("zero_optimization.stage", "2", "training.strategy=fsdp", "fsdp shards …")
+    {"zero_optimization": {"stage": 2}, "gradient_clipping": "auto"}
 
-Its values take the place of those in the YAML; `section.key=value` arguments beat it. "auto" keeps our own value, as
-transformers' Trainer does. A key that only tunes speed, memory or printing is listed as not needed, and one without a
-counterpart is refused by name (`deepspeed_keys` has them all). What is kept is the mathematics of the training, and
-nothing of DeepSpeed itself is needed for it.
+becomes, under a table of what became of each key,
+
+    training:
+      strategy: fsdp
+
+"auto" keeps our default, as in transformers' Trainer. A key that only tunes speed, memory or printing is listed as not
+needed; one without a counterpart is refused by name (`deepspeed_keys` lists them all). DeepSpeed is not needed.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from pydantic import TypeAdapter, ValidationError
+import yaml
+from pydantic import ValidationError
 
 from pipeline.config import deepspeed_keys as keys
-from pipeline.config.deepspeed_batch import batch_parts
-from pipeline.config.reading import ConfigError, kind_of
-from pipeline.config.section import PathStr
+from pipeline.config.reading import explain, kind_of
+from pipeline.config.tree import Config
+from pipeline.core.outcome import ConfigError
 
 AUTO = "auto"
 SWITCH = {True: True, False: False, AUTO: AUTO}
@@ -35,39 +37,37 @@ class Row(NamedTuple):
     key: str
     """DeepSpeed's, with dots."""
     value: str
-    """As JSON; "" where the file lacks the key and DeepSpeed's default counts."""
+    """In the file; "" where the file lacks the key and DeepSpeed's default counts."""
     became: str
     """`section.key=value`, or ""."""
     note: str
 
 
-HEADER = ("DeepSpeed", "value", "became", "note")
+def to_yaml(file: Path) -> str:
+    """The YAML of our keys under a table, in comments, of what became of each key. Raises ConfigError."""
+    tree, rows = convert(file)
+    table = [Row("DeepSpeed", "value", "became", "note"), *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
+    return "".join(f"# {line}\n" for line in lines) + "\n" + yaml.safe_dump(tree, sort_keys=False)
 
 
-def apply_deepspeed(tree: dict[str, Any], arguments: Sequence[str] = ()) -> list[Row]:
-    """Put the settings of `training.deepspeed_config` into the tree, but for the keys among `arguments`.
+def convert(file: Path) -> tuple[dict[str, Any], list[Row]]:
+    """Our keys by section, and what became of each of DeepSpeed's, in the file's order.
 
-    Returns what became of each key, in the file's order; [] where there is no file. Raises ConfigError for a file that
-    is no JSON object, and for a key or a value without a counterpart. What else the tree holds, and the ranges of
-    values, are left to the tree's own validation; `origin` helps it to say where a value is from.
+    Raises ConfigError for a file that is not a JSON object, for a key or value without a counterpart, and for a value
+    that our config does not allow.
     """
-    training = tree.get("training")
-    name = training.get("deepspeed_config") if isinstance(training, dict) else None
+    conversion = _Conversion(file, _read(file))
+    rows = conversion.rows_in_order()
     try:
-        file = Path(TypeAdapter(PathStr).validate_python(name, strict=True))
-    except ValidationError:
-        return []
-    return _Translation(file, _read(file), tree, arguments).rows_in_order()
-
-
-def origin(rows: Sequence[Row], config: Path, deepspeed: str, location: Sequence[int | str]) -> Path:
-    """Which file, and which key in it, a refused value is from; `location` is pydantic's."""
-    ours = ".".join(str(part) for part in location[:2])
-    theirs = [row.key for row in rows if row.became.startswith(f"{ours}=")]
-    if theirs:
-        return Path(f"{deepspeed} ({theirs[-1]})")
-    mixed = len(location) == 1 and any(row.became.startswith(f"{ours}.") for row in rows)
-    return Path(f"{config} with {deepspeed}") if mixed else config
+        Config.model_validate(conversion.tree)
+    except ValidationError as error:
+        ours = ".".join(map(str, error.errors()[0]["loc"][:2]))
+        theirs = [row.key for row in rows if row.became.startswith(f"{ours}=")]
+        where = Path(f"{file} ({theirs[-1]})") if theirs else file
+        raise ConfigError(explain(error, where, [], Config)) from None
+    return conversion.tree, rows
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -104,11 +104,12 @@ def _flat(content: Mapping[str, Any], block: str = "") -> dict[str, Any]:
     return leaves
 
 
-class _Translation:
-    """From the file's keys to ours in the tree, a row each."""
+class _Conversion:
+    """From the file's keys to a tree of ours, with a row for each."""
 
-    def __init__(self, file: Path, given: dict[str, Any], tree: dict[str, Any], arguments: Sequence[str]) -> None:
-        self.file, self.given, self.tree, self.arguments = file, given, tree, arguments
+    def __init__(self, file: Path, given: dict[str, Any]) -> None:
+        self.file, self.given = file, given
+        self.tree: dict[str, dict[str, Any]] = {}
         self.rows: list[Row] = []
 
     def rows_in_order(self) -> list[Row]:
@@ -137,11 +138,10 @@ class _Translation:
             self._defaults(self.given[keys.SCHEDULE])
 
     def _defaults(self, block: str) -> None:
-        """DeepSpeed's, where neither its file nor the tree has a value."""
+        """DeepSpeed's own, where its file lacks a value."""
         for key, value in keys.DEFAULTS[block].items():
-            ours, _ = keys.DIRECT[key]
-            if key not in self.given and self._ours(ours) is None:
-                self._put(key, ours, value, "DeepSpeed's default")
+            if key not in self.given:
+                self._put(key, keys.DIRECT[key][0], value, "DeepSpeed's default")
 
     def _direct(self) -> None:
         rate, peak = (self.given.get(key) for key in ("optimizer.params.lr", "scheduler.params.warmup_max_lr"))
@@ -181,9 +181,8 @@ class _Translation:
     def _trackers(self) -> None:
         for key, tracker in keys.TRACKERS.items():
             if key in self.given and self._choice(key, SWITCH) is True:
-                ours = self._ours("logging.trackers") or []
-                if isinstance(ours, list):  # else validation names it
-                    self._put(key, "logging.trackers", ours if tracker in ours else [*ours, tracker])
+                others = self.tree.get("logging", {}).get("trackers", [])
+                self._put(key, "logging.trackers", [*others, tracker])
             elif key in self.given:
                 self._note(key, "off")
 
@@ -193,23 +192,24 @@ class _Translation:
             self._put(keys.COMMUNICATION, "training.gradient_compression", kind)
 
     def _batch(self) -> None:
-        """Where an argument sets the batch or the steps, the file's micro-batch gives way to what follows from it."""
-        ours = {keys.BATCH: "training.global_batch_size", keys.STEPS: f"training.{keys.STEPS}"}
-        batch, steps, micro = (self._count(key) for key in (*ours, keys.MICRO))
-        if any(self._is_argument(key) for key in ours.values()):
-            micro = None
-        steps = steps or _number(self._ours(ours[keys.STEPS]))
-        try:
-            batch, steps, found = batch_parts(batch, micro, steps, _bounds(self._ours("scaling.num_workers")))
-        except ValueError as error:
-            raise ConfigError(f"{self.file}: {error}") from None
-        for key, value in ((keys.BATCH, batch), (keys.STEPS, steps)):
-            if key in self.given or value not in (None, self._ours(ours[key])):
-                self._put(key, ours[key], value)
-        if found:
-            self._put(keys.MICRO, "scaling.num_workers", found, f"{batch} = {micro} x {steps} x {found} workers")
-        elif keys.MICRO in self.given:
-            self._note(keys.MICRO, "what the global batch, the steps and the workers leave")
+        """DeepSpeed's global batch is micro-batch x steps x workers; we have no key for the micro-batch."""
+        batch, micro, steps = map(self._count, (keys.BATCH, keys.MICRO, keys.STEPS))
+        for key, ours, count in (
+            (keys.BATCH, "training.global_batch_size", batch),
+            (keys.STEPS, "training.gradient_accumulation_steps", steps),
+        ):
+            if key in self.given:
+                self._put(key, ours, count)
+        if micro is None:
+            if keys.MICRO in self.given:
+                self._note(keys.MICRO, "what the global batch, the steps and the workers leave")
+        elif batch is None or steps is None:
+            self._refuse(keys.MICRO, f"auto, or a number if {keys.BATCH} and {keys.STEPS} are numbers too")
+        elif batch % (micro * steps):
+            self._refuse(keys.BATCH, f"{micro} x {steps} x the number of workers")
+        else:
+            workers = batch // (micro * steps)
+            self._put(keys.MICRO, "scaling.num_workers", workers, f"{batch} = {micro} x {steps} x {workers} workers")
 
     def _others(self) -> None:
         done = {row.key for row in self.rows}
@@ -237,28 +237,14 @@ class _Translation:
         hint = f"did you mean {near[0]}?" if near else "it has no counterpart here"
         raise ConfigError(f"{self.file}: {key}: unknown key; {hint}")
 
-    def _ours(self, key: str) -> Any:
-        """The tree's own value, None where it has none."""
-        section, name = key.split(".")
-        place = self.tree.get(section)
-        return place.get(name) if isinstance(place, dict) else None
-
-    def _is_argument(self, ours: str) -> bool:
-        return any(argument == ours or argument.startswith(f"{ours}.") for argument in self.arguments)
-
     def _put(self, key: str, ours: str, value: Any, note: str = "") -> None:
-        """Set our key, but where an argument does. Without a value, ours stays."""
-        if self._is_argument(ours):
-            return self._note(key, f"the argument {ours} beats it")
+        """Set our key; without a value, our default stays."""
         if value is None or value == AUTO:
-            return self._note(key, f"{ours} stays as it is")
+            return self._note(key, f"{ours} keeps its default")
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # JSON has 2e3 for 2000
         section, name = ours.split(".")
-        place = self.tree.setdefault(section, {})
-        if not isinstance(place, dict):  # validation names it
-            return self._note(key, note)
-        place[name] = value
+        self.tree.setdefault(section, {})[name] = value
         return self._note(key, note, f"{ours}={_shown(value)}")
 
     def _note(self, key: str, note: str, became: str = "") -> None:
@@ -285,20 +271,10 @@ class _Translation:
         raise ConfigError(f"{self.file}: {key}: found {found}; allowed is {allowed}")
 
 
-def _number(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _bounds(workers: Any) -> tuple[int, int] | None:
-    """The fewest and the most of `scaling.num_workers`; None for auto."""
-    fewest, most = workers if isinstance(workers, list) and len(workers) == 2 else (workers, workers)
-    return (fewest, most) if _number(fewest) and _number(most) else None
-
-
 def _is_off(value: Any) -> bool:
     return not value or value == AUTO or (isinstance(value, dict) and value.get("enabled", True) in (False, None, AUTO))
 
 
 def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) and value.isprintable() else json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."

@@ -1,7 +1,7 @@
-"""The keys of DeepSpeed's JSON, by what becomes of each; `deepspeed` does it.
+"""The keys of DeepSpeed's JSON, by what becomes of each; `deepspeed` converts them.
 
 Names and defaults are DeepSpeed's own: its page "DeepSpeed Configuration JSON", runtime/zero/config.py and
-runtime/lr_schedules.py. A key in none of these tables is refused by name, so none is passed over in silence.
+runtime/lr_schedules.py. A key in none of these tables is refused by name, so none is ignored silently.
 """
 
 from __future__ import annotations
@@ -33,12 +33,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "WarmupDecayLR": {"scheduler.params.warmup_num_steps": 1000},
     "WarmupCosineLR": {"scheduler.params.warmup_num_steps": 1000, "scheduler.params.cos_min_ratio": 1e-4},
 }
-"""What DeepSpeed takes where an optimizer or a schedule is described without it (ops/adam/fused_adam.py). Its peak rate
-is 1e-3, as ours."""
-
-STAGES = {0: "ddp", 1: "fsdp", 2: "fsdp", 3: "fsdp"}
-
-OPTIMIZERS = dict.fromkeys(("AdamW", "Adam", "adamw", "adam"), "AdamW")  # DeepSpeed's Adam decays as AdamW does
+"""DeepSpeed's defaults for an optimizer or a schedule (ops/adam/fused_adam.py). Its default peak rate is ours, 1e-3."""
 
 STAGE = "zero_optimization.stage"
 STAGES = {0: "ddp", 1: "fsdp", 2: "fsdp", 3: "fsdp"}
@@ -63,7 +58,7 @@ RECOMPUTING = (
     "activation_checkpointing.contiguous_memory_optimization",
     "activation_checkpointing.number_checkpoints",
 )
-"""Any of them, where it is on, asks for activations to be recomputed rather than kept."""
+"""Any of them asks for activations to be recomputed instead of kept."""
 
 FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "scheduler.params.warmup_min_lr": ((0,), "a warm-up rises from 0"),
@@ -94,7 +89,7 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "wandb.team": ((None,), "wandb takes it from WANDB_ENTITY"),
     "wandb.group": ((None,), "wandb takes it from WANDB_RUN_GROUP"),
 }
-"""Key → values that say how it is here anyway, and how that is. Any other value is refused."""
+"""Key → the values that match what we always do, and what that is. Any other value is refused."""
 
 NO_COUNTERPART = frozenset(
     [
@@ -125,7 +120,7 @@ NO_COUNTERPART = frozenset(
         "zero_optimization.zeropp_loco_param",
     ]
 )
-"""Whole features, which may only stand there switched off."""
+"""Whole features, which must be switched off."""
 
 
 def _each(why: str, names: str, block: str = "") -> dict[str, str]:
@@ -173,7 +168,7 @@ NOT_NEEDED: dict[str, str] = (
     | _each("event files lie in the run's folder", "output_path job_name", "tensorboard.")
     | _each("metrics.jsonl has its numbers", "enabled output_path job_name", "csv_monitor.")
 )
-"""Key → why it does not matter here: it tunes speed or memory, or what is printed, and no number of the training."""
+"""Key → why we ignore it: it tunes speed, memory or printing, and changes no number of the training."""
 
 KNOWN = frozenset(
     {STAGE, OPTIMIZER, SCHEDULE, COMMUNICATION, BATCH, STEPS, MICRO, *RECOMPUTING, *NO_COUNTERPART}

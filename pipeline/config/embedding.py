@@ -1,4 +1,4 @@
-"""The `embedding` section: which model embeds which texts, how, and where the vectors go."""
+"""The sections `embedding` and `pinecone`: which model embeds which texts, and where the vectors are stored."""
 
 from __future__ import annotations
 
@@ -8,52 +8,51 @@ from pydantic import Field, model_validator
 
 from pipeline.config.section import PathStr, Section
 
+Host = Annotated[str, Field(min_length=1, pattern=r"^\S+$")]
 PRECISIONS = {"torch": ("fp32", "bf16"), "onnxruntime": ("fp32", "int8")}
 
 
 class Embedding(Section):
     model: PathStr | None = None
-    """A checkpoint folder, or one of transformers or sentence-transformers; by default the run's best."""
+    """Folder of a checkpoint, or of a model of transformers or sentence-transformers. Default: the run's best."""
     field: Literal["auto", "anchor", "positive", "text"] = "auto"
-    """Field of the record that is embedded: `positive`, else `text`."""
+    """Field of the record that is embedded. auto: `positive`, else `text`."""
     dimensions: int | None = Field(None, ge=1)
-    """Cut vectors to this size, one of the model's `matryoshka_dims`; by default its width."""
+    """Truncate vectors to this size, one of the model's `matryoshka_dims`; by default the full size."""
     long_texts: Literal["cut", "mean", "chunks"] = "cut"
-    """What becomes of a text longer than the model reads. cut: what is beyond is left out. mean: it is read in windows,
-    and their vectors averaged, each weighed by its tokens. chunks: each window has a vector of its own, under the id
-    `<hash of the text>#<number>`, with `parent_id` in its metadata."""
+    """What to do with a text longer than the model's `max_length`. cut: truncate it. mean: encode it in windows and
+    average their vectors, weighted by their tokens. chunks: each window gets a vector of its own, with the id
+    `<hash of the text>#<number>` and `parent_id` in its metadata."""
     window_overlap: int = Field(32, ge=1)
-    """Tokens that windows of a long text share."""
+    """Tokens shared by neighbouring windows of a long text."""
     batch_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] = "auto"
     """Tokens encoded in one forward pass. auto: 4,096 on CPUs, 32,768 on a GPU."""
     backend: Literal["torch", "onnxruntime"] = "torch"
-    """What runs the model."""
+    """The library that runs the model."""
     precision: Literal["fp32", "bf16", "int8"] = "fp32"
-    """Of the forward pass: fp32, or bf16 with torch, or int8 with onnxruntime."""
+    """Precision of the forward pass: fp32, bf16 (with torch) or int8 (with onnxruntime)."""
     compile: bool = False
     """Compile the layers with torch.compile: minutes before the first batch, faster batches after it."""
     max_workers: int | None = Field(None, ge=1)
-    """Encoding actors at most; by default as many as the cluster has CPUs (GPUs, where there are some).
-
-    There is never more than one for 1,024 texts.
+    """Most encoding actors. Default: one per GPU, or one per CPU without GPUs; at most one per 1,024 texts.
     """
     vector_type: Literal["float32", "float16", "int8", "binary"] = "float32"
-    """How vectors are kept. float16: half the space. int8: float16, searched by an index of 8-bit numbers from 256 rows
-    on. binary: float16 and a bit a number, searched by Hamming distance and scored again from float16."""
+    """How vectors are stored. float16: half the space. int8: float16, searched by an index of 8-bit numbers from 256
+    rows on. binary: float16 plus one bit per dimension, searched by Hamming distance and rescored with float16."""
     store: Literal["lancedb", "parquet", "pinecone"] = "lancedb"
-    """Where vectors go: into a LanceDB table, and, if you choose parquet or pinecone, from there to a folder of Parquet
-    files or to Pinecone."""
+    """Where vectors are stored: in a LanceDB table, and with parquet or pinecone also in Parquet files or in
+    Pinecone."""
     uri: PathStr | None = None
     """Folder of LanceDB's tables, or of the Parquet files: relative to storage.root, absolute on disk, or in a bucket,
     as s3://bucket/folder, with credentials from the environment; by default the store's name under storage.root."""
     index: Literal["ivf_sq", "ivf_pq", "ivf_hnsw_sq"] | None = "ivf_sq"
-    """Index over the vectors; null for none. `embedding/indexing.py` says what each costs."""
+    """Index of the vectors; null for none. `index/indexing.py` gives the cost of each."""
     index_rows: int = Field(200_000, ge=256)
-    """Rows from which vectors are indexed; below, a query looks at all of them. Ours: 0.2 s for 100,000."""
+    """Index the vectors from this many rows on; below, a query scans all rows. Ours: 0.2 s for 100,000."""
     max_deleted_fraction: float = Field(0.2, ge=0, le=1)
-    """Stop rather than delete more than this share of the table's documents, as after a source came back empty."""
+    """Stop instead of deleting more than this share of the table's documents, for example because a source is empty."""
     verify_sample: int = Field(100, ge=0)
-    """Documents encoded again and compared with the table, after each embedding; 0 for none."""
+    """Documents that are encoded again after each run and compared with the table; 0 for none."""
 
     @model_validator(mode="after")
     def _go_together(self) -> Embedding:
@@ -63,3 +62,52 @@ class Embedding(Section):
         if self.compile and self.backend != "torch":
             raise ValueError(f"compile=false with backend {self.backend}")
         return self
+
+
+class Pinecone(Section):
+    """How vectors go to Pinecone (`embedding.store: pinecone`). The key is not part of the config: see `api.env`."""
+
+    host: Host | None = None
+    """Control plane. Default: https://api.pinecone.io. Without a scheme, https is used."""
+    index_host: Host | None = None
+    """Data plane of the index. Default: what the control plane says."""
+    index: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,43}[a-z0-9])?$")] = "text-embedding-pipeline"
+    """Name of the index: lower-case letters, digits and hyphens, up to 45."""
+    namespace: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,512}$")] | None = None
+    """Namespace of the vectors. Default: the run's name and the model's version, so that models do not mix."""
+    create: bool = False
+    """Create the index, serverless, if it does not exist."""
+    cloud: Literal["aws", "gcp", "azure"] = "aws"
+    """Cloud of a new index."""
+    region: str = Field("us-east-1", min_length=1)
+    """Region of a new index."""
+    metric: Literal["cosine", "dotproduct"] = "cosine"
+    """Metric of a new index; an existing one must have it. For unit vectors, `dotproduct` equals cosine."""
+    metadata: list[Annotated[str, Field(min_length=1)]] | None = None
+    """Metadata keys that are sent and can be filtered by. Default: all."""
+    text_bytes: int = Field(8_000, ge=0, le=40_000)
+    """Bytes of a record's text to store with its vector; Pinecone allows 40 KB of metadata. Ours."""
+    requests_per_second: float = Field(50.0, gt=0)
+    """Requests per second of a job's processes together. Pinecone's limit is 100 upserts per second and namespace."""
+    max_concurrency: int = Field(16, ge=1)
+    """Concurrent requests of a job's processes together."""
+    batch_rows: int = Field(1_000, ge=1, le=1_000)
+    """Records per request; Pinecone's limit is 1,000."""
+    batch_bytes: int = Field(2_000_000, ge=50_000, le=2_000_000)
+    """Bytes of a request's body; Pinecone's limit is 2 MB."""
+    max_attempts: int = Field(6, ge=1)
+    """Attempts per request before its records are set aside."""
+    timeout_s: float = Field(30.0, gt=0)
+    """Seconds to wait for an answer."""
+    max_wait_s: float = Field(60.0, gt=0)
+    """Longest wait between two attempts, in seconds, even if the service asks for more."""
+    settle_s: float = Field(60.0, ge=0)
+    """Seconds to wait after a push until counts and reads show what was written. Ours: Pinecone gives no limit."""
+    import_uri: Annotated[PathStr, Field(pattern=r"^(s3|gs|gcs|az|azure)://")] | None = None
+    """Folder in a bucket (s3://bucket/folder) for a bulk import into a new namespace: the rows are written there as
+    Parquet files, which Pinecone then reads, in ten minutes or more. Worth it from about a million rows on. Needs
+    Pinecone's Standard or Enterprise plan and a serverless index without integrated embedding, hosted on AWS for
+    s3://. At most 1 TB per import. By default rows are upserted."""
+    import_integration: str | None = None
+    """Id of the storage integration (Pinecone's console, Storage integrations) that lets Pinecone read the bucket; not
+    needed for a public bucket."""

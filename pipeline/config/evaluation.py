@@ -1,26 +1,55 @@
-"""The `evaluation` section: what a model is scored on."""
+"""The sections `evaluation` and `mining`: what a model is scored on, and which texts become hard negatives."""
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import Field, model_validator
 
 from pipeline.config.section import PathStr, Section
+
+Cosine = Annotated[float, Field(ge=-1, le=1)]
 
 
 class Evaluation(Section):
     beir_dir: PathStr | None = None
     """A BEIR folder to score as well: corpus.jsonl, queries.jsonl, qrels/test.tsv."""
     sts_file: PathStr | None = None
-    """A TSV of score, sentence1, sentence2 under a header: Spearman's and Pearson's correlation; Spearman's also at
-    each validation."""
+    """A TSV with the columns score, sentence1, sentence2 and a header: Spearman's and Pearson's correlation; Spearman's
+    also at each validation."""
     clustering_file: PathStr | None = None
-    """A TSV of text, label under a header: V-measure of as many k-means clusters as there are labels."""
+    """A TSV with the columns text, label and a header: V-measure of k-means with as many clusters as labels."""
     classification_dir: PathStr | None = None
-    """A folder of train.tsv and test.tsv, each of text, label under a header: accuracy and macro F1 by the five nearest
-    training texts."""
+    """A folder with train.tsv and test.tsv, each with the columns text, label and a header: accuracy and macro F1 of
+    5-nearest-neighbour classification."""
     bm25: bool = True
-    """Rank by BM25 beside, and by both together; its index holds the words of all documents in the driver's memory."""
+    """Also rank by BM25, and by both combined. Its index is held in the driver's memory."""
     held_out_queries: int = Field(1000, ge=0)
-    """Anchors of the validation split that are looked up; 0 for none."""
+    """Anchors of the validation split used as queries; 0 for none."""
     held_out_documents: int = Field(10_000, ge=1)
-    """Documents they are looked up among: their own, and others first by hash."""
+    """Documents that they are ranked against: their own positives, and others chosen by hash."""
+
+
+class Mining(Section):
+    num_negatives: int = Field(4, ge=1)
+    """Most negatives per record, the most similar first (NV-Retriever, Moreira et al. 2024, section 4.3);
+    `objective.contrastive.hard_negatives` says how many are used in training."""
+    relative_margin: float | None = Field(0.95, gt=0)
+    """Largest cosine of a negative to the anchor, as a share of the positive's: 0.95 (NV-Retriever, TopK-PercPos).
+    sentence-transformers calls this a relative_margin of 0.05."""
+    min_score: Cosine | None = None
+    """Smallest cosine of a negative to the anchor."""
+    max_score: Cosine | None = None
+    """Largest cosine of a negative to the anchor."""
+    range_min: int = Field(0, ge=0)
+    """Skip this many of the nearest texts, not counting the record's positives: they may be unlabelled positives."""
+    range_max: int = Field(100, ge=1)
+    """Consider only this many of the nearest texts."""
+
+    @model_validator(mode="after")
+    def _window(self) -> Mining:
+        if self.range_min >= self.range_max:
+            raise ValueError(f"a range_min below range_max, not {self.range_min} and {self.range_max}")
+        if self.min_score is not None and self.max_score is not None and self.min_score > self.max_score:
+            raise ValueError(f"a min_score up to max_score, not {self.min_score} and {self.max_score}")
+        return self

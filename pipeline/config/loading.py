@@ -1,14 +1,12 @@
-"""From a YAML file, the environment and arguments to a config.
+"""Loading a config from a YAML file, the environment and arguments.
 
-Precedence: defaults < YAML file < the DeepSpeed file it names < environment (`PIPELINE_STORAGE`) < `section.key=value`
-arguments.
+Precedence: defaults < YAML file < environment (`PIPELINE_STORAGE`) < `section.key=value` arguments.
 
     >>> config = load("configs/quickstart.yaml", ["training.learning_rate=3e-4"])
     >>> config.get("training.learning_rate")
     0.0003
 
-Whatever is wrong with it is a `ConfigError` of one sentence that names the file, the key, what was found and what is
-allowed.
+Every error is a `ConfigError` of one sentence that names the file, the key, what was found and what is allowed.
 """
 
 from __future__ import annotations
@@ -21,12 +19,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.config.deepspeed import apply_deepspeed, origin
-from pipeline.config.reading import ConfigError, assign, explain, parse_override, read_yaml
+from pipeline.config.reading import assign, explain, parse_override, read_yaml
 from pipeline.config.space import check_space
 from pipeline.config.tree import DEFAULT_ROOT, EVALUATION_PATHS, Config
-from pipeline.storage.object_store import OPTIONS, holds_credentials
-from pipeline.storage.path import absolute, as_path, without_options
+from pipeline.core.object_store import OPTIONS, holds_credentials
+from pipeline.core.outcome import ConfigError
+from pipeline.core.path import absolute, as_path, without_options
 
 
 def load(
@@ -37,7 +35,7 @@ def load(
 ) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, and validate. Raises ConfigError.
 
-    `sources` take the place of `data.sources`.
+    `sources` replaces `data.sources`.
     """
     environ = dict(os.environ) if environ is None else environ
     file = Path(path)
@@ -49,37 +47,35 @@ def load(
         from_arguments[key] = override
     if sources is not None:
         assign(tree, ["data", "sources"], sources, "sources")
-    rows = apply_deepspeed(tree, list(from_arguments))
     _apply_environment(tree, from_arguments, environ)
     _refuse_credentials(tree)
     _take_pretrained_tokenizer(tree)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        where = origin(rows, file, tree["training"]["deepspeed_config"], error.errors()[0]["loc"]) if rows else file
-        raise ConfigError(explain(error, where, list(from_arguments), Config)) from None
+        raise ConfigError(explain(error, file, list(from_arguments), Config)) from None
     _check_uris(config)
-    config._deepspeed, config._folder = tuple(rows), file.absolute().parent
+    config._folder = file.absolute().parent
     swept = any(key == "tune" or key.startswith("tune.space") for key in from_arguments)
     check_space(config, "argument tune.space" if swept else f"{file}: tune.space")
     return config
 
 
 def _apply_environment(tree: dict[str, Any], from_arguments: dict[str, str], environ: dict[str, str]) -> None:
-    """PIPELINE_STORAGE beats the file and yields to an argument; without either, a folder under ~/.cache."""
+    """PIPELINE_STORAGE overrides the file, and an argument overrides both; the default is a folder under ~/.cache."""
     if "storage" in tree and not isinstance(tree["storage"], dict):
-        return  # validation names it
+        return  # validation reports it
     storage = tree.setdefault("storage", {})
     if "storage.root" not in from_arguments and environ.get("PIPELINE_STORAGE"):
         storage["root"] = environ["PIPELINE_STORAGE"]
     storage.setdefault("root", DEFAULT_ROOT)
     if isinstance(storage["root"], str) and storage["root"]:
-        with suppress(ValueError):  # `_check_uris` names it
+        with suppress(ValueError):  # `_check_uris` reports it
             storage["root"] = str(absolute(as_path(os.path.expandvars(os.path.expanduser(storage["root"])))))
 
 
 def _refuse_credentials(value: Any, key: str = "") -> None:
-    """Raise ConfigError for a URI with credentials in it, whatever its key, and do not repeat them."""
+    """Raise ConfigError, without repeating them, for credentials in a URI, under any key."""
     if isinstance(value, dict):
         for name, inner in value.items():
             _refuse_credentials(inner, f"{key}.{name}".lstrip("."))
@@ -89,12 +85,12 @@ def _refuse_credentials(value: Any, key: str = "") -> None:
     elif isinstance(value, str) and holds_credentials(value):
         raise ConfigError(
             f"{key}: found credentials in a URI of {value.partition('://')[0]}://; allowed are those of the "
-            "environment alone"
+            "environment only"
         )
 
 
 def _check_uris(config: Config) -> None:
-    """Raise ConfigError for a URI that names no bucket, or holds credentials now that variables are expanded."""
+    """Raise ConfigError for a URI without a bucket, or with credentials after variables are expanded."""
     _refuse_credentials(config.dump())
     wanted = config.evaluation
     named = {f"evaluation.{key}": getattr(wanted, key) for key in EVALUATION_PATHS}
@@ -115,7 +111,7 @@ def _check_uris(config: Config) -> None:
 
 
 def _take_pretrained_tokenizer(tree: dict[str, Any]) -> None:
-    """A pretrained model reads with its own tokenizer, unless told otherwise."""
+    """A pretrained model uses its own tokenizer by default."""
     model, tokenizer = tree.get("model"), tree.setdefault("tokenizer", {})
     if isinstance(model, dict) and isinstance(tokenizer, dict) and model.get("pretrained"):
         tokenizer.setdefault("load_path", model["pretrained"])

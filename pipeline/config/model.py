@@ -1,4 +1,4 @@
-"""The `model` section: what is trained, from one dial down to single widths."""
+"""The `model` section: the encoder's size, by one dial or key by key."""
 
 from __future__ import annotations
 
@@ -23,41 +23,41 @@ TABLE_NORM_EPS, NORM_EPS = 1.0, 1e-5
 
 class Model(Section):
     pretrained: PathStr | None = None
-    """A pretrained encoder of transformers: its folder, or its name on the hub. Takes the place of `size`, and of the
-    keys that shape our own encoder; `tokenizer.load_path` is then the encoder's own by default."""
+    """A pretrained encoder of transformers: its folder, or its name on the hub. Replaces `size` and the other keys
+    that shape our own encoder; `tokenizer.load_path` is then the encoder's own by default."""
     size: Literal["tiny", "small", "base", "large", "1b", "7b", "30b"] = "tiny"
     """One dial for width, depth and heads; each can be overridden below."""
     d_model: int | None = Field(None, ge=8)
     """Width of the token states and of the vectors."""
     num_layers: int | None = Field(None, ge=0)
-    """Transformer layers; 0 is a table of token embeddings."""
+    """Transformer layers; with 0 the model is a table of token embeddings."""
     num_heads: int | None = Field(None, ge=1)
-    """Attention heads a layer; d_model must be an even multiple of it."""
+    """Attention heads per layer; d_model must be an even multiple of it."""
     num_kv_heads: int | None = Field(None, ge=1)
     """Heads of keys and values, each shared by a group of heads; by default the size's, or `num_heads`."""
     d_ff: int | None = Field(None, ge=8)
     """Width of the feed-forward's hidden layer."""
     decoder_layers: int | None = Field(None, ge=1)
-    """Layers of the decoder that generative objectives train beside the encoder; by default as many as it has."""
+    """Layers of the decoder that generative objectives train; by default as many as the encoder has."""
     positions: Literal["rotary", "learned"] = "rotary"
-    """How the encoder knows the order of tokens. A model with learned positions cannot be exported."""
+    """How the encoder represents the order of tokens. A model with learned positions cannot be exported."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of residual-branch outputs dropped in training."""
+    """Dropout probability of each residual branch's output, in training."""
     norm_eps: float | None = Field(None, gt=0)
     """Epsilon of RMSNorm. By default 1 for `tiny`, which keeps token weights (see model/transformer.py), else 1e-5."""
     tie_embeddings: bool = True
-    """The decoder reads and predicts tokens with the encoder's own table."""
+    """The decoder shares the encoder's token embeddings, for its input and its output."""
     gradient_checkpointing: bool = False
-    """Compute a layer's states again in the backward pass instead of keeping them: less memory, a third more time."""
+    """Recompute a layer's states in the backward pass instead of keeping them: less memory, a third more time."""
     pooling: Literal["mean", "cls", "last", "weighted"] = "mean"
     """How token states become a vector: their mean, the first token's, the last's, or a mean weighted by position."""
     normalize: bool = True
     """Vectors have unit length."""
     matryoshka_dims: list[Annotated[int, Field(ge=1)]] = []
-    """Sizes, beside the full one, that vectors are trained to be cut to."""
+    """Sizes, besides the full one, to which vectors can be truncated."""
 
     def dimensions(self) -> dict[str, int]:
-        """d_model, num_layers, num_heads, num_kv_heads and d_ff, overrides applied."""
+        """d_model, num_layers, num_heads, num_kv_heads and d_ff, with the overrides applied."""
         chosen = {key: getattr(self, key) for key in SIZES[self.size] if getattr(self, key) is not None}
         if "num_heads" in chosen:
             chosen.setdefault("num_kv_heads", chosen["num_heads"])
@@ -78,7 +78,7 @@ class Model(Section):
         if not self.pretrained and max(self.matryoshka_dims, default=0) >= d_model:
             raise ValueError(f"matryoshka_dims below d_model, {d_model}, not {self.matryoshka_dims}")
         if self.pretrained and self.positions == "learned":
-            raise ValueError("positions=learned for our own encoder alone, not with pretrained")
+            raise ValueError("positions=learned only for our own encoder, not with pretrained")
         return self
 
     @field_validator("matryoshka_dims")

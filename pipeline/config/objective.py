@@ -1,4 +1,4 @@
-"""The `objective` section: what the model learns from, a weighted sum."""
+"""The `objective` section: the training losses, a weighted sum."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Contrastive(Section):
     temperature: float = Field(0.05, gt=0, le=10)
     """Similarities are divided by it (SimCSE, section 6)."""
     learn_temperature: bool = False
-    """`temperature` is where it starts, and it is trained with the weights, down to 0.01 (CLIP, section 2.5)."""
+    """Train the temperature, from `temperature` down to at least 0.01 (CLIP, section 2.5)."""
     symmetric: bool = True
     """Also classify each positive's anchor among all anchors."""
     hard_negatives: int = Field(1, ge=0)
-    """At most so many of a record's negatives stand beside the positives of the batch."""
+    """At most this many of each record's negatives are used, in addition to the positives of the batch."""
     false_negative_margin: float | None = Field(None, ge=0, le=2)
-    """Candidates whose cosine to the anchor exceeds the positive's by more are left out (Qwen3 Embedding: 0.1)."""
+    """Ignore candidates whose cosine to the anchor exceeds the positive's by more than this (Qwen3 Embedding: 0.1)."""
 
 
 class Generative(Section):
@@ -38,32 +38,32 @@ class Writing(Generative):
 
 class Denoising(Writing):
     corruption: Literal["deletion", "spans"] = "deletion"
-    """deletion: tokens are left out and the decoder sees the text's vector alone (TSDAE). spans: runs of tokens are
-    masked and the decoder writes them, seeing all states (T5)."""
+    """deletion: tokens are deleted, and the decoder sees only the text's vector (TSDAE). spans: runs of tokens are
+    masked, and the decoder, which sees all states, writes them (T5)."""
     ratio: float = Field(0.6, gt=0, lt=1)
-    """Share of tokens that go: 0.6 in TSDAE (Wang et al. 2021, section 3); T5's spans take 0.15."""
+    """Share of tokens deleted or masked: 0.6 in TSDAE (Wang et al. 2021, section 3), 0.15 in T5."""
     mean_span: float = Field(3.0, ge=1)
     """Mean length of a span, in tokens (Raffel et al. 2020, section 3.3.4)."""
 
 
 class MaskedLanguageModel(Generative):
     ratio: float = Field(0.3, gt=0, lt=1)
-    """Share of tokens that are to be guessed (ModernBERT, Warner et al. 2024)."""
+    """Share of tokens that are masked (ModernBERT, Warner et al. 2024)."""
 
 
 class Objective(Section):
-    """A weighted sum of what is named here; contrastive alone where nothing is."""
+    """A weighted sum of the objectives named here; contrastive if none is named."""
 
     contrastive: Contrastive | None = None
     """InfoNCE on pairs, with negatives from all workers."""
     seq2seq: Writing | None = None
-    """The decoder writes the positive, seeing the anchor's states."""
+    """The decoder generates the positive from the anchor's states."""
     denoising: Denoising | None = None
     """The decoder restores a corrupted text, `text` or `positive`."""
     mlm: MaskedLanguageModel | None = None
     """The encoder restores masked tokens of `text` or `positive`."""
     causal: Writing | None = None
-    """The decoder predicts each next token of `text` or `positive`, seeing no states."""
+    """The decoder predicts each next token of `text` or `positive`, without the encoder."""
 
     @model_validator(mode="before")
     @classmethod
@@ -73,7 +73,7 @@ class Objective(Section):
 
     @property
     def named(self) -> dict[str, Section]:
-        """Those that are asked for, by name."""
+        """The objectives that are asked for, by name."""
         sections = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: section for name, section in sections.items() if section is not None}
 

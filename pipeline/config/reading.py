@@ -1,7 +1,4 @@
-"""Reading a config's YAML, and saying in one sentence what is wrong with it.
-
-The tree itself is in `config`; this file knows only that it is made of pydantic models.
-"""
+"""Reading a config's YAML, and putting what is wrong with it into one sentence, for any tree of pydantic models."""
 
 from __future__ import annotations
 
@@ -15,10 +12,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-
-class ConfigError(Exception):
-    """A config, an argument or a request that cannot be met as written; jobs exit 2 with its one sentence."""
-
+from pipeline.core.outcome import ConfigError
 
 OLDER_NAMES = {
     "mixed_precision": "training.precision",
@@ -31,11 +25,11 @@ OLDER_NAMES = {
     "save_steps": "checkpointing.every_steps",
     "output_dir": "storage.root",
 }
-"""Names that people bring from elsewhere, told apart in the error that refuses them."""
+"""Names used by other libraries → ours, for the error message."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-3` is a number, as in YAML 1.2, and a key that stands twice is an error."""
+    """Safe YAML in which `1e-3` is a number, as in YAML 1.2, and a duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -65,7 +59,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 def _mapping(text: str, where: str) -> dict[str, Any]:
     try:
         tree = yaml.load(text, _Loader)
-    except Exception as error:  # PyYAML's constructors raise whatever they run into
+    except Exception as error:  # PyYAML's constructors raise all kinds of exceptions
         raise ConfigError(f"{where}: {_yaml_problem(error)}; allowed is plain YAML") from None
     if tree is None:
         raise ConfigError(f"{where}: found an empty file; allowed is a mapping of sections such as `training: {{}}`")
@@ -95,7 +89,7 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 
 def explain(error: ValidationError, file: Path | str, arguments: list[str], root: type[BaseModel]) -> str:
-    """The first error as one sentence, and how many more there are. `root` is the whole tree's class."""
+    """The first error as one sentence, and the number of others. `root` is the whole tree's class."""
     details = error.errors(include_url=False)
     first = details[0]
     location = [part for part in first["loc"][:-1] if not _is_union_tag(part)]
@@ -116,7 +110,7 @@ def explain(error: ValidationError, file: Path | str, arguments: list[str], root
 
 
 def _is_union_tag(part: object) -> bool:
-    """Pydantic names the member of a union, a constraint or a mapping's key in an error's location."""
+    """Pydantic puts members of unions, constraints and keys of mappings into an error's location."""
     return isinstance(part, str) and bool(re.search(r"[\[(]|^(int|float|str|bool|none)$", part))
 
 
@@ -149,7 +143,7 @@ def kind_of(value: Any) -> str:
 
 
 def _suggest(location: Sequence[Any], root: type[BaseModel]) -> str:
-    """The nearest key: the same name elsewhere in the tree, an older name, or a like spelling in this section."""
+    """The nearest key: a known other name, the same name in another section, or a similar spelling."""
     unknown, parent = str(location[-1]), [p for p in location[:-1] if not isinstance(p, int)]
     elsewhere = [p for p in _paths(root) if "." in p and p.split(".")[-1].removesuffix("[]") == unknown]
     if unknown in OLDER_NAMES:
@@ -188,7 +182,7 @@ def _leaves(root: type[BaseModel]) -> list[str]:
 
 
 def assign(tree: dict[str, Any], parts: list[str], value: Any, where: str) -> None:
-    """Set a dotted key; a number picks an item of a list that is there. `where` is said in the error."""
+    """Set a dotted key; a number selects an item of an existing list. `where` is for the error."""
     place: Any = tree
     for depth, part in enumerate(parts):
         key: str | int = part

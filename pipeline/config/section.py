@@ -1,4 +1,4 @@
-"""What every section of the config is made of."""
+"""The base class and the types of the config's sections."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def _expand(path: str) -> str:
 
 
 PathStr = Annotated[str, Field(min_length=1), AfterValidator(_expand)]
-"""A path in which `~` and `$VARIABLES` are expanded; an unset variable is refused."""
+"""A path in which `~` and `$VARIABLES` are expanded; an unset variable is an error."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$", max_length=128)]
-"""Names, one inside the other: a run, and what lies below it."""
+"""Names separated by `/`: a run, or a run below another."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

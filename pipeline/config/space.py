@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.config.reading import ConfigError
 from pipeline.config.tree import Config
+from pipeline.core.outcome import ConfigError
 
 SECTIONS = ("model", "objective", "training")
 PREPARED = "it would change the prepared data, of which all trials share one"
@@ -26,7 +26,6 @@ FIXED = {
     "training.validate_every_steps": "trials are compared at the same steps, tune.grace_steps",
     "training.validation_pairs": "trials are scored on the same records",
     "training.best_metric": "trials are compared by one metric, tune.metric",
-    "training.deepspeed_config": "its settings stand in the config already",
 }
 """Key, or section → why no trial may have its own."""
 

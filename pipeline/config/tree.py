@@ -1,6 +1,6 @@
 """The one config tree: every key, its unit, its default and where the default comes from.
 
-Nothing in this folder imports Ray or torch, so that a wrong key costs a second and not a cluster.
+Nothing in this folder imports Ray or torch, so that a wrong key is found within a second.
 """
 
 from __future__ import annotations
@@ -12,18 +12,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator
 
 from pipeline.config.data import Data, Tokenizer
-from pipeline.config.deepspeed import Row
-from pipeline.config.embedding import Embedding
-from pipeline.config.evaluation import Evaluation
-from pipeline.config.mining import Mining
+from pipeline.config.embedding import Embedding, Pinecone
+from pipeline.config.evaluation import Evaluation, Mining
 from pipeline.config.model import Model
 from pipeline.config.objective import Objective
-from pipeline.config.pinecone import Pinecone
-from pipeline.config.reading import ConfigError, assign, explain
+from pipeline.config.reading import assign, explain
 from pipeline.config.section import PathStr, RunName, Section
 from pipeline.config.training import Checkpointing, Scaling, Training
 from pipeline.config.tune import Tune
-from pipeline.storage.path import StoragePath, as_path, below
+from pipeline.core.outcome import ConfigError
+from pipeline.core.path import StoragePath, as_path, below
 
 DEFAULT_ROOT = "~/.cache/text-embedding-pipeline"
 EVALUATION_PATHS = ("beir_dir", "sts_file", "clustering_file", "classification_dir")
@@ -35,26 +33,26 @@ class Storage(Section):
     az://container/prefix, with options such as ?region=…&endpoint_override=… and credentials from the environment.
     Default: $PIPELINE_STORAGE, else ~/.cache/text-embedding-pipeline."""
     run: RunName = "default"
-    """Name of the run: its folder is `<root>/runs/<run>`; training in it again resumes it. A sweep's trials are runs
+    """Name of the run. Its folder is `<root>/runs/<run>`; training in it again resumes it. A sweep's trials are runs
     below it, such as `default/tune/trials/0003`."""
 
 
 class Logging(Section):
     save_dir: PathStr | None = None
-    """Folder of training.log; relative to storage.root, or an absolute one on disk. Default: the run's folder."""
+    """Folder of training.log, relative to storage.root or absolute on disk. Default: the run's folder."""
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """Least severe messages written, to the console and to the file."""
+    """Lowest level of the messages written to the console and to training.log."""
     format: str = Field("%(asctime)s %(levelname)-7s %(message)s", min_length=1)
-    """Of lines in training.log, in the style of Python's logging."""
+    """Format of the lines in training.log, in the style of Python's logging."""
     trackers: list[Literal["tensorboard", "wandb", "ray"]] = []
-    """Where training's metrics go beside the console and metrics.jsonl: TensorBoard's event files and Weights & Biases
+    """Where training metrics go besides the console and metrics.jsonl: TensorBoard's event files and Weights & Biases
     (offline without WANDB_API_KEY) in the run's folder, and Ray's metrics endpoint."""
     wandb_project: str = Field("text-embedding-pipeline", min_length=1)
-    """Project of Weights & Biases; the run goes by `storage.run`."""
+    """Project of Weights & Biases; the run's name is `storage.run`."""
     loss_spike_deviations: float = Field(6.0, gt=0)
-    """A loss so many standard deviations above the mean of the last 100 logged ones raises an alert. Ours."""
+    """Alert if a loss is this many standard deviations above the mean of the last 100 logged losses. Ours."""
     memory_alert_fraction: float = Field(0.85, gt=0, le=1)
-    """Share of a GPU's memory beyond which an alert is raised."""
+    """Alert if a larger share of a GPU's memory is used."""
 
     @field_validator("format")
     @classmethod
@@ -81,11 +79,10 @@ class Config(Section):
     mining: Mining = Mining()
     tune: Tune = Tune()
     scaling: Scaling = Scaling()
-    _deepspeed: tuple[Row, ...] = PrivateAttr(())
     _folder: Path = PrivateAttr(Path())
 
     def get(self, dotted: str) -> Any:
-        """The value at a dotted path: `get("training.learning_rate")`; KeyError names a path that is not there."""
+        """The value at a dotted path: `get("training.learning_rate")`. Raises KeyError for an unknown path."""
         value: Any = self
         for part in dotted.split("."):
             if not (isinstance(value, BaseModel) and part in type(value).model_fields):
@@ -94,13 +91,8 @@ class Config(Section):
         return value
 
     @property
-    def deepspeed(self) -> tuple[Row, ...]:
-        """What became of each key of `training.deepspeed_config`, for a table under `deepspeed.HEADER`."""
-        return self._deepspeed
-
-    @property
     def secret_files(self) -> list[str]:
-        """Where an `api.env` of secrets may be: the folder that the job runs in, and the config file's."""
+        """Where an `api.env` with secrets may be: in the working directory, and next to the config file."""
         return [str(folder.absolute() / "api.env") for folder in (Path(), self._folder)]
 
     @property
@@ -108,7 +100,7 @@ class Config(Section):
         return as_path(self.storage.root)
 
     def under_root(self, folder: str) -> StoragePath:
-        """A folder relative to `root`, an absolute one on disk, or one that a URI names."""
+        """A folder relative to `root`, an absolute one on disk, or a URI."""
         return below(self.root, folder)
 
     @property
@@ -120,17 +112,11 @@ class Config(Section):
         return self.under_root(self.logging.save_dir) if self.logging.save_dir else self.run_dir
 
     def dump(self) -> dict[str, Any]:
-        """The resolved tree as plain values. No key of it is a secret.
-
-        The settings of a DeepSpeed file stand in it as our own, so it goes without the file, which would take the place
-        of what arguments had changed.
-        """
-        tree: dict[str, Any] = self.model_dump(mode="json")
-        tree["training"]["deepspeed_config"] = None
-        return tree
+        """The resolved tree as plain values. It holds no secrets."""
+        return self.model_dump(mode="json")
 
     def changed(self, values: dict[str, Any], where: str) -> Config:
-        """A config with other values at dotted keys. Raises ConfigError that says `where` they come from."""
+        """A config with other values at dotted keys. Raises ConfigError, which says `where` the values come from."""
         tree = self.dump()
         for key, value in values.items():
             assign(tree, key.split("."), value, where)
@@ -138,5 +124,5 @@ class Config(Section):
             found = Config.model_validate(tree)
         except ValidationError as error:
             raise ConfigError(explain(error, where, [], Config)) from None
-        found._deepspeed, found._folder = self._deepspeed, self._folder
+        found._folder = self._folder
         return found

@@ -75,9 +75,9 @@ class Tune(Section):
     """optuna: TPE, which learns from the trials so far (Bergstra et al. 2011). grid: every combination, of values that
     can be counted."""
     scheduler: Literal["asha", "median", "none"] = "asha"
-    """When a trial ends early. asha: unless it is among the best 1/`reduction_factor` at `grace_steps`, at
-    `reduction_factor` times as many, and so on (Li et al. 2020). median: when its best is below the median of those
-    that went to their end, of which four must be there."""
+    """When a trial ends early. asha: when it is not among the best 1/`reduction_factor` of those that came so far, at
+    `grace_steps`, at `reduction_factor` times as many, and so on (Li et al. 2020). median: when its best is worse than
+    the median of the others' means so far, once there are three others (Golovin et al. 2017, Vizier)."""
     trials: int | None = Field(None, ge=1)
     """Trials in all; by default 16, and of a grid all combinations. It may be raised to go on with a sweep."""
     metric: str | None = Field(None, min_length=1)
@@ -91,7 +91,7 @@ class Tune(Section):
     """Steps that every trial gets, and between two validations with asha and median; by default 1/`reduction_factor`²
     of the whole."""
     reduction_factor: int = Field(3, ge=2)
-    """One trial in so many goes on from each rung of asha (3: Hyperband, Li et al. 2018, section 2)."""
+    """One trial in so many continues after each rung of asha (3: Hyperband, Li et al. 2018, section 2)."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of what is tried. Training's own seed is the same in all trials, unless the space has it."""
     max_concurrent_trials: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"

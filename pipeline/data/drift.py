@@ -1,12 +1,12 @@
-"""The data that a run's model was trained on, and how far the data have moved since.
+"""What a run's model was trained on, and how far the data have changed since.
 
-    then = TrainedOn.read(config)                       # of <run>/run.json; None if nothing was trained yet
-    has_moved(config, manifest)                         # another data set is prepared now
+    then = TrainedOn.read(config)                       # from <run>/run.json; None if nothing was trained yet
+    has_moved(config, manifest)                         # whether another data set is prepared now
     Drift.between(config.root / then.prepared, folder)  # Drift(new=120, changed=3, removed=1, of=14_000)
 
-What is prepared for a run that has begun is tokenized with the run's own tokenizer: `pinned_tokenizer`. Cost of a
-comparison: a read of the ids and source ids of both data sets, about 0.6 s for a million records, and 16 bytes of
-memory for each record that is in one of them alone.
+Data for a run that has begun are tokenized with the run's own tokenizer: `pinned_tokenizer`. Cost of a comparison: it
+reads the ids and source ids of both data sets, 0.6 s for a million records, and takes 16 bytes of memory a record
+that is in only one of them.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config
+from pipeline.core.artifact import Artifact
+from pipeline.core.console import log
+from pipeline.core.files import for_each, matching, parquet_file
+from pipeline.core.path import StoragePath
 from pipeline.data.manifest import Manifest, read_prepared
-from pipeline.runtime.artifact import Artifact
-from pipeline.runtime.console import log
-from pipeline.storage.files import for_each, matching, parquet_file
-from pipeline.storage.path import StoragePath
-from pipeline.text.identity import id_bounds, overlapping
+from pipeline.data.partitions import id_bounds, overlapping
 
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """What a run's run.json says about the data that the run began with."""
+    """What run.json says about the data with which a run began."""
 
     data_fingerprint: str
     prepared: str
     """The data set's folder, relative to storage.root."""
     settings: dict[str, Any]
-    """Keys that say how records become tokens: see `token_settings`."""
+    """See `token_settings`."""
     steps: int
-    """At which the run is at its end."""
+    """The step at which the run ends."""
 
     @classmethod
     def of(cls, config: Config, folder: StoragePath, manifest: Manifest, steps: int) -> TrainedOn:
@@ -49,20 +49,14 @@ class TrainedOn:
 
     @classmethod
     def read(cls, config: Config) -> TrainedOn | None:
-        """Raises ConfigError for a run of an earlier version."""
         path = config.run_dir / "run.json"
         if not path.is_file():
             return None
         content = json.loads(path.read_text())
-        if missing := [name for name in cls.__dataclass_fields__ if name not in content]:
-            raise ConfigError(
-                f"{path} was written by an earlier version, and lacks {', '.join(missing)}; name another run with "
-                "storage.run=NAME"
-            )
         return cls(**{name: content[name] for name in cls.__dataclass_fields__})
 
     def other_settings(self, config: Config) -> list[str]:
-        """Keys of `token_settings` that differ, with both values. A source that came or went is no difference."""
+        """The `token_settings` that differ, with both values. Added and removed sources do not count."""
         now = token_settings(config)
         return [
             f"{key} (then {value!r}, now {now[key]!r})"
@@ -72,16 +66,16 @@ class TrainedOn:
 
 
 def has_moved(config: Config, manifest: Manifest) -> bool:
-    """Whether the run began on other data than are now prepared, and was not told to train on these."""
+    """Whether the run began on other data than are prepared now, and `accept_changes` does not allow that."""
     then = TrainedOn.read(config)
     accepted = "data" in config.checkpointing.accept_changes
     return then is not None and not accepted and then.data_fingerprint != manifest.fingerprint
 
 
 def token_settings(config: Config) -> dict[str, Any]:
-    """By key, what decides how a record is tokenized, which split it is in, and how often it is drawn.
+    """The settings that decide how a record is tokenized, which split it is in, and how often it is drawn.
 
-    A model that was trained under other values would not fit the data, whichever records they are.
+    A model that was trained with other values would not fit the data, even if the records were the same.
     """
     data = config.data
     found = {f"tokenizer.{key}": value for key, value in config.tokenizer.model_dump(mode="json").items()}
@@ -95,9 +89,9 @@ def token_settings(config: Config) -> dict[str, Any]:
 
 
 def pinned_tokenizer(config: Config) -> StoragePath | None:
-    """The tokenizer.json of the run's model, with which data are tokenized for it from then on.
+    """The tokenizer.json of the run's model, with which all later data for it are tokenized.
 
-    None before a run has begun, and where the config names a tokenizer or now describes another one.
+    None before a run has begun, and if the config names a tokenizer or now describes another one.
     """
     then = TrainedOn.read(config)
     if then is None or config.tokenizer.load_path is not None:
@@ -109,16 +103,16 @@ def pinned_tokenizer(config: Config) -> StoragePath | None:
 
 @dataclass(frozen=True)
 class Drift:
-    """Records that came and went between two data sets."""
+    """Differences between the records of two data sets."""
 
     new: int
-    changed: int  # in both under the same source_id, with another text
+    changed: int  # same source_id, other text
     removed: int
     of: int  # records of the earlier data set
 
     @classmethod
     def between(cls, then: StoragePath, now: StoragePath) -> Drift:
-        """Compare the record files of two prepared data sets, range of ids by range."""
+        """Compare the record files of two prepared data sets, one range of ids after the other."""
         old, new = (matching(folder / "records", "*.parquet") for folder in (then, now))
         ranges = for_each(then, lambda number: _only_in_one(old, new, number), range(len(new)))
         gone, came = (np.concatenate(each) for each in zip(*ranges, strict=True))
@@ -134,7 +128,7 @@ class Drift:
 
 
 def log_drift(config: Config, folder: StoragePath, manifest: Manifest) -> None:
-    """Say how far the data have moved since the run's model was trained, if they have, and how to train on them."""
+    """Log how far the data have changed since the run's model was trained, if they have, and how to train on them."""
     then = TrainedOn.read(config)
     if then is None or not has_moved(config, manifest) or then.other_settings(config):
         return
@@ -153,7 +147,7 @@ def log_drift(config: Config, folder: StoragePath, manifest: Manifest) -> None:
 
 
 def _free_name(config: Config) -> str:
-    """Of a run that does not exist: small-2 beside small."""
+    """A name for a new run, such as small-2 next to small."""
     taken = {folder.name for folder in matching(config.run_dir.parent, "*")}
     name = config.run_dir.name
     number = next(number for number in range(2, len(taken) + 3) if f"{name}-{number}" not in taken)
@@ -163,7 +157,7 @@ def _free_name(config: Config) -> str:
 def _only_in_one(
     old: list[StoragePath], new: list[StoragePath], number: int
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """Hashes of the source_ids of records that went, and of those that came, in the range of the new file `number`."""
+    """Hashes of the source_ids of removed and of new records, in the range of ids of the new file `number`."""
     came, (first, end) = _ids(new[number]), id_bounds(number, len(new))
     gone = pa.concat_tables([_ids(old[other]) for other in overlapping(number, len(new), len(old))])
     gone = gone.filter(pc.and_(pc.greater_equal(gone["id"], first), pc.less(gone["id"], end)))

@@ -1,9 +1,9 @@
 """The training feed: this worker's share of every global batch, in the plan's order, read ahead by Ray Data.
 
-A feed starts at any step for the price of opening its first row groups. The dataset is made inside the worker, with one
-read task a run of steps and its order preserved, so a worker that starts anew begins at its checkpoint's step.
-
     for batch in RayFeed(plan, rank=0, world_size=2).batches(start=1200, stop=1400): ...   # a table of a step's rows
+
+A feed can start at any step; that costs the opening of its first row groups. The dataset is created in the worker, with
+a read task for each run of steps and in order, so a restarted worker begins at its checkpoint's step.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config import ConfigError
+from pipeline.core.artifact import open_parquet
+from pipeline.core.path import StoragePath
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan, RowGroup
-from pipeline.runtime.artifact import open_parquet
-from pipeline.storage.path import StoragePath
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
 READ_AHEAD_BATCHES = 2
 CHUNKS_A_DATASET = 4
-"""Reads that one dataset makes, few enough to be under way all at once.
+"""Reads of one dataset, few enough to run all at once.
 
-NOTE: while reads wait for room, Ray Data's executor looks for it without pause, in a thread of the training worker that
-takes the interpreter from it: one dataset for a whole run halved the training speed (seen with py-spy, Ray 2.60).
+NOTE: while reads wait for room, Ray Data's executor polls in a thread of the training worker and holds the interpreter:
+one dataset for a whole run halved the training speed (seen with py-spy, Ray 2.60).
 """
-MIN_VALIDATION = 2  # pairs that can be told from each other
+MIN_VALIDATION = 2  # with one pair there is nothing to tell it from
 
 
 def training_plan(
@@ -44,9 +44,9 @@ def training_plan(
     seed: int,
     batching: Literal["mixed", "by_source"] = "mixed",
 ) -> Plan:
-    """The plan of a prepared data set's training split, by its sources' weights where they have some.
+    """The plan of a prepared data set's training split, with its sources' weights.
 
-    Raises ConfigError where a split is too small, or a source for its share.
+    Raises ConfigError if a split is too small, or a source is too small for its share.
     """
     groups = tuple(
         RowGroup(shard.path, index, rows, source)
@@ -72,7 +72,7 @@ def training_plan(
 
 @dataclass(frozen=True)
 class LocalFeed:
-    """The feed without Ray: reads when it is asked."""
+    """The feed without Ray: reads on demand."""
 
     plan: Plan
     rank: int = 0
@@ -97,7 +97,7 @@ class RayFeed:
                 yield from _cut(table)
 
     def _tables(self, start: int, stop: int) -> Generator[pa.Table]:
-        """A table of several steps' rows a read, from one dataset after the other."""
+        """A table of several steps' rows for each read, from consecutive datasets."""
         chunks = self.plan.chunks(start, stop)
         for first in range(0, len(chunks), CHUNKS_A_DATASET):
             yield from self._dataset(chunks[first : first + CHUNKS_A_DATASET]).iter_batches(
@@ -120,7 +120,7 @@ class RayFeed:
 
 
 def _one_ahead(tables: Generator[pa.Table]) -> Generator[pa.Table]:
-    """The same tables, the next one being fetched while one is used: a dataset takes about a second to start."""
+    """The same tables, fetching the next one while one is used: a dataset takes about a second to start."""
     with closing(tables), ThreadPoolExecutor(1, thread_name_prefix="feed") as thread:
         coming = thread.submit(next, tables, None)
         while (table := coming.result()) is not None:
@@ -129,7 +129,7 @@ def _one_ahead(tables: Generator[pa.Table]) -> Generator[pa.Table]:
 
 
 def _cut(table: pa.Table) -> Iterator[pa.Table]:
-    """A table of several steps' rows, in order → one batch a step."""
+    """Cut a table of several steps' rows into one batch a step."""
     table = table.combine_chunks()
     steps = table["step"].to_numpy()
     bounds = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(steps)]
@@ -138,7 +138,7 @@ def _cut(table: pa.Table) -> Iterator[pa.Table]:
 
 
 def validation_rows(folder: StoragePath, manifest: Manifest, limit: int) -> pa.Table:
-    """The first `limit` rows of the validation split in canonical order, which is a random one."""
+    """The first `limit` rows of the validation split, whose canonical order is random."""
     tables = []
     for shard in manifest.of_split("validation"):
         tables.append(open_parquet(folder / shard.path).read())

@@ -3,32 +3,34 @@
 <root>/prepared/<fingerprint>/
     tokenizer.json
     records/00000.parquet             kept records, text and metadata, by hash of id
-    rejected/00000.parquet            what was refused: id, source, source_id, reason, excerpt, duplicate_of, similarity
+    rejected/00000.parquet            rejected ones: id, source, source_id, reason, excerpt, duplicate_of, similarity
     train/00000.parquet               token shards: id, source, and the text fields as lists of token ids
     validation/00000.parquet
-    lengths.png                       how long the texts are, in tokens
-    manifest.json                     {fingerprint, sources, splits, shards, lengths, clusters, versions, settings,
-                                       files}
+    lengths.png                       a histogram of the texts' lengths in tokens
+    manifest.json                     the fields of `Manifest`
 
-The files are second names (hard links) of those in the folders of the stages that made them, <root>/stages/; in a
-bucket they are copies.
+The files are hard links to those of the stages that made them, below <root>/stages/; in a bucket they are copies.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.runtime.artifact import Files, read_manifest
-from pipeline.storage.files import digest_of
-from pipeline.storage.path import StoragePath
+from pipeline.core.artifact import Files, read_manifest
+from pipeline.core.files import digest_of
+from pipeline.core.path import StoragePath
+from pipeline.data.fields import EXCERPT_CHARS, TEXT_FIELDS
 
 SPLITS = ("train", "validation")
-EXCERPT_CHARS = 200
 
 RECORD_SCHEMA = pa.schema(
     [
@@ -45,16 +47,15 @@ RECORD_SCHEMA = pa.schema(
 REJECTED_SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("id", "source", "source_id", "reason", "excerpt")),
-        ("duplicate_of", pa.string()),  # source_id of the record that stays in its place, or the evaluation text's id
-        ("similarity", pa.float64()),  # Jaccard, to a record that it nearly equals
+        ("duplicate_of", pa.string()),  # source_id of the record that was kept, or id of the evaluation text
+        ("similarity", pa.float64()),  # Jaccard, of near-duplicates and contaminated records
     ]
 )
-TEXT_FIELDS = ("anchor", "positive", "negatives", "text")
 
 
 @dataclass(frozen=True)
 class SourceCount:
-    """What became of a source's records. `rows_in == rows_kept + sum(rejected.values())`, checked by every run."""
+    """What became of a source's records. Every run checks that `rows_in == rows_kept + sum(rejected.values())`."""
 
     name: str
     rows_in: int
@@ -82,8 +83,8 @@ class Manifest:
     sources: list[SourceCount]
     splits: dict[str, int]
     shards: list[Shard]
-    lengths: dict[str, dict[str, float]]  # by text field: see lengths.LengthCounts.summary
-    clusters: list[dict[str, Any]]  # the records that stand for the most near-duplicates
+    lengths: dict[str, dict[str, float]]  # by text field: LengthCounts.summary
+    clusters: list[dict[str, Any]]  # the records with the most near-duplicates
     versions: dict[str, str]
     settings: dict[str, Any] = field(default_factory=dict)  # keys of the config that the shards depend on
     files: Files = field(default_factory=dict)
@@ -101,7 +102,7 @@ class Manifest:
 
 
 def read_prepared(folder: StoragePath) -> Manifest | None:
-    """The manifest of a finished data set; None where there is none, or one that cannot be read."""
+    """The manifest of a finished data set, or None."""
     content = read_manifest(folder)
     if content is None:
         return None
@@ -114,7 +115,7 @@ def read_prepared(folder: StoragePath) -> Manifest | None:
 
 
 def rejections(rows: pa.Table, reason: str, similarity: pa.Array | None) -> pa.Table:
-    """Rows as REJECTED_SCHEMA has them: `reason` where they have none yet, an excerpt, who stands for them."""
+    """Rows with a `duplicate_of`, in REJECTED_SCHEMA. Those without a `reason` and an excerpt of their own get them."""
     excerpt = pc.utf8_slice_codeunits(pc.coalesce(rows["anchor"], rows["text"]), 0, EXCERPT_CHARS)
     columns = {name: rows[name] for name in ("id", "source", "source_id")}
     columns["reason"] = pc.fill_null(rows["reason"], reason) if "reason" in rows.column_names else [reason] * len(rows)
@@ -124,5 +125,93 @@ def rejections(rows: pa.Table, reason: str, similarity: pa.Array | None) -> pa.T
     return pa.table(columns).cast(REJECTED_SCHEMA)
 
 
+def count_outcomes(kept: pa.Table, rejected: pa.Table) -> dict[str, Counter[str]]:
+    """Source → outcome (`kept` or a reason) → rows."""
+    outcomes: dict[str, Counter[str]] = {}
+    for source in kept["source"].to_pylist():
+        outcomes.setdefault(source, Counter())["kept"] += 1
+    for source, reason in zip(rejected["source"].to_pylist(), rejected["reason"].to_pylist(), strict=True):
+        outcomes.setdefault(source, Counter())[reason] += 1
+    return outcomes
+
+
 def sha256(path: StoragePath) -> str:
     return digest_of(path, hashlib.sha256())
+
+
+@dataclass
+class LengthCounts:
+    """Lengths of one text field's texts in tokens, as counts that tasks make and that add up."""
+
+    stored: Counter[int] = field(default_factory=Counter)  # tokens of a row, special ones included → rows
+    whole: Counter[int] = field(default_factory=Counter)  # tokens of a text before it was cut → texts
+    too_long: int = 0  # texts of more tokens than fit in one row
+    unknown: int = 0  # tokens outside the vocabulary
+    tokens: int = 0  # of whole texts
+
+    def add(self, whole: npt.NDArray[np.integer], stored: npt.NDArray[np.integer], room: int, unknown: int) -> None:
+        """Count texts of these lengths, of which `room` tokens fit in a row, and the rows that they became."""
+        self.whole.update(whole.tolist())
+        self.stored.update(stored.tolist())
+        self.too_long += int(np.count_nonzero(whole > room))
+        self.tokens += int(whole.sum())
+        self.unknown += unknown
+
+    def merge(self, other: dict[str, Any]) -> None:
+        """Add counts that `vars` gave and JSON carried."""
+        self.stored.update({int(length): rows for length, rows in other["stored"].items()})
+        self.whole.update({int(length): texts for length, texts in other["whole"].items()})
+        self.too_long += other["too_long"]
+        self.unknown += other["unknown"]
+        self.tokens += other["tokens"]
+
+    def summary(self) -> dict[str, float]:
+        """Figures of rows as stored; `whole_*` of texts before they were cut; rates of texts and tokens."""
+        texts = max(sum(self.whole.values()), 1)
+        return {
+            **_figures(self.stored),
+            **{f"whole_{name}": value for name, value in _figures(self.whole).items() if name in ("mean", "max")},
+            "rows": sum(self.stored.values()),
+            "tokens": sum(length * rows for length, rows in self.stored.items()),
+            "truncation_rate": round(self.too_long / texts, 6),
+            "unknown_rate": round(self.unknown / max(self.tokens, 1), 6),
+        }
+
+
+def _figures(counts: Counter[int]) -> dict[str, float]:
+    """Mean, standard deviation, minimum, percentiles and maximum of numbers given as number → how often."""
+    if not counts:
+        return dict.fromkeys(("mean", "std", "min", "p50", "p90", "p95", "p99", "max"), 0)
+    values, weights = np.array(sorted(counts.items()), dtype=np.int64).T
+    mean = float(np.average(values, weights=weights))
+    percentiles = (50, 90, 95, 99)
+    found = np.percentile(values, percentiles, weights=weights, method="inverted_cdf").tolist()
+    return {
+        "mean": round(mean, 2),
+        "std": round(float(np.sqrt(np.average((values - mean) ** 2, weights=weights))), 2),
+        "min": int(values[0]),
+        **{f"p{p}": int(value) for p, value in zip(percentiles, found, strict=True)},
+        "max": int(values[-1]),
+    }
+
+
+def draw_lengths(counts: dict[str, LengthCounts], max_length: int, path: Path) -> None:
+    """A histogram for each field of its texts' whole lengths, with a line at `max_length`, where they are cut."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2.6 * len(counts)), layout="constrained")
+    axes = figure.subplots(len(counts), squeeze=False)[:, 0]
+    for axis, (name, count) in zip(axes, counts.items(), strict=True):
+        lengths, texts = list(count.whole), list(count.whole.values())
+        longest = max(_figures(count.whole)["p99"] * 1.1, max_length * 1.1)
+        axis.hist([min(length, longest) for length in lengths], bins=60, range=(0, longest), weights=texts)
+        axis.axvline(max_length, color="black", linestyle="--", linewidth=1)
+        summary = count.summary()
+        axis.set_title(
+            f"{name}: {sum(texts):,} texts, mean {summary['whole_mean']:,.0f} tokens, "
+            f"{summary['truncation_rate']:.1%} longer than {max_length}",
+            fontsize=10,
+        )
+        axis.set_ylabel("texts")
+    axes[-1].set_xlabel("tokens before cutting; the last bar holds all longer texts")
+    figure.savefig(path, format="png", dpi=110)

@@ -1,15 +1,15 @@
-"""Near-duplicates and evaluation texts, found over all sources and taken out of the records.
+"""Removes near-duplicates and evaluation texts from the records of all sources.
 
-    records/ ──► signatures ──► bands ──► components ──► exchange by component ──► thin out ──► records/, rejected/
-    a file       a task a file   a task a band  one task    a task a file            a task a part   a task a file
+    records/ ──► signatures ──► bands ──► components ──► shuffle by component ──► compare ──► records/, rejected/
+    a file       a task a file   a band    one task       a file                   a part      a file
 
-MinHash bands only propose; who goes is decided by exact Jaccard. Records that share a band, directly or through
-others, are a component, and inside it one goes only if it is alike to one that stays (see text.shingles.thin_out): of
-those alike, the one with the most shingles stays, ties by id. So chains of likeness take nothing along that is
-different, and no order or division of the work has a say. Evaluation texts come first: a record that equals or nearly
-equals one of theirs goes, and takes no other along.
+MinHash bands only propose pairs; exact Jaccard similarity decides. Records that share a band, directly or through
+others, form a component. In a component, records are visited by descending number of shingles, ties by id, and one is
+dropped only if it is similar to one that stays (similarity.drop_similar); the result does not depend on processing
+order or on how the work is divided. Evaluation texts come first: a record that equals or nearly equals one is dropped,
+and no other record is dropped because of it.
 
-A record is known by its place in all the files, one after the other. Memory: one band of all records (24 bytes a
+A record is identified by its position in all files, one after the other. Memory: one band of all records (24 bytes a
 record) in one task, a component's shingles (8 bytes a word) in another.
 """
 
@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,22 +30,22 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pipeline.config import Data
-from pipeline.data.contamination import contamination
-from pipeline.data.exchange import read_part, write_parts
-from pipeline.data.manifest import rejections
-from pipeline.runtime.artifact import Artifact, Output, open_parquet
-from pipeline.runtime.session import Board
-from pipeline.storage.files import for_each, parquet_file, sizes
-from pipeline.storage.path import StoragePath
-from pipeline.text.shingles import Shingles, band_keys, bands_of, shingle_sets, thin_out
+from pipeline.core.artifact import Artifact, Output, open_parquet
+from pipeline.core.files import for_each, parquet_file, sizes
+from pipeline.core.path import StoragePath
+from pipeline.core.session import Progress
+from pipeline.data.manifest import count_outcomes, rejections
+from pipeline.data.partitions import read_part, write_parts
+from pipeline.data.records import merge_outcomes
+from pipeline.data.similarity import Shingles, band_keys, bands_of, contamination, drop_similar, shingle_sets
 
 Ints = npt.NDArray[np.int64]
 
 CLUSTERS_REPORTED = 10
-GONE = "scratch/gone.parquet"
+DROPPED = "scratch/dropped.parquet"
 BATCH_ROWS = 4096
 KEYS_A_TASK = 1_000_000  # seconds of work; bands are sorted together up to that many keys
-ALONE = -1  # the component of a record that is like no other
+ALONE = -1  # the component of a record that shares no band
 _CANDIDATES = pa.schema(
     [
         *((name, pa.int64()) for name in ("component", "record")),
@@ -55,114 +53,101 @@ _CANDIDATES = pa.schema(
         ("shingles", pa.list_(pa.uint64())),
     ]
 )
-_GONE = pa.schema(
-    [
-        *((name, pa.int64()) for name in ("record", "survivor")),
-        ("duplicate_of", pa.string()),
-        ("similarity", pa.float64()),
-    ]
-)
+_DROPPED = pa.schema([("record", pa.int64()), ("duplicate_of", pa.string()), ("similarity", pa.float64())])
 
 
-def find(distinct: Artifact, board: Board, files: Sequence[StoragePath], data: Data) -> int:
-    """Find what has to go, in the artifact's scratch folder. Returns the number of near-duplicates."""
+def find(distinct: Artifact, progress: Progress, files: Sequence[StoragePath], data: Data) -> int:
+    """Find what to drop, in the artifact's scratch folder. Returns the number of near-duplicates."""
     scratch, threshold = distinct.scratch, data.near_duplicates.threshold
     file_bytes = [size or 0 for size in sizes(files)]
     offsets = _offsets(files)
-    keys = [scratch / "keys" / f"{file.stem}.npy" for file in files]
+    keys = [scratch / "keys" / f"{file.stem}.parts" for file in files]
     bands = bands_of(threshold, data.near_duplicates.permutations)[0] if threshold else 0
 
     def sign(index: int, output: Output) -> None:
         _sign(files[index], output, data)
 
-    distinct.tasks(board, "prepare: signatures", file_bytes, sign)
+    distinct.tasks(progress, "prepare: signatures", file_bytes, sign)
     if threshold is None:
-        distinct.output.write_table(GONE, _GONE.empty_table())
+        distinct.output.write_table(DROPPED, _DROPPED.empty_table())
         return 0
 
     band_bytes, together = 8 * int(offsets[-1]), max(1, KEYS_A_TASK // int(offsets[-1] or 1))
     runs = [range(first, min(first + together, bands)) for first in range(0, bands, together)]
-    links = [scratch / "links" / f"{run[0]:04d}.npy" for run in runs]
+    links = [scratch / "links" / f"{run[0]:04d}" for run in runs]
 
     def link(index: int, output: Output) -> None:
-        found = [_links(np.concatenate(for_each(scratch, partial(_row, band), keys))) for band in runs[index]]
+        found = [_links(read_part(keys, band)["key"].to_numpy()) for band in runs[index]]
         _save(np.concatenate(found, axis=1), output, f"scratch/links/{links[index].name}")
 
-    distinct.tasks(board, "prepare: likely pairs", [band_bytes * len(run) for run in runs], link)
+    distinct.tasks(progress, "prepare: likely pairs", [band_bytes * len(run) for run in runs], link)
 
     def join(index: int, output: Output) -> None:
-        _save(_components(links, int(offsets[-1])), output, "scratch/components.npy")
+        _save(_components(links, int(offsets[-1])), output, "scratch/components")
 
-    distinct.tasks(board, "prepare: join the pairs", [band_bytes], join)
+    distinct.tasks(progress, "prepare: join the pairs", [band_bytes], join)
     candidates = [scratch / "candidates" / f"{file.stem}.parts" for file in files]
 
     def collect(index: int, output: Output) -> None:
-        component = _load(scratch / "components.npy", int(offsets[index]), int(offsets[index + 1]))
+        component = _load(scratch / "components", int(offsets[index]), int(offsets[index + 1]))
         table = _candidates(files[index], component, int(offsets[index]))
         with output.writing(f"scratch/candidates/{candidates[index].name}") as file:
             write_parts(table, table["component"].to_numpy() % len(files), len(files), file)
 
-    distinct.tasks(board, "prepare: collect the alike", file_bytes, collect)
+    distinct.tasks(progress, "prepare: collect likely duplicates", file_bytes, collect)
     part_bytes = sum(filter(None, sizes(candidates))) // len(files)
 
-    def thin(part: int, output: Output) -> None:
-        output.write_table(f"scratch/gone/{part:05d}.parquet", _thin_out(read_part(candidates, part), threshold))
+    def compare(part: int, output: Output) -> None:
+        output.write_table(f"scratch/dropped/{part:05d}.parquet", _compare(read_part(candidates, part), threshold))
 
-    distinct.tasks(board, "prepare: compare them", [part_bytes] * len(files), thin)
-    gone = [scratch / "gone" / f"{part:05d}.parquet" for part in range(len(files))]
-    found = pa.concat_tables(for_each(scratch, lambda path: parquet_file(path).read(), gone)).sort_by("record")
-    distinct.output.write_table(GONE, found)
+    distinct.tasks(progress, "prepare: compare likely duplicates", [part_bytes] * len(files), compare)
+    dropped = [scratch / "dropped" / f"{part:05d}.parquet" for part in range(len(files))]
+    found = pa.concat_tables(for_each(scratch, lambda path: parquet_file(path).read(), dropped)).sort_by("record")
+    distinct.output.write_table(DROPPED, found)
     return len(found)
 
 
-def write_distinct(distinct: Artifact, board: Board, files: Sequence[StoragePath]) -> dict[str, Counter[str]]:
-    """Write `records/` without what has to go, and that to `rejected/`. Returns source → `kept` or a reason → rows."""
+def write_distinct(distinct: Artifact, progress: Progress, files: Sequence[StoragePath]) -> dict[str, Counter[str]]:
+    """Write what stays to `records/` and the rest to `rejected/`. Returns source → `kept` or a reason → rows."""
     scratch, folder, offsets = distinct.scratch, distinct.folder, _offsets(files)
     file_bytes = [size or 0 for size in sizes(files)]
 
     def write(index: int, output: Output) -> dict[str, Counter[str]]:
         file, first, last = files[index], int(offsets[index]), int(offsets[index + 1])
-        with (folder / GONE).open("rb") as opened:
-            gone = pq.read_table(opened, filters=[("record", ">=", first), ("record", "<", last)])
+        with (folder / DROPPED).open("rb") as opened:
+            dropped = pq.read_table(opened, filters=[("record", ">=", first), ("record", "<", last)])
         hits = json.loads((scratch / "hits" / f"{file.stem}.json").read_text())
-        gone = gone.set_column(0, "record", pc.subtract(gone["record"], first))
-        kept, rejected = _split(open_parquet(file).read(), gone, hits)
+        dropped = dropped.set_column(0, "record", pc.subtract(dropped["record"], first))
+        kept, rejected = _split(open_parquet(file).read(), dropped, hits)
         output.write_table(f"records/{file.name}", kept)
         output.write_table(f"rejected/{file.name}", rejected)
-        outcome = {source: Counter(kept=rows) for source, rows in Counter(kept["source"].to_pylist()).items()}
-        for source, reason in zip(rejected["source"].to_pylist(), rejected["reason"].to_pylist(), strict=True):
-            outcome.setdefault(source, Counter())[reason] += 1
         output.report(records=len(kept) + len(rejected), rejected=len(rejected))
-        return outcome
+        return count_outcomes(kept, rejected)
 
-    total: dict[str, Counter[str]] = {}
-    for outcomes in distinct.tasks(board, "prepare: write what stays", file_bytes, write):
-        for source, outcome in outcomes.items():
-            total.setdefault(source, Counter()).update(outcome)
-    return total
+    return merge_outcomes(distinct.tasks(progress, "prepare: write distinct records", file_bytes, write))
 
 
 def largest_clusters(distinct: Artifact) -> list[dict[str, Any]]:
-    """The records that stand for the most near-duplicates: source_id and how many went for it."""
-    gone = parquet_file(distinct.folder / GONE).read(columns=["duplicate_of"])
-    counts = gone.group_by("duplicate_of").aggregate([([], "count_all")])
+    """The records with the most near-duplicates: source_id and how many were dropped."""
+    dropped = parquet_file(distinct.folder / DROPPED).read(columns=["duplicate_of"])
+    counts = dropped.group_by("duplicate_of").aggregate([([], "count_all")])
     largest = counts.sort_by([("count_all", "descending"), ("duplicate_of", "ascending")]).slice(0, CLUSTERS_REPORTED)
     return [{"source_id": row["duplicate_of"], "removed": row["count_all"]} for row in largest.to_pylist()]
 
 
 def _offsets(files: Sequence[StoragePath]) -> Ints:
-    """The place of each file's first record, and the number of all."""
+    """The position of each file's first record, and the number of all."""
     return np.cumsum([0, *for_each(files[0], lambda file: parquet_file(file).metadata.num_rows, files)])
 
 
 def _texts(file: StoragePath) -> Iterator[list[list[str]]]:
-    """Batches of records, each its text fields that are searched or searched with."""
+    """Batches of records, each as the list of its texts, without negatives."""
     for batch in open_parquet(file).iter_batches(BATCH_ROWS, columns=["anchor", "positive", "text"]):
         yield [[text for text in row.values() if text is not None] for row in batch.to_pylist()]
 
 
 def _sign(file: StoragePath, output: Output, data: Data) -> None:
-    """The band keys of a file's records, (bands, records), and which of them an evaluation set knows."""
+    """Write the band keys of a file's records, by band, and which of them are similar to an evaluation text."""
     near = data.near_duplicates
     known = contamination(tuple(data.decontaminate), data.decontaminate_threshold) if data.decontaminate else None
     hits: dict[int, tuple[str, float]] = {}
@@ -177,11 +162,14 @@ def _sign(file: StoragePath, output: Output, data: Data) -> None:
             sets = shingle_sets(["" if hit else "\n".join(texts) for texts, hit in zip(batch, found, strict=True)])
             keys.append(band_keys(sets, near.threshold, near.permutations).T)
     output.write(f"scratch/hits/{file.stem}.json", json.dumps(hits).encode())
-    _save(np.concatenate(keys, axis=1), output, f"scratch/keys/{file.stem}.npy")
+    if bands:
+        flat = pa.table({"key": np.concatenate(keys, axis=1).ravel()})
+        with output.writing(f"scratch/keys/{file.stem}.parts") as path:
+            write_parts(flat, np.repeat(np.arange(bands), count), bands, path)
 
 
 def _links(keys: npt.NDArray[np.uint64]) -> Ints:
-    """(2, n): pairs that hold together all records of equal key, each with the one before it."""
+    """(2, n) pairs of positions: each record with the one before it of equal key, which links all of equal key."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     same = np.flatnonzero((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0))
@@ -189,10 +177,10 @@ def _links(keys: npt.NDArray[np.uint64]) -> Ints:
 
 
 def _components(links: Sequence[StoragePath], records: int) -> Ints:
-    """Each record's component, ALONE where it has no link."""
+    """Each record's component, ALONE if it has no link."""
     labels = np.arange(records)
     for path in links:  # one band at a time: only one band's pairs are in memory
-        a, b = labels[_load(path)]
+        a, b = labels[_load(path).reshape(2, -1)]
         graph = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(records, records))
         labels = connected_components(graph, directed=False)[1].astype(np.int64)[labels]
     return np.where(np.bincount(labels, minlength=records)[labels] > 1, labels, ALONE)
@@ -214,63 +202,54 @@ def _candidates(file: StoragePath, component: Ints, offset: int) -> pa.Table:
     return pa.table(columns, schema=_CANDIDATES)
 
 
-def _thin_out(candidates: pa.Table, threshold: float) -> pa.Table:
-    """What goes of some components' records, by _GONE."""
+def _compare(candidates: pa.Table, threshold: float) -> pa.Table:
+    """What to drop from the records of some components, as _DROPPED."""
     if not len(candidates):
-        return _GONE.empty_table()
+        return _DROPPED.empty_table()
     candidates = candidates.sort_by([("component", "ascending"), ("id", "ascending")]).combine_chunks()
     component, record = candidates["component"].to_numpy(), candidates["record"].to_numpy()
     source_ids, lists = candidates["source_id"], candidates["shingles"].chunk(0)
     flat, bounds = _rarest_first(lists.flatten().to_numpy()), lists.offsets.to_numpy() - lists.offsets[0].as_py()
     sets = [np.sort(flat[start:stop]) for start, stop in itertools.pairwise(bounds)]
-    rows: list[tuple[int, int, str, float]] = []
+    rows = []
     for places in np.split(np.arange(len(sets)), np.flatnonzero(np.diff(component)) + 1):
         order = sorted(places.tolist(), key=lambda place: (-len(sets[place]), place))
-        for place, (survivor, similarity) in thin_out(sets, order, threshold).items():
-            rows.append((record[place], record[survivor], source_ids[survivor].as_py(), similarity))
-    return pa.table([list(column) for column in zip(*rows, strict=True)], schema=_GONE) if rows else _GONE.empty_table()
+        for place, (kept, similarity) in drop_similar(sets, order, threshold).items():
+            rows.append((record[place], source_ids[kept].as_py(), similarity))
+    return pa.Table.from_pylist([dict(zip(_DROPPED.names, row, strict=True)) for row in rows], _DROPPED)
 
 
 def _rarest_first(shingles: Shingles) -> Shingles:
-    """Other numbers for the same shingles, small where few texts have them: a set's first ones then tell most."""
+    """Renumber shingles so that rare ones have small numbers: a set's first shingles then distinguish it best."""
     _, place, texts = np.unique(shingles, return_inverse=True, return_counts=True)
     rank = np.empty(len(texts), dtype=np.uint64)
     rank[np.argsort(texts, kind="stable")] = np.arange(len(texts), dtype=np.uint64)
     return rank[place]
 
 
-def _split(records: pa.Table, gone: pa.Table, hits: dict[str, tuple[str, float]]) -> tuple[pa.Table, pa.Table]:
-    """The records that stay, and the rejected ones; `gone` and `hits` name rows of this file."""
+def _split(records: pa.Table, dropped: pa.Table, hits: dict[str, tuple[str, float]]) -> tuple[pa.Table, pa.Table]:
+    """The records that stay, and the rejected ones; `dropped` and `hits` have positions in this file."""
     contaminated = np.array([int(place) for place in hits], dtype=np.int64)
-    near = gone["record"].to_numpy()
+    near = dropped["record"].to_numpy()
     stay = np.ones(len(records), dtype=bool)
     stay[near] = stay[contaminated] = False
-    duplicates = records.take(near).append_column("duplicate_of", gone["duplicate_of"])
+    duplicates = records.take(near).append_column("duplicate_of", dropped["duplicate_of"])
     known = records.take(contaminated).append_column(
         "duplicate_of", pa.array([name for name, _ in hits.values()], pa.string())
     )
     rejected = [
-        rejections(duplicates, "near_duplicate", gone["similarity"]),
+        rejections(duplicates, "near_duplicate", dropped["similarity"]),
         rejections(known, "contaminated", pa.array([similarity for _, similarity in hits.values()], pa.float64())),
     ]
     return records.filter(pa.array(stay)), pa.concat_tables(rejected)
 
 
-def _load(path: StoragePath, start: int = 0, stop: int | None = None) -> Any:
-    """Rows of an array; no others are read."""
+def _load(path: StoragePath, start: int = 0, stop: int | None = None) -> Ints:
+    """The numbers that `_save` wrote, or a slice of them; no others are read."""
     with path.open("rb") as file:
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        row_bytes = dtype.itemsize * math.prod(shape[1:])
-        stop = shape[0] if stop is None else stop
-        file.seek(file.tell() + start * row_bytes)
-        return np.frombuffer(file.read((stop - start) * row_bytes), dtype).reshape(stop - start, *shape[1:])
+        file.seek(8 * start)
+        return np.frombuffer(file.read(-1 if stop is None else 8 * (stop - start)), np.int64)
 
 
-def _row(number: int, path: StoragePath) -> Any:
-    return _load(path, number, number + 1)[0]
-
-
-def _save(array: npt.NDArray[Any], output: Output, name: str) -> None:
-    with output.writing(name) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
+def _save(numbers: Ints, output: Output, name: str) -> None:
+    output.write(name, np.ascontiguousarray(numbers).tobytes())

@@ -1,16 +1,16 @@
-"""Which rows make up global batch k of epoch e: a function of the seed and the shards, and of nothing else.
+"""Which rows make up global batch k of epoch e, as a function of only the seed and the shards.
 
 A pass over rows permutes their row groups, and the rows inside each, by (seed, pass). The resulting order of N rows is
-cut into L lanes of N // L rows, which are dealt from in turn; a batch has the next B of those rows, lane by lane. Each
-of W workers trains on a run of a batch's rows, so that it reads little more than its own share, and end to end their
-shares are the same batch whatever W is. A position is one integer, the step; seeking costs nothing.
+cut into L lanes of N // L rows. Rows are taken from the lanes in turn; a batch has the next B of them, sorted by lane.
+Each of W workers trains on a contiguous part of the batch, so it reads little more than its own share, and the shares
+of all workers together are the same batch for any W. A position is one integer, the step; seeking costs nothing.
 
     B = 4, L = 2, N = 10 rows in the pass's order:   lane 0: a b c d e     lane 1: f g h i j
     batch 0 = a b f g      batch 1 = c d h i      (e and j sit this pass out)
     with three workers, worker 0 trains on a then c, worker 1 on b then d, worker 2 on f g then h i
 
-Where sources have weights, or a batch comes from one source, each source has lanes and passes of its own: a small one
-of a high weight is gone through several times an epoch. An epoch is as many batches as all rows fill.
+If sources have weights, or each batch comes from one source, each source has its own lanes and passes: a small source
+with a high weight is repeated several times an epoch. An epoch has as many batches as all rows fill.
 """
 
 from __future__ import annotations
@@ -28,24 +28,22 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.config import ConfigError
-from pipeline.runtime.artifact import open_parquet
-from pipeline.storage.path import as_path
+from pipeline.core.artifact import open_parquet
+from pipeline.core.path import as_path
 
 MAX_LANES = 32
 MAX_ROWS_A_LANE = 64
-"""Rows of a lane in a batch beyond which there are more than MAX_LANES lanes: a row group of 1024 rows then feeds a
-lane for 16 steps. Ours."""
-MIN_SOURCE_LANES = 8  # of a source with a small share: its batch has rows of so many row groups at least. Ours.
+"""A batch with more rows a lane has more than MAX_LANES lanes. A row group of 1024 rows then lasts 16 steps. Ours."""
+MIN_SOURCE_LANES = 8  # a batch has rows from at least so many row groups of a source with a small share. Ours.
 GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, fill the unit interval evenly: Kronecker's sequence
 
 Ints = npt.NDArray[np.int64]
 
 
 def lanes_of(global_batch_size: int) -> int:
-    """Lanes that a batch is dealt from: up to 32, or one for 64 rows, and equally many rows of each where that can be.
+    """The number of lanes: up to 32, or one for 64 rows, that divides the batch size.
 
-    A size that no number in the upper half of what is allowed divides has that many lanes, which give in turn a row
-    more and a row less.
+    If no number in the upper half of that range divides it, the maximum; some lanes then give one row more than others.
     """
     most = min(global_batch_size, max(MAX_LANES, global_batch_size // MAX_ROWS_A_LANE))
     return next((lanes for lanes in range(most, most // 2 - 1, -1) if lanes and global_batch_size % lanes == 0), most)
@@ -61,16 +59,16 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class Selection:
-    """Some rows of a plan and where they lie: little to send to whoever reads them."""
+    """Some rows of a plan and where they are stored: small enough to send to another process, which reads them."""
 
     folder: str
     seed: int
     groups: list[tuple[RowGroup, int, int]]
-    """Row groups, each with its number in the plan and the pass in whose order its rows are."""
+    """Row groups, each with its number in the plan and the pass, which determines the order of its rows."""
     rows: Ints
-    """Places among the rows of those groups, laid end to end."""
+    """Positions in the concatenated rows of those groups."""
     steps: Ints
-    """The step that each row is trained on in."""
+    """The step in which each row is trained on."""
 
     def read(self) -> pa.Table:
         """The rows in training order, with a `step` column."""
@@ -86,7 +84,7 @@ class Selection:
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """Rows without end: all rows of some row groups, in another order in each pass."""
+    """An endless sequence of rows: all rows of some row groups, in another order in each pass."""
 
     number: int
     groups: Ints  # (G,) numbers in the plan
@@ -95,7 +93,7 @@ class Stream:
     rows_per_pass: int
 
     def find(self, turns: Ints, seed: int, turn: int) -> tuple[Ints, Ints]:
-        """Of rows of one pass, by when they are dealt: the row group that each lies in, and where in its order."""
+        """For rows of one pass, given by when they are taken: the row group of each, and its position in that order."""
         order = np.random.default_rng([seed, turn, self.number, 0]).permutation(len(self.groups))
         ends = self.sizes[order].cumsum()
         per_lane = ends[-1] // self.lanes
@@ -115,7 +113,7 @@ class Plan:
     seed: int
     batching: Literal["mixed", "by_source"] = "mixed"
     weights: tuple[tuple[str, float], ...] = ()
-    """Of sources, against each other. Without them sources have shares in proportion to their rows."""
+    """Relative weights of sources. Without them, their shares are proportional to their rows."""
 
     @property
     def lanes(self) -> int:
@@ -131,11 +129,11 @@ class Plan:
 
     @property
     def steps_per_chunk(self) -> int:
-        """Steps read at once: about as many as one row group feeds a lane."""
+        """Steps to read at once: about as many as a lane is fed by one row group."""
         return max(1, max(group.rows for group in self.row_groups) * self.lanes // self.global_batch_size)
 
     def chunks(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Steps `start` to `stop` cut into reads that do not cross an epoch."""
+        """(start, stop) of reads that together cover steps `start` to `stop` and do not cross an epoch."""
         bounds = [start]
         while bounds[-1] < stop:
             epoch_end = (bounds[-1] // self.batches_per_epoch + 1) * self.batches_per_epoch
@@ -143,12 +141,12 @@ class Plan:
         return list(itertools.pairwise(bounds))
 
     def share(self, rank: int, world_size: int) -> int:
-        """Rows of a global batch that this worker trains on; workers differ by one at most."""
+        """Number of rows of a global batch that this worker trains on; shares differ by one at most."""
         first, last = self._bounds(rank, world_size)
         return last - first
 
     def check_workers(self, world_size: int) -> None:
-        """Raise ConfigError for more workers than a batch has rows."""
+        """Raise ConfigError if there are more workers than rows in a batch."""
         if not 1 <= world_size <= self.global_batch_size:
             raise ConfigError(
                 f"scaling.num_workers: found {world_size}; allowed with training.global_batch_size="
@@ -156,7 +154,7 @@ class Plan:
             )
 
     def check_sources(self) -> None:
-        """Raise ConfigError where a source has too few rows, or too small a share, for the batches asked of it."""
+        """Raise ConfigError if a source has too few rows, or too small a share, for its batches."""
         if self._as_they_come:
             return
         for unknown in dict(self.weights).keys() - self.shares.keys():
@@ -173,7 +171,7 @@ class Plan:
                 )
             if quota == 0:
                 raise ConfigError(
-                    f"data.sources: found {name} with {float(share):.2g} of the weights, which is none of "
+                    f"data.sources: found {name} with {float(share):.2g} of the weights, too little for one of "
                     f"the {self.batches_per_epoch} batches of an epoch; allowed are weights that give it one or more"
                 )
 
@@ -182,7 +180,7 @@ class Plan:
         return self.select(start, stop, rank, world_size).read()
 
     def select(self, start: int, stop: int, rank: int = 0, world_size: int = 1) -> Selection:
-        """What `read` reads."""
+        """The rows that `read` reads, without reading them."""
         epoch, first = divmod(start, self.batches_per_epoch)
         number, starts, counts = self._draws(epoch, first, first + stop - start)
         draw, turns = np.repeat(np.arange(len(counts)), counts), _ranges(starts, counts)
@@ -201,7 +199,7 @@ class Plan:
 
     @cached_property
     def shares(self) -> dict[str | None, Fraction]:
-        """Each source's share of the rows that are trained on; they add up to one."""
+        """Each source's share of the training rows; the shares add up to one."""
         counts: Counter[str | None] = Counter()
         for group in self.row_groups:
             counts[group.source] += group.rows
@@ -211,7 +209,7 @@ class Plan:
 
     @cached_property
     def streams(self) -> tuple[Stream, ...]:
-        """One of all rows, or one a source."""
+        """One stream of all rows, or one for each source."""
         sources = [group.source for group in self.row_groups]
         if self._as_they_come:
             return (self._stream(0, np.arange(len(sources)), Fraction(1)),)
@@ -222,7 +220,7 @@ class Plan:
 
     @property
     def quotas(self) -> tuple[int, ...]:
-        """What each stream gives to an epoch: batches where a batch has one source, else rows."""
+        """What each stream contributes to an epoch: batches if each has one source, else rows."""
         if self.batching == "by_source":
             return largest_remainder(self.batches_per_epoch, tuple(self.shares.values()))
         return tuple(self._given[-1].tolist())
@@ -232,7 +230,7 @@ class Plan:
         return self.batching == "mixed" and not self.weights
 
     def _rows_at_once(self, share: Fraction) -> int:
-        """Rows that a batch takes of a source at most."""
+        """The most rows that a batch takes from a source."""
         return self.global_batch_size if self.batching == "by_source" else -int(-self.global_batch_size * share // 1)
 
     def _stream(self, number: int, groups: Ints, share: Fraction) -> Stream:
@@ -246,7 +244,7 @@ class Plan:
         return self.global_batch_size * rank // world_size, self.global_batch_size * (rank + 1) // world_size
 
     def _draws(self, epoch: int, first: int, last: int) -> tuple[Ints, Ints, Ints]:
-        """What batches `first` to `last` draw, batch by batch: from which stream, from which row on, how many rows."""
+        """What batches `first` to `last` draw, in order: (stream, first row, number of rows), an array each."""
         if self.batching == "by_source":
             number, batch = _choices(self.quotas, self.seed, epoch)
             number, batch = number[first:last], batch[first:last] + epoch * np.array(self.quotas)[number[first:last]]
@@ -257,9 +255,9 @@ class Plan:
 
     @cached_property
     def _given(self) -> Ints:
-        """(K + 1, S) rows of each stream that the batches of a mixed epoch have had before batch k.
+        """(K + 1, S): rows of each stream that a mixed epoch has used before batch k.
 
-        Each batch has the whole rows of B times a stream's share; what then lacks goes round among the fractions.
+        Each batch takes the whole part of B times a stream's share; the remaining rows rotate among the fractions.
         """
         shares = [Fraction(1)] if self._as_they_come else list(self.shares.values())
         exact = [self.global_batch_size * share for share in shares]
@@ -270,7 +268,7 @@ class Plan:
         return np.concatenate([np.zeros_like(counts[:1]), counts.cumsum(axis=0)])
 
     def _find(self, number: Ints, passes: Ints, turns: Ints) -> tuple[Ints, Ints]:
-        """The row group that each row lies in, and where in its order."""
+        """The row group of each row, and its position in that group's order."""
         groups, rows = np.empty_like(turns), np.empty_like(turns)
         for stream in np.unique(number):
             for turn in np.unique(passes[number == stream]):
@@ -280,7 +278,7 @@ class Plan:
 
 
 def largest_remainder(seats: int, shares: Sequence[Fraction]) -> tuple[int, ...]:
-    """`seats` in proportion to shares that add up to one: whole parts first, then one each to the largest rests."""
+    """Divide `seats` in proportion to shares that add up to one: whole parts, then one each to the largest rests."""
     exact = [seats * share for share in shares]
     rests = sorted(range(len(exact)), key=lambda i: (-(exact[i] % 1), i))
     more = set(rests[: seats - sum(int(each) for each in exact)])
@@ -289,7 +287,7 @@ def largest_remainder(seats: int, shares: Sequence[Fraction]) -> tuple[int, ...]
 
 @lru_cache(maxsize=2)
 def _choices(quotas: tuple[int, ...], seed: int, epoch: int) -> tuple[Ints, Ints]:
-    """(K,) the stream of each batch of an epoch, and how many batches of it came before in the epoch."""
+    """(K,): the stream of each batch of an epoch, and how many of its batches came before in the epoch."""
     number = np.repeat(np.arange(len(quotas)), quotas)
     np.random.default_rng([seed, epoch, 0, 2]).shuffle(number)
     before = np.empty_like(number)

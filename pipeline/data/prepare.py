@@ -1,83 +1,96 @@
 """Raw text to token shards, in stages that Ray Data spreads over the cluster.
 
     records ──────────────► distinct ───────────────► tokenizer ──► tokens ──────► manifest
-    read, judge,            near-duplicates and       one task      a task a file  last
+    read, filter,           near-duplicates and       one task      a task a file  last
     exact duplicates        evaluation texts out
 
-Every file's rows follow from content alone, so the shards are byte-identical for any number of workers. Each stage is
-an artifact (runtime/artifact.py): a changed option redoes the stages that depend on it, and a killed job resumes with
-the tasks that were not done. The prepared data set is an artifact too, made of the stages' files.
+The rows of each file follow from content alone, so the shards are byte-identical for any number of workers. Each stage
+is an artifact (core/artifact.py): a changed option redoes only the stages that depend on it, and a killed job does
+only the tasks that are missing. The prepared data set is an artifact too, made of the stages' files.
 
 Once a run has begun, its tokenizer stays: later data are tokenized with it, so that they fit the model (drift.py), and
-records that were there before keep their tokens (shards.py).
+records that existed before keep their tokens (shards.py).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, ConfigError, Source
-from pipeline.data import contamination, near_duplicates
+from pipeline.core.artifact import Artifact, Output
+from pipeline.core.console import log, table
+from pipeline.core.files import matching, sizes
+from pipeline.core.outcome import Finding, refuse, room
+from pipeline.core.path import StoragePath, as_path
+from pipeline.core.session import Progress
+from pipeline.data import near_duplicates
 from pipeline.data.drift import TrainedOn, pinned_tokenizer
-from pipeline.data.judging import Judge
+from pipeline.data.fields import text_fields
+from pipeline.data.filtering import Filter
 from pipeline.data.manifest import Manifest, SourceCount, read_prepared, sha256
-from pipeline.data.records import make_records, record_texts
-from pipeline.data.report import check_duplicates, check_sources, log_clusters, summary_table, warn_of_bad_input
-from pipeline.data.shards import Parts, assemble, recipe_of, series_of, token_shards, tokens_of
+from pipeline.data.records import (
+    after_stage,
+    check_duplicates,
+    check_sources,
+    make_records,
+    record_texts,
+    warn_of_bad_input,
+)
+from pipeline.data.shards import Parts, assemble, series_of, token_recipe, token_shards, tokens_of
+from pipeline.data.similarity import check_beir_folders
+from pipeline.data.sources import SourcePlan, check_fields, inputs_by_content, plan_source
+from pipeline.data.tokenizer import load_tokenizer, tokenizer_file, train_tokenizer
 from pipeline.data.tokenizing import ROW_GROUP_ROWS, Cutter
-from pipeline.data.vocabulary import load_tokenizer, tokenizer_file, train_tokenizer
-from pipeline.runtime.artifact import Artifact, Output
-from pipeline.runtime.console import log
-from pipeline.runtime.findings import Finding, refuse, room
-from pipeline.runtime.session import Board
-from pipeline.sources.content import inputs_by_content
-from pipeline.sources.source import Plan, check_fields, plan_source, text_fields
-from pipeline.storage.files import matching, sizes
-from pipeline.storage.path import StoragePath, as_path
 
 FORMAT = 3  # of prepared data; a change of what the stages write makes all earlier folders stale
-SHARD_BYTES = 8 << 20  # text a shard stands for: a core tokenizes it in seconds
-MAX_SHARDS = 4_096  # larger ones beyond 32 GB: each meets every part of the exchange
+SHARD_BYTES = 8 << 20  # text in a shard: a core tokenizes it in seconds
+MAX_SHARDS = 4_096  # above 32 GB, shards are larger: each of them meets every part of the shuffle
 DISK_A_TEXT_BYTE = 1.7  # that all stages take at their most: 40.0 MB of 23.5 MB of Debian's descriptions. Ours
 _RECORD_KEYS = {"min_chars", "max_chars", "max_nonprintable", "sanitize", "safety", "quality"}
 
 
 class Inputs:
-    """What would be prepared under a config: the tasks, the stages and the folder they lead to. Raises ConfigError."""
+    """What a config would prepare: the read tasks, the stages and the folder they lead to. Raises ConfigError."""
 
     def __init__(self, config: Config, rehash: bool = False) -> None:
+        self.config = config
         self.fields = _common_fields(config)
         if config.tokenizer.long_texts == "windows" and self.fields != ["text"]:
             raise ConfigError(
                 f"tokenizer.long_texts: found windows with records of {', '.join(self.fields)}; "
                 "allowed is windows with records of text alone"
             )
-        self.recipe = recipe_of(config, self.fields)
+        self.recipe = token_recipe(config, self.fields)
         if config.tokenizer.load_path is not None:
             Cutter(load_tokenizer(as_path(config.tokenizer.load_path)), self.recipe)
-        self.plans: list[tuple[Source, Plan]] = [(source, plan_source(source)) for source in config.data.sources]
+        self.plans: list[tuple[Source, SourcePlan]] = [(source, plan_source(source)) for source in config.data.sources]
         for source in config.data.sources:
             check_fields(source)
-            Judge(source, config.data)
+            Filter(source, config.data)
         self.work = [(source, task) for source, plan in self.plans for task in plan.tasks]
         self.shards = max(1, min(MAX_SHARDS, sum(_shards(source, plan) for source, plan in self.plans)))
-        self._name_stages(config, rehash)
+        self._name_stages(rehash)
 
     @property
     def room(self) -> Finding:
         """Whether there is room to prepare them."""
-        return room(
-            "storage.root", self.prepared.folder, DISK_A_TEXT_BYTE * sum(p.text_bytes for _, p in self.plans), "prepare"
-        )
+        needed = DISK_A_TEXT_BYTE * sum(plan.text_bytes for _, plan in self.plans)
+        return room("storage.root", self.prepared.folder, needed, "prepare")
 
-    def _name_stages(self, config: Config, rehash: bool) -> None:
-        data, tokenizer, root = config.data, config.tokenizer, config.root / "stages"
+    @property
+    def stages(self) -> list[Artifact]:
+        return [stage for stage in (self.records, self.distinct, self.tokenizer, self.tokens) if stage]
+
+    def record_files(self, stage: Artifact) -> list[StoragePath]:
+        return [stage.folder / "records" / f"{i:05d}.parquet" for i in range(self.shards)]
+
+    def _name_stages(self, rehash: bool) -> None:
+        data, tokenizer, root = self.config.data, self.config.tokenizer, self.config.root / "stages"
         unread = {"weight", "prompts"}
         self.records = Artifact(
             root,
@@ -96,38 +109,40 @@ class Inputs:
         )
         self.distinct: Artifact | None = None
         if data.near_duplicates.threshold is not None or data.decontaminate:
-            evaluation = contamination.check_folders(data.decontaminate, rehash)
+            evaluation = check_beir_folders(data.decontaminate, rehash)
             near = data.near_duplicates.model_dump(mode="json")
-            self.distinct = Artifact(
-                root, "distinct", [self.records.key, near, evaluation, data.decontaminate_threshold]
-            )
-        source_of_texts = (self.distinct or self.records).key
+            inputs = [self.records.key, near, evaluation, data.decontaminate_threshold]
+            self.distinct = Artifact(root, "distinct", inputs)
+        self.texts = self.distinct or self.records
+        """The stage whose records are tokenized."""
         self.tokenizer: Artifact | None = None
         if tokenizer.load_path is None:
             trained = tokenizer.model_dump(mode="json", include={"type", "vocab_size", "lowercase", "train_mb"})
-            self.tokenizer = Artifact(root, "tokenizer", [source_of_texts, trained, self.fields])
+            self.tokenizer = Artifact(root, "tokenizer", [self.texts.key, trained, self.fields])
             self.tokenizer_json = self.tokenizer.folder / "tokenizer.json"
-            self._name_tokens(config, source_of_texts, self.tokenizer.key)
+            self._name_tokens(self.tokenizer.key)
         else:
             self.tokenizer_json = tokenizer_file(as_path(tokenizer.load_path))
-            self._name_tokens(config, source_of_texts, sha256(self.tokenizer_json))
-        pinned, then = pinned_tokenizer(config), TrainedOn.read(config)
+            self._name_tokens(sha256(self.tokenizer_json))
+        pinned, then = pinned_tokenizer(self.config), TrainedOn.read(self.config)
         if pinned and then and then.prepared != f"prepared/{self.prepared.folder.name}":
             self.tokenizer, self.tokenizer_json = None, pinned
-            self._name_tokens(config, source_of_texts, sha256(pinned))
+            self._name_tokens(sha256(pinned))
 
-    def _name_tokens(self, config: Config, source_of_texts: str, tokenizer_key: str) -> None:
-        data, tokenizer = config.data.model_dump(mode="json", exclude={"prepared"}), config.tokenizer
-        self.tokens = tokens_of(config.root / "stages", source_of_texts, tokenizer_key, self.recipe)
-        whole = [self.tokens.key, data, tokenizer.model_dump(mode="json")]
-        self.prepared = Artifact(config.root / "prepared", "", whole)
+    def _name_tokens(self, tokenizer_key: str) -> None:
+        config = self.config
+        data = config.data.model_dump(mode="json", exclude={"prepared"})
+        self.tokens = tokens_of(config.root / "stages", self.texts.key, tokenizer_key, self.recipe)
+        self.prepared = Artifact(
+            config.root / "prepared", "", [self.tokens.key, data, config.tokenizer.model_dump(mode="json")]
+        )
 
 
-def prepare(config: Config, board: Callable[[], Board], rehash: bool = False) -> tuple[StoragePath, Manifest]:
-    """Bring the prepared data up to date. Returns its folder and manifest; asks for the `board` if there is work.
+def prepare(config: Config, progress: Callable[[], Progress], rehash: bool = False) -> tuple[StoragePath, Manifest]:
+    """Bring the prepared data up to date. Returns its folder and manifest. Calls `progress` only if there is work.
 
-    With `rehash`, inputs are known by their content rather than by their times of change. `data.prepared` is taken as
-    it is.
+    With `rehash`, inputs are identified by their content, not by their times of change. A data set that `data.prepared`
+    names is taken as it is.
     """
     if config.data.prepared is not None:
         return prepared_elsewhere(config)
@@ -136,42 +151,15 @@ def prepare(config: Config, board: Callable[[], Board], rehash: bool = False) ->
     if inputs.prepared.read():
         log.info("prepare: nothing to do, %s is up to date", folder)
     else:
-        _refuse_older(config.root)
         refuse([inputs.room])
-        inputs.prepared.make(lambda: _fill(inputs, config, board))
+        inputs.prepared.make(_Stages(inputs, progress).run)
     manifest = read_prepared(folder)
     assert manifest
     return folder, manifest
 
 
-def _refuse_older(root: StoragePath) -> None:
-    """Raise ConfigError for stages of a version that noted what was done in another way."""
-    if older := matching(root, "stages/*/done.json"):
-        raise ConfigError(
-            f"storage.root: found {older[0].parent}, which an earlier version wrote; delete {root / 'stages'} and "
-            f"{root / 'prepared'}, and run the same command again"
-        )
-
-
-def _fill(inputs: Inputs, config: Config, board: Callable[[], Board]) -> dict[str, Any]:
-    sources = _records(inputs, config, board)
-    sources, clusters = _distinct(inputs, config, board, sources)
-    _tokenizer(inputs, config, board)
-    files, recipe, tokenizer = _record_files(inputs), inputs.recipe, inputs.tokenizer_json
-
-    def tokenize() -> dict[str, Any]:
-        series = series_of(config, recipe, tokenizer)
-        return token_shards(inputs.tokens, board(), files, recipe, tokenizer, series)
-
-    described = _made(inputs.tokens, tokenize)
-    manifest = _assemble(inputs, config, sources, clusters, described)
-    log_clusters(clusters)
-    log.info("%s", summary_table(manifest, _seconds(inputs)))
-    return asdict(manifest)
-
-
 def prepared_elsewhere(config: Config) -> tuple[StoragePath, Manifest]:
-    """The data set that `data.prepared` names. Raises ConfigError where it is none, or of other settings or sources."""
+    """The data set that `data.prepared` names. Raises ConfigError if there is none, or it has other settings."""
     folder = config.root / str(config.data.prepared)
     manifest = read_prepared(folder)
     if manifest is None:
@@ -195,11 +183,99 @@ def _named(prompts: dict[str, dict[str, str]]) -> str:
     return ", ".join(f"{name} with prompts {of}" if of else name for name, of in prompts.items())
 
 
-def _stages(inputs: Inputs) -> list[Artifact]:
-    return [stage for stage in (inputs.records, inputs.distinct, inputs.tokenizer, inputs.tokens) if stage]
+@dataclass(frozen=True)
+class _Stages:
+    """Makes the stages that are missing, and the prepared data set from them."""
+
+    inputs: Inputs
+    progress: Callable[[], Progress]
+
+    def run(self) -> dict[str, Any]:
+        """The prepared data set's manifest, without `files`."""
+        inputs, config = self.inputs, self.inputs.config
+        sources, clusters = self.distinct(self.records())
+        self.tokenizer()
+        files, recipe, tokenizer_json = inputs.record_files(inputs.texts), inputs.recipe, inputs.tokenizer_json
+
+        def tokenize() -> dict[str, Any]:
+            series = series_of(config, recipe, tokenizer_json)
+            return token_shards(inputs.tokens, self.progress(), files, recipe, tokenizer_json, series)
+
+        described = _make(inputs.tokens, tokenize)
+        by_name = {source.name: source for source in config.data.sources}
+        sources = [
+            replace(count, weight=by_name[count.name].weight, prompts=by_name[count.name].model_dump()["prompts"])
+            for count in sources
+        ]
+        rejected = {
+            f"{stage.name}-{path.name}": path
+            for stage in filter(None, (inputs.records, inputs.distinct))
+            for path in matching(stage.folder / "rejected", "*.parquet")
+        }
+        parts = Parts(files, tokenizer_json, recipe, sources, clusters, rejected)
+        manifest = assemble(inputs.prepared, inputs.tokens, described, parts)
+        if clusters:
+            listed = ", ".join(f"{cluster['source_id']} ({cluster['removed']:,})" for cluster in clusters)
+            log.info("prepare: near-duplicates removed, by the record that stays: %s", listed)
+        seconds = {stage.name: (stage.read() or {}).get("seconds", 0.0) for stage in inputs.stages}
+        log.info("%s", _summary(manifest, seconds))
+        return asdict(manifest)
+
+    def records(self) -> list[SourceCount]:
+        """Read, filter and deduplicate every source. Returns what became of each, checked."""
+        stage, data = self.inputs.records, self.inputs.config.data
+
+        def fill() -> dict[str, Any]:
+            found = make_records(stage, self.progress(), self.inputs.work, data, self.inputs.shards)
+            check_sources(found, data, stage.folder)
+            return {"sources": [vars(source) for source in found]}
+
+        found = [SourceCount(**source) for source in _make(stage, fill)["sources"]]
+        check_sources(found, data, stage.folder)
+        warn_of_bad_input(found, stage.folder)
+        check_duplicates(found, data.max_removed_fraction)
+        return found
+
+    def distinct(self, sources: list[SourceCount]) -> tuple[list[SourceCount], list[dict[str, Any]]]:
+        """Remove near-duplicates and evaluation texts. Returns what became of each source, and the largest clusters."""
+        stage, data = self.inputs.distinct, self.inputs.config.data
+        if stage is None:
+            return sources, []
+
+        def fill() -> dict[str, Any]:
+            files = self.inputs.record_files(self.inputs.records)
+            near = near_duplicates.find(stage, self.progress(), files, data)
+            check_duplicates(sources, data.max_removed_fraction, near)
+            outcomes = near_duplicates.write_distinct(stage, self.progress(), files)
+            return {"outcomes": outcomes, "clusters": near_duplicates.largest_clusters(stage)}
+
+        made = _make(stage, fill)
+        found = [after_stage(source, made["outcomes"]) for source in sources]
+        check_duplicates(found, data.max_removed_fraction)
+        check_sources(found, data, stage.folder)
+        return found, made["clusters"]
+
+    def tokenizer(self) -> None:
+        """Train a tokenizer, unless one is given."""
+        inputs, stage, wanted = self.inputs, self.inputs.tokenizer, self.inputs.config.tokenizer
+        if stage is None:
+            return
+        files, fields = inputs.record_files(inputs.texts), inputs.fields
+
+        def train(_: int, output: Output) -> None:
+            texts = record_texts(files, fields, wanted.train_mb << 20)
+            trained = train_tokenizer(texts, kind=wanted.type, vocab_size=wanted.vocab_size, lowercase=wanted.lowercase)
+            output.write("tokenizer.json", trained.to_str().encode())
+
+        def fill() -> dict[str, Any]:
+            sample = min(sum(filter(None, sizes(files))), wanted.train_mb << 20)
+            stage.tasks(self.progress(), "prepare: train the tokenizer", [sample], train)
+            return {}
+
+        _make(stage, fill)
 
 
-def _made(stage: Artifact, fill: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _make(stage: Artifact, fill: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """A stage's manifest, which has the seconds that it took."""
 
     def timed() -> dict[str, Any]:
@@ -207,105 +283,12 @@ def _made(stage: Artifact, fill: Callable[[], dict[str, Any]]) -> dict[str, Any]
         return fill() | {"seconds": round(time.monotonic() - began, 1)}
 
     if stage.read():
-        log.info("prepare: %s are there from an earlier job", stage.name)
+        log.info("prepare: %s was done by an earlier job", stage.name)
     return stage.make(timed)
 
 
-def _record_files(inputs: Inputs) -> list[StoragePath]:
-    return [(inputs.distinct or inputs.records).folder / "records" / f"{i:05d}.parquet" for i in range(inputs.shards)]
-
-
-def _records(inputs: Inputs, config: Config, board: Callable[[], Board]) -> list[SourceCount]:
-    """Read, judge and deduplicate every source. Returns what became of each, checked."""
-    stage = inputs.records
-
-    def fill() -> dict[str, Any]:
-        found = make_records(stage, board(), inputs.work, config.data, inputs.shards)
-        check_sources(found, config.data, stage.folder)
-        return {"sources": [vars(source) for source in found]}
-
-    found = [SourceCount(**source) for source in _made(stage, fill)["sources"]]
-    check_sources(found, config.data, stage.folder)
-    warn_of_bad_input(found, stage.folder)
-    check_duplicates(found, config.data.max_removed_fraction)
-    return found
-
-
-def _distinct(
-    inputs: Inputs, config: Config, board: Callable[[], Board], sources: list[SourceCount]
-) -> tuple[list[SourceCount], list[dict[str, Any]]]:
-    """Take near-duplicates and evaluation texts out. Returns what became of each source, and the largest clusters."""
-    stage = inputs.distinct
-    if stage is None:
-        return sources, []
-
-    def fill() -> dict[str, Any]:
-        files = [inputs.records.folder / "records" / f"{i:05d}.parquet" for i in range(inputs.shards)]
-        near = near_duplicates.find(stage, board(), files, config.data)
-        check_duplicates(sources, config.data.max_removed_fraction, near)
-        outcomes = near_duplicates.write_distinct(stage, board(), files)
-        return {"outcomes": outcomes, "clusters": near_duplicates.largest_clusters(stage)}
-
-    made = _made(stage, fill)
-    found = [_after(source, Counter(made["outcomes"].get(source.name, {}))) for source in sources]
-    check_duplicates(found, config.data.max_removed_fraction)
-    check_sources(found, config.data, stage.folder)
-    return found, made["clusters"]
-
-
-def _after(source: SourceCount, outcome: Counter[str]) -> SourceCount:
-    """A source's count after a stage that took more of its records out."""
-    kept = outcome.pop("kept", 0)
-    return replace(source, rows_kept=kept, rejected=dict(sorted((Counter(source.rejected) + outcome).items())))
-
-
-def _tokenizer(inputs: Inputs, config: Config, board: Callable[[], Board]) -> None:
-    """Train a tokenizer where none was given."""
-    stage, wanted = inputs.tokenizer, config.tokenizer
-    if stage is None:
-        return
-    files, fields = _record_files(inputs), inputs.fields
-
-    def train(_: int, output: Output) -> None:
-        texts = record_texts(files, fields, wanted.train_mb << 20)
-        trained = train_tokenizer(texts, kind=wanted.type, vocab_size=wanted.vocab_size, lowercase=wanted.lowercase)
-        output.write("tokenizer.json", trained.to_str().encode())
-
-    def fill() -> dict[str, Any]:
-        sample = min(sum(filter(None, sizes(files))), wanted.train_mb << 20)
-        stage.tasks(board(), "prepare: train the tokenizer", [sample], train)
-        return {}
-
-    _made(stage, fill)
-
-
-def _seconds(inputs: Inputs) -> dict[str, float]:
-    return {stage.name: (stage.read() or {}).get("seconds", 0.0) for stage in _stages(inputs)}
-
-
-def _assemble(
-    inputs: Inputs,
-    config: Config,
-    sources: list[SourceCount],
-    clusters: list[dict[str, Any]],
-    described: dict[str, Any],
-) -> Manifest:
-    ways = {source.name: source for source in config.data.sources}
-    sources = [
-        replace(source, weight=ways[source.name].weight, prompts=ways[source.name].model_dump()["prompts"])
-        for source in sources
-    ]
-    rejected = {
-        f"{stage.name}-{path.name}": path
-        for stage in filter(None, (inputs.records, inputs.distinct))
-        for path in matching(stage.folder / "rejected", "*.parquet")
-    }
-    parts = Parts(_record_files(inputs), inputs.tokenizer_json, inputs.recipe, sources, clusters, rejected)
-    return assemble(inputs.prepared, inputs.tokens, described, parts)
-
-
 def _common_fields(config: Config) -> list[str]:
-    """The text fields that all sources give; one prepared set has one shape, negatives or not."""
+    """The text fields of the records. All sources must give the same ones, with or without negatives."""
     shapes = {source.name: text_fields(source) for source in config.data.sources}
     if len({fields[0] for fields in shapes.values()}) > 1:
         listed = "; ".join(f"{name} gives {' and '.join(fields)}" for name, fields in shapes.items())
@@ -313,6 +296,36 @@ def _common_fields(config: Config) -> list[str]:
     return max(shapes.values(), key=len)
 
 
-def _shards(source: Source, plan: Plan) -> int:
+def _shards(source: Source, plan: SourcePlan) -> int:
     by_text = math.ceil(plan.text_bytes / SHARD_BYTES)
     return min(by_text, math.ceil(source.max_samples / ROW_GROUP_ROWS)) if source.max_samples else by_text
+
+
+def _summary(manifest: Manifest, seconds: dict[str, float]) -> str:
+    """Tables of what came in, what was kept and why the rest was rejected; of tokens; of the time of each stage."""
+    sources = manifest.sources
+    reasons = sorted({reason for source in sources for reason in source.rejected})
+    rows: list[tuple[str, list[int]]] = [
+        ("in", [source.rows_in for source in sources]),
+        ("kept", [source.rows_kept for source in sources]),
+        *((reason, [source.rejected.get(reason, 0) for source in sources]) for reason in reasons),
+    ]
+    sums = [[name, *cells, sum(cells)] if len(sources) > 1 else [name, *cells] for name, cells in rows]
+    counts = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in sums]
+    header = ("records", *(source.name for source in sources), *(["all"] if len(sources) > 1 else []))
+    tokens = [
+        [
+            name,
+            *(f"{length[key]:,.0f}" for key in ("rows", "tokens", "mean", "p50", "p95", "max")),
+            f"{length['truncation_rate']:.1%}",
+            f"{length['unknown_rate']:.2%}",
+        ]
+        for name, length in manifest.lengths.items()
+    ]
+    return "\n\n".join(
+        [
+            table(counts, header),
+            table(tokens, ("field", "rows", "tokens", "mean", "p50", "p95", "max", "longer", "unknown")),
+            table([[name, f"{value:,.1f}"] for name, value in seconds.items()], ("stage", "seconds")),
+        ]
+    )

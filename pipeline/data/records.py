@@ -1,9 +1,9 @@
-"""From sources to records: every record of the input leaves as one row, kept or rejected with its reason.
+"""From sources to records: each record of the input becomes one row, kept or rejected with a reason.
 
-    read + judge ──► exchange by hash of id ──► exact dedup ──► records/00000.parquet, rejected/00000.parquet
+    read + filter ──► shuffle by hash of id ──► exact dedup ──► records/00000.parquet, rejected/00000.parquet
     a task a few MB                             a task a shard
 
-Rows are counted twice, where they are read and where they are written, on either side of the exchange: that
+Rows are counted twice, where they are read and where they are written, before and after the shuffle, so that
 `rows_in == rows_kept + rejected` is a check and not a definition. A shard's rows are sorted by content, and of equal
 records the one with the least source_id stays, so no file depends on the order in which rows arrive.
 """
@@ -13,53 +13,67 @@ from __future__ import annotations
 import itertools
 import socket
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import Data, Source
-from pipeline.data.exchange import read_part, write_parts
-from pipeline.data.judging import JUDGED_SCHEMA, Judge
-from pipeline.data.manifest import RECORD_SCHEMA, SourceCount, rejections
-from pipeline.runtime.artifact import Artifact, Output, open_parquet
-from pipeline.runtime.cluster import connected_cluster
-from pipeline.runtime.console import log
-from pipeline.runtime.session import Board
-from pipeline.sources.source import ReadTask, read
-from pipeline.storage.files import sizes
-from pipeline.storage.path import StoragePath
-from pipeline.text.identity import shard_of
+from pipeline.core.artifact import Artifact, Output, open_parquet
+from pipeline.core.cluster import connected_cluster
+from pipeline.core.console import log
+from pipeline.core.files import matching, sizes
+from pipeline.core.outcome import JobError
+from pipeline.core.path import StoragePath
+from pipeline.core.session import Progress
+from pipeline.data.filtering import Filter
+from pipeline.data.manifest import RECORD_SCHEMA, SourceCount, count_outcomes, rejections
+from pipeline.data.partitions import read_part, shard_of, write_parts
+from pipeline.data.sources import ReadTask, read
 
+FILTERED_SCHEMA = pa.schema([*RECORD_SCHEMA, ("reason", pa.string()), ("excerpt", pa.string())])
 PART_CHARS = 8 << 20  # of text that a read task holds before it writes it out
 MAX_PARTS = 5_000  # beyond that, parts are larger: each is opened by every task on the other side
+BAD = ("broken_", "invalid_", "missing_", "null_", "unreadable_", "wrong_", "file_too_", "line_too_", "paragraph_too_")
+"""How the reasons of records that cannot be read begin, as opposed to unwanted ones (`data.max_bad_fraction`)."""
+DUPLICATES = ("duplicate", "near_duplicate")
+EXAMPLES = 3
 
 
 def make_records(
-    records: Artifact, board: Board, work: Sequence[tuple[Source, ReadTask]], data: Data, shards: int
+    records: Artifact, progress: Progress, work: Sequence[tuple[Source, ReadTask]], data: Data, shards: int
 ) -> list[SourceCount]:
     """Fill the artifact's `records/` and `rejected/`. Returns what became of each source's records, not yet checked."""
     task_bytes = [task.bytes for _, task in work]
     part_chars = _part_chars(sum(task_bytes))
 
-    def judge(index: int, output: Output) -> dict[str, Any]:
+    def filter_task(index: int, output: Output) -> dict[str, Any]:
+        """Write a task's rows in parts. Returns how many rows were read, and the names of the parts."""
         source, task = work[index]
-        return _judge_task(index, task, source, data, shards, part_chars, output)
+        count, parts = 0, list[str]()
+        for rows in _in_parts(map(Filter(source, data), read(task, source)), part_chars):
+            parts.append(f"scratch/filtered/{index:06d}-{len(parts)}.parts")
+            table = pa.Table.from_pylist(rows, FILTERED_SCHEMA)
+            with output.writing(parts[-1]) as file:
+                write_parts(table, [shard_of(row["id"], shards) for row in rows], shards, file)
+            count += len(rows)
+            output.report(records=len(rows), rejected=sum("reason" in row for row in rows))
+        return {"rows_in": count, "parts": parts}
 
-    tallies = records.tasks(board, "prepare: read and judge", task_bytes, judge, _only_here(work))
+    done = records.tasks(progress, "prepare: read and filter", task_bytes, filter_task, _only_here(work))
     read_in: Counter[str] = Counter(dict.fromkeys((source.name for source, _ in work), 0))
-    parts: list[StoragePath] = []
-    for (source, _), tally in zip(work, tallies, strict=True):
-        read_in[source.name] += tally["rows_in"]
-        parts += [records.folder / name for name in tally["parts"]]
+    for (source, _), task in zip(work, done, strict=True):
+        read_in[source.name] += task["rows_in"]
+    parts = [records.folder / name for task in done for name in task["parts"]]
     size = sum(filter(None, sizes(parts))) // shards
 
-    def write(shard: int, output: Output) -> dict[str, dict[str, int]]:
+    def write(shard: int, output: Output) -> dict[str, Counter[str]]:
         return _write_shard(read_part(parts, shard), output, shard) if parts else {}
 
-    counts = records.tasks(board, "prepare: remove exact duplicates", [size] * shards, write)
-    return _merge(read_in, counts)
+    outcomes = merge_outcomes(records.tasks(progress, "prepare: remove exact duplicates", [size] * shards, write))
+    return [after_stage(SourceCount(name, rows, 0, {}), outcomes) for name, rows in read_in.items()]
 
 
 def _part_chars(total_bytes: int) -> int:
@@ -67,33 +81,17 @@ def _part_chars(total_bytes: int) -> int:
 
 
 def parts_at_most(total_bytes: int, tasks: int) -> int:
-    """About how many parts so many read tasks write of so much input: one a task at least."""
+    """About how many parts so many read tasks write of so much input: at least one a task."""
     return tasks + total_bytes // _part_chars(total_bytes)
 
 
 def _only_here(work: Sequence[tuple[Source, ReadTask]]) -> set[int]:
-    """Reading of installed packages, which were listed on this node and may be others elsewhere."""
+    """Tasks that read installed packages: they were listed on this node, and other nodes may have others."""
     found = {index for index, (source, _) in enumerate(work) if source.type == "python_packages" and not source.path}
     if not found or len(connected_cluster().nodes) == 1:
         return set()
     log.info("prepare: installed packages are read on one node, %s, where the job runs", socket.gethostname())
     return found
-
-
-def _judge_task(
-    index: int, task: ReadTask, source: Source, data: Data, shards: int, part_chars: int, output: Output
-) -> dict[str, Any]:
-    """Write the task's judged rows in parts. Returns how many rows were read, and the names of the parts."""
-    judge, count = Judge(source, data), 0
-    parts: list[str] = []
-    for rows in _in_parts(map(judge, read(task, source)), part_chars):
-        parts.append(f"scratch/judged/{index:06d}-{len(parts)}.parts")
-        table, shard = pa.Table.from_pylist(rows, JUDGED_SCHEMA), [shard_of(row["id"], shards) for row in rows]
-        with output.writing(parts[-1]) as file:
-            write_parts(table, shard, shards, file)
-        count += len(rows)
-        output.report(records=len(rows), rejected=sum("reason" in row for row in rows))
-    return {"rows_in": count, "parts": parts}
 
 
 def _in_parts(rows: Iterable[dict[str, Any]], part_chars: int) -> Iterator[list[dict[str, Any]]]:
@@ -109,48 +107,102 @@ def _in_parts(rows: Iterable[dict[str, Any]], part_chars: int) -> Iterator[list[
         yield part
 
 
-def _write_shard(judged: pa.Table, output: Output, shard: int) -> dict[str, dict[str, int]]:
+def _write_shard(filtered: pa.Table, output: Output, shard: int) -> dict[str, Counter[str]]:
     """Drop exact duplicates and write one shard. Returns source → outcome (`kept` or a reason) → rows."""
     keys = ("id", "source_id", "reason", "metadata", "excerpt")
-    judged = judged.sort_by([(key, "ascending") for key in keys])
-    kept, rejected = _without_duplicates(judged)
+    kept, rejected = _without_duplicates(filtered.sort_by([(key, "ascending") for key in keys]))
     output.write_table(f"records/{shard:05d}.parquet", kept.select(RECORD_SCHEMA.names).cast(RECORD_SCHEMA))
     output.write_table(f"rejected/{shard:05d}.parquet", rejected)
-    counts: dict[str, Counter[str]] = {source: Counter() for source in judged["source"].unique().to_pylist()}
-    for source in kept["source"].to_pylist():
-        counts[source]["kept"] += 1
-    for source, reason in zip(rejected["source"].to_pylist(), rejected["reason"].to_pylist(), strict=True):
-        counts[source][reason] += 1
-    return {source: dict(found) for source, found in counts.items()}
+    return count_outcomes(kept, rejected)
 
 
-def _without_duplicates(judged: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Rows to keep, and rejected ones in REJECTED_SCHEMA, duplicates among them; `judged` is sorted by id."""
-    ids, reasons = judged["id"].to_pylist(), judged["reason"].to_pylist()
-    source_ids = judged["source_id"].to_pylist()
-    stands_for: list[str | None] = []
+def _without_duplicates(filtered: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Rows to keep, and rejected ones in REJECTED_SCHEMA, including duplicates; `filtered` is sorted by id."""
+    ids, reasons = filtered["id"].to_pylist(), filtered["reason"].to_pylist()
+    source_ids = filtered["source_id"].to_pylist()
+    duplicate_of: list[str | None] = []
     for i, reason in enumerate(reasons):
         repeated = i > 0 and ids[i] == ids[i - 1] and reason is None and reasons[i - 1] is None
-        stands_for.append((stands_for[-1] or source_ids[i - 1]) if repeated else None)
-    survivor = pa.array(stands_for, pa.string())
-    keep = pc.and_(pc.is_null(judged["reason"]), pc.is_null(survivor))
-    gone = judged.append_column("duplicate_of", survivor).filter(pc.invert(keep))
-    return judged.filter(keep), rejections(gone, "duplicate", None)
+        duplicate_of.append((duplicate_of[-1] or source_ids[i - 1]) if repeated else None)
+    first = pa.array(duplicate_of, pa.string())
+    keep = pc.and_(pc.is_null(filtered["reason"]), pc.is_null(first))
+    dropped = filtered.append_column("duplicate_of", first).filter(pc.invert(keep))
+    return filtered.filter(keep), rejections(dropped, "duplicate", None)
 
 
-def _merge(read_in: dict[str, int], counts: Iterable[dict[str, dict[str, int]]]) -> list[SourceCount]:
-    outcomes: dict[str, Counter[str]] = {name: Counter() for name in read_in}
-    for shard in counts:
-        for name, outcome in shard.items():
-            outcomes[name].update(outcome)
-    return [
-        SourceCount(name, rows, outcomes[name].pop("kept", 0), dict(sorted(outcomes[name].items())))
-        for name, rows in read_in.items()
-    ]
+def merge_outcomes(tasks: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, Counter[str]]:
+    """The sum over tasks of source → outcome → rows."""
+    total: dict[str, Counter[str]] = {}
+    for source, outcome in itertools.chain.from_iterable(task.items() for task in tasks):
+        total.setdefault(source, Counter()).update(outcome)
+    return total
+
+
+def after_stage(source: SourceCount, outcomes: Mapping[str, Mapping[str, int]]) -> SourceCount:
+    """A source's count after a stage that kept some of its records and rejected others."""
+    outcome = Counter(outcomes.get(source.name, {}))
+    kept = outcome.pop("kept", 0)
+    return replace(source, rows_kept=kept, rejected=dict(sorted((Counter(source.rejected) + outcome).items())))
+
+
+def check_sources(sources: Sequence[SourceCount], data: Data, folder: StoragePath) -> None:
+    """Raise JobError if records got lost, too many cannot be read, or a source or all of them have none left."""
+    for source in sources:
+        found = source.rows_kept + sum(source.rejected.values())
+        if source.rows_in != found:
+            raise JobError(f"source {source.name}: {source.rows_in} records were read but {found} accounted for")
+        bad = {reason: rows for reason, rows in source.rejected.items() if reason.startswith(BAD)}
+        if sum(bad.values()) > data.max_bad_fraction * source.rows_in:
+            raise JobError(
+                f"source {source.name}: {_listed(bad)} of {source.rows_in} records are more than "
+                f"data.max_bad_fraction={data.max_bad_fraction} allows; {folder / 'rejected'} names them"
+            )
+        duplicates = sum(source.rejected.get(reason, 0) for reason in (*DUPLICATES, "contaminated"))
+        if source.rows_in and source.rows_kept + duplicates == 0:  # a source may lose all its records to duplicates
+            raise JobError(
+                f"source {source.name}: none of its {source.rows_in} records was kept ({_listed(source.rejected)}); "
+                f"{folder / 'rejected'} holds them with their reasons"
+            )
+    if not any(source.rows_kept for source in sources):
+        what = "; ".join(f"{source.name}: {_listed(source.rejected) or 'it is empty'}" for source in sources)
+        raise JobError(f"data.sources: no record was kept ({what})")
+
+
+def check_duplicates(sources: Sequence[SourceCount], allowed: float, more: int = 0) -> None:
+    """Raise JobError if duplicates, including `more` not counted yet, are too many of what passed the rules."""
+    duplicates = sum(source.rejected.get(reason, 0) for source in sources for reason in DUPLICATES)
+    passed = sum(source.rows_kept for source in sources) + duplicates
+    if (duplicates + more) > allowed * passed:
+        raise JobError(
+            f"{duplicates + more} of {passed} records are duplicates, "
+            f"more than data.max_removed_fraction={allowed} allows; nothing was removed"
+        )
+
+
+def warn_of_bad_input(sources: Sequence[SourceCount], folder: StoragePath) -> None:
+    """Log which sources are empty, and examples of what could not be read."""
+    for source in sources:
+        if not source.rows_in:
+            log.warning("source %s: it is empty", source.name)
+        for reason, rows in source.rejected.items():
+            if reason.startswith(BAD):
+                examples = ", ".join(itertools.islice(_rejected(folder, source.name, reason), EXAMPLES))
+                log.warning("source %s: %s %s, such as %s", source.name, f"{rows:,}", reason, examples)
+
+
+def _rejected(folder: StoragePath, source: str, reason: str) -> Iterator[str]:
+    """The source_id of each record that was rejected for a reason."""
+    for path in matching(folder / "rejected", "*.parquet"):
+        rows = open_parquet(path).read(columns=["source", "reason", "source_id"])
+        yield from rows.filter((pc.field("source") == source) & (pc.field("reason") == reason))["source_id"].to_pylist()
+
+
+def _listed(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{rows} {reason}" for reason, rows in reasons.items())
 
 
 def record_texts(files: Iterable[StoragePath], fields: list[str], max_bytes: int) -> Iterator[str]:
-    """Texts of records in canonical order, up to about `max_bytes`: what a vocabulary is trained on."""
+    """Texts of records in canonical order, up to about `max_bytes`, to train a vocabulary on."""
     total = 0
     for file in files:
         for batch in open_parquet(file).iter_batches(1024, columns=fields):

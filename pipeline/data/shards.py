@@ -1,17 +1,18 @@
-"""From record files to a prepared data set: token shards, a histogram of lengths, the manifest last.
+"""The last two stages of prepare: token shards from record files, and the prepared data set with its manifest.
 
-described = tokens.make(lambda: token_shards(tokens, board, files, recipe, tokenizer_json))
-parts = Parts(files, tokenizer_json, recipe, sources, clusters, rejected)
-prepared.make(lambda: asdict(assemble(prepared, tokens, described, parts)))
+    described = tokens.make(lambda: token_shards(tokens, progress, files, recipe, tokenizer_json))
+    parts = Parts(files, tokenizer_json, recipe, sources, clusters, rejected)
+    prepared.make(lambda: asdict(assemble(prepared, tokens, described, parts)))
 
-Tokens are made once: records that the newest tokens of the same series have are taken from there. A series has one
-recipe, one tokenizer and the same sources, so the result is the same bytes with and without. Cost: a read of the token
-shards that hold the same range of ids.
+Tokens are made once: those of records that the newest earlier token shards of the same series contain are copied. A
+series has the same recipe, tokenizer and sources, so the bytes are the same with and without copying. Cost: a read of
+the earlier shards that hold the same range of ids.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,45 +22,43 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import Config
-from pipeline.data.lengths import LengthCounts, draw
-from pipeline.data.manifest import SPLITS, Manifest, Shard, SourceCount, sha256
-from pipeline.data.tokenizing import Recipe, Tokenized, tokenize_file
-from pipeline.data.vocabulary import loaded_tokenizer
-from pipeline.runtime.artifact import Artifact, Output, checked, open_parquet, read_manifest
-from pipeline.runtime.console import log
-from pipeline.runtime.job import JobError
-from pipeline.runtime.session import Board
-from pipeline.storage.files import for_each, matching, sizes
-from pipeline.storage.path import StoragePath
-from pipeline.text.augment import Augmentation
-from pipeline.text.identity import overlapping
+from pipeline.core.artifact import Artifact, Output, checked, open_parquet, read_manifest
+from pipeline.core.console import log
+from pipeline.core.files import for_each, matching, sizes
+from pipeline.core.outcome import JobError
+from pipeline.core.path import StoragePath
+from pipeline.core.session import Progress
+from pipeline.data.manifest import SPLITS, LengthCounts, Manifest, Shard, SourceCount, draw_lengths, sha256
+from pipeline.data.partitions import overlapping
+from pipeline.data.tokenizer import loaded_tokenizer
+from pipeline.data.tokenizing import Tokenized, TokenRecipe, tokenize_file
 
 
-def recipe_of(config: Config, fields: list[str]) -> Recipe:
+def token_recipe(config: Config, fields: list[str]) -> TokenRecipe:
     """How a config's records become rows of tokens."""
     data, tokenizer = config.data, config.tokenizer
-    return Recipe(
+    return TokenRecipe(
         fields=fields,
         max_length=tokenizer.max_length,
         validation_fraction=data.validation_fraction,
         seed=data.seed,
         window_overlap=tokenizer.window_overlap if tokenizer.long_texts == "windows" else None,
         prompts={source.name: source.model_dump()["prompts"] for source in data.sources if source.prompts},
-        augmentation=Augmentation(**data.augment.model_dump()),
+        augmentation=data.augment,
     )
 
 
-def tokens_of(root: StoragePath, of_records: str, of_tokenizer: str, recipe: Recipe) -> Artifact:
-    """The token shards of the records and the tokenizer that go by these hashes."""
+def tokens_of(root: StoragePath, of_records: str, of_tokenizer: str, recipe: TokenRecipe) -> Artifact:
+    """The artifact of the token shards that follow from the records and the tokenizer with these keys."""
     return Artifact(root, "tokens", [of_records, of_tokenizer, _described(recipe)])
 
 
-def _described(recipe: Recipe) -> dict[str, Any]:
-    return {**vars(recipe), "augmentation": vars(recipe.augmentation)}
+def _described(recipe: TokenRecipe) -> dict[str, Any]:
+    return {**vars(recipe), "augmentation": recipe.augmentation.model_dump()}
 
 
-def series_of(config: Config, recipe: Recipe, tokenizer: StoragePath) -> str:
-    """Names what records with equal ids have equal tokens in."""
+def series_of(config: Config, recipe: TokenRecipe, tokenizer: StoragePath) -> str:
+    """Hash of everything that a record's tokens depend on, besides the record."""
     sources = [[source.name, source.type, source.path] for source in config.data.sources]
     content = [sha256(tokenizer), version("tokenizers"), _described(recipe), sources]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -67,15 +66,14 @@ def series_of(config: Config, recipe: Recipe, tokenizer: StoragePath) -> str:
 
 @dataclass(frozen=True)
 class EarlierTokens:
-    """The tokens of an earlier data set."""
+    """Token shards of an earlier data set, made from so many record files."""
 
     folder: StoragePath
     files: int
-    """Record files that it was made from."""
 
     @classmethod
     def find(cls, tokens: Artifact, series: str) -> EarlierTokens | None:
-        """The newest of the series beside `tokens`."""
+        """The newest of the series, other than `tokens`."""
         found: list[tuple[int, StoragePath, int]] = []
         for path in matching(tokens.folder.parent, "tokens-*/manifest.json"):
             manifest = read_manifest(path.parent)
@@ -84,7 +82,7 @@ class EarlierTokens:
         return cls(*max(found)[1:]) if found else None
 
     def read(self, shard: int, shards: int) -> Tokenized | None:
-        """Those whose ids may lie in this of so many shards; None if they are gone or damaged."""
+        """The tokens of the ids that may lie in shard `shard` of `shards`; None if they are gone or damaged."""
         names = [f"{number:05d}.parquet" for number in overlapping(shard, shards, self.files)]
         try:
             texts = self._tables("lengths", names)
@@ -104,21 +102,21 @@ class EarlierTokens:
 
 
 def _as_written(kind: pa.DataType) -> pa.DataType:
-    """Parquet calls the items of lists by another name than Arrow, and a file's bytes hold the name."""
+    """Undo Parquet's own name for the items of lists, which would change the bytes of a file."""
     return pa.list_(_as_written(kind.value_type)) if pa.types.is_list(kind) else kind
 
 
 def token_shards(
     tokens: Artifact,
-    board: Board,
+    progress: Progress,
     files: Sequence[StoragePath],
-    recipe: Recipe,
+    recipe: TokenRecipe,
     tokenizer: StoragePath,
     series: str | None = None,
 ) -> dict[str, Any]:
-    """Tokenize every record file. Returns the shards' descriptions and the counts of lengths.
+    """Tokenize every record file. Returns the shards' descriptions and the summaries of lengths.
 
-    Takes over the tokens of an earlier data set of the `series`, in which a record's id stands for its texts.
+    With a `series`, tokens of an earlier data set of that series are copied.
     """
     changed_ns = tokenizer.stat().st_mtime_ns
     earlier = EarlierTokens.find(tokens, series) if series else None
@@ -129,42 +127,37 @@ def token_shards(
         output.report(records=sum(shard["rows"] for shard in found["shards"]))
         return found
 
-    found = tokens.tasks(board, "prepare: tokenize", [size or 0 for size in sizes(files)], tokenize)
+    found = tokens.tasks(progress, "prepare: tokenize", [size or 0 for size in sizes(files)], tokenize)
     if earlier:
         log.info(
-            "prepare: %s of %s records were tokenized, the tokens of the others are those in %s",
+            "prepare: %s of %s records were tokenized, the tokens of the others were copied from %s",
             *(f"{sum(part[of] for part in found):,}" for of in ("tokenized", "records")),
             earlier.folder,
         )
     shards = sorted((shard for part in found for shard in part["shards"]), key=lambda shard: shard["path"])
-    lengths = {name: _merged([part["lengths"][name] for part in found]) for name in recipe.fields}
+    lengths = {name: LengthCounts() for name in recipe.fields}
+    for part, name in itertools.product(found, recipe.fields):
+        lengths[name].merge(part["lengths"][name])
     with tokens.output.writing("lengths.png") as file:
-        draw(lengths, recipe.max_length, file)
+        draw_lengths(lengths, recipe.max_length, file)
     described = {"shards": shards, "lengths": {name: count.summary() for name, count in lengths.items()}}
     return described | ({"series": series, "record_files": len(files)} if series else {})
 
 
-def _merged(counts: list[dict[str, Any]]) -> LengthCounts:
-    total = LengthCounts()
-    for count in counts:
-        total.merge(count)
-    return total
-
-
 @dataclass(frozen=True)
 class Parts:
-    """What a prepared data set is made of beside its token shards. `rejected` are files by the name they get."""
+    """What a prepared data set is made of besides its token shards. `rejected`: name in the data set → file."""
 
     records: Sequence[StoragePath]
     tokenizer: StoragePath
-    recipe: Recipe
+    recipe: TokenRecipe
     sources: list[SourceCount]
     clusters: list[dict[str, Any]]
     rejected: Mapping[str, StoragePath] = field(default_factory=dict)
 
 
 def assemble(prepared: Artifact, tokens: Artifact, described: dict[str, Any], parts: Parts) -> Manifest:
-    """Give the other artifacts' files their names in the prepared one. Returns what `Artifact.make` adds `files` to."""
+    """Link the other artifacts' files into the prepared one. Returns its manifest, still without `files`."""
     shards = [Shard(**shard) for shard in described["shards"]]
     names: dict[str, StoragePath] = {"tokenizer.json": parts.tokenizer, "lengths.png": tokens.folder / "lengths.png"}
     names |= {shard.path: tokens.folder / shard.path for shard in shards}

@@ -1,19 +1,25 @@
-"""Record files turned into token shards.
+"""Turns record files into token shards.
 
     tokenize_file(Path("records/00007.parquet"), Output(folder), recipe, tokenizer)
     # train/00007.parquet, validation/00007.parquet: id, source, anchor and positive as lists of token ids
 
-A shard's rows are in the order of a hash of (id, seed); in train, of their source first, so that a row group holds rows
-of one source alone. A text is cut after `max_length` tokens, special ones included, or, as windows, becomes several
-rows of its `id` with their number in `window`. Cost: that of `tokenizers.encode_batch` and a tenth of it.
+A shard's rows are ordered by a hash of (id, seed); in train by source first, so that a row group holds rows of one
+source only. A text is cut after `max_length` tokens, special ones included, or is split into windows: several rows of
+the same `id`, numbered in `window`. Cost: that of `tokenizers.encode_batch` and a tenth more.
 
-`lengths/00007.parquet` has the number of tokens of each text before it was cut, and how many of them are unknown. With
-it and the shards, a later data set takes over the tokens of records that it shares (`Tokenized`).
+`lengths/00007.parquet` has each text's number of tokens before it was cut, and how many of them are unknown. A later
+data set copies the tokens of records that it shares from it and the shards (`Tokenized`).
+
+Anchors of the training split may be changed when they are tokenized, in the same way on every run:
+
+>>> augmented("remove the duplicate rows of a table", Augment(word_dropout=0.5), "5f3a", seed=0)
+'the duplicate rows a table'
 """
 
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,24 +32,24 @@ import pyarrow.parquet as pq
 import xxhash
 from tokenizers import Tokenizer
 
-from pipeline.config import ConfigError
-from pipeline.data.lengths import LengthCounts
-from pipeline.data.manifest import SPLITS, sha256
-from pipeline.data.vocabulary import unknown_token_id
-from pipeline.runtime.artifact import Output, open_parquet
-from pipeline.storage.path import StoragePath
-from pipeline.text.augment import Augmentation
-from pipeline.text.identity import is_validation
+from pipeline.config import Augment, ConfigError
+from pipeline.core.artifact import Output, open_parquet
+from pipeline.core.path import StoragePath
+from pipeline.data.manifest import SPLITS, LengthCounts, Shard, sha256
+from pipeline.data.partitions import is_validation
+from pipeline.data.tokenizer import unknown_token_id
 
 ROW_GROUP_ROWS = 1024  # of token ids, about half a megabyte: small enough to shuffle by, large enough to read fast
 ENCODE_ROWS = 1024
+MASK = "[MASK]"
+MEAN_SPAN_WORDS = 3  # SpanBERT (Joshi et al. 2020), section 3.1, has 3.8 after clipping at 10 tokens
 
 Tokens = npt.NDArray[np.int32]
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TokenRecipe:
     """How records become rows of tokens."""
 
     fields: list[str]
@@ -52,13 +58,14 @@ class Recipe:
     seed: int = 0
     window_overlap: int | None = None  # None: longer texts are cut
     prompts: dict[str, dict[str, str]] = field(default_factory=dict)  # by source and field
-    augmentation: Augmentation = field(default_factory=Augmentation)
+    augmentation: Augment = field(default_factory=Augment)  # of the training split's anchors
 
 
 class Cutter:
-    """Cuts token ids to length and puts a tokenizer's special tokens round them. Raises ConfigError without room."""
+    """Cuts token ids to length and adds a tokenizer's special tokens. Raises ConfigError if these leave no room."""
 
-    def __init__(self, tokenizer: Tokenizer, recipe: Recipe) -> None:
+    def __init__(self, tokenizer: Tokenizer, recipe: TokenRecipe) -> None:
+        self.tokenizer, self.recipe = tokenizer, recipe
         bare, whole = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
         before = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
         self.prefix, self.suffix = whole[:before], whole[before + len(bare) :] if bare else []
@@ -68,12 +75,12 @@ class Cutter:
         if self.room < 1 or (self.step is not None and self.step < 1):
             raise ConfigError(
                 f"tokenizer: found max_length {recipe.max_length} and window_overlap {recipe.window_overlap}, which "
-                f"leave no room beside the {len(self.prefix) + len(self.suffix)} special tokens; allowed is a longer "
+                f"leave no room besides the {len(self.prefix) + len(self.suffix)} special tokens; allowed is a longer "
                 "max_length or a smaller overlap"
             )
 
     def cut(self, lengths: Ints) -> tuple[Ints, Ints, Ints]:
-        """The rows that texts of so many tokens become: each row's text, and the tokens from where to where."""
+        """The rows that texts with these numbers of tokens become: (text, first token, end), an array each."""
         if self.step is None:
             return np.arange(len(lengths)), np.zeros_like(lengths), np.minimum(lengths, self.room)
         windows = 1 - np.maximum(lengths - self.room, 0) // -self.step  # rounded up
@@ -110,18 +117,18 @@ class Tokenized:
     """Records as tokens."""
 
     rows: pa.Table
-    """As the token shards have them, with the `split` that each belongs to."""
+    """Rows of the token shards, with the `split` that each belongs to."""
     texts: pa.Table
-    """A row a record: id, source, and by text field the tokens before it was cut (`anchor_tokens`) and the unknown
-    ones among them (`anchor_unknown`). Lists for negatives."""
+    """A row a record: id, source, and for each text field its number of tokens before it was cut (`anchor_tokens`) and
+    of unknown ones among them (`anchor_unknown`). Lists for negatives."""
 
     def of(self, ids: pa.ChunkedArray) -> Tokenized:
-        """Those records alone."""
+        """Only those records."""
         rows, texts = (table.filter(pc.is_in(table["id"], value_set=ids)) for table in (self.rows, self.texts))
         return Tokenized(rows, texts)
 
     def hold(self, records: pa.Table) -> pa.BooleanArray:
-        """Which of these records are among them, under the same source, whose prompt leads the texts."""
+        """Which of these records are among them, under the same source (the prompt depends on it)."""
         there = pc.is_in(records["id"], value_set=self.rows["id"])
         place = pc.index_in(records["id"], value_set=self.texts["id"])
         same = pc.equal(self.texts["source"].take(place), records["source"])
@@ -129,35 +136,36 @@ class Tokenized:
 
 
 def tokenize_file(
-    records: StoragePath, output: Output, recipe: Recipe, tokenizer: Tokenizer, earlier: Tokenized | None = None
+    records: StoragePath, output: Output, recipe: TokenRecipe, tokenizer: Tokenizer, earlier: Tokenized | None = None
 ) -> dict[str, Any]:
-    """Write one record file's token shards, one a split. Returns their descriptions, the counts of lengths, and how
-    many records were tokenized: those that are not among the `earlier` ones, which have the same recipe and tokenizer.
+    """Write one record file's token shards, one a split. Returns their descriptions and the counts of lengths.
+
+    Records among the `earlier` ones, which have the same recipe and tokenizer, are copied; `tokenized` counts the rest.
     """
     cutter, file = Cutter(tokenizer, recipe), open_parquet(records)
     parts, known = [], np.zeros(file.metadata.num_rows, bool)
     if earlier is not None:
-        held = file.read(columns=["id", "source"])
-        known = earlier.hold(held).to_numpy(zero_copy_only=False)
-        parts.append(earlier.of(held["id"].filter(known)))
+        there = file.read(columns=["id", "source"])
+        known = earlier.hold(there).to_numpy(zero_copy_only=False)
+        parts.append(earlier.of(there["id"].filter(known)))
     first = 0
     for batch in file.iter_batches(ENCODE_ROWS, columns=["id", "source", *recipe.fields]):
         due = batch.filter(pa.array(~known[first : first + len(batch)]))
         first += len(batch)
         if len(due):
-            parts.append(_encode(due, recipe, tokenizer, cutter))
+            parts.append(_encode(due, cutter))
     found: dict[str, Any] = {"shards": [], "records": len(known), "tokenized": int(np.count_nonzero(~known))}
     if not parts:
-        return found | {"lengths": {name: LengthCounts().to_json() for name in recipe.fields}}
+        return found | {"lengths": {name: vars(LengthCounts()) for name in recipe.fields}}
     rows, texts = (
         pa.concat_tables(tables) for tables in zip(*((each.rows, each.texts) for each in parts), strict=True)
     )
     output.write_table(f"lengths/{records.name}", texts.sort_by("id"))
     for split in SPLITS:
-        of_split = rows.filter(pc.equal(rows["split"], split)).drop_columns("split")
-        if len(of_split):
-            found["shards"].append(_write_split(of_split, output, f"{split}/{records.name}", split, recipe))
-    return found | {"lengths": {name: _counted(name, rows, texts, cutter).to_json() for name in recipe.fields}}
+        split_rows = rows.filter(pc.equal(rows["split"], split)).drop_columns("split")
+        if len(split_rows):
+            found["shards"].append(_write_split(split_rows, output, f"{split}/{records.name}", split, recipe))
+    return found | {"lengths": {name: vars(_counted(name, rows, texts, cutter)) for name in recipe.fields}}
 
 
 def _counted(name: str, rows: pa.Table, texts: pa.Table, cutter: Cutter) -> LengthCounts:
@@ -170,7 +178,8 @@ def _counted(name: str, rows: pa.Table, texts: pa.Table, cutter: Cutter) -> Leng
     return count
 
 
-def _encode(batch: pa.RecordBatch, recipe: Recipe, tokenizer: Tokenizer, cutter: Cutter) -> Tokenized:
+def _encode(batch: pa.RecordBatch, cutter: Cutter) -> Tokenized:
+    recipe = cutter.recipe
     ids, sources = batch["id"].to_pylist(), batch["source"].to_pylist()
     held_out = [is_validation(one, recipe.validation_fraction) for one in ids]
     columns: dict[str, Any] = {}
@@ -183,22 +192,19 @@ def _encode(batch: pa.RecordBatch, recipe: Recipe, tokenizer: Tokenizer, cutter:
             flat = [text for several in texts for text in several or []]
             of = [source for source, several in zip(sources, texts, strict=True) for _ in several or []]
             bounds = pa.array(np.cumsum([0, *(len(several or []) for several in texts)]), pa.int32())
-            found = _encode_texts(flat, name, of, recipe, tokenizer, cutter)
+            found = _encode_texts(flat, name, of, cutter)
             columns[name], sizes[f"{name}_tokens"], sizes[f"{name}_unknown"] = (
                 pa.ListArray.from_arrays(bounds, values) for values in (found.rows, found.tokens, found.unknown)
             )
             continue
-        if name == "anchor" and recipe.augmentation:
-            pairs = zip(texts, ids, held_out, strict=True)
-            texts = [text if out else recipe.augmentation.apply(text, one, recipe.seed) for text, one, out in pairs]
-        found = _encode_texts(texts, name, sources, recipe, tokenizer, cutter)
+        if name == "anchor" and recipe.augmentation != Augment():
+            rows = zip(texts, ids, held_out, strict=True)
+            texts = [text if out else augmented(text, recipe.augmentation, one, recipe.seed) for text, one, out in rows]
+        found = _encode_texts(texts, name, sources, cutter)
         columns[name], sizes[f"{name}_tokens"], sizes[f"{name}_unknown"] = found.rows, found.tokens, found.unknown
         if cutter.step is not None:
             parents, windows = found.text, found.start // cutter.step
-    leading: dict[str, Any] = {
-        "id": batch["id"].take(pa.array(parents)),
-        "source": batch["source"].take(pa.array(parents)),
-    }
+    leading: dict[str, Any] = {name: batch[name].take(pa.array(parents)) for name in ("id", "source")}
     columns["split"] = pa.array([SPLITS[out] for out in held_out]).take(pa.array(parents))
     if windows is not None:
         leading["window"] = pa.array(windows, pa.int32())
@@ -216,18 +222,11 @@ class _Encoded:
     unknown: pa.Array  # of those, the ones that are outside the vocabulary
 
 
-def _encode_texts(
-    texts: list[str],
-    name: str,
-    sources: list[str],
-    recipe: Recipe,
-    tokenizer: Tokenizer,
-    cutter: Cutter,
-) -> _Encoded:
-    if recipe.prompts:
-        prompts = [recipe.prompts.get(source, {}).get(name, "") for source in sources]
+def _encode_texts(texts: list[str], name: str, sources: list[str], cutter: Cutter) -> _Encoded:
+    if cutter.recipe.prompts:
+        prompts = [cutter.recipe.prompts.get(source, {}).get(name, "") for source in sources]
         texts = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    encodings = cutter.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     lists = pa.array([encoding.ids for encoding in encodings], pa.list_(pa.int32()))
     tokens, bounds = lists.values.to_numpy(), lists.offsets.to_numpy().astype(np.int64)
     lengths = np.diff(bounds)
@@ -238,36 +237,56 @@ def _encode_texts(
     return _Encoded(rows, text, start, pa.array(lengths, pa.int32()), pa.array(unknown, pa.int32()))
 
 
-def _write_split(table: pa.Table, output: Output, file_name: str, split: str, recipe: Recipe) -> dict[str, Any]:
-    """Write rows in canonical order. Raises AssertionError for a row that is too long: the cutter would be broken."""
+def augmented(text: str, shares: Augment, record_id: str, seed: int) -> str:
+    """The changed text, determined by the text, the record's id and the seed. At least one word stays."""
+    words = text.split()
+    if not words:
+        return text
+    chance = random.Random(f"{seed}:{record_id}")
+    words = words[: max(1, round(len(words) * (1 - shares.truncation * chance.random())))]
+    words = _with_spans_masked(words, shares.span_masking, chance)
+    kept = [word for word in words if chance.random() >= shares.word_dropout]
+    return " ".join(kept or words[:1])
+
+
+def _with_spans_masked(words: list[str], share: float, chance: random.Random) -> list[str]:
+    """`share` of the words replaced, one mask a word, in spans of geometric length."""
+    words = list(words)
+    left = min(round(len(words) * share), sum(word != MASK for word in words))
+    while left > 0:
+        length = 1
+        while length < left and chance.random() > 1 / MEAN_SPAN_WORDS:
+            length += 1
+        start = chance.randrange(len(words))
+        for place in range(start, min(start + length, len(words))):
+            left -= words[place] != MASK
+            words[place] = MASK
+    return words
+
+
+def _write_split(table: pa.Table, output: Output, file_name: str, split: str, recipe: TokenRecipe) -> dict[str, Any]:
+    """Write rows in canonical order. A row that is too long would be a bug of the cutter: AssertionError."""
     for name in set(recipe.fields) - {"negatives"}:
-        assert pa.compute.max(pa.compute.list_value_length(table[name])).as_py() <= recipe.max_length
+        assert pc.max(pc.list_value_length(table[name])).as_py() <= recipe.max_length
     hashes = [xxhash.xxh3_64_intdigest(one.encode(), seed=recipe.seed) for one in table["id"].to_pylist()]
-    keys = [(key, "ascending") for key in ("hash", "id", "window") if key == "hash" or key in table.column_names]
-    by_source = [("source", "ascending")] if split == "train" else []
-    table = table.append_column("hash", pa.array(hashes, pa.uint64())).sort_by(by_source + keys).drop_columns("hash")
+    table = table.append_column("hash", pa.array(hashes, pa.uint64()))
+    order = ("source", "hash", "id", "window") if split == "train" else ("hash", "id", "window")
+    table = table.sort_by([(key, "ascending") for key in order if key in table.column_names]).drop_columns("hash")
     groups: list[int] = []
-    of: list[str | None] = []
+    group_sources: list[str | None] = []
     with output.writing(file_name) as temporary:
         with pq.ParquetWriter(temporary, table.schema, compression="zstd", write_page_checksum=True) as writer:
             for source, rows in _runs(table, split):
                 for start in range(0, len(rows), ROW_GROUP_ROWS):
                     writer.write_table(rows.slice(start, ROW_GROUP_ROWS).combine_chunks())
                     groups.append(min(ROW_GROUP_ROWS, len(rows) - start))
-                    of.append(source)
+                    group_sources.append(source)
         digest = sha256(temporary)
-    return {
-        "path": file_name,
-        "split": split,
-        "rows": len(table),
-        "row_groups": groups,
-        "row_group_sources": of,
-        "sha256": digest,
-    }
+    return vars(Shard(file_name, split, len(table), groups, group_sources, digest))
 
 
 def _runs(table: pa.Table, split: str) -> Iterator[tuple[str | None, pa.Table]]:
-    """The rows of each source, which stand together in train; validation is one run of all."""
+    """(source, rows) for each source in train, whose rows are ordered by source; (None, all rows) in validation."""
     if split != "train":
         yield None, table
         return

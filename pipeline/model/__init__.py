@@ -1,1 +1,1 @@
-"""Models. Plain torch; nothing here knows of Ray."""
+"""Models and their losses, on disk and in memory. Plain torch; no Ray."""

@@ -2,14 +2,14 @@
 
     mixed = attend(q, k, v, layout, layout, causal=True)         # (T, H, K), for T packed tokens
 
-On a CPU, sequences of one length attend together, a kernel call a length: nothing is padded, so nothing is masked for
-being padding. With 128 package descriptions of 60 lengths up to 128 tokens, forward and backward take 64 ms for 12
-heads of 32; padded to multiples of 8, 16, 32 they take 66, 98, 82, and padded to the longest 220 (one core). On a GPU,
-numbers of 16 bits go to flash attention, packed as they are; others, and dropout, are padded to the longest sequence.
+On a CPU there is one kernel call for each sequence length, so nothing is padded. For 128 package descriptions of 60
+lengths up to 128 tokens and 12 heads of 32, forward and backward take 64 ms; padded to multiples of 8, 16 or 32 they
+take 66, 98 or 82 ms, and padded to the longest sequence 220 ms (one core). On a GPU, 16-bit numbers use flash attention
+without padding; other types, and dropout, are padded to the longest sequence.
 """
 
 # Shapes: T packed queries, S packed keys, H heads, J key-value heads (H is a multiple of J), K head width, N sequences,
-# L queries of a sequence, M keys.
+# L queries and M keys of a sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -38,11 +38,11 @@ def attend(
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """What each query takes from the keys of its own sequence, (T, H, K).
+    """Attention of each query to the keys of its own sequence, (T, H, K).
 
-    `queries` and `keys` are layouts of equally many sequences, one and the same for self-attention. `causal`: only keys
-    at the query's position or before. `window`: only keys at most so many positions away. A query that sees no key gets
-    zeros.
+    `queries` and `keys` are layouts of the same number of sequences, and the same object for self-attention. `causal`:
+    a query sees keys at its own position and before. `window`: a query sees keys at most this many positions away. A
+    query that sees no key gets zeros.
     """
     return _attend(q_THK, k_SJK, v_SJK, queries, keys, _Rule(causal, window, dropout, scale))
 
@@ -61,7 +61,7 @@ def _attend(q_THK: Tensor, k_SJK: Tensor, v_SJK: Tensor, queries: Layout, keys: 
 
 @cache
 def keep_from_compiler() -> None:
-    """Let torch.compile call `attend` as it is. Only where something is compiled: torch loads its compiler for it."""
+    """Exclude `attend` from torch.compile. Call it only before compiling, because it makes torch load its compiler."""
     global _attend
     _attend = torch.compiler.disable(_attend)
 
@@ -76,7 +76,7 @@ class _Rule:
     scale: float | None
 
     def band(self, L: int, M: int, device: torch.device) -> Tensor | None:
-        """(L, M) bool, the keys that each query may see for their positions; None where it is all of them."""
+        """(L, M) bool: the keys whose position each query may see; None where it may see all."""
         ahead = torch.arange(M, device=device) - torch.arange(L, device=device)[:, None]
         if self.window is None or self.window >= max(L, M) - 1:
             return ahead <= 0 if self.causal else None
@@ -97,7 +97,7 @@ def _grouped(q_THK: Tensor, k_SJK: Tensor, v_SJK: Tensor, queries: Layout, keys:
     if groups.key_rows is not None:
         k_SJK, v_SJK = take(k_SJK, groups.key_rows), take(v_SJK, groups.key_rows)
     q_sizes, k_sizes = [n * L for n, L, _ in groups.shapes], [n * M for n, _, M in groups.shapes]
-    # NOTE: split's gradient is one copy of the parts; that of slices would be a sum of as many tensors of T rows.
+    # NOTE: the gradient of `split` copies each part once; that of slices would add up a tensor of T rows for each.
     parts = zip(groups.shapes, q_THK.split(q_sizes), k_SJK.split(k_sizes), v_SJK.split(k_sizes), strict=True)
     mixed = [_one_length(q, k, v, *shape, rule) for shape, q, k, v in parts]
     out = torch.cat(mixed) if mixed else torch.zeros_like(q_THK)
@@ -122,7 +122,7 @@ def _padded(q_THK: Tensor, k_SJK: Tensor, v_SJK: Tensor, queries: Layout, keys: 
     allowed = keys.mask[:, None, None, :]
     band = rule.band(queries.longest, keys.longest, q_THK.device)
     allowed = allowed if band is None else allowed & band
-    # NOTE: a fused kernel may give NaN to a query that sees nothing, so it is shown everything, and set to zero after.
+    # NOTE: a fused kernel may give NaN to a query that sees no key, so such a query sees all keys and is zeroed after.
     sees = allowed.any(dim=-1, keepdim=True)
     q, k, v = (side.pad(x).transpose(1, 2) for side, x in ((queries, q_THK), (keys, k_SJK), (keys, v_SJK)))
     mixed = torch.where(sees, rule.sdpa(q, k, v, attn_mask=allowed | ~sees), 0.0)
@@ -136,13 +136,13 @@ def _flash_takes(q_THK: Tensor, queries: Layout, keys: Layout, rule: _Rule) -> b
         and not rule.dropout
         and width % 8 == 0
         and width <= FLASH_HEAD_WIDTH
-        and (queries is keys or not by_position)  # it aligns the ends of queries and keys, we their beginnings
+        and (queries is keys or not by_position)  # flash aligns the ends of queries and keys, we their starts
         and torch.cuda.get_device_capability(q_THK.device) >= FLASH_CAPABILITY
     )
 
 
 def _flash(q_THK: Tensor, k_SJK: Tensor, v_SJK: Tensor, queries: Layout, keys: Layout, rule: _Rule) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # which loads torch's compiler: two seconds, on a CPU for nothing
+    from torch.nn.attention.varlen import varlen_attn  # loads torch's compiler, which takes 2 s
 
     reach = -1 if rule.window is None else rule.window
     return varlen_attn(  # type: ignore[return-value]

@@ -1,17 +1,16 @@
-"""The unified transformer's decoder: the encoder's parts, looking back alone, and at a memory between.
+"""The unified transformer's decoder: causal self-attention, and cross-attention to a memory.
 
     decoder = Decoder(DecoderShape(16000, d_model=256, num_layers=2, num_heads=4, d_ff=768, memory_width=256))
     memory = Memory(encoder.hidden(source, layout), layout)      # or Memory.of_vectors(sentence_vectors)
     logits = decoder.logits(decoder.hidden(inputs, memory))      # (T, 16000), for the T tokens of packed inputs
     decoder.generate(memory, start_id=2, end_id=3, max_new_tokens=64)      # [[17, 9, 4], [8], ...]
 
-A layer is self-attention to the tokens before, attention to the memory, and feed-forward, each behind its norm (Vaswani
-et al. 2017, section 3.1, with the norms in front). Without a memory the middle is skipped: a causal language model, the
-same as transformers' Llama with `hidden_act: gelu`, in whose names its weights are. Positions count the target's tokens
-alone; the memory's have theirs already.
+A layer is causal self-attention, attention to the memory, and feed-forward, each after its norm (Vaswani et al. 2017,
+section 3.1, with pre-norm). Without a memory the second is skipped: the decoder is then transformers' Llama with
+`hidden_act: gelu`, whose names its weights have. Positions count the target's tokens only.
 
-Cost: 2 x parameters x tokens operations, and as much again as the layers' key and value projections for each row of
-the memory. Generation puts each token through the layers once, and keeps its keys and values.
+Cost: 2 x parameters x tokens operations, and the layers' key and value projections for each row of the memory.
+Generation runs each token through the layers once and caches its keys and values.
 """
 
 # Shapes: T packed tokens, N sequences, D model width, V vocabulary, S rows of memory, M memory width,
@@ -44,20 +43,20 @@ class DecoderShape(StackShape):
     """The numbers that fix a decoder's parameters."""
 
     memory_width: int | None = None
-    """M, the width of the memory's rows. None: no memory, and no parameters to look at one."""
+    """M, the width of the memory's rows. None: no memory, and no parameters for cross-attention."""
     tie_head: bool = True
-    """Score tokens by the token table itself (Press and Wolf 2017), or by a matrix of its own."""
+    """Score tokens by the token table (Press and Wolf 2017), or by a matrix of its own."""
 
 
 class Memory(NamedTuple):
-    """What each target sequence may look at: rows of states, (S, M), and the sequence that each belongs to."""
+    """The states that each target sequence attends to: (S, M) rows, and the sequence of each row."""
 
     states: Tensor
     layout: Layout
 
     @classmethod
     def of_vectors(cls, vectors_NM: Tensor) -> Memory:
-        """One row a sequence, as a sentence embedding is."""
+        """One row per sequence, such as a sentence embedding."""
         return cls(vectors_NM, _even_layout(len(vectors_NM), 1, vectors_NM.device))
 
     def select(self, chosen_N: Tensor) -> Memory:
@@ -69,13 +68,13 @@ class Memory(NamedTuple):
 
 @dataclass
 class LayerCache:
-    """Keys and values of one layer, for n sequences of t tokens each: (n, t, J, K) own, (S, J, K) of the memory."""
+    """Keys and values of one layer, for n sequences of t tokens: (n, t, J, K) their own, (S, J, K) the memory's."""
 
     own: tuple[Tensor, Tensor] | None = None
     memory: tuple[Tensor, Tensor] | None = None
 
     def extend(self, k_nJK: Tensor, v_nJK: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a token to each sequence. Returns all keys and values, (n * t, J, K)."""
+        """Add one token to each sequence. Returns all keys and values, (n * t, J, K)."""
         k, v = k_nJK.unsqueeze(1), v_nJK.unsqueeze(1)
         if self.own is not None:
             k, v = torch.cat([self.own[0], k], dim=1), torch.cat([self.own[1], v], dim=1)
@@ -115,12 +114,12 @@ class DecoderLayer(nn.Module):
         cache: LayerCache | None = None,
         seen: Layout | None = None,
     ) -> Tensor:
-        """(T, D). With a cache, `x_TD` is the next token of each sequence, and `seen` the layout of all until it."""
+        """(T, D). With a cache, `x_TD` is the next token of each sequence, `seen` the layout of all tokens so far."""
         states = self.input_layernorm(x_TD)
         q, (k, v) = self.self_attn.queries(states, rotation), self.self_attn.keys_values(states, rotation)
         if cache is not None:
             k, v = cache.extend(k, v)
-        # The next token may look at all that is cached: only whole sequences need the causal mask.
+        # The next token sees the whole cache: only whole sequences need the causal mask.
         keys = layout if seen is None else seen
         x_TD = x_TD + self.dropout(self.self_attn(q, k, v, layout, keys, causal=cache is None))
         if memory is not None:
@@ -142,7 +141,7 @@ class Decoder(nn.Module):
     def __init__(self, shape: DecoderShape, tie_to: nn.Embedding | None = None) -> None:
         super().__init__()
         self.shape = shape
-        # In a tuple the table is not registered, so the state dict of a model of both holds it once.
+        # In a tuple the table is not registered here, so a state dict of encoder and decoder has it once.
         self._borrowed = (tie_to,) if tie_to is not None else None
         if tie_to is None:
             self.embed_tokens = nn.Embedding(shape.vocab_size, shape.d_model)
@@ -155,7 +154,7 @@ class Decoder(nn.Module):
         self.embed_positions = shape.position_table()
         if self.embed_positions is not None:
             nn.init.normal_(self.embed_positions.weight, std=INIT_STD)
-        # A sentence embedding has unit length and an encoder's states another: the layers see both at one scale.
+        # Sentence embeddings have unit length, encoder states do not: the norm gives both the same scale.
         self.memory_norm = None if shape.memory_width is None else RMSNorm(shape.memory_width, shape.norm_eps)
         self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(shape.num_layers))
         self.norm = RMSNorm(shape.d_model, shape.norm_eps)
@@ -171,14 +170,14 @@ class Decoder(nn.Module):
 
     @property
     def output_table(self) -> Tensor:
-        """(V, D): a token's score is a state's product with its row."""
+        """(V, D): a token's logit is the product of a state and the token's row."""
         return self.token_table.weight if self.shape.tie_head else self.lm_head.weight
 
     def hidden(self, target: Packed, memory: Memory | None) -> Tensor:
         """The last layer's normalised states, (T, D).
 
-        Sequence i of the target looks at sequence i of the memory. Raises ValueError where they are not equally many,
-        for a memory that the shape has no width for, and for a sequence beyond `max_positions`.
+        Sequence i of the target attends to sequence i of the memory. Raises ValueError for different numbers of
+        sequences, for a memory without `memory_width`, and for a sequence longer than `max_positions`.
         """
         layout = Layout.of(target)
         self.shape.check_length(layout)
@@ -192,10 +191,10 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def generate(self, memory: Memory | None, start_id: int, end_id: int, max_new_tokens: int) -> list[list[int]]:
-        """The likeliest token after token, for each sequence of the memory until its end; one text without a memory.
+        """Greedy decoding: a list of tokens for each sequence of the memory, or one list without a memory.
 
-        Neither `start_id` nor `end_id` is among the tokens. Put the model into evaluation mode first. Raises
-        ValueError as `hidden` does.
+        The tokens include neither `start_id` nor `end_id`. Put the model into evaluation mode first. Raises ValueError
+        as `hidden` does.
         """
         limit = self.shape.max_positions
         if limit is not None and max_new_tokens > limit:
@@ -220,7 +219,7 @@ class Decoder(nn.Module):
         return written
 
     def _next(self, tokens_N: Tensor, position: int, memory: Memory | None, caches: list[LayerCache]) -> Tensor:
-        """The states, (N, D), of one token a sequence; all of them are at the same position."""
+        """(N, D) states of the next token of each sequence; all tokens are at the same position."""
         layout, seen = (_even_layout(len(tokens_N), count, tokens_N.device) for count in (1, position + 1))
         positions = torch.full_like(tokens_N, position)
         x_ND, rotation = self._embed(tokens_N, positions), self.shape.rotation(positions)
@@ -236,12 +235,12 @@ class Decoder(nn.Module):
         if memory is None:
             return None
         if self.memory_norm is None:
-            raise ValueError("this decoder looks at no memory; give its shape a memory_width, or None as the memory")
+            raise ValueError("this decoder has no memory; give its shape a memory_width, or None as the memory")
         if len(memory.layout.lengths) != sequences:
             raise ValueError(f"a memory of {len(memory.layout.lengths)} sequences does not fit {sequences} targets")
         return Memory(self.memory_norm(memory.states), memory.layout)
 
 
 def _even_layout(sequences: int, tokens: int, device: torch.device) -> Layout:
-    """Of sequences of `tokens` tokens each."""
+    """A layout of sequences of `tokens` tokens each."""
     return Layout(torch.arange(sequences + 1, device=device) * tokens, sequences * tokens)

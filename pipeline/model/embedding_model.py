@@ -1,38 +1,27 @@
-"""Token ids in, vectors out: a backbone's states, pooled, normalised and cut to a size.
+"""Token ids in, vectors out: a backbone's states, pooled and normalised.
 
     model = EmbeddingModel(Encoder(shape), Head(pooling="mean"))
     vectors = model(pack([[5, 6, 7], [8]]))                      # (2, D) float32, unit length
-    shorten(vectors, 64)                                         # (2, 64), unit length again
 
-A backbone is any module with a `width`, `hidden(batch, layout)`, the states of packed tokens, and a `token_table`: our
-`Encoder`, or a `PretrainedEncoder`. The head has no parameters, so a model's weights are its backbone's.
+The backbone is an `Encoder` or a `PretrainedEncoder`. The head has no parameters: a model's weights are its backbone's.
 """
 
 # Shapes: T packed tokens, N sequences, D width.
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
-from pipeline.model.card import Head, Pooling
+from pipeline.model.folder import Card, Head, Pooling
 from pipeline.model.packing import Layout, Packed
+from pipeline.model.transformer import Encoder, EncoderShape
 
-
-class Backbone(Protocol):
-    """What turns packed token ids into states."""
-
-    @property
-    def width(self) -> int:
-        """D, the numbers in a state."""
-
-    @property
-    def token_table(self) -> nn.Embedding: ...
-
-    def hidden(self, batch: Packed, layout: Layout) -> Tensor:
-        """(T, D) states of the batch's tokens, in their order."""
+RANDOM = (init.normal_, init.uniform_, init.kaiming_uniform_)  # what embeddings and linear layers begin with
 
 
 class EmbeddingModel(nn.Module):
@@ -60,19 +49,19 @@ class EmbeddingModel(nn.Module):
         return self.pooled(self.hidden(batch, layout), layout)
 
     def pooled(self, states_TD: Tensor, layout: Layout) -> Tensor:
-        """(N, D), what the head makes of states."""
+        """(N, D): the vectors that the head makes of (T, D) states."""
         exact = states_TD if states_TD.dtype == torch.float64 else states_TD.float()
         vectors = pool(exact, layout, self.head.pooling)
         return F.normalize(vectors, dim=-1) if self.head.normalize else vectors
 
 
 def pool(states_TD: Tensor, layout: Layout, pooling: Pooling) -> Tensor:
-    """(N, D): one row a sequence, zeros for a sequence without tokens."""
+    """(N, D): one row per sequence, zeros for a sequence without tokens."""
     lengths = layout.lengths
     if pooling in ("cls", "last"):
         end = lengths.cumsum(0)
         rows = (end - lengths if pooling == "cls" else end - 1).clamp(0, max(len(states_TD) - 1, 0))
-        # Without a token a sum of none stands in: zeros, with a graph that leads to the layers.
+        # A batch without tokens gives zeros that still have a gradient graph, which distributed backward passes need.
         picked = states_TD[rows] if len(states_TD) else states_TD.sum(dim=0).expand(len(lengths), -1)
         return torch.where(lengths[:, None] > 0, picked, 0.0)
     total = lengths
@@ -83,6 +72,23 @@ def pool(states_TD: Tensor, layout: Layout, pooling: Pooling) -> Tensor:
     return summed / total.clamp(min=1)[:, None]
 
 
-def shorten(vectors: Tensor, dimensions: int) -> Tensor:
-    """The first `dimensions` numbers of each vector, at unit length again (Matryoshka, Kusupati et al. 2022)."""
-    return F.normalize(vectors[..., :dimensions], dim=-1)
+def unset_backbone(card: Card) -> nn.Module:
+    """The backbone that a card describes, before `load_state_dict(assign=True)`: its parameters have no values.
+
+    Raises ValueError for an architecture that we do not have.
+    """
+    if card.architecture == "unified":
+        with torch.device("meta"), _Unset():
+            return Encoder(EncoderShape(**card.shape))
+    if card.architecture == "pretrained":
+        from pipeline.model.pretrained import PretrainedEncoder  # imports transformers, which takes seconds
+
+        return PretrainedEncoder.from_description(card.shape)
+    raise ValueError(f"architecture {card.architecture!r} is not known; allowed are unified and pretrained")
+
+
+class _Unset(TorchFunctionMode):
+    """Skips random initialisation: on the meta device torch would load its compiler for it, which takes two seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return kwargs["tensor"] if func in RANDOM else func(*args, **(kwargs or {}))

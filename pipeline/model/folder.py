@@ -1,43 +1,74 @@
-"""A model on disk: `model.safetensors`, `model.json` (what it is), `tokenizer.json`. No pickle.
+"""A model's folder: `model.safetensors`, `model.json` (what the model is) and `tokenizer.json`. No pickle.
 
-save_model(folder, model, tokenizer_json, max_length)
-model, tokenizer = load_model(folder)
+    save_model(folder, model, tokenizer_json, max_length=256)
+    model, tokenizer = load_model(folder)
+    read_card(folder).head.prompt("query")          # without the weights
+    model_fingerprint(folder)                       # '9f0c…': names the vectors that this model gives
 
-What is known without loading the weights is said by model/reading.py. A folder without model.json is read as one of
-transformers or sentence-transformers (model/elsewhere.py).
+A folder without model.json is read as a model of transformers or sentence-transformers (model/hf_io.py). Importing this
+module does not import torch; saving and loading weights does, and so does reading such a folder.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from safetensors.torch import load_file, save_file
+import xxhash
 from tokenizers import Tokenizer
-from torch.nn import init
-from torch.overrides import TorchFunctionMode
 
-from pipeline.model.card import Card
-from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.reading import is_ours, load_tokenizer, read_card
-from pipeline.model.transformer import Encoder, EncoderShape
+if TYPE_CHECKING:
+    from pipeline.model.embedding_model import EmbeddingModel
 
-RANDOM = (init.normal_, init.uniform_, init.kaiming_uniform_)  # what embeddings and linear layers begin with
+FILES = ("model.safetensors", "model.json", "tokenizer.json")
+
+Pooling = Literal["mean", "cls", "last", "weighted"]
+
+
+@dataclass(frozen=True)
+class Head:
+    """How token states become a vector.
+
+    mean: the mean of all states. cls: the first token's state. last: the last token's. weighted: a mean in which the
+    i-th token, counted from 1, has weight i (SGPT, section 3.1.2).
+    """
+
+    pooling: Pooling = "mean"
+    normalize: bool = True
+    dimensions: tuple[int, ...] = ()
+    """Sizes below D that vectors are trained to be cut to (Matryoshka), largest first."""
+    prompts: tuple[tuple[str, str], ...] = ()
+    """Pairs of a name, `query` or `document`, and the prompt that goes before such texts."""
+
+    def prompt(self, name: str) -> str:
+        return dict(self.prompts).get(name, "")
+
+
+@dataclass(frozen=True)
+class Card:
+    """The content of `model.json`: the backbone, the numbers that fix its parameters, and the head."""
+
+    architecture: str  # unified or pretrained
+    shape: dict[str, Any]  # an EncoderShape's fields, or a config of transformers
+    head: Head
+    width: int
+    max_length: int  # tokens; longer texts are cut
 
 
 def save_model(folder: Path, model: EmbeddingModel, tokenizer_json: str, max_length: int) -> None:
     """Write the three files. `max_length` is in tokens."""
-    backbone: Any = model.backbone
-    state = {name: tensor.detach().contiguous() for name, tensor in backbone.state_dict().items()}
+    from safetensors.torch import save_file
+
+    state = {name: tensor.detach().contiguous() for name, tensor in model.backbone.state_dict().items()}
     save_file(state, folder / "model.safetensors")
     save_card(folder, model, tokenizer_json, max_length)
 
 
 def save_card(folder: Path, model: EmbeddingModel, tokenizer_json: str, max_length: int) -> None:
-    """Write what a model folder has beside the weights."""
+    """Write the two files besides the weights."""
     backbone: Any = model.backbone
     card = Card(backbone.architecture, backbone.describe(), model.head, model.width, max_length)
     (folder / "model.json").write_text(json.dumps(asdict(card), indent=2, sort_keys=True))
@@ -47,29 +78,70 @@ def save_card(folder: Path, model: EmbeddingModel, tokenizer_json: str, max_leng
 def load_model(folder: Path) -> tuple[EmbeddingModel, Tokenizer]:
     """The model in evaluation mode, and its tokenizer set to cut at `max_length`. Raises OSError or ValueError."""
     if not is_ours(folder):
-        from pipeline.model.elsewhere import load_elsewhere
+        from pipeline.model.hf_io import open_hf_folder
 
-        return load_elsewhere(folder)
+        return open_hf_folder(folder)[1:]
+    from safetensors.torch import load_file
+
+    from pipeline.model.embedding_model import EmbeddingModel, unset_backbone
+
     card = read_card(folder)
-    model = EmbeddingModel(_backbone(card), card.head)
+    model = EmbeddingModel(unset_backbone(card), card.head)
     model.backbone.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
     return model.eval(), load_tokenizer(folder)
 
 
-def _backbone(card: Card) -> torch.nn.Module:
-    """Its parameters are not set: they wait for a state dict."""
-    if card.architecture == "unified":
-        with torch.device("meta"), _Unset():
-            return Encoder(EncoderShape(**card.shape))
-    if card.architecture == "pretrained":
-        from pipeline.model.pretrained import PretrainedEncoder  # imports transformers, which takes seconds
-
-        return PretrainedEncoder.from_description(card.shape)
-    raise ValueError(f"architecture {card.architecture!r} is not known")
+def is_ours(folder: Path) -> bool:
+    """Whether `save_model` wrote the folder."""
+    return (folder / "model.json").is_file()
 
 
-class _Unset(TorchFunctionMode):
-    """Parameters get no random numbers: on the meta device torch would load its compiler for them, for two seconds."""
+def read_card(folder: Path) -> Card:
+    """Raises OSError or ValueError where the folder holds no model that can be read."""
+    if not is_ours(folder):
+        from pipeline.model.hf_io import open_hf_folder
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return kwargs["tensor"] if func in RANDOM else func(*args, **(kwargs or {}))
+        return open_hf_folder(folder, weights=False)[0]
+    try:
+        content = json.loads((folder / "model.json").read_text())
+        head = content["head"]
+        head["dimensions"] = tuple(head["dimensions"])
+        head["prompts"] = tuple((name, prompt) for name, prompt in head["prompts"])
+        return Card(**content | {"head": Head(**head)})
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(f"{folder / 'model.json'} does not describe a model of this version") from None
+
+
+def is_table(card: Card) -> bool:
+    """Whether states are rows of a token table: no layers, and no learned positions."""
+    return card.architecture == "unified" and not card.shape["num_layers"] and card.shape["positions"] == "rotary"
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The model's tokenizer, set to cut at `max_length`. Raises OSError or ValueError."""
+    if not is_ours(folder):
+        from pipeline.model.hf_io import open_hf_folder
+
+        return open_hf_folder(folder, weights=False)[2]
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(read_card(folder).max_length)
+    return tokenizer
+
+
+def model_fingerprint(folder: Path) -> str:
+    """xxh3-128 of `model_files`: models with equal fingerprints give equal vectors."""
+    digest = xxhash.xxh3_128()
+    for name in model_files(folder):
+        digest.update(name.encode())
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def model_files(folder: Path) -> Sequence[str]:
+    """The files that decide the vectors, relative to the folder."""
+    if is_ours(folder):
+        return FILES
+    from pipeline.model.hf_io import hf_files
+
+    return hf_files(folder)

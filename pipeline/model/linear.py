@@ -1,11 +1,11 @@
-"""Linear layers whose matrix products oneDNN computes on a CPU, forward and backward.
+"""Linear layers that use oneDNN for matrix products on a CPU, forward and backward.
 
-    use_onednn(model)                     # in place, and only where it is quicker; names in a state dict stay
+    use_onednn(model)                     # in place, only where it is faster; parameters and their names stay the same
 
-torch gives float32 products to MKL, which takes AVX2 on processors that are not Intel's. oneDNN takes the AVX-512 that
-they have: 200 GFLOP/s instead of 95 for 5,137 tokens x 384 x 1,536 on one core of an EPYC (Zen 5), and little more than
-half the time of a fine-tuning step. On Intel's, MKL is the quicker one, by a quarter. Both multiply and add in float32;
-results differ in the order of sums alone, and are the same bits each time.
+torch uses MKL for float32 products, and MKL uses AVX2 on processors that are not Intel's. oneDNN uses their AVX-512:
+200 GFLOP/s instead of 95 for 5,137 tokens x 384 x 1,536 on one core of an EPYC (Zen 5), which nearly halves the time of
+a fine-tuning step. On Intel's processors MKL is faster by a quarter. Both compute in float32; their results differ only
+in the order of sums, and each gives the same bits every time.
 """
 
 # Shapes: T rows, I inputs, O outputs.
@@ -17,15 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MIN_PRODUCTS = 1 << 23  # ours, measured: oneDNN starts 50 us later, and has caught up at some 8 million multiplications
+MIN_PRODUCTS = 1 << 23  # ours, measured: a call takes 50 us longer, which 8 million multiplications make up for
 
 
 def use_onednn(module: nn.Module) -> None:
-    """Let every `nn.Linear` of the module be a `Linear`, where oneDNN has AVX-512 and MKL does not take it."""
+    """Replace each `nn.Linear` inside the module by a `Linear`, where oneDNN can use AVX-512 and MKL does not."""
     if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and not is_intel():
-        for child in module.modules():
-            if type(child) is nn.Linear:
-                child.__class__ = Linear
+        for parent in list(module.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.Linear:
+                    setattr(parent, name, Linear(child))
 
 
 def is_intel(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -34,7 +35,17 @@ def is_intel(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, through oneDNN for float32 on a CPU. Smaller products, other types and autocast go torch's way."""
+    """An `nn.Linear` with the parameters of another, through oneDNN for float32 on a CPU.
+
+    Small products, other types and autocast use torch's own way.
+    """
+
+    def __init__(self, replaced: nn.Linear) -> None:
+        nn.Module.__init__(self)  # without new random parameters
+        self.in_features, self.out_features = replaced.in_features, replaced.out_features
+        self.weight = replaced.weight
+        self.register_parameter("bias", replaced.bias)
+        self.train(replaced.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if (
@@ -58,7 +69,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        gradient = gradient.contiguous()  # an expanded one, as of a sum, would take oneDNN's slowest way
+        gradient = gradient.contiguous()  # oneDNN is slowest for an expanded one, as a sum's is
         x_TI, gradient_TO = x.flatten(0, -2), gradient.flatten(0, -2)
         return (
             _product(gradient, weight.t(), None) if of_x else None,
@@ -68,13 +79,13 @@ class _Linear(torch.autograd.Function):
 
 
 def _weight_gradient(gradient_TO: Tensor, x_TI: Tensor) -> Tensor:
-    """(O, I). The first factor of a product is copied to be contiguous: let it be the smaller one."""
+    """(O, I). oneDNN copies the first factor of a product to be contiguous, so the smaller one goes first."""
     if gradient_TO.shape[1] <= x_TI.shape[1]:
         return _product(gradient_TO.t(), x_TI.t(), None)
     return _product(x_TI.t(), gradient_TO.t(), None).t()
 
 
-# NOTE: an operator of our own, so that torch.compile calls it as it is: it expects constant weights of oneDNN's.
+# NOTE: a custom operator, because torch.compile expects oneDNN's own operator to have constant weights.
 @torch.library.custom_op("pipeline::product", mutates_args=())
 def _product(a_TI: Tensor, b_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """(T, O): a times b transposed, plus the bias. torch has no public name for oneDNN's product of plain tensors."""

@@ -1,13 +1,12 @@
-"""Packed sequences: token rows laid end to end, with no padding between them.
+"""Packed sequences: tokens of a batch end to end, without padding.
 
 A batch of N sequences is one vector of T token ids and N+1 offsets; sequence i is `ids[offsets[i]:offsets[i + 1]]`.
-Linear layers and norms run on the T real tokens. Embedding three texts of 2, 5 and 1 tokens costs 8 token rows in the
-linear layers, not 15.
+Linear layers and norms run on the T real tokens: three texts of 2, 5 and 1 tokens cost 8 rows in them, not 15.
 
     >>> pack([[7, 8], [9], []])
     Packed(ids=tensor([7, 8, 9]), offsets=tensor([0, 2, 3, 3]))
 
-Attention alone needs sequences side by side. It has nothing to move where those of one length follow each other, so a
+Only attention needs sequences side by side. It moves nothing if sequences of one length follow each other, so a
 backbone runs its layers on the batch in that order (`Layout.by_length`).
 """
 
@@ -69,7 +68,7 @@ def join(first: Packed, second: Packed) -> Packed:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where each packed token sits. What is asked of it is found then and kept: a token table asks for little."""
+    """The position of each packed token. Computed lazily and kept, because a token table needs little of it."""
 
     offsets: Tensor  # (N + 1,)
     num_tokens: int  # T
@@ -86,7 +85,7 @@ class Layout:
 
     @cached_property
     def host_lengths(self) -> np.ndarray:
-        """`lengths` on the host; where they lie on a GPU, this waits for it."""
+        """`lengths` on the host; on a GPU, this waits for it."""
         return self.lengths.cpu().numpy()
 
     @cached_property
@@ -96,7 +95,7 @@ class Layout:
 
     @cached_property
     def sequence(self) -> Tensor:
-        """(T,) the sequence that each token is of."""
+        """(T,) the number of each token's sequence."""
         numbers = torch.arange(len(self.lengths), device=self.offsets.device)
         return torch.repeat_interleave(numbers, self.lengths, output_size=self.num_tokens)
 
@@ -107,12 +106,12 @@ class Layout:
 
     @cached_property
     def mask(self) -> Tensor:
-        """(N, L) bool: where `pad` puts a token."""
+        """(N, L) bool: true where `pad` puts a token."""
         return torch.arange(self.longest, device=self.offsets.device)[None, :] < self.lengths[:, None]
 
     @cached_property
     def cells(self) -> Tensor:
-        """(T,) the row of each token among the N x L rows of padded sequences."""
+        """(T,) each token's row among the N x L rows of padded sequences."""
         return self.sequence * self.longest + self.position
 
     def pad(self, x: Tensor) -> Tensor:
@@ -126,9 +125,9 @@ class Layout:
 
     @cached_property
     def by_length(self) -> tuple[Tensor, Layout] | None:
-        """(T,) the rows that put shorter sequences first, and the layout they then have.
+        """(T,) rows that put shorter sequences first, and the layout of that order.
 
-        None where the batch has that order, and on a GPU, whose attention takes sequences in any.
+        None if the batch already has that order, and on a GPU, whose attention takes any order.
         """
         lengths = self.host_lengths
         if self.offsets.is_cuda or (np.diff(lengths) >= 0).all():
@@ -138,7 +137,7 @@ class Layout:
         return torch.from_numpy(_rows(lengths, order)), Layout(torch.from_numpy(offsets), self.num_tokens)
 
     def groups(self, keys: Layout) -> Groups:
-        """The sequences grouped for attention from these queries to `keys`: found once a batch, not once a layer."""
+        """Sequences grouped for attention from these queries to `keys`, computed once per batch, not once per layer."""
         if keys not in self._groups:
             self._groups[keys] = Groups.of(self.host_lengths, keys.host_lengths)
         return self._groups[keys]
@@ -146,17 +145,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class Groups:
-    """Sequences of the same numbers of queries and of keys, laid next to each other."""
+    """Groups of sequences with the same numbers of queries and of keys."""
 
     shapes: list[tuple[int, int, int]]
-    """Of each group: how many sequences, the queries in each, the keys in each."""
+    """For each group: the number of sequences, queries per sequence, keys per sequence."""
     query_rows: Tensor | None
-    """(T,) the rows that bring groups together; None where the batch has that order."""
+    """(T,) rows that put the sequences of a group next to each other; None if they are."""
     key_rows: Tensor | None
 
     @classmethod
     def of(cls, queries: np.ndarray, keys: np.ndarray) -> Groups:
-        """From the (N,) lengths of both."""
+        """From the (N,) lengths of queries and of keys."""
         order = np.lexsort((keys, queries))
         pairs = zip(queries[order].tolist(), keys[order].tolist(), strict=True)
         shapes = [(len(list(same)), *pair) for pair, same in groupby(pairs)]
@@ -165,22 +164,18 @@ class Groups:
 
 
 def _rows(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """(T,) token rows of the sequences, taken in `order`: lengths [2, 1], order [1, 0] → [2, 0, 1]."""
+    """(T,) token rows of the sequences in `order`: lengths [2, 1], order [1, 0] → [2, 0, 1]."""
     starts, lengths = (lengths.cumsum() - lengths)[order], lengths[order]
     return np.repeat(starts - (lengths.cumsum() - lengths), lengths) + np.arange(lengths.sum())
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
-    """`x[rows]` for rows that differ: the gradient is put in place rather than added up, the same bits each time."""
+    """`x[rows]` for distinct rows: the gradient is copied rather than added up, and so deterministic."""
     return _Take.apply(x, rows)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def put(x: Tensor, rows: Tensor, size: int) -> Tensor:
-    """`size` rows, those of `x` in `rows`, which differ, and zeros in the others."""
-    return _Put.apply(x, rows, size)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _put(x: Tensor, rows: Tensor, size: int) -> Tensor:
+    """`size` rows: those of `x` at the distinct `rows`, zeros elsewhere."""
     return x.new_zeros(size, *x.shape[1:]).index_copy_(0, rows, x)
 
 
@@ -193,15 +188,4 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
-        return _put(gradient, ctx.saved_tensors[0], ctx.size), None
-
-
-class _Put(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, rows: Tensor, size: int) -> Tensor:  # type: ignore[no-untyped-def, override]
-        ctx.save_for_backward(rows)
-        return _put(x, rows, size)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def, override]
-        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+        return put(gradient, ctx.saved_tensors[0], ctx.size), None

@@ -4,8 +4,8 @@
     batch = pack([[101, 7592, 102], [101, 2088, 999, 102]])
     states = backbone.hidden(batch, Layout.of(batch))                          # (7, 384)
 
-transformers runs one row of T tokens with the positions we give it, and calls our attention, which keeps sequences
-apart. The states equal those of padded sequences; the tests hold that for each family in FAMILIES.
+transformers runs one row of T tokens with the positions that we pass, and calls our attention, which keeps sequences
+apart. The states equal those of padded sequences; tests check this for each family in FAMILIES.
 """
 
 # Shapes: T packed tokens, D width, H heads, J key-value heads, K head width.
@@ -44,10 +44,10 @@ FAMILIES = (
     "roberta",
     "xlm-roberta",
 )
-POOLED = ("bert", "camembert", "gte", "nomic_bert", "roberta", "xlm-roberta")  # have a layer we leave out
+POOLED = ("bert", "camembert", "gte", "nomic_bert", "roberta", "xlm-roberta")  # have a pooling layer that we leave out
 OFFSET = ("camembert", "roberta", "xlm-roberta")  # count positions from the padding token's id + 1, as fairseq does
 DECODER_KEYS = ("is_decoder", "is_causal", "add_cross_attention")
-ATTENTION = "packed"  # the name our attention goes by in transformers
+ATTENTION = "packed"  # our attention's name in transformers
 NOT_DESCRIBED = ("_name_or_path", "auto_map", "transformers_version")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -65,9 +65,9 @@ def _attention(
     sliding_window: int | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: (1, H, T, K) queries, (1, J, T, K) keys and values → (1, T, H, K)."""
+    """Called by transformers: (1, H, T, K) queries, (1, J, T, K) keys and values → (1, T, H, K)."""
     q_THK, k_TJK, v_TJK = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    # transformers counts the query's own position into the window.
+    # transformers' window includes the query's own position.
     window = sliding_window - 1 if sliding_window else None
     mixed = attend(q_THK, k_TJK, v_TJK, layout, layout, window=window, dropout=dropout, scale=scaling)
     return mixed.unsqueeze(0), None
@@ -89,14 +89,14 @@ class PretrainedEncoder(nn.Module):
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> PretrainedEncoder:
-        """The model that `describe` told of, with parameters that wait for a state dict. Raises ValueError."""
+        """A model as `describe` describes it; `load_state_dict` gives its parameters values. Raises ValueError."""
         config = _config(description, "model.json")
-        # NOTE: not on the meta device: buffers that are in no state dict, as rotary frequencies, are computed here.
+        # NOTE: not on the meta device: buffers outside the state dict, such as rotary frequencies, are computed here.
         with no_init_weights():
             return cls(AutoModel.from_config(config, **_options(config)))
 
     def describe(self) -> dict[str, Any]:
-        """The transformers config, JSON-able, without where and with which version it was read."""
+        """The transformers config as JSON has it, without the version and the place that it was read with."""
         described: dict[str, Any] = json.loads(self.model.config.to_json_string(use_diff=False))
         return {key: value for key, value in described.items() if key not in NOT_DESCRIBED}
 
@@ -118,7 +118,7 @@ class PretrainedEncoder(nn.Module):
 
     @property
     def max_positions(self) -> int:
-        """Tokens of the longest text that the model has positions for."""
+        """The longest text that the model has positions for, in tokens."""
         return int(self.model.config.max_position_embeddings) - self._first_position
 
     @property
@@ -127,13 +127,13 @@ class PretrainedEncoder(nn.Module):
         return int(config.pad_token_id) + 1 if config.model_type in OFFSET else 0
 
     def checkpoint_gradients(self) -> None:
-        """In training, keep only what enters each layer, and run the layer again for its gradient, dropout and all."""
+        """In training, keep only the input of each layer; its backward pass runs the layer again with equal dropout."""
         self.model.activation_checkpointing_enable({"use_reentrant": False})
 
     def hidden(self, batch: Packed, layout: Layout) -> Tensor:
         """The last layer's states, (T, D)."""
         if not layout.num_tokens:
-            # transformers takes no texts without tokens; workers in lockstep need the layers to run all the same.
+            # transformers takes no empty batch, and under fsdp every worker must run the layers.
             return self._states(*_one_token(batch.ids.device))[:0]
         if layout.by_length is None:
             return self._states(batch.ids, layout)
@@ -158,11 +158,9 @@ def load_pretrained(name_or_dir: str | Path) -> PretrainedEncoder:
     Raises OSError where there is no such model or it cannot be read, ValueError where it is not of FAMILIES, not an
     encoder or not whole.
     """
-    folder = fetch(name_or_dir)
-    config = _config(_read_config(folder, name_or_dir), name_or_dir)
-    _check_weights(folder, name_or_dir)
+    folder, config = _opened(name_or_dir)
     try:
-        with _without_reports():
+        with quiet_transformers():
             model, report = AutoModel.from_pretrained(
                 folder,
                 config=config,
@@ -185,16 +183,14 @@ def load_pretrained(name_or_dir: str | Path) -> PretrainedEncoder:
 
 
 def shape_of(name_or_dir: str | Path) -> PretrainedEncoder:
-    """As `load_pretrained`, on the meta device: what is to be known without the weights. Raises as it does."""
-    folder = fetch(name_or_dir)
-    config = _config(_read_config(folder, name_or_dir), name_or_dir)
-    _check_weights(folder, name_or_dir)
+    """The same model on the meta device, without its weights. Raises as `load_pretrained` does."""
+    _, config = _opened(name_or_dir)
     with torch.device("meta"), no_init_weights():
         return PretrainedEncoder(AutoModel.from_config(config, **_options(config)))
 
 
 def fetch(name_or_dir: str | Path) -> Path:
-    """The folder itself, or that of a hub's model once its config, tokenizer and safetensors are here.
+    """The folder itself, or one with the config, tokenizer and safetensors of a model that was downloaded from the hub.
 
     Raises OSError where there is neither.
     """
@@ -218,28 +214,29 @@ def _unfetched(error: Exception) -> str:
     return f"there is no such folder, and the hub cannot be reached ({words}); use a machine that reaches it"
 
 
-def _read_config(folder: Path, name: str | Path) -> dict[str, Any]:
+def _opened(name_or_dir: str | Path) -> tuple[Path, PretrainedConfig]:
+    """The folder and its config, once it is sure that there are safetensors."""
+    folder = fetch(name_or_dir)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise OSError(f"{name}: found no config.json in it; give the folder of a transformers model") from None
+        raise OSError(f"{name_or_dir}: found no config.json in it; give the folder of a transformers model") from None
     except ValueError as error:
-        raise ValueError(f"{name}: its config.json is not JSON ({error}); give a model that was saved whole") from None
-    return config if isinstance(config, dict) else {}
-
-
-def _check_weights(folder: Path, name: str | Path) -> None:
-    """Raise OSError where there are no safetensors."""
+        raise ValueError(
+            f"{name_or_dir}: its config.json is not JSON ({error}); give a model that was saved whole"
+        ) from None
+    config = _config(described if isinstance(described, dict) else {}, name_or_dir)
     if not any(folder.glob("model*.safetensors")):
         found = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "no weights at all"
         raise OSError(
-            f"{name}: found {found}, and no model.safetensors; other formats can run code when they are read, so give "
-            "a model that has safetensors, or convert it where you trust it"
+            f"{name_or_dir}: found {found}, and no model.safetensors; other formats can run code when they are read, "
+            "so give a model that has safetensors, or convert it where you trust it"
         )
+    return folder, config
 
 
 def _config(described: dict[str, Any], name: str | Path) -> PretrainedConfig:
-    """The config of a model that packed and padded gives the same states; ValueError names another."""
+    """The config of a model that gives the same states packed and padded. Raises ValueError for any other."""
     family = described.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{name}: found model_type {family!r}; models that can be packed are {', '.join(FAMILIES)}")
@@ -256,13 +253,13 @@ def _config(described: dict[str, Any], name: str | Path) -> PretrainedConfig:
 
 
 def _options(config: PretrainedConfig) -> dict[str, Any]:
-    """What a model is made with, beside its config."""
+    """Arguments that a model is made with, besides its config."""
     return {"attn_implementation": ATTENTION} | ({"add_pooling_layer": False} if config.model_type in POOLED else {})
 
 
 @contextmanager
-def _without_reports() -> Iterator[None]:
-    """transformers draws a bar, and lists weights that we leave out on purpose, such as the pooling layer's."""
+def quiet_transformers() -> Iterator[None]:
+    """Without its progress bars and its lists of weights that we leave out on purpose, such as the pooling layer's."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,34 +1,34 @@
 """The unified transformer's parts, and its encoder: rotary positions, RMSNorm, grouped-query attention, gated GELU.
 
-The architecture is the one transformers ships as EuroBERT (`hidden_act: gelu`), so that its weights can be written in
-those names. `decoder` builds on the same parts.
+The architecture is transformers' EuroBERT (`hidden_act: gelu`), and weights have its names. The decoder uses the same
+parts (model/decoder.py).
 
     encoder = Encoder(EncoderShape(vocab_size=16000, d_model=256, num_layers=1, num_heads=4, d_ff=768))
     batch = pack([[5, 6, 7], [8]])
     states = encoder.hidden(batch, Layout.of(batch))            # (4, 256)
     print(f"{parameter_count(encoder):,} parameters")           # 4,948,736 parameters
 
-Weights begin at N(0, 0.02), and where a residual branch ends at 0.02 / sqrt(branches), so that a state's size does not
-grow with depth (GPT-2, Radford et al. 2019, section 2.3).
+Weights are initialised from N(0, 0.02), the last matrix of each residual branch from N(0, 0.02 / sqrt(branches)), so
+that states do not grow with depth (GPT-2, Radford et al. 2019, section 2.3).
 
-Cost: 2 x parameters x tokens operations in the layers, and those of attention (see `attention`).
+Cost: 2 x parameters x tokens operations in the layers, and attention (model/attention.py).
 """
 
 # Shapes: T packed tokens, D model width, H heads, J key-value heads (H is a multiple of J), K head width,
-# S packed tokens of what is attended to.
+# S packed tokens that are attended to.
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.model.attention import attend
+from pipeline.model.attention import attend, keep_from_compiler
 from pipeline.model.linear import use_onednn
 from pipeline.model.packing import Layout, Packed, put, take
 
@@ -51,9 +51,9 @@ class StackShape:
     """Heads of keys and values, each shared by equally many query heads (Ainslie et al. 2023). None: `num_heads`."""
     dropout: float = 0.0
     positions: Literal["rotary", "learned"] = "rotary"
-    """Angles that turn queries and keys (Su et al. 2021), or a table that is added to the tokens'."""
+    """Rotations of queries and keys (Su et al. 2021), or a learned table that is added to the token table's rows."""
     max_positions: int | None = None
-    """Longest sequence, in tokens; the length of the table of learned positions. None: no limit."""
+    """The longest sequence in tokens, and the length of the table of learned positions. None: no limit."""
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
 
@@ -86,7 +86,7 @@ class StackShape:
         return rotary(position_T, self.head_width, self.rope_theta) if self.positions == "rotary" else None
 
     def check_length(self, layout: Layout) -> None:
-        """Raises ValueError where a sequence is too long: on a GPU the table of positions would only crash."""
+        """Raise ValueError for a sequence that is too long; on a GPU an index outside the table would crash."""
         if self.max_positions is not None and layout.longest > self.max_positions:
             raise ValueError(
                 f"a sequence has {layout.longest} tokens, more than the model's max_positions={self.max_positions}"
@@ -95,16 +95,17 @@ class StackShape:
 
 @dataclass(frozen=True)
 class EncoderShape(StackShape):
-    """The numbers that fix an encoder's parameters, and the epsilon that suits token tables (see `RMSNorm`)."""
+    """The numbers that fix an encoder's parameters, with the epsilon that suits token tables (see `RMSNorm`)."""
 
     norm_eps: float = 1.0
 
 
 class RMSNorm(nn.Module):
-    """Scale each row by its root mean square. With `eps` far above a row's mean square the row's length survives.
+    """Divides each row by its root mean square. An `eps` far above the mean square keeps the rows' relative lengths.
 
-    NOTE: token tables learn a token's weight as its length, as inverse document frequency does in BM25; an
-    ordinary `eps` erases it before the mean is taken. `norm_eps` of 1 keeps it; see benchmarks/README.md.
+    NOTE: a token table learns a token's importance as the length of its row, as BM25 weighs tokens by inverse document
+    frequency. An ordinary `eps` removes that length before the mean is taken; `norm_eps=1` keeps it
+    (benchmarks/README.md).
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -133,9 +134,9 @@ def rotate(x_THK: Tensor, rotation: Rotation | None) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Attention in three steps, so that a decoder can keep the keys and values of the second.
+    """Attention in three steps: queries, keys and values, mixing. A decoder caches the second step's result.
 
-    `source_width` is that of the states the keys and values are made of; by default the model's own.
+    `source_width` is the width of the states that keys and values are computed from, by default the model's own.
     """
 
     def __init__(self, shape: StackShape, source_width: int | None = None) -> None:
@@ -191,11 +192,11 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Packed token ids in, a state for each out.
+    """Packed token ids in, one state per token out.
 
-    `active_layers` is how many layers run: training's warm-up sets it to 0 while the residual branches are still
-    zero, where skipping them changes nothing. `gradient_checkpointing` keeps only what enters each layer for the
-    backward pass, which runs the layer again: a third more computation for a fraction of the memory (Chen et al. 2016).
+    `active_layers` is the number of layers that run. Training's warm-up sets it to 0 while the residual branches are
+    zero, which changes no result. `gradient_checkpointing` keeps only each layer's input for the backward pass, which
+    runs the layer again: a third more computation for a fraction of the memory (Chen et al. 2016).
     """
 
     architecture = "unified"
@@ -225,10 +226,9 @@ class Encoder(nn.Module):
         return asdict(self.shape)
 
     def zero_residual_branches(self) -> None:
-        """Let the layers begin by adding nothing: an encoder of any depth is then exactly its token table.
+        """Make every layer add zero at first: an encoder of any depth then equals its token table.
 
-        This is what lets training warm the table up alone, at many times the speed, before the layers join in
-        (`active_layers`).
+        Training can so warm up the table alone, many times faster, before it activates the layers (`active_layers`).
         """
         for module in self.modules():
             if isinstance(module, Attention):
@@ -257,13 +257,31 @@ class Encoder(nn.Module):
 
 
 def run_layers(layers: Iterable[nn.Module], checkpointing: bool, x_TD: Tensor, *inputs: Any) -> Tensor:
-    """(T, D): through one layer after the other, each with the same `inputs`; checkpointing replays dropout exactly."""
+    """(T, D) after all layers, each called with the same `inputs`; checkpointing replays dropout exactly."""
     for layer in layers:
         if checkpointing and torch.is_grad_enabled():
             x_TD = checkpoint(layer, x_TD, *inputs, use_reentrant=False)
         else:
             x_TD = layer(x_TD, *inputs)
     return x_TD
+
+
+class Layered(Protocol):
+    """An Encoder, a PretrainedEncoder or a Decoder."""
+
+    @property
+    def layers(self) -> nn.ModuleList: ...
+
+
+def compile_layers(stack: Layered, backend: str = "inductor") -> None:
+    """Compile each layer in place, for batches of any size; all layers of a kind share the code.
+
+    The first batch of training and the first of evaluation compile, in a minute or so. Attention is not compiled, and
+    parameters keep their names. `backend` is torch.compile's; "inductor" needs a C++ compiler, or Triton on a GPU.
+    """
+    keep_from_compiler()
+    for layer in stack.layers:
+        layer.compile(dynamic=True, backend=backend)
 
 
 def initialise(layer: nn.Module, branch_ends: Iterable[nn.Linear], branches: int) -> None:
@@ -276,13 +294,13 @@ def initialise(layer: nn.Module, branch_ends: Iterable[nn.Linear], branches: int
 
 
 def gated_width(d_model: int) -> int:
-    """8/3 of the width, at which a gated feed-forward has the parameters of an ungated one of 4 widths.
+    """8/3 of the width, rounded up to a multiple of 64 for matrix units.
 
-    Shazeer 2020, section 3; rounded up to a multiple of 64, as matrix units work in tiles.
+    A gated feed-forward of this width has as many parameters as an ungated one of 4 widths (Shazeer 2020, section 3).
     """
     return -(-8 * d_model // (3 * 64)) * 64
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Numbers that are learned; a table that two parts share counts once."""
+    """The number of parameters; a table that two parts share counts once."""
     return sum(parameter.numel() for parameter in module.parameters())

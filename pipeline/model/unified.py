@@ -7,6 +7,7 @@ model.eval().generate(pack([[5, 6, 7], [8]]), start_id=2, end_id=3)      # [[9, 
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Literal
 
 import torch
@@ -18,14 +19,14 @@ from pipeline.model.transformer import Encoder, EncoderShape, gated_width
 
 
 class UnifiedTransformer(nn.Module):
-    """An encoder of sources and a decoder of targets. `generate` writes at most `max_new_tokens`, if not told."""
+    """An encoder of sources and a decoder of targets. `max_new_tokens` is the default of `generate`."""
 
     def __init__(self, encoder: Encoder, decoder: Decoder, max_new_tokens: int) -> None:
         super().__init__()
         self.encoder, self.decoder, self.max_new_tokens = encoder, decoder, max_new_tokens
 
     def forward(self, source: Packed, target_inputs: Packed) -> Tensor:
-        """Logits (T, V), for the T tokens of `target_inputs`; sequence i of them looks at sequence i of the source."""
+        """(T, V) logits for the T tokens of `target_inputs`, whose sequence i attends to the source's sequence i."""
         return self.decoder.logits(self.decoder.hidden(target_inputs, self.memory(source)))
 
     def memory(self, source: Packed) -> Memory:
@@ -58,49 +59,40 @@ def build_unified_transformer(
     tie_embeddings: bool = False,
     gradient_checkpointing: bool = False,
 ) -> UnifiedTransformer:
-    """A fresh transformer; the defaults are the base model's of Vaswani et al. 2017, table 3.
+    """A randomly initialised transformer; the defaults are the base model's of Vaswani et al. 2017, table 3.
 
-    `src_seq_len` and `tgt_seq_len`: longest sequences in tokens, special ones included; longer ones are refused.
+    `src_seq_len` and `tgt_seq_len`: longest sequences in tokens, special tokens included; longer ones raise ValueError.
     `d_ff`: by default `gated_width`. `decoder_layers`: by default as many as the encoder's. `tie_embeddings`: one table
-    for source tokens, target tokens and logits (Vaswani et al., section 3.4), else three. Raises ValueError where the
-    vocabularies then differ, or the numbers do not divide.
+    instead of three for source tokens, target tokens and logits (Vaswani et al., section 3.4). Raises ValueError where
+    the vocabularies then differ, or the numbers do not divide.
     """
     if tie_embeddings and src_vocab_size != tgt_vocab_size:
         raise ValueError(
             f"tie_embeddings needs one vocabulary; found src_vocab_size={src_vocab_size} and "
             f"tgt_vocab_size={tgt_vocab_size}"
         )
-    d_ff = d_ff or gated_width(d_model)
-    encoder = Encoder(
-        EncoderShape(
-            src_vocab_size,
-            d_model,
-            num_layers,
-            num_heads,
-            d_ff,
-            num_kv_heads=num_kv_heads,
-            dropout=dropout,
-            positions=positions,
-            max_positions=src_seq_len,
-            norm_eps=norm_eps,
-        )
+    encoder_shape = EncoderShape(
+        src_vocab_size,
+        d_model,
+        num_layers,
+        num_heads,
+        d_ff or gated_width(d_model),
+        num_kv_heads=num_kv_heads,
+        dropout=dropout,
+        positions=positions,
+        max_positions=src_seq_len,
+        norm_eps=norm_eps,
     )
+    of_target = {
+        "vocab_size": tgt_vocab_size,
+        "num_layers": num_layers if decoder_layers is None else decoder_layers,
+        "max_positions": tgt_seq_len,
+        "memory_width": d_model,
+        "tie_head": tie_embeddings,
+    }
+    encoder = Encoder(encoder_shape)
     decoder = Decoder(
-        DecoderShape(
-            tgt_vocab_size,
-            d_model,
-            num_layers if decoder_layers is None else decoder_layers,
-            num_heads,
-            d_ff,
-            num_kv_heads=num_kv_heads,
-            dropout=dropout,
-            positions=positions,
-            max_positions=tgt_seq_len,
-            norm_eps=norm_eps,
-            memory_width=d_model,
-            tie_head=tie_embeddings,
-        ),
-        tie_to=encoder.token_table if tie_embeddings else None,
+        DecoderShape(**asdict(encoder_shape) | of_target), tie_to=encoder.token_table if tie_embeddings else None
     )
     encoder.gradient_checkpointing = decoder.gradient_checkpointing = gradient_checkpointing
     return UnifiedTransformer(encoder, decoder, tgt_seq_len)

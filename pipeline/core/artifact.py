@@ -1,0 +1,310 @@
+"""Artifacts: folders of files that are determined by their inputs, made once by tasks that may be killed at any point.
+
+    records = Artifact(root / "stages", "records", {"sources": …})           # <root>/stages/records-3f9c2a…/
+    summary = records.make(lambda: fill(records, progress))                     # returns at once if it exists
+
+    def fill(artifact, progress):
+        def work(index: int, output: Output) -> dict[str, int]:
+            with output.writing(f"records/{index:05d}.parquet") as file: ...
+            return {"rows": 1200}
+        return {"rows": sum(each["rows"] for each in artifact.tasks(progress, "prepare: read", task_bytes, work))}
+
+The folder is named by the hash of its inputs, so it is never stale. A task writes files under temporary names, and then
+a note with its result and the size and hash of each file; a rerun skips the tasks that have a note. `manifest.json` is
+written last: it holds the summary and lists all files. Reading checks every file's size, and its hash the first time
+that a process opens it, so a flipped bit is found and named. Files under `scratch/` are removed at the end and are not
+in the manifest.
+
+    <folder>/records/00000.parquet
+    <folder>/scratch/prepare-read/000000.json       a task's note
+    <folder>/manifest.json                          {…summary, "files": {name: {"bytes": …, "xxh3": …}}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import traceback
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from pipeline.core.cluster import data_on_own_node
+from pipeline.core.console import log
+from pipeline.core.files import (
+    digest_of,
+    files_below,
+    for_each,
+    parquet_file,
+    place,
+    remove_folder,
+    replacing,
+    sizes,
+    write_atomically,
+)
+from pipeline.core.outcome import JobError, alone_in, sentence_of
+from pipeline.core.path import StoragePath
+from pipeline.core.session import Progress
+
+MANIFEST = "manifest.json"
+HELD_BYTES = 128 << 20  # a file up to this size is read once, then hashed and parsed from memory
+
+Files = dict[str, dict[str, Any]]
+"""Name in the folder → {"bytes": size, "xxh3": hash}; a link also has "from", the folder that it links to."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one task writes: files of an artifact, and progress."""
+
+    folder: StoragePath
+    files: Files = field(default_factory=dict)
+    send: Callable[[dict[str, int]], object] = lambda counts: None
+
+    def report(self, **counts: int) -> None:
+        """Progress: `records` and `rejected` so far."""
+        self.send(counts)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A temporary file on disk, which is renamed into place once it is complete."""
+        with replacing(self.folder / name) as temporary:
+            yield temporary
+            if not name.startswith("scratch/"):
+                self.files[name] = _entry(temporary)
+
+    def write(self, name: str, data: bytes) -> None:
+        with self.writing(name) as temporary:
+            temporary.write_bytes(data)
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        with self.writing(name) as temporary:
+            write_parquet(table, temporary)
+
+    def link(self, name: str, source: StoragePath) -> None:
+        """Link another artifact's file here (in a bucket: copy it), with the hash in its manifest."""
+        place(source, self.folder / name)
+        home, inside = _home(source)
+        if home:
+            entry = _files_of(home, (home / MANIFEST).stat())[inside]
+            self.files[name] = {**entry, "from": f"{home.parent.name}/{home.name}"}
+        else:
+            self.files[name] = _entry(source)
+
+
+class Artifact:
+    """A folder below `home`, named by `name`, unless it is empty, and the hash of `inputs`."""
+
+    def __init__(self, home: StoragePath, name: str, inputs: Any) -> None:
+        self.name = name
+        self.key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = home / "-".join(filter(None, (name, self.key)))
+        self.scratch = self.folder / "scratch"
+        self.output = Output(self.folder)
+
+    def read(self) -> dict[str, Any] | None:
+        """The manifest; None if the artifact is not finished, or if a file is missing or truncated, which is logged."""
+        manifest = read_manifest(self.folder)
+        damage = manifest and _missing(self.folder, manifest["files"])
+        if damage:
+            log.warning("%s is made again: its %s is missing or has another size", self.folder, damage)
+        return None if damage else manifest
+
+    def make(self, fill: Callable[[], dict[str, Any]], *, again: bool = False) -> dict[str, Any]:
+        """The manifest; `fill` first writes the files and returns the summary, if no earlier job did.
+
+        Waits for another job that is making it. With `again` it is made even if it exists.
+        """
+        found = None if again else self.read()
+        if found is None:
+            with alone_in(self.folder, wait=True):
+                found = None if again else self.read()
+                if found is None:
+                    found = self.finish(fill())
+        return found
+
+    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Write the manifest, which completes the artifact."""
+        manifest = {**summary, "files": dict(sorted(self.output.files.items()))}
+        write_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+        remove_folder(self.scratch)
+        return manifest
+
+    def once(self, name: str, work: Callable[[], Any]) -> Any:
+        """What `work` returns, which must be JSON. It runs once: a restarted job reads the result."""
+        note = self.scratch / f"{name}.json"
+        found = _read_note(note)
+        if found is None:
+            found = {"result": work()}
+            write_atomically(note, json.dumps(found).encode())
+        return found["result"]
+
+    def tasks(
+        self,
+        progress: Progress,
+        title: str,
+        task_bytes: Sequence[int],
+        work: Callable[[int, Output], Any],
+        only_here: Container[int] = (),
+    ) -> list[Any]:
+        """Run `work(index, output)` through Ray Data for each task that is not done, and return all results in order.
+
+        Results must be JSON. `task_bytes` is the size of each task's input, for the progress bar. Tasks in `only_here`
+        run on the driver's node, after the others.
+        """
+        notes = self.scratch / re.sub(r"\W+", "-", title)
+        names = [notes / f"{index:06d}.json" for index in range(len(task_bytes))]
+        todo = [index for index, size in enumerate(sizes(names)) if not size]
+        if todo:
+            total = sum(task_bytes[index] for index in todo)
+            with progress.stage(title, total, "B", counter="bytes", describe=_describe):
+                run = _Tasks(self.folder, title, names, task_bytes, work, progress.handle.add_all.remote)
+                if anywhere := [index for index in todo if index not in only_here]:
+                    run(anywhere, {})
+                if here := [index for index in todo if index in only_here]:
+                    with data_on_own_node() as options:
+                        run(here, options)
+        results = []
+        for found in for_each(self.scratch, lambda note: json.loads(note.read_text()), names):
+            self.output.files.update(found["files"])
+            results.append(found["result"])
+        return results
+
+
+@dataclass(frozen=True)
+class _Tasks:
+    folder: StoragePath
+    title: str
+    notes: Sequence[StoragePath]
+    task_bytes: Sequence[int]
+    work: Callable[[int, Output], Any]
+    send: Callable[[dict[str, int]], object]
+
+    def __call__(self, todo: list[int], options: dict[str, Any]) -> None:
+        """Run tasks as a dataset; `options` are those of map_batches."""
+        import ray.data
+
+        def run(batch: dict[str, Any]) -> dict[str, list[str]]:
+            try:
+                for place in batch["id"].tolist():
+                    self._run(todo[place])
+            except Exception as error:  # returned as data: an error raised through Ray loses its cause
+                traceback.print_exc()  # goes to training.log
+                return {"error": [sentence_of(error, self.folder)]}
+            return {"error": []}
+
+        indices = ray.data.range(len(todo), override_num_blocks=len(todo))
+        for row in indices.map_batches(run, batch_size=1, **options).iter_rows():  # raising cancels the other tasks
+            raise JobError(f"{self.title}: {row['error']}")
+
+    def _run(self, index: int) -> None:
+        output = Output(self.folder, {}, self.send)
+        result = self.work(index, output)
+        write_atomically(self.notes[index], json.dumps({"result": result, "files": output.files}).encode())
+        self.send({"bytes": self.task_bytes[index]})
+
+
+def read_manifest(folder: StoragePath) -> dict[str, Any] | None:
+    """The manifest of a finished artifact; None if there is none, or if it cannot be read."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text())
+        return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else None
+    except (OSError, ValueError):
+        return None
+
+
+def checked(path: StoragePath) -> StoragePath:
+    """Verify a file against the hash in its artifact's manifest; a file without one passes.
+
+    Each process does so once per file. Raises JobError for a file that has changed.
+    """
+    stat = path.stat()
+    if (path, stat) not in _checked:
+        _check(path, _hash(path))
+        _checked.add((path, stat))
+    return path
+
+
+def open_parquet(path: StoragePath) -> pq.ParquetFile:
+    """A Parquet file of an artifact, verified like `checked`; page checksums are verified again when they are read."""
+    stat = path.stat()
+    if (path, stat) in _checked or stat.st_size > HELD_BYTES:
+        return parquet_file(checked(path))
+    data = path.read_bytes()
+    _check(path, xxhash.xxh3_128_hexdigest(data))
+    _checked.add((path, stat))
+    return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    pq.write_table(table.combine_chunks(), path, compression="zstd", row_group_size=8192, write_page_checksum=True)
+
+
+_checked: set[tuple[StoragePath, Any]] = set()
+"""Files that this process has verified, with their size and modification time."""
+
+
+def _check(path: StoragePath, found: str) -> None:
+    """Raise JobError if the hash of a file is not the one in its artifact's manifest."""
+    home, name = _home(path)
+    entry = _files_of(home, (home / MANIFEST).stat()).get(name) if home else None
+    if home and entry and found != entry["xxh3"]:
+        folders = [home, *([home.parent.parent / entry["from"]] if "from" in entry else [])]
+        raise JobError(
+            f"{path} is damaged: its content is not what was written; delete {' and '.join(map(str, folders))} and "
+            "run the same command again to rebuild it"
+        )
+
+
+@lru_cache(maxsize=8)
+def _files_of(home: StoragePath, changed: Any) -> Files:
+    return (read_manifest(home) or {"files": {}})["files"]  # type: ignore[no-any-return]
+
+
+def _home(path: StoragePath) -> tuple[StoragePath | None, str]:
+    """The artifact's folder that holds a file, itself or in a subfolder, and the file's name there."""
+    for home, name in ((path.parent, path.name), (path.parent.parent, f"{path.parent.name}/{path.name}")):
+        if (home / MANIFEST).is_file():
+            return home, name
+    return None, ""
+
+
+def _missing(folder: StoragePath, files: Files) -> str | None:
+    there = files_below(folder)
+    return next(
+        (name for name, each in files.items() if name not in there or there[name].st_size != each["bytes"]), None
+    )
+
+
+def entries_of(folder: StoragePath) -> Files:
+    """The size and hash of every file below a folder."""
+    return {name: _entry(folder / name) for name in files_below(folder)}
+
+
+def _entry(path: StoragePath) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "xxh3": _hash(path)}
+
+
+def _hash(path: StoragePath) -> str:
+    return digest_of(path, xxhash.xxh3_128())
+
+
+def _read_note(note: StoragePath) -> Any:
+    try:
+        return json.loads(note.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _describe(counts: dict[str, int]) -> str:
+    records, rejected = counts.get("records", 0), counts.get("rejected")
+    share = f", {rejected / records:.1%} rejected" if records and rejected is not None else ""
+    return f"{records:,} records{share}" if records else ""

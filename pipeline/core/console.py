@@ -1,0 +1,202 @@
+"""What a person sees: log lines, a progress bar per stage on a terminal, a line every 30 s elsewhere, and tables.
+
+Everything goes to stderr and to training.log; stdout is for a job's result.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, TextIO
+
+from tqdm import tqdm
+
+from pipeline.core.mirror import Mirror
+from pipeline.core.path import StoragePath
+
+log = logging.getLogger("pipeline")
+
+LINE_EVERY_S = 30.0
+LOG_NAME = "training.log"
+
+
+class Console(logging.StreamHandler[TextIO]):
+    """Writes log lines to stderr, above the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=self.stream)
+
+
+class LogFile(logging.FileHandler):
+    """training.log, and its copy in the bucket where it belongs in one."""
+
+    def __init__(self, folder: StoragePath, line_format: str) -> None:
+        self.mirror, path = Mirror.of_log(folder, LOG_NAME)
+        super().__init__(path, encoding="utf-8", delay=True)
+        self.setFormatter(logging.Formatter(line_format))
+        self._read_only = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._read_only:
+            return
+        try:
+            if self.stream is None:
+                self._make_folder()
+            super().emit(record)
+        except OSError:  # jobs that only read also work where nothing can be written
+            self._read_only = True
+
+    def open_raw(self) -> BinaryIO:
+        """The file, for output that is not a log record."""
+        self._make_folder()
+        return open(self.baseFilename, "ab")
+
+    def _make_folder(self) -> None:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+
+    def close(self) -> None:
+        super().close()
+        self.mirror.close()
+
+    def write_traceback(self, error: BaseException) -> None:
+        """The traceback goes to the file alone; the console shows one sentence."""
+        trace = (type(error), error, error.__traceback__)
+        self.emit(log.makeRecord(log.name, logging.ERROR, __file__, 0, "the job failed", (), trace))
+
+
+def start_logging(folder: StoragePath, level: str, line_format: str) -> LogFile:
+    """Send our own log lines to the console and to `folder/training.log`. Returns the file's handler."""
+    file, console = LogFile(folder, line_format), Console()
+    console.setFormatter(logging.Formatter("%(message)s"))
+    stop_logging()
+    log.handlers[:] = [console, file]
+    log.setLevel(level)
+    log.propagate = False
+    return file
+
+
+def stop_logging() -> None:
+    for handler in log.handlers:
+        handler.close()
+    log.handlers.clear()
+    log.propagate = True
+
+
+@contextmanager
+def other_output_to_log() -> Iterator[None]:
+    """Send what others write to stdout and stderr to training.log, while our own lines still go to the console.
+
+    File descriptor 2 is redirected, because Ray's C++ core writes to it. Does nothing before `start_logging`.
+    """
+    file, console = _handler(LogFile), _handler(Console)
+    if file is None or console is None:
+        yield
+        return
+    with file.open_raw() as raw, os.fdopen(os.dup(2), "w", buffering=1) as terminal, redirect_stdout(sys.stderr):
+        stderr = console.setStream(terminal) or terminal
+        os.dup2(raw.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal.fileno(), 2)
+            console.setStream(stderr)
+
+
+def _handler(kind: type[Any]) -> Any:
+    return next((handler for handler in log.handlers if isinstance(handler, kind)), None)
+
+
+def process_start_s() -> float:
+    """When this process loaded `logging`, one of its first modules, in seconds since the epoch."""
+    now = logging.makeLogRecord({})
+    return now.created - now.relativeCreated / 1000
+
+
+def log_timeline(event: str, start_s: float | None = None) -> None:
+    """Log at debug level an event of a job's start-up, with the seconds since `start_s`, by default this process's."""
+    log.debug("timeline: %.2f s: %s", time.time() - (start_s or process_start_s()), event)
+
+
+class Stage:
+    """A named piece of work and its progress.
+
+    with Stage("prepare: read", total=120, unit="files") as stage:
+        stage.advance(1)
+    """
+
+    def __init__(self, name: str, total: int | None, unit: str, start: int = 0) -> None:
+        self.name, self.unit = name, unit
+        console = _handler(Console)
+        stream = console.stream if console else sys.stderr
+        self.bar = tqdm(
+            total=total,
+            initial=start,
+            desc=name,
+            unit=unit if unit == "B" else f" {unit}",
+            unit_scale=unit == "B",
+            file=stream,
+            disable=not stream.isatty(),
+            leave=False,
+        )
+        self.total, self.start, self.done, self.shown = total, start, start, ""
+        self.started = self.last_line = time.monotonic()
+        self.last_done = start
+
+    def __enter__(self) -> Stage:
+        log.debug("%s: begins", self.name)
+        return self
+
+    def advance(self, amount: int, shown: str = "") -> None:
+        """`amount` more units are done; `shown` is printed next to the rate."""
+        self.done += amount
+        self.shown = shown or self.shown
+        if not self.bar.disable:
+            self.bar.set_postfix_str(self.shown, refresh=False)
+            self.bar.update(amount)
+        elif time.monotonic() - self.last_line >= LINE_EVERY_S:
+            log.info("%s: %s", self.name, self._progress())
+
+    def _progress(self) -> str:
+        """The units done, the rate since the last such line, and the time left at that rate."""
+        now = time.monotonic()
+        rate = (self.done - self.last_done) / (now - self.last_line)
+        self.last_line, self.last_done = now, self.done
+        total = f"/{self._amount(self.total)}" if self.total else ""
+        text = f"{self._amount(self.done)}{total} {self._unit}, {self._amount(rate, 1)}/s"
+        if self.total and rate:
+            text += f", {max(self.total - self.done, 0) / rate:,.0f} s left"
+        return f"{text}  {self.shown}".rstrip()
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self.bar.close()
+        if kind is None:
+            seconds = time.monotonic() - self.started
+            done = self._amount(self.done - self.start)
+            log.info("%s: %s %s in %.1f s  %s", self.name, done, self._unit, seconds, self.shown)
+
+    @property
+    def _unit(self) -> str:
+        return "MB" if self.unit == "B" else self.unit
+
+    def _amount(self, amount: float, digits: int = 0) -> str:
+        """A number of units; bytes in MB."""
+        return f"{amount / 1e6:,.1f}" if self.unit == "B" else f"{amount:,.{digits}f}"
+
+
+def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
+    """Aligned columns, numbers to the right."""
+    columns = [[title, *map(str, cells)] for title, *cells in zip(header, *rows, strict=True)]
+    aligned = []
+    for cells in columns:
+        width = max(map(len, cells))
+        numbers = all(cell[:1].isdigit() for cell in cells[1:])
+        aligned.append(
+            [cell.rjust(width) if numbers else cell.ljust(width) for cell in [*cells[:1], "-" * width, *cells[1:]]]
+        )
+    return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))

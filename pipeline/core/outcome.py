@@ -1,0 +1,104 @@
+"""How a job ends: with a result, or with an error in one sentence; and what is checked before it starts."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.core.console import log, table
+from pipeline.core.files import free_bytes
+from pipeline.core.lock import LockLost, Occupied, locked
+from pipeline.core.object_store import BucketError
+from pipeline.core.path import StoragePath
+
+
+class ConfigError(Exception):
+    """A config, an argument or a request that is wrong as written; jobs exit 2 with its one sentence."""
+
+
+class JobError(Exception):
+    """A run failed, for a reason that fits in one sentence; jobs exit 1 with it."""
+
+
+@contextmanager
+def alone_in(folder: StoragePath, *, wait: bool = False) -> Iterator[None]:
+    """Lock a folder for this job (see `locked`). Raises JobError if another job holds it, or waits for it."""
+    try:
+        with locked(folder, wait=wait):
+            yield
+    except Occupied:
+        raise JobError(
+            f"another job is at work in {folder}; wait until it ends, or use another run with storage.run=NAME"
+        ) from None
+    except LockLost as error:
+        raise JobError(str(error)) from None
+
+
+@dataclass
+class Result:
+    """A job's `metrics` and the `paths` it wrote. `reply` replaces the last line (search --json)."""
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
+    reply: Any = None
+
+
+EXPECTED = (ConfigError, JobError, BucketError)  # their messages say what to do
+
+
+def sentence_of(error: BaseException, folder: object = "storage.root") -> str:
+    """An error in one sentence, with what to do about a disk that is full or read-only. `folder` is on that disk."""
+    number, name = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (
+            f"{name} cannot be read or written ({os.strerror(number)}); change its permissions, or choose another "
+            "folder with storage.root=DIR"
+        )
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):  # Lance gives no number
+        return f"the disk that holds {name or folder} is full; free some space and run the same command again"
+    return str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`what` was checked, what was `found`, and the error if that is not good enough."""
+
+    what: str
+    found: str
+    wrong: Exception | None = None
+
+
+def findings_table(findings: Iterable[Finding]) -> str:
+    rows = [(each.what, "no" if each.wrong else "ok", each.found) for each in findings]
+    return table(rows, ("preflight", "", "found"))
+
+
+def refuse(findings: Iterable[Finding]) -> None:
+    """Log every error but the last, and raise that one."""
+    wrong = [each.wrong for each in findings if each.wrong]
+    for error in wrong[:-1]:
+        log.error("%s", error)
+    if wrong:
+        raise wrong[-1]
+
+
+def room(key: str, folder: StoragePath, needed_bytes: float, what: str) -> Finding:
+    """Whether the disk that holds a folder has enough free space; a bucket always has."""
+    free = free_bytes(folder)
+    if free is None:
+        return Finding(f"room, {what}", f"{_gb(needed_bytes)} into a bucket")
+    wrong = None
+    if free < needed_bytes:
+        wrong = ConfigError(
+            f"{key}: found {_gb(free)} free on the disk that holds {folder}, where {what} takes about "
+            f"{_gb(needed_bytes)}; allowed is a folder with that much room"
+        )
+    return Finding(f"room, {what}", f"{_gb(needed_bytes)} needed, {_gb(free)} free", wrong)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB"

@@ -1,0 +1,289 @@
+"""Paths on local disks and in buckets.
+
+    root = as_path("s3://bucket/prefix?region=eu-west-1")     # a BucketPath; for a folder on disk, a pathlib.Path
+    root / "runs" / "r"                                       # s3://bucket/prefix/runs/r?region=eu-west-1
+    (root / "run.json").write_bytes(b"{}")                    # one object, which is there whole or not at all
+
+A BucketPath has the methods of pathlib.Path that a bucket can offer. Only this folder asks which of the two a path is:
+everything else calls core/files.py. Nothing is cached but connections, so a listing is never stale. A request takes
+about 20 ms within the provider's network. A folder in a bucket is a prefix of keys: it needs no mkdir, and it is never
+empty. Errors of the service are BucketError; a missing object is FileNotFoundError.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import io
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, unquote
+
+from pipeline.core.object_store import OPTIONS, SCHEMES, ObjectStore, reaching
+
+CHUNK_BYTES = 8 << 20  # of a transfer to and from a bucket
+
+_GUARDS: dict[uuid.UUID, tuple[BucketPath, Callable[[], None]]] = {}
+"""Checks of this process's locks, by the folders they are of: see `guarded`."""
+
+
+class Stat(NamedTuple):
+    st_size: int
+    st_mtime_ns: int
+
+
+@dataclass(frozen=True, order=True)
+class BucketPath:
+    """An object in a bucket, or a prefix of objects. `key` is "" for the bucket itself."""
+
+    store: ObjectStore
+    key: str
+
+    def __str__(self) -> str:
+        return self.uri + (f"?{self.store.query}" if self.store.query else "")
+
+    def __truediv__(self, name: str | PurePosixPath) -> BucketPath:
+        return BucketPath(self.store, f"{self.key}/{name}".strip("/"))
+
+    @property
+    def uri(self) -> str:
+        """Without options."""
+        return f"{self.store}/{self.key}".rstrip("/")
+
+    @property
+    def name(self) -> str:
+        return self.key.rpartition("/")[2]
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.key).stem
+
+    @property
+    def parent(self) -> BucketPath:
+        return BucketPath(self.store, self.key.rpartition("/")[0])
+
+    def is_file(self) -> bool:
+        try:
+            return bool(self.key) and bool(self.stat())
+        except FileNotFoundError:
+            return False
+
+    def is_symlink(self) -> bool:
+        return False
+
+    def is_dir(self) -> bool:
+        return next(self._listed(chunk_size=2), None) is not None
+
+    def exists(self) -> bool:
+        return self.is_file() or self.is_dir()
+
+    def stat(self) -> Stat:
+        import obstore
+
+        with reaching(self.store, self.key):
+            return _stat(obstore.head(self.store.connect(), self.key))
+
+    def open(self, mode: str = "rb", buffering: int = 0) -> io.RawIOBase:
+        """A seekable file for reading, without a buffer; each `read(n)` is one request."""
+        assert mode == "rb"
+        return _ObjectReader(self, self.stat().st_size)
+
+    def read_bytes(self) -> bytes:
+        import obstore
+
+        with reaching(self.store, self.key):
+            return bytes(obstore.get(self.store.connect(), self.key).bytes())
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
+
+    def write_bytes(self, data: bytes) -> None:
+        self._put(data)
+
+    def upload(self, file: Path) -> None:
+        """Copy a file on disk here."""
+        self._put(file)
+
+    def _put(self, content: Any) -> None:
+        import obstore
+
+        check_guards(self)
+        with reaching(self.store, self.key):
+            obstore.put(self.store.connect(), self.key, content, chunk_size=CHUNK_BYTES)
+
+    def download(self, file: Path) -> None:
+        """Copy this object to a file on disk, whose folders are made."""
+        import obstore
+
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with reaching(self.store, self.key), file.open("wb") as target:  # a full disk stays an OSError
+            for chunk in obstore.get(self.store.connect(), self.key).stream(min_chunk_size=CHUNK_BYTES):
+                target.write(chunk)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        import obstore
+
+        check_guards(self)
+        try:
+            self.stat()  # S3 deletes what is not there, the others refuse
+            with reaching(self.store, self.key):
+                obstore.delete(self.store.connect(), self.key)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def iterdir(self) -> Iterator[BucketPath]:
+        """Objects and folders directly below, sorted; nothing if there are none."""
+        import obstore
+
+        with reaching(self.store, self.key):
+            found = obstore.list_with_delimiter(self.store.connect(), self.key or None)
+        keys = [*found["common_prefixes"], *(each["path"] for each in found["objects"])]
+        yield from (BucketPath(self.store, key) for key in sorted(set(keys)) if key != self.key)
+
+    def files(self) -> dict[str, Stat]:
+        """All objects below by their names relative to here, sorted. One request per 1,000 objects."""
+        start = len(self.key) + 1 if self.key else 0
+        found = {each["path"][start:]: _stat(each) for chunk in self._listed(chunk_size=1000) for each in chunk}
+        folders = {str(parent) for name in found for parent in PurePosixPath(name).parents}
+        return {name: found[name] for name in sorted(found) if name and name not in folders}  # consoles make objects
+
+    def glob(self, pattern: str) -> Iterator[BucketPath]:
+        """As pathlib's, without `**`: one listing for each folder that has a wildcard below it."""
+        first, _, rest = pattern.partition("/")
+        found = (
+            [path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, first)]
+            if glob.has_magic(first)
+            else [self / first]
+        )
+        for path in found:
+            if rest:
+                yield from path.glob(rest)
+            elif glob.has_magic(first) or path.exists():
+                yield path
+
+    def _listed(self, chunk_size: int) -> Iterator[Any]:
+        import obstore
+
+        with reaching(self.store, self.key):
+            for chunk in obstore.list(self.store.connect(), self.key or None, chunk_size=chunk_size):
+                if chunk:
+                    yield chunk
+
+
+class _ObjectReader(io.RawIOBase):
+    def __init__(self, path: BucketPath, size: int) -> None:
+        self.path, self.size, self.place = path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size}[whence]
+        if base + offset < 0:
+            raise OSError(22, "seek before the beginning")
+        self.place = base + offset
+        return self.place
+
+    def read(self, size: int | None = -1) -> bytes:
+        import obstore
+
+        left = max(0, self.size - self.place)
+        length = left if size is None or size < 0 else min(size, left)
+        if not length:
+            return b""
+        with reaching(self.path.store, self.path.key):
+            store = self.path.store.connect()
+            data = bytes(obstore.get_range(store, self.path.key, start=self.place, length=length))
+        self.place += length
+        return data
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+StoragePath = Path | BucketPath
+
+
+@contextmanager
+def guarded(folder: BucketPath, check: Callable[[], None]) -> Iterator[None]:
+    """Call `check` before every write of this process below a folder; what it raises stops the write."""
+    key = uuid.uuid4()
+    _GUARDS[key] = folder, check
+    try:
+        yield
+    finally:
+        del _GUARDS[key]
+
+
+def check_guards(path: StoragePath) -> None:
+    """Raise what the locks of this process raise that hold a folder above a path, such as LockLost."""
+    for folder, check in list(_GUARDS.values()):
+        if isinstance(path, BucketPath) and path.store == folder.store and f"{path.key}/".startswith(f"{folder.key}/"):
+            check()
+
+
+def as_path(text: str) -> StoragePath:
+    """The path that a URI or a path on disk names. Raises ValueError, with the unknown scheme or option."""
+    scheme, mark, rest = text.partition("://")
+    if not mark:
+        return Path(text)
+    if scheme == "file":
+        return Path(unquote(rest))
+    location, _, query = rest.partition("?")
+    bucket, _, key = location.partition("/")
+    if scheme not in SCHEMES or not bucket:
+        raise ValueError(f"{scheme}://")
+    unknown = [name for name, _ in parse_qsl(query, keep_blank_values=True) if name not in OPTIONS]
+    if unknown:
+        raise ValueError(f"the option {unknown[0]!r}")
+    return BucketPath(ObjectStore(SCHEMES[scheme], bucket, query), re.sub("/+", "/", key).strip("/"))
+
+
+def below(root: StoragePath, text: str) -> StoragePath:
+    """The path that a text names, relative to `root` if it is a relative one on disk."""
+    path = as_path(text)
+    return root / text if isinstance(path, Path) and not path.is_absolute() else path
+
+
+def without_options(text: str) -> str:
+    """A URI as it is shown."""
+    return text.partition("?")[0] if "://" in text else text
+
+
+def on_disk(path: StoragePath) -> Path | None:
+    """The path, if it is on a local disk; for what cannot work in a bucket at all, such as a memory map."""
+    return path if isinstance(path, Path) else None
+
+
+def public_uri(path: StoragePath) -> str:
+    """A path as a service names it that reads the bucket by itself: Azure's by its address, others without options."""
+    if isinstance(path, Path):
+        return path.as_uri()
+    account = path.store.account
+    return f"https://{account}.blob.core.windows.net/{path.store.bucket}/{path.key}" if account else path.uri
+
+
+def absolute(path: StoragePath) -> StoragePath:
+    return Path(os.path.abspath(path)) if isinstance(path, Path) else path
+
+
+def _stat(found: Any) -> Stat:
+    return Stat(found["size"], round(found["last_modified"].timestamp() * 1e6) * 1000)

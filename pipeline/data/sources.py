@@ -1,0 +1,266 @@
+"""Reading sources: a source is cut into tasks that can run anywhere, and a task is read record by record.
+
+    plan = plan_source(source)                    # lists files; of large Parquet files, reads the footers
+    plan.tasks[0]                                 # ReadTask(base='/data', paths=('a.jsonl',), start=0, stop=4194304, …)
+    for raw in read(plan.tasks[0], source): ...   # RawRecord; if it could not be read, its `reason` says why
+
+Damaged input becomes a record with a reason, not an exception. A bucket or hub that fails raises JobError, because a
+retry may succeed. The records are the same whatever the size of the tasks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import xxhash
+
+from pipeline.config import ConfigError, Source
+from pipeline.core.object_store import BucketError, cause
+from pipeline.core.outcome import JobError
+from pipeline.data import hub, read_json, read_tables, read_text
+from pipeline.data.fields import FieldMap, RawRecord, Row, broken, has, own_fields, required_fields
+from pipeline.data.input_files import File, is_compressed, list_files, may_pass, open_random, open_stream, refusal
+
+TASK_BYTES = 4 << 20  # input a task reads: about a second of work, so that a lost task costs little
+MAX_TASKS = 2_000  # of a source: Ray's scheduler and the driver's list of tasks stay small at 10 TB
+CHECKED_ROWS = 100
+THREADS = 16  # they wait for a bucket, or hash, which leaves the interpreter to the others
+
+SUFFIXES = {
+    "json": read_json.JSON_SUFFIXES,
+    "csv": read_tables.CSV_SUFFIXES,
+    "parquet": read_tables.PARQUET_SUFFIXES,
+    "arrow": read_tables.ARROW_SUFFIXES,
+    "text": read_text.TEXT_SUFFIXES,
+    "python_packages": read_text.PYTHON_SUFFIXES,
+}
+_WITH_COLUMNS = ("csv", "parquet", "arrow", "huggingface")
+_DAMAGED = (pa.ArrowException, MemoryError, UnicodeDecodeError)  # the last two: lengths and names of damaged columns
+_UNREADABLE = (OSError, EOFError, zlib.error, BucketError, *_DAMAGED)
+
+
+@dataclass(frozen=True)
+class ReadTask:
+    """What one task reads: files of a source (names relative to `base`), or a range of one file or data set.
+
+    `start` and `stop` are bytes of a text file (the lines that begin there), row groups of a Parquet file, or shards of
+    a Hugging Face data set. `bytes` is the size of the input, for progress.
+    """
+
+    base: str
+    paths: tuple[str, ...]
+    start: int = 0
+    stop: int | None = None
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """A source's tasks, what identifies its input, and about how much text that is."""
+
+    tasks: list[ReadTask]
+    inputs: list[tuple[str, int, int]]
+    """Each file's relative path, size and time of change (ns)."""
+    text_bytes: int
+    """Estimated size of the text, decompressed."""
+
+
+def plan_source(source: Source) -> SourcePlan:
+    """List a source's files and cut them into tasks. Raises ConfigError if nothing is found or it cannot be read."""
+    if source.type == "huggingface":
+        return _plan_hub(source)
+    base, files = _files(source)
+    total = sum(file.size for file in files)
+    if source.max_samples is not None:  # the first so many in the source's order: one reader knows when to stop
+        tasks = [_whole(base, files)]
+    else:
+        tasks = list(_tasks(source, base, files, max(TASK_BYTES, total // MAX_TASKS)))
+    inputs = [(file.name, file.size, file.mtime_ns) for file in files]
+    return SourcePlan(tasks, inputs, sum(text_bytes(file.name, file.size) for file in files))
+
+
+def _plan_hub(source: Source) -> SourcePlan:
+    found = hub.find_dataset(source)
+    total = sum(found.sizes.values())
+    step = found.shards if source.max_samples is not None else math.ceil(found.shards / MAX_TASKS)
+    tasks = [
+        ReadTask(found.path, (found.revision,), start, stop, total * (stop - start) // found.shards)
+        for start in range(0, found.shards, step)
+        for stop in [min(start + step, found.shards)]
+    ]
+    return SourcePlan(tasks, found.inputs, sum(text_bytes(name, size) for name, size in found.sizes.items()))
+
+
+def inputs_by_content(source: Source, plan: SourcePlan) -> list[tuple[str, int, int | str]]:
+    """The plan's inputs with a hash of each file's decompressed bytes instead of its time of change.
+
+    For copies and fresh checkouts, whose times mean nothing. A data set of the hub is identified by its commit already.
+    Cost: reads everything once, on this machine.
+    """
+    base = plan.tasks[0].base if plan.tasks else ""
+    if source.type == "huggingface" and not os.path.isdir(base):
+        return list(plan.inputs)
+    with ThreadPoolExecutor(THREADS) as pool:
+        hashes = pool.map(partial(_content_hash, base), [name for name, _, _ in plan.inputs])
+    return [(name, size, found) for (name, size, _), found in zip(plan.inputs, hashes, strict=True)]
+
+
+def _content_hash(base: str, name: str) -> str:
+    digest = xxhash.xxh3_128()
+    try:
+        with open_stream(base, name) as file:
+            while data := file.read(1 << 20):
+                digest.update(data)
+    except (OSError, EOFError, pa.ArrowException) as error:  # the reader will count the file as unreadable
+        digest.update(type(error).__name__.encode())
+    return digest.hexdigest()
+
+
+def read(task: ReadTask, source: Source) -> Iterator[RawRecord]:
+    """The records of a task, in the source's order."""
+    return islice(map(FieldMap(source), _rows(task, source)), source.max_samples)
+
+
+def check_fields(source: Source) -> None:
+    """Raise ConfigError if none of a source's first rows has a mapped field, or its CSV header is ambiguous."""
+    required = required_fields(source) + (source.metadata if source.type in _WITH_COLUMNS else [])
+    fixed = {"text": read_text.TEXT_FIELDS[source.record], "python_packages": read_text.PYTHON_FIELDS}.get(source.type)
+    rows = [Row("", dict.fromkeys(fixed, ""))] if fixed else _first_rows(source)
+    if source.type == "csv" and rows and (problem := read_tables.header_problem(rows[0].names)):
+        raise ConfigError(f"data.sources {source.name}: found {problem}; allowed is a header of distinct names")
+    lacking = [path for path in required if rows and not any(has(row.values, path) for row in rows)]
+    if lacking:
+        there = ", ".join(dict.fromkeys(name for row in rows for name in _names(row))) or "none"
+        raise ConfigError(
+            f"data.sources {source.name}: found no field {', '.join(map(repr, lacking))} in its first {len(rows)} "
+            f"records; it has {there[:1000]}; allowed is a map of `fields` onto those"
+        )
+
+
+def text_bytes(name: str, size: int) -> int:
+    """About how much text a file holds: text shrinks to a fourth in gzip and zstd, to a third in Parquet (ours)."""
+    return size * (4 if is_compressed(name) else 3 if name.lower().endswith(read_tables.PARQUET_SUFFIXES) else 1)
+
+
+def _files(source: Source) -> tuple[str, list[File]]:
+    return list_files(source.name, source.path or sysconfig.get_path("purelib"), SUFFIXES[source.type])
+
+
+def _tasks(source: Source, base: str, files: list[File], task_bytes: int) -> Iterator[ReadTask]:
+    """Cuts large files into pieces if possible, and puts small neighbouring ones together."""
+    large = [file for file in files if file.size > task_bytes and not is_compressed(file.name)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        pieces = dict(zip(large, pool.map(lambda file: _pieces(source, base, file, task_bytes), large), strict=True))
+    group: list[File] = []
+    size = 0
+    for file in files:
+        if group and (file in pieces or size + file.size > task_bytes):
+            yield _whole(base, group)
+            group, size = [], 0
+        if pieces.get(file):
+            yield from pieces[file]
+        else:
+            group.append(file)
+            size += file.size
+    if group:
+        yield _whole(base, group)
+
+
+def _whole(base: str, files: list[File]) -> ReadTask:
+    return ReadTask(base, tuple(file.name for file in files), bytes=sum(file.size for file in files))
+
+
+def _pieces(source: Source, base: str, file: File, task_bytes: int) -> list[ReadTask]:
+    """Tasks of about `task_bytes` that make up a file; none if it has to be read from its beginning."""
+    try:
+        if source.type == "parquet":
+            with open_random(base, file.name) as opened:
+                return list(_runs(base, file.name, read_tables.row_group_bytes(opened), task_bytes))
+        if not _is_lines(source, base, file.name):
+            return []
+    except _UNREADABLE as error:
+        if may_pass(error):
+            raise ConfigError(refusal(source.name, base, error)) from None
+        return []  # the task that reads it finds the same, and counts it
+    return [
+        ReadTask(base, (file.name,), start, stop, stop - start)
+        for start in range(0, file.size, task_bytes)
+        for stop in [min(start + task_bytes, file.size)]
+    ]
+
+
+def _is_lines(source: Source, base: str, name: str) -> bool:
+    if source.type == "json" and not name.lower().endswith(read_json.LINE_SUFFIXES):
+        with open_stream(base, name) as opened:
+            return read_json.json_shape(opened, name) == "lines"
+    return source.type == "json" or (source.type == "text" and source.record == "line")
+
+
+def _runs(base: str, name: str, group_bytes: list[int], task_bytes: int) -> Iterator[ReadTask]:
+    """Runs of row groups of about `task_bytes`, at least one each."""
+    start = size = 0
+    for group, more in enumerate(group_bytes):
+        if group > start and size + more > task_bytes:
+            yield ReadTask(base, (name,), start, group, size)
+            start, size = group, 0
+        size += more
+    if group_bytes:
+        yield ReadTask(base, (name,), start, len(group_bytes), size)
+
+
+def _rows(task: ReadTask, source: Source) -> Iterator[Row]:
+    columns = own_fields(source)
+    if source.type == "huggingface":
+        yield from hub.dataset_rows(source, task.base, task.paths[0], columns, task.start, task.stop or 0)
+        return
+    for name in task.paths:
+        try:
+            with (open_random if source.type == "parquet" else open_stream)(task.base, name) as file:
+                yield from _rows_of(file, name, task, source, columns)
+        except _UNREADABLE as error:
+            if may_pass(error):
+                raise JobError(f"source {source.name}: {name} could not be read: {cause(error)}") from None
+            yield broken(f"{name}:{task.start}" if task.start else name, "unreadable_file", cause(error))
+
+
+def _rows_of(file: Any, name: str, task: ReadTask, source: Source, columns: list[str]) -> Iterator[Row]:
+    match source.type:
+        case "json":
+            return read_json.json_rows(file, name, task.start, task.stop)
+        case "csv":
+            return read_tables.csv_rows(file, name, source.delimiter)
+        case "parquet":
+            return read_tables.parquet_rows(file, name, columns, task.start, task.stop)
+        case "arrow":
+            return read_tables.arrow_rows(file, name, columns)
+        case "text":
+            return read_text.text_rows(file, name, source.record, task.start, task.stop)
+        case _:
+            return read_text.python_rows(file, name)
+
+
+def _first_rows(source: Source) -> list[Row]:
+    """The first rows that can be read."""
+    task = _plan_hub(source).tasks[0] if source.type == "huggingface" else _whole(*_files(source))
+    try:
+        return [row for row in islice(_rows(task, source), CHECKED_ROWS) if row.reason is None]
+    except JobError as error:
+        found = str(error).partition(": ")[2]
+        raise ConfigError(f"data.sources {source.name}: found that {found}; allowed is data that can be read") from None
+
+
+def _names(row: Row) -> Iterator[str]:
+    """Names of a row's fields, those one level down with dots."""
+    for name in row.names or row.values:
+        value = row.values.get(name)
+        yield from (f"{name}.{inner}" for inner in value) if isinstance(value, dict) and value else [name]

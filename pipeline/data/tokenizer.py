@@ -1,0 +1,140 @@
+"""The tokenizer: loaded from a file, a folder or the hub, or trained on the records.
+
+    tokenizer = train_tokenizer(record_texts(files, ["text"], 64 << 20), kind="bpe", vocab_size=16_000, lowercase=True)
+    framing(tokenizer).mask                                           # 4, the id of [MASK]
+
+Byte-level BPE trains to the same file every time; WordPiece and Unigram do not (tokenizers 0.23). A trained file is
+kept with the prepared data and is not trained again on resume.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from pipeline.config import ConfigError
+from pipeline.core.object_store import BucketError
+from pipeline.core.path import StoragePath
+
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+START_NAMES = ("[CLS]", "<s>", "<|begin_of_text|>", "<bos>")
+END_NAMES = ("[SEP]", "</s>", "<|end_of_text|>", "<eos>")
+MASK_NAMES = ("[MASK]", "<mask>", "<|mask|>")
+
+
+def tokenizer_file(path: StoragePath) -> StoragePath:
+    """The tokenizer.json at a path, in a pretrained tokenizer's folder, or in a hub repository."""
+    if path.is_dir():
+        return path / "tokenizer.json"
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        return _from_hub(str(path))
+    return path
+
+
+def _from_hub(repository: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, "tokenizer.json"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"tokenizer.load_path: found neither a folder {repository} nor a tokenizer.json on the hub under that name "
+            f"({reason}); allowed is a tokenizer.json, or a pretrained tokenizer's folder or hub name"
+        ) from None
+
+
+def load_tokenizer(path: StoragePath) -> Tokenizer:
+    """Read a tokenizer.json, from wherever `tokenizer_file` finds it. Raises ConfigError if it is missing or broken."""
+    file = tokenizer_file(path)
+    try:
+        tokenizer = Tokenizer.from_str(file.read_text("utf-8"))
+    except BucketError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception for a missing or broken file alike
+        raise ConfigError(f"tokenizer.load_path: {file} is not a tokenizer.json: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+@lru_cache(maxsize=1)
+def loaded_tokenizer(path: StoragePath, changed_ns: int) -> Tokenizer:
+    """Cached, because tokenizers 0.23 leaks some MB for each object that is dropped."""
+    return load_tokenizer(path)
+
+
+def unknown_token_id(tokenizer: Tokenizer) -> int | None:
+    """The id of the unknown token, or None if the vocabulary covers everything, as bytes do."""
+    model = json.loads(tokenizer.to_str())["model"] if isinstance(tokenizer.model, models.Unigram) else {}
+    if model.get("unk_id") is not None:
+        return int(model["unk_id"])
+    return tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "[UNK]")
+
+
+@dataclass(frozen=True)
+class Framing:
+    """Ids of special tokens: what a sequence begins and ends with, the mask, and all of them."""
+
+    start: int | None
+    end: int | None
+    mask: int | None
+    special: frozenset[int]
+
+
+def framing(tokenizer: Tokenizer) -> Framing:
+    """A tokenizer's special tokens, by what it adds to a text, else by their usual names."""
+    special = frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+    framed = tokenizer.encode("a").ids
+
+    def named(names: tuple[str, ...]) -> int | None:
+        return next((id for name in names if (id := tokenizer.token_to_id(name)) is not None), None)
+
+    return Framing(
+        framed[0] if framed and framed[0] in special else named(START_NAMES),
+        framed[-1] if framed and framed[-1] in special else named(END_NAMES),
+        named(MASK_NAMES),
+        special,
+    )
+
+
+def train_tokenizer(texts: Iterable[str], *, kind: str, vocab_size: int, lowercase: bool) -> Tokenizer:
+    """Train a `bpe`, `wordpiece` or `unigram` vocabulary."""
+    kinds: dict[str, tuple[Any, Any, Any, Any, dict[str, Any]]] = {
+        "bpe": (
+            models.BPE(),
+            pre_tokenizers.ByteLevel(add_prefix_space=True),
+            decoders.ByteLevel(),
+            trainers.BpeTrainer,
+            {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()},
+        ),
+        "wordpiece": (
+            models.WordPiece(unk_token="[UNK]"),
+            pre_tokenizers.BertPreTokenizer(),
+            decoders.WordPiece(),
+            trainers.WordPieceTrainer,
+            {},
+        ),
+        "unigram": (
+            models.Unigram(),
+            pre_tokenizers.Metaspace(),
+            decoders.Metaspace(),
+            trainers.UnigramTrainer,
+            {"unk_token": "[UNK]"},
+        ),
+    }
+    model, split, decoder, trainer, options = kinds[kind]
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoder
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])])
+    options |= {"vocab_size": vocab_size, "special_tokens": SPECIAL_TOKENS, "show_progress": False}
+    tokenizer.train_from_iterator(texts, trainer(**options))
+    return tokenizer

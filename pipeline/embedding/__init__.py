@@ -1,1 +1,0 @@
-"""Batch inference over the cluster, and the stores that vectors go to."""

@@ -1,0 +1,136 @@
+"""Export a model into a folder that the user names: model files, a model card, an ONNX graph, vectors as a matrix.
+
+    export(config, model, Path("exported"), license_id="mit", onnx=True, embeddings="float16")
+
+An export never overwrites a file that no export wrote: `export.json` lists every file with its size and hash, and a
+later export may replace the folder only if it has no other files. In a bucket the files are uploaded one by one, the
+list last. Until then the list is marked as unfinished, and an export that was killed can be repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.config import Config, ConfigError
+from pipeline.core.artifact import entries_of
+from pipeline.core.console import log
+from pipeline.core.files import fetched, files_below, replacing_folder
+from pipeline.core.object_store import holds_credentials
+from pipeline.core.outcome import JobError, Result
+from pipeline.core.path import StoragePath, absolute, as_path
+
+MARKER, VERSION = "export.json", 1
+
+Dtype = Literal["float32", "float16"]
+
+
+def export(
+    config: Config,
+    model: StoragePath,
+    folder: StoragePath,
+    *,
+    license_id: str | None = None,
+    onnx: bool = False,
+    embeddings: Dtype | None = None,
+    evaluate_command: str = "python jobs/evaluate.py",
+) -> Result:
+    """Write a model as a folder that sentence-transformers and transformers load, with a model card.
+
+    `license_id` is the hub's identifier. `onnx` adds model.onnx, `embeddings` the run's vectors as a matrix of that
+    type. `evaluate_command` is the command that repeats the card's scores. Raises ConfigError for wrong options and for
+    a folder with other files, JobError where vectors are missing.
+    """
+    from pipeline.evaluate.model_card import model_card, read_origin
+    from pipeline.model.folder import model_fingerprint, read_card
+    from pipeline.model.hf_io import export_model
+    from pipeline.model.onnx import check_packages, export_onnx
+
+    if license_id is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license_id):
+        raise ConfigError(
+            f"--license: found {license_id!r}; allowed are the hub's identifiers, such as mit or apache-2.0"
+        )
+    refuse_foreign(folder, MARKER)
+    if onnx:
+        check_packages("--onnx")
+    local = fetched(model)
+    card = read_card(local)
+    with exporting(folder, MARKER, {"version": VERSION, "model": model_fingerprint(local)}) as temporary:
+        metrics: dict[str, Any] = {"width": card.width, "cosine": round(export_model(local, temporary), 6)}
+        log.info("export: transformers' vectors have cosine %.6f or more with the model's own", metrics["cosine"])
+        if onnx:
+            cosine = export_onnx(temporary, pooling=card.head.pooling, normalize=card.head.normalize)
+            metrics["onnx_cosine"] = round(cosine, 6)
+        if embeddings:
+            metrics["embeddings"] = _write_embeddings(config, embeddings, local, temporary / "embeddings")
+        origin, rows = read_origin(model, config.run_dir), metrics.get("embeddings", 0)
+        text = model_card(card, origin, folder.name, license_id, evaluate_command, onnx=onnx, embeddings=rows)
+        (temporary / "README.md").write_text(text, encoding="utf-8")
+    log.info("export: %s", folder)
+    return Result(metrics, {"export": str(folder), "model": str(model)})
+
+
+def destination(to: str) -> StoragePath:
+    """The folder that `--to` names. Raises ConfigError for a URI that is none, or that holds credentials."""
+    try:
+        if holds_credentials(to):
+            raise ValueError("credentials in a URI")
+        return absolute(as_path(os.path.expanduser(to)))
+    except ValueError as error:
+        raise ConfigError(f"--to: found {error}; allowed is a folder on disk, or s3://, gs:// or az://") from None
+
+
+def refuse_foreign(folder: StoragePath, manifest: str) -> None:
+    """Raise ConfigError where `folder` has a file that the manifest in it does not list."""
+    if folder.is_symlink() or folder.is_file():
+        raise ConfigError(f"{folder} is no folder; name one that is new, empty or an earlier export")
+    foreign = sorted(files_below(folder).keys() - _listed(folder / manifest))
+    if foreign:
+        raise ConfigError(
+            f"{folder} holds {foreign[0]}, which no export wrote; name a folder that is new, empty or an earlier export"
+        )
+
+
+@contextmanager
+def exporting(folder: StoragePath, manifest: str, content: dict[str, Any]) -> Iterator[Path]:
+    """A temporary folder to fill, which then gets the manifest, with `content`, and replaces `folder`.
+
+    Raises ConfigError as `refuse_foreign` does.
+    """
+    refuse_foreign(folder, manifest)
+
+    def claim(names: list[str]) -> bytes:
+        return json.dumps({**content, "unfinished": True, "files": {name: {} for name in names}}).encode()
+
+    with replacing_folder(folder, manifest, claim) as temporary:
+        yield temporary
+        text = json.dumps({**content, "files": entries_of(temporary)}, indent=2) + "\n"
+        (temporary / manifest).write_text(text, encoding="utf-8")
+        refuse_foreign(folder, manifest)  # again, because the work may have taken hours
+
+
+def _listed(manifest: StoragePath) -> set[str]:
+    try:
+        return {manifest.name, *json.loads(manifest.read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _write_embeddings(config: Config, dtype: Dtype, model: Path, folder: Path) -> int:
+    """Write the vectors of the run's table, which must be complete. Returns their number."""
+    from pipeline.evaluate.embedding_matrix import save_embeddings_for_model
+    from pipeline.index.published import encoder_recipe, table_of
+    from pipeline.model.folder import model_fingerprint
+
+    table = table_of(config, encoder_recipe(config, model))
+    if not table.exists() or not table.is_verified(table.open()):
+        raise JobError(f"the vectors of the model in {model} are not all there; python jobs/embed.py makes them")
+    try:
+        return save_embeddings_for_model(folder, table.scan, model=model_fingerprint(model), dtype=dtype)
+    except ValueError as error:
+        raise JobError(f"--embeddings: {error}") from None

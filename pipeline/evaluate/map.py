@@ -1,0 +1,198 @@
+"""A map of vectors: a sample of a table, projected to a plane and coloured by source or cluster.
+
+    draw_map(config, model, config.run_dir, sample=5000, clusters=12)        # map.png and map.html
+
+    points = sample(table.scan(COLUMNS), 5000)
+    plane = project(points.vectors)                    # (5000, 2)
+    groups = group(points, clusters=12)                # ["2: python, module, library", …], or sources
+
+Vectors are projected to 50 numbers by principal components and then to the plane by t-SNE, as its authors advise (van
+der Maaten & Hinton 2008). Points that are near on the plane have similar vectors; distances between clumps and their
+sizes mean little. Seeds are fixed. Cost: about 30 s for 5,000 points on two cores; memory for the sample only.
+"""
+
+from __future__ import annotations
+
+import html
+import textwrap
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import Config, ConfigError
+from pipeline.core.console import Stage
+from pipeline.core.files import replacing, write_atomically
+from pipeline.core.outcome import JobError, Result
+from pipeline.core.path import StoragePath
+from pipeline.index.vectors import Floats, as_matrix, unit
+
+COLUMNS = ("id", "source", "source_id", "text", "vector")
+COMPONENTS = 50  # van der Maaten & Hinton 2008, section 4.1: 30 to 50
+PERPLEXITY = 30.0
+WORDS_PER_CLUSTER = 3
+MIN_POINTS = 4
+SHOWN_CHARS, LINE_CHARS = 400, 80  # of a text under the pointer
+
+
+@dataclass(frozen=True)
+class Points:
+    """N records in the order of their ids; `vectors` are (N, D) of unit length."""
+
+    sources: list[str]
+    source_ids: list[str]
+    texts: list[str]
+    vectors: Floats
+
+
+def draw_map(
+    config: Config, model: StoragePath, folder: StoragePath, *, sample_size: int = 5000, clusters: int = 12
+) -> Result:
+    """Draw the vectors of a model in the run's table as `map.png` and `map.html` in a folder.
+
+    Raises ConfigError for a number that is too small, JobError where there are too few vectors.
+    """
+    for option, value, least in (("--sample", sample_size, MIN_POINTS), ("--clusters", clusters, 1)):
+        if value < least:
+            raise ConfigError(f"{option}: found {value}; allowed is {least} or more")
+    from pipeline.index.published import encoder_recipe, table_of
+
+    table = table_of(config, encoder_recipe(config, model))
+    if not table.exists():
+        raise JobError(f"no vectors yet of the model in {model}; python jobs/embed.py makes them")
+    points = sample(table.scan(COLUMNS), sample_size)
+    count, total = len(points.texts), table.count()
+    if count < MIN_POINTS:
+        raise JobError(f"{table.name} holds {count} vectors; a map takes {MIN_POINTS} or more")
+    with Stage("map: project", count, "vectors") as stage:
+        plane, groups = project(points.vectors), group(points, clusters)
+        stage.advance(count)
+    title = f"{table.name}: {count:,} of {total:,} vectors"
+    draw_png(plane, groups, title, folder / "map.png")
+    write_page(plane, groups, points, title, folder / "map.html")
+    paths = {"picture": str(folder / "map.png"), "page": str(folder / "map.html")}
+    return Result({"points": count, "groups": len(set(groups))}, paths)
+
+
+def sample(batches: Iterable[pa.RecordBatch], count: int) -> Points:
+    """The first `count` records by id. Ids are hashes, so this is a random sample, and the same in any order."""
+    kept: pa.Table | None = None
+    for batch in batches:
+        here = pa.Table.from_batches([batch]).select(COLUMNS)
+        kept = here if kept is None else pa.concat_tables([kept, here])
+        kept = kept.sort_by("id").slice(0, count).combine_chunks()
+    if kept is None or not len(kept):
+        return Points([], [], [], np.empty((0, 0), np.float32))
+    sources, source_ids, texts = (kept[name].to_pylist() for name in ("source", "source_id", "text"))
+    return Points(sources, source_ids, texts, unit(as_matrix(kept["vector"])))
+
+
+def project(vectors: Floats) -> Floats:
+    """(N, 2) places on the plane of (N, D) vectors; N is at least MIN_POINTS."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    reduced = PCA(min(COMPONENTS, *vectors.shape), random_state=0).fit_transform(vectors)
+    perplexity = min(PERPLEXITY, (len(vectors) - 1) / 3)
+    plane: Floats = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(reduced)
+    return plane
+
+
+def group(points: Points, clusters: int) -> list[str]:
+    """Each point's source if there are several, else the name of its k-means cluster."""
+    if len(set(points.sources)) > 1:
+        return points.sources
+    from sklearn.cluster import KMeans
+
+    labels = KMeans(min(clusters, len(points.texts)), n_init=4, random_state=0).fit_predict(points.vectors)
+    names = _names(points.texts, labels)
+    return [names[label] for label in labels.tolist()]
+
+
+def _names(texts: list[str], labels: np.ndarray) -> dict[int, str]:
+    """Names of clusters: a number, 1 for the largest, and the words with the highest mean TF-IDF compared with all."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    order = [label for label, _ in Counter(labels.tolist()).most_common()]
+    numbers = {label: str(number) for number, label in enumerate(order, 1)}
+    try:
+        vectorizer = TfidfVectorizer(stop_words="english", max_features=20_000, token_pattern=r"(?u)\b[^\W\d]\w+\b")
+        weights = vectorizer.fit_transform(texts)
+    except ValueError:  # no words at all
+        return numbers
+    words, everywhere = vectorizer.get_feature_names_out(), np.asarray(weights.mean(axis=0)).ravel()
+    for label in order:
+        here = np.asarray(weights[labels == label].mean(axis=0)).ravel() - everywhere
+        best = [words[i] for i in np.argsort(-here, kind="stable")[:WORDS_PER_CLUSTER] if here[i] > 0]
+        numbers[label] = ": ".join([numbers[label], ", ".join(best)] if best else [numbers[label]])
+    return numbers
+
+
+def draw_png(plane: Floats, groups: list[str], title: str, path: StoragePath) -> None:
+    """Draw a point per record, with a colour per group."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    axis = figure.subplots()
+    for number, (name, rows) in enumerate(_by_group(groups).items()):
+        colour = colormaps["tab20"](number % 20)
+        axis.scatter(plane[rows, 0], plane[rows, 1], s=7, linewidths=0, alpha=0.8, color=colour, label=_cut(name, 40))
+    axis.set_title(title)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3, fontsize=9, frameon=False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
+def write_page(plane: Floats, groups: list[str], points: Points, title: str, path: StoragePath) -> None:
+    """Write the same as one HTML page without network access: hovering shows a record, the legend hides groups."""
+    import plotly.colors
+    import plotly.graph_objects as graph
+
+    palette = plotly.colors.qualitative.Dark24
+    traces = [
+        graph.Scattergl(
+            x=plane[rows, 0],
+            y=plane[rows, 1],
+            mode="markers",
+            name=html.escape(_cut(name, 40)),
+            marker={"size": 5, "color": palette[number % len(palette)], "opacity": 0.8},
+            text=[_shown(points.source_ids[row], points.texts[row]) for row in rows],
+            hovertemplate="%{text}<extra></extra>",
+        )
+        for number, (name, rows) in enumerate(_by_group(groups).items())
+    ]
+    axis = {"showticklabels": False, "showgrid": False, "zeroline": False}
+    figure = graph.Figure(traces).update_layout(
+        title=html.escape(title),
+        xaxis=axis,
+        yaxis=axis | {"scaleanchor": "x"},
+        template="plotly_white",
+        hoverlabel={"align": "left"},
+        legend={"itemsizing": "constant"},
+    )
+    page = figure.to_html(include_plotlyjs=True, config={"displaylogo": False}, default_height="97vh")
+    write_atomically(path, page.encode())
+
+
+def _by_group(groups: list[str]) -> dict[str, list[int]]:
+    """Rows by group, the largest first."""
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(groups):
+        rows.setdefault(name, []).append(row)
+    return dict(sorted(rows.items(), key=lambda item: (-len(item[1]), item[0])))
+
+
+def _shown(source_id: str, text: str) -> str:
+    """A record under the pointer: escaped lines of its source id and its text."""
+    lines = [_cut(source_id, LINE_CHARS), *textwrap.wrap(_cut(text, SHOWN_CHARS), LINE_CHARS)]
+    first, *rest = map(html.escape, lines)
+    return "<br>".join([f"<b>{first}</b>", *rest])
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -1,1 +1,0 @@
-"""How good the vectors are: retrieval metrics, BEIR folders, BM25 beside."""

@@ -1,0 +1,309 @@
+"""The vector table: a Lance dataset that is the only truth about what is embedded.
+
+    table = VectorTable(home, "quickstart-9f0c4e…", width=256)
+    table.create()
+    with table.writing() as writer:                         # one writer at a time: writer.py
+        writer.append(table.write(rows))                    # fragments are written on any node, then committed
+    table.read(["id", "digest"], between=("40", "80"))      # a range of ids, by the zone map on id
+
+A row is a distinct text, or one chunk of a long text:
+
+    id          hash of the text; of a chunk, "<hash of the text>#00002"
+    source      source, source_id and metadata (JSON) of the first record with this text
+    places      these three of all its records
+    digest      32 hex digits that hash `places`, then 16 that hash `text` and `vector`
+    vector      of `width` numbers in float32 or float16; with vector_type binary, `bits` has their signs
+    parent_id   with chunks: the hash of the text
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from pipeline.core.files import disk_bytes, lance_location, remove_folder
+from pipeline.core.lock import LockLost, Occupied, locked
+from pipeline.core.outcome import JobError, alone_in
+from pipeline.core.path import StoragePath
+from pipeline.data.partitions import id_bounds
+from pipeline.index.vectors import as_matrix
+
+if TYPE_CHECKING:
+    from pipeline.index.writer import Writer
+
+# NOTE: Ray starts its processes by fork and exec, which Lance's threads outlive; it warns of forks that go on.
+warnings.filterwarnings("ignore", "lance is not fork-safe")
+# Lance's own 2 GB would read a whole table ahead of whoever scans it.
+os.environ.setdefault("LANCE_DEFAULT_IO_BUFFER_SIZE", str(1 << 27))
+os.environ.setdefault("LANCE_LOG", "error")
+
+PLACE = pa.struct([("source", pa.string()), ("source_id", pa.string()), ("metadata", pa.string())])
+TEXTS = ("source", "source_id", "text", "metadata")
+DIGEST_CHARS = 32  # of `places`; that of text and vector follows
+ZONE_ROWS, ZONES = 1_024, 131_072  # of the zone map: a range of ids reads about a zone too many at either end
+RANGE_ROWS = 100_000  # of the ids that a task of a push or a snapshot takes
+SCAN_ROWS = 8_192
+SQL_IDS = 8_192  # ids in one condition; 10 µs each to parse
+READ_FOR = timedelta(hours=1)  # how long a search or a scan may go on reading an old version
+VERIFIED = "verified-"  # a tag: this and the key of the documents that a version holds
+DTYPES = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.float16(), "binary": pa.float16()}
+
+IdRange: TypeAlias = tuple[str, str | None]
+"""The first id of a range, and the first after it; None where it has no end."""
+
+
+class StoreError(JobError):
+    """A table or an index of Pinecone cannot be used as asked. What was written before stays written."""
+
+
+class Fragment(NamedTuple):
+    """Written rows that no reader sees until a `Writer` commits them."""
+
+    first_id: str
+    rows: int
+    metadata: str
+    """Lance's, as JSON."""
+
+
+@dataclass(frozen=True)
+class VectorTable:
+    """A table in a folder on disk or in a bucket. Pickled, it opens the table anew in each process."""
+
+    home: StoragePath
+    name: str
+    width: int
+    vector_type: str = "float32"
+    chunks: bool = False
+
+    @property
+    def path(self) -> StoragePath:
+        return self.home / f"{self.name}.lance"
+
+    @property
+    def schema(self) -> pa.Schema:
+        fields = [
+            pa.field("id", pa.string(), nullable=False),
+            *((name, pa.string()) for name in ("source", "source_id")),
+            ("places", pa.list_(PLACE)),
+            *((name, pa.string()) for name in ("text", "metadata", "digest")),
+            ("vector", pa.list_(DTYPES[self.vector_type], self.width)),
+        ]
+        fields += [("bits", pa.list_(pa.uint8(), -(-self.width // 8)))] if self.vector_type == "binary" else []
+        fields += [("parent_id", pa.string())] if self.chunks else []
+        return pa.schema(fields)
+
+    def exists(self) -> bool:
+        return next(iter((self.path / "_versions").glob("*.manifest")), None) is not None
+
+    def empty(self) -> None:
+        """Leave no rows and no indexes, whatever there is now. Readers go on with an old version for a while."""
+        try:
+            self.open()
+        except (ValueError, StoreError):  # what is there is no table any more
+            remove_folder(self.path)
+        self._write_empty("overwrite")
+
+    def _write_empty(self, mode: str) -> None:
+        import lance
+
+        uri, options = lance_location(self.path)
+        rows = self.schema.empty_table()
+        lance.write_dataset(rows, uri, mode=mode, storage_options=options, enable_stable_row_ids=True)
+
+    def create(self) -> None:
+        """Make the table if it is not there. Raises StoreError for another program's table, or another model's."""
+        if not self.exists():
+            self._write_empty("create")
+        there = self.open().schema
+        missing = [name for name in self.schema.names if name not in there.names]
+        if missing:
+            raise StoreError(
+                f"table {self.path} has no column {missing[0]}: another program made it; choose another folder with "
+                "embedding.uri=DIR"
+            )
+        found, wanted = there.field("vector").type, self.schema.field("vector").type
+        if found != wanted:
+            raise StoreError(
+                f"table {self.path} holds vectors of type {found}, the model gives {wanted}; choose another folder "
+                "with embedding.uri=DIR"
+            )
+
+    def open(self, version: int | None = None) -> Any:
+        """The lance.LanceDataset, as it is now or at a version. Raises StoreError if there is none."""
+        try:
+            return open_dataset(self.path, version)
+        except ValueError as error:
+            if self.exists():
+                raise
+            raise StoreError(f"found no table {self.path}; python jobs/embed.py makes it") from error
+
+    def is_verified(self, dataset: Any, documents: str = "") -> bool:
+        """Whether a job has verified exactly this version; with the key of `documents`, for these documents."""
+        return dataset.version in tags_of(dataset, VERIFIED + documents).values()
+
+    def open_verified(self) -> Any:
+        """The newest version that a job has verified; the newest of all if there is none."""
+        dataset = self.open()
+        versions = tags_of(dataset, VERIFIED).values()
+        return self.open(max(versions)) if versions else dataset
+
+    def count(self) -> int:
+        return int(self.open().count_rows())
+
+    def version(self) -> int:
+        return int(self.open().version)
+
+    def ranges(self, version: int) -> list[IdRange]:
+        """All ids of a version, in ranges of about RANGE_ROWS rows."""
+        count = max(1, -(-int(self.open(version).count_rows()) // RANGE_ROWS))
+        return [id_range(index, count) for index in range(count)]
+
+    def files(self, version: int) -> set[str]:
+        """The fragments of a version: two versions with the same ones hold the same rows."""
+        fragments = self.open(version).get_fragments()
+        return {json.dumps(fragment.metadata.to_json(), sort_keys=True) for fragment in fragments}
+
+    def pinned_bytes(self) -> int:
+        """The size of files that only tagged versions use: what a push keeps until its next one."""
+        newest = self.open()
+        pinned = dict[str, int]()
+        for version in set(tags_of(newest, "").values()):
+            pinned |= _file_bytes(self.open(version))
+        return sum(pinned[path] for path in pinned.keys() - _file_bytes(newest))
+
+    def scan(self, columns: Sequence[str], where: str | None = None, version: int | None = None) -> Iterator[Any]:
+        """Record batches of these columns, in no order to rely on; `where` is SQL. `_rowid` may be a column."""
+        plain = [name for name in columns if name != "_rowid"]
+        yield from self.open(version).to_batches(
+            plain, filter=where, batch_size=SCAN_ROWS, with_row_id="_rowid" in columns
+        )
+
+    def read(self, columns: Sequence[str], between: IdRange = ("", None), version: int | None = None) -> pa.Table:
+        """These columns of the rows whose ids are in a range; the second bound is not in it."""
+        first, last = between
+        limits = ([f"id >= {quoted(first)}"] if first else []) + ([f"id < {quoted(last)}"] if last is not None else [])
+        batches = list(self.scan(columns, " AND ".join(limits) or None, version))
+        schema = pa.schema(
+            [pa.field("_rowid", pa.uint64()) if n == "_rowid" else self.schema.field(n) for n in columns]
+        )
+        return pa.Table.from_batches([batch.select(list(columns)) for batch in batches], schema=schema)
+
+    def fetch(self, ids: Sequence[str]) -> pa.Table:
+        """The rows with these ids that are there, in no order to rely on."""
+        return self._rows(self.open(), self.schema.names, among("id", ids))
+
+    def take(self, row_ids: np.ndarray, columns: Sequence[str], version: int) -> pa.Table:
+        """Rows of a version by `_rowid`, in no order to rely on."""
+        return self._rows(self.open(version), columns, among("_rowid", row_ids.tolist()))
+
+    def _rows(self, dataset: Any, columns: Sequence[str], conditions: Iterable[str]) -> pa.Table:
+        schema = pa.schema([self.schema.field(name) for name in columns])
+        parts = [dataset.to_table(list(columns), filter=condition).cast(schema) for condition in conditions]
+        return pa.concat_tables([schema.empty_table(), *parts])
+
+    def write(self, rows: pa.Table) -> list[Fragment]:
+        """Write rows of `schema`, sorted by id, as fragments."""
+        from lance.fragment import write_fragments
+
+        uri, options = lance_location(self.path)
+        found, row = list[Fragment](), 0
+        written = write_fragments(rows, uri, mode="append", storage_options=options) if len(rows) else ()
+        for fragment in written:
+            count = int(fragment.physical_rows)
+            found.append(Fragment(str(rows["id"][row]), count, json.dumps(fragment.to_json())))
+            row += count
+        return found
+
+    def typed(self, rows: pa.Table) -> pa.Table:
+        """Rows of some of the columns, typed as the table has them; Parquet names the children of lists otherwise."""
+        return rows.cast(pa.schema([self.schema.field(name) for name in rows.column_names]))
+
+    def stored(self, rows: pa.Table) -> pa.Table:
+        """Rows with a float32 `vector`, as `schema` has them; the digest gets that of text and vector."""
+        vectors = as_matrix(rows["vector"]).astype(DTYPES[self.vector_type].to_pandas_dtype())
+        columns: dict[str, Any] = {name: rows[name] for name in rows.column_names}
+        columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), self.width)
+        if self.vector_type == "binary":
+            bits = np.packbits(vectors > 0, axis=1)
+            columns["bits"] = pa.FixedSizeListArray.from_arrays(pa.array(bits.ravel()), bits.shape[1])
+        columns["digest"] = pc.binary_join_element_wise(rows["digest"], content_digests(rows["text"], vectors), "")
+        return self.typed(pa.table({name: columns[name] for name in self.schema.names}))
+
+    @contextmanager
+    def writing(self) -> Iterator[Writer]:
+        """Hold the table as its only writer. Raises JobError if another job writes to it."""
+        from pipeline.index.writer import Writer
+
+        with alone_in(self.path):
+            yield Writer(self)
+
+
+@lru_cache(maxsize=1)
+def _session() -> Any:
+    """Lance's cache of this process: a task for each range reads the footers of files but once."""
+    import lance
+
+    return lance.Session()  # type: ignore[attr-defined]
+
+
+def open_dataset(path: StoragePath, version: int | None = None) -> Any:
+    """The lance.LanceDataset in a folder. Raises ValueError where there is none."""
+    import lance
+
+    uri, options = lance_location(path)
+    return lance.dataset(uri, version=version, storage_options=options, session=_session())
+
+
+def forget_versions(folder: StoragePath, age: timedelta) -> float:
+    """Remove a table's versions that are older than that, an hour at least. Returns the bytes that it freed."""
+    before = disk_bytes(folder)
+    # Lance's own errors are of a table that is broken; a table that a job holds is left alone
+    with suppress(OSError, RuntimeError, ValueError, Occupied, LockLost), locked(folder):
+        open_dataset(folder).cleanup_old_versions(max(age, READ_FOR), error_if_tagged_old_versions=False)
+    return max(0.0, before - disk_bytes(folder))
+
+
+def content_digests(texts: pa.ChunkedArray, vectors: np.ndarray) -> pa.Array:
+    """Hashes of texts and of the rows of an (N, D) matrix as it is stored, 16 hex digits each."""
+    rows = np.ascontiguousarray(vectors)
+    seeds = map(xxhash.xxh3_64_intdigest, pc.fill_null(texts, "").cast(pa.binary()).to_pylist())
+    return pa.array([xxhash.xxh3_64_hexdigest(row, seed) for row, seed in zip(rows, seeds, strict=True)], pa.string())
+
+
+def among(column: str, values: Sequence[str] | Sequence[int]) -> Iterator[str]:
+    """SQL that holds for rows with one of these values, so many values at a time."""
+    for start in range(0, len(values), SQL_IDS):
+        yield f"{column} IN ({', '.join(map(quoted, values[start : start + SQL_IDS]))})"
+
+
+def quoted(value: str | int) -> str:
+    """A text or a number as SQL writes it."""
+    return str(value) if isinstance(value, int) else "'" + value.replace("'", "''") + "'"
+
+
+def _file_bytes(dataset: Any) -> dict[str, int]:
+    fragments = dataset.get_fragments()
+    return {file.path: file.file_size_bytes or 0 for each in fragments for file in each.metadata.files}
+
+
+def tags_of(dataset: Any, prefix: str) -> dict[str, int]:
+    """The versions that tags of such a name point to."""
+    return {name: tag["version"] for name, tag in dataset.tags.list().items() if name.startswith(prefix)}
+
+
+def id_range(index: int, count: int) -> IdRange:
+    """One of `count` ranges of about equal size that together hold all ids, foreign ones too."""
+    first, last = id_bounds(index, count)
+    return first if index else "", last if index + 1 < count else None

@@ -1,1 +1,0 @@
-"""Hard negatives: the nearest texts that are no answer."""

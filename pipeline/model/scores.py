@@ -1,0 +1,113 @@
+"""Scores that validation in training and evaluation share: similarity of sentence pairs, and generated texts.
+
+>>> read_sts(Path("sts_b/test.tsv"))                      # a TSV of score, sentence1, sentence2 under a header
+StsTask(name='test', first=[…], second=[…], scores=[…])
+>>> spearman([1, 2, 3], [0.1, 0.3, 0.2])
+0.5
+>>> generation_metrics(["the cat sat on the mat"], ["the cats sat on the mat"])
+{'bleu': 53.7285, 'rouge1': 1.0, 'rouge2': 1.0, 'rougeL': 1.0}
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pipeline.config import ConfigError
+from pipeline.core.files import fetched
+from pipeline.core.path import StoragePath
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class StsTask:
+    """Pairs of sentences, and how similar people find them."""
+
+    name: str
+    first: list[str]
+    second: list[str]
+    scores: list[float]
+
+
+def read_sts(path: StoragePath) -> StsTask:
+    """Sentence pairs from a TSV of `score`, `sentence1`, `sentence2` under a header."""
+
+    def scored(cells: list[str]) -> tuple[float, str, str]:
+        if not math.isfinite(float(cells[0])):
+            raise ValueError(f"{cells[0]} is no score")
+        return float(cells[0]), cells[1], cells[2]
+
+    rows = read_tsv(path, ("score", "sentence1", "sentence2"), "evaluation.sts_file", scored)
+    if len({score for score, _, _ in rows}) < 2:
+        raise ConfigError(f"evaluation.sts_file: {path} has fewer than two scores to tell apart; allowed are more")
+    scores, first, second = (list(column) for column in zip(*rows, strict=True))
+    return StsTask(path.stem, first, second, scores)
+
+
+def read_tsv(
+    path: StoragePath, columns: Sequence[str], key: str, parse: Callable[[list[str]], Row], *, lenient: bool = False
+) -> list[Row]:
+    """Rows of a TSV without quoting, whose header is `columns`. `parse` raises ValueError for a wrong row.
+
+    `lenient` takes any header and skips blank lines. Raises ConfigError that names the config `key`, file and line.
+    """
+    names, found = ", ".join(columns), []
+    try:
+        with fetched(path).open(encoding="utf-8", newline="") as file:
+            rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            if next(rows, None) != list(columns) and not lenient:
+                raise ValueError(f"a header of {names} is wanted")
+            for cells in filter(None, rows) if lenient else rows:
+                if len(cells) != len(columns):
+                    raise ValueError(f"{'not enough' if len(cells) < len(columns) else 'too many'} values")
+                found.append(parse(cells))
+    except OSError as error:
+        raise ConfigError(f"{key}: {path}: {error.strerror}; allowed is a TSV of {names}") from None
+    except (ValueError, csv.Error) as error:
+        raise ConfigError(f"{key}: {path} line {rows.line_num}: {error}; allowed are rows of {names}") from None
+    return found
+
+
+def spearman(scores: list[float], cosines: list[float]) -> float:
+    """Spearman's rank correlation, from -1 to 1; 0 if all cosines are equal or one is not finite."""
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, scores, cosines)
+
+
+def pearson(scores: list[float], cosines: list[float]) -> float:
+    """Pearson's linear correlation, from -1 to 1; 0 if all cosines are equal or one is not finite."""
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, scores, cosines)
+
+
+def _correlation(of: Any, scores: list[float], cosines: list[float]) -> float:
+    if len(set(cosines)) < 2 or not all(map(math.isfinite, cosines)):
+        return 0.0
+    return float(of(scores, cosines).statistic)
+
+
+def generation_metrics(hypotheses: list[str], references: list[str]) -> dict[str, float]:
+    """`bleu` of all texts, 0 to 100, and mean F1 of `rouge1`, `rouge2` and `rougeL`, 0 to 1.
+
+    BLEU is sacrebleu's at its defaults (Post 2018): cased, tokenizer 13a, and zero where no text has four words. ROUGE
+    is Google's rouge-score with Porter's stemmer: its words are runs of a-z and 0-9, so it suits English. Raises
+    ValueError where there are no texts, or not one reference for each.
+    """
+    # Imported here: rouge-score's nltk takes seconds, and few runs need scores.
+    from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
+    from sacrebleu import corpus_bleu
+
+    if not hypotheses or len(hypotheses) != len(references):
+        raise ValueError(f"found {len(hypotheses)} generated texts and {len(references)} references; need one for each")
+    scorer = RougeScorer(ROUGE, use_stemmer=True)
+    scores = [scorer.score(reference, text) for text, reference in zip(hypotheses, references, strict=True)]
+    rouge = {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in ROUGE}
+    values = {"bleu": corpus_bleu(hypotheses, [references]).score} | rouge
+    return {name: round(value, 4) for name, value in values.items()}

@@ -1,1 +1,0 @@
-"""What the model learns from. Plain torch; nothing here knows of Ray."""

@@ -1,1 +1,0 @@
-"""Rules over text: plain functions that know nothing of Ray or torch."""

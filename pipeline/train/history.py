@@ -1,0 +1,250 @@
+"""A run's history: metrics.jsonl and alerts.jsonl, one line a report in order of step, a table and a plot of them.
+
+    lines = JsonLines(run_dir / "metrics.jsonl", resumed_step=40, kind=metrics_kind)     # keeps steps up to 40
+    lines.write({"step": 50, "loss": 1.9})
+    lines.write({"step": 60, "loss": 1.8})
+    lines.write({"step": 50, "loss": 1.9})       # workers restarted at 40: this line replaces both from 50 on
+
+A line costs an append; lines that come a second time cost the file once for each restart.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.core.console import table
+from pipeline.core.files import replacing, write_atomically
+from pipeline.core.path import StoragePath
+from pipeline.train.stopping import LOWER_IS_BETTER
+
+Metrics = dict[str, float]
+"""`step`, and figures of the training or, all named `validation_*`, of a validation at that step."""
+
+VALIDATION = "validation_"
+
+
+class Tracker(ABC):
+    """Takes metrics in order of step, until it is closed; after a restart of workers, steps come that came before.
+
+    Any method may raise: `Trackers` then leaves the tracker out and goes on.
+    """
+
+    name = "tracker"
+
+    @abstractmethod
+    def log(self, metrics: Metrics) -> None: ...
+
+    def alert(self, row: dict[str, Any]) -> None:  # noqa: B027
+        """Take an alert: `step`, `title`, `text`. Most trackers have no place for one."""
+
+    def close(self, failed: bool) -> None:  # noqa: B027
+        """Write what is still held back. `failed`: the run ends with an error."""
+
+
+def grouped(metrics: Metrics) -> Metrics:
+    """The figures under the names that interfaces sort into groups: `train/loss`, `validation/ndcg@10`."""
+    return {
+        f"validation/{name.removeprefix(VALIDATION)}" if name.startswith(VALIDATION) else f"train/{name}": value
+        for name, value in metrics.items()
+        if name != "step"
+    }
+
+
+Row = dict[str, Any]
+"""With `step`, an integer."""
+
+
+class JsonLines:
+    """Rows as lines. Of one step there may be several, if they differ in `kind`."""
+
+    def __init__(self, path: Path, resumed_step: int, kind: Callable[[Row], str]) -> None:
+        self.path, self.kind = path, kind
+        self._rewrite(lambda row: row["step"] <= resumed_step)
+
+    def write(self, row: Row) -> None:
+        """Append a row, in place of those that lie after it, and of one of its own step and kind."""
+        if row["step"] < self.step or (row["step"] == self.step and self.kind(row) in self.kinds):
+            self._rewrite(lambda old: old["step"] < row["step"] or self._is_another_of_its_step(old, row))
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self._note(row)
+
+    def _is_another_of_its_step(self, old: Row, row: Row) -> bool:
+        return bool(old["step"] == row["step"] and self.kind(old) != self.kind(row))
+
+    def _rewrite(self, keep: Callable[[Row], bool]) -> None:
+        rows = [row for row in read_rows(self.path) if keep(row)]
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        self.step: int = -1
+        self.kinds: set[str] = set()
+        for row in rows:
+            self._note(row)
+
+    def _note(self, row: Row) -> None:
+        """The last step there is, and the kinds of its rows."""
+        if row["step"] != self.step:
+            self.step, self.kinds = row["step"], set()
+        self.kinds.add(self.kind(row))
+
+
+class History(Tracker):
+    """metrics.jsonl, and alerts.jsonl beside it."""
+
+    name = "metrics.jsonl"
+
+    def __init__(self, run_dir: Path, resumed_step: int) -> None:
+        self.metrics = JsonLines(run_dir / "metrics.jsonl", resumed_step, metrics_kind)
+        self.alerts = JsonLines(run_dir / "alerts.jsonl", resumed_step, lambda row: row["title"])
+
+    def log(self, metrics: Metrics) -> None:
+        self.metrics.write(metrics)
+
+    def alert(self, row: Row) -> None:
+        self.alerts.write(row)
+
+
+def metrics_kind(row: Row) -> str:
+    """Training rows have a `loss`; others are of validations."""
+    return "training" if "loss" in row else "validation"
+
+
+def read_rows(path: StoragePath) -> list[Row]:
+    """All rows of a file, or none without one. What is no row is passed over: a kill may leave half a last line."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [row for line in lines if (row := _parsed(line)) is not None]
+
+
+def _parsed(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
+
+
+COLUMNS = 3
+LOG_FROM_RATIO = 10  # of the largest to the smallest: within one decade a linear axis shows more. Ours
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small plot: the metrics whose whole names match, divided by `unit`."""
+
+    title: str
+    names: str
+    axis: Literal["close", "log", "from zero"] = "close"
+    """Close round the values, logarithmic where they span much, or from zero, where noise looks as small as it is."""
+    unit: float = 1.0
+
+
+PANELS = (
+    Panel("loss", r"(validation_)?loss", axis="log"),
+    Panel("perplexity of a token", r".*perplexity", axis="log"),
+    Panel("training pairs", r"accuracy|mrr"),
+    Panel("validation scores", rf"{VALIDATION}(?!.*({'|'.join(LOWER_IS_BETTER)}|bleu)$).*"),
+    Panel("BLEU", r".*bleu"),
+    Panel("learning rate", r"learning_rate"),
+    Panel("gradient norm", r"grad_norm", axis="log"),
+    Panel("pairs per second", r"pairs_per_s", axis="from zero"),
+    Panel("tokens per second", r"tokens_per_s", axis="from zero"),
+    Panel("shares", r"mfu|data_wait_share|real_token_share|memory_share", axis="from zero"),
+    Panel("memory, GB", r"memory_.*bytes", axis="from zero", unit=1e9),
+)
+
+
+def plot_history(history: StoragePath, png: StoragePath) -> None:
+    """Draw a metrics.jsonl: a panel for each of PANELS that has data. Without any, nothing is written."""
+    from matplotlib.figure import Figure
+
+    rows = read_rows(history)
+    drawn = [(panel, series) for panel in PANELS if (series := _series(rows, panel))]
+    if not drawn:
+        return
+    lines = -(-len(drawn) // COLUMNS)
+    figure = Figure(figsize=(4.2 * COLUMNS, 2.8 * lines), layout="constrained")
+    axes = figure.subplots(lines, COLUMNS, squeeze=False).flatten()
+    for axis, (panel, series) in zip(axes, drawn, strict=False):
+        _draw(axis, panel, series)
+    for axis in axes[len(drawn) :]:
+        axis.set_visible(False)
+    with replacing(png) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def _series(rows: Sequence[Row], panel: Panel) -> dict[str, list[tuple[int, float]]]:
+    """By name, the (step, value) of the panel's metrics that are numbers."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if re.fullmatch(panel.names, name) and math.isfinite(value):
+                series.setdefault(name, []).append((row["step"], value / panel.unit))
+    return series
+
+
+def _draw(axis: Any, panel: Panel, series: dict[str, list[tuple[int, float]]]) -> None:
+    """Validations are few, so each is a dot as well."""
+    for name, points in sorted(series.items()):
+        steps, values = zip(*points, strict=True)
+        is_validation = name.startswith(VALIDATION)
+        marker = "o" if is_validation or len(points) == 1 else None
+        axis.plot(steps, values, marker=marker, markersize=3, linewidth=1.2, label=name, zorder=2 + is_validation)
+    _scale(axis, panel, [value for points in series.values() for _, value in points])
+    axis.set_title(panel.title, fontsize=10)
+    axis.set_xlabel("step", fontsize=8)
+    axis.tick_params(which="both", labelsize=8)
+    axis.grid(alpha=0.3)
+    if len(series) > 1:
+        axis.legend(fontsize=7)
+
+
+def _scale(axis: Any, panel: Panel, values: list[float]) -> None:
+    from matplotlib.ticker import LogLocator
+
+    if panel.axis == "from zero":
+        axis.set_ylim(bottom=0)
+    elif panel.axis == "log" and 0 < LOG_FROM_RATIO * min(values) <= max(values):
+        axis.set_yscale("log")
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")  # 20, not 2 x 10^1
+        axis.yaxis.set_minor_formatter("{x:g}")
+
+
+def final_table(history: Sequence[Row]) -> str:
+    """The last training row's figures; and each validation metric's last value, its best, and the step of that.
+
+    Losses, their likelihoods and perplexities are best when low, all else when high.
+    """
+    training = [row for row in history if metrics_kind(row) == "training"]
+    validations = [row for row in history if metrics_kind(row) == "validation"]
+    tables = []
+    if training:
+        last = training[-1]
+        rows = [(name, _shown(value)) for name, value in last.items() if name != "step"]
+        tables.append(table(rows, ("training", f"step {last['step']:,}")))
+    if validations:
+        last = validations[-1]
+        names = [name for name in last if name.startswith(VALIDATION)]
+        rows_ = [(name.removeprefix(VALIDATION), _shown(last[name]), *_best(name, validations)) for name in names]
+        tables.append(table(rows_, ("validation", f"step {last['step']:,}", "best", "at step")))
+    return "\n\n".join(tables)
+
+
+def _best(name: str, rows: Sequence[Row]) -> tuple[str, str]:
+    """The best value, and its step, the earliest of equals."""
+    sign = 1 if name.endswith(LOWER_IS_BETTER) else -1
+    found = [(sign * row[name], row["step"]) for row in rows if math.isfinite(row.get(name, math.nan))]
+    if not found:
+        return "–", "–"
+    value, step = min(found)
+    return _shown(sign * value), f"{step:,}"
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

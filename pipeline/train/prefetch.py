@@ -1,0 +1,184 @@
+"""From the feed's tables to batches on the device, prepared in a thread of their own while the device computes.
+
+    with closing(Prefetch(feed.batches(start, stop), prepare, device)) as batches:
+        for batch in batches: ...                  # what `prepare` made of each table, in order
+        batches.waited_s                           # how long the loop has waited for them in total
+
+    def prepare(rows):                             # on a GPU its copies run on a stream of their own
+        return to_device([learner.prepare(to_batch(rows), seed)], device)
+
+At most `depth` batches are prepared ahead of the one that is trained on, and a table is read only once there is room
+for its batch. An error in the feed or in `prepare` is raised where the loop asks for the next batch. Closing ends the
+thread and the feed in it. Cost: the interpreter's time for `prepare`, as without the thread, and on a GPU the memory of
+`depth` batches.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from pipeline.model.batch import EMPTY, Batch
+from pipeline.model.packing import Packed
+
+CLOSING_S = 30.0
+"""How long closing waits for a read to end; after that, the thread ends with its read. Ours."""
+
+FIELDS = ("anchor", "positive", "text")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Made(Generic[T]):
+    batch: T
+    copied: torch.cuda.Event | None
+
+
+@dataclass(frozen=True)
+class _Ended:
+    error: BaseException | None = None
+
+
+class Prefetch(Iterator[T]):
+    """`prepare(table)` of each table, in order. Close it after use; garbage collection closes it too."""
+
+    def __init__(
+        self,
+        batches: Iterator[pa.Table],
+        prepare: Callable[[pa.Table], T],
+        device: torch.device | str = "cpu",
+        depth: int = 2,
+    ) -> None:
+        self.waited_s = 0.0
+        self._device = torch.device(device)
+        self._made: SimpleQueue[_Made[T] | _Ended] = SimpleQueue()
+        self._room, self._stop = threading.Semaphore(depth), threading.Event()
+        self._thread = threading.Thread(
+            target=_work,
+            args=(batches, prepare, self._device, self._made, self._room, self._stop),
+            name="prefetch",
+            daemon=True,
+        )
+        self.close = weakref.finalize(self, _end, self._thread, self._room, self._stop)
+        """End the thread and the feed, and drop what is ready. A second call does nothing."""
+        self._thread.start()
+
+    def __next__(self) -> T:
+        if not self.close.alive:
+            raise StopIteration
+        began = time.monotonic()
+        made = self._made.get()
+        self.waited_s += time.monotonic() - began
+        if isinstance(made, _Ended):
+            self.close()
+            if made.error is not None:
+                raise made.error
+            raise StopIteration
+        self._room.release()
+        if made.copied is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(made.copied)
+            _map(made.batch, lambda tensor: _used_on(stream, tensor))
+        return made.batch
+
+
+def _used_on(stream: torch.cuda.Stream, tensor: Tensor) -> Tensor:
+    """Keep the allocator from giving the memory back to the copies' stream while `stream` still reads it."""
+    if tensor.is_cuda:
+        tensor.record_stream(stream)
+    return tensor
+
+
+def _work(
+    batches: Iterator[pa.Table],
+    prepare: Callable[[pa.Table], T],
+    device: torch.device,
+    made: SimpleQueue[_Made[T] | _Ended],
+    room: threading.Semaphore,
+    stop: threading.Event,
+) -> None:
+    """The thread. It holds no reference to its Prefetch, which can be garbage collected."""
+    end = _Ended()
+    try:
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        with torch.cuda.stream(stream), _closing(batches):  # type: ignore[no-untyped-call]
+            while room.acquire() and not stop.is_set():
+                rows = next(batches, None)
+                if rows is None:
+                    break
+                batch = prepare(rows)
+                made.put(_Made(batch, None if stream is None else stream.record_event()))
+    except BaseException as error:  # the loop raises it
+        end = _Ended(error)
+    made.put(end)
+
+
+@contextmanager
+def _closing(batches: Iterator[pa.Table]) -> Iterator[None]:
+    """Close a generator in the thread that runs it: another thread could find it running."""
+    try:
+        yield
+    finally:
+        if isinstance(batches, Generator):
+            batches.close()
+
+
+def _end(thread: threading.Thread, room: threading.Semaphore, stop: threading.Event) -> None:
+    stop.set()
+    room.release()
+    if thread is not threading.current_thread():  # which collects garbage, too
+        thread.join(CLOSING_S)
+
+
+def to_device(value: T, device: torch.device | str) -> T:
+    """The same lists, tuples, dictionaries and dataclasses with their tensors on `device`; copies may still run.
+
+    To a GPU they go by way of pinned memory, without which a copy would wait for the host.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return _map(value, lambda tensor: tensor.to(device))
+    return _map(value, lambda tensor: (tensor if tensor.is_cuda else tensor.pin_memory()).to(device, non_blocking=True))
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map(each, change) for each in value)
+    if isinstance(value, dict):
+        return {name: _map(each, change) for name, each in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        names = [each.name for each in fields(value) if each.init]
+        return replace(value, **{name: _map(getattr(value, name), change) for name in names})
+    return value
+
+
+def to_batch(rows: pa.Table, hard_negatives: int = 0) -> Batch:
+    """A table of `id` and token ids as a batch, with the first `hard_negatives` of each row's negatives."""
+    fields = {name: packed(rows[name]) for name in FIELDS if name in rows.column_names}
+    ids = rows["id"].to_pylist()
+    if not hard_negatives or "negatives" not in rows.column_names:
+        return Batch(ids, fields, EMPTY, [0] * len(ids))
+    lists = pc.list_slice(rows["negatives"].combine_chunks(), 0, hard_negatives)
+    counts = pc.fill_null(pc.list_value_length(lists), 0).to_pylist()
+    return Batch(ids, fields, packed(pa.chunked_array([lists.drop_null().flatten()])), counts)
+
+
+def packed(column: pa.ChunkedArray) -> Packed:
+    """A column of token-id lists, as packed sequences."""
+    lists = column.combine_chunks()
+    offsets = lists.offsets.to_numpy()
+    return Packed.of(lists.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0])

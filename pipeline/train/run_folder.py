@@ -1,0 +1,137 @@
+"""A run's folder: what the run was started with, and the refusal to resume it with something else.
+
+<root>/runs/<run>/config.resolved.yaml    the whole config; --config accepts it
+<root>/runs/<run>/tokenizer.json          of the data and the model
+<root>/runs/<run>/run.json                data (see data/drift.py), git SHA, versions
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Container
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import xxhash
+import yaml
+
+from pipeline.config import Config, ConfigError
+from pipeline.core.files import digest_of, place, write_atomically
+from pipeline.core.path import StoragePath
+from pipeline.data.drift import TrainedOn, has_moved
+from pipeline.data.manifest import Manifest
+from pipeline.train.checkpoints import TrainState
+from pipeline.train.stopping import is_finished
+
+FIXED_SECTIONS = ("model", "objective", "training")
+FREE_KEYS = (
+    "training.max_time_s",
+    "training.log_every_steps",
+    "training.max_skipped_steps",
+    "training.best_metric",
+    "training.early_stopping.patience",
+    "training.early_stopping.min_delta",
+)
+"""Keys of the fixed sections that do not affect the weights at a given step."""
+
+
+def claim_run_folder(config: Config, prepared: StoragePath, manifest: Manifest, steps: int) -> None:
+    """Write what the run is started with. Raises ConfigError if the folder holds another run."""
+    refuse_other_run(config, manifest)
+    folder = config.run_dir
+    place(prepared / "tokenizer.json", folder / "tokenizer.json")
+    described = {
+        **vars(TrainedOn.of(config, prepared, manifest, steps)),
+        "git_sha": _git_sha(),
+        "versions": {name: version(name) for name in ("torch", "ray", "tokenizers")},
+        "python": platform.python_version(),
+        "fixed": fixed_keys(config),
+    }
+    write_atomically(folder / "run.json", json.dumps(described, indent=2).encode())
+    write_atomically(folder / "config.resolved.yaml", yaml.safe_dump(config.dump(), sort_keys=False).encode())
+
+
+def refuse_other_run(config: Config, manifest: Manifest) -> None:
+    """Raise ConfigError naming what has changed since the run was started, except `checkpointing.accept_changes`."""
+    then = TrainedOn.read(config)
+    if then is None:
+        return
+    differing = _other_keys(config, config.checkpointing.accept_changes)
+    if has_moved(config, manifest):
+        differing.append(_other_data(then.other_settings(config)))
+    if differing:
+        _refuse(config, differing)
+
+
+def refuse_unfinished(config: Config, manifest: Manifest, state: TrainState, model: StoragePath | None = None) -> None:
+    """Raise ConfigError unless a run can be used although its data have changed.
+
+    It can if it is at its end, its config is the same, and the data are tokenized as they were. A job that only uses
+    its `model` does not need the same config.
+    """
+    then = TrainedOn.read(config)
+    assert then
+    differing = [] if model else _other_keys(config)
+    settings = then.other_settings(config)
+    if manifest.files["tokenizer.json"]["xxh3"] != digest_of(config.run_dir / "tokenizer.json", xxhash.xxh3_128()):
+        settings = settings or ["tokenizer.load_path (another tokenizer under the same name)"]
+    if differing or settings:
+        _refuse(config, [*differing, _other_data(settings)])
+    if not is_finished(config, then.steps, state):
+        embed = f"; to use its model as it is, embedding.model={model}" if model else ""
+        raise ConfigError(
+            f"{config.run_dir} holds a run that is at step {state.step:,} of {then.steps:,}, and its data have changed "
+            "since it began; name another run with storage.run=NAME, put the earlier data back, or go on with what is "
+            f"now there by checkpointing.accept_changes=[data]{embed}"
+        )
+
+
+def _other_data(settings: list[str]) -> str:
+    return f"data (the prepared data{' under other settings: ' if settings else ''}{', '.join(settings)})"
+
+
+def _refuse(config: Config, differing: list[str]) -> NoReturn:
+    raise ConfigError(
+        f"{config.run_dir} holds a run that differs in {', '.join(differing)}; "
+        "name another run with storage.run=NAME, delete that folder, or go on with what is now there by "
+        f"checkpointing.accept_changes=[{', '.join(key.partition(' ')[0] for key in differing)}]"
+    )
+
+
+def _other_keys(config: Config, accepted: Container[str] = ()) -> list[str]:
+    """Keys of model, objective and training that differ, with both values."""
+    then = json.loads((config.run_dir / "run.json").read_text())["fixed"]
+    return [
+        f"{key} (then {then.get(key)!r}, now {value!r})"
+        for key, value in fixed_keys(config).items()
+        if then.get(key) != value and key not in accepted
+    ]
+
+
+def fixed_keys(config: Config) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for section in FIXED_SECTIONS:
+        _flatten(config.dump()[section], section, flat)
+    return {key: value for key, value in flat.items() if key not in FREE_KEYS}
+
+
+def _flatten(tree: dict[str, Any], prefix: str, into: dict[str, Any]) -> None:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _flatten(value, f"{prefix}.{key}", into)
+        else:
+            into[f"{prefix}.{key}"] = value
+
+
+def _git_sha() -> str | None:
+    """The commit of this checkout; None without one, as in a submitted job."""
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None if answer.returncode == 0 else None

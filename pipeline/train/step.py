@@ -1,0 +1,246 @@
+"""One training step: forward, the weighted sum of losses over the global batch, backward, one reduction of gradients.
+
+    parts = [learner.prepare(batch.slice(*ends), seed) for ends in cut(batch, at_least=2)]
+    outcome = backward(learner, strategy, parts)          # gradients are in the parameters; outcome.metrics["loss"]
+
+The contrastive loss needs the embeddings of the whole batch, which with its graph may not fit into memory. Gradient
+caching (GradCache, Gao et al. 2021, section 3) computes the same gradient in three steps:
+
+    1. Embed each micro-batch without a graph, and remember the state of the random number generator.
+    2. Compute the contrastive loss of all embeddings, and its gradient with respect to each embedding.
+    3. Replay each micro-batch with a graph and the same dropout, and carry the cached gradients on to the weights.
+
+The price is a second forward pass. A single micro-batch keeps its graph from step 1. Losses that are sums over tokens
+need no cache: their gradients are computed in step 3.
+
+Workers meet three times: to exchange counts before step 2, to gather embeddings in step 2, and to reduce gradients,
+together with flags, in step 3. No collective needs new memory, so a worker that runs out of memory can tell the others
+at the next one, and all give up the step together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pipeline.model.batch import Batch, Part
+from pipeline.model.contrastive import GlobalBatch, Rows
+from pipeline.model.generative import TokenLoss
+from pipeline.model.learner import Learner
+from pipeline.train.collectives import all_gather, gather_rows, rank
+from pipeline.train.strategy import Strategy
+
+
+class OutOfMemory(RuntimeError):  # noqa: N818  # as torch.OutOfMemoryError, but of all workers
+    """At least one worker ran out of memory, and no gradient is to be used.
+
+    All workers raise this; if the model is sharded, where the others would wait in vain, only the worker that ran out.
+    """
+
+
+@dataclass
+class Outcome:
+    """What a step found. Metrics are each worker's share: their mean over workers is that of the global batch."""
+
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    bad_losses: int = 0
+    """How many workers have a loss that is NaN or infinite."""
+    flags: list[int] = field(default_factory=list)
+    """How many workers set each flag."""
+
+
+def cut(batch: Batch, at_least: int = 1, most_tokens: int | None = None, oom_splits: int = 0) -> list[tuple[int, int]]:
+    """Row ranges of `at_least` micro-batches, or of more where each may hold `most_tokens` at most.
+
+    A longer record has a micro-batch of its own. `oom_splits`: how often micro-batches were halved to fit into memory.
+    """
+    rows, most = len(batch), None if most_tokens is None else most_tokens / 2**oom_splits
+    parts = min(rows, at_least * 2**oom_splits)
+    edges = {rows * i // parts for i in range(1, parts)} if parts else set()
+    bounds, tokens = [0], 0
+    for row, size in enumerate(batch.row_tokens):
+        if row and (row in edges or (most is not None and tokens + size > most)):
+            bounds.append(row)
+            tokens = 0
+        tokens += size
+    return list(zip(bounds, [*bounds[1:], rows], strict=True))
+
+
+def backward(
+    learner: Learner,
+    strategy: Strategy,
+    parts: Sequence[Part],
+    *,
+    autocast: torch.dtype | None = None,
+    loss_scale: Tensor | float = 1.0,
+    flags: Sequence[bool] = (),
+) -> Outcome:
+    """Leave the batch's gradients, averaged over workers and times `loss_scale`, in the parameters.
+
+    `flags` are summed over workers in the same collective. Raises OutOfMemory.
+    """
+    device = parts[0].keys.device
+    if strategy.is_sharded:
+        parts = _as_many_as_others(parts)
+    cache = _GradCache(learner, parts, torch.autocast(device.type, autocast) if autocast else nullcontext())
+    memory = _MemoryGuard(raises=strategy.is_sharded)
+    strategy.start()
+
+    with memory:
+        cache.embed()
+    counts = _Counts.exchange(parts, memory.ran_out, device)
+    if counts.ran_out:
+        raise OutOfMemory
+    metrics = cache.contrast(counts.rows, loss_scale) if learner.contrasts else {}
+    with memory:
+        for i in range(len(parts)):
+            with strategy.sending() if i == len(parts) - 1 else nullcontext():
+                cache.replay(i, counts, loss_scale, metrics)
+
+    loss = metrics.get("loss", torch.zeros((), device=device))
+    ran_out, bad_losses, *summed = strategy.finish([memory.ran_out, ~torch.isfinite(loss), *flags])
+    if ran_out:
+        raise OutOfMemory
+    return Outcome(metrics, int(bad_losses), [int(each) for each in summed])
+
+
+class _GradCache:
+    """The embeddings of a step's micro-batches, and later the loss's gradients with respect to them."""
+
+    def __init__(self, learner: Learner, parts: Sequence[Part], precision: AbstractContextManager[object]) -> None:
+        self.learner, self.parts, self.precision = learner, parts, precision
+        self.embeddings: list[Tensor] = []
+        self.rng_states: list[Tensor] = []
+        self.graph: tuple[Tensor | None, dict[str, TokenLoss]] | None = None
+
+    def embed(self) -> None:
+        """Step 1. A single micro-batch keeps its graph, with its other losses."""
+        if not self.learner.contrasts:
+            return
+        if len(self.parts) == 1:
+            with self.precision:
+                self.graph = self.learner(self.parts[0])
+            vectors = self.graph[0]
+            assert vectors is not None
+            self.embeddings = [vectors.detach().requires_grad_()]
+            return
+        with torch.no_grad(), self.precision:
+            for part in self.parts:
+                self.rng_states.append(_rng_state(part.keys.device))
+                self.embeddings.append(self.learner.embed(part).detach().requires_grad_())
+
+    def contrast(self, rows_of_workers: list[int], loss_scale: Tensor | float) -> dict[str, Tensor]:
+        """Step 2. Returns the metrics of the contrastive loss."""
+        rows = self.learner.rows(self.parts, self.embeddings)
+        loss, metrics = self.learner.contrast(rows, _gather_batch(rows, rows_of_workers))
+        (loss * loss_scale).backward()
+        return {**metrics, "loss": loss.detach()}
+
+    def replay(self, i: int, counts: _Counts, loss_scale: Tensor | float, metrics: dict[str, Tensor]) -> None:
+        """Step 3, for micro-batch i. Adds its token losses to `metrics`."""
+        embeddings, losses = self._forward(i)
+        terms = []
+        for name, loss in losses.items():
+            terms.append(self.learner.weights[name] * counts.per_token(name) * loss.sum)
+            metrics[f"{name}_nll"] = metrics.get(f"{name}_nll", 0.0) + counts.per_token(name) * loss.nll.detach()
+        if terms:
+            metrics["loss"] = metrics.get("loss", 0.0) + torch.stack(terms).sum().detach()
+            terms = [term * loss_scale for term in terms]
+        if embeddings is not None:
+            gradient = self.embeddings[i].grad
+            assert gradient is not None
+            terms.append((embeddings * gradient).sum())
+        torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
+
+    def _forward(self, i: int) -> tuple[Tensor | None, dict[str, TokenLoss]]:
+        """The embeddings of micro-batch i with their graph, and its token losses."""
+        if self.graph is not None:
+            graph, self.graph = self.graph, None  # so that it is freed with the backward pass
+            return graph
+        if self.rng_states:
+            _set_rng_state(self.parts[i].keys.device, self.rng_states[i])
+        with self.precision:
+            return self.learner(self.parts[i])  # type: ignore[no-any-return]
+
+
+def _gather_batch(rows: Rows, counts: list[int]) -> GlobalBatch:
+    """The rows of all workers, with gradients for their owners; `counts` are each worker's number of rows."""
+    keys = gather_rows(rows.keys, counts)
+    anchors, positives, negatives = (
+        gather_rows(each, counts) for each in (rows.anchors, rows.positives, rows.negatives)
+    )
+    return GlobalBatch(Rows(anchors, positives, negatives, keys), sum(counts[: rank()]), len(counts))
+
+
+def _as_many_as_others(parts: Sequence[Part]) -> list[Part]:
+    """The parts, and empty ones up to the largest number of parts on any worker."""
+    counts = all_gather(torch.tensor(len(parts), device=parts[0].keys.device))
+    return [*parts, *[parts[0].emptied()] * (int(counts.max()) - len(parts))]
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What workers must know of each other before their losses."""
+
+    rows: list[int]
+    """Of each worker."""
+    targets: dict[str, float]
+    """Target tokens of all workers, by objective."""
+    ran_out: float
+    """How many workers ran out of memory."""
+
+    @classmethod
+    def exchange(cls, parts: Sequence[Part], ran_out: bool, device: torch.device) -> _Counts:
+        names = list(parts[0].tasks)
+        own = [float(sum(len(part.tasks[name].labels) for part in parts)) for name in names]
+        own += [float(sum(part.rows for part in parts)), float(ran_out)]
+        everyone = all_gather(torch.tensor(own, dtype=torch.float64, device=device)).cpu()
+        *targets, _, all_ran_out = everyone.sum(dim=0).tolist()
+        return cls([int(n) for n in everyone[:, -2]], dict(zip(names, targets, strict=True)), all_ran_out)
+
+    def per_token(self, name: str) -> float:
+        """One over the mean number of target tokens of a worker."""
+        return len(self.rows) / max(self.targets[name], 1.0)
+
+
+class _MemoryGuard:
+    """Notes that this worker has run out of memory. Raises it if the model is sharded: the other workers wait."""
+
+    def __init__(self, *, raises: bool) -> None:
+        self.raises, self.ran_out = raises, False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if error is None or not _is_out_of_memory(error):
+            return False
+        if self.raises:
+            raise OutOfMemory(
+                "out of memory under training.strategy=fsdp; the run resumes from the newest checkpoint with "
+                "micro-batches half as large"
+            ) from error
+        self.ran_out = True
+        return True
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch's CPU allocator has no error type of its own
+    said = isinstance(error, RuntimeError) and re.search("can't allocate memory|not enough memory", str(error))
+    return bool(said) or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def _rng_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_rng_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

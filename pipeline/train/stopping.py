@@ -1,0 +1,87 @@
+"""When a run ends, and which validation is the best so far.
+
+    best = BestModel(config.training, learner.weights)
+    best.score({"ndcg@10": 0.71, "loss": 1.3})       # 0.71: higher is better, whatever the metric
+    is_best = best.record(metrics, state)            # updates what the next validation must beat, and the patience
+
+`training.best_metric` decides. Without it NDCG@10 does if there is a contrastive objective, else the weighted sum of
+the objectives' negative log likelihoods per token.
+
+The best model and the patience are separate, as in transformers' EarlyStoppingCallback: any better score is the best,
+and a score that is better by more than `early_stopping.min_delta` is a gain. So the best model there was is kept, and a
+run can end while its scores still improve by too little to wait for. NaN is never better.
+
+All of this depends only on numbers that all workers share, so they stop together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from pipeline.config import Config, ConfigError
+from pipeline.config.training import Training
+from pipeline.data.plan import Plan
+from pipeline.train.checkpoints import TrainState
+
+DEFAULT_EPOCHS = 3
+LOWER_IS_BETTER = ("loss", "nll", "perplexity")
+
+
+def steps_of(config: Config, plan: Plan) -> int:
+    """Optimizer steps of the whole run: whichever limit comes first."""
+    steps, epochs = config.training.max_steps, config.training.max_epochs
+    if epochs is None:
+        if steps is not None:
+            return steps
+        epochs = DEFAULT_EPOCHS
+    by_epochs = max(1, math.ceil(epochs * plan.batches_per_epoch))
+    return min(by_epochs, steps or by_epochs)
+
+
+def is_finished(config: Config, total_steps: int, state: TrainState) -> bool:
+    limit = config.training.max_time_s
+    out_of_time = limit is not None and state.train_seconds >= limit
+    return state.ended_early or out_of_time or state.step >= total_steps
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether a metric of this name falls as the model gets better: `loss`, `mlm_nll`, `seq2seq_perplexity`."""
+    return any(part in name for part in LOWER_IS_BETTER)
+
+
+class BestModel:
+    """Compares validations. `weights` are the objectives' weights, by name."""
+
+    def __init__(self, settings: Training, weights: Mapping[str, float]) -> None:
+        self.stopping, self.weights = settings.early_stopping, weights
+        self.metric = settings.best_metric or ("ndcg@10" if "contrastive" in weights else None)
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """The number by which models are compared, higher is better, from a validation's metrics.
+
+        Raises ConfigError if `training.best_metric` is not one of them.
+        """
+        if self.metric is None:
+            return -sum(weight * metrics[f"{name}_nll"] for name, weight in self.weights.items())
+        name = self.metric.removeprefix("validation_")  # as metrics.jsonl and checkpoints have it
+        if name not in metrics:
+            raise ConfigError(
+                f"training.best_metric: found {self.metric!r}; allowed are the metrics of this run's validation, "
+                f"{', '.join(sorted(metrics))}"
+            )
+        return -metrics[name] if lower_is_better(name) else metrics[name]
+
+    def record(self, metrics: Mapping[str, float], state: TrainState) -> bool:
+        """Update the best score, the validations without a gain and the end of patience in `state`.
+
+        Returns whether this validation is the best so far. Raises ConfigError as `score` does.
+        """
+        score, best = self.score(metrics), -math.inf if state.best_metric is None else state.best_metric
+        is_gain, is_best = score - best > self.stopping.min_delta, score > best
+        if is_best:
+            state.best_metric = score
+        state.validations_without_gain = 0 if is_gain else state.validations_without_gain + 1
+        patience = self.stopping.patience
+        state.ended_early = patience is not None and state.validations_without_gain >= patience
+        return is_best

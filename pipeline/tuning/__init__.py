@@ -1,1 +1,0 @@
-"""Sweeps: the same training again and again, with other values."""

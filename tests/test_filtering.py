@@ -1,0 +1,208 @@
+"""Normalising and filtering records, their ids, and docstring pairs."""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Data, Sanitize, Source
+from pipeline.data.fields import RawRecord
+from pipeline.data.filtering import Filter, Sanitizer, nonprintable_share, unreadable
+from pipeline.data.partitions import content_id, is_validation, shard_of
+from pipeline.data.read_text import docstring_pairs
+
+CODE = Sanitizer(Sanitize(), collapse=False)
+PROSE = Sanitizer(Sanitize(), collapse=True)
+
+
+def test_unreadable_at_its_thresholds() -> None:
+    for raw, expected in (
+        ("abc", None),
+        ("", None),
+        ("x" * 20, None),
+        ("x" * 21, "too_long"),
+        ("abc\ud800", "invalid_utf8"),
+        ("abc\x00", None),  # one in four is the limit
+        ("ab\x00", "nonprintable"),
+        ("a\ufffd\ufffdb", "nonprintable"),
+        ("def f():\n\treturn 1", None),  # newlines and tabs are no fault of code's
+    ):
+        assert unreadable(raw, max_chars=20, max_nonprintable=0.25) == expected, raw
+
+
+def normalise(text: str, sanitizer: Sanitizer) -> str:
+    return sanitizer.tidy(sanitizer.reveal(text))
+
+
+NORMALISED: list[tuple[str, str | None, str | None]] = [  # raw, as code and as prose; None: as it was
+    ("e\u0301", "\u00e9", "\u00e9"),
+    ("a\r\nb\rc", "a\nb\nc", "a\nb\nc"),
+    ("a\u200b\u202eb\x00\x07", "ab", "ab"),
+    ("def f():  \n    return 1\t\n", "def f():\n    return 1", "def f():\nreturn 1"),
+    ("\n    a =  1\n      b = 2\n\n\n\nc", "    a =  1\n      b = 2\n\n\n\nc", "a = 1\nb = 2\n\nc"),
+    ("e\u200b\u0301", "\u00e9", "\u00e9"),  # composed once what stood between is gone
+    ("end.\x0cStart\u2028more", "end.\nStart\nmore", "end.\nStart\nmore"),
+    ("sch\u00c3\u00b6n", "schön", "schön"),
+    ("na\u00efve caf\u00e9 \u2013 \u201cfine\u201d", None, None),
+    ("\U0001f468\u200d\U0001f469\u200d\U0001f467", None, None),  # a family, joined
+    ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", None, None),  # Persian, with a non-joiner
+    ("a\u00a0b", "a\u00a0b", "a b"),
+    ("a  b", "a  b", "a b"),
+]
+SWITCHES = [  # name, raw, with it and without it
+    ("nfc", "e\u0301", "\u00e9", "e\u0301"),
+    ("repair_mojibake", "sch\u00c3\u00b6n", "schön", "sch\u00c3\u00b6n"),
+    ("remove_controls", "a\x00\x1bb", "ab", "a\x00\x1bb"),
+    ("remove_zero_width", "a\u200b\ufeffb", "ab", "a\u200b\ufeffb"),
+    ("remove_bidi_overrides", "a\u202eb", "ab", "a\u202eb"),
+    ("lowercase", "ÀB", "àb", "ÀB"),
+]
+
+
+def test_normalise() -> None:
+    for raw, code, prose in NORMALISED:
+        assert normalise(raw, CODE) == (raw if code is None else code)
+        assert normalise(raw, PROSE) == (raw if prose is None else prose)
+    for switch, raw, with_it, without in SWITCHES:
+        assert normalise(raw, Sanitizer(Sanitize(**{switch: True}), collapse=True)) == with_it, switch
+        assert normalise(raw, Sanitizer(Sanitize(**{switch: False}), collapse=True)) == without, switch
+    letters = Sanitizer(Sanitize(allowed_characters=r"\p{L}\p{N}\s"), collapse=True)
+    assert normalise("Größe: 5 €!", letters) == "Größe 5"
+
+
+@pytest.mark.parametrize("sanitizer", [CODE, PROSE])
+def test_normalise_is_idempotent_on_real_text(sanitizer: Sanitizer) -> None:
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-d]*.py"))
+    for text in [*(file.read_text("utf-8") for file in files), "e\u200b\u0301 \u200b\n \x0c \x85", "  a\n\n\tb "]:
+        once = normalise(text, sanitizer)
+        assert normalise(once, sanitizer) == once
+        assert unicodedata.is_normalized("NFC", once)
+
+
+def test_nonprintable_share_against_the_definition() -> None:
+    for text in ("", "abc", "\x00", "a\x00\n", "ab\ufffd", "\n\n\t", "é\u0378"):
+        bad = sum((not c.isprintable() and not c.isspace()) or c == "\ufffd" for c in text)
+        assert nonprintable_share(text) == (bad / len(text) if text else 0)
+
+
+def filtered(text: str, metadata: dict[str, Any] | None = None, native_id: str = "0", **data: Any) -> dict[str, Any]:
+    keep = Filter(Source(name="s", type="json", path="none"), Data.model_validate(data))
+    return keep(RawRecord(native_id, {"anchor": "Where to get help", "positive": text}, metadata or {}))
+
+
+def test_the_first_rule_that_a_record_fails_is_its_reason() -> None:
+    prose = "This sentence is written in plain English, and it says a few things about the weather in the north."
+    for text, reason in (
+        (prose, None),
+        ("buy " * 18, "quality_word_run"),
+        ("Dieser Satz ist auf Deutsch geschrieben und handelt vom Wetter im Norden.", "language_de"),
+        ("See base.", "too_short"),
+        (f"' OR 1=1 -- {prose}", None),
+        ("' OR 1=1 --", "unsafe_sql_injection"),
+    ):
+        found = filtered(text, quality={"preset": "short", "languages": ["en"]})
+        assert found.get("reason") == reason, text
+
+
+def test_a_hidden_character_hides_nothing_from_a_redaction() -> None:
+    for hidden in ("", "\x01", "\u200b", "\u202e"):
+        text = f"For help with any of this, please do write to ann@exam{hidden}ple.org today."
+        kept = filtered(text, safety={"actions": {"email": "redact"}})
+        assert kept["positive"] == "For help with any of this, please do write to [EMAIL] today."
+
+
+def test_ids_and_metadata_are_valid_utf8_and_json() -> None:
+    found = filtered("Here, of course.", {"line": "\udfff"}, "\ud800")
+    assert (found["source_id"], found["metadata"]) == ("s:?", '{"line": "?"}')
+    nan, infinity = float("nan"), float("inf")
+    for value, expected in (
+        (nan, "null"),
+        ({"deep": [1.5, -infinity, {"x": nan}], "y": "NaN"}, '{"deep": [1.5, null, {"x": null}], "y": "NaN"}'),
+        (0.5, "0.5"),
+    ):
+        assert filtered("Here, of course.", {"line": value})["metadata"] == f'{{"line": {expected}}}'
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert filtered("Here, of course.", {"deep": deep})["reason"] == "unreadable_value"
+
+
+def test_content_id_tells_fields_apart() -> None:
+    assert content_id(["ab", "c"]) != content_id(["a", "bc"])
+    assert content_id(["a"]) != content_id(["a", ""])
+    assert content_id(["é"]) == content_id(["é"])
+    assert len(content_id(["a"])) == 32
+
+
+def test_shards_and_split_are_even_and_independent() -> None:
+    ids = [content_id([str(i)]) for i in range(20_000)]
+    shards = [shard_of(i, 7) for i in ids]
+    assert min(shards) == 0
+    assert max(shards) == 6
+    held_out = [i for i in ids if is_validation(i, 0.1)]
+    assert 0.09 < len(held_out) / len(ids) < 0.11
+    for shard in range(7):
+        in_shard = [i for i, s in zip(ids, shards, strict=True) if s == shard]
+        assert abs(len(in_shard) / len(ids) - 1 / 7) < 0.01
+        assert abs(sum(is_validation(i, 0.1) for i in in_shard) / len(in_shard) - 0.1) < 0.02
+
+
+SOURCE = '''
+@decorator
+def outer(a):
+    """First line
+    goes on.
+
+    Second paragraph.
+    """
+    def inner(): "Inner doc."; return 1
+    return inner
+
+class Thing:
+    "Ümlaut doc"
+    x = 1
+
+    async def method(self):
+        """Method doc."""
+        return 2
+
+def only_a_docstring():
+    """Nothing beside it."""
+
+def none():
+    return 3
+'''
+
+
+def test_pairs_of_every_kind_of_definition() -> None:
+    found = {pair.name: pair for pair in docstring_pairs(SOURCE)}
+    assert list(found) == ["outer", "outer.inner", "Thing", "Thing.method"]
+    assert found["outer"].docstring == "First line goes on."
+    assert found["outer"].code.startswith("@decorator\ndef outer(a):\n    def inner()")
+    assert "Second" not in found["outer"].code
+    assert found["outer.inner"].code == "def inner(): return 1"
+    assert "Ümlaut" not in found["Thing"].code
+    assert found["Thing.method"].code == "async def method(self):\n    return 2"
+    assert SOURCE.splitlines()[found["Thing.method"].line - 1].strip() == "async def method(self):"
+
+
+def test_pairs_of_the_standard_library_parse_and_lack_their_docstring() -> None:
+    count = 0
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-f]*.py")):
+        for pair in docstring_pairs(file.read_text("utf-8")):
+            node = ast.parse(pair.code).body[0]
+            assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            assert " ".join((ast.get_docstring(node) or "").split()) != pair.docstring
+            count += 1
+    assert count > 500
+
+
+def test_source_that_does_not_parse_says_so() -> None:
+    for source in ("def f(:\n", "def f():\n  x\n y\n", "a = '\\x'", "\x00"):
+        with pytest.raises((SyntaxError, ValueError)):
+            list(docstring_pairs(source))
