@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage: str, save: Any, run_dir: Bu
         served.write(key, data[: len(data) // 2])
     else:
         served.delete(key)
-    said = f"{damaged} was passed over: its {path.name} is missing or broken"
+    said = f"skipped {damaged}: its {path.name} is missing or broken"
     assert newest_valid(run_dir) == ResumePoint(whole, TrainState(1), (said,))
     prune(run_dir, 1, newest=whole)
     assert newest_valid(run_dir) == ResumePoint(whole, TrainState(1))

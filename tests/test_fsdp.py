@@ -350,6 +350,6 @@ def _saved_with_a_file_in_the_way(rank: int, world_size: int, folder: str) -> Re
 def test_what_keeps_one_worker_from_writing_stops_all(tmp_path: Path) -> None:
     run_workers(2, _saved_with_a_file_in_the_way, str(tmp_path))
     said = [Path(tmp_path, f"{rank}.txt").read_text() for rank in range(2)]
-    for text, reason in zip(said, ("Not a directory", "another worker says why"), strict=True):
-        assert text.startswith("step 1: the checkpoint could not be written to ")
+    for text, reason in zip(said, ("Not a directory", "see another worker's error"), strict=True):
+        assert text.startswith("step 1: cannot write the checkpoint to ")
         assert f"({reason}); make room there" in text

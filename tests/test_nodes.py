@@ -140,7 +140,7 @@ def test_nodes_are_lost_and_nothing_else_is(
         if everything:
             job = start("tune", "storage.run=s", "tune.trials=2", "tune.max_steps=50", "tune.scheduler=none")
             swept = job.finish()["metrics"]
-            assert "tune: 2 of 2 trials are left, 2 at the same time" in job.log.read_text()
+            assert "tune: running 2 of 2 trials, 2 at a time" in job.log.read_text()
             assert (swept["done"], set(nodes.places("ImplicitFunc"))) == (2, {"gpu"})
 
         job = start("embed", "embedding.batch_tokens=1024")

@@ -74,7 +74,7 @@ def test_killed_anywhere_a_run_ends_with_the_same_bits(every_point: bool, traine
     kill(found)
     job.wait_for(next(steps))
     kill(ray_processes("TrainController"))
-    job.wait_for("Ray's controller of the run died")
+    job.wait_for("Ray Train's controller died")
     job.kill()
 
     if every_point:

@@ -316,7 +316,7 @@ class TestStudy:
             best, rows = study.best, study.rows
         assert best is not None
         assert best.number == 0
-        reasons = ["the loss is no finite number", "it gave no ndcg@10", "its process died: the node is gone"]
+        reasons = ["the loss is no finite number", "it reported no ndcg@10", "its process died: the node is gone"]
         assert [(row.state, row.reason) for row in rows[1:]] == [("failed", reason) for reason in reasons]
         assert (rows[1].steps, rows[1].whole_steps) == (5, 5)
 
@@ -400,7 +400,7 @@ class TestRealSweep:
     ) -> None:
         code, last, err = tuning(capsys, *GRID)
         assert code == 0, err
-        assert "4 of 4 trials are left, 2 at the same time, of 1 workers" in err
+        assert "running 4 of 4 trials, 2 at a time, with 1 workers each" in err
         metrics, folder = last["metrics"], tuning.root / "runs" / "small" / "tune"
         assert (metrics["trials"], metrics["failed"]) == (4, 2)  # batches of 4,096 of 720 pairs
         values = {RATE: 2e-2, "training.global_batch_size": 64}
@@ -422,7 +422,7 @@ class TestRealSweep:
         monkeypatch.setattr("pipeline.stages.ray_session", no_progress)
         code, last, err = tuning(capsys, *GRID)
         assert (code, last["metrics"]["trials"]) == (0, 4), err
-        assert "nothing to do, all 4 trials have ended" in err
+        assert "nothing to do, all 4 trials have finished" in err
 
     def check_best_yaml(self, tuning: Tuning, folder: Path, values: dict[str, Any]) -> None:
         """It is the config with the best values."""

@@ -1,1 +1,1 @@
-"""Training: the loop, its checkpoints, and the Ray worker round it."""
+"""Training: the loop, its checkpoints, the Ray worker that runs it, and sweeps."""

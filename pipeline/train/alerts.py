@@ -1,4 +1,7 @@
-"""When somebody should look: a loss far above its last ones, a device's memory nearly full."""
+"""Alerts: the loss rises far above its recent values, or a device's memory is nearly full.
+
+LossSpikes(deviations=6).update(step=120, loss=9.1)      # None, or a sentence when a spike begins
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,16 @@ from statistics import fmean
 
 from pipeline.train.history import Metrics
 
-LEAST = 20  # losses until a deviation means something, and in a row until a height is no spike: ours
-LEAST_DEVIATION = 0.01  # of the mean: ours; losses that barely differ would make a spike of the last digit
+LEAST = 20  # losses needed for a deviation, and high losses in a row that make a new level. Ours
+LEAST_DEVIATION = 0.01  # of the mean, or nearly constant losses would alert on their last digit. Ours
 
 
 class LossSpikes:
-    """Finds losses more than so many standard deviations above the mean of the last `window` logged ones.
+    """Finds losses more than `deviations` standard deviations above the mean of the last `window` logged ones.
 
-    A spike is not among those: it would widen the deviation and hide the next one. Losses that stay high are one spike,
-    told of once; after LEAST of them in a row the run has a new level, from which the window begins anew, so that a
-    change such as layers that join in is not called a spike for ever. Steps may come again: what was known of them is
-    forgotten.
+    Spikes are left out of the window, because they would widen the deviation and hide the next one. Losses that stay
+    high are one spike, reported once; after LEAST of them in a row, the window restarts at the new level. If steps are
+    repeated after a restart, their earlier losses are dropped.
     """
 
     def __init__(self, deviations: float, window: int = 100) -> None:
@@ -27,7 +29,7 @@ class LossSpikes:
         self.high: list[tuple[int, float]] = []
 
     def update(self, step: int, loss: float) -> str | None:
-        """Take the next logged loss into account. Returns a sentence where a spike begins."""
+        """Add the next logged loss. Returns a sentence if a spike begins."""
         self._forget_from(step)
         mean, deviation = self._usual()
         if loss <= mean + self.deviations * deviation:
@@ -42,12 +44,12 @@ class LossSpikes:
             return None
         return (
             f"step {step:,}: the loss is {loss:.4g}, {(loss - mean) / deviation:.1f} standard deviations above "
-            f"{mean:.4g}, the mean of the last {len(self.recent)} logged ones; if it does not come down again, a lower "
-            "training.learning_rate or training.max_grad_norm may help"
+            f"{mean:.4g}, the mean of the last {len(self.recent)} logged ones; if it does not come down again, lower "
+            "training.learning_rate or training.max_grad_norm"
         )
 
     def _usual(self) -> tuple[float, float]:
-        """Mean and standard deviation of the recent losses; without enough of them no loss is too high."""
+        """Mean and standard deviation of the recent losses; an infinite mean if there are too few."""
         if len(self.recent) < LEAST:
             return math.inf, 0.0
         losses = [loss for _, loss in self.recent]
@@ -62,19 +64,19 @@ class LossSpikes:
 
 
 class FullMemory:
-    """Tells once when a device's memory, at its peak, is fuller than a fraction."""
+    """Alerts once if the peak memory of a device exceeds a fraction of its total."""
 
     def __init__(self, fraction: float) -> None:
-        self.fraction, self.told = fraction, False
+        self.fraction, self.alerted = fraction, False
 
     def update(self, metrics: Metrics) -> str | None:
-        """Look at `memory_share`, where there is one. Returns a sentence the first time that it is too high."""
+        """Check `memory_share`, if there is one. Returns a sentence the first time that it is too high."""
         share = metrics.get("memory_share", 0.0)
-        if self.told or share <= self.fraction:
+        if self.alerted or share <= self.fraction:
             return None
-        self.told = True
+        self.alerted = True
         return (
-            f"step {int(metrics['step']):,}: {share:.0%} of the device's memory was taken at the peak, more than "
-            f"logging.memory_alert_fraction={self.fraction:g}; model.gradient_checkpointing=true or a higher "
-            "training.gradient_accumulation_steps take less"
+            f"step {int(metrics['step']):,}: peak memory was {share:.0%} of the device's, more than "
+            f"logging.memory_alert_fraction={self.fraction:g}; to use less, set model.gradient_checkpointing=true or "
+            "raise training.gradient_accumulation_steps"
         )

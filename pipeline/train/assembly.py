@@ -1,8 +1,8 @@
-"""From a prepared data set to a run that is ready to loop, or to resume: the same with Ray and without.
+"""From a prepared data set to a training run, new or resumed, with and without Ray.
 
 task = Task.of(config, folder, manifest)
 state = run_task(task, feed.batches, Hooks(save=..., report=print), device)     # on every worker
-state = train_here(config, folder, manifest)                                    # one process, or torchrun's; no Ray
+state = train_here(config, folder, manifest)                                    # without Ray: one process, or torchrun
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """What every worker of a run needs to know."""
+    """A training run, as every worker needs it."""
 
     config: Config
     folder: StoragePath
@@ -59,11 +59,11 @@ class Task:
     plan: Plan
     total_steps: int
     holder: str
-    """Who holds the lock on the run's folder: see `Placer`."""
+    """The holder of the lock on the run's folder; see `Placer`."""
 
     @classmethod
     def of(cls, config: Config, folder: StoragePath, manifest: Manifest) -> Task:
-        """Raises ConfigError where a split is too small for the batch."""
+        """Plan the batches of a prepared data set. Raises ConfigError if a split is smaller than a batch."""
         settings = config.training
         plan = training_plan(folder, manifest, settings.global_batch_size, settings.seed, settings.batching)
         return cls(config, folder, manifest, plan, steps_of(config, plan), holder_of(config.run_dir))
@@ -76,9 +76,9 @@ class Task:
 def run_task(
     task: Task, batches: Batches, hooks: Hooks, device: torch.device, known: ResumePoint | None = None
 ) -> TrainState:
-    """Train from the newest whole checkpoint, or from the start. Raises TrainingStopped, ConfigError on all workers.
+    """Train from the newest checkpoint, or from step 0. Raises TrainingStopped and ConfigError on all workers.
 
-    A `known` checkpoint was read already.
+    `known` is the newest checkpoint if it was verified already.
     """
     config = task.config
     task.plan.check_workers(world_size())
@@ -94,13 +94,13 @@ def run_task(
 
 
 def resume(run: Run, known: ResumePoint | None = None) -> TrainState:
-    """Load the newest whole checkpoint, if there is one.
+    """Load the newest valid checkpoint, if there is one.
 
-    Rank 0 finds it for all workers: they see the same disk or bucket, but not at the same moment.
+    Rank 0 chooses it for all workers, which may list the disk or bucket at different moments.
     """
     run_dir = run.config.run_dir
-    found = (resume_point(run_dir, known), noted_oom_splits(run_dir)) if rank() == 0 else None
-    point, oom_splits = broadcast(found) or (ResumePoint(), 0)
+    chosen = (resume_point(run_dir, known), noted_oom_splits(run_dir)) if rank() == 0 else None
+    point, oom_splits = broadcast(chosen) or (ResumePoint(), 0)
     if point.folder:
         load_checkpoint(point.folder, run)
     point.state.oom_splits = max(point.state.oom_splits, oom_splits)
@@ -113,9 +113,9 @@ def train_here(
     manifest: Manifest,
     on_metrics: Callable[[Metrics], None] = lambda metrics: None,
 ) -> TrainState:
-    """Train without Ray: in this process, or in those that torch.distributed has joined. Returns the final state.
+    """Train without Ray, in this process or in a torch.distributed process group. Returns the final state.
 
-    `on_metrics` is called on rank 0 with what the trackers get, after them.
+    `on_metrics` is called on rank 0 with each row of metrics, after the trackers.
     """
     task, point = Task.of(config, folder, manifest), ResumePoint()
     check_model(config, Tokenizer.from_str(task.tokenizer_json))
@@ -151,11 +151,11 @@ def _validation(task: Task, tokenizer: Tokenizer) -> Validation:
 
 
 def build_learner(config: Config, tokenizer: Tokenizer, *, negatives: bool) -> Learner:
-    """A fresh model, or a pretrained one, and the partners that the objectives need. Seed torch before.
+    """A new or pretrained model, with the decoder and heads that the objectives need. Seed torch first.
 
     `negatives`: whether the records have hard negatives.
     """
-    backbone = _pretrained(config) if config.model.pretrained else _unified(config, tokenizer)
+    backbone = _pretrained(config) if config.model.pretrained else _new_encoder(config, tokenizer)
     prompts = {"query": config.data.prompt("anchor"), "document": config.data.prompt("positive", "text")}
     head = Head(
         config.model.pooling,
@@ -163,34 +163,34 @@ def build_learner(config: Config, tokenizer: Tokenizer, *, negatives: bool) -> L
         tuple(config.model.matryoshka_dims),
         tuple((name, prompt) for name, prompt in prompts.items() if prompt),
     )
-    wanted = config.objective
-    decoder = _decoder(config, backbone, tokenizer) if wanted.needs_decoder else None
-    special = _special(tokenizer) if wanted.needs_decoder or wanted.mlm else None
-    return Learner(EmbeddingModel(backbone, head), wanted, special, decoder, negatives=negatives)
+    objective = config.objective
+    decoder = _decoder(config, backbone, tokenizer) if objective.needs_decoder else None
+    special = _special(tokenizer) if objective.needs_decoder or objective.mlm else None
+    return Learner(EmbeddingModel(backbone, head), objective, special, decoder, negatives=negatives)
 
 
 def describe(learner: Learner) -> str:
-    """How many parameters there are, and where."""
-    whole, encoder = parameter_count(learner), parameter_count(learner.model)
+    """The number of parameters, in total and by component."""
+    total, encoder = parameter_count(learner), parameter_count(learner.model)
     decoder = parameter_count(learner.decoder) if learner.decoder is not None else 0
-    counts = {"encoder": encoder, "decoder": decoder, "heads": whole - encoder - decoder}
+    counts = {"encoder": encoder, "decoder": decoder, "heads": total - encoder - decoder}
     listed = ", ".join(f"{count:,} in the {name}" for name, count in counts.items() if count)
-    return f"{whole:,} parameters: {listed}"
+    return f"{total:,} parameters: {listed}"
 
 
-def _unified(config: Config, tokenizer: Tokenizer) -> Encoder:
-    wanted = config.model
+def _new_encoder(config: Config, tokenizer: Tokenizer) -> Encoder:
+    settings = config.model
     encoder = Encoder(
         EncoderShape(
             vocab_size=tokenizer.get_vocab_size(),
-            dropout=wanted.dropout,
-            norm_eps=wanted.epsilon,
-            positions=wanted.positions,
-            max_positions=config.tokenizer.max_length if wanted.positions == "learned" else None,
-            **wanted.dimensions(),
+            dropout=settings.dropout,
+            norm_eps=settings.epsilon,
+            positions=settings.positions,
+            max_positions=config.tokenizer.max_length if settings.positions == "learned" else None,
+            **settings.dimensions(),
         )
     )
-    encoder.gradient_checkpointing = wanted.gradient_checkpointing
+    encoder.gradient_checkpointing = settings.gradient_checkpointing
     if config.training.table_warmup_fraction:
         encoder.zero_residual_branches()
     return encoder
@@ -199,19 +199,19 @@ def _unified(config: Config, tokenizer: Tokenizer) -> Encoder:
 def _pretrained(config: Config) -> PretrainedEncoder:
     from pipeline.model.pretrained import load_pretrained
 
-    backbone = load_pretrained(_place(config))
+    backbone = load_pretrained(_pretrained_path(config))
     if config.model.gradient_checkpointing:
         backbone.checkpoint_gradients()
     return backbone
 
 
-def _place(config: Config) -> Path:
-    """`model.pretrained` as a folder on this machine, or a name of the hub's."""
+def _pretrained_path(config: Config) -> Path:
+    """`model.pretrained` as a local folder, downloaded from a bucket if needed, or as a name on the Hub."""
     return fetched(as_path(str(config.model.pretrained)))
 
 
 def check_model(config: Config, tokenizer: Tokenizer) -> None:
-    """Raise ConfigError where a tokenizer's tokens, texts or sizes of the config do not fit the model."""
+    """Raise ConfigError if the tokenizer or the config does not fit the objectives or the pretrained model."""
     if config.objective.needs_decoder or config.objective.mlm:
         _special(tokenizer)
     if not config.model.pretrained:
@@ -219,19 +219,18 @@ def check_model(config: Config, tokenizer: Tokenizer) -> None:
     from pipeline.model.pretrained import shape_of
 
     try:
-        backbone = shape_of(_place(config))
+        backbone = shape_of(_pretrained_path(config))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.pretrained: {error}") from None
     table, longest, name = len(backbone.token_table.weight), config.tokenizer.max_length, config.model.pretrained
     if longest > backbone.max_positions:
         raise ConfigError(
-            f"tokenizer.max_length: found {longest}; allowed with model.pretrained={name} are at most "
-            f"{backbone.max_positions}"
+            f"tokenizer.max_length: found {longest}; model.pretrained={name} takes at most {backbone.max_positions}"
         )
     if tokenizer.get_vocab_size() > table:
         raise ConfigError(
-            f"tokenizer.load_path: found {tokenizer.get_vocab_size():,} tokens, and {table:,} rows in the table of "
-            f"model.pretrained={name}; allowed is that model's own tokenizer"
+            f"tokenizer.load_path: found {tokenizer.get_vocab_size():,} tokens, but the token table of "
+            f"model.pretrained={name} has {table:,} rows; use that model's own tokenizer"
         )
     if max(config.model.matryoshka_dims, default=0) >= backbone.width:
         raise ConfigError(
@@ -240,31 +239,31 @@ def check_model(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def _decoder(config: Config, backbone: Encoder | PretrainedEncoder, tokenizer: Tokenizer) -> Decoder:
-    """A decoder of the encoder's width and depth, so that they can share a token table."""
-    wanted, shape = config.model, config.model.dimensions()
+    """A decoder with the encoder's width and depth, so that both can share a token table."""
+    settings, shape = config.model, config.model.dimensions()
     pretrained = not isinstance(backbone, Encoder)
     decoder = Decoder(
         DecoderShape(
-            vocab_size=len(backbone.token_table.weight) if wanted.tie_embeddings else tokenizer.get_vocab_size(),
+            vocab_size=len(backbone.token_table.weight) if settings.tie_embeddings else tokenizer.get_vocab_size(),
             d_model=backbone.width,
-            num_layers=wanted.decoder_layers or max(len(backbone.layers), 1),
+            num_layers=settings.decoder_layers or max(len(backbone.layers), 1),
             num_heads=shape["num_heads"] if isinstance(backbone, Encoder) else backbone.num_heads,
             num_kv_heads=None if pretrained else shape["num_kv_heads"],
             d_ff=gated_width(backbone.width) if pretrained else shape["d_ff"],
-            dropout=wanted.dropout,
+            dropout=settings.dropout,
             memory_width=backbone.width if {"seq2seq", "denoising"} & config.objective.named.keys() else None,
         ),
-        tie_to=backbone.token_table if wanted.tie_embeddings else None,
+        tie_to=backbone.token_table if settings.tie_embeddings else None,
     )
-    decoder.gradient_checkpointing = wanted.gradient_checkpointing
+    decoder.gradient_checkpointing = settings.gradient_checkpointing
     return decoder
 
 
 def _special(tokenizer: Tokenizer) -> Special:
-    found = framing(tokenizer)
-    if found.start is None or found.end is None or found.mask is None:
+    tokens = framing(tokenizer)
+    if tokens.start is None or tokens.end is None or tokens.mask is None:
         raise ConfigError(
-            "tokenizer.load_path: found no tokens such as [CLS], [SEP] and [MASK], with which texts are framed and "
-            "masked; allowed with seq2seq, denoising, mlm and causal objectives is a tokenizer that has them"
+            "tokenizer.load_path: found no start, end and mask tokens such as [CLS], [SEP] and [MASK]; the seq2seq, "
+            "denoising, mlm and causal objectives need a tokenizer that has them"
         )
-    return Special(found.start, found.end, found.mask, found.special, tokenizer.get_vocab_size())
+    return Special(tokens.start, tokens.end, tokens.mask, tokens.special, tokenizer.get_vocab_size())

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: find the newest one that is whole, put a new one in its place, delete old ones.
+"""The checkpoints of a run: find the newest valid one, commit a new one, delete old ones.
 
     point = newest_valid(run_dir)                          # reads and hashes the newest checkpoint, once
     point.folder, point.state, point.passed_over
@@ -7,13 +7,12 @@
                                      state.json}
     <run>/best/step-00000200/…
 
-`state.json` holds the step, the metrics and the hash of each file. It is written last, so a folder without it, or with
-a file that does not match its hash, is not a checkpoint. Each start of a run writes into an `attempt-*` of its own.
+`state.json` holds the step, the metrics and the hash of each file. It is written last: a folder without it, or with a
+file that does not match its hash, is not a checkpoint. Each start of a run writes into a new `attempt-*` folder.
 
-Why we also rotate checkpoints ourselves: Ray's CheckpointConfig keeps the newest K, or with a score the top K and the
-latest, of one start of the driver, but a run needs the newest K (to fall back on if the newest is broken) and the best
-of all its starts, with Ray and without. So Ray keeps the newest K of an attempt, `prune` the newest K of all attempts,
-and the best is linked into `best/`.
+Why we also rotate checkpoints ourselves: Ray's CheckpointConfig keeps the newest K of one start of the driver, but a
+run needs the newest K of all its starts (to fall back on if the newest is broken) and the best, also without Ray. So
+Ray keeps the newest K of an attempt, `prune` the newest K of all attempts, and the best is linked into `best/`.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ from pipeline.core.path import StoragePath
 
 OOM_SPLITS = "oom_splits"
 POLL_S = 0.5
-WEIGHTS = "weights"  # the folder that replaces model.safetensors if each worker wrote its part
+WEIGHTS = "weights"  # replaces model.safetensors if each worker wrote a shard
 
 
 @dataclass
 class TrainState:
-    """Where training stands.
+    """The training state that a checkpoint stores.
 
-    The position in the data, the learning rate and all random seeds are functions of `step`, so they are not stored.
+    The position in the data, the learning rate and all seeds are functions of `step`, so they are not stored.
     """
 
     step: int = 0
@@ -63,24 +62,24 @@ class TrainState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     oom_splits: int = 0
-    """How often micro-batches were halved because memory ran out."""
+    """How often micro-batches were halved after running out of memory."""
     scaler: dict[str, float] = field(default_factory=dict)
-    """The state of torch's GradScaler, in fp16."""
+    """The state of torch's GradScaler; only used in fp16."""
     metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The newest whole checkpoint and its state; without one, the first step."""
+    """The newest valid checkpoint and its state; without a checkpoint, the state of step 0."""
 
     folder: StoragePath | None = None
     state: TrainState = field(default_factory=TrainState)
     passed_over: tuple[str, ...] = ()
-    """A sentence for each newer checkpoint that is not whole."""
+    """A sentence for each newer checkpoint that is broken."""
 
 
 def is_sharded(folder: StoragePath) -> bool:
-    """Whether each worker wrote its part of the checkpoint."""
+    """Whether each worker wrote a shard of the checkpoint."""
     return (folder / WEIGHTS).is_dir()
 
 
@@ -89,13 +88,13 @@ def step_folder(step: int) -> str:
 
 
 def next_attempt(run_dir: StoragePath) -> str:
-    """A folder name that no start of the run has had: Ray would restore the state of a run with the same name."""
+    """An unused folder name: Ray would restore the state of an earlier attempt with the same name."""
     taken = [int(folder.name.removeprefix("attempt-")) for folder in run_dir.glob("attempt-[0-9]*")]
     return f"attempt-{max(taken, default=0) + 1:03d}"
 
 
 def note_oom_splits(run_dir: StoragePath, oom_splits: int) -> None:
-    """Tell the next start how often to halve micro-batches; for runs that must restart when memory runs out."""
+    """Store how often to halve micro-batches, for a run that must restart after running out of memory."""
     write_atomically(run_dir / OOM_SPLITS, str(oom_splits).encode())
 
 
@@ -111,7 +110,7 @@ def seal(folder: Path, state: TrainState) -> None:
 
 
 def read_state(folder: StoragePath) -> TrainState:
-    """The state of a checkpoint whose files all match their hashes. Raises ValueError naming a file that does not."""
+    """Verify the hashes of a checkpoint's files and return its state. Raises ValueError naming a broken file."""
     if not (folder / "state.json").is_file():
         raise ValueError("its state.json is missing or broken")
     local = fetched(folder)
@@ -129,7 +128,7 @@ def read_state(folder: StoragePath) -> TrainState:
 
 
 def newest_valid(run_dir: StoragePath, known: ResumePoint | None = None) -> ResumePoint:
-    """The newest checkpoint whose files are whole. A `known` one that still is the newest is not read again."""
+    """The newest checkpoint whose files match their hashes. If `known` is still the newest, it is not read again."""
     passed_over: list[str] = []
     for folder in _newest_first(run_dir):
         if known and folder == known.folder:
@@ -137,12 +136,12 @@ def newest_valid(run_dir: StoragePath, known: ResumePoint | None = None) -> Resu
         try:
             return ResumePoint(folder, read_state(folder), tuple(passed_over))
         except ValueError as error:
-            passed_over.append(f"{folder} was passed over: {error}")
+            passed_over.append(f"skipped {folder}: {error}")
     return ResumePoint(passed_over=tuple(passed_over))
 
 
 def resume_point(run_dir: StoragePath, known: ResumePoint | None = None) -> ResumePoint:
-    """`newest_valid`, with a warning for each checkpoint that was passed over."""
+    """`newest_valid`, with a warning for each checkpoint that it skipped."""
     point = newest_valid(run_dir, known)
     for sentence in point.passed_over if point is not known else ():
         log.warning("train: %s", sentence)
@@ -150,7 +149,7 @@ def resume_point(run_dir: StoragePath, known: ResumePoint | None = None) -> Resu
 
 
 def best_checkpoint(run_dir: StoragePath) -> StoragePath | None:
-    """The checkpoint with the best validation score; if it is missing or broken, the newest one that is whole."""
+    """The checkpoint with the best validation score; if it is missing or broken, the newest valid one."""
     for folder in reversed(matching(run_dir / "best", "step-*[0-9]")):
         try:
             read_state(folder)
@@ -161,10 +160,10 @@ def best_checkpoint(run_dir: StoragePath) -> StoragePath | None:
 
 
 def prune(run_dir: StoragePath, keep: int, newest: StoragePath | None = None) -> None:
-    """Keep the newest `keep` checkpoints over all attempts; delete the others, and what attempts leave behind.
+    """Keep the newest `keep` checkpoints over all attempts; delete the others and leftover files.
 
-    Not while a Ray trainer runs, which must find the checkpoints that it knows of. `newest` is the newest checkpoint
-    whose hashes were checked: it stays, and newer ones are broken and go. Of the others, those that lack files go.
+    Don't call it while a Ray trainer runs: the trainer expects its checkpoints to exist. `newest` is the newest
+    checkpoint whose hashes were verified. It is kept; newer ones are broken and deleted, like those that lack files.
     """
     shutil.rmtree(staging(run_dir), ignore_errors=True)
     folders, kept = _newest_first(run_dir), list[StoragePath]()
@@ -181,32 +180,32 @@ def prune(run_dir: StoragePath, keep: int, newest: StoragePath | None = None) ->
 
 @dataclass(frozen=True)
 class Placer:
-    """Moves what a worker wrote of a checkpoint to its place in the run's folder.
+    """Moves a worker's files of a checkpoint into the run's folder.
 
         placer = Placer(run_dir, rank=0, writers=2, start="9f0c41aa", wait_s=600)
         placer.place(Path("incoming/0/step-00000200"), run_dir / "attempt-001" / "step-00000200", is_best=True)
 
-        rank 1:  its files ──► written-9f0c41aa-00001.json, its part of state.json
-        rank 0:  its files ──► waits for the others' parts ──► best/ ──► state.json, all parts in one
+        rank 1:  moves its files ──► written-9f0c41aa-00001.json, its part of state.json
+        rank 0:  moves its files ──► waits for the other parts ──► best/ ──► state.json, merged from all parts
 
-    Each file appears whole or not at all, and a worker that is killed leaves a folder without state.json. The best is
-    copied before state.json is written, so a run that resumes from a step has the best up to it.
+    Each file is moved atomically, and state.json comes last: a killed worker leaves no broken checkpoint. `best/` is
+    updated before state.json, so a run that resumes from a step has the best checkpoint up to it.
     """
 
     run_dir: StoragePath
     rank: int
     writers: int
     start: str
-    """Separates this start of the workers from an earlier one, whose parts may lie in the same folder."""
+    """An id of this start of the workers; an earlier start may have left parts in the same folder."""
     wait_s: float
     holder: str = ""
-    """Who held the lock on the run's folder when training began: the driver."""
+    """The holder of the run folder's lock when training began (the driver)."""
 
     def place(self, folder: Path, target: StoragePath, is_best: bool) -> None:
-        """Move a sealed folder to its place.
+        """Move a sealed folder to `target`.
 
-        Raises BucketError if the bucket fails, or if another worker's part is missing after `wait_s` seconds, and
-        LockLost if another job holds the run's folder by now.
+        Raises BucketError if the bucket fails or another worker's part is missing after `wait_s` seconds, and LockLost
+        if another job now holds the run's folder.
         """
         if holder_of(self.run_dir) != self.holder:
             raise LockLost(f"another job has taken over {self.run_dir}")
@@ -227,11 +226,11 @@ class Placer:
         """The name of a worker's part of state.json."""
         return f"written-{self.start}-{rank:05d}.json"
 
-    def _merged_state(self, own: str, target: StoragePath) -> str:
-        """state.json with the files of all workers."""
+    def _merged_state(self, state_json: str, target: StoragePath) -> str:
+        """This worker's state.json, extended by the files of all others."""
         if self.writers == 1:
-            return own
-        content, deadline = json.loads(own), time.monotonic() + self.wait_s
+            return state_json
+        content, deadline = json.loads(state_json), time.monotonic() + self.wait_s
         for rank in range(1, self.writers):
             part = target / self.part(rank)
             while not part.is_file():
@@ -243,11 +242,11 @@ class Placer:
 
 
 def keep_best(checkpoint: StoragePath, run_dir: StoragePath, state_json: str) -> None:
-    """Link a checkpoint into `best/`, without the optimizer, then delete the one that was there."""
+    """Link a checkpoint, without its optimizer, into `best/`, then delete the previous best."""
     best = run_dir / "best" / checkpoint.name
     remove_folder(best)
     content = json.loads(state_json)
-    content["files"] = {name: found for name, found in content["files"].items() if not name.startswith("optimizer")}
+    content["files"] = {name: digest for name, digest in content["files"].items() if not name.startswith("optimizer")}
     for_each(best, lambda name: place(checkpoint / name, best / name), list(content["files"]))
     write_atomically(best / "state.json", json.dumps(content, indent=2).encode())
     for other in matching(best.parent, "*"):

@@ -1,4 +1,4 @@
-"""Training on Ray, the driver's side: it checks, starts, follows, and sees to an orderly end.
+"""Training on Ray, the driver's side: check the cluster, start the workers, track metrics, stop cleanly.
 
 point = resume_point(config.run_dir)               # hashes the newest checkpoint, once
 if not is_done(config, folder, manifest, point.state):
@@ -33,14 +33,14 @@ from pipeline.train.stopping import is_finished
 from pipeline.train.trackers import Trackers
 from pipeline.train.workers import Workers, shortfalls, size_workers
 
-if TYPE_CHECKING:  # torch takes a second, which a run with nothing to do can go without
+if TYPE_CHECKING:  # imports torch, which takes a second; a finished run does not need it
     from pipeline.train.worker import Sent
 
 
 def is_done(config: Config, folder: StoragePath, manifest: Manifest, state: TrainState) -> bool:
-    """Whether a run in this state has nothing left to do, even if its data have changed since.
+    """Whether a run in this state is finished, even if its data have changed since.
 
-    Raises ConfigError for the run of another config, and for one that is not at its end and whose data have changed.
+    Raises ConfigError if the folder holds a run of another config, or an unfinished run whose data have changed.
     """
     if has_moved(config, manifest):
         refuse_unfinished(config, manifest, state)
@@ -64,8 +64,9 @@ def fit(
 ) -> TrainState:
     """Train, or resume training, to the end. Returns the final state.
 
-    SIGINT and SIGTERM wait for a checkpoint before they end it. `on_metrics` is called with what the trackers get,
-    after them. `concurrent_runs` share the cluster, this one included. A `known` checkpoint was read already.
+    SIGINT and SIGTERM end it after a checkpoint. `on_metrics` is called with each row of metrics, after the trackers.
+    `concurrent_runs` is the number of runs that share the cluster, including this one. `known` is the newest checkpoint
+    if you have verified it already.
     """
     from tokenizers import Tokenizer
 
@@ -111,7 +112,7 @@ def fit(
 
 
 def _held(config: Config, progress: Progress) -> AbstractContextManager[None]:
-    """Signals wait for a checkpoint. Only the main thread can handle them."""
+    """Write a checkpoint before a signal ends the job. Does nothing outside the main thread, which gets the signals."""
     if threading.current_thread() is not threading.main_thread():
         return nullcontext()
     return signals.held(progress.ask_to_stop, config.checkpointing.grace_s, "for the last checkpoint")
@@ -148,10 +149,10 @@ def _trainer(config: Config, workers: Workers, sent: Sent) -> Any:
 
 
 def controller_timeouts(config: Config, workers: Workers) -> dict[str, str]:
-    """Ray Train's timeouts, which its controller takes from the driver's environment (see CONTRIBUTING, Private APIs).
+    """Ray Train's timeouts, which its controller reads from the driver's environment (see CONTRIBUTING, Private APIs).
 
-    A worker that does not answer, because it hangs in native code, is given up after as long a time as the others wait
-    for it. Elastic workers may be counted on a node that is gone, until Ray has noticed: let it count again soon.
+    A worker that hangs in native code is given up after the time that the others wait for it in a collective. An
+    elastic worker group starts with a short timeout, because Ray may still count a node that is gone.
     """
     return {
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(config.scaling.collective_timeout_s),
@@ -161,7 +162,7 @@ def controller_timeouts(config: Config, workers: Workers) -> dict[str, str]:
 
 
 def _fit(config: Config, workers: Workers, sent: Sent) -> None:
-    """Ray restarts workers that are lost; a lost controller, whose workers end with it, is restarted here."""
+    """Run the trainer. Ray restarts lost workers; if its controller dies, this function starts a new trainer."""
     from ray.exceptions import ActorDiedError, ActorUnavailableError
     from ray.train import TrainingFailedError
 
@@ -178,17 +179,17 @@ def _fit(config: Config, workers: Workers, sent: Sent) -> None:
             lines = str(next(iter(reasons.values()))).strip().splitlines()
             words = lines[-1] if lines else type(error).__name__
             raise JobError(
-                f"training failed: {words}; training.log has more, and once that is mended the same command resumes "
-                "from the newest whole checkpoint"
+                f"training failed: {words}; see training.log, fix the cause and run the same command again to resume "
+                "from the newest checkpoint"
             ) from error
         except (ActorDiedError, ActorUnavailableError) as error:
             if not starts_left:
-                raise JobError("training failed: Ray's controller of the run died; training.log has more") from error
-            log.warning("train: Ray's controller of the run died; it is started anew, from the newest checkpoint")
+                raise JobError("training failed: Ray Train's controller died; see training.log") from error
+            log.warning("train: Ray Train's controller died; restarting from the newest checkpoint")
 
 
 def _off_main_thread(work: Callable[[], object]) -> None:
-    """Run in a thread, where Ray Train leaves SIGINT alone: the job turns it into an orderly end."""
+    """Run in a thread, where Ray Train does not handle SIGINT; the job handles it and stops cleanly."""
     done: Future[object] = Future()
 
     def run() -> None:
@@ -202,17 +203,17 @@ def _off_main_thread(work: Callable[[], object]) -> None:
 
 
 def _summarise(config: Config) -> None:
-    """Draw the history, and log its last and best figures. A failure here must not fail the run."""
+    """Plot the history and log its last and best values. A failure here must not fail the run."""
     history = config.run_dir / "metrics.jsonl"
     try:
         plot_history(history, config.run_dir / "history.png")
-        log.info("train: %s shows the run\n%s", config.run_dir / "history.png", final_table(read_rows(history)))
+        log.info("train: plotted %s\n%s", config.run_dir / "history.png", final_table(read_rows(history)))
     except Exception as error:
-        log.warning("train: the history could not be drawn: %s", error)
+        log.warning("train: cannot plot the history: %s", error)
 
 
 def _workers(config: Config, plan: Plan, concurrent_runs: int) -> Workers:
-    """Workers that fit the cluster. Raises ConfigError saying what would fit."""
+    """The run's workers. Raises ConfigError, with what would fit, if they do not fit the cluster."""
     cluster = connected_cluster()
     workers = size_workers(config, cluster, concurrent_runs)
     refuse(Finding("training", str(workers), ConfigError(each)) for each in shortfalls(config, workers, cluster))
@@ -221,6 +222,6 @@ def _workers(config: Config, plan: Plan, concurrent_runs: int) -> Workers:
     if share < config.training.gradient_accumulation_steps:
         raise ConfigError(
             f"training.gradient_accumulation_steps: found {config.training.gradient_accumulation_steps}; "
-            f"allowed are at most the {share} pairs of a worker's share"
+            f"allowed are at most {share}, the pairs per worker and step"
         )
     return workers

@@ -1,10 +1,10 @@
-"""The training loop: batches in, metrics and checkpoints out. It uses torch.distributed, and not Ray.
+"""The training loop: batches in, metrics and checkpoints out. It uses torch.distributed, not Ray.
 
     run = build_run(config, learner, feed.batches, validation, total_steps, Hooks(save=saver.save, report=print))
-    state = train(run, TrainState())               # from the first step, or from a checkpoint's
+    state = train(run, TrainState())               # from the first step; pass a checkpoint's state to resume
 
-Every decision that depends on chance or time is the same on all workers: seeds are functions of (seed, step, rank), and
-the clock and the validation scores are shared before they are acted on.
+All workers make the same decisions: seeds are functions of (seed, step, rank), and workers share elapsed time and
+validation scores before they act on them.
 """
 
 from __future__ import annotations
@@ -36,40 +36,40 @@ from pipeline.train.strategy import Strategy, build_strategy
 from pipeline.train.validation import Validation, validate
 
 Batches = Callable[[int, int], Iterator[pa.Table]]
-"""A worker's rows of the steps from `start` to `stop`, one table a step."""
+"""Given `start` and `stop`, yields this worker's rows of those steps, one table per step."""
 
 
-class TrainingStopped(RuntimeError):  # noqa: N818  # no fault of the code's: the run cannot go on
-    """Training cannot go on: what was found, at which step, and from where to resume."""
+class TrainingStopped(RuntimeError):  # noqa: N818  # not a bug: the run cannot continue
+    """Training cannot continue. The message gives the cause, the step, and the checkpoint to resume from."""
 
 
 @dataclass(frozen=True)
 class ControlFlags:
-    """What a worker is asked to do from outside, at some step."""
+    """Requests from outside that the loop handles after a step."""
 
     stop: bool = False
     """Write a checkpoint and end."""
     save: bool = False
-    """Write a checkpoint and go on."""
+    """Write a checkpoint and continue."""
 
 
 @dataclass
 class Hooks:
-    """What the loop calls."""
+    """Callbacks of the loop."""
 
     save: Callable[[Run, TrainState, bool], None]
-    """On every worker, with the run, its state, and whether it is the best so far."""
+    """Called on every worker with the run, its state, and whether it is the best so far."""
     report: Callable[[dict[str, float]], None]
-    """On rank 0, every `training.log_every_steps` and after each validation."""
+    """Called on rank 0 with metrics, every `training.log_every_steps` and after each validation."""
     alert: Callable[[str, str, int], None] = lambda title, text, step: log.warning("%s: %s", title, text)
-    """On rank 0, with a title, a sentence and the step, when something is wrong."""
+    """Called on rank 0 with a title, a sentence and the step when something is wrong."""
     control_flags: Callable[[int], ControlFlags] = lambda step: ControlFlags()
-    """On every worker, at each step."""
+    """Called on every worker at each step."""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A step's rows, cut into micro-batches, on the device."""
+    """A step's batch, split into micro-batches on the device."""
 
     batch: Batch
     parts: list[Part]
@@ -79,7 +79,7 @@ class Ready:
 
 @dataclass
 class Run:
-    """What a run is made of; `build_run` makes one."""
+    """Everything the loop needs; `build_run` makes one."""
 
     config: Config
     learner: Learner
@@ -95,7 +95,7 @@ class Run:
     saved_step: int | None = None
 
     def ready(self, batch: Batch, step: int, oom_splits: int) -> Ready:
-        """Cut a batch and prepare its micro-batches; the corruption of texts depends on the step."""
+        """Split a batch and prepare its micro-batches. How texts are corrupted depends on the step."""
         settings = self.config.training
         ranges = cut(batch, settings.gradient_accumulation_steps, settings.micro_batch_tokens, oom_splits)
         seed = _seed(settings.seed, step)
@@ -127,10 +127,10 @@ def build_run(
 
 
 def train(run: Run, state: TrainState) -> TrainState:
-    """Train from `state` to the end of the run, or to its time limit. Ends with a validation and a checkpoint.
+    """Train from `state` to the end of the run or its time limit, then validate and write a checkpoint.
 
-    Asked to stop, it ends with a checkpoint and no validation. Raises TrainingStopped where it cannot go on, and
-    OutOfMemory where the workers of a sharded model must restart from the newest checkpoint.
+    When asked to stop, it writes a checkpoint without validating. Raises TrainingStopped if it cannot continue, and
+    OutOfMemory if the workers of a sharded model must restart from the newest checkpoint.
     """
     settings, checkpointing = run.config.training, run.config.checkpointing
     run.saved_step = state.step or None
@@ -187,12 +187,12 @@ def _join_layers(run: Run, step: int) -> None:
 
 
 def _gradients(run: Run, ready: Ready, state: TrainState) -> Outcome:
-    """Compute the step's gradients, on all workers in smaller micro-batches if one of them runs out of memory."""
+    """Compute the step's gradients. If a worker runs out of memory, all retry with smaller micro-batches."""
     flags = run.hooks.control_flags(state.step)
     while True:
         if ready.oom_splits != state.oom_splits:
             ready = run.ready(ready.batch, state.step, state.oom_splits)
-        _seed_dropout(run.config.training.seed, state.step)
+        torch.manual_seed(_seed(run.config.training.seed, state.step, rank()))  # of dropout
         try:
             return backward(
                 run.learner,
@@ -210,24 +210,24 @@ def _gradients(run: Run, ready: Ready, state: TrainState) -> Outcome:
 
 
 def _split(run: Run, state: TrainState) -> None:
-    """Use smaller micro-batches from here on. Raises TrainingStopped if a single record does not fit."""
+    """Halve the micro-batches for the rest of the run. Raises TrainingStopped if a single record does not fit."""
     gc.collect()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
     state.oom_splits += 1
     if 2 ** (state.oom_splits - 1) >= run.config.training.global_batch_size:
         raise TrainingStopped(
-            f"step {state.step}: out of memory with one record a micro-batch; a smaller tokenizer.max_length, "
-            "model.gradient_checkpointing=true or a smaller model may fit"
+            f"step {state.step}: out of memory with one record per micro-batch; lower tokenizer.max_length, set "
+            "model.gradient_checkpointing=true or use a smaller model"
         )
     if rank() == 0:
         run.hooks.alert(
-            "out of memory", f"step {state.step} is repeated with micro-batches half as large, which stay", state.step
+            "out of memory", f"step {state.step} is retried; micro-batches are half as large from now on", state.step
         )
 
 
 def _update(run: Run, ready: Ready, outcome: Outcome, state: TrainState) -> None:
-    """Let the optimizer step, or skip it, on all workers, if the loss or the gradient is NaN or infinite."""
+    """Run the optimizer; if the loss or the gradient is NaN or infinite, all workers skip the step."""
     run.precision.unscale(run.optimizer)
     norm = float(run.strategy.clip(run.config.training.max_grad_norm))
     outcome.metrics["grad_norm"] = torch.tensor(norm, device=run.device)
@@ -241,10 +241,10 @@ def _update(run: Run, ready: Ready, outcome: Outcome, state: TrainState) -> None
     found = "the loss" if outcome.bad_losses else "the gradient's norm"
     if state.skipped_in_a_row >= run.config.training.max_skipped_steps:
         raise TrainingStopped(
-            f"step {state.step}: {found} is NaN or infinite, {state.skipped_in_a_row} steps in a row, all of them "
-            f"skipped; the last good checkpoint is of step {run.saved_step or 'none'}, from which a lower "
-            "training.learning_rate (checkpointing.accept_changes=[training.learning_rate]) may go on; the records of "
-            f"this step were {_ids(ready.batch)}"
+            f"step {state.step}: {found} is NaN or infinite; {state.skipped_in_a_row} steps in a row were skipped; "
+            f"resume from the last good checkpoint, of step {run.saved_step or 'none'}, with a lower "
+            "training.learning_rate and checkpointing.accept_changes=[training.learning_rate]; the records of this "
+            f"step were {_ids(ready.batch)}"
         )
     if rank() == 0:
         run.hooks.alert("step skipped", f"step {state.step}: {found} is NaN or infinite", state.step)
@@ -252,12 +252,10 @@ def _update(run: Run, ready: Ready, outcome: Outcome, state: TrainState) -> None
 
 def _ids(batch: Batch) -> str:
     """The ids of the global batch's records, in rank order."""
-    everyone: list[list[str]] = [[] for _ in range(world_size())]
+    gathered: list[list[str]] = [batch.ids] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(everyone, batch.ids)
-    else:
-        everyone[0] = batch.ids
-    return ", ".join(one for ids in everyone for one in ids)
+        dist.all_gather_object(gathered, batch.ids)
+    return ", ".join(record_id for ids in gathered for record_id in ids)
 
 
 def _report(run: Run, metrics: dict[str, float]) -> None:
@@ -266,7 +264,7 @@ def _report(run: Run, metrics: dict[str, float]) -> None:
 
 
 def _validate(run: Run, state: TrainState) -> bool:
-    """Score held-out records and record the metrics in the state. Returns whether they are the best so far."""
+    """Score held-out records and store the metrics in the state. Returns whether they are the best so far."""
     run.learner.eval()
     metrics = validate(run.learner, run.validation, run.device, is_sharded=run.strategy.is_sharded)
     run.learner.train()
@@ -275,10 +273,5 @@ def _validate(run: Run, state: TrainState) -> bool:
     return BestModel(run.config.training, run.learner.weights).record(metrics, state)
 
 
-def _seed(seed: int, step: int, *who: int) -> int:
-    return int(np.random.SeedSequence([seed, step, *who]).generate_state(1)[0])
-
-
-def _seed_dropout(seed: int, step: int) -> None:
-    """Seed dropout by the step and the worker."""
-    torch.manual_seed(_seed(seed, step, rank()))
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])

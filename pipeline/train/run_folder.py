@@ -1,8 +1,8 @@
-"""A run's folder: what the run was started with, and the refusal to resume it with something else.
+"""A run's folder: records the config and data of a run, and refuses to resume it with others.
 
-<root>/runs/<run>/config.resolved.yaml    the whole config; --config accepts it
-<root>/runs/<run>/tokenizer.json          of the data and the model
-<root>/runs/<run>/run.json                data (see data/drift.py), git SHA, versions
+<root>/runs/<run>/config.resolved.yaml    the full config; --config accepts it
+<root>/runs/<run>/tokenizer.json          the tokenizer of the data and the model
+<root>/runs/<run>/run.json                the data (see data/drift.py), git SHA, versions
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FREE_KEYS = (
 
 
 def claim_run_folder(config: Config, prepared: StoragePath, manifest: Manifest, steps: int) -> None:
-    """Write what the run is started with. Raises ConfigError if the folder holds another run."""
+    """Write the files above. Raises ConfigError if the folder holds another run."""
     refuse_other_run(config, manifest)
     folder = config.run_dir
     place(prepared / "tokenizer.json", folder / "tokenizer.json")
@@ -55,7 +55,7 @@ def claim_run_folder(config: Config, prepared: StoragePath, manifest: Manifest, 
 
 
 def refuse_other_run(config: Config, manifest: Manifest) -> None:
-    """Raise ConfigError naming what has changed since the run was started, except `checkpointing.accept_changes`."""
+    """Raise ConfigError if something other than `checkpointing.accept_changes` changed since the run was started."""
     then = TrainedOn.read(config)
     if then is None:
         return
@@ -67,10 +67,10 @@ def refuse_other_run(config: Config, manifest: Manifest) -> None:
 
 
 def refuse_unfinished(config: Config, manifest: Manifest, state: TrainState, model: StoragePath | None = None) -> None:
-    """Raise ConfigError unless a run can be used although its data have changed.
+    """Raise ConfigError unless a run whose data have changed can still be used.
 
-    It can if it is at its end, its config is the same, and the data are tokenized as they were. A job that only uses
-    its `model` does not need the same config.
+    It can if it is finished and its config and tokenizer are the same. A job that only uses its `model` accepts
+    another config.
     """
     then = TrainedOn.read(config)
     assert then
@@ -84,8 +84,8 @@ def refuse_unfinished(config: Config, manifest: Manifest, state: TrainState, mod
         embed = f"; to use its model as it is, embedding.model={model}" if model else ""
         raise ConfigError(
             f"{config.run_dir} holds a run that is at step {state.step:,} of {then.steps:,}, and its data have changed "
-            "since it began; name another run with storage.run=NAME, put the earlier data back, or go on with what is "
-            f"now there by checkpointing.accept_changes=[data]{embed}"
+            "since it began; use another run with storage.run=NAME, restore the earlier data, or continue with the new "
+            f"data with checkpointing.accept_changes=[data]{embed}"
         )
 
 
@@ -96,13 +96,13 @@ def _other_data(settings: list[str]) -> str:
 def _refuse(config: Config, differing: list[str]) -> NoReturn:
     raise ConfigError(
         f"{config.run_dir} holds a run that differs in {', '.join(differing)}; "
-        "name another run with storage.run=NAME, delete that folder, or go on with what is now there by "
+        "use another run with storage.run=NAME, delete that folder, or accept the changes with "
         f"checkpointing.accept_changes=[{', '.join(key.partition(' ')[0] for key in differing)}]"
     )
 
 
 def _other_keys(config: Config, accepted: Container[str] = ()) -> list[str]:
-    """Keys of model, objective and training that differ, with both values."""
+    """The fixed keys that differ, with both values."""
     then = json.loads((config.run_dir / "run.json").read_text())["fixed"]
     return [
         f"{key} (then {then.get(key)!r}, now {value!r})"
@@ -112,6 +112,7 @@ def _other_keys(config: Config, accepted: Container[str] = ()) -> list[str]:
 
 
 def fixed_keys(config: Config) -> dict[str, Any]:
+    """The keys and values of the config that must not change while a run or a sweep is resumed."""
     flat: dict[str, Any] = {}
     for section in FIXED_SECTIONS:
         _flatten(config.dump()[section], section, flat)
@@ -127,7 +128,7 @@ def _flatten(tree: dict[str, Any], prefix: str, into: dict[str, Any]) -> None:
 
 
 def _git_sha() -> str | None:
-    """The commit of this checkout; None without one, as in a submitted job."""
+    """The commit of this checkout; None outside a checkout, as in a submitted job."""
     try:
         answer = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10

@@ -1,19 +1,18 @@
-"""Save and load: what a checkpoint holds, and when the loop writes one.
+"""Save and load checkpoints.
 
     saver = LocalSaver(config, tokenizer_json, holder, trackers)      # or worker.RaySaver
     saver.save(run, state, is_best=True)                              # on every worker
     load_checkpoint(folder, run)
 
-Under ddp, rank 0 writes the model, the weights that are trained next to it, and the optimizer. Under fsdp every worker
-writes its part of each, and the model is put together later by `consolidate`:
+Under ddp, rank 0 writes the model, the heads (weights trained in addition to the model) and the optimizer. Under fsdp,
+every worker writes its shard of each; `consolidate` later merges the shards into one model:
 
     <folder>/weights/shard-00001-model-00001-of-00001.safetensors …      one per worker
     <folder>/optimizer/shard-00001-model-00001-of-00001.safetensors …
 
-torch.distributed.checkpoint writes and reads those, and finds in their headers which worker needs which rows of which
-file. We use its Hugging Face format, because its usual one has a pickle as its index. It holds named tensors and
-nothing else, which is enough for an optimizer: its groups follow from the config, and their rates from the step. Cost:
-one more copy of a worker's part in memory while it is written.
+torch.distributed.checkpoint reads and writes the shards. We use its Hugging Face format, because the index of its
+default format is a pickle. The format holds only named tensors, which is enough for an optimizer: its groups follow
+from the config, and their rates from the step. Cost: one more copy of a worker's shard in memory while it is written.
 """
 
 from __future__ import annotations
@@ -41,16 +40,16 @@ from pipeline.train.collectives import all_reduce_sum, broadcast, rank, world_si
 from pipeline.train.loop import Run, TrainingStopped
 from pipeline.train.trackers import Trackers
 
-if TYPE_CHECKING:  # torch's sharded checkpoints take a second to import: only where one is written or read
+if TYPE_CHECKING:  # takes a second to import, so imported only when a sharded checkpoint is written or read
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-HEADS = "heads.safetensors"  # what is trained next to the model: a decoder, a prediction head, a learned temperature
+HEADS = "heads.safetensors"  # a decoder, a prediction head, a learned temperature
 OPTIMIZER = "optimizer"
-BACKBONE = "model.backbone."  # a learner's prefix of the names in model.safetensors
+BACKBONE = "model.backbone."  # prefix of a learner's parameters that go to model.safetensors
 
 
 class Saver:
-    """Writes checkpoints into a folder of this worker's; a subclass then puts them in their place."""
+    """Writes checkpoints into a staging folder; subclasses move them into the run's folder."""
 
     def __init__(self, config: Config, tokenizer_json: str, holder: str = "") -> None:
         self.config, self.tokenizer_json = config, tokenizer_json
@@ -61,25 +60,25 @@ class Saver:
         self.incoming = staging(config.run_dir) / str(rank())
 
     def save(self, run: Run, state: TrainState, is_best: bool) -> None:
-        """Write a checkpoint, on every worker. Raises TrainingStopped on all of them if one cannot write."""
+        """Write a checkpoint. Call it on every worker; if one cannot write, all raise TrainingStopped."""
         folder = self.incoming / step_folder(state.step)
         with self._all_or_none(folder, run, state):
             if self.writes:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
-        # Only now: under fsdp, writing is collective, and would wait for a worker that has no folder.
+        # A second block, because writing is collective under fsdp and would wait for a worker that has no folder.
         with self._all_or_none(folder, run, state):
             if self.writes:
                 save_checkpoint(folder, run, state, self.tokenizer_json)
         self.place(folder, state, is_best)
 
     def place(self, folder: Path, state: TrainState, is_best: bool) -> None:
-        """Put a finished folder in its place, on every worker; there is none unless this worker `writes`."""
+        """Move a finished folder into the run's folder. Called on every worker; only those with `writes` have one."""
         raise NotImplementedError
 
     @contextmanager
     def _all_or_none(self, folder: Path, run: Run, state: TrainState) -> Iterator[None]:
-        """Wait for all workers; if one of them met an OSError, raise TrainingStopped on each."""
+        """Wait for all workers; if one had an OSError, raise TrainingStopped on all."""
         problem: OSError | None = None
         try:
             yield
@@ -87,16 +86,16 @@ class Saver:
             problem = error
             shutil.rmtree(folder, ignore_errors=True)
         if all_reduce_sum(torch.tensor(float(problem is not None), device=run.device)):
-            reason = (problem.strerror or problem) if problem else "another worker says why"
+            reason = (problem.strerror or problem) if problem else "see another worker's error"
             raise TrainingStopped(
-                f"step {state.step}: the checkpoint could not be written to {folder.parent} ({reason}); make room "
-                f"there and run the same command again, it resumes from the last good checkpoint, of step "
+                f"step {state.step}: cannot write the checkpoint to {folder.parent} ({reason}); make room there and "
+                f"run the same command again to resume from the last good checkpoint, of step "
                 f"{run.saved_step or 'none'}"
             ) from problem
 
 
 class LocalSaver(Saver):
-    """Without Ray. Sends the metrics up to the checkpoint first, and deletes old checkpoints after it."""
+    """Saves without Ray. Uploads the metrics before each checkpoint, and deletes old checkpoints after it."""
 
     def __init__(self, config: Config, tokenizer_json: str, holder: str, trackers: Trackers) -> None:
         super().__init__(config, tokenizer_json, holder)
@@ -111,7 +110,7 @@ class LocalSaver(Saver):
 
 
 def save_checkpoint(folder: Path, run: Run, state: TrainState, tokenizer_json: str) -> None:
-    """Write a checkpoint into an empty folder; under fsdp this worker's part of one, on every worker."""
+    """Write a checkpoint into an empty folder; under fsdp, call it on every worker to write its shard."""
     learner, max_length = run.learner, run.config.tokenizer.max_length
     if run.strategy.is_sharded:
         save_sharded(folder, learner, run.optimizer)
@@ -127,13 +126,13 @@ def save_checkpoint(folder: Path, run: Run, state: TrainState, tokenizer_json: s
 
 
 def load_checkpoint(place: StoragePath, run: Run) -> None:
-    """Load the weights and the optimizer of a whole checkpoint. Raises ConfigError for one of ddp under fsdp."""
+    """Load the weights and the optimizer of a checkpoint. Raises ConfigError for a ddp checkpoint under fsdp."""
     folder = fetched(place)
     if is_sharded(folder):
         load_sharded(folder, run.learner, run.optimizer)
     elif run.strategy.is_sharded:
         raise ConfigError(
-            f"training.strategy: found fsdp, and {place} of a ddp run; allowed is ddp, or another storage.run"
+            f"training.strategy: found fsdp, but {place} was written under ddp; use ddp, or another storage.run"
         )
     else:
         load_weights(folder, run.learner)
@@ -158,52 +157,52 @@ def _is_model(name: str) -> bool:
 
 
 def save_sharded(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer) -> None:
-    """Write all workers' parts. Raises OSError on every worker where one cannot write."""
+    """Write this worker's shard; call it on all. If one cannot write, all raise OSError."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(learner, FSDPModule):
-        learner.reshard()  # which it is not after a forward pass without a backward pass
+        learner.reshard()  # a forward pass without a backward pass leaves weights gathered
     _save(folder / WEIGHTS, learner.state_dict())
     _save(folder / OPTIMIZER, _optimizer_state(learner, optimizer))
 
 
 def load_sharded(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer) -> None:
-    """Load the parts of any number of workers, with or without fsdp. Raises OSError where files are missing."""
+    """Load the shards of any number of workers, with or without fsdp. Raises OSError if files are missing."""
     _load(folder / WEIGHTS, learner.state_dict())
     parameters = dict(learner.named_parameters())
     optimizer.state.clear()
-    for name, found in _headers(folder / OPTIMIZER).items():
+    for name, header in _headers(folder / OPTIMIZER).items():
         owner, _, key = name.rpartition(".")
-        parameter, dtype = parameters[owner], found.properties.dtype
+        parameter, dtype = parameters[owner], header.properties.dtype
         optimizer.state[parameter][key] = (
-            torch.zeros_like(parameter, dtype=dtype)  # sharded as the parameter is
-            if found.size == parameter.shape
-            else torch.zeros(found.size, dtype=dtype, device=parameter.device)  # as the step count, on every worker
+            torch.zeros_like(parameter, dtype=dtype)  # sharded like the parameter
+            if header.size == parameter.shape
+            else torch.zeros(header.size, dtype=dtype, device=parameter.device)  # the step count: on every worker
         )
     _load(folder / OPTIMIZER, _optimizer_state(learner, optimizer))
 
 
 def consolidate(checkpoint: StoragePath) -> None:
-    """Write `model.safetensors` and the heads of a checkpoint of which workers wrote parts, unless they are there.
+    """Merge the shards of a checkpoint into `model.safetensors` and the heads, unless that was done already.
 
-    It needs memory for all weights. In a bucket, it puts together a fetched copy and uploads the two files.
+    It needs memory for all weights. In a bucket, it downloads the shards and uploads the two files.
     """
     if not is_sharded(checkpoint) or (checkpoint / "model.safetensors").is_file():
         return
     folder = fetched(checkpoint)
     headers = _headers(folder / WEIGHTS)
-    weights = {name: torch.empty(found.size, dtype=found.properties.dtype) for name, found in headers.items()}
-    _load(folder / WEIGHTS, weights, alone=True)
+    weights = {name: torch.empty(header.size, dtype=header.properties.dtype) for name, header in headers.items()}
+    _load(folder / WEIGHTS, weights, single_process=True)
     heads = {name: tensor for name, tensor in weights.items() if not name.startswith(BACKBONE)}
     model = {name.removeprefix(BACKBONE): tensor for name, tensor in weights.items() if name.startswith(BACKBONE)}
-    for file, tensors in ((HEADS, heads), ("model.safetensors", model)):  # the model last: it marks that both are there
+    for file, tensors in ((HEADS, heads), ("model.safetensors", model)):  # the model last: it marks completion
         if tensors:
             with replacing(checkpoint / file) as temporary:
                 save_file(tensors, temporary)
 
 
 def _optimizer_state(learner: Learner, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by its parameter's name and its own: `model.backbone.norm.weight.exp_avg`."""
+    """The optimizer's state by parameter and key, such as `model.backbone.norm.weight.exp_avg`."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in learner.named_parameters()}
     return {
         f"{names[parameter]}.{key}": value
@@ -221,33 +220,33 @@ def _save(folder: Path, state: dict[str, Tensor]) -> None:
         save(state, storage_writer=writer, no_dist=not dist.is_initialized())
 
 
-def _load(folder: Path, state: dict[str, Tensor], *, alone: bool = False) -> None:
-    """Into the tensors of `state`, in place; all workers together, or one `alone`."""
+def _load(folder: Path, state: dict[str, Tensor], *, single_process: bool = False) -> None:
+    """Load into the tensors of `state`, in place. Collective, unless `single_process`."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     with _failures_as_os_errors(folder):
-        load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone or not dist.is_initialized())
+        no_dist = single_process or not dist.is_initialized()
+        load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=no_dist)
 
 
 def _headers(folder: Path) -> dict[str, TensorStorageMetadata]:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: each for name, each in found.items() if isinstance(each, TensorStorageMetadata)}
+    headers = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: header for name, header in headers.items() if isinstance(header, TensorStorageMetadata)}
 
 
 @contextmanager
 def _failures_as_os_errors(folder: Path) -> Iterator[None]:
-    """Raise what one worker met as an OSError on all of them: torch's own error is not an Exception."""
+    """If one worker fails, raise OSError on all: torch's own error is a BaseException."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     with warnings.catch_warnings():
-        # that a single process may have forgotten to start torch.distributed
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended in a single process
         try:
             yield
         except CheckpointException as error:
             worker, (cause, _) = next(iter(error.failures.items()))
-            raise OSError(f"{folder}: worker {worker} met {type(cause).__name__}: {cause}") from error
+            raise OSError(f"{folder}: worker {worker} raised {type(cause).__name__}: {cause}") from error

@@ -1,9 +1,9 @@
-"""A space in Optuna's terms: from dimensions to distributions, and from what Optuna draws back to a config's values.
+"""A search space for Optuna: config dimensions become distributions, and Optuna's draws become config values.
 
 space = Space.of(config)
 space.distributions                        # {"training.learning_rate": FloatDistribution(1e-4, 1e-2, log=True)}
 space.values({"training.betas": "[0.9, 0.98]"})          # {"training.betas": [0.9, 0.98]}
-space.point(config)                        # where the config itself lies, None where that is outside
+space.point(config)                        # the config's own values, None if they are outside the space
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ WARMUPS = (0.0, 0.3)
 
 @dataclass(frozen=True)
 class Space:
+    """The config keys to search, with their ranges or choices."""
+
     dimensions: dict[str, Dimension]
 
     @classmethod
@@ -37,7 +39,7 @@ class Space:
         return {key: _distribution(dimension) for key, dimension in self.dimensions.items()}
 
     def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
-        """A trial's values, drawn where it has none yet."""
+        """A trial's values; draws those that it lacks."""
         drawn = {}
         for key, dimension in self.dimensions.items():
             kind, arguments = _in_optuna(dimension)
@@ -48,26 +50,24 @@ class Space:
         return {key: _from_label(self.dimensions[key], value) for key, value in drawn.items()}
 
     def grid(self) -> Iterator[dict[str, Any]]:
-        """All points, as Optuna has them, the last key's values changing fastest."""
+        """All points as Optuna represents them; the last key varies fastest."""
         axes = [[_label(each, value) for value in each.values or []] for each in self.dimensions.values()]
         return (dict(zip(self.dimensions, values, strict=True)) for values in itertools.product(*axes))
 
     def point(self, config: Config) -> dict[str, Any] | None:
-        """The config's own values, as Optuna has them; None where one of them is not in the space."""
-        found = {key: _label(each, config.get(key)) for key, each in self.dimensions.items()}
-        inside = all(_contains(each, found[key]) for key, each in self.dimensions.items())
-        return found if inside else None
+        """The config's own values as Optuna represents them; None if one is outside the space."""
+        values = {key: _label(each, config.get(key)) for key, each in self.dimensions.items()}
+        inside = all(_contains(each, values[key]) for key, each in self.dimensions.items())
+        return values if inside else None
 
 
 def default_space(config: Config) -> dict[str, Dimension]:
-    """What is worth trying whatever the data: the rate, its warm-up, the temperature."""
-    training, table_alone = config.training, config.model.dimensions()["num_layers"] == 0
-    of_table = table_alone and not config.model.pretrained and training.table_learning_rate is not None
-    rate = training.table_learning_rate if of_table and training.table_learning_rate else training.learning_rate
+    """The keys that are worth searching for any data: learning rate, warm-up and temperature."""
+    training, is_table = config.training, config.model.dimensions()["num_layers"] == 0 and not config.model.pretrained
+    key = "learning_rate" if not is_table or training.table_learning_rate is None else "table_learning_rate"
+    rate = getattr(training, key)
     space = {
-        "training.table_learning_rate" if of_table else "training.learning_rate": Dimension(
-            loguniform=[rate / RATE_FACTOR, min(rate * RATE_FACTOR, 10.0)]
-        ),
+        f"training.{key}": Dimension(loguniform=[rate / RATE_FACTOR, min(rate * RATE_FACTOR, 10.0)]),
         "training.warmup_fraction": Dimension(uniform=list(WARMUPS)),
     }
     if config.objective.contrastive:
@@ -77,12 +77,11 @@ def default_space(config: Config) -> dict[str, Dimension]:
 
 def _distribution(dimension: Dimension) -> BaseDistribution:
     kind, arguments = _in_optuna(dimension)
-    found: BaseDistribution = getattr(optuna.distributions, f"{kind}Distribution")(**arguments)
-    return found
+    return getattr(optuna.distributions, f"{kind}Distribution")(**arguments)  # type: ignore[no-any-return]
 
 
 def _in_optuna(dimension: Dimension) -> tuple[str, dict[str, Any]]:
-    """Its kind, and the arguments that both Optuna's distribution of that kind and its suggest method take."""
+    """Optuna's name for the kind of dimension, and the arguments of its distribution and its suggest method."""
     if dimension.choice is not None:
         return "Categorical", {"choices": [_label(dimension, value) for value in dimension.choice]}
     ends = dict(zip(("low", "high"), dimension.candidates, strict=True))
@@ -93,7 +92,7 @@ def _in_optuna(dimension: Dimension) -> tuple[str, dict[str, Any]]:
 
 
 def _label(dimension: Dimension, value: Any) -> Any:
-    """Choices go by their JSON where one of them is a list or a mapping, which Optuna does not take."""
+    """A value as Optuna represents it: as JSON if one of the choices is a list or a mapping, which Optuna rejects."""
     plain = dimension.choice is None or not any(isinstance(each, list | dict) for each in dimension.choice)
     return value if plain else json.dumps(value)
 

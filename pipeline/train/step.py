@@ -1,21 +1,20 @@
-"""One training step: forward, the weighted sum of losses over the global batch, backward, one reduction of gradients.
+"""One training step: forward and backward over the global batch, with one reduction of gradients.
 
     parts = [learner.prepare(batch.slice(*ends), seed) for ends in cut(batch, at_least=2)]
     outcome = backward(learner, strategy, parts)          # gradients are in the parameters; outcome.metrics["loss"]
 
-The contrastive loss needs the embeddings of the whole batch, which with its graph may not fit into memory. Gradient
-caching (GradCache, Gao et al. 2021, section 3) computes the same gradient in three steps:
+The contrastive loss needs the embeddings of the whole batch, whose graph may not fit in memory. Gradient caching
+(GradCache, Gao et al. 2021, section 3) computes the same gradient in three steps:
 
-    1. Embed each micro-batch without a graph, and remember the state of the random number generator.
+    1. Embed each micro-batch without a graph and save the state of the random number generator.
     2. Compute the contrastive loss of all embeddings, and its gradient with respect to each embedding.
-    3. Replay each micro-batch with a graph and the same dropout, and carry the cached gradients on to the weights.
+    3. Embed each micro-batch again, with a graph and the same dropout, and backpropagate the cached gradients.
 
-The price is a second forward pass. A single micro-batch keeps its graph from step 1. Losses that are sums over tokens
-need no cache: their gradients are computed in step 3.
+Cost: a second forward pass, except for a single micro-batch, which keeps its graph from step 1. Token losses need no
+cache: step 3 computes their gradients.
 
-Workers meet three times: to exchange counts before step 2, to gather embeddings in step 2, and to reduce gradients,
-together with flags, in step 3. No collective needs new memory, so a worker that runs out of memory can tell the others
-at the next one, and all give up the step together.
+Workers synchronise three times: they exchange counts before step 2, gather embeddings in step 2, and reduce gradients
+and flags in step 3. A worker that runs out of memory reports it at the next of these, and all abandon the step.
 """
 
 from __future__ import annotations
@@ -37,27 +36,28 @@ from pipeline.train.strategy import Strategy
 
 
 class OutOfMemory(RuntimeError):  # noqa: N818  # as torch.OutOfMemoryError, but of all workers
-    """At least one worker ran out of memory, and no gradient is to be used.
+    """A worker ran out of memory; the step's gradients must not be used.
 
-    All workers raise this; if the model is sharded, where the others would wait in vain, only the worker that ran out.
+    All workers raise this. With a sharded model, only the worker that ran out does: the others are waiting for it.
     """
 
 
 @dataclass
 class Outcome:
-    """What a step found. Metrics are each worker's share: their mean over workers is that of the global batch."""
+    """A step's metrics and flags. The mean of a metric over workers is its value for the global batch."""
 
     metrics: dict[str, Tensor] = field(default_factory=dict)
     bad_losses: int = 0
-    """How many workers have a loss that is NaN or infinite."""
+    """Number of workers whose loss is NaN or infinite."""
     flags: list[int] = field(default_factory=list)
-    """How many workers set each flag."""
+    """Number of workers that set each flag."""
 
 
 def cut(batch: Batch, at_least: int = 1, most_tokens: int | None = None, oom_splits: int = 0) -> list[tuple[int, int]]:
-    """Row ranges of `at_least` micro-batches, or of more where each may hold `most_tokens` at most.
+    """Row ranges of at least `at_least` micro-batches of at most `most_tokens` each.
 
-    A longer record has a micro-batch of its own. `oom_splits`: how often micro-batches were halved to fit into memory.
+    A record longer than that gets its own micro-batch. `oom_splits`: how often micro-batches were halved to fit in
+    memory.
     """
     rows, most = len(batch), None if most_tokens is None else most_tokens / 2**oom_splits
     parts = min(rows, at_least * 2**oom_splits)
@@ -80,7 +80,7 @@ def backward(
     loss_scale: Tensor | float = 1.0,
     flags: Sequence[bool] = (),
 ) -> Outcome:
-    """Leave the batch's gradients, averaged over workers and times `loss_scale`, in the parameters.
+    """Store the batch's gradients, averaged over workers and multiplied by `loss_scale`, in the parameters.
 
     `flags` are summed over workers in the same collective. Raises OutOfMemory.
     """
@@ -110,7 +110,7 @@ def backward(
 
 
 class _GradCache:
-    """The embeddings of a step's micro-batches, and later the loss's gradients with respect to them."""
+    """The embeddings of a step's micro-batches and, after `contrast`, the gradients of the loss in their `.grad`."""
 
     def __init__(self, learner: Learner, parts: Sequence[Part], precision: AbstractContextManager[object]) -> None:
         self.learner, self.parts, self.precision = learner, parts, precision
@@ -119,7 +119,7 @@ class _GradCache:
         self.graph: tuple[Tensor | None, dict[str, TokenLoss]] | None = None
 
     def embed(self) -> None:
-        """Step 1. A single micro-batch keeps its graph, with its other losses."""
+        """Step 1. A single micro-batch keeps its graph and its token losses."""
         if not self.learner.contrasts:
             return
         if len(self.parts) == 1:
@@ -160,7 +160,7 @@ class _GradCache:
     def _forward(self, i: int) -> tuple[Tensor | None, dict[str, TokenLoss]]:
         """The embeddings of micro-batch i with their graph, and its token losses."""
         if self.graph is not None:
-            graph, self.graph = self.graph, None  # so that it is freed with the backward pass
+            graph, self.graph = self.graph, None  # the backward pass then frees it
             return graph
         if self.rng_states:
             _set_rng_state(self.parts[i].keys.device, self.rng_states[i])
@@ -169,7 +169,7 @@ class _GradCache:
 
 
 def _gather_batch(rows: Rows, counts: list[int]) -> GlobalBatch:
-    """The rows of all workers, with gradients for their owners; `counts` are each worker's number of rows."""
+    """The rows of all workers, differentiable; `counts` has each worker's number of rows."""
     keys = gather_rows(rows.keys, counts)
     anchors, positives, negatives = (
         gather_rows(each, counts) for each in (rows.anchors, rows.positives, rows.negatives)
@@ -178,38 +178,38 @@ def _gather_batch(rows: Rows, counts: list[int]) -> GlobalBatch:
 
 
 def _as_many_as_others(parts: Sequence[Part]) -> list[Part]:
-    """The parts, and empty ones up to the largest number of parts on any worker."""
+    """The parts, padded with empty ones to the largest number of parts on any worker."""
     counts = all_gather(torch.tensor(len(parts), device=parts[0].keys.device))
     return [*parts, *[parts[0].emptied()] * (int(counts.max()) - len(parts))]
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """What workers must know of each other before their losses."""
+    """Counts over all workers, exchanged before the losses are computed."""
 
     rows: list[int]
-    """Of each worker."""
+    """Number of rows of each worker."""
     targets: dict[str, float]
-    """Target tokens of all workers, by objective."""
+    """Number of target tokens of all workers, by objective."""
     ran_out: float
-    """How many workers ran out of memory."""
+    """Number of workers that ran out of memory."""
 
     @classmethod
     def exchange(cls, parts: Sequence[Part], ran_out: bool, device: torch.device) -> _Counts:
         names = list(parts[0].tasks)
-        own = [float(sum(len(part.tasks[name].labels) for part in parts)) for name in names]
-        own += [float(sum(part.rows for part in parts)), float(ran_out)]
-        everyone = all_gather(torch.tensor(own, dtype=torch.float64, device=device)).cpu()
-        *targets, _, all_ran_out = everyone.sum(dim=0).tolist()
-        return cls([int(n) for n in everyone[:, -2]], dict(zip(names, targets, strict=True)), all_ran_out)
+        local = [float(sum(len(part.tasks[name].labels) for part in parts)) for name in names]
+        local += [float(sum(part.rows for part in parts)), float(ran_out)]
+        gathered = all_gather(torch.tensor(local, dtype=torch.float64, device=device)).cpu()  # (W, len(local))
+        *targets, _, all_ran_out = gathered.sum(dim=0).tolist()
+        return cls([int(n) for n in gathered[:, -2]], dict(zip(names, targets, strict=True)), all_ran_out)
 
     def per_token(self, name: str) -> float:
-        """One over the mean number of target tokens of a worker."""
+        """1 / the mean number of target tokens per worker."""
         return len(self.rows) / max(self.targets[name], 1.0)
 
 
 class _MemoryGuard:
-    """Notes that this worker has run out of memory. Raises it if the model is sharded: the other workers wait."""
+    """Records that this worker ran out of memory; with a sharded model, raises OutOfMemory instead."""
 
     def __init__(self, *, raises: bool) -> None:
         self.raises, self.ran_out = raises, False
@@ -222,7 +222,7 @@ class _MemoryGuard:
             return False
         if self.raises:
             raise OutOfMemory(
-                "out of memory under training.strategy=fsdp; the run resumes from the newest checkpoint with "
+                "out of memory under training.strategy=fsdp; the run restarts from the newest checkpoint with "
                 "micro-batches half as large"
             ) from error
         self.ran_out = True
@@ -230,9 +230,10 @@ class _MemoryGuard:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # torch's CPU allocator has no error type of its own
-    said = isinstance(error, RuntimeError) and re.search("can't allocate memory|not enough memory", str(error))
-    return bool(said) or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # torch's CPU allocator raises a plain RuntimeError
+    return isinstance(error, RuntimeError) and bool(re.search("can't allocate memory|not enough memory", str(error)))
 
 
 def _rng_state(device: torch.device) -> Tensor:

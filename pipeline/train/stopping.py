@@ -1,17 +1,16 @@
-"""When a run ends, and which validation is the best so far.
+"""Decides when a run ends, and which validation is the best so far.
 
     best = BestModel(config.training, learner.weights)
     best.score({"ndcg@10": 0.71, "loss": 1.3})       # 0.71: higher is better, whatever the metric
-    is_best = best.record(metrics, state)            # updates what the next validation must beat, and the patience
+    is_best = best.record(metrics, state)            # updates the best score and the patience in `state`
 
-`training.best_metric` decides. Without it NDCG@10 does if there is a contrastive objective, else the weighted sum of
-the objectives' negative log likelihoods per token.
+Models are compared by `training.best_metric`. The default is NDCG@10 with a contrastive objective, else the weighted
+sum of the objectives' negative log likelihoods per token.
 
-The best model and the patience are separate, as in transformers' EarlyStoppingCallback: any better score is the best,
-and a score that is better by more than `early_stopping.min_delta` is a gain. So the best model there was is kept, and a
-run can end while its scores still improve by too little to wait for. NaN is never better.
+The best model and the patience are separate, as in transformers' EarlyStoppingCallback: any better score is a new best,
+but only an improvement of more than `early_stopping.min_delta` resets the patience. NaN is never better.
 
-All of this depends only on numbers that all workers share, so they stop together.
+All inputs are the same on all workers, so they stop together.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ LOWER_IS_BETTER = ("loss", "nll", "perplexity")
 
 
 def steps_of(config: Config, plan: Plan) -> int:
-    """Optimizer steps of the whole run: whichever limit comes first."""
+    """Optimizer steps of the run: `max_steps` or `max_epochs`, whichever comes first."""
     steps, epochs = config.training.max_steps, config.training.max_epochs
     if epochs is None:
         if steps is not None:
@@ -46,7 +45,7 @@ def is_finished(config: Config, total_steps: int, state: TrainState) -> bool:
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether a metric of this name falls as the model gets better: `loss`, `mlm_nll`, `seq2seq_perplexity`."""
+    """Whether lower values of this metric are better: `loss`, `mlm_nll`, `seq2seq_perplexity`."""
     return any(part in name for part in LOWER_IS_BETTER)
 
 
@@ -58,13 +57,10 @@ class BestModel:
         self.metric = settings.best_metric or ("ndcg@10" if "contrastive" in weights else None)
 
     def score(self, metrics: Mapping[str, float]) -> float:
-        """The number by which models are compared, higher is better, from a validation's metrics.
-
-        Raises ConfigError if `training.best_metric` is not one of them.
-        """
+        """A validation's score; higher is better. Raises ConfigError if it lacks `training.best_metric`."""
         if self.metric is None:
             return -sum(weight * metrics[f"{name}_nll"] for name, weight in self.weights.items())
-        name = self.metric.removeprefix("validation_")  # as metrics.jsonl and checkpoints have it
+        name = self.metric.removeprefix("validation_")  # the prefix in metrics.jsonl and checkpoints
         if name not in metrics:
             raise ConfigError(
                 f"training.best_metric: found {self.metric!r}; allowed are the metrics of this run's validation, "
@@ -73,9 +69,9 @@ class BestModel:
         return -metrics[name] if lower_is_better(name) else metrics[name]
 
     def record(self, metrics: Mapping[str, float], state: TrainState) -> bool:
-        """Update the best score, the validations without a gain and the end of patience in `state`.
+        """Update the best score and the patience in `state`. Returns whether this validation is the best so far.
 
-        Returns whether this validation is the best so far. Raises ConfigError as `score` does.
+        Raises ConfigError as `score` does.
         """
         score, best = self.score(metrics), -math.inf if state.best_metric is None else state.best_metric
         is_gain, is_best = score - best > self.stopping.min_delta, score > best

@@ -1,13 +1,13 @@
-"""A sweep's Optuna study in a journal: which trials there are, how each went, and which are left to run.
+"""A sweep's Optuna study, stored in a journal: its trials, their results, and the ones that remain.
 
     with SweepStudy.open(config, criterion) as study:
         study.remaining                        # 16
         study.rows                             # [Row(number=0, state="stopped early", value=0.71, …), …]
         study.best                             # the row with the best metric
 
-A trial has a number, which names its folder. Optuna sees attempts: a trial that was under way when a driver was killed
-is queued again, as another attempt at the same number with the same values. The last event of an attempt is how it
-ended, and a trial whose newest attempt has that event never runs again.
+A trial has a number, which names its folder. An Optuna trial is an attempt: if the driver is killed while a trial runs,
+the trial is queued again as another attempt with the same number and values. A trial whose newest attempt has ended
+never runs again.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ STATES = {
 }
 NAME = "sweep"
 TRIALS = 16
-FEWEST_TO_WEIGH = 4  # trials from which importance is told. Ours
+FEWEST_TO_WEIGH = 4  # trials needed to estimate importance. Ours
 
 
 class Journal(BaseJournalBackend):
-    """journal.jsonl, a line an event, on disk or in a bucket. An event costs an fsync, in a bucket the file's upload.
+    """journal.jsonl, one event per line, on disk or in a bucket. Each event costs an fsync; in a bucket, an upload.
 
-    One driver writes it, alone in its folder, so it needs no lock file as Optuna's own JournalFileBackend has, which a
-    kill leaves behind. It cuts off half a last line, which would break that backend for good.
+    The driver has locked the run's folder, so there is no need for the lock file of Optuna's JournalFileBackend, which
+    a killed process leaves behind. An incomplete last line is cut off; that backend would fail on it for good.
     """
 
     NAME = "journal.jsonl"
@@ -72,13 +72,13 @@ class Journal(BaseJournalBackend):
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        self.events += [json.loads(line) for line in text.splitlines()]  # as they are read back, tuples being lists
+        self.events += [json.loads(line) for line in text.splitlines()]  # as read from the file: tuples become lists
         self.mirror.send()
 
 
 @dataclass(frozen=True)
 class Row:
-    """A trial as it stands. `value` is its best validation's, at `at_step`; `curve` has all of them, by step."""
+    """The state of a trial. `curve` has the metric of each validation by step; `value` is the best, at `at_step`."""
 
     number: int
     state: str
@@ -88,12 +88,14 @@ class Row:
     at_step: int | None
     steps: int = 0
     whole_steps: int = 0
-    """What it would have taken to its end; what it took, where it failed."""
+    """Steps to its end, had it not been stopped; if it failed, the steps it took."""
     seconds: float = 0.0
     reason: str = ""
 
 
 class SweepStudy:
+    """The Optuna study of one sweep. Use `open`."""
+
     def __init__(self, config: Config, criterion: Criterion, storage: JournalStorage) -> None:
         self.settings, self.criterion, self.storage = config.tune, criterion, storage
         self.space = Space.of(config)
@@ -107,7 +109,7 @@ class SweepStudy:
         searcher, trials = self.settings.searcher, self.settings.trials
         self.goal = trials or TRIALS
         self.points = [self.own] if self.own else []
-        """Trials whose values are known beforehand, by number: a grid's; else the config as it is, and random ones."""
+        """Values of the first trials, by number: the grid's; or the config's own, then random ones for "random"."""
         if searcher == "grid":
             self.points = list(self.space.grid())
             self.goal = min(trials or len(self.points), len(self.points))
@@ -119,7 +121,7 @@ class SweepStudy:
     @classmethod
     @contextmanager
     def open(cls, config: Config, criterion: Criterion, data_fingerprint: str = "") -> Iterator[SweepStudy]:
-        """The sweep of the config's run, new or as it was left. Raises ConfigError where its folder holds another."""
+        """Start or resume the sweep of the config's run. Raises ConfigError if its folder holds another sweep."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         journal = Journal(config.run_dir / "tune")
         try:
@@ -131,11 +133,11 @@ class SweepStudy:
             journal.mirror.close()
 
     def _refuse_another(self, config: Config, data_fingerprint: str) -> None:
-        """What may not change while a sweep goes on; more trials may come."""
-        wanted = config.tune.model_dump(mode="json", exclude={"trials", "max_concurrent_trials", "space"})
+        """Raise ConfigError if a setting differs from the earlier start. The number of trials may grow."""
+        settings = config.tune.model_dump(mode="json", exclude={"trials", "max_concurrent_trials", "space"})
         dimensions = {key: each.model_dump(exclude_none=True) for key, each in self.space.dimensions.items()}
         described = {
-            **{f"tune.{key}": value for key, value in wanted.items()},
+            **{f"tune.{key}": value for key, value in settings.items()},
             **{f"tune.space.{key}": value for key, value in dimensions.items()},
             **fixed_keys(config),
             "data (the prepared data)": data_fingerprint,
@@ -149,12 +151,12 @@ class SweepStudy:
         if keys:
             listed = ", ".join(f"{key} (then {then.get(key)!r}, now {now.get(key)!r})" for key in keys)
             raise ConfigError(
-                f"{config.run_dir / 'tune'} holds a sweep that differs in {listed}; name another run with "
+                f"{config.run_dir / 'tune'} holds a sweep that differs in {listed}; use another run with "
                 "storage.run=NAME, or delete that folder"
             )
 
     def _queue_again(self) -> None:
-        """Queue another attempt at each trial that was under way when a driver was killed."""
+        """Queue another attempt at each trial that was running when the driver was killed."""
         newest = self._newest
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             number = trial.user_attrs.get("number")
@@ -163,7 +165,7 @@ class SweepStudy:
             self.study.tell(trial.number, state=TrialState.FAIL)
 
     def queue_next(self) -> int:
-        """The number of the next new trial, which is queued if its values are known beforehand and none waits."""
+        """Return the next new trial's number. If its values are in `points` and no trial is queued, queue it."""
         trials = self._newest
         number = max(trials, default=-1) + 1
         if number < len(self.points) and all(trial.state != TrialState.WAITING for trial in trials.values()):
@@ -181,13 +183,13 @@ class SweepStudy:
 
     @property
     def rows(self) -> list[Row]:
-        """Every trial that was begun, by number."""
+        """Every trial that was started, by number."""
         trials = sorted(self._newest.items())
         return [self._row(number, trial) for number, trial in trials if trial.state != TrialState.WAITING]
 
     @property
     def best(self) -> Row | None:
-        """The best of those that went to their end, else of those stopped early; None where all failed."""
+        """The best trial that ran to its end, or else the best stopped early; None if all failed."""
         for state in ("done", "stopped early"):
             rows = [row for row in self.rows if row.state == state and row.value is not None]
             if rows:
@@ -196,20 +198,20 @@ class SweepStudy:
 
     @property
     def config_row(self) -> Row | None:
-        """The trial that is the config as it is."""
-        own = self.space.values(self.own) if self.own else None
-        return next((row for row in self.rows if row.values == own), None)
+        """The trial with the config's own values."""
+        values = self.space.values(self.own) if self.own else None
+        return next((row for row in self.rows if row.values == values), None)
 
     @property
     def common_step(self) -> int:
-        """The last step at which all trials with a validation have one; 0 without any."""
+        """The last step at which every trial that validated has a value; 0 if there is none."""
         curves = [set(row.curve) for row in self.rows if row.curve]
         return max(set.intersection(*curves), default=0) if curves else 0
 
     def importance(self) -> dict[str, float]:
-        """Each key's share of the variance of the metric at `common_step`: what was stopped early counts as well.
+        """Each key's share of the variance of the metric, by fANOVA (Hutter et al. 2014); {} with too few trials.
 
-        By fANOVA (Hutter et al. 2014). {} where there is too little to tell.
+        It compares values at `common_step`, so trials that were stopped early count too.
         """
         values = self.values_at(self.common_step)
         if len(values) < FEWEST_TO_WEIGH or len(set(values.values())) < 2:
@@ -221,7 +223,7 @@ class SweepStudy:
         return {row.number: row.curve[step] for row in self.rows if step in row.curve}
 
     def view(self, values: Mapping[int, float]) -> optuna.Study:
-        """The trials as a study in memory under their own numbers; those with one of the `values` count as complete."""
+        """An in-memory study of the trials under their own numbers; those in `values` count as complete."""
         view = optuna.create_study(direction=self.study.direction)
         for row in self.rows:
             trial = self._newest[row.number]

@@ -1,11 +1,12 @@
-"""A sweep, from its first trial or from where it was left, to what it leaves under `<run>/tune`.
+"""Run or resume a hyperparameter sweep, and write its results to `<run>/tune`.
 
-best.yaml            the config with the best trial's values, as `train.py --config` takes it; its run is `<run>-best`
-trials.csv           a line a trial: how it ended, its metric, its steps, its values, and why it failed
+best.yaml            the config with the best trial's values, for `train.py --config`; its run is `<run>-best`
+trials.csv           one row per trial: how it ended, its metric, steps, values, and why it failed
 *.png                parallel coordinates, importance of each key, learning curves
-metrics.jsonl        and the others of logging.trackers: a row a trial, in order of their numbers
+metrics.jsonl        one row per trial, by number; the other logging.trackers get the same rows
 
-The result says what stopping early saved: `steps` that all trials took, and `whole_steps` of all to their end.
+The result shows what early stopping saved: `steps` is the number of steps taken by all trials, `whole_steps` the number
+they would have taken without stopping.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from pipeline.train.trial import Criterion, TrialContext, slots, trial_config
 
 
 def sweep(config: Config, folder: StoragePath, manifest: Manifest, progress: Callable[[], Progress]) -> Result:
-    """Run the trials that are left, and report on all. `progress` starts Ray, which a finished sweep does without."""
-    draft = trial_config(config, Criterion("", "max", 1, 1), 0, {})  # the budget is that of the config's own values
+    """Run the remaining trials and report on all. `progress` starts Ray, if there are any."""
+    draft = trial_config(config, Criterion("", "max", 1, 1), 0, {})  # the config's own values set the budget
     criterion = Criterion.of(config, Task.of(draft, folder, manifest).total_steps)
     with SweepStudy.open(config, criterion, manifest.fingerprint) as study:
         remaining = study.remaining
@@ -45,7 +46,7 @@ def sweep(config: Config, folder: StoragePath, manifest: Manifest, progress: Cal
             progress()
             _run(study, config, folder, manifest)
         else:
-            log.info("tune: nothing to do, all %d trials have ended", study.goal - remaining)
+            log.info("tune: nothing to do, all %d trials have finished", study.goal - remaining)
         remove_checkpoints(config, study)
         return report(config, study, track=remaining > 0)
 
@@ -53,22 +54,22 @@ def sweep(config: Config, folder: StoragePath, manifest: Manifest, progress: Cal
 def _run(study: SweepStudy, config: Config, folder: StoragePath, manifest: Manifest) -> None:
     from pipeline.train.tuner import run_trials
 
-    wanted, criterion, remaining = config.tune.max_concurrent_trials, study.criterion, study.remaining
-    room = slots(
+    limit, criterion, remaining = config.tune.max_concurrent_trials, study.criterion, study.remaining
+    trial_slots = slots(
         config.scaling,
         config.training.strategy,
         connected_cluster().with_labels(config.scaling.labels.train).capacity(),
-        remaining if wanted == "auto" else min(remaining, wanted),
+        remaining if limit == "auto" else min(remaining, limit),
     )
     log.info(
-        "tune: %d of %d trials are left, %d at the same time, of %d workers %s; a whole one takes %s steps%s",
+        "tune: running %d of %d trials, %d at a time, with %d workers each%s; a full trial takes %s steps%s",
         remaining,
         study.goal,
-        room.trials,
-        room.workers,
-        "in the trial's own process" if room.in_process else "beside it",
+        trial_slots.trials,
+        trial_slots.workers,
+        " (in the trial's own process)" if trial_slots.in_process else "",
         f"{criterion.total_steps:,}",
-        "" if config.tune.scheduler == "none" else f", each at least {criterion.grace_steps:,}",
+        "" if config.tune.scheduler == "none" else f", a stopped one at least {criterion.grace_steps:,}",
     )
     with Stage("tune", study.goal, "trials", study.goal - remaining) as stage:
 
@@ -77,11 +78,11 @@ def _run(study: SweepStudy, config: Config, folder: StoragePath, manifest: Manif
             remove_checkpoints(config, study, spared=row.number)
             stage.advance(1)
 
-        run_trials(study, TrialContext(config, criterion, room, folder, manifest), on_end)
+        run_trials(study, TrialContext(config, criterion, trial_slots, folder, manifest), on_end)
 
 
 def describe(row: Row, study: SweepStudy) -> str:
-    """A trial that has ended, as a line of the log."""
+    """A log line about a trial that has ended."""
     value = "" if row.value is None else f": {study.criterion.metric} {row.value:.4f} at step {row.at_step:,}"
     values = ", ".join(f"{key}={_shown(value)}" for key, value in row.values.items())
     reason = f" ({row.reason})" if row.reason else ""
@@ -89,7 +90,7 @@ def describe(row: Row, study: SweepStudy) -> str:
 
 
 def remove_checkpoints(config: Config, study: SweepStudy, spared: int | None = None) -> None:
-    """Those of trials that have ended, all but the best one's best model. Trial `spared` keeps its own for now."""
+    """Delete the checkpoints of ended trials, except the best trial's best model. Skips trial `spared`."""
     best = study.best
     for row in study.rows:
         if row.number != spared and row.state != "under way":
@@ -106,19 +107,19 @@ def _trial_folder(config: Config, number: int) -> StoragePath:
 
 
 def report(config: Config, study: SweepStudy, *, track: bool) -> Result:
-    """Write all of it; `track`: to the trackers too. Raises JobError, after the table, where all trials failed."""
+    """Write the sweep's files, and with `track` its tracker rows. Raises JobError if all trials failed."""
     folder, rows, best = config.run_dir / "tune", study.rows, study.best
     write_atomically(folder / "trials.csv", _csv(rows, study.criterion.metric).encode())
     log.info("tune: the trials\n%s", _trial_table(rows, study))
     if best is None or best.value is None:
         reason, count = Counter(row.reason for row in rows).most_common(1)[0]
         raise JobError(
-            f"all {len(rows)} trials failed, {count} of them because {reason}; {folder / 'trials.csv'} has every "
-            "reason, and a new sweep needs another storage.run or an empty folder"
+            f"all {len(rows)} trials failed, {count} of them because {reason}; {folder / 'trials.csv'} has all "
+            "reasons; to start a new sweep, use another storage.run or delete that folder"
         )
     text = f"# The best of {len(rows)} trials: trial {best.number}, {study.criterion.metric} {best.value:.4f}\n"
-    found = config.changed({**best.values, "storage.run": f"{config.storage.run}-best"}, "best.yaml")
-    text += yaml.safe_dump(found.dump(), sort_keys=False, allow_unicode=True)
+    best_config = config.changed({**best.values, "storage.run": f"{config.storage.run}-best"}, "best.yaml")
+    text += yaml.safe_dump(best_config.dump(), sort_keys=False, allow_unicode=True)
     write_atomically(folder / "best.yaml", text.encode())
     paths = {"best": str(folder / "best.yaml"), "trials": str(folder / "trials.csv")}
     if model := best_checkpoint(_trial_folder(config, best.number)):
@@ -130,18 +131,18 @@ def report(config: Config, study: SweepStudy, *, track: bool) -> Result:
 
 
 def _metrics(study: SweepStudy, rows: list[Row], best: Row) -> dict[str, Any]:
-    own, states = study.config_row, Counter(row.state for row in rows)
+    baseline, states = study.config_row, Counter(row.state for row in rows)
     steps, whole_steps = sum(row.steps for row in rows), sum(row.whole_steps for row in rows)
-    compared = ""
-    if own and own.value is not None:
-        compared = f"; the config as it is, {own.state}, has {own.value:.4f} at step {own.at_step:,}"
+    comparison = ""
+    if baseline and baseline.value is not None:
+        comparison = f"; the unchanged config ({baseline.state}): {baseline.value:.4f} at step {baseline.at_step:,}"
     log.info(
-        "tune: trial %d is best, %s %.4f at step %s%s; %s steps were taken, %.0f%% of the %s of all to their end",
+        "tune: the best is trial %d, %s %.4f at step %s%s; the sweep took %s steps, %.0f%% of %s without stopping",
         best.number,
         study.criterion.metric,
         best.value,
         f"{best.at_step:,}",
-        compared,
+        comparison,
         f"{steps:,}",
         100 * steps / max(whole_steps, 1),
         f"{whole_steps:,}",
@@ -152,20 +153,20 @@ def _metrics(study: SweepStudy, rows: list[Row], best: Row) -> dict[str, Any]:
         "stopped_early": states["stopped early"],
         "failed": states["failed"],
         "metric": study.criterion.metric,
-        "best": _found(best),
-        "config": _found(own) if own else None,
+        "best": _summary(best),
+        "config": _summary(baseline) if baseline else None,
         "steps": steps,
         "whole_steps": whole_steps,
         "importance": study.importance(),
     }
 
 
-def _found(row: Row) -> dict[str, Any]:
+def _summary(row: Row) -> dict[str, Any]:
     return {"trial": row.number, "state": row.state, "value": row.value, "step": row.at_step, "values": row.values}
 
 
 def _trial_table(rows: list[Row], study: SweepStudy) -> str:
-    """The best first; failed ones last, with their reasons."""
+    """The best trial first; failed ones last, with their reasons."""
     sign, keys = study.criterion.sign, study.space.dimensions
     ranked = sorted(rows, key=lambda row: (row.value is None, row.state != "done", -sign * (row.value or 0)))
     header = ["trial", "state", study.criterion.metric, "steps", *(key.rpartition(".")[2] for key in keys)]
@@ -190,7 +191,7 @@ def _csv(rows: list[Row], metric: str) -> str:
 
 
 def _draw(study: SweepStudy, folder: StoragePath) -> dict[str, str]:
-    """Optuna's pictures, as far as there is something to show: name → path. Trials without a validation are in none."""
+    """Draw Optuna's plots of the trials that have a validation. Returns name → path."""
     import matplotlib
     from optuna.visualization import matplotlib as pictures
 
@@ -200,7 +201,7 @@ def _draw(study: SweepStudy, folder: StoragePath) -> dict[str, str]:
     paths = {}
     with warnings.catch_warnings(action="ignore"), matplotlib.rc_context({"backend": "agg", "figure.figsize": (9, 5)}):
         drawn["coordinates"] = pictures.plot_parallel_coordinate(study.view(best), target_name=metric)
-        drawn["coordinates"].set_title(f"{len(best)} trials by their best {metric}, those stopped early among them")
+        drawn["coordinates"].set_title(f"{len(best)} trials by best {metric}, including those stopped early")
         drawn["curves"] = pictures.plot_intermediate_values(study.view(best))
         drawn["curves"].set(title=f"{metric} by step", ylabel=metric)
         if study.importance():
@@ -216,17 +217,17 @@ def _draw(study: SweepStudy, folder: StoragePath) -> dict[str, str]:
 
 
 def _track(config: Config, study: SweepStudy) -> None:
-    """A row a trial: its metric, the best so far, its steps and its numbers. Trials have trackers of their own too."""
-    own = config.changed({"storage.run": f"{config.storage.run}/tune"}, "the sweep")
+    """Log one row per trial to the trackers: its metric, the best so far, its steps and its numeric values."""
+    sweep_config = config.changed({"storage.run": f"{config.storage.run}/tune"}, "the sweep")
     best, sign = None, study.criterion.sign
-    with Trackers.open(own, 0) as trackers:
+    with Trackers.open(sweep_config, 0) as trackers:
         for row in study.rows:
             if row.value is not None:
                 best = row.value if best is None else sign * max(sign * best, sign * row.value)
                 numbers = {k: float(v) for k, v in row.values.items() if isinstance(v, int | float)}
                 key = f"{VALIDATION}{study.criterion.metric}"
-                found = {key: row.value, f"{VALIDATION}best": best, "steps": row.steps}
-                trackers.log({"step": row.number + 1, **found, **numbers})
+                metrics = {key: row.value, f"{VALIDATION}best": best, "steps": row.steps}
+                trackers.log({"step": row.number + 1, **metrics, **numbers})
 
 
 def _shown(value: Any) -> str:

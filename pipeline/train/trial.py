@@ -1,14 +1,14 @@
-"""A trial: its budget and its config, how many run side by side, and what Ray Tune runs in a process for each.
+"""A trial of a sweep: its budget, its config, how many run concurrently, and the function that Ray Tune runs.
 
     slots(Scaling(num_workers=2), "ddp", Capacity(9, 0, 9, 0))       # Slots(trials=8, workers=2, in_process=False, …)
     criterion = Criterion.of(config, total_steps=900)                # ndcg@10, compared at 100, 300 and 900 steps
     trial_config(config, criterion, 3, {"training.learning_rate": 1e-3}).run_dir      # <run>/tune/trials/0003
 
-A trial of one worker trains in the process that Tune gives it. Tune uses a process for one trial after the other, so
-such a trial starts in a second. A trial of several workers starts them by Ray Train, which takes half a minute.
+A trial of one worker trains in Tune's own process. Tune reuses processes, so such a trial starts in a second. A trial
+of several workers starts them with Ray Train, which takes half a minute.
 
-A trial that fails reports the reason. Tune starts a trial again only where it lost its process or its node, and the
-trial resumes from its newest checkpoint.
+A trial that fails reports the reason and is not retried. If it loses its process or node, Tune restarts it, and it
+resumes from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ from pipeline.train.history import VALIDATION, Metrics, read_rows
 from pipeline.train.stopping import lower_is_better
 
 VALUE = "value"
-STEP = "training_iteration"  # Tune's own name for how far a trial is; ours are optimizer steps
+STEP = "training_iteration"  # Tune's name for a trial's progress; we report optimizer steps
 LONGEST_REASON = 500
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """The metric by which trials are compared, and for how long they train."""
+    """The metric that trials are compared by, and how long they train."""
 
     metric: str
-    """As validation names it: ndcg@10."""
+    """As named in validation, such as ndcg@10."""
     mode: str
     """max or min."""
     total_steps: int
-    """Of a trial that is not stopped early."""
+    """Steps of a trial that is not stopped early."""
     grace_steps: int
-    """Steps that every trial gets, and between two comparisons."""
+    """Steps that every trial gets, and the steps between two validations."""
 
     @classmethod
     def of(cls, config: Config, total_steps: int) -> Criterion:
-        """Raises ConfigError where trials would end before they are compared."""
-        wanted, metric = config.tune, _metric_of(config)
-        grace = wanted.grace_steps or -(-total_steps // wanted.reduction_factor**2)
+        """Raises ConfigError if trials would end before they are compared."""
+        settings, metric = config.tune, _metric_of(config)
+        grace = settings.grace_steps or -(-total_steps // settings.reduction_factor**2)
         if grace > total_steps:
             raise ConfigError(
-                f"tune.grace_steps: found {grace}; allowed are at most the {total_steps} steps of a whole trial"
+                f"tune.grace_steps: found {grace}; allowed are at most {total_steps}, the steps of a full trial"
             )
-        mode = ("min" if lower_is_better(metric) else "max") if wanted.mode == "auto" else wanted.mode
+        mode = ("min" if lower_is_better(metric) else "max") if settings.mode == "auto" else settings.mode
         return cls(metric, mode, total_steps, grace)
 
     @property
@@ -76,10 +76,10 @@ def _metric_of(config: Config) -> str:
 
 
 def trial_config(config: Config, criterion: Criterion, number: int, values: dict[str, Any]) -> Config:
-    """A trial as a run of its own, inside the sweep's. Raises ConfigError where the values do not go together."""
+    """The config of a trial, whose run folder is inside the sweep's. Raises ConfigError for incompatible values."""
     every = config.training.validate_every_steps if config.tune.scheduler == "none" else criterion.grace_steps
     workers, steps = config.scaling.num_workers, config.tune.max_steps
-    own = {
+    overrides = {
         "storage.run": f"{config.storage.run}/tune/trials/{number:04d}",
         "logging.save_dir": None,
         "training.max_steps": steps or config.training.max_steps,
@@ -90,54 +90,55 @@ def trial_config(config: Config, criterion: Criterion, number: int, values: dict
         "checkpointing.max_checkpoints": 1,
         "scaling.num_workers": 1 if workers == "auto" else workers,
     }
-    return config.changed(values | own, f"trial {number}")
+    return config.changed(values | overrides, f"trial {number}")
 
 
 @dataclass(frozen=True)
 class Slots:
-    """`trials` at the same time, of `workers` each, and what a trial's own process reserves."""
+    """How many trials run concurrently, the workers of each, and what each trial's own process reserves."""
 
     trials: int
     workers: int
     in_process: bool
+    """Whether the trial's own process is the worker."""
     cpus: float
     gpus: float
     threads: int
     """torch threads of a worker."""
 
 
-def slots(scaling: Scaling, strategy: str, capacity: Capacity, most: int | None = None) -> Slots:
-    """As many trials as fit, `most` at most. Raises ConfigError where not even one does.
+def slots(scaling: Scaling, strategy: str, capacity: Capacity, max_trials: int | None = None) -> Slots:
+    """As many concurrent trials as fit, up to `max_trials`. Raises ConfigError if none fits.
 
-    A trial of one worker reserves that worker's share in its own process, a CPU at least. A trial of several reserves
-    nothing itself: Ray Train places its workers, which Tune does not count, so one CPU is left free to read data with.
-    num_workers=auto is one worker a trial: trials side by side never wait for each other. Of a range, the most count.
+    A trial of one worker reserves its resources in its own process, at least one CPU. A trial of several reserves
+    nothing, because Ray Train places its workers; Tune does not count those, so we keep one CPU free for reading data.
+    num_workers=auto means one worker per trial, so that trials don't wait for each other; a range means its maximum.
     """
-    wanted = scaling.num_workers
-    workers = 1 if wanted == "auto" else max(wanted) if isinstance(wanted, list) else wanted
-    in_process = workers == 1 and not isinstance(wanted, list) and strategy == "ddp"
+    num_workers = scaling.num_workers
+    workers = 1 if num_workers == "auto" else max(num_workers) if isinstance(num_workers, list) else num_workers
+    in_process = workers == 1 and not isinstance(num_workers, list) and strategy == "ddp"
     gpus = (1.0 if capacity.gpus else 0.0) if scaling.gpus_per_worker == "auto" else scaling.gpus_per_worker
     cpus = max(1.0, scaling.cpus_per_worker) if in_process else scaling.cpus_per_worker
     free = capacity.cpus if in_process else capacity.cpus - 1
     fitting = int(free / cpus + 1e-9) // workers
     if gpus:
-        # a fraction of a GPU is one GPU's: of two GPUs, two hold two workers of 0.6, not three
+        # a fraction cannot span GPUs: two GPUs hold two workers of 0.6, not three
         on_gpus = int(1 / gpus + 1e-9) * capacity.gpus if gpus < 1 else capacity.gpus / gpus
         fitting = min(fitting, int(on_gpus // workers))
     if fitting < 1:
         raise ConfigError(
-            f"scaling: found trials of {workers} workers with {cpus:g} CPUs and {gpus:g} GPUs each, and {free:g} CPUs "
-            f"and {capacity.gpus:g} GPUs free for them; allowed are trials of which one fits, by "
-            "scaling.num_workers, cpus_per_worker and gpus_per_worker"
+            f"scaling: found trials of {workers} workers with {cpus:g} CPUs and {gpus:g} GPUs each, but only "
+            f"{free:g} CPUs and {capacity.gpus:g} GPUs free for them; lower scaling.num_workers, cpus_per_worker or "
+            "gpus_per_worker"
         )
-    trials = min(fitting, most or fitting)
+    trials = min(fitting, max_trials or fitting)
     threads = max(1, int(capacity.cpus_there / (trials * workers)))
     return Slots(trials, workers, in_process, cpus if in_process else 0.0, gpus if in_process else 0.0, threads)
 
 
 @dataclass(frozen=True)
 class TrialContext:
-    """What every trial is sent: the sweep's config, and the prepared data that all trials train on."""
+    """The inputs that all trials share."""
 
     config: Config
     criterion: Criterion
@@ -147,9 +148,9 @@ class TrialContext:
 
 
 class Reporter:
-    """Reports a trial's validations to Ray Tune, and learns from it when to stop.
+    """Reports a trial's validations to Ray Tune, which may then stop the trial.
 
-    A resumed trial first reports what it had before, from its metrics.jsonl: a new Tuner has not heard of it.
+    A resumed trial first reports its earlier validations from metrics.jsonl, because a new Tuner does not know them.
     """
 
     def __init__(self, metric: str) -> None:
@@ -158,17 +159,17 @@ class Reporter:
         self.whole_steps, self.step, self.validated, self.stopped = 0, 0, 0, False
 
     def on_metrics(self, metrics: Metrics) -> None:
-        """Report a validation. Raises SystemExit, from inside Tune, where the trial is to end."""
+        """Report a validation. Tune raises SystemExit to stop the trial."""
         rows, self.history = read_rows(self.history) if self.history else [], None
         for row in [*(row for row in rows if row["step"] < metrics["step"]), metrics]:
             self.step = int(row["step"])
-            is_new = self.validated < self.step < self.whole_steps  # the last validation is left to `end`
+            is_new = self.validated < self.step < self.whole_steps  # `end` reports the last validation
             if is_new and math.isfinite(row.get(self.key, math.nan)):
                 self.validated = self.step
                 self._report(row[self.key])
 
     def end(self, metrics: Metrics | None = None, failed: str = "") -> None:
-        """Report the last validation, or why there is none."""
+        """Report the last validation, or why the trial failed."""
         if metrics:
             self.on_metrics(metrics)
         self._report((metrics or {}).get(self.key, math.nan), ended=True, failed=failed)
@@ -176,21 +177,21 @@ class Reporter:
     def _report(self, value: float, *, ended: bool = False, failed: str = "") -> None:
         from ray import tune
 
-        compared_at = self.step if math.isfinite(value) else 0  # where no scheduler looks
-        found = {"steps": self.step, "whole_steps": self.whole_steps, "seconds": time.monotonic() - self.started}
+        compared_at = self.step if math.isfinite(value) else 0  # schedulers ignore step 0
+        spent = {"steps": self.step, "whole_steps": self.whole_steps, "seconds": time.monotonic() - self.started}
         try:
-            tune.report({VALUE: float(value), STEP: compared_at, "ended": ended, "failed": failed, **found})
+            tune.report({VALUE: float(value), STEP: compared_at, "ended": ended, "failed": failed, **spent})
         except SystemExit:
             self.stopped = True
             raise
 
 
 def run_trial(suggested: dict[str, Any], context: TrialContext) -> None:
-    """What Ray Tune runs, in a thread of its own. `suggested`: the trial's number and its values."""
+    """Run one trial; Ray Tune calls this in a thread. `suggested` has the trial's number and values."""
     reporter = Reporter(context.criterion.metric)
     try:
         config = trial_config(context.config, context.criterion, suggested["number"], suggested["values"])
-        with _logged(config), alone_in(config.run_dir, wait=True):  # a killed driver's may live on for a minute
+        with _logged(config), alone_in(config.run_dir, wait=True):  # a killed driver's trial may run on for a minute
             state = _train(config, context, reporter)
     except Exception as error:
         reporter.end(failed=" ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__)
@@ -209,7 +210,7 @@ def _train(config: Config, context: TrialContext, reporter: Reporter) -> TrainSt
         import torch
 
         gc.collect()
-        torch.cuda.empty_cache()  # of the trial that this process had before: others may share the GPU
+        torch.cuda.empty_cache()  # of this process's previous trial; others may share the GPU
         torch.set_num_threads(context.slots.threads)
         return train_here(config, context.folder, context.manifest, reporter.on_metrics)
     from pipeline.core.session import Progress
@@ -218,7 +219,7 @@ def _train(config: Config, context: TrialContext, reporter: Reporter) -> TrainSt
     progress = Progress()
 
     def on_metrics(metrics: Metrics) -> None:
-        """In the thread that follows the progress: the workers are asked to stop, with a checkpoint."""
+        """Called in the progress thread, so it cannot raise; it asks the workers to checkpoint and stop."""
         try:
             if not reporter.stopped:
                 reporter.on_metrics(metrics)
@@ -230,7 +231,7 @@ def _train(config: Config, context: TrialContext, reporter: Reporter) -> TrainSt
 
 @contextmanager
 def _logged(config: Config) -> Iterator[None]:
-    """The log of this process is the trial's own training.log, for as long as the trial has it."""
+    """Log to the trial's own training.log within the block."""
     file = LogFile(config.log_dir, config.logging.format)
     log.handlers[:], log.propagate = [file], False
     log.setLevel(config.logging.level)

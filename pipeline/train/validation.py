@@ -1,7 +1,7 @@
-"""Scores on held-out records while a model trains, the same on every worker.
+"""Validation during training: scores of held-out records, the same on every worker.
 
 contrastive objectives     loss, ndcg@10, recall@1 with anchors as queries; sts_spearman on an STS file
-generative objectives      nll and perplexity per token; BLEU and ROUGE of texts that the decoder writes greedily
+generative objectives      nll and perplexity per token; BLEU and ROUGE of greedily decoded texts
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pipeline.train.collectives import all_reduce_sum, broadcast, gather_rows, r
 from pipeline.train.prefetch import to_device
 
 ROWS_AT_ONCE = 256
-CORRUPTION_SEED = 0  # of held-out texts: each validation sees the same ones
+CORRUPTION_SEED = 0  # fixed, so that each validation corrupts the texts in the same way
 
 
 @dataclass(frozen=True)
 class StsPairs:
-    """Pairs of sentences, and how similar people find them."""
+    """Pairs of sentences with human similarity scores."""
 
     first: Packed
     second: Packed
@@ -36,7 +36,7 @@ class StsPairs:
 
 @dataclass(frozen=True)
 class Validation:
-    """What a model is scored on. `decode` gives the texts of lists of token ids."""
+    """Held-out records. `decode` turns lists of token ids into texts."""
 
     batch: Batch
     decode: Callable[[list[list[int]]], list[str]]
@@ -48,7 +48,7 @@ class Validation:
 def validate(
     learner: Learner, validation: Validation, device: torch.device, *, is_sharded: bool = False
 ) -> dict[str, float]:
-    """Metrics, the same on every worker. If the model `is_sharded`, all workers make the same forward passes."""
+    """Validation metrics, the same on every worker. With `is_sharded`, all workers run the same forward passes."""
     metrics: dict[str, float] = {}
     if learner.contrasts:
         fields = validation.batch.fields
@@ -62,11 +62,11 @@ def validate(
     metrics |= with_perplexity(_token_losses(learner, validation.batch, device))
     if is_sharded or rank() == 0:
         metrics |= _generated(learner, validation, device)
-    return broadcast(metrics)  # names that rank 0 alone has, and the last bits of the others
+    return broadcast(metrics)  # only rank 0 may have generated texts; and the last bits must agree
 
 
 def with_perplexity(metrics: dict[str, float]) -> dict[str, float]:
-    """The metrics, and the perplexity for each mean negative log likelihood of a token."""
+    """Add a perplexity for each `*_nll` (mean negative log likelihood per token)."""
     perplexities = {
         name.removesuffix("nll") + "perplexity": math.exp(min(value, 700.0))
         for name, value in metrics.items()
@@ -76,7 +76,7 @@ def with_perplexity(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _ranges(rows: int) -> list[tuple[int, int]]:
-    """Batches of the rows that this worker scores. All workers get equally many; the last may be small or empty."""
+    """Row ranges of this worker's batches. All workers get the same number; the last may be small or empty."""
     share = math.ceil(rows / world_size())
     first = rank() * share
     bounds = [min(first + i, rows) for i in (*range(0, share, ROWS_AT_ONCE), share)]
@@ -85,13 +85,13 @@ def _ranges(rows: int) -> list[tuple[int, int]]:
 
 def encode_shared(learner: Learner, texts: Packed, device: torch.device) -> Tensor:
     """(N, D) vectors of all texts; each worker encodes its share."""
-    found = torch.cat([learner.encode(texts.slice(*ends).to(device)) for ends in _ranges(len(texts))])
-    missing = math.ceil(len(texts) / world_size()) - len(found)  # the last shares may be smaller
-    return gather_rows(nn.functional.pad(found, (0, 0, 0, missing)))[: len(texts)]
+    vectors = torch.cat([learner.encode(texts.slice(*ends).to(device)) for ends in _ranges(len(texts))])
+    missing = math.ceil(len(texts) / world_size()) - len(vectors)  # the last shares may be smaller
+    return gather_rows(nn.functional.pad(vectors, (0, 0, 0, missing)))[: len(texts)]
 
 
 def _token_losses(learner: Learner, batch: Batch, device: torch.device) -> dict[str, float]:
-    """The mean over all target tokens, for each generative objective."""
+    """The mean loss per target token of each generative objective."""
     names = learner.generative
     sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
     for ends in _ranges(len(batch)) if names else ():
@@ -106,7 +106,7 @@ def _token_losses(learner: Learner, batch: Batch, device: torch.device) -> dict[
 
 
 def _generated(learner: Learner, validation: Validation, device: torch.device) -> dict[str, float]:
-    """BLEU and ROUGE of each objective that writes texts."""
+    """BLEU and ROUGE of each objective that generates texts."""
     few = validation.batch.slice(0, min(validation.generated_texts, len(validation.batch)))
     if not len(few):
         return {}
@@ -122,21 +122,20 @@ def _generated(learner: Learner, validation: Validation, device: torch.device) -
 
 
 def ranking_metrics(anchors: Tensor, positives: Tensor, scale: float) -> dict[str, float]:
-    """`loss`, `ndcg@10` and `recall@1` if anchor i is to find positive i among all positives; (N, D) each."""
+    """`loss`, `ndcg@10` and `recall@1` of retrieving positive i for anchor i among all positives; (N, D) each."""
     anchors, positives = (nn.functional.normalize(each, dim=-1) for each in (anchors, positives))
     losses, ranks = [], []
-    own = torch.arange(len(anchors), device=anchors.device)
-    for rows in own.split(1024):
+    for rows in torch.arange(len(anchors), device=anchors.device).split(1024):
         scores = anchors[rows] @ positives.T
         losses.append(nn.functional.cross_entropy(scores * scale, rows, reduction="sum"))
-        own_score = scores.gather(1, rows[:, None])
-        ahead = (~(scores <= own_score)).sum(dim=1)  # written like this, NaN ranks last
-        ties = ((scores == own_score).sum(dim=1) - 1).clamp(min=0)  # ties count half, or equal vectors would win
+        target = scores.gather(1, rows[:, None])
+        ahead = (~(scores <= target)).sum(dim=1)  # not `>`, so that NaN ranks last
+        ties = ((scores == target).sum(dim=1) - 1).clamp(min=0)  # count half, or a model of equal vectors would win
         ranks.append(1 + ahead + ties / 2)
-    position = torch.cat(ranks).double()
-    gain = torch.where(position <= 10, 1 / torch.log2(position + 1), 0.0)
+    rank_of_positive = torch.cat(ranks).double()
+    gain = torch.where(rank_of_positive <= 10, 1 / torch.log2(rank_of_positive + 1), 0.0)
     return {
         "loss": float(torch.stack(losses).sum()) / len(anchors),
         "ndcg@10": float(gain.mean()),
-        "recall@1": float((position == 1).double().mean()),
+        "recall@1": float((rank_of_positive == 1).double().mean()),
     }

@@ -1,11 +1,11 @@
-"""A training worker of Ray Train: what Ray does for a run.
+"""A training worker of Ray Train, and the process group of the workers.
 
-Ray places the workers and restarts them. Batches come through Ray Data, checkpoints go through Ray's reports, metrics
-and alerts go to the driver. The run learns when the driver wants to stop, and when Ray is about to lose a node.
+Ray places and restarts the workers. A worker reads batches from Ray Data, reports checkpoints to Ray, and sends
+metrics and alerts to the driver. It checks whether the driver wants to stop and whether Ray is about to lose a node.
 
-The workers' process group can be reached only at the address by which Ray knows their node, which is 127.0.0.1 in a
-session of one machine. By default, torch's store for the rendezvous listens on all interfaces, without authentication,
-whatever address it is given; here it gets a socket that is already bound.
+The process group listens only on the address that Ray uses for the node, which is 127.0.0.1 in a session of one
+machine. torch's rendezvous store would listen on all interfaces without authentication, whatever address you give it;
+so we pass it a socket that is already bound.
 """
 
 from __future__ import annotations
@@ -42,27 +42,27 @@ from pipeline.train.history import Metrics
 from pipeline.train.loop import ControlFlags, Hooks, TrainingStopped
 from pipeline.train.saving import Saver
 
-LEAVE_S = 30.0  # for a worker to leave the process group, as Ray's own backend waits
+LEAVE_S = 30.0  # wait for a worker to leave the process group, as Ray's own backend does
 POLL_S = 1.0
 
 
 @dataclass(frozen=True)
 class Sent:
-    """What a worker is sent."""
+    """The input of a worker, the same for all of them."""
 
     task: Task
     threads: int
     """torch threads of each worker."""
     progress: Any
-    """The driver's progress."""
+    """The handle of the driver's Progress actor."""
     point: ResumePoint
-    """The newest checkpoint, which the driver has read."""
+    """The newest checkpoint, already verified by the driver."""
     start_s: float
-    """When the job started, in seconds since the epoch."""
+    """Start of the job, in seconds since the epoch."""
 
 
 def train_worker(message: dict[str, Any]) -> None:
-    """Train to the end, or until asked to stop. An error that a restart would not fix is sent to the driver."""
+    """Train to the end, or until asked to stop. Errors that a restart would not fix are sent to the driver."""
     sent: Sent = message["sent"]
     config, context = sent.task.config, ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -83,13 +83,13 @@ def train_worker(message: dict[str, Any]) -> None:
         saver = RaySaver(config, sent.task.tokenizer_json, sent.task.holder)
         hooks = Hooks(saver.save, partial(_report, sent.progress), alert, _control_flags(sent, rank))
         run_task(sent.task, feed.batches, hooks, get_device(), sent.point)
-        ray.train.report({})  # waits until all checkpoints are in their places
-    except (TrainingStopped, ConfigError) as error:  # on all workers alike
+        ray.train.report({})  # waits until all checkpoints are uploaded
+    except (TrainingStopped, ConfigError) as error:  # raised on all workers
         send({"fatal": str(error), "config": isinstance(error, ConfigError)})
 
 
 class RaySaver(Saver):
-    """Reports checkpoints to Ray, on every rank, which is a barrier. Ray calls `_upload` in a thread of its own."""
+    """Reports checkpoints to Ray, which is a barrier for all ranks. Ray calls `_upload` in a background thread."""
 
     def place(self, folder: Path, state: TrainState, is_best: bool) -> None:
         ray.train.report(
@@ -121,7 +121,7 @@ def _send_log(send: Callable[[dict[str, Any]], None], level: str) -> None:
 
 
 def _report(progress: Any, metrics: Metrics) -> None:
-    """Send rank 0's metrics to the driver, which draws the bar and keeps the trackers."""
+    """Send rank 0's metrics to the driver, which shows the progress bar and runs the trackers."""
     message: dict[str, Any] = {"metrics": metrics}
     if "loss" in metrics:
         progress.put.remote("steps", int(metrics["step"]))
@@ -133,19 +133,19 @@ def _report(progress: Any, metrics: Metrics) -> None:
 
 
 def _control_flags(sent: Sent, rank: int) -> Callable[[int], ControlFlags]:
-    """Rank 0 asks the driver's progress once a second. All workers ask Ray, every few steps, at the same steps."""
+    """Rank 0 polls the driver's progress actor once a second; all workers poll Ray every `log_every_steps`."""
     progress, config, start_s = sent.progress, sent.task.config, sent.start_s
     stop, saved_for = threading.Event(), set[str]()
-    events = iter(("the first batch is there", "the first step is done"))
+    events = iter(("the first batch is ready", "the first step is done"))
 
-    def follow() -> None:
-        with suppress(ray.exceptions.RayError):  # the session is going down
+    def poll() -> None:
+        with suppress(ray.exceptions.RayError):  # the session is ending
             while not stop.wait(POLL_S):
                 if ray.get(progress.is_stop_wanted.remote()):
                     stop.set()
 
     if rank == 0:
-        threading.Thread(target=follow, name="control flags", daemon=True).start()
+        threading.Thread(target=poll, name="control flags", daemon=True).start()
 
     def control_flags(step: int) -> ControlFlags:
         if event := next(events, None):
@@ -162,7 +162,7 @@ def _control_flags(sent: Sent, rank: int) -> Callable[[int], ControlFlags]:
 
 @dataclass
 class ProcessGroupConfig(TorchConfig):
-    """A `TorchConfig` for gloo on CPUs and nccl on GPUs, whose rendezvous listens at the node's own address alone."""
+    """A `TorchConfig` (gloo on CPUs, nccl on GPUs) whose rendezvous listens only on the node's own address."""
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -187,29 +187,29 @@ class _OwnAddressBackend(Backend):
             ray.get(worker_group.execute_async(_leave), timeout=LEAVE_S)
 
 
-_held: list[TCPStore] = []
-"""The store that this process serves, for as long as its group lives."""
+_store: list[TCPStore] = []
+"""The store that this process serves, kept alive as long as the process group."""
 
 
 def _serve(timeout: timedelta) -> tuple[str, int]:
-    """Open the store on this node; returns its address and port."""
+    """Open the store on this node. Returns its address and port."""
     address = ray.util.get_node_ip_address()
     family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
     with socket.create_server((address, 0), family=family) as listening:
         port = listening.getsockname()[1]
-        _held[:] = [
+        _store[:] = [
             TCPStore(address, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listening.detach())
         ]
     return address, port
 
 
 def _join(backend: str, rank: int, world_size: int, address: str, port: int, timeout: timedelta) -> None:
-    os.environ["LOCAL_RANK"] = str(ray.train.get_context().get_local_rank())  # which device meshes look for
+    os.environ["LOCAL_RANK"] = str(ray.train.get_context().get_local_rank())  # read by device meshes
     if ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:
         loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
         for library in ("GLOO", "NCCL"):
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback)
-    store = _held[0] if rank == 0 else TCPStore(address, port, None, False, timeout)
+    store = _store[0] if rank == 0 else TCPStore(address, port, None, False, timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 

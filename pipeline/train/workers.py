@@ -1,9 +1,9 @@
-"""How many training workers a config asks for, and whether a cluster has room for them. Pure arithmetic.
+"""How many training workers a config asks for, and whether they fit the cluster. Pure arithmetic.
 
     workers = size_workers(config, cluster)                 # Workers(fewest=2, most=2, cpus=0.5, gpus=0, threads=1)
     for sentence in shortfalls(config, workers, cluster): ...
 
-One CPU must be left for Ray Data, which reads for the workers: without it, training waits for ever.
+One CPU must stay free for Ray Data, which reads for the workers: without it, training hangs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DATA_CPUS = 1.0
 
 @dataclass(frozen=True)
 class Workers:
-    """How many training workers there are, at least and at most, what each reserves, and its torch threads."""
+    """The minimum and maximum number of training workers, the resources of each, and its torch threads."""
 
     fewest: int
     most: int
@@ -33,59 +33,59 @@ class Workers:
 
 
 def size_workers(config: Config, cluster: Cluster, concurrent_runs: int = 1) -> Workers:
-    """The workers that are asked for, whether or not they fit, if `concurrent_runs` share the cluster."""
-    capacity, wanted = cluster.with_labels(config.scaling.labels.train).capacity(), config.scaling
-    gpu_share = (1.0 if capacity.gpus else 0.0) if wanted.gpus_per_worker == "auto" else wanted.gpus_per_worker
-    if wanted.num_workers == "auto":
+    """The workers that the config asks for, whether or not they fit; `concurrent_runs` share the CPUs for threads."""
+    capacity, scaling = cluster.with_labels(config.scaling.labels.train).capacity(), config.scaling
+    gpu_share = (1.0 if capacity.gpus else 0.0) if scaling.gpus_per_worker == "auto" else scaling.gpus_per_worker
+    if scaling.num_workers == "auto":
         most = max(1, int(capacity.gpus / gpu_share)) if gpu_share else DEFAULT_CPU_WORKERS
         fewest = most = min(most, config.training.global_batch_size)
     else:
-        numbers = wanted.num_workers if isinstance(wanted.num_workers, list) else [wanted.num_workers]
+        numbers = scaling.num_workers if isinstance(scaling.num_workers, list) else [scaling.num_workers]
         fewest, most = numbers[0], numbers[-1]
-    threads = max(1, int(max(capacity.cpus_there // (most * concurrent_runs), wanted.cpus_per_worker)))
-    return Workers(fewest, most, wanted.cpus_per_worker, gpu_share, threads)
+    threads = max(1, int(max(capacity.cpus_there // (most * concurrent_runs), scaling.cpus_per_worker)))
+    return Workers(fewest, most, scaling.cpus_per_worker, gpu_share, threads)
 
 
 def shortfalls(config: Config, workers: Workers, cluster: Cluster) -> list[str]:
-    """Why the fewest workers do not fit the cluster, a sentence a reason; empty where they do."""
+    """A sentence for each reason why the minimum number of workers does not fit; empty if it fits."""
     labels, fewest = config.scaling.labels, workers.fewest
-    own = cluster.with_labels(labels.train)
-    if not own.nodes:
+    train = cluster.with_labels(labels.train)
+    if not train.nodes:
         return [f"scaling.labels.train: found no node with {_listed(labels.train)}; allowed are labels that nodes have"]
-    if fewest * workers.gpus > own.capacity().gpus:
+    if fewest * workers.gpus > train.capacity().gpus:
         return [
-            f"scaling.gpus_per_worker: found {fewest} workers of {workers.gpus:g} GPUs, and {own.capacity().gpus:g} "
-            "GPUs that are there or may be added; allowed are as many as there are"
+            f"scaling.gpus_per_worker: found {fewest} workers of {workers.gpus:g} GPUs each, but the cluster has or "
+            f"can add only {train.capacity().gpus:g} GPUs; lower it or scaling.num_workers"
         ]
     sentences = _cpu_shortfall(config, workers, cluster)
-    if not sentences and own.fitting(workers.cpus, workers.gpus) < fewest:
-        largest = max(own.nodes, key=lambda node: (node.gpus, node.cpus))
+    if not sentences and train.fitting(workers.cpus, workers.gpus) < fewest:
+        largest = max(train.nodes, key=lambda node: (node.gpus, node.cpus))
         sentences = [
-            f"scaling.cpus_per_worker: found {fewest} workers of {workers.cpus:g} CPUs and {workers.gpus:g} GPUs, and "
-            f"room for {own.fitting(workers.cpus, workers.gpus)} of them, each on one node, of which the largest has "
+            f"scaling.cpus_per_worker: found {fewest} workers of {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each, "
+            f"but the nodes hold only {train.fitting(workers.cpus, workers.gpus)}; the largest node has "
             f"{largest.cpus:g} CPUs and {largest.gpus:g} GPUs; allowed are workers that fit the nodes"
         ]
     return sentences
 
 
 def _cpu_shortfall(config: Config, workers: Workers, cluster: Cluster) -> list[str]:
-    """Whether the CPUs are enough, and one of them is left where Ray Data may work."""
+    """Check that the CPUs are enough, with one left on the nodes that Ray Data may use."""
     labels, fewest = config.scaling.labels, workers.fewest
-    own, data = cluster.with_labels(labels.train), cluster.with_labels(labels.data)
+    train, data = cluster.with_labels(labels.train), cluster.with_labels(labels.data)
     if not data.nodes:
         return [f"scaling.labels.data: found no node with {_listed(labels.data)}; allowed are labels that nodes have"]
-    apart = own.without_labels(labels.data).capacity().cpus  # where training is alone
-    cpus, shared = own.capacity().cpus, data.capacity().cpus
-    left = shared - max(0.0, fewest * workers.cpus - apart)
+    train_only = train.without_labels(labels.data).capacity().cpus  # nodes without Ray Data
+    cpus, shared = train.capacity().cpus, data.capacity().cpus
+    left = shared - max(0.0, fewest * workers.cpus - train_only)
     if left >= DATA_CPUS and fewest * workers.cpus <= cpus:
         return []
-    room = min(cpus, apart + shared - DATA_CPUS)
-    fitting = int(max(0.0, room) / workers.cpus)
+    free = min(cpus, train_only + shared - DATA_CPUS)
+    fitting = int(max(0.0, free) / workers.cpus)
     return [
         f"scaling: found {fewest} workers of {workers.cpus:g} CPUs and {cpus:g} CPUs in all, of which reading data "
         f"takes {DATA_CPUS:g}; allowed "
         + (f"are {fitting} workers of {workers.cpus:g}, or " if fitting else "is ")
-        + (f"scaling.cpus_per_worker={room / fewest:g}" if room > 0 else "a cluster with more CPUs")
+        + (f"scaling.cpus_per_worker={free / fewest:g}" if free > 0 else "a cluster with more CPUs")
     ]
 
 
