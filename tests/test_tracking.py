@@ -152,7 +152,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(warnings: list[st
     trackers.close()
     assert [[row["step"] for row in each.rows] for each in (failing, kept)] == [[10], [10, 20]]
     assert kept.closed == [False]
-    assert warnings == ["train: failing fails and is left out from here on, training goes on: the server is gone"]
+    assert warnings == ["train: removed the tracker failing, training continues: the server is gone"]
 
 
 def test_a_tracker_that_cannot_be_opened_is_left_out(tmp_path: Path, warnings: list[str]) -> None:

@@ -1,4 +1,8 @@
-"""What workers exchange through torch.distributed. With one worker, or without it, each function returns its input."""
+"""Collectives of torch.distributed. With one worker, or without a process group, each returns its input.
+
+counts = all_gather(torch.tensor(len(rows)))          # (W,)
+everyone = gather_rows(rows, counts.tolist())         # (b, D) on each worker → (B, D), differentiable
+"""
 
 from __future__ import annotations
 
@@ -29,16 +33,16 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def all_gather(values: Tensor) -> Tensor:
-    """(W, ...): every worker's values, in rank order, without a gradient."""
+    """Every worker's values, (W, ...) in rank order, without a gradient."""
     if world_size() == 1:
         return values.detach()[None]
     return torch.stack(_all_gather(values.detach()))
 
 
 def gather_rows(rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-    """(b, ...) on each of W workers → (B, ...), differentiable.
+    """Concatenate the rows of all workers: (b, ...) → (B, ...), differentiable.
 
-    `counts` are the rows of each worker, in rank order; without them all workers have equally many.
+    `counts` has the number of rows of each worker, in rank order; by default all workers have the same number.
     """
     if world_size() == 1 or 0 in rows.shape[1:]:
         return rows
@@ -46,7 +50,7 @@ def gather_rows(rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
 
 
 def broadcast(value: T) -> T:
-    """Rank 0's value, which is pickled, on all workers."""
+    """Rank 0's value on all workers, sent as a pickle."""
     values = [value]
     if world_size() > 1:
         dist.broadcast_object_list(values)
@@ -54,7 +58,7 @@ def broadcast(value: T) -> T:
 
 
 class _GatherRows(torch.autograd.Function):
-    """All workers' rows, in rank order; backward sums over workers the gradients of this worker's rows."""
+    """All workers' rows, in rank order. Backward sums the gradients of this worker's rows over all workers."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, counts: Sequence[int]) -> Tensor:  # type: ignore[no-untyped-def, override]

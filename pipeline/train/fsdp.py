@@ -1,16 +1,15 @@
-"""fsdp: each worker holds a part of every weight, of its gradient and of the optimizer's state (torch's fully_shard).
+"""fsdp: each worker holds a shard of every weight, gradient and optimizer state (torch's fully_shard).
 
-    strategy = FullySharded(learner, device)     # from here on, each parameter holds this worker's part
-    optimizer = build_optimizer(learner, ...)    # after it
+    strategy = FullySharded(learner, device)     # from here on, each parameter holds this worker's shard
+    optimizer = build_optimizer(learner, ...)    # must come second
 
-A layer's weights are gathered from all workers before it runs, forwards and backwards, and freed after it. Weights
-outside the layers, mainly the token table, stay whole from a forward pass to the end of its backward pass. All workers
-must make the same passes in the same order, because each pass waits for all of them.
+A layer's weights are gathered before its forward and backward pass and freed afterwards. Weights outside the layers,
+mainly the token table, stay gathered from the forward pass to the end of the backward pass. All workers must run the
+same passes in the same order, because each pass waits for all of them.
 
-Cost over ddp: for `n` bytes of weights, a worker receives n more in each forward and in each backward pass. Gradients
-are sent once a step, so with several micro-batches they are whole on every worker until the last one; with one they are
-sent layer by layer. Under autocast the 16-bit copies of the weights live as long as the graph, unless layers are
-checkpointed.
+Cost over ddp: for `n` bytes of weights, a worker receives n more in each forward and each backward pass. Gradients are
+reduced once per step: with one micro-batch layer by layer; with several, each worker holds unsharded gradients until
+the last one. Under autocast, the 16-bit copies of the weights live as long as the graph, unless you checkpoint layers.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from pipeline.train.collectives import all_reduce_sum, world_size
 
 
 class FullySharded:
-    """A `Strategy`. Shards the learner's parameters along their first dimension.
+    """A `Strategy` that shards the learner's parameters along their first dimension.
 
-    Scalars, such as a learned temperature, cannot be sharded: every worker keeps them, and their gradients are reduced
-    with the flags. torch.distributed must be initialised.
+    Scalars, such as a learned temperature, cannot be sharded: every worker has a copy, and their gradients are reduced
+    together with the flags. torch.distributed must be initialised.
     """
 
     is_sharded = True
@@ -46,14 +45,14 @@ class FullySharded:
             for layer in stack.layers:
                 fully_shard(layer, mesh=mesh)
         self.learner: FSDPModule = fully_shard(learner, mesh=mesh, ignored_params=set(self.scalars))
-        # A worker with an empty micro-batch has no gradient for some weights, and must send zeros instead.
+        # A worker with an empty micro-batch has no gradient for some weights and must send zeros.
         self.learner.set_reduce_scatter_unused_params(True)
         for name in learner.entries:
             register_fsdp_forward_method(learner, name)
 
     def attach(self, learner: Learner) -> None:
-        # NOTE: fully_shard notes which weights are trained when a module is first gathered. Gather all here, so that it
-        # notices the layers that start to train after the token table's warm-up.
+        # NOTE: fully_shard checks which weights require a gradient when a module is gathered for the first time. Gather
+        # all here, so that it includes the layers that start to train after the token table's warm-up.
         for module in learner.modules():
             if isinstance(module, FSDPModule):
                 module.unshard()
@@ -71,7 +70,7 @@ class FullySharded:
         yield
 
     def finish(self, flags: Sequence[bool | Tensor]) -> list[float]:
-        """Reduces the flags and the scalars' gradients in one small collective."""
+        """Reduce the flags and the scalars' gradients in one small collective."""
         gradients = [0.0 if scalar.grad is None else scalar.grad for scalar in self.scalars]
         values = [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in (*flags, *gradients)]
         sums = all_reduce_sum(torch.stack(values))

@@ -1,11 +1,11 @@
-"""A run's history: metrics.jsonl and alerts.jsonl, one line a report in order of step, a table and a plot of them.
+"""A run's history: metrics.jsonl and alerts.jsonl, one line per report in order of step, with a table and a plot.
 
     lines = JsonLines(run_dir / "metrics.jsonl", resumed_step=40, kind=metrics_kind)     # keeps steps up to 40
     lines.write({"step": 50, "loss": 1.9})
     lines.write({"step": 60, "loss": 1.8})
-    lines.write({"step": 50, "loss": 1.9})       # workers restarted at 40: this line replaces both from 50 on
+    lines.write({"step": 50, "loss": 1.9})       # workers restarted at 40: replaces both lines from 50 on
 
-A line costs an append; lines that come a second time cost the file once for each restart.
+Writing a line appends to the file; a restart of the workers rewrites the file once.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from pipeline.core.path import StoragePath
 from pipeline.train.stopping import LOWER_IS_BETTER
 
 Metrics = dict[str, float]
-"""`step`, and figures of the training or, all named `validation_*`, of a validation at that step."""
+"""`step`, and metrics of either training or validation at that step; validation metrics are named `validation_*`."""
 
 VALIDATION = "validation_"
 
 
 class Tracker(ABC):
-    """Takes metrics in order of step, until it is closed; after a restart of workers, steps come that came before.
+    """Takes metrics in order of step until it is closed. After a restart of workers, steps are repeated.
 
-    Any method may raise: `Trackers` then leaves the tracker out and goes on.
+    Any method may raise: `Trackers` then removes the tracker and continues.
     """
 
     name = "tracker"
@@ -42,14 +42,14 @@ class Tracker(ABC):
     def log(self, metrics: Metrics) -> None: ...
 
     def alert(self, row: dict[str, Any]) -> None:  # noqa: B027
-        """Take an alert: `step`, `title`, `text`. Most trackers have no place for one."""
+        """Record an alert with `step`, `title` and `text`. Most trackers ignore it."""
 
     def close(self, failed: bool) -> None:  # noqa: B027
-        """Write what is still held back. `failed`: the run ends with an error."""
+        """Flush. `failed`: the run ends with an error."""
 
 
 def grouped(metrics: Metrics) -> Metrics:
-    """The figures under the names that interfaces sort into groups: `train/loss`, `validation/ndcg@10`."""
+    """The metrics under names that TensorBoard and wandb group: `train/loss`, `validation/ndcg@10`."""
     return {
         f"validation/{name.removeprefix(VALIDATION)}" if name.startswith(VALIDATION) else f"train/{name}": value
         for name, value in metrics.items()
@@ -58,18 +58,18 @@ def grouped(metrics: Metrics) -> Metrics:
 
 
 Row = dict[str, Any]
-"""With `step`, an integer."""
+"""A line of a JSON Lines file, with an integer `step`."""
 
 
 class JsonLines:
-    """Rows as lines. Of one step there may be several, if they differ in `kind`."""
+    """A JSON Lines file of rows in order of step, with at most one row per step and `kind`."""
 
     def __init__(self, path: Path, resumed_step: int, kind: Callable[[Row], str]) -> None:
         self.path, self.kind = path, kind
         self._rewrite(lambda row: row["step"] <= resumed_step)
 
     def write(self, row: Row) -> None:
-        """Append a row, in place of those that lie after it, and of one of its own step and kind."""
+        """Append a row. Rows of later steps, and of the same step and kind, are removed."""
         if row["step"] < self.step or (row["step"] == self.step and self.kind(row) in self.kinds):
             self._rewrite(lambda old: old["step"] < row["step"] or self._is_another_of_its_step(old, row))
         with self.path.open("a") as file:
@@ -88,14 +88,14 @@ class JsonLines:
             self._note(row)
 
     def _note(self, row: Row) -> None:
-        """The last step there is, and the kinds of its rows."""
+        """Track the last step and the kinds of its rows."""
         if row["step"] != self.step:
             self.step, self.kinds = row["step"], set()
         self.kinds.add(self.kind(row))
 
 
 class History(Tracker):
-    """metrics.jsonl, and alerts.jsonl beside it."""
+    """Writes metrics.jsonl and alerts.jsonl."""
 
     name = "metrics.jsonl"
 
@@ -111,12 +111,12 @@ class History(Tracker):
 
 
 def metrics_kind(row: Row) -> str:
-    """Training rows have a `loss`; others are of validations."""
+    """Training rows have a `loss`, validation rows do not."""
     return "training" if "loss" in row else "validation"
 
 
 def read_rows(path: StoragePath) -> list[Row]:
-    """All rows of a file, or none without one. What is no row is passed over: a kill may leave half a last line."""
+    """All rows of a file; none if it is missing. Invalid lines are skipped: a kill may leave half a line."""
     lines = path.read_text().splitlines() if path.is_file() else []
     return [row for line in lines if (row := _parsed(line)) is not None]
 
@@ -130,17 +130,17 @@ def _parsed(line: str) -> Row | None:
 
 
 COLUMNS = 3
-LOG_FROM_RATIO = 10  # of the largest to the smallest: within one decade a linear axis shows more. Ours
+LOG_FROM_RATIO = 10  # largest / smallest value; within one decade a linear axis shows more. Ours
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One small plot: the metrics whose whole names match, divided by `unit`."""
+    """One plot: the metrics whose full names match the pattern `names`, divided by `unit`."""
 
     title: str
     names: str
     axis: Literal["close", "log", "from zero"] = "close"
-    """Close round the values, logarithmic where they span much, or from zero, where noise looks as small as it is."""
+    """Fit the values, use a log scale if they span more than a decade, or start at zero so that noise looks small."""
     unit: float = 1.0
 
 
@@ -160,7 +160,7 @@ PANELS = (
 
 
 def plot_history(history: StoragePath, png: StoragePath) -> None:
-    """Draw a metrics.jsonl: a panel for each of PANELS that has data. Without any, nothing is written."""
+    """Plot a metrics.jsonl, with a panel for each of PANELS that has data. Writes nothing if none has."""
     from matplotlib.figure import Figure
 
     rows = read_rows(history)
@@ -179,7 +179,7 @@ def plot_history(history: StoragePath, png: StoragePath) -> None:
 
 
 def _series(rows: Sequence[Row], panel: Panel) -> dict[str, list[tuple[int, float]]]:
-    """By name, the (step, value) of the panel's metrics that are numbers."""
+    """The finite (step, value) points of the panel's metrics, by name."""
     series: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         for name, value in row.items():
@@ -189,7 +189,7 @@ def _series(rows: Sequence[Row], panel: Panel) -> dict[str, list[tuple[int, floa
 
 
 def _draw(axis: Any, panel: Panel, series: dict[str, list[tuple[int, float]]]) -> None:
-    """Validations are few, so each is a dot as well."""
+    """Draw lines, with a dot for each validation, because there are few."""
     for name, points in sorted(series.items()):
         steps, values = zip(*points, strict=True)
         is_validation = name.startswith(VALIDATION)
@@ -217,10 +217,7 @@ def _scale(axis: Any, panel: Panel, values: list[float]) -> None:
 
 
 def final_table(history: Sequence[Row]) -> str:
-    """The last training row's figures; and each validation metric's last value, its best, and the step of that.
-
-    Losses, their likelihoods and perplexities are best when low, all else when high.
-    """
+    """A table of the last training metrics, and of each validation metric's last and best value with its step."""
     training = [row for row in history if metrics_kind(row) == "training"]
     validations = [row for row in history if metrics_kind(row) == "validation"]
     tables = []
@@ -237,12 +234,12 @@ def final_table(history: Sequence[Row]) -> str:
 
 
 def _best(name: str, rows: Sequence[Row]) -> tuple[str, str]:
-    """The best value, and its step, the earliest of equals."""
+    """The best value and its earliest step. Lower is better for losses, likelihoods and perplexities."""
     sign = 1 if name.endswith(LOWER_IS_BETTER) else -1
-    found = [(sign * row[name], row["step"]) for row in rows if math.isfinite(row.get(name, math.nan))]
-    if not found:
+    points = [(sign * row[name], row["step"]) for row in rows if math.isfinite(row.get(name, math.nan))]
+    if not points:
         return "–", "–"
-    value, step = min(found)
+    value, step = min(points)
     return _shown(sign * value), f"{step:,}"
 
 

@@ -1,21 +1,21 @@
-"""What a run reports of itself while it trains: losses, rates, use of the device, time left; the workers' common clock.
+"""Training metrics: losses, throughput, memory, model FLOPs utilisation (MFU) and time left.
 
     meter = Meter(settings, total_steps, device, state)
     metrics = meter.count(batch, flops, outcome.metrics, feed.waited_s, last=False)      # None between two reports
 
 pairs_per_s, tokens_per_s     of all workers
-real_token_share              real tokens over rows of the linear layers; 1 without padding
-mfu                           model FLOP/s over the device's peak (PaLM, appendix B), without recomputation
-data_wait_share               share of the time in which a worker waited for its next batch
+real_token_share              real tokens / tokens that the linear layers process; 1 without padding
+mfu                           model FLOP/s / the device's peak (PaLM, appendix B), without recomputation
+data_wait_share               share of the time that workers waited for their next batch
 eta_s                         seconds to the last step, at the rate since the last report
 
-    flops = step_flops(learner, parts)                            # of everything that a step's objectives run
+    flops = step_flops(learner, parts)                            # of all objectives of a step
     mfu = flops / seconds / peak_flops(device, torch.bfloat16)
 
-A multiplication and an addition are two operations. A matrix of n numbers costs 2n a token forwards and 4n backwards,
-attention 12 x layers x width x length^2 a text (PaLM, Chowdhery et al. 2022, appendix B). What is computed twice to
-save memory counts once: this is the model's FLOPs utilisation, not the hardware's. Pooling and the similarities of the
-contrastive loss are not counted; a causal mask or a window saves nothing. Within 1% of torch's own count.
+A multiply-add is two operations. A matrix of n numbers costs 2n per token forward and 4n backward; attention costs
+12 x layers x width x length^2 per text (PaLM, Chowdhery et al. 2022, appendix B). Recomputation to save memory does not
+count. Pooling and the similarities of the contrastive loss are not counted, and a causal mask or a window is counted as
+full attention. The result is within 1% of torch's own count.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ from pipeline.train.validation import with_perplexity
 
 Lengths = Tensor | npt.NDArray[np.integer] | list[int]
 
-MATRIX = 6  # operations a number and token: 2 forwards, 4 backwards
-ATTENTION = 12  # operations a layer, unit of width, query and key: 4 forwards (two products), 8 backwards
+MATRIX = 6  # operations per number and token: 2 forward, 4 backward
+ATTENTION = 12  # operations per layer, unit of width, query and key: 4 forward (two products), 8 backward
 
 MEASURED_FOR_S = 0.2
-MEASURED_SIZES = (512, 1024)  # rows: the first takes few ms, so that others seldom cut in; the next suits many cores
+MEASURED_SIZES = (512, 1024)  # rows: small ones finish before another process interrupts; large ones use many cores
 
 TERA = 1e12
 PEAKS: dict[str, dict[str, float]] = {
-    # NVIDIA's data sheets; where they give figures for sparse matrices, half of those. The first name that is part of
-    # torch's counts, so the longer ones come first.
-    "B200": {"fp16": 2250, "tf32": 1125, "fp32": 75},  # HGX B200, an eighth of the progress
+    # From NVIDIA's data sheets, half of the figures for sparse matrices. The first name that torch's device name
+    # contains is used, so longer names come first.
+    "B200": {"fp16": 2250, "tf32": 1125, "fp32": 75},  # HGX B200, an eighth of the board
     "H200 NVL": {"fp16": 835.5, "tf32": 417.5, "fp32": 60},
     "H200": {"fp16": 989.5, "tf32": 494.5, "fp32": 67},
     "GH200": {"fp16": 989.5, "tf32": 494.5, "fp32": 67},
@@ -69,7 +69,7 @@ PEAKS: dict[str, dict[str, float]] = {
     "A100": {"fp16": 312, "tf32": 156, "fp32": 19.5},  # SXM and PCIe alike
     "A40": {"fp16": 149.7, "tf32": 74.8, "fp32": 37.4},
     "A30": {"fp16": 165, "tf32": 82, "fp32": 10.3},
-    "A10G": {"fp16": 70, "tf32": 35, "fp32": 35},  # Amazon's variant of the A10, of fewer tensor operations
+    "A10G": {"fp16": 70, "tf32": 35, "fp32": 35},  # Amazon's variant of the A10, with slower tensor cores
     "A10": {"fp16": 125, "tf32": 62.5, "fp32": 31.2},
     "L40S": {"fp16": 362, "tf32": 183, "fp32": 91.6},
     "L40": {"fp16": 181, "tf32": 90.5, "fp32": 90.5},
@@ -78,21 +78,22 @@ PEAKS: dict[str, dict[str, float]] = {
     "V100S": {"fp16": 130, "fp32": 16.4},
     "V100-PCIE": {"fp16": 112, "fp32": 14},
     "V100": {"fp16": 125, "fp32": 15.7},  # SXM2
-    # Whitepapers of the architectures, appendix A; 16 bits with sums in float32, as torch makes them.
+    # From the architecture whitepapers, appendix A; 16 bits with float32 accumulation, as in torch.
     "RTX 4090": {"fp16": 165.2, "tf32": 82.6, "fp32": 82.6},
     "RTX 3090": {"fp16": 71, "tf32": 35.6, "fp32": 35.6},
     "RTX A6000": {"fp16": 154.8, "tf32": 77.4, "fp32": 38.7},
 }
-"""Dense peaks in TFLOP/s, in 16 bits (bf16 is as fast as fp16 where there are TF32 figures), TF32 and float32."""
+"""Dense peaks in TFLOP/s. GPUs with a TF32 figure run bf16 as fast as fp16; the others have no bf16."""
 
-OTHER_CHIP = r"(?! (Ti|D|SUPER|Laptop)\b)(?!.*\bMIG\b)"  # another, or a slice of one, under a name that begins alike
-
+OTHER_CHIP = (
+    r"(?! (Ti|D|SUPER|Laptop)\b)(?!.*\bMIG\b)"  # another chip whose name starts with the same words, or a slice
+)
 
 ZERO = {"seconds": 0.0, "pairs": 0.0, "tokens": 0.0, "computed_tokens": 0.0, "flops": 0.0, "waited_s": 0.0}
 
 
 class Meter:
-    """Sums between two reports. Each report updates `state.train_seconds`."""
+    """Accumulates counts between two reports. Each report updates `state.train_seconds`."""
 
     def __init__(self, settings: Training, total_steps: int, device: torch.device, state: TrainState) -> None:
         self.settings, self.total_steps = settings, total_steps
@@ -104,9 +105,9 @@ class Meter:
     def count(
         self, batch: Batch, flops: float, metrics: dict[str, Tensor], waited_s: float, *, last: bool
     ) -> dict[str, float] | None:
-        """Count a step. On a reporting step, returns the metrics, the same on all workers.
+        """Count a step. On a reporting step, return the metrics, which are the same on all workers.
 
-        `flops`: operations of this worker's step. `waited_s`: seconds it has waited for batches since the loop began.
+        `flops`: operations of this worker's step. `waited_s`: total seconds it has waited for batches.
         """
         self._add(batch, flops)
         if self.state.step % self.settings.log_every_steps and not last:
@@ -118,7 +119,7 @@ class Meter:
         steps, self.last_step, self.sums = self.state.step - self.last_step, self.state.step, dict(ZERO)
         seconds = sums["seconds"] / world_size()
         self.state.train_seconds += seconds
-        found = {
+        report = {
             **with_perplexity(values),
             "pairs_per_s": sums["pairs"] / seconds,
             "tokens_per_s": sums["tokens"] / seconds,
@@ -129,9 +130,9 @@ class Meter:
             **memory(self.device),
         }
         if self.peak:
-            found["mfu"] = sums["flops"] / seconds / (self.peak * world_size())
+            report["mfu"] = sums["flops"] / seconds / (self.peak * world_size())
         utilisation = device_utilisation(self.device)
-        return found if utilisation is None else found | {"device_utilisation": utilisation}
+        return report if utilisation is None else report | {"device_utilisation": utilisation}
 
     def _add(self, batch: Batch, flops: float) -> None:
         packed = [*batch.fields.values(), batch.negatives]
@@ -141,11 +142,11 @@ class Meter:
         self.sums["flops"] += flops
 
     def _shared(self, metrics: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
-        """Means of the metrics over workers, and the workers' sums."""
+        """The metrics' means over workers, and the sums of `self.sums` over workers."""
         names = sorted(metrics)
-        own = [*(float(metrics[name]) for name in names), *self.sums.values()]
-        shared = all_reduce_sum(torch.tensor(own, dtype=torch.float64, device=self.device)).tolist()
-        totals, sums = shared[: len(names)], shared[len(names) :]
+        local = [*(float(metrics[name]) for name in names), *self.sums.values()]
+        reduced = all_reduce_sum(torch.tensor(local, dtype=torch.float64, device=self.device)).tolist()
+        totals, sums = reduced[: len(names)], reduced[len(names) :]
         means = {name: value / world_size() for name, value in zip(names, totals, strict=True)}
         return means, dict(zip(self.sums, sums, strict=True))
 
@@ -153,8 +154,8 @@ class Meter:
 def forward_backward_flops(model: nn.Module, lengths: Lengths) -> float:
     """Operations of one forward and backward pass over texts of so many tokens, (N,).
 
-    `model`: an `Encoder`, of which only the active layers count, a `Decoder` without a memory and its output table, or
-    a `PretrainedEncoder`. Of an `EmbeddingModel` or a `Learner` it is the encoder; `step_flops` has the rest.
+    `model`: an `Encoder` (only active layers count), a `Decoder` (without cross-attention and output table) or a
+    `PretrainedEncoder`. For an `EmbeddingModel` or a `Learner`, only the encoder counts; `step_flops` adds the rest.
     """
     stack, tokens = _stack(model), _floats(lengths)
     active = stack.active_layers if isinstance(stack, Encoder) else None
@@ -163,9 +164,9 @@ def forward_backward_flops(model: nn.Module, lengths: Lengths) -> float:
 
 
 def step_flops(learner: Learner, parts: Iterable[Part]) -> float:
-    """Operations of a step of this worker: pairs, sources, what decoders write, and the scores over the vocabulary.
+    """Operations of a step of this worker: encoders, decoders and the scores over the vocabulary.
 
-    Call it with parts on the CPU: reading lengths from a GPU would wait for the device.
+    Call it before `parts` move to a GPU: reading their lengths there would wait for the device.
     """
     flops = 0.0
     for part in parts:
@@ -188,7 +189,7 @@ def _task_flops(learner: Learner, task: Task) -> float:
 
 
 def _memory_flops(decoder: Decoder, task: Task) -> float:
-    """Of a decoder's attention to its memory: states of the source, or one vector a text."""
+    """Operations of a decoder's cross-attention to the source's states, or to one vector per text."""
     if task.source is None or task.inputs is None:
         return 0.0
     rows = _floats(task.source.lengths) if task.sees == "states" else np.ones(len(task.source))
@@ -208,7 +209,7 @@ def _stack(model: nn.Module) -> nn.Module:
 
 
 def _size(stack: nn.Module, active_layers: int | None) -> tuple[int, int]:
-    """Numbers in matrices, and layers x width. Counted once: a walk over the modules takes a millisecond."""
+    """Numbers in matrices, and layers x width. Cached, because a walk over the modules takes a millisecond."""
     sizes = _SIZES.setdefault(stack, {})
     if active_layers not in sizes:
         if isinstance(stack, Encoder):
@@ -225,14 +226,14 @@ _SIZES: WeakKeyDictionary[nn.Module, dict[int | None, tuple[int, int]]] = WeakKe
 
 
 def _in_matrices(module: nn.Module, without: Iterable[Tensor] = ()) -> int:
-    """Numbers in the module's matrices: what multiplies each token, as biases and norms do not."""
+    """Numbers in the module's matrices, without biases and norms."""
     skipped = {id(parameter) for parameter in without}
     matrices = (parameter for parameter in module.parameters() if parameter.ndim > 1)
     return sum(parameter.numel() for parameter in matrices if id(parameter) not in skipped)
 
 
 def _in_layers(stack: nn.Module) -> int:
-    """Numbers in what each token passes through: no token or position table, nor a decoder's look at its memory."""
+    """Numbers in the matrices that each token passes through: no embedding tables, no cross-attention."""
     if isinstance(stack, Encoder):
         return sum(_in_matrices(layer) for layer in stack.layers[: stack.active_layers])
     if isinstance(stack, Decoder):
@@ -242,15 +243,15 @@ def _in_layers(stack: nn.Module) -> int:
 
 
 def _floats(lengths: Lengths) -> npt.NDArray[np.float64]:
-    """Floats: the squares of long texts' lengths, added up, need not fit an int64 of any platform."""
+    """Lengths as floats, because the sum of their squares may overflow an integer."""
     return np.asarray(lengths.cpu() if isinstance(lengths, Tensor) else lengths, dtype=np.float64)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype | None = None) -> float | None:
-    """Operations a second that the device can do at most, in dense products of this type; None: float32.
+    """The device's peak FLOP/s in dense matrix products of this type (default: float32).
 
-    A GPU's is looked up, None for one that `PEAKS` does not know; float32 means TF32 where torch may use it. A CPU's is
-    measured, once for each type and number of threads, in about 0.2 s.
+    For a GPU, it is looked up in `PEAKS`; None if missing. float32 means TF32 if torch may use it. For a CPU, it is
+    measured once per type and number of threads, in about 0.2 s.
     """
     dtype = dtype or torch.float32
     if device.type == "cuda":
@@ -259,7 +260,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype | None = None) -> float 
 
 
 def gpu_peak(name: str, dtype: torch.dtype) -> float | None:
-    """As `peak_flops`, of a GPU that goes by `name`: "NVIDIA A100-SXM4-80GB" has 312e12 in torch.bfloat16."""
+    """The peak of a GPU by its name: "NVIDIA A100-SXM4-80GB" has 312e12 in torch.bfloat16."""
     peaks = next((figures for part, figures in PEAKS.items() if re.search(rf"\b{part}\b{OTHER_CHIP}", name)), {})
     if dtype == torch.bfloat16 and "tf32" not in peaks:
         return None
@@ -272,10 +273,7 @@ def gpu_peak(name: str, dtype: torch.dtype) -> float | None:
 
 @functools.cache
 def _measured_peak(threads: int, dtype: torch.dtype) -> float:
-    """The fastest of some passes through square linear layers, by the library that the models' layers go to.
-
-    `threads` are those that torch uses already: the cache's key.
-    """
+    """The fastest pass through square linear layers, computed as in the models. `threads` is only the cache's key."""
     return max(_measured(size, dtype) for size in MEASURED_SIZES)
 
 
@@ -284,7 +282,7 @@ def _measured(size: int, dtype: torch.dtype) -> float:
     layer, x = nn.Sequential(nn.Linear(size, size, bias=False, dtype=dtype)), torch.ones(size, size, dtype=dtype)
     use_onednn(layer)
     seconds: list[float] = []
-    while len(seconds) < 2 or sum(seconds) < MEASURED_FOR_S / len(MEASURED_SIZES):  # the first one also warms up
+    while len(seconds) < 2 or sum(seconds) < MEASURED_FOR_S / len(MEASURED_SIZES):  # the first pass warms up
         start = time.perf_counter()
         layer(x)
         seconds.append(time.perf_counter() - start)
@@ -292,20 +290,19 @@ def _measured(size: int, dtype: torch.dtype) -> float:
 
 
 def device_utilisation(device: torch.device) -> float | None:
-    """Percent of the last moments, up to a second, in which a GPU computed; None on a CPU, and without NVML."""
+    """Percent of the last sample (up to a second) in which the GPU was busy; None on a CPU or without NVML."""
     if device.type != "cuda":
         return None
     try:
         return float(torch.cuda.utilization(device))
-    except Exception:  # of pynvml, which may be missing, too old for the driver, or without permission
+    except Exception:  # pynvml may be missing, too old for the driver, or lack permission
         return None
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """What is in use now, and at the peak, in bytes.
+    """Memory in use now and at the peak, in bytes. For a CPU, it is the process's resident set.
 
-    A GPU's has `memory_reserved_bytes`, what torch had taken at the peak, and `memory_share`, what part of the device's
-    memory that is. A CPU's is this process's resident set, with neither.
+    For a GPU, it adds `memory_reserved_bytes`, torch's peak reservation, and `memory_share`, its share of the device.
     """
     if device.type != "cuda":
         return _process_memory()

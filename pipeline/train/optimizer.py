@@ -1,23 +1,23 @@
-"""AdamW over a learner's parameters, its learning rates as a function of the step, and mixed precision.
+"""AdamW, learning rate schedules and mixed precision.
 
     optimizer = build_optimizer(learner, config.training)
     schedule = Schedule(total_steps=100, warmup_steps=10)
     schedule.scale(0), schedule.scale(9), schedule.scale(10), schedule.scale(99)      # 0.1, 1.0, 1.0, 0.0605…
-    schedule.apply(optimizer, step)               # sets each group's rate from its `peak`, before the step's update
+    schedule.apply(optimizer, step)               # before the update: each group's rate = its `peak` x scale(step)
 
     precision = Precision("fp16", device)
     backward(..., autocast=precision.autocast, loss_scale=precision.loss_scale)
-    precision.unscale(optimizer)                  # gradients are what they would be without a scale
+    precision.unscale(optimizer)                  # divides the gradients by the loss scale
     precision.step(optimizer) if finite else precision.skip()
 
 The learning rate rises linearly over `warmup_steps`, then falls to `final_fraction` of its peak:
 
-    linear      linearly, from the end of the warm-up to the end of the run
+    linear      linearly from the end of the warm-up to the end of the run
     cosine      along half a cosine, from the end of the warm-up to the end of the run (Loshchilov & Hutter 2017)
-    wsd         not at all, then linearly over the last `decay_steps` (MiniCPM, section 4)
-    constant    not at all
+    wsd         stays constant, then falls linearly over the last `decay_steps` (MiniCPM, section 4)
+    constant    stays constant
 
-A resumed run needs no state of the schedule. Cost of AdamW: two float32 moments a parameter, 8 bytes.
+The schedule has no state to resume. Cost of AdamW: two float32 moments per parameter, 8 bytes.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from pipeline.model.transformer import Encoder
 
 
 def build_optimizer(learner: Learner, settings: Training) -> torch.optim.AdamW:
-    """AdamW with decoupled decay on weight matrices alone: none on norms, biases and tables of embeddings.
+    """AdamW with decoupled weight decay on weight matrices only: not on norms, biases and embedding tables.
 
-    A table's rows would decay at every step, even if their token does not occur. Each group has `peak`, its highest
+    Rows of a table would decay at every step, even if their token does not occur. Each group has `peak`, its highest
     rate, and `layers`: whether it starts to train after the token table's warm-up.
     """
-    backbone, joining = learner.model.backbone, set[nn.Parameter]()
+    backbone, layer_parameters = learner.model.backbone, set[nn.Parameter]()
     if isinstance(backbone, Encoder):
-        joining = set(backbone.layers.parameters())
+        layer_parameters = set(backbone.layers.parameters())
     token_table, tables = learner.model.token_table.weight, _tables(learner)
     groups: dict[tuple[float, float, bool, type], list[nn.Parameter]] = {}
-    # fsdp's parameters are DTensors, scalars excepted: an optimizer updates a group of one type at once, and torch's
-    # GradScaler takes the first gradient of all for a DTensor.
+    # fsdp's parameters are DTensors, except scalars. A fused optimizer needs groups of one type, and torch's GradScaler
+    # expects DTensors if the first gradient is one.
     trained = sorted((p for p in learner.parameters() if p.requires_grad), key=lambda p: type(p) is nn.Parameter)
     for parameter in trained:
         peak = settings.learning_rate
         if parameter is token_table:
             peak = settings.table_learning_rate or peak
         decay = settings.weight_decay if parameter.ndim > 1 and parameter not in tables else 0.0
-        groups.setdefault((peak, decay, parameter in joining, type(parameter)), []).append(parameter)
+        groups.setdefault((peak, decay, parameter in layer_parameters, type(parameter)), []).append(parameter)
     return torch.optim.AdamW(
         [
             {"params": members, "lr": peak, "peak": peak, "weight_decay": decay, "layers": layers}
@@ -68,13 +68,13 @@ def build_optimizer(learner: Learner, settings: Training) -> torch.optim.AdamW:
 
 
 def _tables(learner: Learner) -> set[torch.Tensor]:
-    """Weights of embeddings: tokens, learned positions, segments of a pretrained model."""
+    """Embedding tables: of tokens, learned positions, and segments of a pretrained model."""
     return {module.weight for module in learner.modules() if isinstance(module, nn.Embedding)}
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Multipliers of the peak rate. Numbers are optimizer steps, except `final_fraction`, a share of the peak."""
+    """Multipliers of the peak learning rate, by optimizer step. `final_fraction` is a share of the peak."""
 
     total_steps: int
     warmup_steps: int
@@ -82,14 +82,11 @@ class Schedule:
     decay_steps: int = 1
     final_fraction: float = 0.05  # as `training.final_rate_fraction`
     table_steps: int = 0
-    """Step at which groups marked `layers` start to train, with a warm-up of their own."""
+    """Step at which groups marked `layers` start to train, with their own warm-up."""
 
     @classmethod
     def of(cls, settings: Training, total_steps: int) -> Schedule:
-        """The schedule that the config asks for, over a run of `total_steps`.
-
-        A fraction above 0 is at least one step, or a short run would start at the full rate.
-        """
+        """The schedule of the config. A fraction above 0 is at least one step, so short runs warm up too."""
 
         def share(fraction: float) -> int:
             return max(1, round(fraction * total_steps)) if fraction else 0
@@ -105,14 +102,14 @@ class Schedule:
         )
 
     def scale(self, step: int, joined_at: int = 0) -> float:
-        """Multiplier of the peak rate at `step` (from 0) for parameters that train from step `joined_at` on."""
+        """Multiplier of the peak rate at `step` (from 0) for parameters that start to train at step `joined_at`."""
         if step < joined_at:
             return 0.0
         risen = (step - joined_at + 1) / self.warmup_steps if self.warmup_steps else 1.0
         return min(risen, self._left(step))
 
     def _left(self, step: int) -> float:
-        """The decay's multiplier: 1 until it begins, `final_fraction` from the run's end on."""
+        """The decay's multiplier: 1 until the decay begins, `final_fraction` from the end of the run on."""
         if self.shape == "constant":
             return 1.0
         begin = self.warmup_steps
@@ -125,16 +122,16 @@ class Schedule:
         return 1 - (1 - self.final_fraction) * fallen / span
 
     def apply(self, optimizer: Optimizer, step: int) -> None:
-        """Set the rate of each of the optimizer's groups, `peak` being its own, for the update of `step`."""
+        """Set each group's learning rate for the update of `step`, scaled from its `peak`."""
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * self.scale(step, self.table_steps if group["layers"] else 0)
 
 
 class Precision:
-    """`wanted` is `training.precision`. Without fp16 nothing is scaled."""
+    """Mixed precision by `training.precision`; with fp16, the loss is scaled."""
 
-    def __init__(self, wanted: str, device: torch.device) -> None:
-        self.autocast = autocast_type(wanted, device)
+    def __init__(self, precision: str, device: torch.device) -> None:
+        self.autocast = autocast_type(precision, device)
         self.device = device
         self.scaler = GradScaler(device.type, enabled=self.autocast == torch.float16)
 
@@ -144,7 +141,7 @@ class Precision:
 
     @property
     def may_be_too_large(self) -> bool:
-        """Whether the scale, not the model, may have caused a gradient that is not finite."""
+        """Whether the loss scale, not the model, may have caused a NaN or infinite gradient."""
         return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
     def state(self) -> dict[str, float]:
@@ -162,14 +159,13 @@ class Precision:
         self.scaler.update()
 
     def skip(self) -> None:
-        """Lower the scale after a gradient that was not finite. All workers call this, so their scales stay equal."""
+        """Lower the loss scale after a NaN or infinite gradient. Call it on all workers to keep their scales equal."""
         if self.scaler.is_enabled():
             self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
 
 
-def autocast_type(wanted: str, device: torch.device) -> torch.dtype | None:
-    """The type that matrix products run in, or None for float32 throughout."""
-    capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if wanted == "auto":
-        return torch.bfloat16 if capable else None
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
+def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type of a `training.precision`; None for float32."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

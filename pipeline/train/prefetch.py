@@ -1,16 +1,15 @@
-"""From the feed's tables to batches on the device, prepared in a thread of their own while the device computes.
+"""Prepare batches in a background thread while the device computes.
 
     with closing(Prefetch(feed.batches(start, stop), prepare, device)) as batches:
-        for batch in batches: ...                  # what `prepare` made of each table, in order
-        batches.waited_s                           # how long the loop has waited for them in total
+        for batch in batches: ...                  # prepare(table) for each table, in order
+        batches.waited_s                           # total seconds that the loop has waited for batches
 
-    def prepare(rows):                             # on a GPU its copies run on a stream of their own
+    def prepare(rows):                             # on a GPU, its copies run on a separate stream
         return to_device([learner.prepare(to_batch(rows), seed)], device)
 
-At most `depth` batches are prepared ahead of the one that is trained on, and a table is read only once there is room
-for its batch. An error in the feed or in `prepare` is raised where the loop asks for the next batch. Closing ends the
-thread and the feed in it. Cost: the interpreter's time for `prepare`, as without the thread, and on a GPU the memory of
-`depth` batches.
+At most `depth` batches are prepared ahead, and a table is read only when there is room for its batch. An error in the
+feed or in `prepare` is raised when the loop asks for the next batch. Closing ends the thread and the feed. Cost: the
+thread shares the interpreter with the loop, and on a GPU the batches ahead take memory.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from pipeline.model.batch import EMPTY, Batch
 from pipeline.model.packing import Packed
 
 CLOSING_S = 30.0
-"""How long closing waits for a read to end; after that, the thread ends with its read. Ours."""
+"""How long closing waits for a pending read. After that, the thread ends when the read does. Ours."""
 
 FIELDS = ("anchor", "positive", "text")
 
@@ -52,7 +51,7 @@ class _Ended:
 
 
 class Prefetch(Iterator[T]):
-    """`prepare(table)` of each table, in order. Close it after use; garbage collection closes it too."""
+    """Iterates over `prepare(table)` of each table, in order. Close it after use; garbage collection closes it too."""
 
     def __init__(
         self,
@@ -72,7 +71,7 @@ class Prefetch(Iterator[T]):
             daemon=True,
         )
         self.close = weakref.finalize(self, _end, self._thread, self._room, self._stop)
-        """End the thread and the feed, and drop what is ready. A second call does nothing."""
+        """End the thread and the feed, and drop prepared batches. A second call does nothing."""
         self._thread.start()
 
     def __next__(self) -> T:
@@ -95,7 +94,7 @@ class Prefetch(Iterator[T]):
 
 
 def _used_on(stream: torch.cuda.Stream, tensor: Tensor) -> Tensor:
-    """Keep the allocator from giving the memory back to the copies' stream while `stream` still reads it."""
+    """Keep the allocator from reusing the memory on the copy stream while `stream` still reads it."""
     if tensor.is_cuda:
         tensor.record_stream(stream)
     return tensor
@@ -109,7 +108,7 @@ def _work(
     room: threading.Semaphore,
     stop: threading.Event,
 ) -> None:
-    """The thread. It holds no reference to its Prefetch, which can be garbage collected."""
+    """Run the thread. It holds no reference to its Prefetch, so that can be garbage collected."""
     end = _Ended()
     try:
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -127,7 +126,7 @@ def _work(
 
 @contextmanager
 def _closing(batches: Iterator[pa.Table]) -> Iterator[None]:
-    """Close a generator in the thread that runs it: another thread could find it running."""
+    """Close a generator in the thread that runs it; in another thread, closing a running generator fails."""
     try:
         yield
     finally:
@@ -138,14 +137,14 @@ def _closing(batches: Iterator[pa.Table]) -> Iterator[None]:
 def _end(thread: threading.Thread, room: threading.Semaphore, stop: threading.Event) -> None:
     stop.set()
     room.release()
-    if thread is not threading.current_thread():  # which collects garbage, too
+    if thread is not threading.current_thread():  # garbage collection may run in the thread itself
         thread.join(CLOSING_S)
 
 
 def to_device(value: T, device: torch.device | str) -> T:
-    """The same lists, tuples, dictionaries and dataclasses with their tensors on `device`; copies may still run.
+    """Copy the tensors in nested lists, tuples, dictionaries and dataclasses to `device`.
 
-    To a GPU they go by way of pinned memory, without which a copy would wait for the host.
+    Copies to a GPU are asynchronous, through pinned memory.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -167,7 +166,7 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def to_batch(rows: pa.Table, hard_negatives: int = 0) -> Batch:
-    """A table of `id` and token ids as a batch, with the first `hard_negatives` of each row's negatives."""
+    """A batch from a table of `id` and token ids, with the first `hard_negatives` negatives of each row."""
     fields = {name: packed(rows[name]) for name in FIELDS if name in rows.column_names}
     ids = rows["id"].to_pylist()
     if not hard_negatives or "negatives" not in rows.column_names:
@@ -178,7 +177,7 @@ def to_batch(rows: pa.Table, hard_negatives: int = 0) -> Batch:
 
 
 def packed(column: pa.ChunkedArray) -> Packed:
-    """A column of token-id lists, as packed sequences."""
+    """A column of token id lists as packed sequences."""
     lists = column.combine_chunks()
     offsets = lists.offsets.to_numpy()
     return Packed.of(lists.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0])

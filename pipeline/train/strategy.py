@@ -1,22 +1,22 @@
-"""How workers share the work of a step: what a strategy does, and ddp, in which each worker holds the whole model.
+"""Distributed strategies: the interface, and ddp, where each worker holds a copy of the model.
 
     strategy = DataParallel(compression=None)
     strategy.attach(learner)
     strategy.start()                                   # gradients are zero
-    first_part.backward()                              # gradients add up on this worker
+    first_part.backward()                              # gradients accumulate on this worker
     with strategy.sending():
-        last_part.backward()                           # a bucket is sent once its last gradient is there
-    flags = strategy.finish([False, True])             # gradients are the workers' means; flags are their sums
+        last_part.backward()                           # a bucket is sent when its last gradient is ready
+    flags = strategy.finish([False, True])             # gradients are means over workers, flags are sums
     norm = strategy.clip(max_norm=1.0)
 
 ddp averages gradients while the backward pass runs, in buckets whose layout never changes. A gradient is a view into
-its bucket, so nothing is copied, and the flags ride in the last bucket, so they need no collective of their own. The
-buckets take the memory that the gradients would take.
+its bucket, so nothing is copied. The flags are sent in the last bucket, so they need no extra collective. Cost: no more
+memory than the gradients.
 
-NOTE: torch's DistributedDataParallel changes its buckets after the first step. The place of an element in a bucket
+NOTE: torch's DistributedDataParallel changes its buckets after the first step. The position of an element in a bucket
 decides the order in which gloo adds the workers' numbers, so with four or more workers a resumed run would differ in
-its last bits. It also cannot give up a step once a worker has run out of memory in a backward pass: here that worker
-sends what it has, and a flag that tells all workers not to use it.
+its last bits. It also cannot abandon a step after a worker runs out of memory in a backward pass; here that worker
+sends what it has, with a flag that tells all workers not to use it.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ MAX_FLAGS = 8
 
 
 class Strategy(Protocol):
-    """Between a learner's backward passes and its optimizer."""
+    """Reduces gradients over workers, between the backward passes and the optimizer."""
 
     is_sharded: bool
-    """Whether each worker holds a part of every weight. All must then make equally many forward and backward passes."""
+    """Whether each worker holds a shard of every weight. All must then run the same number of passes."""
 
     def attach(self, learner: Learner) -> None:
-        """Manage the gradients of the parameters that require one, from the next step on."""
+        """Manage the gradients of the parameters that require one. Call it again when that set changes."""
 
     def start(self) -> None:
-        """Begin a step: all gradients are zero."""
+        """Begin a step with zero gradients."""
 
     def sending(self) -> AbstractContextManager[None]:
-        """Run the step's last backward pass within it."""
+        """A context for the step's last backward pass, in which gradients are sent."""
 
     def finish(self, flags: Sequence[bool | Tensor]) -> list[float]:
-        """Make the gradients the means over workers. Returns the sums of `flags` over workers."""
+        """Average the gradients over workers. Returns the sums of `flags` over workers."""
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scale the gradients down to `max_norm`. Returns the norm that they had, the same on all workers."""
+        """Scale the gradients down to `max_norm`. Returns their norm before, the same on all workers."""
 
 
 class DataParallel:
-    """Each worker holds a copy of the model; gradients are averaged, in `compression` where one is given."""
+    """Each worker holds a copy of the model. Gradients are averaged, in the type `compression` if given."""
 
     is_sharded = False
 
@@ -111,7 +111,7 @@ class DataParallel:
         if not self.is_sending:
             return
         self.bucket_of[parameter].waiting -= 1
-        # All workers send in one order, whatever order gradients come in. The last bucket waits for the flags.
+        # All workers send buckets in the same order, whatever the order of gradients. The last one waits for the flags.
         while self.sent < len(self.buckets) - 1 and self.buckets[self.sent].waiting == 0:
             self._send_next()
 
@@ -121,7 +121,7 @@ class DataParallel:
 
 
 class _Bucket:
-    """Gradients end to end; the last bucket ends with the flags."""
+    """Gradients in one flat tensor; the last bucket ends with the flags."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], compression: torch.dtype | None, last: bool) -> None:
         sizes = [parameter.numel() for parameter in parameters]
@@ -157,25 +157,24 @@ class _Bucket:
 
 
 def _filled(parameters: Iterable[nn.Parameter], bucket_bytes: int) -> Iterator[list[nn.Parameter]]:
-    """The parameters in buckets of one type and device, each as full as it gets."""
+    """Group the parameters into buckets of one type and device, of at most `bucket_bytes` unless one is larger."""
     bucket: list[nn.Parameter] = []
     size = 0
     for parameter in parameters:
-        bytes_here = parameter.numel() * parameter.element_size()
-        alike = bucket and (bucket[0].dtype, bucket[0].device) == (parameter.dtype, parameter.device)
-        if bucket and (not alike or size + bytes_here > bucket_bytes):
+        same_kind = bucket and (bucket[0].dtype, bucket[0].device) == (parameter.dtype, parameter.device)
+        if bucket and (not same_kind or size + parameter.nbytes > bucket_bytes):
             yield bucket
             bucket, size = [], 0
         bucket.append(parameter)
-        size += bytes_here
+        size += parameter.nbytes
     if bucket:
         yield bucket
 
 
 def build_strategy(config: Config, learner: Learner, device: torch.device) -> Strategy:
-    """The strategy of the config. fsdp replaces the learner's parameters, so build the optimizer after it.
+    """The strategy of the config; ddp if torch.distributed is not initialised.
 
-    A single process without torch.distributed keeps its parameters whole.
+    fsdp replaces the learner's parameters, so build the optimizer afterwards.
     """
     settings = config.training
     if settings.strategy == "fsdp" and dist.is_initialized():
@@ -185,7 +184,7 @@ def build_strategy(config: Config, learner: Learner, device: torch.device) -> St
     compression = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.gradient_compression]
     if compression == torch.bfloat16 and world_size() > 1 and dist.get_backend() == "gloo":
         raise ConfigError(
-            "training.gradient_compression: found 'bf16', and workers without GPUs, whose gloo cannot add bfloat16; "
+            "training.gradient_compression: found 'bf16', which gloo, the backend of workers without GPUs, cannot add; "
             "allowed are 'none' and 'fp16'"
         )
     return DataParallel(compression)

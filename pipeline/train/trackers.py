@@ -5,10 +5,10 @@
         trackers.alert("gradient overflow", "step 12: the gradient is not finite; the step is skipped", step=12)
 
     tensorboard --logdir <root>/runs                      # all runs side by side
-    wandb sync <root>/runs/<run>/wandb/offline-run-*      # sends what was kept offline, resumed parts in order
-    text_embedding_loss{run="default"} 1.9                # a gauge that Prometheus collects from each node
+    wandb sync <root>/runs/<run>/wandb/offline-run-*      # uploads offline runs, resumed parts in order
+    text_embedding_loss{run="default"} 1.9                # a gauge that Prometheus scrapes from each node
 
-They run in the driver; messages from workers come through `receive`. Each library is imported only if it is used.
+Trackers run in the driver; `receive` takes messages from workers. A tracker's library is imported only if it is used.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from pipeline.core.mirror import Mirror
 from pipeline.train.alerts import FullMemory, LossSpikes
 from pipeline.train.history import History, Metrics, Tracker, grouped, metrics_kind
 
-FETCHED = ("metrics.jsonl", "alerts.jsonl", "wandb/run_id")  # what trackers go on with, of a run's folder in a bucket
+FETCHED = ("metrics.jsonl", "alerts.jsonl", "wandb/run_id")  # files that a resumed run downloads from a bucket
 LOSS_SPIKE, FULL_MEMORY = "loss spike", "memory nearly full"
 
 
 class Trackers:
-    """Fans out. A tracker that raises is told of once, by name, and left out from there on."""
+    """Passes metrics and alerts to all trackers. A tracker that raises is removed, with a warning."""
 
     def __init__(
         self, trackers: Sequence[Tracker], spikes: LossSpikes, full_memory: FullMemory, mirror: Mirror | None = None
@@ -44,49 +44,47 @@ class Trackers:
 
     @classmethod
     def open(cls, config: Config, resumed_step: int, leader: bool = True) -> Trackers:
-        """metrics.jsonl and those of `logging.trackers`, of a run that goes on after `resumed_step` (a new one: 0).
+        """Open metrics.jsonl and the `logging.trackers` of a run that resumes at `resumed_step` (0 for a new run).
 
-        None where the process is not the `leader`: their files are written by one.
+        Only the `leader` writes; other processes get no trackers.
         """
-        named = ["metrics.jsonl", *config.logging.trackers] if leader else []
         mirror = Mirror(config.run_dir, FETCHED) if leader else None
-        found = [
+        opened = [
             tracker
-            for name in named
-            if mirror and (tracker := _opened(name, config, mirror.folder, resumed_step)) is not None
+            for name in ("metrics.jsonl", *config.logging.trackers)
+            if mirror and (tracker := _try_open(name, config, mirror.folder, resumed_step)) is not None
         ]
         settings = config.logging
         spikes, full_memory = LossSpikes(settings.loss_spike_deviations), FullMemory(settings.memory_alert_fraction)
-        return cls(found, spikes, full_memory, mirror)
+        return cls(opened, spikes, full_memory, mirror)
 
     def receive(self, message: dict[str, Any]) -> None:
-        """Take a worker's message: its `metrics`, and its `alert` of `title`, `text` and `step`, if it has some."""
+        """Handle a worker's message, which may have `metrics`, or an `alert` with `title`, `text` and `step`."""
         if "metrics" in message:
             self.log(message["metrics"])
         if "alert" in message:
             self.alert(**message["alert"])
 
     def log(self, metrics: Metrics) -> None:
-        """Pass metrics on, and the alerts that they give rise to."""
+        """Log metrics, and alert if they are unusual."""
         self._each(lambda tracker: tracker.log(metrics))
         if metrics_kind(metrics) != "training":
             return
         step = int(metrics["step"])
-        found = {
-            LOSS_SPIKE: self.spikes.update(step, metrics["loss"]),
-            FULL_MEMORY: self.full_memory.update(metrics),
-        }
-        for title, text in found.items():
+        for title, text in (
+            (LOSS_SPIKE, self.spikes.update(step, metrics["loss"])),
+            (FULL_MEMORY, self.full_memory.update(metrics)),
+        ):
             if text:
                 self.alert(title, text, step)
 
     def alert(self, title: str, text: str, step: int) -> None:
-        """Warn in the log, in alerts.jsonl, and wherever a tracker can: `text` is a sentence that stands alone."""
+        """Warn in the log, in alerts.jsonl, and in trackers that support alerts. `text` is a full sentence."""
         log.warning("train: %s: %s", title, text)
         self._each(lambda tracker: tracker.alert({"step": step, "title": title, "text": text}))
 
     def send(self) -> None:
-        """Have what was reported in a bucket, where the run's folder is in one."""
+        """Upload what was reported so far, if the run's folder is in a bucket."""
         if self.mirror:
             self.mirror.send()
 
@@ -100,20 +98,20 @@ class Trackers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self.close(failed=kind not in (None, SystemExit))  # a sweep ends trials that are not worth going on with
+        self.close(failed=kind not in (None, SystemExit))  # Ray Tune raises SystemExit to stop a trial early
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
         for tracker in list(self.trackers):
             try:
                 call(tracker)
-            except Exception as error:  # whatever a tracker's library raises is no reason to lose a run
+            except Exception as error:  # no error of a tracker's library should end a run
                 self.trackers.remove(tracker)
                 _warn(tracker.name, error)
                 with suppress(Exception):
                     tracker.close(failed=True)
 
 
-def _opened(name: str, config: Config, folder: Path, resumed_step: int) -> Tracker | None:
+def _try_open(name: str, config: Config, folder: Path, resumed_step: int) -> Tracker | None:
     try:
         return _open(name, config, folder, resumed_step)
     except Exception as error:  # see _each
@@ -122,7 +120,7 @@ def _opened(name: str, config: Config, folder: Path, resumed_step: int) -> Track
 
 
 def _open(name: str, config: Config, folder: Path, resumed_step: int) -> Tracker:
-    """A tracker by its name, with its files in `folder`."""
+    """Open a tracker by name, with its files in `folder`."""
     if name == "tensorboard":
         return TensorBoard(folder / "tensorboard", resumed_step)
     if name == "wandb":
@@ -135,14 +133,14 @@ def _open(name: str, config: Config, folder: Path, resumed_step: int) -> Tracker
 def _warn(name: str, error: Exception) -> None:
     words = " ".join(str(error).split()) or type(error).__name__
     log.debug("the tracker %s failed", name, exc_info=error)
-    log.warning("train: %s fails and is left out from here on, training goes on: %s", name, words)
+    log.warning("train: removed the tracker %s, training continues: %s", name, words)
 
 
-FLUSH_EVERY_S = 10  # what a kill may cost, and how far TensorBoard is behind
+FLUSH_EVERY_S = 10  # a kill may lose this much, and TensorBoard lags by it
 
 
 class TensorBoard(Tracker):
-    """A curve a metric. Steps that are taken again hide what they showed before."""
+    """One curve per metric. Repeated steps hide their earlier values."""
 
     name = "tensorboard"
 
@@ -165,8 +163,8 @@ class TensorBoard(Tracker):
     def _open(self, purge_step: int | None) -> None:
         from tensorboardX import SummaryWriter
 
-        # NOTE: files are read in order of their names, which are made of whole seconds and this suffix: without it a
-        # run that goes on within the second would write over its own file.
+        # NOTE: file names have whole seconds and this suffix, and are read in their order. Without the suffix, a run
+        # that resumes within a second would overwrite its file.
         self.writer = SummaryWriter(
             str(self.folder),
             purge_step=purge_step,
@@ -175,11 +173,11 @@ class TensorBoard(Tracker):
         )
 
 
-INIT_TIMEOUT_S = 30  # until a server that does not answer is given up, and the tracker with it
+INIT_TIMEOUT_S = 30  # the tracker is removed if the server does not answer by then
 
 
 class WeightsAndBiases(Tracker):
-    """One run over all starts of the driver."""
+    """One Weights & Biases run, resumed by each start of the driver."""
 
     name = "wandb"
 
@@ -197,7 +195,7 @@ class WeightsAndBiases(Tracker):
             config=config.dump(),
             settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_S),
         )
-        # NOTE: its own step may not go back, and training's does when workers restart, so that is a metric of its own.
+        # NOTE: wandb's step cannot go back, but ours does when workers restart, so we log it as a metric.
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")
 
@@ -212,7 +210,7 @@ class WeightsAndBiases(Tracker):
 
 
 def run_id(run_dir: Path) -> str:
-    """What Weights & Biases knows the run by. It lies in the run's folder, moves with it, and is gone with it."""
+    """The id of the Weights & Biases run, stored in the run's folder; created on first use."""
     path = run_dir / "wandb" / "run_id"
     if not path.is_file():
         write_atomically(path, uuid.uuid4().hex.encode())
@@ -220,7 +218,7 @@ def run_id(run_dir: Path) -> str:
 
 
 def _mode(environ: dict[str, str]) -> Any:
-    """Without a key it would ask for one."""
+    """Offline without an API key: wandb would ask for one."""
     return environ.get("WANDB_MODE", "online") if environ.get("WANDB_API_KEY") else "offline"
 
 
@@ -228,7 +226,7 @@ PREFIX = "text_embedding_"
 
 
 class RayMetrics(Tracker):
-    """A gauge a metric, with the run's name as its tag. Ray must have been started."""
+    """One gauge per metric, tagged with the run's name. Needs a Ray session."""
 
     name = "ray"
 
