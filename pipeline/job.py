@@ -1,4 +1,4 @@
-"""What every job shares: its arguments, its exit code and its last line.
+"""The frame of every job: arguments, signals, exit code and the JSON line at the end.
 
     def main(config: Config, args: Namespace) -> Result: ...
     if __name__ == "__main__":
@@ -30,7 +30,7 @@ DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
 def check_reachable(config: Config) -> None:
-    """Raise ConfigError if storage.root is in a bucket that is missing or unreachable."""
+    """Raise ConfigError if storage.root is in a bucket that is missing or cannot be reached."""
     try:
         config.root.exists()
     except BucketError as error:
@@ -43,37 +43,33 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(name: str, description: str, query: bool = False, prepares: bool = True) -> argparse.ArgumentParser:
-    """The arguments that all jobs share, and with `prepares` those of jobs that may prepare data.
+    """An argument parser with the arguments that jobs share; `prepares` adds those of jobs that may prepare data.
 
-    With `query`, the one argument that is not `section.key=value` is the job's query.
+    With `query`, the argument that is not `section.key=value` is the query.
     """
-    own = _Parser(
+    arguments = _Parser(
         prog=f"python jobs/{name}.py",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    own.add_argument("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help="YAML file (default: %(default)s)")
-    own.add_argument(
-        "--local_data_dir", metavar="DIR", help="a folder of text files, used instead of data.sources: title → the rest"
-    )
-    meaning = "config values that override the file's"
-    own.epilog = "Every key of the config, with its unit and default: pipeline/config/"
+    add = arguments.add_argument
+    add("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help="YAML file (default: %(default)s)")
+    add("--local_data_dir", metavar="DIR", help="folder of text files to use instead of data.sources: title → the rest")
+    arguments.epilog = "All config keys, with units and defaults: pipeline/config/"
     if prepares:
-        own.add_argument(
-            "--rehash", action="store_true", help="compare input files by content, not by size and modification time"
-        )
-        own.add_argument("--check", action="store_true", help="only check whether the cluster has what the job needs")
+        add("--rehash", action="store_true", help="compare input files by content, not by size and modification time")
+        add("--check", action="store_true", help="only check whether the cluster has what the job needs")
+    name, meaning = "section.key=value", "config values that override the file's"
     if query:
-        own.add_argument("overrides", nargs="*", metavar="QUERY | section.key=value", help=f"the query; {meaning}")
-    else:
-        own.add_argument("overrides", nargs="*", metavar="section.key=value", help=meaning)
-    own.set_defaults(query="" if query else None)
-    return own
+        name, meaning = f"QUERY | {name}", f"the query; {meaning}"
+    add("overrides", nargs="*", metavar=name, help=meaning)
+    arguments.set_defaults(query="" if query else None)
+    return arguments
 
 
 def parse(arguments: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse, and separate the query from the overrides. Raises ConfigError for other arguments."""
+    """Parse arguments and separate the query from the overrides. Raises ConfigError for invalid arguments."""
     args = arguments.parse_intermixed_args(argv)
     if args.query is not None:
         queries = [word for word in args.overrides if not re.match(r"\w+(\.\w+)+=", word)]
@@ -91,7 +87,7 @@ def run_job(
     arguments: argparse.ArgumentParser | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parse, load the config, run `main`, report. Returns the exit code."""
+    """Parse arguments, load the config, run `main` and print the result. Returns the exit code."""
     started, config, log_file = time.monotonic(), None, None
     hook, before = sys.unraisablehook, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signals.install()
@@ -102,7 +98,7 @@ def run_job(
         check_reachable(config)
         log_file = start_logging(config.log_dir, config.logging.level, config.logging.format)
         result = main(config, args)
-    except SystemExit as error:  # Ray's answer to SIGTERM while it starts
+    except SystemExit as error:  # Ray raises it on SIGTERM while it starts
         if log_file is None:
             raise  # --help
         signals.number = signal.SIGTERM if error.code == signal.SIGTERM else signal.SIGINT
@@ -136,7 +132,7 @@ def run_job(
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether a signal is the cause: Python 3.11 wraps an exception that is raised in a class body."""
+    """Whether a signal is the cause. Python 3.11 wraps an exception that is raised in a class body."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -147,16 +143,16 @@ def load_config(args: argparse.Namespace) -> Config:
     if args.local_data_dir is None:
         return load(args.config, args.overrides)
     if any(override.startswith("data.sources") for override in args.overrides):
-        raise ConfigError("--local_data_dir: found data.sources too; allowed is one of the two")
+        raise ConfigError("--local_data_dir: found data.sources too; use only one of them")
     folder = Path(args.local_data_dir)
     if not folder.is_dir():
-        raise ConfigError(f"--local_data_dir: found no folder at {folder}; allowed is a folder of text files")
+        raise ConfigError(f"--local_data_dir: found no folder at {folder}; pass a folder of text files")
     source = {"name": "local", "type": "text", "path": str(folder.resolve())}
     return load(args.config, args.overrides, sources=[source])
 
 
 def _finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON lacks, by null."""
+    """Replace NaN and infinity, which JSON does not have, with null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,9 +1,9 @@
-"""The preflight of a job: whether a cluster has what a config needs, checked before any work is scheduled.
+"""Preflight: check that the cluster has what a config needs, before any work is scheduled.
 
     preflight(config, {"prepare", "train"})      # [Finding("cluster", "1 node, 2 CPUs, 0 GPUs"), Finding("data", …), …]
 
-It needs a connected cluster. Each node other than the driver's runs a small task, which reserves nothing. Cost:
-milliseconds on one node, about a second on several. The functions `check_…` judge what was found, without Ray.
+It needs a connected cluster, and runs a small task without reservations on every node but the driver's. Cost:
+milliseconds on one node, about a second on several. The functions `check_…` don't use Ray.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ from pipeline.train.workers import DATA_CPUS, shortfalls, size_workers
 
 ANSWER_S = 60  # how long to wait for the nodes' tasks
 SPILL_FULL = 0.95
-"""Share of a disk in use from which Ray spills no more objects to it: its `local_fs_capacity_threshold`."""
+"""Ray stops spilling objects to a disk that is fuller than this: its `local_fs_capacity_threshold`."""
 BYTES_A_WEIGHT = 12  # in a checkpoint: the weight and AdamW's two moments, in fp32
 
 
 @dataclass(frozen=True)
 class View:
-    """What a node sees: the keys of the paths it lacks, whether it finds the store's key, and the free space of the
-    disk that Ray spills objects to.
-    """
+    """What a node has."""
 
     host: str
     missing: tuple[str, ...]
+    """Config keys of the paths that it does not see."""
     has_key: bool
+    """Whether it finds the vector store's API key."""
     spill_free: int
+    """Free bytes on the disk that Ray spills objects to."""
     spill_total: int
 
 
 def preflight(config: Config, needs: Collection[str]) -> list[Finding]:
-    """`needs` says what the job will do: any of prepare, train, tune, encode and store."""
+    """Run all checks. `needs` has what the job will do: any of prepare, train, tune, encode and store."""
     cluster = connected_cluster()
     found = [Finding("cluster", str(cluster)), check_data(config, cluster)]
     if "train" in needs:
@@ -61,15 +62,15 @@ def preflight(config: Config, needs: Collection[str]) -> list[Finding]:
 
 
 def _on_nodes(config: Config, cluster: Cluster, paths: dict[str, str], keyed: bool) -> list[Finding]:
-    """What the nodes see; with `keyed`, those that write must find the store's key."""
+    """Check what the nodes see; with `keyed`, that nodes that write find the store's key."""
     from ray.exceptions import RayError
 
     key_files = config.secret_files if keyed else None
     try:
         views = views_of(cluster.others, paths, key_files)
     except RayError as error:
-        words = f"no answer in {ANSWER_S} s from all of {len(cluster.others)} other nodes ({type(error).__name__})"
-        return [Finding("nodes", words, JobError(f"RAY_ADDRESS: found {words}; check those nodes and run it again"))]
+        words = f"no answer within {ANSWER_S} s from all {len(cluster.others)} other nodes ({type(error).__name__})"
+        return [Finding("nodes", words, JobError(f"RAY_ADDRESS: found {words}; check the nodes and run it again"))]
     shown = paths | ({"storage.root": str(config.root)} if "storage.root" in paths else {})
     found = [check_seen(key, path, list(views.values())) for key, path in shown.items()]
     if "storage.root" not in paths:
@@ -82,7 +83,7 @@ def _on_nodes(config: Config, cluster: Cluster, paths: dict[str, str], keyed: bo
 
 @contextmanager
 def _local_paths(config: Config) -> Iterator[dict[str, str]]:
-    """The paths that all nodes must see, by key: a new file in storage.root, and the sources' paths."""
+    """The paths that all nodes must see, by config key: a probe file in storage.root, and the sources' paths."""
     paths = {
         f"data.sources {source.name}": str(Path(source.path).absolute())
         for source in config.data.sources
@@ -101,9 +102,9 @@ def _local_paths(config: Config) -> Iterator[dict[str, str]]:
 
 
 def _room_for_checkpoints(config: Config) -> list[Finding]:
-    """On the disk of storage.root; if that is a bucket, on this machine's, where a checkpoint is assembled."""
+    """Check the disk of storage.root; for a bucket, also this machine's disk, where checkpoints are written first."""
     if config.model.pretrained:
-        return []  # its size is not known yet; if a disk is full, the loop ends with one sentence
+        return []  # its size is not known yet; if the disk is full, the loop says so
     vocab_size = config.tokenizer.vocab_size
     if config.tokenizer.load_path:
         from pipeline.data.tokenizer import load_tokenizer
@@ -116,7 +117,7 @@ def _room_for_checkpoints(config: Config) -> list[Finding]:
 
 
 def _store(config: Config) -> Finding:
-    """Whether vectors can be written to the store."""
+    """Check that vectors can be written to the store."""
     from pipeline.index.published import reach_store
 
     try:
@@ -128,22 +129,22 @@ def _store(config: Config) -> Finding:
 
 
 def views_of(nodes: Sequence[str], paths: Mapping[str, str], key_files: Sequence[str] | None) -> dict[str, View]:
-    """What each of these nodes sees, by id. Raises GetTimeoutError if one does not answer."""
+    """The view of each node, by id. Raises GetTimeoutError if one does not answer."""
     import ray
 
     if not nodes:
         return {}
     view = ray.remote(num_cpus=0)(view_here)
-    asked = [view.options(label_selector={NODE_ID: node}).remote(paths, key_files) for node in nodes]
-    return dict(zip(nodes, ray.get(asked, timeout=ANSWER_S), strict=True))
+    views = [view.options(label_selector={NODE_ID: node}).remote(paths, key_files) for node in nodes]
+    return dict(zip(nodes, ray.get(views, timeout=ANSWER_S), strict=True))
 
 
 def view_here(paths: Mapping[str, str], key_files: Sequence[str] | None) -> View:
-    """What this node sees. `key_files` may hold the store's key; None if none is needed."""
+    """The view of this node. `key_files` may hold the store's key; None if no key is needed."""
     import ray
 
-    ray_here = ray.get_runtime_context()
-    disk = shutil.disk_usage(Path(ray_here.get_temp_dir(), ray_here.get_session_name()))
+    context = ray.get_runtime_context()
+    disk = shutil.disk_usage(Path(context.get_temp_dir(), context.get_session_name()))
     missing = tuple(key for key, path in paths.items() if not os.path.exists(path))
     return View(socket.gethostname(), missing, key_files is None or _has_key(key_files), disk.free, disk.total)
 
@@ -159,7 +160,7 @@ def _has_key(files: Sequence[str]) -> bool:
 
 
 def check_data(config: Config, cluster: Cluster) -> Finding:
-    """At least one CPU for the tasks that read, judge and tokenize."""
+    """Check that the data nodes have a CPU for tasks that read, filter and tokenize."""
     labels = config.scaling.labels.data
     nodes = cluster.with_labels(labels)
     found = f"{nodes.capacity().cpus:g} CPUs{_of(labels)}"
@@ -179,19 +180,19 @@ def check_training(config: Config, cluster: Cluster) -> list[Finding]:
 
 
 def check_tuning(config: Config, cluster: Cluster) -> Finding:
-    """Room for a trial."""
+    """Check that at least one trial fits."""
     labels = config.scaling.labels.train
     try:
-        room = slots(config.scaling, config.training.strategy, cluster.with_labels(labels).capacity())
+        trial_slots = slots(config.scaling, config.training.strategy, cluster.with_labels(labels).capacity())
     except ConfigError as error:
         return Finding("trials", "no room for one", error)
-    wanted = config.tune.max_concurrent_trials
-    trials = room.trials if wanted == "auto" else min(room.trials, wanted)
-    return Finding("trials", f"{trials} at the same time, {room.workers} workers each{_of(labels)}")
+    limit = config.tune.max_concurrent_trials
+    trials = trial_slots.trials if limit == "auto" else min(trial_slots.trials, limit)
+    return Finding("trials", f"{trials} at a time, {trial_slots.workers} workers each{_of(labels)}")
 
 
 def check_encoding(config: Config, cluster: Cluster) -> Finding:
-    """A node for the encoders."""
+    """Check that there is a node for the encoders."""
     labels = config.scaling.labels.encode or config.scaling.labels.data
     nodes = cluster.with_labels(labels)
     capacity, wrong = nodes.capacity(), None
@@ -204,7 +205,7 @@ def check_encoding(config: Config, cluster: Cluster) -> Finding:
 
 
 def check_seen(key: str, path: str, views: Sequence[View]) -> Finding:
-    """Whether other nodes see a path that this one sees."""
+    """Check that other nodes see a path that this one sees."""
     blind = sorted({view.host for view in views if key in view.missing})
     if not views:
         return Finding(key, f"{path}, on the only node")
@@ -221,7 +222,7 @@ def check_seen(key: str, path: str, views: Sequence[View]) -> Finding:
 
 
 def check_key(views: Sequence[View]) -> Finding:
-    """Whether the nodes that write to Pinecone find its key, which is never sent to them."""
+    """Check that the nodes that write to Pinecone find its key, which we never send."""
     keyless = sorted({view.host for view in views if not view.has_key})
     if not keyless:
         return Finding("key", "found on each node that writes")
@@ -237,24 +238,24 @@ def check_key(views: Sequence[View]) -> Finding:
 
 
 def check_spilling(views: Sequence[View]) -> Finding:
-    """Disk space for objects that do not fit in memory."""
+    """Check the disk space for objects that Ray spills."""
     full = sorted({view.host for view in views if view.spill_free < (1 - SPILL_FULL) * view.spill_total})
     least = min(view.spill_free for view in views)
-    found = f"{least / 1e9:,.2f} GB free for objects that leave memory"
+    found = f"{least / 1e9:,.2f} GB free for spilled objects"
     if not full:
         return Finding("spilling", found)
     return Finding(
         "spilling",
         found,
         ConfigError(
-            f"RAY_TMPDIR: found a disk that is more than {SPILL_FULL:.0%} full on {', '.join(full)}, to which Ray "
-            "spills nothing; allowed is a folder on a disk with room"
+            f"RAY_TMPDIR: found a disk that is more than {SPILL_FULL:.0%} full on {', '.join(full)}, so Ray cannot "
+            "spill objects to it; use a folder on a disk with more space"
         ),
     )
 
 
 def checkpoint_bytes(config: Config, vocab_size: int) -> float:
-    """An estimate of a run's checkpoints: those kept, one being written, and the best, which holds only weights.
+    """Estimate the size of a run's checkpoints: those kept, one being written, and the best, which has only weights.
 
     A layer of our encoder has four square matrices and three of `d_ff`; a decoder counts as much as the encoder.
     """

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from pipeline.core.cluster import BOOTSTRAP, Node, addable
+from pipeline.core.cluster import BOOTSTRAP, Node, addable_nodes
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
@@ -89,12 +89,12 @@ def test_ray_takes_its_cluster_file_and_no_wrong_one() -> None:
 def test_a_job_on_its_head_counts_on_what_it_may_add(tmp_path: Path) -> None:
     """A GPU that is not there yet, for one, where `ray up` has left the file, with what Ray itself fills in."""
     head, worker = Node(0, 0, {}), Node(8, 1, {})
-    assert {node.cpus for node in addable([head], tmp_path / "none")} == {2}  # somebody's own autoscaler
-    assert addable([worker], tmp_path / "none") == []
+    assert {node.cpus for node in addable_nodes([head], tmp_path / "none")} == {2}  # somebody's own autoscaler
+    assert addable_nodes([worker], tmp_path / "none") == []
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(prepare_config(aws())))
     types = aws()["available_node_types"]
     for there, gone in (([head], 0), ([head, worker], 1)):
-        found = Counter((node.cpus, node.gpus) for node in addable(there, tmp_path / "c.yaml"))
+        found = Counter((node.cpus, node.gpus) for node in addable_nodes(there, tmp_path / "c.yaml"))
         assert found == {(16, 0): types["cpu_worker"]["max_workers"], (8, 1): types["gpu_worker"]["max_workers"] - gone}
 
 
@@ -106,7 +106,7 @@ def test_on_kubernetes_it_counts_on_what_the_groups_may_add(tmp_path: Path) -> N
     for group in cluster["workerGroupSpecs"]:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
         groups[float(limits["cpu"]), float(limits.get("nvidia.com/gpu", 0))] += group["maxReplicas"]
-    assert Counter((node.cpus, node.gpus) for node in addable([Node(0, 0, {})], tmp_path / "c.yaml")) == groups
+    assert Counter((node.cpus, node.gpus) for node in addable_nodes([Node(0, 0, {})], tmp_path / "c.yaml")) == groups
     head = cluster["headGroupSpec"]["template"]["spec"]
     assert {"name": "node-types", "configMap": {"name": types["metadata"]["name"]}} in head["volumes"]
     (mount,) = [each for each in head["containers"][0]["volumeMounts"] if each["name"] == "node-types"]

@@ -111,7 +111,7 @@ def test_what_other_nodes_do_not_see_is_refused() -> None:
 def test_disks_have_room(tmp_path: Path) -> None:
     assert wrong([room("storage.root", tmp_path / "new" / "deep", 1, "prepare")]) == []
     (found,) = wrong([room("storage.root", tmp_path, 1e18, "prepare")])
-    assert "1,000,000,000.00 GB; allowed is a folder with that much room" in found
+    assert "1,000,000,000.00 GB; free some space or use a folder on another disk" in found
     assert wrong([check_spilling([View("a", (), True, 6, 100), View("b", (), True, 50, 100)])]) == []
     (found,) = wrong([check_spilling([View("a", (), True, 4, 100), View("b", (), True, 50, 100)])])
     assert "more than 95% full on a, to which" in found

@@ -1,1 +1,1 @@
-"""Where things lie: folders on disk, and the folders in buckets that are used as they are."""
+"""The foundation: files on disk and in buckets, locks, artifacts, errors, logging and the Ray session."""

@@ -1,4 +1,4 @@
-"""A bucket as a filesystem of pyarrow's, which is what Ray Train and Ray Tune keep their own files in.
+"""A path as a pyarrow filesystem, for the files that Ray Train and Ray Tune store themselves.
 
 path, filesystem = arrow_location(run_dir)
 RunConfig(storage_path=path, storage_filesystem=filesystem)
@@ -16,21 +16,21 @@ from pipeline.core.path import StoragePath
 
 
 class _Files(FsspecStore):
-    """obstore's filesystem of fsspec's, with two corrections."""
+    """obstore's fsspec filesystem, with two fixes."""
 
     def _open(self, *args: Any, **options: Any) -> Any:
         file: Any = super()._open(*args, **options)
         write = file.write
-        file.write = lambda data: write(bytes(data))  # pyarrow's buffers are of signed numbers, which obstore refuses
+        file.write = lambda data: write(bytes(data))  # obstore rejects pyarrow's buffers of signed bytes
         return file
 
     async def _rm_file(self, path: str, **options: Any) -> None:
-        with suppress(FileNotFoundError):  # as for a folder itself, which is no object
+        with suppress(FileNotFoundError):  # a folder is not an object
             await super()._rm_file(path, **options)
 
 
 def arrow_location(path: StoragePath) -> tuple[str, Any]:
-    """A path as Ray takes it, which begins with the bucket's name, and its filesystem: None for the local one."""
+    """A path as Ray expects it (`bucket/key`), and its filesystem; None for a local path."""
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
     if isinstance(path, Path):

@@ -1,4 +1,4 @@
-"""Artifacts: folders of files that are determined by their inputs, made once by tasks that may be killed at any point.
+"""Artifacts: folders of files that follow from their inputs, written once by tasks that may be killed at any point.
 
     records = Artifact(root / "stages", "records", {"sources": …})           # <root>/stages/records-3f9c2a…/
     summary = records.make(lambda: fill(records, progress))                     # returns at once if it exists
@@ -9,11 +9,10 @@
             return {"rows": 1200}
         return {"rows": sum(each["rows"] for each in artifact.tasks(progress, "prepare: read", task_bytes, work))}
 
-The folder is named by the hash of its inputs, so it is never stale. A task writes files under temporary names, and then
-a note with its result and the size and hash of each file; a rerun skips the tasks that have a note. `manifest.json` is
-written last: it holds the summary and lists all files. Reading checks every file's size, and its hash the first time
-that a process opens it, so a flipped bit is found and named. Files under `scratch/` are removed at the end and are not
-in the manifest.
+The folder is named by the hash of its inputs, so it is never stale. A task writes its files, then a note with its
+result and the size and hash of each file; a rerun skips tasks that have a note. `manifest.json` is written last: it
+holds the summary and lists all files. Reading checks every file's size, and its hash when a process first opens it, so
+a flipped bit is detected. Files under `scratch/` are not in the manifest, and are removed at the end.
 
     <folder>/records/00000.parquet
     <folder>/scratch/prepare-read/000000.json       a task's note
@@ -55,27 +54,27 @@ from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
 
 MANIFEST = "manifest.json"
-HELD_BYTES = 128 << 20  # a file up to this size is read once, then hashed and parsed from memory
+HELD_BYTES = 128 << 20  # files up to this size are read once, then hashed and parsed in memory
 
 Files = dict[str, dict[str, Any]]
-"""Name in the folder → {"bytes": size, "xxh3": hash}; a link also has "from", the folder that it links to."""
+"""File name → {"bytes": size, "xxh3": hash}; a link also has "from", the folder of the original."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What one task writes: files of an artifact, and progress."""
+    """Where a task writes its files and reports progress."""
 
     folder: StoragePath
     files: Files = field(default_factory=dict)
     send: Callable[[dict[str, int]], object] = lambda counts: None
 
     def report(self, **counts: int) -> None:
-        """Progress: `records` and `rejected` so far."""
+        """Report progress: `records` and `rejected` since the last report."""
         self.send(counts)
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """A temporary file on disk, which is renamed into place once it is complete."""
+        """A temporary file on disk, renamed into place when the block ends."""
         with replacing(self.folder / name) as temporary:
             yield temporary
             if not name.startswith("scratch/"):
@@ -90,7 +89,7 @@ class Output:
             write_parquet(table, temporary)
 
     def link(self, name: str, source: StoragePath) -> None:
-        """Link another artifact's file here (in a bucket: copy it), with the hash in its manifest."""
+        """Link another artifact's file here (in a bucket: copy it), with the hash from its manifest."""
         place(source, self.folder / name)
         home, inside = _home(source)
         if home:
@@ -101,7 +100,7 @@ class Output:
 
 
 class Artifact:
-    """A folder below `home`, named by `name`, unless it is empty, and the hash of `inputs`."""
+    """The folder `home`/`name`-<hash of `inputs`>; with an empty `name`, only the hash."""
 
     def __init__(self, home: StoragePath, name: str, inputs: Any) -> None:
         self.name = name
@@ -111,17 +110,17 @@ class Artifact:
         self.output = Output(self.folder)
 
     def read(self) -> dict[str, Any] | None:
-        """The manifest; None if the artifact is not finished, or if a file is missing or truncated, which is logged."""
+        """The manifest; None if the artifact is unfinished, or (with a warning) if a file is missing or truncated."""
         manifest = read_manifest(self.folder)
         damage = manifest and _missing(self.folder, manifest["files"])
         if damage:
-            log.warning("%s is made again: its %s is missing or has another size", self.folder, damage)
+            log.warning("rebuilding %s: its %s is missing or has the wrong size", self.folder, damage)
         return None if damage else manifest
 
     def make(self, fill: Callable[[], dict[str, Any]], *, again: bool = False) -> dict[str, Any]:
-        """The manifest; `fill` first writes the files and returns the summary, if no earlier job did.
+        """The manifest. Unless the artifact exists, first calls `fill`, which writes the files and returns the summary.
 
-        Waits for another job that is making it. With `again` it is made even if it exists.
+        If another job is making it, waits for that job. `again` rebuilds an existing artifact.
         """
         found = None if again else self.read()
         if found is None:
@@ -139,7 +138,7 @@ class Artifact:
         return manifest
 
     def once(self, name: str, work: Callable[[], Any]) -> Any:
-        """What `work` returns, which must be JSON. It runs once: a restarted job reads the result."""
+        """Return `work()`, which must be JSON. A restarted job reads the stored result instead."""
         note = self.scratch / f"{name}.json"
         found = _read_note(note)
         if found is None:
@@ -155,7 +154,7 @@ class Artifact:
         work: Callable[[int, Output], Any],
         only_here: Container[int] = (),
     ) -> list[Any]:
-        """Run `work(index, output)` through Ray Data for each task that is not done, and return all results in order.
+        """Run `work(index, output)` with Ray Data for each unfinished task. Returns all results in order.
 
         Results must be JSON. `task_bytes` is the size of each task's input, for the progress bar. Tasks in `only_here`
         run on the driver's node, after the others.
@@ -194,9 +193,9 @@ class _Tasks:
 
         def run(batch: dict[str, Any]) -> dict[str, list[str]]:
             try:
-                for place in batch["id"].tolist():
-                    self._run(todo[place])
-            except Exception as error:  # returned as data: an error raised through Ray loses its cause
+                for position in batch["id"].tolist():
+                    self._run(todo[position])
+            except Exception as error:  # returned as data, because Ray would lose the error's cause
                 traceback.print_exc()  # goes to training.log
                 return {"error": [sentence_of(error, self.folder)]}
             return {"error": []}
@@ -213,7 +212,7 @@ class _Tasks:
 
 
 def read_manifest(folder: StoragePath) -> dict[str, Any] | None:
-    """The manifest of a finished artifact; None if there is none, or if it cannot be read."""
+    """The manifest of a finished artifact; None if it is missing or cannot be read."""
     try:
         found = json.loads((folder / MANIFEST).read_text())
         return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else None
@@ -222,9 +221,9 @@ def read_manifest(folder: StoragePath) -> dict[str, Any] | None:
 
 
 def checked(path: StoragePath) -> StoragePath:
-    """Verify a file against the hash in its artifact's manifest; a file without one passes.
+    """Return the path after verifying the file against its manifest's hash, once per process.
 
-    Each process does so once per file. Raises JobError for a file that has changed.
+    Files outside an artifact pass. Raises JobError if the file has changed.
     """
     stat = path.stat()
     if (path, stat) not in _checked:
@@ -234,7 +233,7 @@ def checked(path: StoragePath) -> StoragePath:
 
 
 def open_parquet(path: StoragePath) -> pq.ParquetFile:
-    """A Parquet file of an artifact, verified like `checked`; page checksums are verified again when they are read."""
+    """Open an artifact's Parquet file after verifying it like `checked`. Reading also verifies page checksums."""
     stat = path.stat()
     if (path, stat) in _checked or stat.st_size > HELD_BYTES:
         return parquet_file(checked(path))
@@ -249,7 +248,7 @@ def write_parquet(table: pa.Table, path: Path) -> None:
 
 
 _checked: set[tuple[StoragePath, Any]] = set()
-"""Files that this process has verified, with their size and modification time."""
+"""Files that this process has verified, with size and modification time."""
 
 
 def _check(path: StoragePath, found: str) -> None:
@@ -259,7 +258,7 @@ def _check(path: StoragePath, found: str) -> None:
     if home and entry and found != entry["xxh3"]:
         folders = [home, *([home.parent.parent / entry["from"]] if "from" in entry else [])]
         raise JobError(
-            f"{path} is damaged: its content is not what was written; delete {' and '.join(map(str, folders))} and "
+            f"{path} is damaged: its hash does not match the manifest; delete {' and '.join(map(str, folders))} and "
             "run the same command again to rebuild it"
         )
 
@@ -270,7 +269,7 @@ def _files_of(home: StoragePath, changed: Any) -> Files:
 
 
 def _home(path: StoragePath) -> tuple[StoragePath | None, str]:
-    """The artifact's folder that holds a file, itself or in a subfolder, and the file's name there."""
+    """The folder of the artifact that holds a file, directly or in a subfolder, and the file's name there."""
     for home, name in ((path.parent, path.name), (path.parent.parent, f"{path.parent.name}/{path.name}")):
         if (home / MANIFEST).is_file():
             return home, name
@@ -278,9 +277,10 @@ def _home(path: StoragePath) -> tuple[StoragePath | None, str]:
 
 
 def _missing(folder: StoragePath, files: Files) -> str | None:
-    there = files_below(folder)
+    """The first file that is missing or has the wrong size."""
+    stats = files_below(folder)
     return next(
-        (name for name, each in files.items() if name not in there or there[name].st_size != each["bytes"]), None
+        (name for name, each in files.items() if name not in stats or stats[name].st_size != each["bytes"]), None
     )
 
 

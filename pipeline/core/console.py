@@ -1,6 +1,9 @@
-"""What a person sees: log lines, a progress bar per stage on a terminal, a line every 30 s elsewhere, and tables.
+"""Console output: log lines, tables, and progress as a bar on a terminal or a line every 30 s elsewhere.
 
-Everything goes to stderr and to training.log; stdout is for a job's result.
+    with Stage("prepare: read", total=120, unit="files") as stage:
+        stage.advance(1)
+
+Everything goes to stderr and training.log; stdout is only for a job's result.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ class Console(logging.StreamHandler[TextIO]):
 
 
 class LogFile(logging.FileHandler):
-    """training.log, and its copy in the bucket where it belongs in one."""
+    """training.log, uploaded if its folder is in a bucket."""
 
     def __init__(self, folder: StoragePath, line_format: str) -> None:
         self.mirror, path = Mirror.of_log(folder, LOG_NAME)
@@ -49,7 +52,7 @@ class LogFile(logging.FileHandler):
             if self.stream is None:
                 self._make_folder()
             super().emit(record)
-        except OSError:  # jobs that only read also work where nothing can be written
+        except OSError:  # jobs that only read must also work in a read-only folder
             self._read_only = True
 
     def open_raw(self) -> BinaryIO:
@@ -65,13 +68,13 @@ class LogFile(logging.FileHandler):
         self.mirror.close()
 
     def write_traceback(self, error: BaseException) -> None:
-        """The traceback goes to the file alone; the console shows one sentence."""
+        """Write a traceback to the file only; the console shows one sentence."""
         trace = (type(error), error, error.__traceback__)
         self.emit(log.makeRecord(log.name, logging.ERROR, __file__, 0, "the job failed", (), trace))
 
 
 def start_logging(folder: StoragePath, level: str, line_format: str) -> LogFile:
-    """Send our own log lines to the console and to `folder/training.log`. Returns the file's handler."""
+    """Log to the console and to `folder/training.log`. Returns the file's handler."""
     file, console = LogFile(folder, line_format), Console()
     console.setFormatter(logging.Formatter("%(message)s"))
     stop_logging()
@@ -90,9 +93,9 @@ def stop_logging() -> None:
 
 @contextmanager
 def other_output_to_log() -> Iterator[None]:
-    """Send what others write to stdout and stderr to training.log, while our own lines still go to the console.
+    """Redirect stdout and stderr of libraries to training.log; our log lines still go to the console.
 
-    File descriptor 2 is redirected, because Ray's C++ core writes to it. Does nothing before `start_logging`.
+    It redirects file descriptor 2, because Ray's C++ core writes to it. Does nothing before `start_logging`.
     """
     file, console = _handler(LogFile), _handler(Console)
     if file is None or console is None:
@@ -113,22 +116,18 @@ def _handler(kind: type[Any]) -> Any:
 
 
 def process_start_s() -> float:
-    """When this process loaded `logging`, one of its first modules, in seconds since the epoch."""
+    """When this process imported `logging`, one of its first modules, in seconds since the epoch."""
     now = logging.makeLogRecord({})
     return now.created - now.relativeCreated / 1000
 
 
 def log_timeline(event: str, start_s: float | None = None) -> None:
-    """Log at debug level an event of a job's start-up, with the seconds since `start_s`, by default this process's."""
+    """Log a start-up event at debug level, with the seconds since `start_s` (default: the start of this process)."""
     log.debug("timeline: %.2f s: %s", time.time() - (start_s or process_start_s()), event)
 
 
 class Stage:
-    """A named piece of work and its progress.
-
-    with Stage("prepare: read", total=120, unit="files") as stage:
-        stage.advance(1)
-    """
+    """A named piece of work with a progress bar. With the unit "B", amounts are bytes, shown in MB."""
 
     def __init__(self, name: str, total: int | None, unit: str, start: int = 0) -> None:
         self.name, self.unit = name, unit
@@ -153,7 +152,7 @@ class Stage:
         return self
 
     def advance(self, amount: int, shown: str = "") -> None:
-        """`amount` more units are done; `shown` is printed next to the rate."""
+        """Count `amount` more units. `shown` is printed after the rate."""
         self.done += amount
         self.shown = shown or self.shown
         if not self.bar.disable:
@@ -163,7 +162,7 @@ class Stage:
             log.info("%s: %s", self.name, self._progress())
 
     def _progress(self) -> str:
-        """The units done, the rate since the last such line, and the time left at that rate."""
+        """The units done, the rate since the last progress line, and the time left at that rate."""
         now = time.monotonic()
         rate = (self.done - self.last_done) / (now - self.last_line)
         self.last_line, self.last_done = now, self.done
@@ -185,12 +184,11 @@ class Stage:
         return "MB" if self.unit == "B" else self.unit
 
     def _amount(self, amount: float, digits: int = 0) -> str:
-        """A number of units; bytes in MB."""
         return f"{amount / 1e6:,.1f}" if self.unit == "B" else f"{amount:,.{digits}f}"
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
-    """Aligned columns, numbers to the right."""
+    """Format rows in aligned columns; numbers are right-aligned."""
     columns = [[title, *map(str, cells)] for title, *cells in zip(header, *rows, strict=True)]
     aligned = []
     for cells in columns:

@@ -1,11 +1,11 @@
 """File operations that differ between disks and buckets, for both kinds of path.
 
-    write_atomically(root / "run.json", b"{}")                # the file is there whole or not at all
-    with replacing(root / "big.parquet") as temporary: ...    # a file on disk that then takes the path's place
-    fetched(root / "best")                                    # a copy on this machine, made once for all its processes
+    write_atomically(root / "run.json", b"{}")                # readers see the complete file or none
+    with replacing(root / "big.parquet") as temporary: ...    # write `temporary`; it then replaces the path
+    fetched(root / "best")                                    # a local copy, downloaded once for all processes
 
-On disk these are what pathlib and shutil do. In a bucket a file is written or read in one request, and a folder costs a
-request per 1,000 files.
+On disk, these use pathlib and shutil. In a bucket, reading or writing a file takes one request, and listing a folder
+one request per 1,000 files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pipeline.core.path import CHUNK_BYTES, BucketPath, Stat, StoragePath, check
 SUFFIX = ".tmp"
 S3_COPY_BYTES = 5 << 30  # S3 copies no larger object in one request
 REQUESTS_AT_ONCE = 16  # of one process to a bucket
-KEPT_S = 24 * 3600  # how long a fetched copy stays after its last use
+KEPT_S = 24 * 3600  # fetched copies are deleted this long after their last use
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -41,10 +41,10 @@ Found = TypeVar("Found")
 
 @contextmanager
 def replacing(path: StoragePath) -> Iterator[Path]:
-    """A file on disk to write, which takes the path's place when the block ends without an error.
+    """Yield a temporary file on disk, which replaces the path if the block ends without an error.
 
-    It is flushed to the disk first. The temporary name is unique: after a kill, a worker that has not noticed yet may
-    write the same file once more.
+    The file is flushed to disk first. Its name is unique, because a worker that outlives its driver may write the same
+    file again.
     """
     if isinstance(path, BucketPath):
         with tempfile.TemporaryDirectory(dir=scratch()) as folder:
@@ -63,11 +63,10 @@ def replacing(path: StoragePath) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(folder: StoragePath, last: str, claim: Callable[[list[str]], bytes]) -> Iterator[Path]:
-    """A folder on disk to fill, which takes the other's place when the block ends without an error.
+    """Yield a temporary folder on disk, which replaces `folder` if the block ends without an error.
 
-    On disk the old folder is renamed, then the new one: a kill in between leaves both under temporary names. In a
-    bucket the file named `last` comes last. Until then it holds what `claim` makes of the names of all files, old and
-    new.
+    On disk, the old folder is renamed, then the new one: a kill in between leaves both under temporary names. In a
+    bucket, the file named `last` is uploaded last; until then, it holds `claim(names)` for all files, old and new.
     """
     stem = f"{folder.name}.{uuid.uuid4().hex}"
     if isinstance(folder, BucketPath):
@@ -95,7 +94,7 @@ def replacing_folder(folder: StoragePath, last: str, claim: Callable[[list[str]]
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content is on the disk."""
+    """Flush a file's content to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -112,7 +111,7 @@ def write_atomically(path: StoragePath, data: bytes) -> None:
 
 
 def place(source: StoragePath, target: StoragePath) -> None:
-    """Give a file a second name: a hard link, or a copy where there are no links."""
+    """Hard-link a file to `target`, or copy it if links are not supported. A bucket gets a copy."""
     if source == target:
         return
     if isinstance(target, Path):
@@ -129,7 +128,7 @@ def place(source: StoragePath, target: StoragePath) -> None:
 
 
 def _copy(source: BucketPath, target: BucketPath) -> None:
-    """A copy that the service makes, or one that passes through this machine where the service makes none."""
+    """Copy on the server if possible, else through this machine."""
     import obstore
 
     check_guards(target)
@@ -142,14 +141,14 @@ def _copy(source: BucketPath, target: BucketPath) -> None:
 
 
 def remove_folder(folder: StoragePath) -> None:
-    """Delete a folder and everything below it, if it is there."""
+    """Delete a folder and everything below it, if it exists."""
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
         return
     import obstore
 
     check_guards(folder)
-    names = sorted(folder.files(), key=lambda name: name == ".lock")  # which is held for as long as it takes
+    names = sorted(folder.files(), key=lambda name: name == ".lock")  # the lock last, to hold it until then
     keys = [f"{folder.key}/{name}" for name in names]
     with reaching(folder.store, folder.key):
         if keys:
@@ -157,10 +156,10 @@ def remove_folder(folder: StoragePath) -> None:
 
 
 def files_below(folder: StoragePath, *, hidden: bool = True) -> dict[str, Stat]:
-    """All files below a folder by their names relative to it, sorted; none if the folder is not there.
+    """All files below a folder by relative name, sorted; none if the folder is missing.
 
-    Without `hidden`, it leaves out files and folders whose names begin with a dot. Links to folders are not followed,
-    for they can lead in circles.
+    `hidden=False` skips files and folders whose names begin with a dot. Links to folders are not followed, because they
+    may form a cycle.
     """
     if isinstance(folder, BucketPath):
         return {name: stat for name, stat in folder.files().items() if hidden or not _is_hidden(name)}
@@ -168,7 +167,7 @@ def files_below(folder: StoragePath, *, hidden: bool = True) -> dict[str, Stat]:
     folders = [""] if folder.is_dir() else []
     while folders:
         inside = folders.pop()
-        with os.scandir(folder / inside) as entries:  # 92,000 files a second; pathlib takes four times as long
+        with os.scandir(folder / inside) as entries:  # 92,000 files per second, four times as fast as pathlib
             for entry in entries:
                 if not hidden and entry.name.startswith("."):
                     continue
@@ -182,20 +181,20 @@ def files_below(folder: StoragePath, *, hidden: bool = True) -> dict[str, Stat]:
 
 
 def find(path: StoragePath, keep: Callable[[str], bool]) -> tuple[StoragePath, dict[str, Stat]]:
-    """The files that a path names: itself, those below a folder that `keep` accepts, or those that a glob matches.
+    """The files of a path: a file itself, the files below a folder that `keep` accepts, or the matches of a glob.
 
-    Returns the folder above them and their names relative to it, sorted, without hidden ones.
+    Returns their common folder and their names relative to it, sorted. Hidden files are skipped.
     """
     if path.is_file():
         return path.parent, {path.name: _disk_stat(path) if isinstance(path, Path) else path.stat()}
     if path.is_dir():
         return path, {name: stat for name, stat in files_below(path, hidden=False).items() if keep(name)}
     parts = list(path.parts) if isinstance(path, Path) else path.key.split("/")
-    cut = next((place for place, part in enumerate(parts) if glob.has_magic(part)), None)
-    if cut is None:
+    first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), None)
+    if first is None:
         return path.parent, {}
-    folder, pattern = path, "/".join(parts[cut:])
-    for _ in parts[cut:]:
+    folder, pattern = path, "/".join(parts[first:])
+    for _ in parts[first:]:
         folder = folder.parent
     if isinstance(folder, Path):
         names = glob.glob(pattern, root_dir=folder, recursive=True)
@@ -216,17 +215,17 @@ def _disk_stat(path: Path) -> Stat:
 
 
 def matching(folder: StoragePath, pattern: str) -> list[StoragePath]:
-    """What `glob` finds, sorted by name."""
+    """The matches of `folder.glob(pattern)`, sorted by name."""
     found: list[StoragePath] = [*folder.glob(pattern)]
     return sorted(found, key=str)
 
 
 def sizes(paths: Sequence[StoragePath]) -> list[int | None]:
-    """The size of each file in bytes, None where there is none. In a bucket, one listing for each folder."""
-    there: dict[StoragePath, int] = {}
+    """The size of each file in bytes, None if it is missing. In a bucket, this lists each folder once."""
+    listed: dict[StoragePath, int] = {}
     for parent in {path.parent for path in paths if isinstance(path, BucketPath)}:
-        there |= {parent / name: stat.st_size for name, stat in parent.files().items()}
-    return [there.get(path) if isinstance(path, BucketPath) else _size(path) for path in paths]
+        listed |= {parent / name: stat.st_size for name, stat in parent.files().items()}
+    return [listed.get(path) if isinstance(path, BucketPath) else _size(path) for path in paths]
 
 
 def _size(path: Path) -> int | None:
@@ -237,7 +236,7 @@ def _size(path: Path) -> int | None:
 
 
 def for_each(root: StoragePath, work: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
-    """`work` of each item, in order; concurrently if `root` is in a bucket, whose answers take time."""
+    """`work(item)` for each item, in order; concurrent if `root` is in a bucket, to hide its latency."""
     if isinstance(root, Path):
         return list(map(work, items))
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
@@ -245,7 +244,7 @@ def for_each(root: StoragePath, work: Callable[[Item], Found], items: Sequence[I
 
 
 def parquet_file(path: StoragePath) -> Any:
-    """A pyarrow.parquet.ParquetFile that checks its pages' checksums; in a bucket, a row group comes in one request."""
+    """A pyarrow.parquet.ParquetFile that verifies page checksums; in a bucket, it reads a row group per request."""
     import pyarrow.parquet as pq
 
     source = path if isinstance(path, Path) else path.open()
@@ -253,12 +252,12 @@ def parquet_file(path: StoragePath) -> Any:
 
 
 def lance_location(path: StoragePath) -> tuple[str, dict[str, str] | None]:
-    """A URI and its storage options, as LanceDB takes them."""
+    """A path as LanceDB's URI and storage options."""
     return (str(path), None) if isinstance(path, Path) else (path.uri, path.store.lance_options)
 
 
 def disk_bytes(folder: StoragePath) -> float:
-    """The space that a folder takes; of a file with several names (hard links), its share."""
+    """The disk space of a folder. A file with several hard links counts for its share."""
     if isinstance(folder, BucketPath):
         return sum(stat.st_size for stat in files_below(folder).values())
     stats = ((folder / name).stat() for name in files_below(folder))
@@ -266,7 +265,7 @@ def disk_bytes(folder: StoragePath) -> float:
 
 
 def digest_of(path: StoragePath, digest: Any) -> str:
-    """The hex digest of a file, by one of hashlib's or xxhash's."""
+    """The hex digest of a file; `digest` is a hash object of hashlib or xxhash."""
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
@@ -274,7 +273,7 @@ def digest_of(path: StoragePath, digest: Any) -> str:
 
 
 def may_write(path: StoragePath) -> bool:
-    """Whether this user may write there, as far as that shows without trying: in a bucket it never does."""
+    """Whether this user has write permission on disk; always true for a bucket, which cannot tell in advance."""
     if isinstance(path, BucketPath):
         return True
     return os.access(next(folder for folder in (path, *path.absolute().parents) if folder.is_dir()), os.W_OK)
@@ -284,30 +283,30 @@ def free_bytes(path: StoragePath) -> int | None:
     """Free space on the disk that holds a path; None for a bucket, which has no limit."""
     if isinstance(path, BucketPath):
         return None
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(next(each for each in (path, *path.absolute().parents) if each.exists())).free
 
 
 def staging(folder: StoragePath) -> Path:
-    """A folder on disk for files on their way to another one: on the same disk, or on this machine's for a bucket."""
+    """A staging folder for files that will move to `folder`: on the same disk, or on this machine for a bucket."""
     if isinstance(folder, Path):
         return folder / "incoming"
     return scratch() / "incoming" / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
 
 
 def scratch() -> Path:
-    """This machine's folder for files on their way to or from a bucket; only its user may enter it."""
+    """This user's private folder for files on their way to or from a bucket."""
     folder = Path(tempfile.gettempdir()) / f"text-embedding-pipeline-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise PermissionError(1, f"{folder} belongs to another user; set TMPDIR to a folder of your own")
+        raise PermissionError(1, f"{folder} belongs to another user; set TMPDIR to your own folder")
     return folder
 
 
 def fetched(path: StoragePath) -> Path:
-    """A file or folder on this machine: itself, or a copy of one in a bucket, as it is now by names, sizes and times.
+    """A local path to a file or folder: the path itself, or a cached download from a bucket.
 
-    The first process to ask makes the copy and the others wait for it. It stays for a day after its last use.
+    The cache key has the names, sizes and times of all files. The first process downloads, others wait. Copies are
+    deleted a day after their last use.
     """
     if isinstance(path, Path):
         return path
@@ -319,7 +318,7 @@ def fetched(path: StoragePath) -> Path:
     with FileLock(copy.parent.with_suffix(".lock")):
         os.utime(copy.parent)
         if not copy.exists():
-            _forget_old(copy.parent.parent)
+            _remove_old(copy.parent.parent)
             temporary = copy.with_name(f"{copy.name}{SUFFIX}")
             shutil.rmtree(temporary, ignore_errors=True)
             start = len(path.key)
@@ -328,8 +327,8 @@ def fetched(path: StoragePath) -> Path:
     return copy
 
 
-def _forget_old(home: Path) -> None:
+def _remove_old(home: Path) -> None:
     for path in home.iterdir():
-        with suppress(FileNotFoundError):  # another process forgets it as well
+        with suppress(FileNotFoundError):  # another process may remove it too
             if path.stat().st_mtime < time.time() - KEPT_S:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()

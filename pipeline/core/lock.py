@@ -1,13 +1,12 @@
-"""One job at a time in a folder: flock on a disk, and in a bucket a lease object that its holder renews.
+"""Folder locks, for one job at a time in a folder: flock on disk, a renewed lease object in a bucket.
 
-    with locked(config.run_dir): ...                   # Occupied if another job is at work there
+    with locked(config.run_dir): ...                   # raises Occupied if another job holds the folder
 
-On disk the kernel holds the lock and drops it with the process. In a bucket the lock is the object `.lock`, which names
-its holder and counts its renewals. It is created and replaced by conditional writes, so only one of several jobs that
-try at once gets it. Whoever finds it unchanged for LIMIT_S takes it over: after a kill the next job waits that long.
-A holder that could not renew it for LIMIT_S, because it was paused or cut off from the bucket, has lost it: every later
-write of its process below the folder raises LockLost. One write that was under way when it was paused may still
-arrive. Each side measures time by its own clock only.
+On disk, the kernel holds the lock and releases it when the process ends. In a bucket, the lock is the object `.lock`,
+which names its holder and counts renewals. Conditional writes create and replace it, so only one job can get it. A job
+that sees it unchanged for LIMIT_S takes it over, so after a kill the next job waits that long. A holder that could not
+renew it for LIMIT_S (paused, or cut off from the bucket) has lost it: every later write of its process below the folder
+raises LockLost. A write that was already in flight may still arrive. Each job uses only its own clock.
 
     holder   create ── renew ── renew ── (paused) ─────────────────── its next write: LockLost
     other               sees renewal 2 ──────── LIMIT_S unchanged ──► replaces it, on condition that it is renewal 2
@@ -18,6 +17,7 @@ from __future__ import annotations
 import _thread
 import json
 import logging
+import math
 import socket
 import threading
 import time
@@ -33,7 +33,7 @@ from pipeline.core.object_store import BucketError, reaching
 from pipeline.core.path import BucketPath, StoragePath, guarded
 
 RENEW_EVERY_S = 4.0
-LIMIT_S = 20.0  # five renewals missed. Ours
+LIMIT_S = 20.0  # five missed renewals. Ours
 WAIT_LINE_EVERY_S = 60.0
 NAME = ".lock"
 
@@ -41,7 +41,7 @@ log = logging.getLogger("pipeline")
 
 
 class Occupied(Exception):  # noqa: N818
-    """Another job is at work in the folder."""
+    """Another job holds the folder."""
 
 
 class LockLost(RuntimeError):  # noqa: N818
@@ -50,10 +50,10 @@ class LockLost(RuntimeError):  # noqa: N818
 
 @contextmanager
 def locked(folder: StoragePath, *, wait: bool = False) -> Iterator[None]:
-    """Hold a folder.
+    """Lock a folder within the block.
 
-    Raises Occupied while another job holds it, or waits for that job with `wait`. Raises LockLost at the end of the
-    block, and from every write in it, once the lock was lost.
+    If another job holds it, raises Occupied, or waits with `wait`. Once the lock is lost, every write in the block and
+    its end raise LockLost.
     """
     if isinstance(folder, Path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,12 +71,12 @@ def locked(folder: StoragePath, *, wait: bool = False) -> Iterator[None]:
 
 
 def holder_of(folder: StoragePath) -> str:
-    """Who holds a folder of a bucket, "" if nobody does, or on disk; workers see by it that their driver lost it."""
+    """The holder of a folder's lease; "" if there is none, or on disk. Shows workers that their driver lost it."""
     return "" if isinstance(folder, Path) else _Lease(folder).read()[0]
 
 
 def _until_free(acquire: Any, folder: StoragePath, wait: bool) -> None:
-    said = -WAIT_LINE_EVERY_S
+    logged = -math.inf
     while True:
         try:
             acquire()
@@ -84,19 +84,19 @@ def _until_free(acquire: Any, folder: StoragePath, wait: bool) -> None:
         except (Timeout, Occupied):
             if not wait:
                 raise Occupied from None
-        if time.monotonic() > said + WAIT_LINE_EVERY_S:
-            said = time.monotonic()
+        if time.monotonic() > logged + WAIT_LINE_EVERY_S:
+            logged = time.monotonic()
             log.info("waiting for another job, which is at work in %s", folder)
         time.sleep(RENEW_EVERY_S / 4)
 
 
 def _now() -> float:
-    """Seconds, those of a suspended machine included."""
+    """Monotonic seconds, including the time that the machine was suspended."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 class _Lease:
-    """The object that says who holds a folder of a bucket: `{"holder": …, "renewals": 7}`; "" if nobody does."""
+    """A folder's lease object, `{"holder": …, "renewals": 7}`; the holder is "" after release."""
 
     def __init__(self, folder: BucketPath) -> None:
         self.folder, self.path = folder, folder / NAME
@@ -107,7 +107,7 @@ class _Lease:
         self._ended = threading.Event()
 
     def acquire(self) -> None:
-        """Raises Occupied when the holder renews it meanwhile."""
+        """Create the lease, or take it over if it is not renewed for LIMIT_S. Raises Occupied if it is."""
         if self._write("create"):
             return
         holder, version = self.read()
@@ -130,8 +130,8 @@ class _Lease:
         if self.lost or _now() - self.renewed > LIMIT_S:
             self.lost = True
             raise LockLost(
-                f"the lock of {self.folder} could not be renewed for {LIMIT_S:g} s, and another job may have taken "
-                "over; run the same command again to continue"
+                f"the lock of {self.folder} could not be renewed for {LIMIT_S:g} s and another job may have taken it; "
+                "run the same command again to continue"
             )
 
     @contextmanager
@@ -159,11 +159,11 @@ class _Lease:
                 log.debug("the lock could not be renewed: %s", error)
             except LockLost:
                 self.lost = True
-                _thread.interrupt_main()  # whatever it waits for
+                _thread.interrupt_main()  # stop the job, even if it is waiting
                 return
 
     def read(self) -> tuple[str, Any]:
-        """The holder, "" if there is none, and the version of the object for a conditional write."""
+        """The holder ("" if there is none) and the object's version for a conditional write."""
         import obstore
 
         try:
@@ -174,7 +174,7 @@ class _Lease:
             return "", None
 
     def _write(self, condition: Any) -> bool:
-        """Write the object if it is of that version, or if there is none for "create". Returns whether it is ours."""
+        """Write the object if it has that version, or for "create" if it is missing. Returns whether we hold it."""
         import obstore
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
@@ -183,7 +183,7 @@ class _Lease:
         with reaching(self.path.store, self.path.key):
             try:
                 self.version = _version(obstore.put(store, self.path.key, content, mode=condition, use_multipart=False))
-            except (AlreadyExistsError, PreconditionError):  # perhaps by this very write, whose answer was lost
+            except (AlreadyExistsError, PreconditionError):  # perhaps our own write, whose response was lost
                 holder, version = self.read()
                 if not self.holder or holder != self.holder:
                     return False

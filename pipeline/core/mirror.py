@@ -1,10 +1,10 @@
-"""A folder on disk whose files are copied to a bucket while they grow: logs and metrics, written line by line.
+"""Upload growing files, such as logs and metrics, to a bucket in the background.
 
-mirror = Mirror(config.run_dir, ["metrics.jsonl"])              # fetches that file first, if it is in the bucket
-(mirror.folder / "metrics.jsonl").open("a").write("…")          # is in the bucket 10 s later, and after mirror.close()
+mirror = Mirror(config.run_dir, ["metrics.jsonl"])              # downloads that file first, if the bucket has it
+(mirror.folder / "metrics.jsonl").open("a").write("…")          # uploaded within 10 s and by mirror.close()
 
-For a folder on disk, the mirror is that folder. An object cannot be appended to, so a file that changed is sent whole.
-A kill costs what was not sent yet. A bucket that fails costs a warning, and the mirror tries again.
+For a folder on disk, the mirror is that folder. Objects cannot be appended to, so a changed file is uploaded in full. A
+kill loses what was not uploaded yet. If the bucket fails, the mirror warns and retries.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SEND_EVERY_S = 10.0
 
 
 class Mirror:
-    """Sends from a thread of its own until it is closed. `names` are fetched first, if they are there."""
+    """Uploads from a background thread until it is closed. Downloads the existing ones of `names` first."""
 
     def __init__(self, target: StoragePath, names: Sequence[str] = ()) -> None:
         if isinstance(target, Path):
@@ -45,9 +45,9 @@ class Mirror:
 
     @classmethod
     def of_log(cls, folder: StoragePath, name: str) -> tuple[Mirror, Path]:
-        """A mirror, and the file in it that this process appends to.
+        """A mirror, and the log file in it for this process.
 
-        Jobs cannot append to one object, so in a bucket the log is a folder with one file for each job.
+        Jobs cannot append to one object, so in a bucket the log is a folder with one file per job.
         """
         if not isinstance(folder, Path):
             mirror = cls(folder / name)
@@ -56,7 +56,7 @@ class Mirror:
         return mirror, mirror.folder / name
 
     def close(self) -> None:
-        """Send what is left."""
+        """Upload the rest and end."""
         if self.target and not self._closed.is_set():
             self._closed.set()
             self._thread.join()
@@ -68,7 +68,7 @@ class Mirror:
             self.send()
 
     def send(self) -> None:
-        """Send what has changed, now."""
+        """Upload changed files now."""
         if self.target:
             with self._lock:
                 self._send(self.target)
@@ -81,7 +81,7 @@ class Mirror:
             self._failing = False
         except BucketError as error:
             if not self._failing:
-                logging.getLogger("pipeline").warning("logs and metrics cannot be sent; work goes on: %s", error)
+                logging.getLogger("pipeline").warning("cannot upload logs and metrics, will retry: %s", error)
             self._failing = True
 
     def _send_file(self, path: Path, target: BucketPath) -> None:
@@ -90,7 +90,7 @@ class Mirror:
             if self._sent.get(path) != state:
                 target.upload(path)
                 self._sent[path] = state
-        except FileNotFoundError:  # a temporary one
+        except FileNotFoundError:  # it was temporary
             return
 
 

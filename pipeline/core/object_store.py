@@ -1,12 +1,12 @@
-"""Connections to buckets of S3, GCS and Azure: one URI, and the options that each client library takes for it.
+"""Connections to buckets of S3, GCS and Azure: options of a URI, translated for each client library.
 
-    place = ObjectStore("s3", "corpus", "region=eu-west-1")
-    place.connect()                     # obstore's store, which reads and writes objects by key
-    place.lance_options                 # what LanceDB takes
+    bucket = ObjectStore("s3", "corpus", "region=eu-west-1")
+    bucket.connect()                     # an obstore store, which reads and writes objects by key
+    bucket.lance_options                 # storage options for LanceDB
 
-A URI's options: `region`, `scheme` (http or https), `endpoint_override` (host:port), `anonymous` (true for public data)
-and `account_name` (Azure). Credentials come from the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,
-GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY, or the machine's own identity.
+URI options: `region`, `scheme` (http or https), `endpoint_override` (host:port), `anonymous` (true for public data) and
+`account_name` (Azure). Credentials come from the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY,
+GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_KEY, or the machine's identity.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from urllib.parse import parse_qsl
 
 SCHEMES = {"s3": "s3", "gs": "gs", "gcs": "gs", "az": "az", "azure": "az"}
 OPTIONS = ("region", "scheme", "endpoint_override", "anonymous", "account_name")
-MAX_RETRIES = 6  # with waits of 0.1 s that double: about 6 s
+MAX_RETRIES = 6  # waits start at 0.1 s and double: about 6 s in total
 RETRY_S = 30.0
 _SECRET = re.compile(r"key|secret|token|password|signature|\bsig\b", re.IGNORECASE)
 _URI = re.compile(r"\b(https?|s3|gs|az)://\S+")
 
 
 class BucketError(RuntimeError):
-    """A bucket that cannot be reached, or refuses. Not an OSError: those mean that a file is missing or broken."""
+    """A bucket cannot be reached or refuses. Not an OSError, which would mean a missing or broken file."""
 
 
 @dataclass(frozen=True, order=True)
@@ -46,13 +46,13 @@ class ObjectStore:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What obstore's stores are made with."""
+        """Arguments of obstore's stores."""
         config, http = self._config
         retry = {"max_retries": MAX_RETRIES, "retry_timeout": timedelta(seconds=RETRY_S)}
         return {"config": config, "client_options": {"allow_http": http}, "retry_config": retry}
 
     def connect(self, *, patient: bool = True) -> Any:
-        """obstore's store, one for each process; one that is not `patient` gives up after a few seconds."""
+        """An obstore store, cached per process. With `patient=False` it gives up after a few seconds."""
         return _connect(self, patient)
 
     @property
@@ -74,7 +74,7 @@ class ObjectStore:
 
     @property
     def _region(self) -> str | None:
-        """S3's region: the URI's, the environment's, else what the service says."""
+        """S3's region: from the URI, the environment, or the service."""
         options = self._options
         region = options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         if region or "endpoint_override" in options or os.environ.get("AWS_ENDPOINT_URL"):
@@ -95,7 +95,7 @@ class ObjectStore:
         if options.get("anonymous") == "true":
             config["skip_signature"] = "true"
             if self.scheme == "gs":
-                config["bearer_token"] = ""  # or writes would ask the machine for one
+                config["bearer_token"] = ""  # otherwise writes would request one from the machine
         if self.scheme == "s3" and (region := self._region):
             config["region"] = region
         if account := options.get("account_name"):
@@ -122,7 +122,7 @@ def _connect(place: ObjectStore, patient: bool) -> Any:
 
 @contextmanager
 def reaching(place: ObjectStore, key: str) -> Iterator[None]:
-    """Turn what a request raises into a BucketError; a missing object stays a FileNotFoundError."""
+    """Turn errors of a request into BucketError; a missing object raises FileNotFoundError."""
     from obstore.exceptions import BaseError
 
     where = f"{place}/{key}".rstrip("/")
@@ -137,14 +137,14 @@ def reaching(place: ObjectStore, key: str) -> Iterator[None]:
 
 
 def cause(error: BaseException) -> str:
-    """An error in a few words, without URLs, which can hold keys, and without paths, which differ between machines."""
+    """An error in a few words, without URLs, which may hold keys, and paths, which differ between machines."""
     text = getattr(error, "strerror", None) or str(error)
     if isinstance(error, BucketError):
         return text.partition("(")[2].partition("); allowed")[0]
-    if "169.254.169.254" in text or "metadata.google.internal" in text:  # asked last
+    if "169.254.169.254" in text or "metadata.google.internal" in text:  # the last source of credentials
         return "no credentials in the environment"
     status = re.search(r"status code: (\d+ [A-Za-z ]+)", text)
-    if status:  # of the service
+    if status:  # of the service's response
         code = re.search(r"<Code>(\w+)</Code>", text)
         return status[1].strip() + (f", {code[1]}" if code else "")
     if "InvalidCertificate" in text:
@@ -155,7 +155,7 @@ def cause(error: BaseException) -> str:
 
 
 def no_way_into(where: str, error: BaseException) -> str:
-    """A sentence's words on a bucket that fails. `where` has no options."""
+    """The message for a bucket that fails. `where` is a URI without options."""
     return (
         f"found no way into {where} ({cause(error)}); allowed is a bucket that this machine reaches, with its region "
         "and its credentials in the environment"
@@ -163,7 +163,7 @@ def no_way_into(where: str, error: BaseException) -> str:
 
 
 def holds_credentials(uri: str) -> bool:
-    """Whether a URI names a user or has an option that looks like a key."""
+    """Whether a URI has a user name or an option that looks like a secret."""
     _, mark, rest = uri.partition("://")
     location, _, query = rest.partition("?")
     names = [name for name, _ in parse_qsl(query, keep_blank_values=True)]

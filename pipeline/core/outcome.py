@@ -1,4 +1,4 @@
-"""How a job ends: with a result, or with an error in one sentence; and what is checked before it starts."""
+"""How a job ends: with a `Result`, or with an error in one sentence; and the `Finding`s of its preflight checks."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pipeline.core.path import StoragePath
 
 
 class ConfigError(Exception):
-    """A config, an argument or a request that is wrong as written; jobs exit 2 with its one sentence."""
+    """A config, an argument or a request is invalid. The job exits with code 2 and this sentence."""
 
 
 class JobError(Exception):
-    """A run failed, for a reason that fits in one sentence; jobs exit 1 with it."""
+    """The job failed for a known reason. It exits with code 1 and this sentence."""
 
 
 @contextmanager
 def alone_in(folder: StoragePath, *, wait: bool = False) -> Iterator[None]:
-    """Lock a folder for this job (see `locked`). Raises JobError if another job holds it, or waits for it."""
+    """Lock a folder for this job (see `locked`). If another job holds it, raise JobError, or wait with `wait`."""
     try:
         with locked(folder, wait=wait):
             yield
@@ -40,7 +40,7 @@ def alone_in(folder: StoragePath, *, wait: bool = False) -> Iterator[None]:
 
 @dataclass
 class Result:
-    """A job's `metrics` and the `paths` it wrote. `reply` replaces the last line (search --json)."""
+    """A job's `metrics` and the `paths` it wrote. `reply` replaces the JSON line at the end (search --json)."""
 
     metrics: dict[str, Any] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
@@ -51,7 +51,7 @@ EXPECTED = (ConfigError, JobError, BucketError)  # their messages say what to do
 
 
 def sentence_of(error: BaseException, folder: object = "storage.root") -> str:
-    """An error in one sentence, with what to do about a disk that is full or read-only. `folder` is on that disk."""
+    """An error as one sentence, with what to do if a disk is full or read-only. `folder` is on that disk."""
     number, name = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return (
@@ -65,7 +65,7 @@ def sentence_of(error: BaseException, folder: object = "storage.root") -> str:
 
 @dataclass(frozen=True)
 class Finding:
-    """`what` was checked, what was `found`, and the error if that is not good enough."""
+    """The result of a check: `what` was checked, what was `found`, and the error if it failed."""
 
     what: str
     found: str
@@ -78,7 +78,7 @@ def findings_table(findings: Iterable[Finding]) -> str:
 
 
 def refuse(findings: Iterable[Finding]) -> None:
-    """Log every error but the last, and raise that one."""
+    """Raise the last error of the findings, if there is one, after logging the others."""
     wrong = [each.wrong for each in findings if each.wrong]
     for error in wrong[:-1]:
         log.error("%s", error)
@@ -87,15 +87,15 @@ def refuse(findings: Iterable[Finding]) -> None:
 
 
 def room(key: str, folder: StoragePath, needed_bytes: float, what: str) -> Finding:
-    """Whether the disk that holds a folder has enough free space; a bucket always has."""
+    """Check that the disk that holds a folder has enough free space; a bucket always has."""
     free = free_bytes(folder)
     if free is None:
         return Finding(f"room, {what}", f"{_gb(needed_bytes)} into a bucket")
     wrong = None
     if free < needed_bytes:
         wrong = ConfigError(
-            f"{key}: found {_gb(free)} free on the disk that holds {folder}, where {what} takes about "
-            f"{_gb(needed_bytes)}; allowed is a folder with that much room"
+            f"{key}: found {_gb(free)} free on the disk that holds {folder}, but {what} takes about "
+            f"{_gb(needed_bytes)}; free some space or use a folder on another disk"
         )
     return Finding(f"room, {what}", f"{_gb(needed_bytes)} needed, {_gb(free)} free", wrong)
 

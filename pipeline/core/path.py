@@ -1,13 +1,13 @@
 """Paths on local disks and in buckets.
 
-    root = as_path("s3://bucket/prefix?region=eu-west-1")     # a BucketPath; for a folder on disk, a pathlib.Path
+    root = as_path("s3://bucket/prefix?region=eu-west-1")     # a BucketPath; for a path on disk, a pathlib.Path
     root / "runs" / "r"                                       # s3://bucket/prefix/runs/r?region=eu-west-1
-    (root / "run.json").write_bytes(b"{}")                    # one object, which is there whole or not at all
+    (root / "run.json").write_bytes(b"{}")                    # writes one object, atomically
 
-A BucketPath has the methods of pathlib.Path that a bucket can offer. Only this folder asks which of the two a path is:
-everything else calls core/files.py. Nothing is cached but connections, so a listing is never stale. A request takes
-about 20 ms within the provider's network. A folder in a bucket is a prefix of keys: it needs no mkdir, and it is never
-empty. Errors of the service are BucketError; a missing object is FileNotFoundError.
+A BucketPath has the methods of pathlib.Path that a bucket supports. Only `core` checks which kind a path is; other code
+calls core/files.py. Only connections are cached, so listings are never stale. A request takes about 20 ms within
+the provider's network. A folder in a bucket is a prefix of keys: it needs no mkdir and is never empty. Errors of the
+service raise BucketError; a missing object raises FileNotFoundError.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipeline.core.object_store import OPTIONS, SCHEMES, ObjectStore, reaching
 CHUNK_BYTES = 8 << 20  # of a transfer to and from a bucket
 
 _GUARDS: dict[uuid.UUID, tuple[BucketPath, Callable[[], None]]] = {}
-"""Checks of this process's locks, by the folders they are of: see `guarded`."""
+"""Folders that this process has locked, with the check of each lock; see `guarded`."""
 
 
 class Stat(NamedTuple):
@@ -53,7 +53,7 @@ class BucketPath:
 
     @property
     def uri(self) -> str:
-        """Without options."""
+        """The URI without options."""
         return f"{self.store}/{self.key}".rstrip("/")
 
     @property
@@ -90,7 +90,7 @@ class BucketPath:
             return _stat(obstore.head(self.store.connect(), self.key))
 
     def open(self, mode: str = "rb", buffering: int = 0) -> io.RawIOBase:
-        """A seekable file for reading, without a buffer; each `read(n)` is one request."""
+        """A seekable, unbuffered file for reading; each `read(n)` is one request."""
         assert mode == "rb"
         return _ObjectReader(self, self.stat().st_size)
 
@@ -107,7 +107,7 @@ class BucketPath:
         self._put(data)
 
     def upload(self, file: Path) -> None:
-        """Copy a file on disk here."""
+        """Copy a file on disk to this object."""
         self._put(file)
 
     def _put(self, content: Any) -> None:
@@ -118,7 +118,7 @@ class BucketPath:
             obstore.put(self.store.connect(), self.key, content, chunk_size=CHUNK_BYTES)
 
     def download(self, file: Path) -> None:
-        """Copy this object to a file on disk, whose folders are made."""
+        """Copy this object to a file on disk; creates its folders."""
         import obstore
 
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ class BucketPath:
 
         check_guards(self)
         try:
-            self.stat()  # S3 deletes what is not there, the others refuse
+            self.stat()  # deleting a missing object succeeds on S3 and fails on the others
             with reaching(self.store, self.key):
                 obstore.delete(self.store.connect(), self.key)
         except FileNotFoundError:
@@ -139,7 +139,7 @@ class BucketPath:
                 raise
 
     def iterdir(self) -> Iterator[BucketPath]:
-        """Objects and folders directly below, sorted; nothing if there are none."""
+        """Objects and folders directly below, sorted."""
         import obstore
 
         with reaching(self.store, self.key):
@@ -148,14 +148,15 @@ class BucketPath:
         yield from (BucketPath(self.store, key) for key in sorted(set(keys)) if key != self.key)
 
     def files(self) -> dict[str, Stat]:
-        """All objects below by their names relative to here, sorted. One request per 1,000 objects."""
+        """All objects below by relative name, sorted. One request per 1,000 objects."""
         start = len(self.key) + 1 if self.key else 0
         found = {each["path"][start:]: _stat(each) for chunk in self._listed(chunk_size=1000) for each in chunk}
         folders = {str(parent) for name in found for parent in PurePosixPath(name).parents}
-        return {name: found[name] for name in sorted(found) if name and name not in folders}  # consoles make objects
+        # web consoles create empty objects for folders
+        return {name: found[name] for name in sorted(found) if name and name not in folders}
 
     def glob(self, pattern: str) -> Iterator[BucketPath]:
-        """As pathlib's, without `**`: one listing for each folder that has a wildcard below it."""
+        """Like pathlib's, without `**`. Lists each folder that has a wildcard below it."""
         first, _, rest = pattern.partition("/")
         found = (
             [path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, first)]
@@ -224,7 +225,7 @@ StoragePath = Path | BucketPath
 
 @contextmanager
 def guarded(folder: BucketPath, check: Callable[[], None]) -> Iterator[None]:
-    """Call `check` before every write of this process below a folder; what it raises stops the write."""
+    """Within the block, call `check` before every write of this process below a folder; an error prevents it."""
     key = uuid.uuid4()
     _GUARDS[key] = folder, check
     try:
@@ -234,14 +235,14 @@ def guarded(folder: BucketPath, check: Callable[[], None]) -> Iterator[None]:
 
 
 def check_guards(path: StoragePath) -> None:
-    """Raise what the locks of this process raise that hold a folder above a path, such as LockLost."""
+    """Check the locks of this process on folders above a path. Raises LockLost if one was lost."""
     for folder, check in list(_GUARDS.values()):
         if isinstance(path, BucketPath) and path.store == folder.store and f"{path.key}/".startswith(f"{folder.key}/"):
             check()
 
 
 def as_path(text: str) -> StoragePath:
-    """The path that a URI or a path on disk names. Raises ValueError, with the unknown scheme or option."""
+    """Parse a URI or a path on disk. Raises ValueError with an unknown scheme or option."""
     scheme, mark, rest = text.partition("://")
     if not mark:
         return Path(text)
@@ -258,23 +259,23 @@ def as_path(text: str) -> StoragePath:
 
 
 def below(root: StoragePath, text: str) -> StoragePath:
-    """The path that a text names, relative to `root` if it is a relative one on disk."""
+    """Parse a URI or path; a relative path on disk is relative to `root`."""
     path = as_path(text)
     return root / text if isinstance(path, Path) and not path.is_absolute() else path
 
 
 def without_options(text: str) -> str:
-    """A URI as it is shown."""
+    """A URI without its options, for messages."""
     return text.partition("?")[0] if "://" in text else text
 
 
 def on_disk(path: StoragePath) -> Path | None:
-    """The path, if it is on a local disk; for what cannot work in a bucket at all, such as a memory map."""
+    """The path if it is on disk, else None; for features that buckets cannot support, such as memory maps."""
     return path if isinstance(path, Path) else None
 
 
 def public_uri(path: StoragePath) -> str:
-    """A path as a service names it that reads the bucket by itself: Azure's by its address, others without options."""
+    """The URI for a service that reads the bucket itself: https for Azure, without options for others."""
     if isinstance(path, Path):
         return path.as_uri()
     account = path.store.account

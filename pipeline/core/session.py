@@ -1,7 +1,7 @@
-"""A Ray session: the cluster at RAY_ADDRESS, else one on this machine for as long as the job runs.
+"""A Ray session: connects to the cluster at RAY_ADDRESS, or starts Ray on this machine for the job.
 
-The output of Ray and of its workers goes to training.log. Tasks and workers report through a `Progress`, a small actor
-that the driver polls.
+The output of Ray and its workers goes to training.log. Tasks and workers report to the actor of a `Progress`, which the
+driver polls.
 
     with ray_session() as progress:
         with progress.stage("prepare: read", 12, "tasks", counter="read"):
@@ -29,38 +29,38 @@ from pipeline.core.outcome import JobError
 from pipeline.core.signals import signals
 
 POLL_S = 0.5
-POLL_TIMEOUT_S = 60  # an overloaded machine answers late
+POLL_TIMEOUT_S = 60  # an overloaded machine may respond late
 REACH_S, CONNECT_S = 10.0, 5.0
-BLOCK_BYTES = 1 << 24  # of Ray Data: about the rows of a write. A task holds several, and Ray's default is 128 MB
-RETRY_ADVICE = "\nFailed to "  # Ray Data appends this to an error's message
+BLOCK_BYTES = 1 << 24  # of Ray Data, about one write. A task holds several blocks, and Ray's default is 128 MB
+RETRY_ADVICE = "\nFailed to "  # start of the text that Ray Data appends to error messages
 
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_COLOR_PREFIX": "0",
-    # an actor of Ray Train logs it every second, because a local session has no dashboard (2.60)
+    # Ray Train (2.60) logs this every second, because a local session has no dashboard
     "RAY_DEDUP_LOGS_SKIP_REGEX": "Failed to query Ray Train Controller actor state",
     "RAY_SCHEDULER_EVENTS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # the config's paths are relative to where the job runs
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # the config's paths are relative to the job's working directory
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",  # it prints to stdout
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # run_job handles signals
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # time for the workers of a stopped trial to write a checkpoint
     "TOKENIZERS_PARALLELISM": "true",
 }
-"""Ray reads most of these when it is imported. Variables that are already set are kept."""
+"""Ray reads most of these on import. Variables that are already set are kept."""
 LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listen on 127.0.0.1 only
-    "RAY_enable_metrics_collection": "0",  # Ray's metrics exporter has crashed a driver (2.60)
+    "RAY_enable_metrics_collection": "0",  # Ray's metrics exporter (2.60) has crashed a driver
 }
-"""Also set for a session that is started here."""
+"""Also set if the session is started here."""
 
 
 class _ProgressActor:
-    """Counters and messages from anywhere in the cluster, kept until the driver reads them."""
+    """Collects counters and messages from the cluster until the driver reads them."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -90,14 +90,14 @@ class _ProgressActor:
         return self.stop_wanted
 
     def read(self, seen: int) -> tuple[dict[str, int], list[dict[str, Any]]]:
-        """The counters, and the messages after the first `seen`, which are dropped."""
+        """The counters, and all messages after the first `seen`; drops those before."""
         self.messages = self.messages[seen - self.forgotten :]
         self.forgotten = seen
         return dict(self.counts), self.messages
 
 
 class Progress:
-    """The driver's side: shows a stage's progress from what tasks and workers report."""
+    """The driver's side: shows the progress that tasks and workers report to the actor `handle`."""
 
     def __init__(self) -> None:
         import ray
@@ -106,7 +106,7 @@ class Progress:
         self.seen = 0
 
     def ask_to_stop(self) -> None:
-        """Ask the workers, which poll `is_stop_wanted`, to end soon."""
+        """Ask the workers to stop; they poll `is_stop_wanted`."""
         self.handle.ask_to_stop.remote()
 
     @contextmanager
@@ -121,10 +121,10 @@ class Progress:
         receive: Callable[[dict[str, Any]], None] | None = None,
         describe: Callable[[dict[str, int]], str] | None = None,
     ) -> Iterator[Stage]:
-        """A stage whose bar follows `counter`, beginning at `start`; all other counters are reset.
+        """A stage whose bar follows `counter` from `start` on. Resets all other counters.
 
-        Messages are passed to `receive`; their `log` is logged at their `level`, by default INFO. Next to the rate, the
-        bar shows a message's `shown`, or what `describe` returns for the counters.
+        Messages are passed to `receive`. A message's `log` is logged at its `level` (default: INFO), and its `shown`,
+        or `describe(counters)`, is printed after the rate.
         """
         import ray
 
@@ -149,7 +149,7 @@ class Progress:
                 try:
                     poll()
                 except ray.exceptions.GetTimeoutError:
-                    log.debug("%s: the progress did not answer in %s s", name, POLL_TIMEOUT_S)
+                    log.debug("%s: the progress actor did not respond in %s s", name, POLL_TIMEOUT_S)
 
             def follow() -> None:
                 while not done.wait(POLL_S):
@@ -169,10 +169,10 @@ class Progress:
 
 
 def set_environment() -> None:
-    """Set variables for Ray and torch that are not set yet. Call it before either is imported."""
+    """Set environment variables for Ray and torch, unless they are set. Call it before importing either."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # torch makes this folder even if it compiles nothing, by default under /tmp
+    # torch creates this folder even if it compiles nothing; the default is under /tmp
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/torchinductor"))
     if not os.environ.get("RAY_ADDRESS"):
         for name, value in LOCAL_ENVIRONMENT.items():
@@ -180,9 +180,9 @@ def set_environment() -> None:
 
 
 def keep_token_private() -> None:
-    """Make the token of this user's sessions if there is none, as Ray would, but readable by this user only."""
-    given = os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
-    if given or os.environ.get("RAY_AUTH_MODE") != "token":
+    """Create Ray's auth token if there is none, as Ray would, but readable only by this user."""
+    is_given = os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+    if is_given or os.environ.get("RAY_AUTH_MODE") != "token":
         return
     path = Path.home() / ".ray" / "auth_token"  # where Ray looks
     path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -195,9 +195,9 @@ def keep_token_private() -> None:
 
 @contextmanager
 def ray_session() -> Iterator[Progress]:
-    """Connect to Ray, or start it here, with its output in training.log; at the end leave nothing running.
+    """Connect to Ray or start it here, with its output in training.log; shut it down at the end.
 
-    A session that is already there is used as it is, and left running.
+    A session that is already running in this process is reused and left running.
     """
     set_environment()
     import ray
@@ -214,7 +214,7 @@ def ray_session() -> Iterator[Progress]:
 def _own_session(address: str | None) -> Iterator[None]:
     import ray
 
-    log.info("ray: %s", f"connects to {address}" if address else "starts on this machine")
+    log.info("ray: %s", f"connecting to {address}" if address else "starting on this machine")
     local: dict[str, Any] = {}
     if not address:
         keep_token_private()
@@ -230,7 +230,7 @@ def _own_session(address: str | None) -> Iterator[None]:
 
 
 def _init(cluster: str | None, **options: Any) -> None:
-    """`ray.init`. Raises JobError if the `cluster` cannot be reached or refuses the token."""
+    """Call `ray.init`. Raises JobError if the `cluster` cannot be reached or rejects the token."""
     import ray
 
     if cluster:
@@ -248,7 +248,7 @@ def _init(cluster: str | None, **options: Any) -> None:
 
 
 def _reach(address: str) -> None:
-    """Raise JobError if nothing listens at host:port within REACH_S; Ray itself would try for more than a minute."""
+    """Raise JobError if nothing listens at host:port within REACH_S; Ray would try for more than a minute."""
     deadline = time.monotonic() + REACH_S
     while True:
         try:
@@ -267,7 +267,7 @@ def _reach(address: str) -> None:
 
 @contextmanager
 def _errors_as_raised() -> Iterator[None]:
-    """Raise the exception that a task raised, with its own message, instead of Ray's, whose message is a traceback."""
+    """Raise a task's own exception instead of RayTaskError, whose message is a traceback."""
     import ray
 
     try:

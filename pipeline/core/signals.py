@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM of a job: an orderly end, in which a second signal does not interrupt the clean-up.
+"""Handle SIGINT and SIGTERM: stop cleanly, without a second signal interrupting the clean-up.
 
 with signals.held(ask, grace_s=60, why="for the last checkpoint"):      # the first signal calls `ask`
     train()
@@ -19,7 +19,7 @@ from pipeline.core.console import log
 
 
 class _Signals:
-    """Turns SIGINT and SIGTERM into KeyboardInterrupt, the only one Ray passes on; `number` is the signal's."""
+    """Turns SIGINT and SIGTERM into KeyboardInterrupt, the only exception Ray passes on; `number` is the signal's."""
 
     def __init__(self) -> None:
         self.number = int(signal.SIGINT)
@@ -32,8 +32,8 @@ class _Signals:
 
     @contextmanager
     def held(self, ask: Callable[[], None], grace_s: float, why: str) -> Iterator[None]:
-        """Within it the first signal calls `ask`, and is raised at the end of the block, at the latest after `grace_s`
-        seconds; a second signal is raised at once. `why` says what the job waits for.
+        """Within the block, the first signal calls `ask`; KeyboardInterrupt follows at the end of the block or after
+        `grace_s` seconds. A second signal raises it at once. `why` is logged: what the job waits for.
         """
         asked, done = threading.Event(), threading.Event()
 
@@ -47,7 +47,7 @@ class _Signals:
             asked.wait()
             if done.is_set():
                 return
-            log.info("stopping: waits up to %g s %s; a second signal ends the job at once", grace_s, why)
+            log.info("stopping: waiting up to %g s %s; send a second signal to stop at once", grace_s, why)
             ask()
             if not done.wait(grace_s):
                 os.kill(os.getpid(), self.number)
@@ -72,11 +72,11 @@ class _Signals:
     def _raise(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         self.ignore()  # a second signal must not interrupt the clean-up
-        sys.unraisablehook = _note  # destructors of half-built objects may fail now
+        sys.unraisablehook = _log_unraisable  # destructors of half-built objects may fail now
         raise KeyboardInterrupt
 
 
-def _note(ignored: sys.UnraisableHookArgs) -> None:
+def _log_unraisable(ignored: sys.UnraisableHookArgs) -> None:
     log.debug("stopping: ignored %s in %s", repr(ignored.exc_value), ignored.object)
 
 

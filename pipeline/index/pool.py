@@ -75,7 +75,7 @@ class Pool:
         now = max(1, min(most, int(capacity.gpus_there if gpus else capacity.cpus_there)))
         # a CPU is left for reading and writing; an encoder's own threads are set by hand
         share = max(0.01, int(100 * (cpus - 1) / most) / 100) if not gpus else min(1.0, cpus / (2 * gpus))
-        node = min((int(node.cpus) for node in cluster.there if node.cpus >= 1), default=1)
+        node = min((int(node.cpus) for node in cluster.alive if node.cpus >= 1), default=1)
         return cls(most, now, min(share, 1.0), min(gpus, 1), max(1, min(int(capacity.cpus_there) // now, node)))
 
 
