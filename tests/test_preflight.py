@@ -55,9 +55,13 @@ FITS = [
 LACKS = [
     ({"cpus_per_worker": 1}, [(2, 0, PLAIN)], "allowed are 1 workers of 1, or scaling.cpus_per_worker=0.5"),
     ({"num_workers": 1, "cpus_per_worker": 1}, [(1, 0, PLAIN)], "allowed is a cluster with more CPUs"),
-    ({"cpus_per_worker": 2}, [(3, 0, PLAIN), (1, 0, PLAIN), (1, 0, PLAIN)], "room for 1 of them, each on one node"),
-    ({"gpus_per_worker": 1, "num_workers": 2}, [(8, 1, PLAIN)], "found 2 workers of 1 GPUs, and 1 GPUs"),
-    ({"gpus_per_worker": 2, "num_workers": 1}, [(8, 1, PLAIN), (8, 1, None)], "the largest has 8 CPUs and 1 GPUs"),
+    ({"cpus_per_worker": 2}, [(3, 0, PLAIN), (1, 0, PLAIN), (1, 0, PLAIN)], "but the nodes hold only 1"),
+    (
+        {"gpus_per_worker": 1, "num_workers": 2},
+        [(8, 1, PLAIN)],
+        "found 2 workers of 1 GPUs each, but the cluster has or can add only 1 GPUs",
+    ),
+    ({"gpus_per_worker": 2, "num_workers": 1}, [(8, 1, PLAIN), (8, 1, None)], "the largest node has 8 CPUs and 1 GPUs"),
     ({"num_workers": 4, "cpus_per_worker": 4}, [(16, 0, CPU), (9, 0, GPU)], "allowed are 2 workers of 4", APART),
     ({}, [(8, 0, CPU)], "scaling.labels.train: found no node with pool=gpu", {"train": GPU}),
     ({}, [(8, 0, GPU)], "scaling.labels.data: found no node with pool=cpu", APART),
@@ -114,7 +118,7 @@ def test_disks_have_room(tmp_path: Path) -> None:
     assert "1,000,000,000.00 GB; free some space or use a folder on another disk" in found
     assert wrong([check_spilling([View("a", (), True, 6, 100), View("b", (), True, 50, 100)])]) == []
     (found,) = wrong([check_spilling([View("a", (), True, 4, 100), View("b", (), True, 50, 100)])])
-    assert "more than 95% full on a, to which" in found
+    assert "more than 95% full on a, so Ray cannot" in found
 
 
 def test_the_estimate_of_checkpoints_is_near_what_torch_writes(tmp_path: Path) -> None:

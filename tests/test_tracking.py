@@ -152,7 +152,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(warnings: list[st
     trackers.close()
     assert [[row["step"] for row in each.rows] for each in (failing, kept)] == [[10], [10, 20]]
     assert kept.closed == [False]
-    assert warnings == ["train: removed the tracker failing, training continues: the server is gone"]
+    assert warnings == ["train: the tracker failing failed and is disabled, training continues: the server is gone"]
 
 
 def test_a_tracker_that_cannot_be_opened_is_left_out(tmp_path: Path, warnings: list[str]) -> None:
@@ -162,7 +162,7 @@ def test_a_tracker_that_cannot_be_opened_is_left_out(tmp_path: Path, warnings: l
     with Trackers.open(config_of(tmp_path, "logging.trackers=[tensorboard]"), 0) as trackers:
         trackers.log(training(10))
     assert len(warnings) == 1
-    assert "tensorboard fails" in warnings[0]
+    assert "tensorboard failed" in warnings[0]
     assert lines_of(folder / "metrics.jsonl") == [training(10)]
 
 

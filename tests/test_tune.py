@@ -470,7 +470,7 @@ class TestRealSweep:
         assert metrics["done"] + metrics["stopped_early"] == metrics["trials"] == 6
         assert metrics["stopped_early"] > 0
         assert metrics["steps"] < metrics["whole_steps"] == 6 * 36
-        assert f"; {metrics['steps']} steps were taken, {100 * metrics['steps'] / 216:.0f}% of the 216 of all" in err
+        assert f"; the sweep took {metrics['steps']} steps, {100 * metrics['steps'] / 216:.0f}% of 216 without" in err
         with (folder / "trials.csv").open() as file:
             first = next(csv.DictReader(file))
         assert float(first["training.table_learning_rate"]) == 2e-3

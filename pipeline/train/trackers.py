@@ -133,7 +133,7 @@ def _open(name: str, config: Config, folder: Path, resumed_step: int) -> Tracker
 def _warn(name: str, error: Exception) -> None:
     words = " ".join(str(error).split()) or type(error).__name__
     log.debug("the tracker %s failed", name, exc_info=error)
-    log.warning("train: removed the tracker %s, training continues: %s", name, words)
+    log.warning("train: the tracker %s failed and is disabled, training continues: %s", name, words)
 
 
 FLUSH_EVERY_S = 10  # a kill may lose this much, and TensorBoard lags by it
