@@ -47,7 +47,7 @@ from pipeline.train.step import OutOfMemory
 LIMIT_S = 530.0  # a configuration takes up to a minute, and the whole is to take under ten
 PROFILE_S = 60.0  # of these
 
-QUICK = Bounds(seconds=0.0, steps=2, fewest_tokens=256, most_tokens=512, backend="eager")
+QUICK = Bounds(seconds=0.0, steps=2, fewest_tokens=256, max_tokens=512, backend="eager")
 HEADER = (
     "work",
     "model",

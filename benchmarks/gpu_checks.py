@@ -29,7 +29,7 @@ from pipeline.model.packing import Layout, Packed
 from pipeline.model.transformer import Encoder, EncoderShape, compile_layers
 from pipeline.train import prefetch as prefetching
 from pipeline.train.prefetch import Prefetch, to_batch, to_device
-from pipeline.train.step import backward, cut
+from pipeline.train.step import backward, micro_batch_ranges
 from pipeline.train.strategy import DataParallel
 
 FP32 = 1e-4
@@ -63,7 +63,7 @@ class Rig:
 
     def parts(self, learner: Learner, micro_batches: int = 1) -> list[Part]:
         batch = self.batch()
-        return [self.part(learner, batch.slice(*ends)) for ends in cut(batch, micro_batches)]
+        return [self.part(learner, batch.slice(*ends)) for ends in micro_batch_ranges(batch, micro_batches)]
 
     def part(self, learner: Learner, batch: Batch) -> Part:
         return prefetching.to_device(learner.prepare(batch, seed=0), self.device)

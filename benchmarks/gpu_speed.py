@@ -62,7 +62,7 @@ class Bounds:
     """At least so many are timed."""
     fewest_tokens: int = 1 << 14
     """Of the first micro-batch that is tried."""
-    most_tokens: int = 1 << 19
+    max_tokens: int = 1 << 19
     """No larger ones are tried: there is nothing to gain from them."""
     backend: str = "inductor"
     """torch.compile's."""
@@ -193,7 +193,7 @@ def _fitting(runner: _Runner, bounds: Bounds) -> tuple[list[list[pa.Table]], flo
     count = 2 ** max(1, round(bounds.fewest_tokens / per_pair).bit_length() - 1)
     found: list[list[pa.Table]] = []
     first_step_s = 0.0
-    while not found or count * per_pair <= bounds.most_tokens:
+    while not found or count * per_pair <= bounds.max_tokens:
         tables = runner.tables(count)
         try:
             for rows in tables:

@@ -29,7 +29,7 @@ from pipeline.model.folder import Head
 from pipeline.model.learner import Learner
 from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.train.optimizer import Precision, build_optimizer
-from pipeline.train.step import Outcome, backward
+from pipeline.train.step import StepResult, backward
 from pipeline.train.strategy import DataParallel
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -99,7 +99,7 @@ class Trainer:
         self.strategy.attach(learner)
         self.optimizer = build_optimizer(learner, settings)
 
-    def step(self, parts: Sequence[Part]) -> tuple[Outcome, bool]:
+    def step(self, parts: Sequence[Part]) -> tuple[StepResult, bool]:
         """The outcome, and whether the weights were updated: not where a gradient is no finite number."""
         precision = self.precision
         outcome = backward(

@@ -52,7 +52,7 @@ from benchmarks.corpora import machine, records, write_records
 from pipeline.config import Embedding
 from pipeline.core.artifact import Artifact, Output
 from pipeline.core.console import table as lines_of
-from pipeline.core.memory import large_buffers_given_back
+from pipeline.core.memory import returning_freed_memory
 from pipeline.data.partitions import content_id
 from pipeline.data.tokenizing import TokenRecipe, tokenize_file
 from pipeline.index.backends import TableBackend
@@ -125,13 +125,13 @@ def ours(world: World, side: str, lap: Laps) -> None:
                 some.append(encoded.result())
                 lap("encode")
             if some and (batch is None or sum(map(len, some)) >= write_rows(world.documents)):
-                with large_buffers_given_back():
+                with returning_freed_memory():
                     fragments, _ = write_fragments(table, pa.concat_tables(some), letters)
                 waves.add(fragments)
                 some.clear()
                 lap("write")
         waves.commit()
-        with large_buffers_given_back():
+        with returning_freed_memory():
             finish(table, None, 0)
         lap("write")
 

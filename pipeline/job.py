@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from pipeline.config import Config, ConfigError, load
 from pipeline.core.console import log, start_logging, stop_logging
 from pipeline.core.object_store import BucketError
-from pipeline.core.outcome import EXPECTED, Result, sentence_of
+from pipeline.core.outcome import EXPECTED_ERRORS, Result, error_sentence
 from pipeline.core.signals import signals
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -108,8 +108,8 @@ def run_job(
             status, code = "stopped", 128 + signals.number
             sentence = f"stopped by {signal.Signals(signals.number).name}; run the same command to continue"
         else:
-            status, code, sentence = "failed", 2 if isinstance(error, ConfigError) else 1, sentence_of(error)
-            if log_file and not isinstance(error, EXPECTED):
+            status, code, sentence = "failed", 2 if isinstance(error, ConfigError) else 1, error_sentence(error)
+            if log_file and not isinstance(error, EXPECTED_ERRORS):
                 log_file.write_traceback(error)
     signals.ignore()
     if sentence:

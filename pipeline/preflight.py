@@ -20,9 +20,9 @@ from pathlib import Path
 from pipeline.config import Config, ConfigError
 from pipeline.core.cluster import NODE_ID, Cluster, connected_cluster
 from pipeline.core.files import free_bytes, scratch, write_atomically
-from pipeline.core.outcome import Finding, JobError, room
+from pipeline.core.outcome import Finding, JobError, check_disk_space
 from pipeline.core.path import as_path, on_disk
-from pipeline.train.trial import slots
+from pipeline.train.trial import plan_slots
 from pipeline.train.workers import DATA_CPUS, shortfalls, size_workers
 
 ANSWER_S = 60  # how long to wait for the nodes' tasks
@@ -112,8 +112,8 @@ def _room_for_checkpoints(config: Config) -> list[Finding]:
         vocab_size = load_tokenizer(as_path(config.tokenizer.load_path)).get_vocab_size()
     needed = checkpoint_bytes(config, vocab_size)
     one = 2 * needed / (config.checkpointing.max_checkpoints + 1)
-    found = [room("storage.root", config.root, needed, "checkpoints")]
-    return found if free_bytes(config.root) is not None else [room("TMPDIR", scratch(), one, "checkpoints")]
+    found = [check_disk_space("storage.root", config.root, needed, "checkpoints")]
+    return found if free_bytes(config.root) is not None else [check_disk_space("TMPDIR", scratch(), one, "checkpoints")]
 
 
 def _store(config: Config) -> Finding:
@@ -183,7 +183,7 @@ def check_tuning(config: Config, cluster: Cluster) -> Finding:
     """Check that at least one trial fits."""
     labels = config.scaling.labels.train
     try:
-        trial_slots = slots(config.scaling, config.training.strategy, cluster.with_labels(labels).capacity())
+        trial_slots = plan_slots(config.scaling, config.training.strategy, cluster.with_labels(labels).capacity())
     except ConfigError as error:
         return Finding("trials", "no room for one", error)
     limit = config.tune.max_concurrent_trials

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError
 from pipeline.core.artifact import Artifact
-from pipeline.core.cluster import place_data
+from pipeline.core.cluster import restrict_data_to
 from pipeline.core.console import log, log_timeline
 from pipeline.core.files import fetched, files_below, may_write, place, write_atomically
 from pipeline.core.object_store import BucketError
@@ -54,7 +54,7 @@ class Session:
         if self._board is None:
             check_writable(self.config)
             self._board = self._stack.enter_context(ray_session())
-            place_data(self.config.scaling.labels.data)
+            restrict_data_to(self.config.scaling.labels.data)
             findings = preflight(self.config, self.needs)
             log.debug("%s", findings_table(findings))
             refuse(findings)

@@ -191,7 +191,7 @@ def _worker(folder: Path, config: Config, manifest: Manifest, number: int, rank:
             if rank in kill.ranks:
                 _plant(kill)
         _record(folder / f"seen-{number}-{rank}")
-        assembly.train_here(config, folder / "data", manifest)
+        assembly.train_locally(config, folder / "data", manifest)
         os._exit(0)
     except BaseException:
         import traceback
@@ -223,7 +223,7 @@ def _plant(kill: Kill) -> None:
 
     from pipeline.core.path import BucketPath
     from pipeline.train import loop
-    from pipeline.train.checkpoints import Placer
+    from pipeline.train.checkpoints import Committer
     from pipeline.train.optimizer import Precision
     from pipeline.train.strategy import DataParallel
 
@@ -266,11 +266,11 @@ def _plant(kill: Kill) -> None:
         "reduced": (DataParallel, "clip", before),
         "updated": (Precision, "step", after),
         "writing": (torch, "save", amid),
-        "written": (Placer, "place", before),
-        "moved": (Placer, "place", after),
+        "written": (Committer, "place", before),
+        "moved": (Committer, "place", after),
         "uploading": (BucketPath, "upload", half),
-        "sealing": (Placer, "_merged_state", after),
-        "sealed": (Placer, "place", after),
+        "sealing": (Committer, "_merged_state", after),
+        "sealed": (Committer, "place", after),
     }[kill.place]
     setattr(owner, name, planted(getattr(owner, name)))
 

@@ -25,7 +25,7 @@ from pipeline.core.path import BucketPath
 from pipeline.data.manifest import Manifest
 from pipeline.train import checkpoints
 from pipeline.train.checkpoints import (
-    Placer,
+    Committer,
     ResumePoint,
     TrainState,
     best_checkpoint,
@@ -86,7 +86,7 @@ def written(folder: Path, step: int, files: tuple[str, ...] = FILES) -> Path:
 def save(run_dir: BucketPath, tmp_path: Path) -> Callable[..., BucketPath]:
     def save_step(step: int, *, attempt: int = 1, is_best: bool = False) -> BucketPath:
         target, folder = run_dir / f"attempt-{attempt:03d}" / step_folder(step), written(tmp_path / "incoming", step)
-        Placer(run_dir, 0, 1, "start", 60).place(folder, target, is_best)
+        Committer(run_dir, 0, 1, "start", 60).commit(folder, target, is_best)
         assert not folder.exists()
         return target
 
@@ -138,7 +138,7 @@ def test_an_upload_that_ends_anywhere_leaves_no_checkpoint(at: int, save: Any, r
     with patch.multiple(BucketPath, upload=counted, write_bytes=counted), pytest.raises(BucketError):
         save(2)
     point = newest_valid(run_dir)
-    assert (point.folder, len(point.passed_over)) == (whole, at > 1)
+    assert (point.folder, len(point.skipped)) == (whole, at > 1)
 
 
 def test_a_bucket_that_fails_passes_no_checkpoint_over(save: Any, run_dir: BucketPath) -> None:
@@ -181,15 +181,15 @@ def test_the_first_of_several_workers_seals_once_all_parts_are_there(run_dir: Bu
     """The last worker comes late; another start of the workers has left its parts in the same folder."""
     target = run_dir / "attempt-001" / step_folder(4)
     parts = [written(tmp_path / f"{i}", 4, (f"weights/shard-{i}", f"optimizer/shard-{i}")) for i in range(3)]
-    earlier, now = ([Placer(run_dir, rank, 3, start, 60) for rank in range(3)] for start in ("earlier", "now"))
+    earlier, now = ([Committer(run_dir, rank, 3, start, 60) for rank in range(3)] for start in ("earlier", "now"))
     (target / earlier[1].part(1)).write_bytes(b'{"files": {"weights/shard-1": "another"}}')
     (target / earlier[2].part(2)).write_bytes(b'{"files": {"weights/shard-2": "another"}}')
     first = threading.Thread(target=now[0].place, args=(parts[0], target, True))
     first.start()
-    now[2].place(parts[2], target, True)
+    now[2].commit(parts[2], target, True)
     assert newest_valid(run_dir).folder is None
     assert first.is_alive()
-    now[1].place(parts[1], target, True)
+    now[1].commit(parts[1], target, True)
     first.join()
     assert newest_valid(run_dir) == ResumePoint(target, TrainState(4))
     names = {f"{kind}/shard-{rank}" for kind in ("weights", "optimizer") for rank in range(3)}
@@ -202,7 +202,7 @@ def test_the_first_of_several_workers_seals_once_all_parts_are_there(run_dir: Bu
 def test_a_worker_that_never_comes_is_given_up(run_dir: BucketPath, tmp_path: Path) -> None:
     target = run_dir / "attempt-001" / step_folder(4)
     with pytest.raises(BucketError, match=r"^worker 1 has not written its part of (s3|gs|az)://.* in 0 s"):
-        Placer(run_dir, 0, 2, "now", 0).place(written(tmp_path, 4), target, False)
+        Committer(run_dir, 0, 2, "now", 0).commit(written(tmp_path, 4), target, False)
     assert newest_valid(run_dir).folder is None
 
 

@@ -16,7 +16,7 @@ from pipeline.model.batch import Batch
 from pipeline.model.transformer import Attention
 from pipeline.train.checkpoints import TrainState
 from pipeline.train.loop import Run, TrainingStopped, train
-from pipeline.train.step import OutOfMemory, backward, cut
+from pipeline.train.step import OutOfMemory, backward, micro_batch_ranges
 from pipeline.train.strategy import DataParallel, build_strategy
 from tests.gloo_workers import Result, run_workers
 from tests.test_step import ROWS, assert_equal, batch, gradients, learner_of, whole_gradients
@@ -44,7 +44,7 @@ def _halved(rank: int, world_size: int, at: int) -> Result:
     strategy.attach(learner)
     share: Batch = batch().slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
     for oom_splits in range(3):
-        parts = [learner.prepare(share.slice(*ends), 7) for ends in cut(share, 2, oom_splits=oom_splits)]
+        parts = [learner.prepare(share.slice(*ends), 7) for ends in micro_batch_ranges(share, 2, oom_splits=oom_splits)]
         tries += 1
         with suppress(OutOfMemory):
             backward(learner, strategy, parts)

@@ -32,7 +32,7 @@ from pipeline.train.loop import Hooks, Run, TrainingStopped, build_run, train
 from pipeline.train.optimizer import build_optimizer
 from pipeline.train.prefetch import to_batch
 from pipeline.train.saving import LocalSaver, consolidate, load_sharded, load_weights, save_sharded
-from pipeline.train.step import backward, cut
+from pipeline.train.step import backward, micro_batch_ranges
 from pipeline.train.strategy import DataParallel
 from pipeline.train.trackers import Trackers
 from pipeline.train.validation import Validation
@@ -162,7 +162,7 @@ def _gradients(rank: int, world_size: int, name: str, options: set[str]) -> Resu
     strategy = FullySharded(learner, CPU)
     strategy.attach(learner)
     rows = batch().slice(*((0, 3), (3, 8))[rank])
-    parts = [learner.prepare(rows.slice(*ends), 7) for ends in cut(rows, 1 + 2 * rank)]
+    parts = [learner.prepare(rows.slice(*ends), 7) for ends in micro_batch_ranges(rows, 1 + 2 * rank)]
     metrics = backward(learner, strategy, parts).metrics
     found = {key: whole(gradient) for key, gradient in gradients(learner).items()}
     loss = metrics["loss"].double()

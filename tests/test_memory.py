@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HELD = """
 import contextlib
 import numpy as np, psutil
-from pipeline.core.memory import large_buffers_given_back
+from pipeline.core.memory import returning_freed_memory
 
 def freed(within):
     own, before = psutil.Process(), psutil.Process().memory_info().rss
@@ -22,7 +22,7 @@ def freed(within):
     return (own.memory_info().rss - before) >> 20
 
 del [np.ones(20 << 17)][0]  # 20 MB: from now on glibc keeps what is smaller
-print(*map(freed, (contextlib.nullcontext(), large_buffers_given_back(), contextlib.nullcontext())))
+print(*map(freed, (contextlib.nullcontext(), returning_freed_memory(), contextlib.nullcontext())))
 """
 
 

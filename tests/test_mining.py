@@ -228,7 +228,7 @@ def test_it_is_made_once(config: Config, mined: Mined) -> None:
 
 def test_it_trains(config: Config, mined: Mined) -> None:
     from pipeline.data.prepare import prepare
-    from pipeline.train.assembly import train_here
+    from pipeline.train.assembly import train_locally
 
     name = mined[2].relative_to(config.root)
     chosen = load(yaml_of(config), [f"data.prepared={name}", "storage.run=harder"], environ={})
@@ -238,7 +238,7 @@ def test_it_trains(config: Config, mined: Mined) -> None:
     for negatives in (2, 0):
         run = [f"storage.run=negatives-{negatives}", f"objective.contrastive.hard_negatives={negatives}"]
         settings = load(yaml_of(config), [f"data.prepared={name}", *run], environ={})
-        assert train_here(settings, folder, manifest).step == 4
+        assert train_locally(settings, folder, manifest).step == 4
         history = (settings.run_dir / "metrics.jsonl").read_text().splitlines()
         losses[negatives] = next(row["loss"] for row in map(json.loads, history) if "loss" in row)
     assert losses[2] > losses[0] + 0.05  # more candidates to tell the positive from

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config import Config, ConfigError, load
 from pipeline.core.cluster import NODE_ID, Cluster, Node
-from pipeline.core.outcome import Finding, findings_table, refuse, room
+from pipeline.core.outcome import Finding, check_disk_space, findings_table, refuse
 from pipeline.preflight import (
     View,
     check_data,
@@ -36,7 +36,7 @@ def config(tmp_path: Path, **scaling: Any) -> Config:
 
 
 def wrong(findings: Iterable[Finding]) -> list[str]:
-    return [str(each.wrong) for each in findings if each.wrong]
+    return [str(each.error) for each in findings if each.error]
 
 
 CPU, GPU = {"pool": "cpu"}, {"pool": "gpu"}
@@ -113,8 +113,8 @@ def test_what_other_nodes_do_not_see_is_refused() -> None:
 
 
 def test_disks_have_room(tmp_path: Path) -> None:
-    assert wrong([room("storage.root", tmp_path / "new" / "deep", 1, "prepare")]) == []
-    (found,) = wrong([room("storage.root", tmp_path, 1e18, "prepare")])
+    assert wrong([check_disk_space("storage.root", tmp_path / "new" / "deep", 1, "prepare")]) == []
+    (found,) = wrong([check_disk_space("storage.root", tmp_path, 1e18, "prepare")])
     assert "1,000,000,000.00 GB; free some space or use a folder on another disk" in found
     assert wrong([check_spilling([View("a", (), True, 6, 100), View("b", (), True, 50, 100)])]) == []
     (found,) = wrong([check_spilling([View("a", (), True, 4, 100), View("b", (), True, 50, 100)])])

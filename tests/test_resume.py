@@ -16,7 +16,7 @@ import yaml
 from pipeline.config import load
 from pipeline.data.feed import LocalFeed
 from pipeline.train import checkpoints, fit
-from pipeline.train.assembly import Task, run_task, train_here
+from pipeline.train.assembly import RunSpec, train_locally, train_or_resume
 from pipeline.train.checkpoints import resume_point, step_folder
 from pipeline.train.loop import Hooks
 from pipeline.train.worker import Sent
@@ -120,7 +120,7 @@ def test_a_resume_hashes_each_file_of_the_newest_checkpoint_once(
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(SETTINGS | {"storage": {"root": str(tmp_path), "run": "r"}}))
     config = load(tmp_path / "c.yaml", environ={})
     with pytest.raises(ReachedError):
-        train_here(config, data, manifest, until(5))
+        train_locally(config, data, manifest, until(5))
     (state,) = config.run_dir.glob(f"attempt-*/{step_folder(3)}/state.json")
     hash_of, hashed = checkpoints._hash, list[str]()
     monkeypatch.setattr(checkpoints, "_hash", lambda path: hashed.append(path.name) or hash_of(path))
@@ -128,14 +128,14 @@ def test_a_resume_hashes_each_file_of_the_newest_checkpoint_once(
     def trainer(config: object, workers: object, sent: Sent) -> SimpleNamespace:
         hooks = Hooks(lambda run, state, is_best: None, until(4))
         batches = LocalFeed(sent.task.plan).batches
-        return SimpleNamespace(fit=lambda: run_task(sent.task, batches, hooks, torch.device("cpu"), sent.point))
+        return SimpleNamespace(fit=lambda: train_or_resume(sent.task, batches, hooks, torch.device("cpu"), sent.point))
 
     def train_through_ray() -> None:
         monkeypatch.setattr(fit, "_trainer", trainer)
-        task, point = Task.of(config, data, manifest), resume_point(config.run_dir)
+        task, point = RunSpec.of(config, data, manifest), resume_point(config.run_dir)
         assert not fit.is_done(config, data, manifest, point.state)
         fit._fit(config, Workers(1, 1, 1, 0, 1), Sent(task, 1, None, resume_point(config.run_dir, point)))
 
     with pytest.raises(ReachedError):
-        train_through_ray() if with_ray else train_here(config, data, manifest, until(4))
+        train_through_ray() if with_ray else train_locally(config, data, manifest, until(4))
     assert sorted(hashed) == sorted(json.loads(state.read_text())["files"])

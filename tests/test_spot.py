@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 
 from pipeline.config import load
 from pipeline.data.manifest import read_prepared
-from pipeline.train.assembly import train_here
+from pipeline.train.assembly import train_locally
 from tests.job_process import (
     UNDISTURBED,
     WAIT_S,
@@ -214,7 +214,7 @@ def test_a_node_comes_and_goes_in_mid_run(tmp_path: Path, monkeypatch: pytest.Mo
     manifest = read_prepared(prepared)
     assert manifest
     with pytest.raises(ReachedError):
-        train_here(alone, prepared, manifest, told)
+        train_locally(alone, prepared, manifest, told)
     assert found.keys() <= expected.keys()
     assert len(found) > 40
     for step, loss in found.items():

@@ -19,7 +19,7 @@ from pipeline.model.folder import Head
 from pipeline.model.learner import Learner
 from pipeline.model.packing import pack
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.train.step import Outcome, backward, cut
+from pipeline.train.step import StepResult, backward, micro_batch_ranges
 from pipeline.train.strategy import MAX_FLAGS, DataParallel, _Bucket
 from tests.gloo_workers import Result, run_workers
 
@@ -107,11 +107,13 @@ def whole_gradients(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch
     return gradients(learner), metrics | {"loss": loss.detach()}
 
 
-def step(learner: Learner, rows: Batch, micro_batches: int = 1, strategy: DataParallel | None = None) -> Outcome:
+def step(learner: Learner, rows: Batch, micro_batches: int = 1, strategy: DataParallel | None = None) -> StepResult:
     """A step as the loop makes it."""
     strategy = strategy or DataParallel()
     strategy.attach(learner)
-    return backward(learner, strategy, [learner.prepare(rows.slice(*ends), 7) for ends in cut(rows, micro_batches)])
+    return backward(
+        learner, strategy, [learner.prepare(rows.slice(*ends), 7) for ends in micro_batch_ranges(rows, micro_batches)]
+    )
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -142,15 +144,15 @@ def test_cuts() -> None:
     assert sizes[1] == len(rows.fields["anchor"].slice(1, 2).ids) + len(rows.fields["positive"].slice(1, 2).ids) + len(
         rows.negatives.slice(0, 1).ids
     )
-    assert cut(rows) == [(0, 8)]
-    assert cut(rows, 3) == [(0, 2), (2, 5), (5, 8)]
-    assert cut(rows, 2, oom_splits=1) == [(0, 2), (2, 4), (4, 6), (6, 8)]
-    assert cut(rows, 100) == [(i, i + 1) for i in range(8)]
+    assert micro_batch_ranges(rows) == [(0, 8)]
+    assert micro_batch_ranges(rows, 3) == [(0, 2), (2, 5), (5, 8)]
+    assert micro_batch_ranges(rows, 2, oom_splits=1) == [(0, 2), (2, 4), (4, 6), (6, 8)]
+    assert micro_batch_ranges(rows, 100) == [(i, i + 1) for i in range(8)]
     most = max(sizes) + 5
-    for ranges in (cut(rows, most_tokens=most), cut(rows, 2, most, oom_splits=1)):
+    for ranges in (micro_batch_ranges(rows, max_tokens=most), micro_batch_ranges(rows, 2, most, oom_splits=1)):
         assert [row for ends in ranges for row in range(*ends)] == list(range(8))
-    assert all(sum(sizes[a:b]) <= most for a, b in cut(rows, most_tokens=most))
-    assert cut(rows, most_tokens=1) == [(i, i + 1) for i in range(8)]
+    assert all(sum(sizes[a:b]) <= most for a, b in micro_batch_ranges(rows, max_tokens=most))
+    assert micro_batch_ranges(rows, max_tokens=1) == [(i, i + 1) for i in range(8)]
 
 
 @pytest.mark.parametrize("name", ["contrastive", "hybrid"])

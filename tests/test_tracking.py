@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.config import Config, load
 from pipeline.core.console import log
-from pipeline.train.alerts import LEAST, FullMemory, LossSpikes
+from pipeline.train.alerts import MIN_LOSSES, FullMemory, LossSpikes
 from pipeline.train.history import (
     PANELS,
     JsonLines,
@@ -312,8 +312,8 @@ class TestLossSpikes:
         [
             pytest.param([*QUIET, 1.599], [], id="fewer deviations"),
             pytest.param([*QUIET, 1.601], [21], id="more deviations"),
-            pytest.param([*QUIET[1 - LEAST :], 9.0], [], id="too few losses"),
-            pytest.param([*QUIET[-LEAST:], 9.0], [LEAST + 1], id="enough losses"),
+            pytest.param([*QUIET[1 - MIN_LOSSES :], 9.0], [], id="too few losses"),
+            pytest.param([*QUIET[-MIN_LOSSES:], 9.0], [MIN_LOSSES + 1], id="enough losses"),
             pytest.param([*QUIET, 9.0, 1.0, 1.7], [21, 23], id="a spike does not hide the next"),
             pytest.param([*QUIET, *[5.0, 5.2] * 11, 9.0], [21, 43], id="what stays high is one spike, then a level"),
             pytest.param([*[2.0] * 20, 2.0001, 2.13], [22], id="all alike, but for a last digit"),

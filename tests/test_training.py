@@ -21,7 +21,7 @@ from pipeline.model.transformer import Encoder, EncoderShape
 from pipeline.train.checkpoints import (
     TrainState,
     best_checkpoint,
-    keep_best,
+    link_best,
     newest_valid,
     next_attempt,
     prune,
@@ -89,7 +89,7 @@ def saver(folder: Path):  # type: ignore[no-untyped-def]
         target.mkdir(parents=True, exist_ok=True)
         save_checkpoint(target, run, state, "{}")
         if is_best:
-            keep_best(target, folder, (target / "state.json").read_text())
+            link_best(target, folder, (target / "state.json").read_text())
 
     return save
 
@@ -279,8 +279,8 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(damage: str, run_dir: Path)
         (newest / "state.json").write_text("{")
     point = newest_valid(run_dir)
     assert (point.folder, point.state.step) == (run_dir / "attempt-001" / step_folder(8), 8)
-    assert len(point.passed_over) == 1
-    assert str(newest) in point.passed_over[0]
+    assert len(point.skipped) == 1
+    assert str(newest) in point.skipped[0]
     prune(run_dir, keep=1, newest=point.folder)
     assert [folder.name for folder in (run_dir / "attempt-001").iterdir()] == [step_folder(8)]
 

@@ -24,9 +24,9 @@ from pipeline.config import Config, ConfigError, load
 from pipeline.config.training import Scaling
 from pipeline.core.cluster import Capacity
 from pipeline.train.space import Space
-from pipeline.train.study import Row, SweepStudy
-from pipeline.train.trial import STEP, VALUE, Criterion, slots, trial_config
-from pipeline.train.tuner import Deaths, Search, scheduler_of
+from pipeline.train.study import SweepStudy, TrialRow
+from pipeline.train.trial import STEP, VALUE, Criterion, plan_slots, trial_config
+from pipeline.train.tuner import CrashRecorder, Search, build_scheduler
 from tests.bucket_servers import s3
 from tests.conftest import make_pairs, no_progress, run_here, write_jsonl
 
@@ -134,10 +134,10 @@ def test_trials_and_their_workers_fit_side_by_side(
 ) -> None:
     given: Any = (Scaling(**scaling), "ddp", Capacity(cpus, gpus, cpus, gpus))
     with nullcontext() if expected else pytest.raises(ConfigError, match="scaling: found trials of"):
-        found = slots(*given)
+        found = plan_slots(*given)
         assert found.trials == expected
         assert found.in_process == ("num_workers" not in scaling)
-        assert slots(*given, most=1).trials == 1
+        assert plan_slots(*given, max_trials=1).trials == 1
 
 
 CRITERION = Criterion("ndcg@10", "max", total_steps=27, grace_steps=3)
@@ -155,7 +155,7 @@ class Controller:
 
     def __init__(self, study: SweepStudy, score: Score = by_rate) -> None:
         self.study, self.score = study, score
-        self.search, self.scheduler = Search(study, lambda row: None), scheduler_of(study)
+        self.search, self.scheduler = Search(study, lambda row: None), build_scheduler(study)
 
     def begin(self) -> tuple[Trial, int, dict[str, Any]]:
         trial = Trial("stub", stub=True)
@@ -187,7 +187,7 @@ class Controller:
         return ran
 
 
-def shown(rows: list[Row]) -> list[Any]:
+def shown(rows: list[TrialRow]) -> list[Any]:
     return [(row.number, row.state, row.values, row.curve, row.steps, row.whole_steps, row.reason) for row in rows]
 
 
@@ -310,7 +310,7 @@ class TestStudy:
             controller.search.on_trial_complete(trials[3].trial_id, error=True)
             (tmp_path / "error.txt").write_text("Traceback\nthe node is gone\n")
             died: Any = SimpleNamespace(trial_id=trials[3].trial_id, error_file=tmp_path / "error.txt", last_result={})
-            Deaths(controller.search).on_trial_error(1, trials, died)
+            CrashRecorder(controller.search).on_trial_error(1, trials, died)
             assert study.best is None
             controller.report(trials[0], 0.1, 27)
             best, rows = study.best, study.rows
@@ -486,7 +486,7 @@ class TestRealSweep:
     ) -> None:
         """How a real trial fails, the first test shows."""
 
-        def run_trials(study: SweepStudy, context: Any, on_end: Callable[[Row], None]) -> None:
+        def run_trials(study: SweepStudy, context: Any, on_end: Callable[[TrialRow], None]) -> None:
             search = Search(study, on_end)
             for trial_id in ("a", "b"):
                 search.suggest(trial_id)

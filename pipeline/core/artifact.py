@@ -36,7 +36,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from pipeline.core.cluster import data_on_own_node
+from pipeline.core.cluster import data_on_driver_node
 from pipeline.core.console import log
 from pipeline.core.files import (
     digest_of,
@@ -49,12 +49,12 @@ from pipeline.core.files import (
     sizes,
     write_atomically,
 )
-from pipeline.core.outcome import JobError, alone_in, sentence_of
+from pipeline.core.outcome import JobError, alone_in, error_sentence
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
 
 MANIFEST = "manifest.json"
-HELD_BYTES = 128 << 20  # files up to this size are read once, then hashed and parsed in memory
+IN_MEMORY_BYTES = 128 << 20  # files up to this size are read once, then hashed and parsed in memory
 
 Files = dict[str, dict[str, Any]]
 """File name → {"bytes": size, "xxh3": hash}; a link also has "from", the folder of the original."""
@@ -169,7 +169,7 @@ class Artifact:
                 if anywhere := [index for index in todo if index not in only_here]:
                     run(anywhere, {})
                 if here := [index for index in todo if index in only_here]:
-                    with data_on_own_node() as options:
+                    with data_on_driver_node() as options:
                         run(here, options)
         results = []
         for found in for_each(self.scratch, lambda note: json.loads(note.read_text()), names):
@@ -197,7 +197,7 @@ class _Tasks:
                     self._run(todo[position])
             except Exception as error:  # returned as data, because Ray would lose the error's cause
                 traceback.print_exc()  # goes to training.log
-                return {"error": [sentence_of(error, self.folder)]}
+                return {"error": [error_sentence(error, self.folder)]}
             return {"error": []}
 
         indices = ray.data.range(len(todo), override_num_blocks=len(todo))
@@ -235,7 +235,7 @@ def checked(path: StoragePath) -> StoragePath:
 def open_parquet(path: StoragePath) -> pq.ParquetFile:
     """Open an artifact's Parquet file after verifying it like `checked`. Reading also verifies page checksums."""
     stat = path.stat()
-    if (path, stat) in _checked or stat.st_size > HELD_BYTES:
+    if (path, stat) in _checked or stat.st_size > IN_MEMORY_BYTES:
         return parquet_file(checked(path))
     data = path.read_bytes()
     _check(path, xxhash.xxh3_128_hexdigest(data))

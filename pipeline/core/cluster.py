@@ -49,8 +49,8 @@ ASSUMED = [Node(2.0, 0.0, None)] * 4
 class Capacity:
     """CPUs and GPUs of a cluster now, and after autoscaling (the same if it does not autoscale)."""
 
-    cpus_there: float
-    gpus_there: float
+    cpus_now: float
+    gpus_now: float
     cpus: float
     gpus: float
 
@@ -96,7 +96,7 @@ class Cluster:
     def __str__(self) -> str:
         capacity, count = self.capacity(), len(self.alive)
         nodes = f"{count} node{'s' if count != 1 else ''}"
-        text = f"{nodes}, {capacity.cpus_there:g} CPUs, {capacity.gpus_there:g} GPUs"
+        text = f"{nodes}, {capacity.cpus_now:g} CPUs, {capacity.gpus_now:g} GPUs"
         if count == len(self.nodes):
             return text
         return f"{text}; may grow to {capacity.cpus:g} CPUs and {capacity.gpus:g} GPUs"
@@ -132,14 +132,14 @@ def addable_nodes(alive: Sequence[Node], file: Path) -> list[Node]:
     return [Node(*size, None) for size in left.elements()]
 
 
-def on_own_node(actor: Any) -> Any:
+def on_driver_node(actor: Any) -> Any:
     """Pin an actor class to the driver's node, so that the actor is lost only with the driver."""
     import ray
 
     return actor.options(label_selector={NODE_ID: ray.get_runtime_context().get_node_id()})
 
 
-def place_data(labels: Mapping[str, str]) -> None:
+def restrict_data_to(labels: Mapping[str, str]) -> None:
     """Run this process's Ray Data tasks only on nodes with these labels."""
     import ray.data
 
@@ -147,10 +147,10 @@ def place_data(labels: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def data_on_own_node() -> Iterator[dict[str, Any]]:
+def data_on_driver_node() -> Iterator[dict[str, Any]]:
     """Options of map_batches that run tasks on this process's node, at most one per CPU at a time.
 
-    They reserve no CPU, because a head node may have none. Within the block, the labels of `place_data` don't apply.
+    They reserve no CPU, because a head node may have none. The labels of `restrict_data_to` don't apply in the block.
     """
     import ray.data
 

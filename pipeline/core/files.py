@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock
 
-from pipeline.core.object_store import reaching
+from pipeline.core.object_store import bucket_errors
 from pipeline.core.path import CHUNK_BYTES, BucketPath, Stat, StoragePath, check_guards
 
 SUFFIX = ".tmp"
@@ -132,7 +132,7 @@ def _copy(source: BucketPath, target: BucketPath) -> None:
     import obstore
 
     check_guards(target)
-    with reaching(source.store, source.key):
+    with bucket_errors(source.store, source.key):
         if source.store != target.store or source.stat().st_size > S3_COPY_BYTES:
             content = obstore.get(source.store.connect(), source.key).stream(min_chunk_size=CHUNK_BYTES)
             obstore.put(target.store.connect(), target.key, content, chunk_size=CHUNK_BYTES)
@@ -150,7 +150,7 @@ def remove_folder(folder: StoragePath) -> None:
     check_guards(folder)
     names = sorted(folder.files(), key=lambda name: name == ".lock")  # the lock last, to hold it until then
     keys = [f"{folder.key}/{name}" for name in names]
-    with reaching(folder.store, folder.key):
+    with bucket_errors(folder.store, folder.key):
         if keys:
             obstore.delete(folder.store.connect(), keys)
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline.core.object_store import BucketError, reaching
+from pipeline.core.object_store import BucketError, bucket_errors
 from pipeline.core.path import BucketPath, StoragePath, guarded
 
 RENEW_EVERY_S = 4.0
@@ -167,7 +167,7 @@ class _Lease:
         import obstore
 
         try:
-            with reaching(self.path.store, self.path.key):
+            with bucket_errors(self.path.store, self.path.key):
                 found = obstore.get(self.path.store.connect(patient=False), self.path.key)
                 return json.loads(bytes(found.bytes()))["holder"], _version(found.meta)
         except FileNotFoundError:
@@ -180,7 +180,7 @@ class _Lease:
 
         began, content = _now(), json.dumps({"holder": self.holder, "renewals": self.renewals}).encode()
         store = self.path.store.connect(patient=False)
-        with reaching(self.path.store, self.path.key):
+        with bucket_errors(self.path.store, self.path.key):
             try:
                 self.version = _version(obstore.put(store, self.path.key, content, mode=condition, use_multipart=False))
             except (AlreadyExistsError, PreconditionError):  # perhaps our own write, whose response was lost

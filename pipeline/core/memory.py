@@ -1,6 +1,6 @@
 """Return freed memory to the operating system.
 
-    with large_buffers_given_back(): write(...)
+    with returning_freed_memory(): write(...)
 
 glibc keeps freed buffers of up to 32 MB for reuse, in one arena per thread. LanceDB's threads free buffers of many
 sizes, so a process that writes with it would grow to twice the memory that it uses and stay there.
@@ -17,7 +17,7 @@ LARGE, LARGEST = 2 << 20, 32 << 20  # bytes; LARGEST is the maximum of glibc's d
 
 
 @contextmanager
-def large_buffers_given_back() -> Iterator[None]:
+def returning_freed_memory() -> Iterator[None]:
     """Within the block, return freed buffers of 2 MB or more to the system at once, in all threads of the process.
 
     For 200,000 vectors of 384 numbers, indexing and compacting takes 0.4 GB and 20 s, without it 0.8 GB and 14 s. Does

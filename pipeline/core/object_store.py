@@ -84,7 +84,7 @@ class ObjectStore:
         try:
             return str(fs.resolve_s3_region(self.bucket))
         except OSError as error:
-            raise BucketError(no_way_into(str(self), error)) from None
+            raise BucketError(access_error(str(self), error)) from None
 
     @property
     def _config(self) -> tuple[dict[str, str], bool]:
@@ -109,31 +109,31 @@ class ObjectStore:
 
 
 @lru_cache(maxsize=32)
-def _connect(place: ObjectStore, patient: bool) -> Any:
+def _connect(bucket: ObjectStore, patient: bool) -> Any:
     from obstore import store
 
-    kind: Any = {"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}[place.scheme]
-    settings = place.settings
+    kind: Any = {"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}[bucket.scheme]
+    settings = bucket.settings
     if not patient:
         settings["client_options"] |= {"timeout": "5s"}
         settings["retry_config"] |= {"max_retries": min(1, MAX_RETRIES)}
-    return kind(place.bucket, **settings)
+    return kind(bucket.bucket, **settings)
 
 
 @contextmanager
-def reaching(place: ObjectStore, key: str) -> Iterator[None]:
+def bucket_errors(bucket: ObjectStore, key: str) -> Iterator[None]:
     """Turn errors of a request into BucketError; a missing object raises FileNotFoundError."""
     from obstore.exceptions import BaseError
 
-    where = f"{place}/{key}".rstrip("/")
+    where = f"{bucket}/{key}".rstrip("/")
     try:
         yield
     except FileNotFoundError as error:
         if re.search(r"<Code>(NoSuchBucket|ContainerNotFound)", str(error)):
-            raise BucketError(no_way_into(where, error)) from None
+            raise BucketError(access_error(where, error)) from None
         raise FileNotFoundError(2, "No such object", where) from None
     except (BaseError, ValueError) as error:
-        raise BucketError(no_way_into(where, error)) from None
+        raise BucketError(access_error(where, error)) from None
 
 
 def cause(error: BaseException) -> str:
@@ -154,7 +154,7 @@ def cause(error: BaseException) -> str:
     return " ".join(words)[:200] or type(error).__name__
 
 
-def no_way_into(where: str, error: BaseException) -> str:
+def access_error(where: str, error: BaseException) -> str:
     """The message for a bucket that fails. `where` is a URI without options."""
     return (
         f"found no way into {where} ({cause(error)}); allowed is a bucket that this machine reaches, with its region "

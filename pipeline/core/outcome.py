@@ -47,10 +47,10 @@ class Result:
     reply: Any = None
 
 
-EXPECTED = (ConfigError, JobError, BucketError)  # their messages say what to do
+EXPECTED_ERRORS = (ConfigError, JobError, BucketError)  # their messages say what to do
 
 
-def sentence_of(error: BaseException, folder: object = "storage.root") -> str:
+def error_sentence(error: BaseException, folder: object = "storage.root") -> str:
     """An error as one sentence, with what to do if a disk is full or read-only. `folder` is on that disk."""
     number, name = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -60,7 +60,7 @@ def sentence_of(error: BaseException, folder: object = "storage.root") -> str:
         )
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):  # Lance gives no number
         return f"the disk that holds {name or folder} is full; free some space and run the same command again"
-    return str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, EXPECTED_ERRORS) else f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
@@ -69,24 +69,24 @@ class Finding:
 
     what: str
     found: str
-    wrong: Exception | None = None
+    error: Exception | None = None
 
 
 def findings_table(findings: Iterable[Finding]) -> str:
-    rows = [(each.what, "no" if each.wrong else "ok", each.found) for each in findings]
+    rows = [(each.what, "no" if each.error else "ok", each.found) for each in findings]
     return table(rows, ("preflight", "", "found"))
 
 
 def refuse(findings: Iterable[Finding]) -> None:
     """Raise the last error of the findings, if there is one, after logging the others."""
-    wrong = [each.wrong for each in findings if each.wrong]
+    wrong = [each.error for each in findings if each.error]
     for error in wrong[:-1]:
         log.error("%s", error)
     if wrong:
         raise wrong[-1]
 
 
-def room(key: str, folder: StoragePath, needed_bytes: float, what: str) -> Finding:
+def check_disk_space(key: str, folder: StoragePath, needed_bytes: float, what: str) -> Finding:
     """Check that the disk that holds a folder has enough free space; a bucket always has."""
     free = free_bytes(folder)
     if free is None:

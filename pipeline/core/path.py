@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote
 
-from pipeline.core.object_store import OPTIONS, SCHEMES, ObjectStore, reaching
+from pipeline.core.object_store import OPTIONS, SCHEMES, ObjectStore, bucket_errors
 
 CHUNK_BYTES = 8 << 20  # of a transfer to and from a bucket
 
@@ -86,7 +86,7 @@ class BucketPath:
     def stat(self) -> Stat:
         import obstore
 
-        with reaching(self.store, self.key):
+        with bucket_errors(self.store, self.key):
             return _stat(obstore.head(self.store.connect(), self.key))
 
     def open(self, mode: str = "rb", buffering: int = 0) -> io.RawIOBase:
@@ -97,7 +97,7 @@ class BucketPath:
     def read_bytes(self) -> bytes:
         import obstore
 
-        with reaching(self.store, self.key):
+        with bucket_errors(self.store, self.key):
             return bytes(obstore.get(self.store.connect(), self.key).bytes())
 
     def read_text(self, encoding: str = "utf-8") -> str:
@@ -114,7 +114,7 @@ class BucketPath:
         import obstore
 
         check_guards(self)
-        with reaching(self.store, self.key):
+        with bucket_errors(self.store, self.key):
             obstore.put(self.store.connect(), self.key, content, chunk_size=CHUNK_BYTES)
 
     def download(self, file: Path) -> None:
@@ -122,7 +122,7 @@ class BucketPath:
         import obstore
 
         file.parent.mkdir(parents=True, exist_ok=True)
-        with reaching(self.store, self.key), file.open("wb") as target:  # a full disk stays an OSError
+        with bucket_errors(self.store, self.key), file.open("wb") as target:  # a full disk stays an OSError
             for chunk in obstore.get(self.store.connect(), self.key).stream(min_chunk_size=CHUNK_BYTES):
                 target.write(chunk)
 
@@ -132,7 +132,7 @@ class BucketPath:
         check_guards(self)
         try:
             self.stat()  # deleting a missing object succeeds on S3 and fails on the others
-            with reaching(self.store, self.key):
+            with bucket_errors(self.store, self.key):
                 obstore.delete(self.store.connect(), self.key)
         except FileNotFoundError:
             if not missing_ok:
@@ -142,7 +142,7 @@ class BucketPath:
         """Objects and folders directly below, sorted."""
         import obstore
 
-        with reaching(self.store, self.key):
+        with bucket_errors(self.store, self.key):
             found = obstore.list_with_delimiter(self.store.connect(), self.key or None)
         keys = [*found["common_prefixes"], *(each["path"] for each in found["objects"])]
         yield from (BucketPath(self.store, key) for key in sorted(set(keys)) if key != self.key)
@@ -172,7 +172,7 @@ class BucketPath:
     def _listed(self, chunk_size: int) -> Iterator[Any]:
         import obstore
 
-        with reaching(self.store, self.key):
+        with bucket_errors(self.store, self.key):
             for chunk in obstore.list(self.store.connect(), self.key or None, chunk_size=chunk_size):
                 if chunk:
                     yield chunk
@@ -180,7 +180,7 @@ class BucketPath:
 
 class _ObjectReader(io.RawIOBase):
     def __init__(self, path: BucketPath, size: int) -> None:
-        self.path, self.size, self.place = path, size, 0
+        self.path, self.size, self.position = path, size, 0
 
     def readable(self) -> bool:
         return True
@@ -189,26 +189,26 @@ class _ObjectReader(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self.place
+        return self.position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size}[whence]
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
         if base + offset < 0:
             raise OSError(22, "seek before the beginning")
-        self.place = base + offset
-        return self.place
+        self.position = base + offset
+        return self.position
 
     def read(self, size: int | None = -1) -> bytes:
         import obstore
 
-        left = max(0, self.size - self.place)
+        left = max(0, self.size - self.position)
         length = left if size is None or size < 0 else min(size, left)
         if not length:
             return b""
-        with reaching(self.path.store, self.path.key):
+        with bucket_errors(self.path.store, self.path.key):
             store = self.path.store.connect()
-            data = bytes(obstore.get_range(store, self.path.key, start=self.place, length=length))
-        self.place += length
+            data = bytes(obstore.get_range(store, self.path.key, start=self.position, length=length))
+        self.position += length
         return data
 
     def readall(self) -> bytes:

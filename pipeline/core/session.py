@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.core.cluster import on_own_node
+from pipeline.core.cluster import on_driver_node
 from pipeline.core.console import Stage, log, log_timeline, other_output_to_log
 from pipeline.core.outcome import JobError
 from pipeline.core.signals import signals
@@ -102,7 +102,7 @@ class Progress:
     def __init__(self) -> None:
         import ray
 
-        self.handle = on_own_node(ray.remote(num_cpus=0, max_concurrency=1)(_ProgressActor)).remote()
+        self.handle = on_driver_node(ray.remote(num_cpus=0, max_concurrency=1)(_ProgressActor)).remote()
         self.seen = 0
 
     def ask_to_stop(self) -> None:
@@ -252,9 +252,9 @@ def _reach(address: str) -> None:
     deadline = time.monotonic() + REACH_S
     while True:
         try:
-            place = urlsplit(f"//{address.removeprefix('ray://')}")
-            if place.hostname and place.port:
-                socket.create_connection((place.hostname, place.port), timeout=CONNECT_S).close()
+            url = urlsplit(f"//{address.removeprefix('ray://')}")
+            if url.hostname and url.port:
+                socket.create_connection((url.hostname, url.port), timeout=CONNECT_S).close()
             return
         except (OSError, ValueError) as error:
             if time.monotonic() >= deadline:

@@ -1,6 +1,6 @@
 """Handle SIGINT and SIGTERM: stop cleanly, without a second signal interrupting the clean-up.
 
-with signals.held(ask, grace_s=60, why="for the last checkpoint"):      # the first signal calls `ask`
+with signals.deferred(ask, grace_s=60, why="for the last checkpoint"):      # the first signal calls `ask`
     train()
 """
 
@@ -31,7 +31,7 @@ class _Signals:
         self._handle_both(signal.SIG_IGN)
 
     @contextmanager
-    def held(self, ask: Callable[[], None], grace_s: float, why: str) -> Iterator[None]:
+    def deferred(self, ask: Callable[[], None], grace_s: float, why: str) -> Iterator[None]:
         """Within the block, the first signal calls `ask`; KeyboardInterrupt follows at the end of the block or after
         `grace_s` seconds. A second signal raises it at once. `why` is logged: what the job waits for.
         """

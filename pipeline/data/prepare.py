@@ -25,7 +25,7 @@ from pipeline.config import Config, ConfigError, Source
 from pipeline.core.artifact import Artifact, Output
 from pipeline.core.console import log, table
 from pipeline.core.files import matching, sizes
-from pipeline.core.outcome import Finding, refuse, room
+from pipeline.core.outcome import Finding, check_disk_space, refuse
 from pipeline.core.path import StoragePath, as_path
 from pipeline.core.session import Progress
 from pipeline.data import near_duplicates
@@ -80,7 +80,7 @@ class Inputs:
     def room(self) -> Finding:
         """Whether there is room to prepare them."""
         needed = DISK_A_TEXT_BYTE * sum(plan.text_bytes for _, plan in self.plans)
-        return room("storage.root", self.prepared.folder, needed, "prepare")
+        return check_disk_space("storage.root", self.prepared.folder, needed, "prepare")
 
     @property
     def stages(self) -> list[Artifact]:

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from pipeline.core.cluster import connected_cluster
 from pipeline.core.console import log
 from pipeline.core.files import lance_location
-from pipeline.core.memory import large_buffers_given_back
+from pipeline.core.memory import returning_freed_memory
 from pipeline.core.session import Progress
 from pipeline.index.chunks import expanded
 from pipeline.index.dead_letters import DeadLetters, Refused
@@ -122,7 +122,7 @@ def embed(
 
     def write(rows: pa.Table) -> pa.Table:
         began = time.perf_counter()
-        with large_buffers_given_back():
+        with returning_freed_memory():
             found = write_fragments(table, rows, letters)
         handle.post.remote({"spent": {"write": time.perf_counter() - began}})
         return pa.table({"found": pa.array([pickle.dumps(found)], pa.binary())})
@@ -213,7 +213,7 @@ def finish_on_cluster(table: VectorTable, index: str | None, index_rows: int, la
             lance_ray.create_index(uri, **wanted, **spread)
 
     def work() -> dict[str, Any]:
-        with large_buffers_given_back():
+        with returning_freed_memory():
             return finish(table, index, index_rows, is_new=wanted is not None)
 
     return dict(ray.get(ray.remote(num_cpus=1, label_selector=dict(labels))(work).remote()))

@@ -32,7 +32,7 @@ from pinecone.errors.exceptions import PineconeTimeoutError as TimedOut
 from pinecone.index import Index
 
 from pipeline.config.embedding import Pinecone
-from pipeline.core.cluster import on_own_node
+from pipeline.core.cluster import on_driver_node
 from pipeline.index.table import StoreError
 
 T = TypeVar("T")
@@ -123,7 +123,7 @@ class SharedBudget(Budget):
     def __init__(self, *limits: float) -> None:
         import ray
 
-        self.actor = on_own_node(ray.remote(num_cpus=0)(Budget)).remote(*limits)
+        self.actor = on_driver_node(ray.remote(num_cpus=0)(Budget)).remote(*limits)
 
     def ask(self) -> float:
         import ray

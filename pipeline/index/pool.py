@@ -72,11 +72,11 @@ class Pool:
         capacity = cluster.capacity()
         cpus, gpus = capacity.cpus, int(capacity.gpus) if on_gpus else 0
         most = min(max_workers or gpus or int(cpus), max(1, math.ceil(texts / ROWS)))
-        now = max(1, min(most, int(capacity.gpus_there if gpus else capacity.cpus_there)))
+        now = max(1, min(most, int(capacity.gpus_now if gpus else capacity.cpus_now)))
         # a CPU is left for reading and writing; an encoder's own threads are set by hand
         share = max(0.01, int(100 * (cpus - 1) / most) / 100) if not gpus else min(1.0, cpus / (2 * gpus))
         node = min((int(node.cpus) for node in cluster.alive if node.cpus >= 1), default=1)
-        return cls(most, now, min(share, 1.0), min(gpus, 1), max(1, min(int(capacity.cpus_there) // now, node)))
+        return cls(most, now, min(share, 1.0), min(gpus, 1), max(1, min(int(capacity.cpus_now) // now, node)))
 
 
 def pool_of(texts: int, recipe: EncoderRecipe) -> Pool:

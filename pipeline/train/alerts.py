@@ -11,16 +11,16 @@ from statistics import fmean
 
 from pipeline.train.history import Metrics
 
-LEAST = 20  # losses needed for a deviation, and high losses in a row that make a new level. Ours
-LEAST_DEVIATION = 0.01  # of the mean, or nearly constant losses would alert on their last digit. Ours
+MIN_LOSSES = 20  # losses needed for a deviation, and high losses in a row that make a new level. Ours
+MIN_DEVIATION = 0.01  # of the mean, or nearly constant losses would alert on their last digit. Ours
 
 
 class LossSpikes:
     """Finds losses more than `deviations` standard deviations above the mean of the last `window` logged ones.
 
     Spikes are left out of the window, because they would widen the deviation and hide the next one. Losses that stay
-    high are one spike, reported once; after LEAST of them in a row, the window restarts at the new level. If steps are
-    repeated after a restart, their earlier losses are dropped.
+    high are one spike, reported once; after MIN_LOSSES of them in a row, the window restarts at the new level. If steps
+    are repeated after a restart, their earlier losses are dropped.
     """
 
     def __init__(self, deviations: float, window: int = 100) -> None:
@@ -38,7 +38,7 @@ class LossSpikes:
             return None
         self.high.append((step, loss))
         if len(self.high) > 1:
-            if len(self.high) == LEAST:
+            if len(self.high) == MIN_LOSSES:
                 self.recent = deque(self.high, maxlen=self.recent.maxlen)
                 self.high.clear()
             return None
@@ -50,12 +50,12 @@ class LossSpikes:
 
     def _usual(self) -> tuple[float, float]:
         """Mean and standard deviation of the recent losses; an infinite mean if there are too few."""
-        if len(self.recent) < LEAST:
+        if len(self.recent) < MIN_LOSSES:
             return math.inf, 0.0
         losses = [loss for _, loss in self.recent]
         mean = fmean(losses)
         deviation = math.sqrt(fmean((loss - mean) ** 2 for loss in losses))
-        return mean, max(deviation, LEAST_DEVIATION * abs(mean), math.ulp(mean))
+        return mean, max(deviation, MIN_DEVIATION * abs(mean), math.ulp(mean))
 
     def _forget_from(self, step: int) -> None:
         while self.recent and self.recent[-1][0] >= step:

@@ -1,8 +1,8 @@
 """From a prepared data set to a training run, new or resumed, with and without Ray.
 
-task = Task.of(config, folder, manifest)
-state = run_task(task, feed.batches, Hooks(save=..., report=print), device)     # on every worker
-state = train_here(config, folder, manifest)                                    # without Ray: one process, or torchrun
+spec = RunSpec.of(config, folder, manifest)
+state = train_or_resume(spec, feed.batches, Hooks(save=..., report=print), device)        # on every worker
+state = train_locally(config, folder, manifest)             # without Ray: one process, or torchrun
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Task:
+class RunSpec:
     """A training run, as every worker needs it."""
 
     config: Config
@@ -59,10 +59,10 @@ class Task:
     plan: Plan
     total_steps: int
     holder: str
-    """The holder of the lock on the run's folder; see `Placer`."""
+    """The holder of the lock on the run's folder; see `Committer`."""
 
     @classmethod
-    def of(cls, config: Config, folder: StoragePath, manifest: Manifest) -> Task:
+    def of(cls, config: Config, folder: StoragePath, manifest: Manifest) -> RunSpec:
         """Plan the batches of a prepared data set. Raises ConfigError if a split is smaller than a batch."""
         settings = config.training
         plan = training_plan(folder, manifest, settings.global_batch_size, settings.seed, settings.batching)
@@ -73,24 +73,24 @@ class Task:
         return checked(self.folder / "tokenizer.json").read_text(encoding="utf-8")
 
 
-def run_task(
-    task: Task, batches: Batches, hooks: Hooks, device: torch.device, known: ResumePoint | None = None
+def train_or_resume(
+    spec: RunSpec, batches: Batches, hooks: Hooks, device: torch.device, known: ResumePoint | None = None
 ) -> TrainState:
     """Train from the newest checkpoint, or from step 0. Raises TrainingStopped and ConfigError on all workers.
 
     `known` is the newest checkpoint if it was verified already.
     """
-    config = task.config
-    task.plan.check_workers(world_size())
+    config = spec.config
+    spec.plan.check_workers(world_size())
     torch.manual_seed(config.training.seed)
-    tokenizer = Tokenizer.from_str(task.tokenizer_json)
-    learner = build_learner(config, tokenizer, negatives="negatives" in task.manifest.text_fields)
-    run = build_run(config, learner, batches, _validation(task, tokenizer), task.total_steps, hooks, device)
+    tokenizer = Tokenizer.from_str(spec.tokenizer_json)
+    learner = build_learner(config, tokenizer, negatives="negatives" in spec.manifest.text_fields)
+    run = build_run(config, learner, batches, _validation(spec, tokenizer), spec.total_steps, hooks, device)
     state = resume(run, known)
     if rank() == 0:
         log.info("train: %s", describe(run.learner))
         log.info("train: training on %d workers from step %d", world_size(), state.step)
-    return state if is_finished(config, task.total_steps, state) else train(run, state)
+    return state if is_finished(config, spec.total_steps, state) else train(run, state)
 
 
 def resume(run: Run, known: ResumePoint | None = None) -> TrainState:
@@ -107,7 +107,7 @@ def resume(run: Run, known: ResumePoint | None = None) -> TrainState:
     return point.state
 
 
-def train_here(
+def train_locally(
     config: Config,
     folder: StoragePath,
     manifest: Manifest,
@@ -117,10 +117,10 @@ def train_here(
 
     `on_metrics` is called on rank 0 with each row of metrics, after the trackers.
     """
-    task, point = Task.of(config, folder, manifest), ResumePoint()
-    check_model(config, Tokenizer.from_str(task.tokenizer_json))
+    spec, point = RunSpec.of(config, folder, manifest), ResumePoint()
+    check_model(config, Tokenizer.from_str(spec.tokenizer_json))
     if rank() == 0:
-        claim_run_folder(config, folder, manifest, task.total_steps)
+        claim_run_folder(config, folder, manifest, spec.total_steps)
         point = resume_point(config.run_dir)
         prune(config.run_dir, config.checkpointing.max_checkpoints, point.folder)
 
@@ -129,16 +129,16 @@ def train_here(
         on_metrics(metrics)
 
     with Trackers.open(config, point.state.step, leader=rank() == 0) as trackers:
-        saver = LocalSaver(config, task.tokenizer_json, task.holder, trackers)
-        feed = LocalFeed(task.plan, rank(), world_size())
+        saver = LocalSaver(config, spec.tokenizer_json, spec.holder, trackers)
+        feed = LocalFeed(spec.plan, rank(), world_size())
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        return run_task(task, feed.batches, Hooks(saver.save, report, trackers.alert), device, point)
+        return train_or_resume(spec, feed.batches, Hooks(saver.save, report, trackers.alert), device, point)
 
 
-def _validation(task: Task, tokenizer: Tokenizer) -> Validation:
+def _validation(spec: RunSpec, tokenizer: Tokenizer) -> Validation:
     """Held-out rows, and the pairs of an STS file if the config names one."""
-    config, sts = task.config, None
-    rows = validation_rows(task.folder, task.manifest, config.training.validation_pairs)
+    config, sts = spec.config, None
+    rows = validation_rows(spec.folder, spec.manifest, config.training.validation_pairs)
     if config.evaluation.sts_file:
         pairs, normalise = read_sts(as_path(config.evaluation.sts_file)), normaliser(config.data)
         tokenizer.enable_truncation(config.tokenizer.max_length)

@@ -1,7 +1,7 @@
 """The checkpoints of a run: find the newest valid one, commit a new one, delete old ones.
 
     point = newest_valid(run_dir)                          # reads and hashes the newest checkpoint, once
-    point.folder, point.state, point.passed_over
+    point.folder, point.state, point.skipped
 
     <run>/attempt-001/step-00000200/{model.safetensors, model.json, tokenizer.json, heads.safetensors, optimizer.pt,
                                      state.json}
@@ -74,7 +74,7 @@ class ResumePoint:
 
     folder: StoragePath | None = None
     state: TrainState = field(default_factory=TrainState)
-    passed_over: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     """A sentence for each newer checkpoint that is broken."""
 
 
@@ -129,21 +129,21 @@ def read_state(folder: StoragePath) -> TrainState:
 
 def newest_valid(run_dir: StoragePath, known: ResumePoint | None = None) -> ResumePoint:
     """The newest checkpoint whose files match their hashes. If `known` is still the newest, it is not read again."""
-    passed_over: list[str] = []
+    skipped: list[str] = []
     for folder in _newest_first(run_dir):
         if known and folder == known.folder:
             return known
         try:
-            return ResumePoint(folder, read_state(folder), tuple(passed_over))
+            return ResumePoint(folder, read_state(folder), tuple(skipped))
         except ValueError as error:
-            passed_over.append(f"skipped {folder}: {error}")
-    return ResumePoint(passed_over=tuple(passed_over))
+            skipped.append(f"skipped {folder}: {error}")
+    return ResumePoint(skipped=tuple(skipped))
 
 
 def resume_point(run_dir: StoragePath, known: ResumePoint | None = None) -> ResumePoint:
     """`newest_valid`, with a warning for each checkpoint that it skipped."""
     point = newest_valid(run_dir, known)
-    for sentence in point.passed_over if point is not known else ():
+    for sentence in point.skipped if point is not known else ():
         log.warning("train: %s", sentence)
     return point
 
@@ -179,11 +179,11 @@ def prune(run_dir: StoragePath, keep: int, newest: StoragePath | None = None) ->
 
 
 @dataclass(frozen=True)
-class Placer:
+class Committer:
     """Moves a worker's files of a checkpoint into the run's folder.
 
-        placer = Placer(run_dir, rank=0, writers=2, start="9f0c41aa", wait_s=600)
-        placer.place(Path("incoming/0/step-00000200"), run_dir / "attempt-001" / "step-00000200", is_best=True)
+        committer = Committer(run_dir, rank=0, writers=2, start="9f0c41aa", wait_s=600)
+        committer.commit(Path("incoming/0/step-00000200"), run_dir / "attempt-001" / "step-00000200", is_best=True)
 
         rank 1:  moves its files ──► written-9f0c41aa-00001.json, its part of state.json
         rank 0:  moves its files ──► waits for the other parts ──► best/ ──► state.json, merged from all parts
@@ -201,7 +201,7 @@ class Placer:
     holder: str = ""
     """The holder of the run folder's lock when training began (the driver)."""
 
-    def place(self, folder: Path, target: StoragePath, is_best: bool) -> None:
+    def commit(self, folder: Path, target: StoragePath, is_best: bool) -> None:
         """Move a sealed folder to `target`.
 
         Raises BucketError if the bucket fails or another worker's part is missing after `wait_s` seconds, and LockLost
@@ -218,7 +218,7 @@ class Placer:
         else:
             state_json = self._merged_state((folder / "state.json").read_text(), target)
             if is_best:
-                keep_best(target, self.run_dir, state_json)
+                link_best(target, self.run_dir, state_json)
             write_atomically(target / "state.json", state_json.encode())
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -241,7 +241,7 @@ class Placer:
         return json.dumps(content, indent=2)
 
 
-def keep_best(checkpoint: StoragePath, run_dir: StoragePath, state_json: str) -> None:
+def link_best(checkpoint: StoragePath, run_dir: StoragePath, state_json: str) -> None:
     """Link a checkpoint, without its optimizer, into `best/`, then delete the previous best."""
     best = run_dir / "best" / checkpoint.name
     remove_folder(best)

@@ -34,7 +34,7 @@ from pipeline.train.trackers import Trackers
 from pipeline.train.workers import Workers, shortfalls, size_workers
 
 if TYPE_CHECKING:  # imports torch, which takes a second; a finished run does not need it
-    from pipeline.train.worker import Sent
+    from pipeline.train.worker import WorkerInput
 
 
 def is_done(config: Config, folder: StoragePath, manifest: Manifest, state: TrainState) -> bool:
@@ -48,9 +48,9 @@ def is_done(config: Config, folder: StoragePath, manifest: Manifest, state: Trai
     refuse_other_run(config, manifest)
     if not state.step:
         return False
-    from pipeline.train.assembly import Task
+    from pipeline.train.assembly import RunSpec
 
-    return is_finished(config, Task.of(config, folder, manifest).total_steps, state)
+    return is_finished(config, RunSpec.of(config, folder, manifest).total_steps, state)
 
 
 def fit(
@@ -70,17 +70,17 @@ def fit(
     """
     from tokenizers import Tokenizer
 
-    from pipeline.train.assembly import Task, check_model
-    from pipeline.train.worker import Sent
+    from pipeline.train.assembly import RunSpec, check_model
+    from pipeline.train.worker import WorkerInput
 
-    task = Task.of(config, folder, manifest)
-    check_model(config, Tokenizer.from_str(task.tokenizer_json))
-    workers = _workers(config, task.plan, concurrent_runs)
-    claim_run_folder(config, folder, manifest, task.total_steps)
+    spec = RunSpec.of(config, folder, manifest)
+    check_model(config, Tokenizer.from_str(spec.tokenizer_json))
+    workers = _checked_workers(config, spec.plan, concurrent_runs)
+    claim_run_folder(config, folder, manifest, spec.total_steps)
     point = resume_point(config.run_dir, known)
     log.info(
         "train: %s steps of %s pairs on %s%s",
-        f"{task.total_steps:,}",
+        f"{spec.total_steps:,}",
         config.training.global_batch_size,
         workers,
         f", from step {point.state.step:,}" if point.state.step else "",
@@ -98,11 +98,11 @@ def fit(
 
         with (
             progress.stage(
-                "train", task.total_steps, "steps", counter="steps", start=point.state.step, receive=receive
+                "train", spec.total_steps, "steps", counter="steps", start=point.state.step, receive=receive
             ),
-            _held(config, progress),
+            _deferred_signals(config, progress),
         ):
-            _fit(config, workers, Sent(task, workers.threads, progress.handle, point, process_start_s()))
+            _run_trainer(config, workers, WorkerInput(spec, workers.threads, progress.handle, point, process_start_s()))
     if fatal:
         raise (ConfigError if fatal[0]["config"] else JobError)(fatal[0]["fatal"])
     point = resume_point(config.run_dir, point)
@@ -111,14 +111,14 @@ def fit(
     return point.state
 
 
-def _held(config: Config, progress: Progress) -> AbstractContextManager[None]:
+def _deferred_signals(config: Config, progress: Progress) -> AbstractContextManager[None]:
     """Write a checkpoint before a signal ends the job. Does nothing outside the main thread, which gets the signals."""
     if threading.current_thread() is not threading.main_thread():
         return nullcontext()
-    return signals.held(progress.ask_to_stop, config.checkpointing.grace_s, "for the last checkpoint")
+    return signals.deferred(progress.ask_to_stop, config.checkpointing.grace_s, "for the last checkpoint")
 
 
-def _trainer(config: Config, workers: Workers, sent: Sent) -> Any:
+def _trainer(config: Config, workers: Workers, inputs: WorkerInput) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -128,10 +128,12 @@ def _trainer(config: Config, workers: Workers, sent: Sent) -> Any:
     storage_path, filesystem = arrow_location(run_dir)
     return TorchTrainer(
         train_worker,
-        train_loop_config={"sent": sent},
+        train_loop_config={"inputs": inputs},
         torch_config=ProcessGroupConfig(timeout_s=max(1, round(scaling.collective_timeout_s))),
         scaling_config=ScalingConfig(
-            num_workers=workers.most if workers.fewest == workers.most else (workers.fewest, workers.most),
+            num_workers=workers.max_workers
+            if workers.min_workers == workers.max_workers
+            else (workers.min_workers, workers.max_workers),
             use_gpu=workers.gpus > 0,
             resources_per_worker={"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {}),
             elastic_resize_monitor_interval_s=scaling.resize_every_s,
@@ -157,21 +159,21 @@ def controller_timeouts(config: Config, workers: Workers) -> dict[str, str]:
     return {
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(config.scaling.collective_timeout_s),
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(config.scaling.collective_timeout_s),
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300" if workers.fewest == workers.most else "60",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300" if workers.min_workers == workers.max_workers else "60",
     }
 
 
-def _fit(config: Config, workers: Workers, sent: Sent) -> None:
+def _run_trainer(config: Config, workers: Workers, inputs: WorkerInput) -> None:
     """Run the trainer. Ray restarts lost workers; if its controller dies, this function starts a new trainer."""
     from ray.exceptions import ActorDiedError, ActorUnavailableError
     from ray.train import TrainingFailedError
 
     os.environ.update(controller_timeouts(config, workers))
     for starts_left in reversed(range(config.scaling.max_failures + 1)):
-        sent = replace(sent, point=resume_point(config.run_dir, sent.point))
-        prune(config.run_dir, config.checkpointing.max_checkpoints, sent.point.folder)
+        inputs = replace(inputs, point=resume_point(config.run_dir, inputs.point))
+        prune(config.run_dir, config.checkpointing.max_checkpoints, inputs.point.folder)
         try:
-            _off_main_thread(_trainer(config, workers, sent).fit)
+            _off_main_thread(_trainer(config, workers, inputs).fit)
             return
         except TrainingFailedError as error:
             log.debug("training failed", exc_info=True)
@@ -212,13 +214,13 @@ def _summarise(config: Config) -> None:
         log.warning("train: cannot plot the history: %s", error)
 
 
-def _workers(config: Config, plan: Plan, concurrent_runs: int) -> Workers:
+def _checked_workers(config: Config, plan: Plan, concurrent_runs: int) -> Workers:
     """The run's workers. Raises ConfigError, with what would fit, if they do not fit the cluster."""
     cluster = connected_cluster()
     workers = size_workers(config, cluster, concurrent_runs)
     refuse(Finding("training", str(workers), ConfigError(each)) for each in shortfalls(config, workers, cluster))
-    plan.check_workers(workers.most)
-    share = plan.global_batch_size // workers.most
+    plan.check_workers(workers.max_workers)
+    share = plan.global_batch_size // workers.max_workers
     if share < config.training.gradient_accumulation_steps:
         raise ConfigError(
             f"training.gradient_accumulation_steps: found {config.training.gradient_accumulation_steps}; "

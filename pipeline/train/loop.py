@@ -30,7 +30,7 @@ from pipeline.train.collectives import rank, world_size
 from pipeline.train.meter import Meter, step_flops
 from pipeline.train.optimizer import Precision, Schedule, build_optimizer
 from pipeline.train.prefetch import Prefetch, to_batch, to_device
-from pipeline.train.step import Outcome, OutOfMemory, backward, cut
+from pipeline.train.step import OutOfMemory, StepResult, backward, micro_batch_ranges
 from pipeline.train.stopping import BestModel
 from pipeline.train.strategy import Strategy, build_strategy
 from pipeline.train.validation import Validation, validate
@@ -68,7 +68,7 @@ class Hooks:
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedStep:
     """A step's batch, split into micro-batches on the device."""
 
     batch: Batch
@@ -94,13 +94,15 @@ class Run:
     optimizer: torch.optim.Optimizer
     saved_step: int | None = None
 
-    def ready(self, batch: Batch, step: int, oom_splits: int) -> Ready:
+    def prepare_step(self, batch: Batch, step: int, oom_splits: int) -> PreparedStep:
         """Split a batch and prepare its micro-batches. How texts are corrupted depends on the step."""
         settings = self.config.training
-        ranges = cut(batch, settings.gradient_accumulation_steps, settings.micro_batch_tokens, oom_splits)
+        ranges = micro_batch_ranges(
+            batch, settings.gradient_accumulation_steps, settings.micro_batch_tokens, oom_splits
+        )
         seed = _seed(settings.seed, step)
         parts = [self.learner.prepare(batch.slice(*ends), seed) for ends in ranges]
-        return Ready(batch, to_device(parts, self.device), step_flops(self.learner, parts), oom_splits)
+        return PreparedStep(batch, to_device(parts, self.device), step_flops(self.learner, parts), oom_splits)
 
 
 def build_run(
@@ -135,18 +137,18 @@ def train(run: Run, state: TrainState) -> TrainState:
     settings, checkpointing = run.config.training, run.config.checkpointing
     run.saved_step = state.step or None
     run.precision.load(state.scaler)
-    _join_layers(run, state.step)
+    _set_trained_layers(run, state.step)
     steps = iter(range(state.step, run.total_steps))
     feed = Prefetch(
         run.batches(state.step, run.total_steps),
-        lambda rows: run.ready(to_batch(rows, run.learner.hard_negatives), next(steps), state.oom_splits),
+        lambda rows: run.prepare_step(to_batch(rows, run.learner.hard_negatives), next(steps), state.oom_splits),
         run.device,
     )
     meter, saved_at = Meter(settings, run.total_steps, run.device, state), state.train_seconds
     with closing(feed):
         for ready in feed:
             if state.step == run.schedule.table_steps:
-                _join_layers(run, state.step)
+                _set_trained_layers(run, state.step)
             run.schedule.apply(run.optimizer, state.step)
             outcome = _gradients(run, ready, state)
             _update(run, ready, outcome, state)
@@ -175,7 +177,7 @@ def train(run: Run, state: TrainState) -> TrainState:
     return state
 
 
-def _join_layers(run: Run, step: int) -> None:
+def _set_trained_layers(run: Run, step: int) -> None:
     """Train the token table alone while it warms up, then all layers."""
     encoder = run.learner.model.backbone
     if isinstance(encoder, Encoder):
@@ -186,12 +188,12 @@ def _join_layers(run: Run, step: int) -> None:
     run.strategy.attach(run.learner)
 
 
-def _gradients(run: Run, ready: Ready, state: TrainState) -> Outcome:
+def _gradients(run: Run, ready: PreparedStep, state: TrainState) -> StepResult:
     """Compute the step's gradients. If a worker runs out of memory, all retry with smaller micro-batches."""
     flags = run.hooks.control_flags(state.step)
     while True:
         if ready.oom_splits != state.oom_splits:
-            ready = run.ready(ready.batch, state.step, state.oom_splits)
+            ready = run.prepare_step(ready.batch, state.step, state.oom_splits)
         torch.manual_seed(_seed(run.config.training.seed, state.step, rank()))  # of dropout
         try:
             return backward(
@@ -206,10 +208,10 @@ def _gradients(run: Run, ready: Ready, state: TrainState) -> Outcome:
             if run.strategy.is_sharded:
                 note_oom_splits(run.config.run_dir, state.oom_splits + 1)
                 raise
-        _split(run, state)
+        _halve_micro_batches(run, state)
 
 
-def _split(run: Run, state: TrainState) -> None:
+def _halve_micro_batches(run: Run, state: TrainState) -> None:
     """Halve the micro-batches for the rest of the run. Raises TrainingStopped if a single record does not fit."""
     gc.collect()
     if run.device.type == "cuda":
@@ -226,7 +228,7 @@ def _split(run: Run, state: TrainState) -> None:
         )
 
 
-def _update(run: Run, ready: Ready, outcome: Outcome, state: TrainState) -> None:
+def _update(run: Run, ready: PreparedStep, outcome: StepResult, state: TrainState) -> None:
     """Run the optimizer; if the loss or the gradient is NaN or infinite, all workers skip the step."""
     run.precision.unscale(run.optimizer)
     norm = float(run.strategy.clip(run.config.training.max_grad_norm))

@@ -35,7 +35,16 @@ from pipeline.core.files import fetched, replacing, staging
 from pipeline.core.path import StoragePath
 from pipeline.model.folder import save_card, save_model
 from pipeline.model.learner import Learner
-from pipeline.train.checkpoints import WEIGHTS, Placer, TrainState, is_sharded, next_attempt, prune, seal, step_folder
+from pipeline.train.checkpoints import (
+    WEIGHTS,
+    Committer,
+    TrainState,
+    is_sharded,
+    next_attempt,
+    prune,
+    seal,
+    step_folder,
+)
 from pipeline.train.collectives import all_reduce_sum, broadcast, rank, world_size
 from pipeline.train.loop import Run, TrainingStopped
 from pipeline.train.trackers import Trackers
@@ -55,7 +64,7 @@ class Saver:
         self.config, self.tokenizer_json = config, tokenizer_json
         writers = world_size() if config.training.strategy == "fsdp" else 1
         start, wait_s = broadcast(uuid.uuid4().hex[:8]), config.scaling.collective_timeout_s
-        self.placer = Placer(config.run_dir, rank(), writers, start, wait_s, holder)
+        self.committer = Committer(config.run_dir, rank(), writers, start, wait_s, holder)
         self.writes = rank() < writers
         self.incoming = staging(config.run_dir) / str(rank())
 
@@ -70,9 +79,9 @@ class Saver:
         with self._all_or_none(folder, run, state):
             if self.writes:
                 save_checkpoint(folder, run, state, self.tokenizer_json)
-        self.place(folder, state, is_best)
+        self.commit(folder, state, is_best)
 
-    def place(self, folder: Path, state: TrainState, is_best: bool) -> None:
+    def commit(self, folder: Path, state: TrainState, is_best: bool) -> None:
         """Move a finished folder into the run's folder. Called on every worker; only those with `writes` have one."""
         raise NotImplementedError
 
@@ -101,10 +110,10 @@ class LocalSaver(Saver):
         super().__init__(config, tokenizer_json, holder)
         self.trackers, self.attempt = trackers, broadcast(next_attempt(config.run_dir))
 
-    def place(self, folder: Path, state: TrainState, is_best: bool) -> None:
+    def commit(self, folder: Path, state: TrainState, is_best: bool) -> None:
         self.trackers.send()
         if self.writes:
-            self.placer.place(folder, self.config.run_dir / self.attempt / folder.name, is_best)
+            self.committer.commit(folder, self.config.run_dir / self.attempt / folder.name, is_best)
         if rank() == 0:
             prune(self.config.run_dir, self.config.checkpointing.max_checkpoints)
 
@@ -125,14 +134,14 @@ def save_checkpoint(folder: Path, run: Run, state: TrainState, tokenizer_json: s
     seal(folder, state)
 
 
-def load_checkpoint(place: StoragePath, run: Run) -> None:
+def load_checkpoint(checkpoint: StoragePath, run: Run) -> None:
     """Load the weights and the optimizer of a checkpoint. Raises ConfigError for a ddp checkpoint under fsdp."""
-    folder = fetched(place)
+    folder = fetched(checkpoint)
     if is_sharded(folder):
         load_sharded(folder, run.learner, run.optimizer)
     elif run.strategy.is_sharded:
         raise ConfigError(
-            f"training.strategy: found fsdp, but {place} was written under ddp; use ddp, or another storage.run"
+            f"training.strategy: found fsdp, but {checkpoint} was written under ddp; use ddp, or another storage.run"
         )
     else:
         load_weights(folder, run.learner)

@@ -1,6 +1,6 @@
 """One training step: forward and backward over the global batch, with one reduction of gradients.
 
-    parts = [learner.prepare(batch.slice(*ends), seed) for ends in cut(batch, at_least=2)]
+    parts = [learner.prepare(batch.slice(*ends), seed) for ends in micro_batch_ranges(batch, min_parts=2)]
     outcome = backward(learner, strategy, parts)          # gradients are in the parameters; outcome.metrics["loss"]
 
 The contrastive loss needs the embeddings of the whole batch, whose graph may not fit in memory. Gradient caching
@@ -43,7 +43,7 @@ class OutOfMemory(RuntimeError):  # noqa: N818  # as torch.OutOfMemoryError, but
 
 
 @dataclass
-class Outcome:
+class StepResult:
     """A step's metrics and flags. The mean of a metric over workers is its value for the global batch."""
 
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -53,14 +53,16 @@ class Outcome:
     """Number of workers that set each flag."""
 
 
-def cut(batch: Batch, at_least: int = 1, most_tokens: int | None = None, oom_splits: int = 0) -> list[tuple[int, int]]:
-    """Row ranges of at least `at_least` micro-batches of at most `most_tokens` each.
+def micro_batch_ranges(
+    batch: Batch, min_parts: int = 1, max_tokens: int | None = None, oom_splits: int = 0
+) -> list[tuple[int, int]]:
+    """Row ranges of at least `min_parts` micro-batches of at most `max_tokens` each.
 
     A record longer than that gets its own micro-batch. `oom_splits`: how often micro-batches were halved to fit in
     memory.
     """
-    rows, most = len(batch), None if most_tokens is None else most_tokens / 2**oom_splits
-    parts = min(rows, at_least * 2**oom_splits)
+    rows, most = len(batch), None if max_tokens is None else max_tokens / 2**oom_splits
+    parts = min(rows, min_parts * 2**oom_splits)
     edges = {rows * i // parts for i in range(1, parts)} if parts else set()
     bounds, tokens = [0], 0
     for row, size in enumerate(batch.row_tokens):
@@ -79,7 +81,7 @@ def backward(
     autocast: torch.dtype | None = None,
     loss_scale: Tensor | float = 1.0,
     flags: Sequence[bool] = (),
-) -> Outcome:
+) -> StepResult:
     """Store the batch's gradients, averaged over workers and multiplied by `loss_scale`, in the parameters.
 
     `flags` are summed over workers in the same collective. Raises OutOfMemory.
@@ -106,7 +108,7 @@ def backward(
     ran_out, bad_losses, *summed = strategy.finish([memory.ran_out, ~torch.isfinite(loss), *flags])
     if ran_out:
         raise OutOfMemory
-    return Outcome(metrics, int(bad_losses), [int(each) for each in summed])
+    return StepResult(metrics, int(bad_losses), [int(each) for each in summed])
 
 
 class _GradCache:

@@ -2,7 +2,7 @@
 
     with SweepStudy.open(config, criterion) as study:
         study.remaining                        # 16
-        study.rows                             # [Row(number=0, state="stopped early", value=0.71, …), …]
+        study.rows                             # [TrialRow(number=0, state="stopped early", value=0.71, …), …]
         study.best                             # the row with the best metric
 
 A trial has a number, which names its folder. An Optuna trial is an attempt: if the driver is killed while a trial runs,
@@ -40,8 +40,8 @@ STATES = {
     TrialState.RUNNING: "under way",
 }
 NAME = "sweep"
-TRIALS = 16
-FEWEST_TO_WEIGH = 4  # trials needed to estimate importance. Ours
+DEFAULT_TRIALS = 16
+MIN_TRIALS_FOR_IMPORTANCE = 4  # trials needed to estimate importance. Ours
 
 
 class Journal(BaseJournalBackend):
@@ -77,7 +77,7 @@ class Journal(BaseJournalBackend):
 
 
 @dataclass(frozen=True)
-class Row:
+class TrialRow:
     """The state of a trial. `curve` has the metric of each validation by step; `value` is the best, at `at_step`."""
 
     number: int
@@ -99,7 +99,7 @@ class SweepStudy:
     def __init__(self, config: Config, criterion: Criterion, storage: JournalStorage) -> None:
         self.settings, self.criterion, self.storage = config.tune, criterion, storage
         self.space = Space.of(config)
-        self.own = self.space.point(config)
+        self.config_point = self.space.point(config)
         self.study = optuna.create_study(
             storage=storage,
             study_name=NAME,
@@ -107,8 +107,8 @@ class SweepStudy:
             load_if_exists=True,
         )
         searcher, trials = self.settings.searcher, self.settings.trials
-        self.goal = trials or TRIALS
-        self.points = [self.own] if self.own else []
+        self.goal = trials or DEFAULT_TRIALS
+        self.points = [self.config_point] if self.config_point else []
         """Values of the first trials, by number: the grid's; or the config's own, then random ones for "random"."""
         if searcher == "grid":
             self.points = list(self.space.grid())
@@ -182,13 +182,13 @@ class SweepStudy:
         return self.goal - sum(trial.state.is_finished() for trial in self._newest.values())
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[TrialRow]:
         """Every trial that was started, by number."""
         trials = sorted(self._newest.items())
         return [self._row(number, trial) for number, trial in trials if trial.state != TrialState.WAITING]
 
     @property
-    def best(self) -> Row | None:
+    def best(self) -> TrialRow | None:
         """The best trial that ran to its end, or else the best stopped early; None if all failed."""
         for state in ("done", "stopped early"):
             rows = [row for row in self.rows if row.state == state and row.value is not None]
@@ -197,9 +197,9 @@ class SweepStudy:
         return None
 
     @property
-    def config_row(self) -> Row | None:
+    def config_row(self) -> TrialRow | None:
         """The trial with the config's own values."""
-        values = self.space.values(self.own) if self.own else None
+        values = self.space.values(self.config_point) if self.config_point else None
         return next((row for row in self.rows if row.values == values), None)
 
     @property
@@ -214,7 +214,7 @@ class SweepStudy:
         It compares values at `common_step`, so trials that were stopped early count too.
         """
         values = self.values_at(self.common_step)
-        if len(values) < FEWEST_TO_WEIGH or len(set(values.values())) < 2:
+        if len(values) < MIN_TRIALS_FOR_IMPORTANCE or len(set(values.values())) < 2:
             return {}
         shares = get_param_importances(self.view(values), evaluator=fanova())
         return {key: round(float(share), 4) for key, share in shares.items()}
@@ -244,14 +244,14 @@ class SweepStudy:
         trials = self.study.get_trials(deepcopy=False)
         return {trial.user_attrs["number"]: trial for trial in trials if "number" in trial.user_attrs}
 
-    def row(self, number: int) -> Row:
+    def row(self, number: int) -> TrialRow:
         return self._row(number, self._newest[number])
 
-    def _row(self, number: int, trial: FrozenTrial) -> Row:
+    def _row(self, number: int, trial: FrozenTrial) -> TrialRow:
         curve = {step: value for step, value in sorted(trial.intermediate_values.items()) if math.isfinite(value)}
         best = max(curve.items(), key=lambda point: self.criterion.sign * point[1], default=(None, None))
         state, values = STATES[trial.state], self.space.values(trial.params)
-        return Row(number, state, values, curve, best[1], best[0], **trial.user_attrs.get("ended", {}))
+        return TrialRow(number, state, values, curve, best[1], best[0], **trial.user_attrs.get("ended", {}))
 
 
 def fanova() -> FanovaImportanceEvaluator:

@@ -28,18 +28,18 @@ from pipeline.core.outcome import JobError, Result
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
 from pipeline.data.manifest import Manifest
-from pipeline.train.assembly import Task
+from pipeline.train.assembly import RunSpec
 from pipeline.train.checkpoints import best_checkpoint
 from pipeline.train.history import VALIDATION
-from pipeline.train.study import Row, SweepStudy, fanova
+from pipeline.train.study import SweepStudy, TrialRow, fanova
 from pipeline.train.trackers import Trackers
-from pipeline.train.trial import Criterion, TrialContext, slots, trial_config
+from pipeline.train.trial import Criterion, TrialContext, plan_slots, trial_config
 
 
 def sweep(config: Config, folder: StoragePath, manifest: Manifest, progress: Callable[[], Progress]) -> Result:
     """Run the remaining trials and report on all. `progress` starts Ray, if there are any."""
     draft = trial_config(config, Criterion("", "max", 1, 1), 0, {})  # the config's own values set the budget
-    criterion = Criterion.of(config, Task.of(draft, folder, manifest).total_steps)
+    criterion = Criterion.of(config, RunSpec.of(draft, folder, manifest).total_steps)
     with SweepStudy.open(config, criterion, manifest.fingerprint) as study:
         remaining = study.remaining
         if remaining > 0:
@@ -55,7 +55,7 @@ def _run(study: SweepStudy, config: Config, folder: StoragePath, manifest: Manif
     from pipeline.train.tuner import run_trials
 
     limit, criterion, remaining = config.tune.max_concurrent_trials, study.criterion, study.remaining
-    trial_slots = slots(
+    trial_slots = plan_slots(
         config.scaling,
         config.training.strategy,
         connected_cluster().with_labels(config.scaling.labels.train).capacity(),
@@ -73,7 +73,7 @@ def _run(study: SweepStudy, config: Config, folder: StoragePath, manifest: Manif
     )
     with Stage("tune", study.goal, "trials", study.goal - remaining) as stage:
 
-        def on_end(row: Row) -> None:
+        def on_end(row: TrialRow) -> None:
             log.info("%s", describe(row, study))
             remove_checkpoints(config, study, spared=row.number)
             stage.advance(1)
@@ -81,7 +81,7 @@ def _run(study: SweepStudy, config: Config, folder: StoragePath, manifest: Manif
         run_trials(study, TrialContext(config, criterion, trial_slots, folder, manifest), on_end)
 
 
-def describe(row: Row, study: SweepStudy) -> str:
+def describe(row: TrialRow, study: SweepStudy) -> str:
     """A log line about a trial that has ended."""
     value = "" if row.value is None else f": {study.criterion.metric} {row.value:.4f} at step {row.at_step:,}"
     values = ", ".join(f"{key}={_shown(value)}" for key, value in row.values.items())
@@ -130,7 +130,7 @@ def report(config: Config, study: SweepStudy, *, track: bool) -> Result:
     return Result(_metrics(study, rows, best), paths)
 
 
-def _metrics(study: SweepStudy, rows: list[Row], best: Row) -> dict[str, Any]:
+def _metrics(study: SweepStudy, rows: list[TrialRow], best: TrialRow) -> dict[str, Any]:
     baseline, states = study.config_row, Counter(row.state for row in rows)
     steps, whole_steps = sum(row.steps for row in rows), sum(row.whole_steps for row in rows)
     comparison = ""
@@ -161,11 +161,11 @@ def _metrics(study: SweepStudy, rows: list[Row], best: Row) -> dict[str, Any]:
     }
 
 
-def _summary(row: Row) -> dict[str, Any]:
+def _summary(row: TrialRow) -> dict[str, Any]:
     return {"trial": row.number, "state": row.state, "value": row.value, "step": row.at_step, "values": row.values}
 
 
-def _trial_table(rows: list[Row], study: SweepStudy) -> str:
+def _trial_table(rows: list[TrialRow], study: SweepStudy) -> str:
     """The best trial first; failed ones last, with their reasons."""
     sign, keys = study.criterion.sign, study.space.dimensions
     ranked = sorted(rows, key=lambda row: (row.value is None, row.state != "done", -sign * (row.value or 0)))
@@ -178,7 +178,7 @@ def _trial_table(rows: list[Row], study: SweepStudy) -> str:
     return "\n".join([table(lines, header), *(f"trial {row.number}: {row.reason}" for row in ranked if row.reason)])
 
 
-def _csv(rows: list[Row], metric: str) -> str:
+def _csv(rows: list[TrialRow], metric: str) -> str:
     lines = [
         {"trial": row.number, "state": row.state, metric: row.value, "at_step": row.at_step, "steps": row.steps}
         | {"whole_steps": row.whole_steps, "seconds": row.seconds, **row.values, "reason": row.reason}

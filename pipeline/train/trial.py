@@ -1,6 +1,6 @@
 """A trial of a sweep: its budget, its config, how many run concurrently, and the function that Ray Tune runs.
 
-    slots(Scaling(num_workers=2), "ddp", Capacity(9, 0, 9, 0))       # Slots(trials=8, workers=2, in_process=False, …)
+    plan_slots(Scaling(num_workers=2), "ddp", Capacity(9, 0, 9, 0))       # TrialSlots(trials=8, workers=2, …)
     criterion = Criterion.of(config, total_steps=900)                # ndcg@10, compared at 100, 300 and 900 steps
     trial_config(config, criterion, 3, {"training.learning_rate": 1e-3}).run_dir      # <run>/tune/trials/0003
 
@@ -94,7 +94,7 @@ def trial_config(config: Config, criterion: Criterion, number: int, values: dict
 
 
 @dataclass(frozen=True)
-class Slots:
+class TrialSlots:
     """How many trials run concurrently, the workers of each, and what each trial's own process reserves."""
 
     trials: int
@@ -107,7 +107,7 @@ class Slots:
     """torch threads of a worker."""
 
 
-def slots(scaling: Scaling, strategy: str, capacity: Capacity, max_trials: int | None = None) -> Slots:
+def plan_slots(scaling: Scaling, strategy: str, capacity: Capacity, max_trials: int | None = None) -> TrialSlots:
     """As many concurrent trials as fit, up to `max_trials`. Raises ConfigError if none fits.
 
     A trial of one worker reserves its resources in its own process, at least one CPU. A trial of several reserves
@@ -132,8 +132,8 @@ def slots(scaling: Scaling, strategy: str, capacity: Capacity, max_trials: int |
             "gpus_per_worker"
         )
     trials = min(fitting, max_trials or fitting)
-    threads = max(1, int(capacity.cpus_there / (trials * workers)))
-    return Slots(trials, workers, in_process, cpus if in_process else 0.0, gpus if in_process else 0.0, threads)
+    threads = max(1, int(capacity.cpus_now / (trials * workers)))
+    return TrialSlots(trials, workers, in_process, cpus if in_process else 0.0, gpus if in_process else 0.0, threads)
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class TrialContext:
 
     config: Config
     criterion: Criterion
-    slots: Slots
+    slots: TrialSlots
     folder: StoragePath
     manifest: Manifest
 
@@ -202,9 +202,9 @@ def run_trial(suggested: dict[str, Any], context: TrialContext) -> None:
 
 
 def _train(config: Config, context: TrialContext, reporter: Reporter) -> TrainState:
-    from pipeline.train.assembly import Task, train_here
+    from pipeline.train.assembly import RunSpec, train_locally
 
-    reporter.whole_steps = Task.of(config, context.folder, context.manifest).total_steps
+    reporter.whole_steps = RunSpec.of(config, context.folder, context.manifest).total_steps
     reporter.history = config.run_dir / "metrics.jsonl"
     if context.slots.in_process:
         import torch
@@ -212,7 +212,7 @@ def _train(config: Config, context: TrialContext, reporter: Reporter) -> TrainSt
         gc.collect()
         torch.cuda.empty_cache()  # of this process's previous trial; others may share the GPU
         torch.set_num_threads(context.slots.threads)
-        return train_here(config, context.folder, context.manifest, reporter.on_metrics)
+        return train_locally(config, context.folder, context.manifest, reporter.on_metrics)
     from pipeline.core.session import Progress
     from pipeline.train.fit import fit
 

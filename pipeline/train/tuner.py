@@ -25,10 +25,10 @@ from ray.tune.search.optuna import OptunaSearch
 
 from pipeline.core.arrow import arrow_location
 from pipeline.core.files import remove_folder
-from pipeline.train.study import NAME, Row, SweepStudy
+from pipeline.train.study import NAME, SweepStudy, TrialRow
 from pipeline.train.trial import STEP, VALUE, TrialContext, run_trial
 
-OnEnd = Callable[[Row], None]
+OnEnd = Callable[[TrialRow], None]
 
 
 class Search(OptunaSearch):
@@ -69,7 +69,7 @@ class Search(OptunaSearch):
             super().on_trial_result(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        if not error:  # else Deaths calls `end` with the reason
+        if not error:  # else CrashRecorder calls `end` with the reason
             self.end(trial_id, result or {})
 
     def end(self, trial_id: str, result: dict[str, Any], failed: str = "") -> None:
@@ -97,7 +97,7 @@ class Search(OptunaSearch):
         return {}  # Tune pickles the search for a restore, which we never use
 
 
-class Deaths(tune.Callback):
+class CrashRecorder(tune.Callback):
     """Records trials whose process died more often than `max_failures`."""
 
     def __init__(self, search: Search) -> None:
@@ -109,7 +109,7 @@ class Deaths(tune.Callback):
         self.search.end(trial.trial_id, trial.last_result, f"its process died: {reason}")
 
 
-def scheduler_of(study: SweepStudy) -> TrialScheduler:
+def build_scheduler(study: SweepStudy) -> TrialScheduler:
     """Tune's scheduler, which has already received the validations of the ended trials."""
     settings, criterion = study.settings, study.criterion
     shared = {"time_attr": STEP, "metric": VALUE, "mode": criterion.mode, "grace_period": criterion.grace_steps}
@@ -148,7 +148,7 @@ def run_trials(study: SweepStudy, context: TrialContext, on_end: OnEnd) -> None:
         tune.with_resources(tune.with_parameters(run_trial, context=context), resources),
         tune_config=tune.TuneConfig(
             search_alg=search,
-            scheduler=scheduler_of(study),
+            scheduler=build_scheduler(study),
             num_samples=study.remaining,
             max_concurrent_trials=slots.trials,
             reuse_actors=True,
@@ -159,7 +159,7 @@ def run_trials(study: SweepStudy, context: TrialContext, on_end: OnEnd) -> None:
             storage_path=storage_path,
             storage_filesystem=filesystem,
             failure_config=tune.FailureConfig(max_failures=config.scaling.max_failures),
-            callbacks=[Deaths(search)],
+            callbacks=[CrashRecorder(search)],
             verbose=0,
         ),
     ).fit()

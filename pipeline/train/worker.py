@@ -33,10 +33,10 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pipeline.config import ConfigError
 from pipeline.core.arrow import arrow_location
-from pipeline.core.cluster import place_data
+from pipeline.core.cluster import restrict_data_to
 from pipeline.core.console import log, log_timeline
 from pipeline.data.feed import RayFeed
-from pipeline.train.assembly import Task, run_task
+from pipeline.train.assembly import RunSpec, train_or_resume
 from pipeline.train.checkpoints import ResumePoint, TrainState
 from pipeline.train.history import Metrics
 from pipeline.train.loop import ControlFlags, Hooks, TrainingStopped
@@ -47,10 +47,10 @@ POLL_S = 1.0
 
 
 @dataclass(frozen=True)
-class Sent:
+class WorkerInput:
     """The input of a worker, the same for all of them."""
 
-    task: Task
+    spec: RunSpec
     threads: int
     """torch threads of each worker."""
     progress: Any
@@ -63,26 +63,26 @@ class Sent:
 
 def train_worker(message: dict[str, Any]) -> None:
     """Train to the end, or until asked to stop. Errors that a restart would not fix are sent to the driver."""
-    sent: Sent = message["sent"]
-    config, context = sent.task.config, ray.train.get_context()
+    inputs: WorkerInput = message["inputs"]
+    config, context = inputs.spec.config, ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(sent.threads)
+    torch.set_num_threads(inputs.threads)
 
     def send(message: dict[str, Any]) -> None:
         if rank == 0:
-            sent.progress.post.remote(message)
+            inputs.progress.post.remote(message)
 
     def alert(title: str, text: str, step: int) -> None:
         send({"alert": {"title": title, "text": text, "step": step}})
 
     _send_log(send, config.logging.level)
-    log_timeline("the workers are placed and have imported torch", sent.start_s)
-    place_data(config.scaling.labels.data)
-    feed = RayFeed(sent.task.plan, rank, world_size)
+    log_timeline("the workers are placed and have imported torch", inputs.start_s)
+    restrict_data_to(config.scaling.labels.data)
+    feed = RayFeed(inputs.spec.plan, rank, world_size)
     try:
-        saver = RaySaver(config, sent.task.tokenizer_json, sent.task.holder)
-        hooks = Hooks(saver.save, partial(_report, sent.progress), alert, _control_flags(sent, rank))
-        run_task(sent.task, feed.batches, hooks, get_device(), sent.point)
+        saver = RaySaver(config, inputs.spec.tokenizer_json, inputs.spec.holder)
+        hooks = Hooks(saver.save, partial(_report, inputs.progress), alert, _control_flags(inputs, rank))
+        train_or_resume(inputs.spec, feed.batches, hooks, get_device(), inputs.point)
         ray.train.report({})  # waits until all checkpoints are uploaded
     except (TrainingStopped, ConfigError) as error:  # raised on all workers
         send({"fatal": str(error), "config": isinstance(error, ConfigError)})
@@ -91,7 +91,7 @@ def train_worker(message: dict[str, Any]) -> None:
 class RaySaver(Saver):
     """Reports checkpoints to Ray, which is a barrier for all ranks. Ray calls `_upload` in a background thread."""
 
-    def place(self, folder: Path, state: TrainState, is_best: bool) -> None:
+    def commit(self, folder: Path, state: TrainState, is_best: bool) -> None:
         ray.train.report(
             state.metrics,
             checkpoint=ray.train.Checkpoint.from_directory(str(folder)) if self.writes else None,
@@ -103,7 +103,7 @@ class RaySaver(Saver):
 
     def _upload(self, is_best: bool, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
         attempt, run_dir = ray.train.get_context().get_experiment_name(), self.config.run_dir
-        self.placer.place(Path(checkpoint.path), run_dir / attempt / name, is_best)
+        self.committer.commit(Path(checkpoint.path), run_dir / attempt / name, is_best)
         location, filesystem = arrow_location(run_dir)
         return ray.train.Checkpoint(f"{location}/{attempt}/{name}", filesystem)
 
@@ -132,9 +132,9 @@ def _report(progress: Any, metrics: Metrics) -> None:
     progress.post.remote(message)
 
 
-def _control_flags(sent: Sent, rank: int) -> Callable[[int], ControlFlags]:
+def _control_flags(inputs: WorkerInput, rank: int) -> Callable[[int], ControlFlags]:
     """Rank 0 polls the driver's progress actor once a second; all workers poll Ray every `log_every_steps`."""
-    progress, config, start_s = sent.progress, sent.task.config, sent.start_s
+    progress, config, start_s = inputs.progress, inputs.spec.config, inputs.start_s
     stop, saved_for = threading.Event(), set[str]()
     events = iter(("the first batch is ready", "the first step is done"))
 

@@ -1,6 +1,6 @@
 """How many training workers a config asks for, and whether they fit the cluster. Pure arithmetic.
 
-    workers = size_workers(config, cluster)                 # Workers(fewest=2, most=2, cpus=0.5, gpus=0, threads=1)
+    workers = size_workers(config, cluster)                 # Workers(2, 2, cpus=0.5, gpus=0, threads=1)
     for sentence in shortfalls(config, workers, cluster): ...
 
 One CPU must stay free for Ray Data, which reads for the workers: without it, training hangs.
@@ -21,14 +21,18 @@ DATA_CPUS = 1.0
 class Workers:
     """The minimum and maximum number of training workers, the resources of each, and its torch threads."""
 
-    fewest: int
-    most: int
+    min_workers: int
+    max_workers: int
     cpus: float
     gpus: float
     threads: int
 
     def __str__(self) -> str:
-        number = str(self.most) if self.fewest == self.most else f"{self.fewest} to {self.most}"
+        number = (
+            str(self.max_workers)
+            if self.min_workers == self.max_workers
+            else f"{self.min_workers} to {self.max_workers}"
+        )
         return f"{number} workers of {self.cpus:g} CPUs and {self.gpus:g} GPUs"
 
 
@@ -37,31 +41,31 @@ def size_workers(config: Config, cluster: Cluster, concurrent_runs: int = 1) -> 
     capacity, scaling = cluster.with_labels(config.scaling.labels.train).capacity(), config.scaling
     gpu_share = (1.0 if capacity.gpus else 0.0) if scaling.gpus_per_worker == "auto" else scaling.gpus_per_worker
     if scaling.num_workers == "auto":
-        most = max(1, int(capacity.gpus / gpu_share)) if gpu_share else DEFAULT_CPU_WORKERS
-        fewest = most = min(most, config.training.global_batch_size)
+        max_workers = max(1, int(capacity.gpus / gpu_share)) if gpu_share else DEFAULT_CPU_WORKERS
+        min_workers = max_workers = min(max_workers, config.training.global_batch_size)
     else:
         numbers = scaling.num_workers if isinstance(scaling.num_workers, list) else [scaling.num_workers]
-        fewest, most = numbers[0], numbers[-1]
-    threads = max(1, int(max(capacity.cpus_there // (most * concurrent_runs), scaling.cpus_per_worker)))
-    return Workers(fewest, most, scaling.cpus_per_worker, gpu_share, threads)
+        min_workers, max_workers = numbers[0], numbers[-1]
+    threads = max(1, int(max(capacity.cpus_now // (max_workers * concurrent_runs), scaling.cpus_per_worker)))
+    return Workers(min_workers, max_workers, scaling.cpus_per_worker, gpu_share, threads)
 
 
 def shortfalls(config: Config, workers: Workers, cluster: Cluster) -> list[str]:
     """A sentence for each reason why the minimum number of workers does not fit; empty if it fits."""
-    labels, fewest = config.scaling.labels, workers.fewest
+    labels, count = config.scaling.labels, workers.min_workers
     train = cluster.with_labels(labels.train)
     if not train.nodes:
         return [f"scaling.labels.train: found no node with {_listed(labels.train)}; allowed are labels that nodes have"]
-    if fewest * workers.gpus > train.capacity().gpus:
+    if count * workers.gpus > train.capacity().gpus:
         return [
-            f"scaling.gpus_per_worker: found {fewest} workers of {workers.gpus:g} GPUs each, but the cluster has or "
+            f"scaling.gpus_per_worker: found {count} workers of {workers.gpus:g} GPUs each, but the cluster has or "
             f"can add only {train.capacity().gpus:g} GPUs; lower it or scaling.num_workers"
         ]
     sentences = _cpu_shortfall(config, workers, cluster)
-    if not sentences and train.fitting(workers.cpus, workers.gpus) < fewest:
+    if not sentences and train.fitting(workers.cpus, workers.gpus) < count:
         largest = max(train.nodes, key=lambda node: (node.gpus, node.cpus))
         sentences = [
-            f"scaling.cpus_per_worker: found {fewest} workers of {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each, "
+            f"scaling.cpus_per_worker: found {count} workers of {workers.cpus:g} CPUs and {workers.gpus:g} GPUs each, "
             f"but the nodes hold only {train.fitting(workers.cpus, workers.gpus)}; the largest node has "
             f"{largest.cpus:g} CPUs and {largest.gpus:g} GPUs; allowed are workers that fit the nodes"
         ]
@@ -70,22 +74,22 @@ def shortfalls(config: Config, workers: Workers, cluster: Cluster) -> list[str]:
 
 def _cpu_shortfall(config: Config, workers: Workers, cluster: Cluster) -> list[str]:
     """Check that the CPUs are enough, with one left on the nodes that Ray Data may use."""
-    labels, fewest = config.scaling.labels, workers.fewest
+    labels, count = config.scaling.labels, workers.min_workers
     train, data = cluster.with_labels(labels.train), cluster.with_labels(labels.data)
     if not data.nodes:
         return [f"scaling.labels.data: found no node with {_listed(labels.data)}; allowed are labels that nodes have"]
     train_only = train.without_labels(labels.data).capacity().cpus  # nodes without Ray Data
     cpus, shared = train.capacity().cpus, data.capacity().cpus
-    left = shared - max(0.0, fewest * workers.cpus - train_only)
-    if left >= DATA_CPUS and fewest * workers.cpus <= cpus:
+    left = shared - max(0.0, count * workers.cpus - train_only)
+    if left >= DATA_CPUS and count * workers.cpus <= cpus:
         return []
     free = min(cpus, train_only + shared - DATA_CPUS)
     fitting = int(max(0.0, free) / workers.cpus)
     return [
-        f"scaling: found {fewest} workers of {workers.cpus:g} CPUs and {cpus:g} CPUs in all, of which reading data "
+        f"scaling: found {count} workers of {workers.cpus:g} CPUs and {cpus:g} CPUs in all, of which reading data "
         f"takes {DATA_CPUS:g}; allowed "
         + (f"are {fitting} workers of {workers.cpus:g}, or " if fitting else "is ")
-        + (f"scaling.cpus_per_worker={free / fewest:g}" if free > 0 else "a cluster with more CPUs")
+        + (f"scaling.cpus_per_worker={free / count:g}" if free > 0 else "a cluster with more CPUs")
     ]
 
 
