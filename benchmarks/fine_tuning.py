@@ -100,7 +100,7 @@ def train_peer(storage: Path, seed: int, precision: str) -> dict[str, Any]:
     )
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    from pipeline.train.optimizer import Schedule
+    from pipeline.training.optimizer import Schedule
 
     model = SentenceTransformer(minilm(), device="cpu")
     model.max_seq_length = MAX_LENGTH

@@ -147,8 +147,8 @@ def train_stage(config: Config, session: Session) -> Result:
     """A trained model; prepares first where the token shards are missing or stale."""
     folder, manifest = session.prepared()
     _check_pairs(config, manifest)
-    from pipeline.train.checkpoints import resume_point
-    from pipeline.train.fit import fit, is_done
+    from pipeline.training.checkpoints import resume_point
+    from pipeline.training.fit import fit, is_done
 
     point = resume_point(config.run_dir)
     state = point.state
@@ -168,7 +168,7 @@ def tune_stage(config: Config, session: Session) -> Result:
     """A sweep, or what is left of one: trials on one prepared data set, and the best one's config."""
     folder, manifest = session.prepared()
     _check_pairs(config, manifest)
-    from pipeline.train.sweep import sweep
+    from pipeline.training.sweep import sweep
 
     with alone_in(config.run_dir / "tune"):
         return sweep(config, folder, manifest, session.progress)
@@ -267,8 +267,8 @@ def _model_of(config: Config, manifest: Manifest) -> StoragePath:
     """The model to use with a data set. Raises ConfigError for the run's own where it may not go with these data."""
     model = consolidated_model(config)
     if config.embedding.model is None and has_moved(config, manifest):
-        from pipeline.train.checkpoints import resume_point
-        from pipeline.train.run_folder import refuse_unfinished
+        from pipeline.training.checkpoints import resume_point
+        from pipeline.training.run_folder import refuse_unfinished
 
         refuse_unfinished(config, manifest, resume_point(config.run_dir).state, model)
     return model
@@ -276,11 +276,11 @@ def _model_of(config: Config, manifest: Manifest) -> StoragePath:
 
 def consolidated_model(config: Config) -> StoragePath:
     """`model_folder`, after writing the weights into one file if fsdp workers left them in parts."""
-    from pipeline.train.checkpoints import is_sharded
+    from pipeline.training.checkpoints import is_sharded
 
     model = model_folder(config)
     if is_sharded(model):
-        from pipeline.train.saving import consolidate  # and torch
+        from pipeline.training.saving import consolidate  # and torch
 
         consolidate(model)
     return model
@@ -288,7 +288,7 @@ def consolidated_model(config: Config) -> StoragePath:
 
 def model_folder(config: Config) -> StoragePath:
     """The model to embed with: `embedding.model`, else the run's best. Raises JobError where there is none."""
-    from pipeline.train.checkpoints import best_checkpoint
+    from pipeline.training.checkpoints import best_checkpoint
 
     if config.embedding.model:
         check_folders(config)

@@ -69,7 +69,7 @@ except SystemExit as end:
     assert not end.code
 check_absent("ray", "transformers")
 
-import pipeline.train.worker, pipeline.train.assembly
+import pipeline.training.worker, pipeline.training.assembly
 check_absent("torch.distributed.checkpoint", "torch._dynamo")
 
 from pipeline.config.embedding import Embedding

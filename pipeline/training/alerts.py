@@ -9,7 +9,7 @@ import math
 from collections import deque
 from statistics import fmean
 
-from pipeline.train.history import Metrics
+from pipeline.training.history import Metrics
 
 MIN_LOSSES = 20  # losses needed for a deviation, and high losses in a row that make a new level. Ours
 MIN_DEVIATION = 0.01  # of the mean, or nearly constant losses would alert on their last digit. Ours

@@ -35,7 +35,7 @@ from pipeline.core.files import fetched, replacing, staging
 from pipeline.core.path import StoragePath
 from pipeline.model.folder import save_card, save_model
 from pipeline.model.learner import Learner
-from pipeline.train.checkpoints import (
+from pipeline.training.checkpoints import (
     WEIGHTS,
     Committer,
     TrainState,
@@ -45,9 +45,9 @@ from pipeline.train.checkpoints import (
     seal,
     step_folder,
 )
-from pipeline.train.collectives import all_reduce_sum, broadcast, rank, world_size
-from pipeline.train.loop import Run, TrainingStopped
-from pipeline.train.trackers import Trackers
+from pipeline.training.collectives import all_reduce_sum, broadcast, rank, world_size
+from pipeline.training.loop import Run, TrainingStopped
+from pipeline.training.trackers import Trackers
 
 if TYPE_CHECKING:  # takes a second to import, so imported only when a sharded checkpoint is written or read
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
