@@ -166,11 +166,11 @@ def loop(sent: dict[str, Any]) -> None:
     from tokenizers import Tokenizer
 
     from pipeline.model.batch import Part
-    from pipeline.train.assembly import build_learner
-    from pipeline.train.optimizer import build_optimizer
-    from pipeline.train.prefetch import Prefetch, to_batch
-    from pipeline.train.step import backward
-    from pipeline.train.strategy import build_strategy
+    from pipeline.training.assembly import build_learner
+    from pipeline.training.optimizer import build_optimizer
+    from pipeline.training.prefetch import Prefetch, to_batch
+    from pipeline.training.step import backward
+    from pipeline.training.strategy import build_strategy
 
     config, plan, steps = sent["config"], sent["plan"], sent["steps"]
     rank = ray.train.get_context().get_world_rank()

@@ -42,7 +42,7 @@ from benchmarks.gpu_speed import Bounds, Case, Speed, measure, profile, release
 from benchmarks.gpu_training import shape_of
 from pipeline.core.console import table
 from pipeline.core.files import write_atomically
-from pipeline.train.step import OutOfMemory
+from pipeline.training.step import OutOfMemory
 
 LIMIT_S = 530.0  # a configuration takes up to a minute, and the whole is to take under ten
 PROFILE_S = 60.0  # of these

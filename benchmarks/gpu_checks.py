@@ -27,10 +27,10 @@ from pipeline.model.batch import Batch, Part
 from pipeline.model.learner import Learner
 from pipeline.model.packing import Layout, Packed
 from pipeline.model.transformer import Encoder, EncoderShape, compile_layers
-from pipeline.train import prefetch as prefetching
-from pipeline.train.prefetch import Prefetch, to_batch, to_device
-from pipeline.train.step import backward, cut
-from pipeline.train.strategy import DataParallel
+from pipeline.training import prefetch as prefetching
+from pipeline.training.prefetch import Prefetch, to_batch, to_device
+from pipeline.training.step import backward, cut
+from pipeline.training.strategy import DataParallel
 
 FP32 = 1e-4
 """float32 against float64, or against itself with sums in another order: 24 bits, over some thousand additions."""

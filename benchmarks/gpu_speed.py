@@ -23,10 +23,10 @@ import torch
 from benchmarks.gpu_training import Trainer, encoder_of, learner_of, pairs, shape_of
 from pipeline.model.batch import Part
 from pipeline.model.transformer import compile_layers
-from pipeline.train.meter import memory, peak_flops, step_flops
-from pipeline.train.optimizer import autocast_type
-from pipeline.train.prefetch import Prefetch, to_batch, to_device
-from pipeline.train.step import OutOfMemory
+from pipeline.training.meter import memory, peak_flops, step_flops
+from pipeline.training.optimizer import autocast_type
+from pipeline.training.prefetch import Prefetch, to_batch, to_device
+from pipeline.training.step import OutOfMemory
 
 DISTINCT = 2  # batches that are timed, in turn
 FORWARD = 1 / 3  # of a step's operations

@@ -28,9 +28,9 @@ from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import Head
 from pipeline.model.learner import Learner
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.train.optimizer import Precision, build_optimizer
-from pipeline.train.step import Outcome, backward
-from pipeline.train.strategy import DataParallel
+from pipeline.training.optimizer import Precision, build_optimizer
+from pipeline.training.step import Outcome, backward
+from pipeline.training.strategy import DataParallel
 
 SHAPES: dict[str, dict[str, Any]] = {
     "base": SIZES["base"] | {"vocab_size": 32_000},
@@ -90,7 +90,7 @@ def encoder_of(learner: Learner) -> Encoder:
 
 
 class Trainer:
-    """A learner, its optimizer and its precision; `step` is a step of pipeline/train/loop.py, for one worker."""
+    """A learner, its optimizer and its precision; `step` is a step of pipeline/training/loop.py, for one worker."""
 
     def __init__(self, learner: Learner, precision: str, device: torch.device) -> None:
         settings = Training(learning_rate=1e-5)  # so small that losses do not vanish within a check's steps

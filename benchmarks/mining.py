@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.corpora import machine
 from pipeline.core.console import table
-from pipeline.train.checkpoints import newest_valid
+from pipeline.training.checkpoints import newest_valid
 
 METRICS = ("ndcg@10", "mrr@10", "recall@10")
 

@@ -22,8 +22,8 @@ from pipeline.core.cluster import NODE_ID, Cluster, connected_cluster
 from pipeline.core.files import free_bytes, scratch, write_atomically
 from pipeline.core.outcome import Finding, JobError, room
 from pipeline.core.path import as_path, on_disk
-from pipeline.train.trial import slots
-from pipeline.train.workers import DATA_CPUS, shortfalls, size_workers
+from pipeline.training.trial import slots
+from pipeline.training.workers import DATA_CPUS, shortfalls, size_workers
 
 ANSWER_S = 60  # how long to wait for the nodes' tasks
 SPILL_FULL = 0.95

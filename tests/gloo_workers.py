@@ -22,8 +22,8 @@ PRELOADED = [
     "transformers",
     "matplotlib.pyplot",
     "tensorboardX",
-    "pipeline.train.assembly",
-    "pipeline.train.fsdp",
+    "pipeline.training.assembly",
+    "pipeline.training.fsdp",
 ]
 """What takes seconds to import, once, in a process that workers are forked from, and that has started no thread."""
 

@@ -32,8 +32,8 @@ from pipeline.config import Config, load
 from pipeline.core.artifact import write_parquet
 from pipeline.core.files import fetched
 from pipeline.data.manifest import Manifest, Shard
-from pipeline.train.checkpoints import newest_valid
-from pipeline.train.saving import consolidate
+from pipeline.training.checkpoints import newest_valid
+from pipeline.training.saving import consolidate
 
 VOCABULARY = 64
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -139,7 +139,7 @@ def _main(folder: Path) -> None:
     """The process that forks: torch is imported once, and has started no thread yet."""
     import torch
 
-    import pipeline.train.assembly  # noqa: F401
+    import pipeline.training.assembly  # noqa: F401
 
     torch.set_num_threads(1)
     config = load(folder / "c.yaml", environ={})
@@ -180,7 +180,7 @@ def _wait(children: list[int]) -> bool:
 def _worker(folder: Path, config: Config, manifest: Manifest, number: int, rank: int, start: Start) -> None:
     import torch.distributed as dist
 
-    from pipeline.train import assembly
+    from pipeline.training import assembly
 
     faulthandler.dump_traceback_later(HANGS_S, exit=True)
     try:
@@ -203,7 +203,7 @@ def _worker(folder: Path, config: Config, manifest: Manifest, number: int, rank:
 
 def _record(path: Path) -> None:
     """Note the ids of each step as it is taken up."""
-    from pipeline.train import loop
+    from pipeline.training import loop
 
     gradients = loop._gradients
     file = path.open("w")
@@ -222,10 +222,10 @@ def _plant(kill: Kill) -> None:
     import torch
 
     from pipeline.core.path import BucketPath
-    from pipeline.train import loop
-    from pipeline.train.checkpoints import Placer
-    from pipeline.train.optimizer import Precision
-    from pipeline.train.strategy import DataParallel
+    from pipeline.training import loop
+    from pipeline.training.checkpoints import Placer
+    from pipeline.training.optimizer import Precision
+    from pipeline.training.strategy import DataParallel
 
     passed = 0
 

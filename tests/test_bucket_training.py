@@ -23,8 +23,8 @@ from pipeline.core.files import fetched, scratch, write_atomically
 from pipeline.core.object_store import BucketError
 from pipeline.core.path import BucketPath
 from pipeline.data.manifest import Manifest
-from pipeline.train import checkpoints
-from pipeline.train.checkpoints import (
+from pipeline.training import checkpoints
+from pipeline.training.checkpoints import (
     Placer,
     ResumePoint,
     TrainState,
@@ -36,9 +36,9 @@ from pipeline.train.checkpoints import (
     seal,
     step_folder,
 )
-from pipeline.train.run_folder import claim_run_folder
-from pipeline.train.saving import consolidate
-from pipeline.train.trackers import Trackers
+from pipeline.training.run_folder import claim_run_folder
+from pipeline.training.saving import consolidate
+from pipeline.training.trackers import Trackers
 from tests.bucket_servers import CREDENTIALS, Served, serving
 from tests.killed_loop import Kill, Start, train_in
 from tests.test_resume import SETTINGS, STEPS, assert_same_batches

@@ -57,7 +57,7 @@ def check_absent(*names):
 child = os.fork()
 if child == 0:
     import pipeline.data.prepare, pipeline.data.feed, pipeline.index.embed
-    import pipeline.evaluate.retrieval, pipeline.index.mine
+    import pipeline.evaluation.retrieval, pipeline.index.mine
     check_absent("torch")
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
@@ -69,7 +69,7 @@ except SystemExit as end:
     assert not end.code
 check_absent("ray", "transformers")
 
-import pipeline.train.worker, pipeline.train.assembly
+import pipeline.training.worker, pipeline.training.assembly
 check_absent("torch.distributed.checkpoint", "torch._dynamo")
 
 from pipeline.config.embedding import Embedding

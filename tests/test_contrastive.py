@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.model.contrastive import Contrast, Rows, contrastive_loss
-from pipeline.train.step import _gather_batch
+from pipeline.training.step import _gather_batch
 from tests.gloo_workers import Result, run_workers
 
 B, M, D = 8, 2, 6

@@ -14,10 +14,10 @@ import torch
 from pipeline.config import ConfigError
 from pipeline.model.batch import Batch
 from pipeline.model.transformer import Attention
-from pipeline.train.checkpoints import TrainState
-from pipeline.train.loop import Run, TrainingStopped, train
-from pipeline.train.step import OutOfMemory, backward, cut
-from pipeline.train.strategy import DataParallel, build_strategy
+from pipeline.training.checkpoints import TrainState
+from pipeline.training.loop import Run, TrainingStopped, train
+from pipeline.training.step import OutOfMemory, backward, cut
+from pipeline.training.strategy import DataParallel, build_strategy
 from tests.gloo_workers import Result, run_workers
 from tests.test_step import ROWS, assert_equal, batch, gradients, learner_of, whole_gradients
 from tests.test_training import config_of, new_run, rows

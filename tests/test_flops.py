@@ -20,7 +20,7 @@ from pipeline.model.folder import Head
 from pipeline.model.learner import Learner
 from pipeline.model.packing import Layout, Packed, pack
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.train.meter import device_utilisation, forward_backward_flops, gpu_peak, memory, peak_flops, step_flops
+from pipeline.training.meter import device_utilisation, forward_backward_flops, gpu_peak, memory, peak_flops, step_flops
 
 LENGTHS = [3, 40, 17, 40, 90]
 VOCABULARY, WIDTH = 50, 32

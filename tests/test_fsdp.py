@@ -24,18 +24,18 @@ from pipeline.model.folder import Head
 from pipeline.model.learner import Learner
 from pipeline.model.pretrained import load_pretrained
 from pipeline.model.transformer import Encoder, EncoderShape, compile_layers
-from pipeline.train import saving
-from pipeline.train.assembly import resume
-from pipeline.train.checkpoints import TrainState, is_sharded, read_state
-from pipeline.train.fsdp import FullySharded
-from pipeline.train.loop import Hooks, Run, TrainingStopped, build_run, train
-from pipeline.train.optimizer import build_optimizer
-from pipeline.train.prefetch import to_batch
-from pipeline.train.saving import LocalSaver, consolidate, load_sharded, load_weights, save_sharded
-from pipeline.train.step import backward, cut
-from pipeline.train.strategy import DataParallel
-from pipeline.train.trackers import Trackers
-from pipeline.train.validation import Validation
+from pipeline.training import saving
+from pipeline.training.assembly import resume
+from pipeline.training.checkpoints import TrainState, is_sharded, read_state
+from pipeline.training.fsdp import FullySharded
+from pipeline.training.loop import Hooks, Run, TrainingStopped, build_run, train
+from pipeline.training.optimizer import build_optimizer
+from pipeline.training.prefetch import to_batch
+from pipeline.training.saving import LocalSaver, consolidate, load_sharded, load_weights, save_sharded
+from pipeline.training.step import backward, cut
+from pipeline.training.strategy import DataParallel
+from pipeline.training.trackers import Trackers
+from pipeline.training.validation import Validation
 from tests import test_training
 from tests.gloo_workers import Result, run_workers
 from tests.test_pretrained import saved

@@ -18,8 +18,8 @@ from benchmarks.gpu_checks import CHECKS, Deviation, Rig
 from benchmarks.gpu_training import LEVELS, TEXTS, learner_of, pairs, shape_of
 from pipeline.model import transformer
 from pipeline.model.packing import Layout
-from pipeline.train import step
-from pipeline.train.prefetch import to_batch
+from pipeline.training import step
+from pipeline.training.prefetch import to_batch
 
 CPU = torch.device("cpu")
 

@@ -228,7 +228,7 @@ def test_it_is_made_once(config: Config, mined: Mined) -> None:
 
 def test_it_trains(config: Config, mined: Mined) -> None:
     from pipeline.data.prepare import prepare
-    from pipeline.train.assembly import train_here
+    from pipeline.training.assembly import train_here
 
     name = mined[2].relative_to(config.root)
     chosen = load(yaml_of(config), [f"data.prepared={name}", "storage.run=harder"], environ={})

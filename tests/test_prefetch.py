@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipeline.model.batch import Batch
-from pipeline.train.prefetch import Prefetch, to_batch, to_device
+from pipeline.training.prefetch import Prefetch, to_batch, to_device
 
 
 class Source:

@@ -15,8 +15,8 @@ from pinecone.index import Index
 from pipeline.config import Pinecone, load
 from pipeline.index.embed import READ_CPUS
 from pipeline.index.pinecone_client import PineconeService
-from pipeline.train.fit import controller_timeouts
-from pipeline.train.workers import Workers
+from pipeline.training.fit import controller_timeouts
+from pipeline.training.workers import Workers
 from tests.pinecone_server import pinecone_server
 
 ROOT = Path(__file__).parents[1]

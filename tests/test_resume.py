@@ -15,12 +15,12 @@ import yaml
 
 from pipeline.config import load
 from pipeline.data.feed import LocalFeed
-from pipeline.train import checkpoints, fit
-from pipeline.train.assembly import Task, run_task, train_here
-from pipeline.train.checkpoints import resume_point, step_folder
-from pipeline.train.loop import Hooks
-from pipeline.train.worker import Sent
-from pipeline.train.workers import Workers
+from pipeline.training import checkpoints, fit
+from pipeline.training.assembly import Task, run_task, train_here
+from pipeline.training.checkpoints import resume_point, step_folder
+from pipeline.training.loop import Hooks
+from pipeline.training.worker import Sent
+from pipeline.training.workers import Workers
 from tests.killed_loop import PLACES, Finished, Kill, Start, prepared, train_in
 
 STEPS = 24

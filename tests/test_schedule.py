@@ -16,7 +16,7 @@ from pipeline.config.training import Training
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.learner import Learner
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.train.optimizer import Schedule, build_optimizer
+from pipeline.training.optimizer import Schedule, build_optimizer
 
 PEAK = 0.5
 

@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 
 from pipeline.config import load
 from pipeline.data.manifest import read_prepared
-from pipeline.train.assembly import train_here
+from pipeline.training.assembly import train_here
 from tests.job_process import (
     UNDISTURBED,
     WAIT_S,

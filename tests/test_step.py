@@ -19,8 +19,8 @@ from pipeline.model.folder import Head
 from pipeline.model.learner import Learner
 from pipeline.model.packing import pack
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.train.step import Outcome, backward, cut
-from pipeline.train.strategy import MAX_FLAGS, DataParallel, _Bucket
+from pipeline.training.step import Outcome, backward, cut
+from pipeline.training.strategy import MAX_FLAGS, DataParallel, _Bucket
 from tests.gloo_workers import Result, run_workers
 
 ROWS = 8

@@ -14,8 +14,8 @@ from transformers.trainer_callback import EarlyStoppingCallback
 
 from pipeline.config import ConfigError
 from pipeline.config.training import EarlyStopping, Training
-from pipeline.train.checkpoints import TrainState
-from pipeline.train.stopping import BestModel, lower_is_better
+from pipeline.training.checkpoints import TrainState
+from pipeline.training.stopping import BestModel, lower_is_better
 
 PAIRS = {"contrastive": 1.0}
 

@@ -17,8 +17,8 @@ import pytest
 
 from pipeline.config import Config, load
 from pipeline.core.console import log
-from pipeline.train.alerts import LEAST, FullMemory, LossSpikes
-from pipeline.train.history import (
+from pipeline.training.alerts import LEAST, FullMemory, LossSpikes
+from pipeline.training.history import (
     PANELS,
     JsonLines,
     Metrics,
@@ -30,7 +30,7 @@ from pipeline.train.history import (
     plot_history,
     read_rows,
 )
-from pipeline.train.trackers import Trackers, _mode, run_id
+from pipeline.training.trackers import Trackers, _mode, run_id
 
 
 def config_of(root: Path, *overrides: str) -> Config:

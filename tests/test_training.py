@@ -18,7 +18,7 @@ from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.learner import Learner
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.train.checkpoints import (
+from pipeline.training.checkpoints import (
     TrainState,
     best_checkpoint,
     keep_best,
@@ -28,11 +28,11 @@ from pipeline.train.checkpoints import (
     read_state,
     step_folder,
 )
-from pipeline.train.loop import ControlFlags, Hooks, Run, TrainingStopped, build_run, train
-from pipeline.train.optimizer import build_optimizer
-from pipeline.train.prefetch import to_batch
-from pipeline.train.saving import load_checkpoint, load_optimizer, save_checkpoint
-from pipeline.train.validation import Validation, ranking_metrics
+from pipeline.training.loop import ControlFlags, Hooks, Run, TrainingStopped, build_run, train
+from pipeline.training.optimizer import build_optimizer
+from pipeline.training.prefetch import to_batch
+from pipeline.training.saving import load_checkpoint, load_optimizer, save_checkpoint
+from pipeline.training.validation import Validation, ranking_metrics
 
 SHAPE = EncoderShape(vocab_size=64, d_model=16, num_layers=1, num_heads=2, d_ff=24, dropout=0.2, norm_eps=1.0)
 

@@ -23,10 +23,10 @@ from ray.tune.schedulers import TrialScheduler
 from pipeline.config import Config, ConfigError, load
 from pipeline.config.training import Scaling
 from pipeline.core.cluster import Capacity
-from pipeline.train.space import Space
-from pipeline.train.study import Row, SweepStudy
-from pipeline.train.trial import STEP, VALUE, Criterion, slots, trial_config
-from pipeline.train.tuner import Deaths, Search, scheduler_of
+from pipeline.training.space import Space
+from pipeline.training.study import Row, SweepStudy
+from pipeline.training.trial import STEP, VALUE, Criterion, slots, trial_config
+from pipeline.training.tuner import Deaths, Search, scheduler_of
 from tests.bucket_servers import s3
 from tests.conftest import make_pairs, no_progress, run_here, write_jsonl
 
@@ -433,7 +433,7 @@ class TestRealSweep:
         assert load(folder / "best.yaml", environ={}).dump() == written == expected
 
     def check_the_best_model_alone_is_kept(self, folder: Path) -> None:
-        from pipeline.train.checkpoints import read_state
+        from pipeline.training.checkpoints import read_state
 
         (kept,) = folder.glob("trials/*/*/step-*")
         rows = [json.loads(line) for line in (kept.parents[1] / "metrics.jsonl").read_text().splitlines()]
@@ -492,7 +492,7 @@ class TestRealSweep:
                 search.suggest(trial_id)
                 search.on_trial_complete(trial_id, {"failed": "it diverged"})
 
-        monkeypatch.setattr("pipeline.train.tuner.run_trials", run_trials)
+        monkeypatch.setattr("pipeline.training.tuner.run_trials", run_trials)
         space = "tune.space={training.global_batch_size: {choice: [4096, 8192]}}"
         code, last, err = tuning(capsys, space, "tune.trials=2", "storage.run=bad", "training.global_batch_size=4096")
         assert code == 2  # the config itself cannot be trained

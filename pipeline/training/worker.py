@@ -36,11 +36,11 @@ from pipeline.core.arrow import arrow_location
 from pipeline.core.cluster import place_data
 from pipeline.core.console import log, log_timeline
 from pipeline.data.feed import RayFeed
-from pipeline.train.assembly import Task, run_task
-from pipeline.train.checkpoints import ResumePoint, TrainState
-from pipeline.train.history import Metrics
-from pipeline.train.loop import ControlFlags, Hooks, TrainingStopped
-from pipeline.train.saving import Saver
+from pipeline.training.assembly import Task, run_task
+from pipeline.training.checkpoints import ResumePoint, TrainState
+from pipeline.training.history import Metrics
+from pipeline.training.loop import ControlFlags, Hooks, TrainingStopped
+from pipeline.training.saving import Saver
 
 LEAVE_S = 30.0  # for a worker to leave the process group, as Ray's own backend waits
 POLL_S = 1.0

@@ -25,15 +25,15 @@ from pipeline.core.console import log
 from pipeline.model.batch import Batch, Part
 from pipeline.model.learner import Learner
 from pipeline.model.transformer import Encoder, compile_layers
-from pipeline.train.checkpoints import TrainState, note_oom_splits
-from pipeline.train.collectives import rank, world_size
-from pipeline.train.meter import Meter, step_flops
-from pipeline.train.optimizer import Precision, Schedule, build_optimizer
-from pipeline.train.prefetch import Prefetch, to_batch, to_device
-from pipeline.train.step import Outcome, OutOfMemory, backward, cut
-from pipeline.train.stopping import BestModel
-from pipeline.train.strategy import Strategy, build_strategy
-from pipeline.train.validation import Validation, validate
+from pipeline.training.checkpoints import TrainState, note_oom_splits
+from pipeline.training.collectives import rank, world_size
+from pipeline.training.meter import Meter, step_flops
+from pipeline.training.optimizer import Precision, Schedule, build_optimizer
+from pipeline.training.prefetch import Prefetch, to_batch, to_device
+from pipeline.training.step import Outcome, OutOfMemory, backward, cut
+from pipeline.training.stopping import BestModel
+from pipeline.training.strategy import Strategy, build_strategy
+from pipeline.training.validation import Validation, validate
 
 Batches = Callable[[int, int], Iterator[pa.Table]]
 """A worker's rows of the steps from `start` to `stop`, one table a step."""

@@ -29,9 +29,9 @@ from pipeline.core.console import LogFile, log
 from pipeline.core.outcome import alone_in
 from pipeline.core.path import StoragePath
 from pipeline.data.manifest import Manifest
-from pipeline.train.checkpoints import TrainState
-from pipeline.train.history import VALIDATION, Metrics, read_rows
-from pipeline.train.stopping import lower_is_better
+from pipeline.training.checkpoints import TrainState
+from pipeline.training.history import VALIDATION, Metrics, read_rows
+from pipeline.training.stopping import lower_is_better
 
 VALUE = "value"
 STEP = "training_iteration"  # Tune's own name for how far a trial is; ours are optimizer steps
@@ -201,7 +201,7 @@ def run_trial(suggested: dict[str, Any], context: TrialContext) -> None:
 
 
 def _train(config: Config, context: TrialContext, reporter: Reporter) -> TrainState:
-    from pipeline.train.assembly import Task, train_here
+    from pipeline.training.assembly import Task, train_here
 
     reporter.whole_steps = Task.of(config, context.folder, context.manifest).total_steps
     reporter.history = config.run_dir / "metrics.jsonl"
@@ -213,7 +213,7 @@ def _train(config: Config, context: TrialContext, reporter: Reporter) -> TrainSt
         torch.set_num_threads(context.slots.threads)
         return train_here(config, context.folder, context.manifest, reporter.on_metrics)
     from pipeline.core.session import Progress
-    from pipeline.train.fit import fit
+    from pipeline.training.fit import fit
 
     progress = Progress()
 

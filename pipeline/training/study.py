@@ -29,9 +29,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from pipeline.config import Config, ConfigError
 from pipeline.core.mirror import Mirror
 from pipeline.core.path import StoragePath
-from pipeline.train.run_folder import fixed_keys
-from pipeline.train.space import Space
-from pipeline.train.trial import Criterion
+from pipeline.training.run_folder import fixed_keys
+from pipeline.training.space import Space
+from pipeline.training.trial import Criterion
 
 STATES = {
     TrialState.COMPLETE: "done",

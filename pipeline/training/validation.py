@@ -18,8 +18,8 @@ from pipeline.model.batch import Batch
 from pipeline.model.learner import Learner
 from pipeline.model.packing import Packed
 from pipeline.model.scores import generation_metrics, spearman
-from pipeline.train.collectives import all_reduce_sum, broadcast, gather_rows, rank, world_size
-from pipeline.train.prefetch import to_device
+from pipeline.training.collectives import all_reduce_sum, broadcast, gather_rows, rank, world_size
+from pipeline.training.prefetch import to_device
 
 ROWS_AT_ONCE = 256
 CORRUPTION_SEED = 0  # of held-out texts: each validation sees the same ones

@@ -27,8 +27,8 @@ from pipeline.config import Config
 from pipeline.core.console import log
 from pipeline.core.files import write_atomically
 from pipeline.core.mirror import Mirror
-from pipeline.train.alerts import FullMemory, LossSpikes
-from pipeline.train.history import History, Metrics, Tracker, grouped, metrics_kind
+from pipeline.training.alerts import FullMemory, LossSpikes
+from pipeline.training.history import History, Metrics, Tracker, grouped, metrics_kind
 
 FETCHED = ("metrics.jsonl", "alerts.jsonl", "wandb/run_id")  # what trackers go on with, of a run's folder in a bucket
 LOSS_SPIKE, FULL_MEMORY = "loss spike", "memory nearly full"

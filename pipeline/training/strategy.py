@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config, ConfigError
 from pipeline.model.learner import Learner
-from pipeline.train.collectives import world_size
+from pipeline.training.collectives import world_size
 
 BUCKET_BYTES = 25 << 20  # as torch's DistributedDataParallel
 MAX_FLAGS = 8
@@ -179,7 +179,7 @@ def build_strategy(config: Config, learner: Learner, device: torch.device) -> St
     """
     settings = config.training
     if settings.strategy == "fsdp" and dist.is_initialized():
-        from pipeline.train.fsdp import FullySharded
+        from pipeline.training.fsdp import FullySharded
 
         return FullySharded(learner, device)
     compression = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.gradient_compression]

@@ -23,8 +23,8 @@ from pipeline.core.files import digest_of, place, write_atomically
 from pipeline.core.path import StoragePath
 from pipeline.data.drift import TrainedOn, has_moved
 from pipeline.data.manifest import Manifest
-from pipeline.train.checkpoints import TrainState
-from pipeline.train.stopping import is_finished
+from pipeline.training.checkpoints import TrainState
+from pipeline.training.stopping import is_finished
 
 FIXED_SECTIONS = ("model", "objective", "training")
 FREE_KEYS = (

@@ -34,16 +34,16 @@ from pipeline.model.learner import Learner
 from pipeline.model.packing import pack
 from pipeline.model.scores import read_sts
 from pipeline.model.transformer import Encoder, EncoderShape, gated_width, parameter_count
-from pipeline.train.checkpoints import ResumePoint, TrainState, noted_oom_splits, prune, resume_point
-from pipeline.train.collectives import broadcast, rank, world_size
-from pipeline.train.history import Metrics
-from pipeline.train.loop import Batches, Hooks, Run, build_run, train
-from pipeline.train.prefetch import to_batch
-from pipeline.train.run_folder import claim_run_folder
-from pipeline.train.saving import LocalSaver, load_checkpoint
-from pipeline.train.stopping import is_finished, steps_of
-from pipeline.train.trackers import Trackers
-from pipeline.train.validation import StsPairs, Validation
+from pipeline.training.checkpoints import ResumePoint, TrainState, noted_oom_splits, prune, resume_point
+from pipeline.training.collectives import broadcast, rank, world_size
+from pipeline.training.history import Metrics
+from pipeline.training.loop import Batches, Hooks, Run, build_run, train
+from pipeline.training.prefetch import to_batch
+from pipeline.training.run_folder import claim_run_folder
+from pipeline.training.saving import LocalSaver, load_checkpoint
+from pipeline.training.stopping import is_finished, steps_of
+from pipeline.training.trackers import Trackers
+from pipeline.training.validation import StsPairs, Validation
 
 if TYPE_CHECKING:
     from pipeline.model.pretrained import PretrainedEncoder  # whose libraries take seconds to import

@@ -27,12 +27,12 @@ from pipeline.core.outcome import JobError, Result
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
 from pipeline.data.manifest import Manifest
-from pipeline.train.assembly import Task
-from pipeline.train.checkpoints import best_checkpoint
-from pipeline.train.history import VALIDATION
-from pipeline.train.study import Row, SweepStudy, fanova
-from pipeline.train.trackers import Trackers
-from pipeline.train.trial import Criterion, TrialContext, slots, trial_config
+from pipeline.training.assembly import Task
+from pipeline.training.checkpoints import best_checkpoint
+from pipeline.training.history import VALIDATION
+from pipeline.training.study import Row, SweepStudy, fanova
+from pipeline.training.trackers import Trackers
+from pipeline.training.trial import Criterion, TrialContext, slots, trial_config
 
 
 def sweep(config: Config, folder: StoragePath, manifest: Manifest, progress: Callable[[], Progress]) -> Result:
@@ -51,7 +51,7 @@ def sweep(config: Config, folder: StoragePath, manifest: Manifest, progress: Cal
 
 
 def _run(study: SweepStudy, config: Config, folder: StoragePath, manifest: Manifest) -> None:
-    from pipeline.train.tuner import run_trials
+    from pipeline.training.tuner import run_trials
 
     wanted, criterion, remaining = config.tune.max_concurrent_trials, study.criterion, study.remaining
     room = slots(

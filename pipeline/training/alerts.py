@@ -6,7 +6,7 @@ import math
 from collections import deque
 from statistics import fmean
 
-from pipeline.train.history import Metrics
+from pipeline.training.history import Metrics
 
 LEAST = 20  # losses until a deviation means something, and in a row until a height is no spike: ours
 LEAST_DEVIATION = 0.01  # of the mean: ours; losses that barely differ would make a spike of the last digit

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pipeline.config import Config, ConfigError
 from pipeline.config.training import Training
 from pipeline.data.plan import Plan
-from pipeline.train.checkpoints import TrainState
+from pipeline.training.checkpoints import TrainState
 
 DEFAULT_EPOCHS = 3
 LOWER_IS_BETTER = ("loss", "nll", "perplexity")

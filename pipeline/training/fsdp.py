@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from pipeline.model.learner import Learner
-from pipeline.train.collectives import all_reduce_sum, world_size
+from pipeline.training.collectives import all_reduce_sum, world_size
 
 
 class FullySharded:

@@ -42,10 +42,10 @@ from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.learner import Learner
 from pipeline.model.linear import use_onednn
 from pipeline.model.transformer import Encoder
-from pipeline.train.checkpoints import TrainState
-from pipeline.train.collectives import all_reduce_sum, world_size
-from pipeline.train.optimizer import autocast_type
-from pipeline.train.validation import with_perplexity
+from pipeline.training.checkpoints import TrainState
+from pipeline.training.collectives import all_reduce_sum, world_size
+from pipeline.training.optimizer import autocast_type
+from pipeline.training.validation import with_perplexity
 
 Lengths = Tensor | npt.NDArray[np.integer] | list[int]
 

@@ -26,15 +26,15 @@ from pipeline.core.signals import signals
 from pipeline.data.drift import has_moved
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import Plan
-from pipeline.train.checkpoints import ResumePoint, TrainState, next_attempt, prune, resume_point
-from pipeline.train.history import Metrics, final_table, plot_history, read_rows
-from pipeline.train.run_folder import claim_run_folder, refuse_other_run, refuse_unfinished
-from pipeline.train.stopping import is_finished
-from pipeline.train.trackers import Trackers
-from pipeline.train.workers import Workers, shortfalls, size_workers
+from pipeline.training.checkpoints import ResumePoint, TrainState, next_attempt, prune, resume_point
+from pipeline.training.history import Metrics, final_table, plot_history, read_rows
+from pipeline.training.run_folder import claim_run_folder, refuse_other_run, refuse_unfinished
+from pipeline.training.stopping import is_finished
+from pipeline.training.trackers import Trackers
+from pipeline.training.workers import Workers, shortfalls, size_workers
 
 if TYPE_CHECKING:  # torch takes a second, which a run with nothing to do can go without
-    from pipeline.train.worker import Sent
+    from pipeline.training.worker import Sent
 
 
 def is_done(config: Config, folder: StoragePath, manifest: Manifest, state: TrainState) -> bool:
@@ -48,7 +48,7 @@ def is_done(config: Config, folder: StoragePath, manifest: Manifest, state: Trai
     refuse_other_run(config, manifest)
     if not state.step:
         return False
-    from pipeline.train.assembly import Task
+    from pipeline.training.assembly import Task
 
     return is_finished(config, Task.of(config, folder, manifest).total_steps, state)
 
@@ -69,8 +69,8 @@ def fit(
     """
     from tokenizers import Tokenizer
 
-    from pipeline.train.assembly import Task, check_model
-    from pipeline.train.worker import Sent
+    from pipeline.training.assembly import Task, check_model
+    from pipeline.training.worker import Sent
 
     task = Task.of(config, folder, manifest)
     check_model(config, Tokenizer.from_str(task.tokenizer_json))
@@ -121,7 +121,7 @@ def _trainer(config: Config, workers: Workers, sent: Sent) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from pipeline.train.worker import ProcessGroupConfig, train_worker
+    from pipeline.training.worker import ProcessGroupConfig, train_worker
 
     scaling, run_dir = config.scaling, config.run_dir
     storage_path, filesystem = arrow_location(run_dir)

@@ -36,10 +36,19 @@ from pipeline.core.files import fetched, replacing, staging
 from pipeline.core.path import StoragePath
 from pipeline.model.folder import save_card, save_model
 from pipeline.model.learner import Learner
-from pipeline.train.checkpoints import WEIGHTS, Placer, TrainState, is_sharded, next_attempt, prune, seal, step_folder
-from pipeline.train.collectives import all_reduce_sum, broadcast, rank, world_size
-from pipeline.train.loop import Run, TrainingStopped
-from pipeline.train.trackers import Trackers
+from pipeline.training.checkpoints import (
+    WEIGHTS,
+    Placer,
+    TrainState,
+    is_sharded,
+    next_attempt,
+    prune,
+    seal,
+    step_folder,
+)
+from pipeline.training.collectives import all_reduce_sum, broadcast, rank, world_size
+from pipeline.training.loop import Run, TrainingStopped
+from pipeline.training.trackers import Trackers
 
 if TYPE_CHECKING:  # torch's sharded checkpoints take a second to import: only where one is written or read
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata

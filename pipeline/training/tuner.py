@@ -25,8 +25,8 @@ from ray.tune.search.optuna import OptunaSearch
 
 from pipeline.core.arrow import arrow_location
 from pipeline.core.files import remove_folder
-from pipeline.train.study import NAME, Row, SweepStudy
-from pipeline.train.trial import STEP, VALUE, TrialContext, run_trial
+from pipeline.training.study import NAME, Row, SweepStudy
+from pipeline.training.trial import STEP, VALUE, TrialContext, run_trial
 
 OnEnd = Callable[[Row], None]
 

@@ -32,8 +32,8 @@ from pipeline.model.batch import Batch, Part
 from pipeline.model.contrastive import GlobalBatch, Rows
 from pipeline.model.generative import TokenLoss
 from pipeline.model.learner import Learner
-from pipeline.train.collectives import all_gather, gather_rows, rank
-from pipeline.train.strategy import Strategy
+from pipeline.training.collectives import all_gather, gather_rows, rank
+from pipeline.training.strategy import Strategy
 
 
 class OutOfMemory(RuntimeError):  # noqa: N818  # as torch.OutOfMemoryError, but of all workers

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from pipeline.core.console import table
 from pipeline.core.files import replacing, write_atomically
 from pipeline.core.path import StoragePath
-from pipeline.train.stopping import LOWER_IS_BETTER
+from pipeline.training.stopping import LOWER_IS_BETTER
 
 Metrics = dict[str, float]
 """`step`, and figures of the training or, all named `validation_*`, of a validation at that step."""
