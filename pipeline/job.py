@@ -26,7 +26,7 @@ from pipeline.core.object_store import BucketError
 from pipeline.core.outcome import EXPECTED, Result, sentence_of
 from pipeline.core.signals import signals
 
-DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 
 def check_reachable(config: Config) -> None:
