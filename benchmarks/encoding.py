@@ -33,8 +33,8 @@ from benchmarks.corpora import machine
 from benchmarks.fine_tuning import minilm, ranked
 from pipeline.config import Embedding
 from pipeline.core.console import table
-from pipeline.evaluate.metrics import retrieval_metrics
-from pipeline.evaluate.tasks import read_beir
+from pipeline.evaluation.metrics import retrieval_metrics
+from pipeline.evaluation.tasks import read_beir
 from pipeline.index.backends import CPU_BATCH_TOKENS, TableBackend, make_graph
 from pipeline.index.encoder import EncoderRecipe, TextEncoder, open_encoder, tokenize
 from pipeline.index.torch_backend import TorchBackend

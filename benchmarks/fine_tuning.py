@@ -151,8 +151,8 @@ def score(folder: Path, data: Path, precision: str) -> float:
     """NDCG@10 of a model of ours or of theirs."""
     import torch
 
-    from pipeline.evaluate.metrics import retrieval_metrics
-    from pipeline.evaluate.tasks import read_beir
+    from pipeline.evaluation.metrics import retrieval_metrics
+    from pipeline.evaluation.tasks import read_beir
     from pipeline.index.encoder import TextEncoder
 
     encoder, task = TextEncoder(folder), read_beir(data / "debian" / "beir")
@@ -167,7 +167,7 @@ def ranked(
     query_ids: list[str], queries: np.ndarray, document_ids: list[str], documents: np.ndarray
 ) -> dict[str, dict[str, float]]:
     """The documents of highest cosine for each query, with their scores; unit vectors, (Q, D) and (N, D)."""
-    from pipeline.evaluate.metrics import DEPTH, to_ranking
+    from pipeline.evaluation.metrics import DEPTH, to_ranking
     from pipeline.index.vectors import nearest_in_block
 
     names = np.array([name.encode() for name in document_ids])

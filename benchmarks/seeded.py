@@ -1,7 +1,7 @@
 """Losses of seeded runs and hashes of prepared shards, for a refactor that must change neither.
 
     python benchmarks/seeded.py --data data > after.json
-    python benchmarks/seeded.py --data data --project ../before > before.json      # another checkout
+    python benchmarks/seeded.py --data data --project ../before > before.json   # another checkout
     diff before.json after.json
 
 Each run is `python jobs/train.py` of the project for 50 steps: contrastive, contrastive with denoising, a pretrained
@@ -43,7 +43,7 @@ def runs() -> dict[str, dict[str, Any]]:
     two = {"scaling.num_workers": 2}
     return {
         "contrastive": LAYERS,
-        "hybrid": {**LAYERS, "objective": {"contrastive": {}, "denoising": {}}, "model.decoder_layers": 1},
+        "hybrid": {**LAYERS, "objective.contrastive": {}, "objective.denoising": {}, "model.decoder_layers": 1},
         "pretrained": {"model.pretrained": minilm(), "training.global_batch_size": 16, "training.learning_rate": 5e-5},
         "two workers": {**LAYERS, **two},
         "fsdp": {**LAYERS, **two, "training.strategy": "fsdp"},
@@ -86,9 +86,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pairs = corpus(args.data, folder)
-        texts = [{"name": "texts", "type": "text", "path": str(folder / "texts"), "record": "paragraph"}]
+        texts = [{**pairs[0], "fields": {"text": "positive"}}]
+        texts += [{"name": "texts", "type": "text", "path": str(folder / "texts"), "record": "paragraph"}]
         common = {**SMALL, "storage.root": str(folder / "root")}
-        prepared = job(args.project, "prepare", {**common, "data.sources": pairs + texts})
+        prepared = job(args.project, "prepare", {**common, "data.sources": texts, "objective.mlm": {}})
         shards = json.loads((prepared / "manifest.json").read_text())["shards"]
         found["shards"] = {shard["path"]: shard["sha256"] for shard in shards}
         for run, own in runs().items():

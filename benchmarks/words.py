@@ -25,8 +25,8 @@ import bm25s
 import lance
 
 from pipeline.core.console import table
-from pipeline.evaluate.metrics import DEPTH, retrieval_metrics
-from pipeline.evaluate.tasks import RetrievalTask, read_beir
+from pipeline.evaluation.metrics import DEPTH, retrieval_metrics
+from pipeline.evaluation.tasks import RetrievalTask, read_beir
 from pipeline.index.words import word_settings, words
 
 DOCUMENTS, QUERIES = 10_000, 2_000

@@ -30,12 +30,10 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(config: Config, args: argparse.Namespace) -> Result:
-    from pipeline.stages import Session, check_stage, embed_stage
+    from pipeline.api import embed
 
-    with Session(config, args.rehash, ("prepare", "encode", "store")) as session:
-        if args.check:
-            return check_stage(session)
-        return embed_stage(config, session, dry_run=args.dry_run, verify=args.verify, rebuild=args.rebuild)
+    options = {name: getattr(args, name) for name in ("dry_run", "verify", "rebuild", "check", "rehash")}
+    return embed(config, **options)
 
 
 if __name__ == "__main__":

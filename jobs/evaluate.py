@@ -21,14 +21,12 @@ from pipeline.job import run_job
 
 
 def main(config: Config, args: Namespace) -> Result:
-    from pipeline.evaluate.report import score_table
-    from pipeline.stages import Session, check_stage, evaluate_stage
+    from pipeline.api import evaluate
+    from pipeline.evaluation.report import score_table
 
-    with Session(config, args.rehash, ("prepare", "encode")) as session:
-        if args.check:
-            return check_stage(session)
-        result = evaluate_stage(config, session, again=True)
-    log.info("%s", score_table(result.metrics))
+    result = evaluate(config, again=True, check=args.check, rehash=args.rehash)
+    if not args.check:
+        log.info("%s", score_table(result.metrics))
     return result
 
 

@@ -30,7 +30,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(config: Config, args: argparse.Namespace) -> Result:
-    from pipeline.evaluate.export import destination, export
+    from pipeline.evaluation.export import destination, export
     from pipeline.stages import consolidated_model
 
     folder = destination(args.to)

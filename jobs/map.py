@@ -26,7 +26,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(config: Config, args: argparse.Namespace) -> Result:
-    from pipeline.evaluate.map import draw_map
+    from pipeline.evaluation.map import draw_map
     from pipeline.stages import consolidated_model
 
     folder = Path(args.to).expanduser().absolute() if args.to else config.run_dir

@@ -19,10 +19,9 @@ from pipeline.job import run_job
 
 
 def main(config: Config, args: Namespace) -> Result:
-    from pipeline.stages import Session, check_stage, mine_stage
+    from pipeline.api import mine
 
-    with Session(config, args.rehash, ("prepare", "encode")) as session:
-        return check_stage(session) if args.check else mine_stage(config, session)
+    return mine(config, check=args.check, rehash=args.rehash)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ from pipeline.job import run_job
 
 
 def main(config: Config, args: Namespace) -> Result:
-    from pipeline.stages import Session, check_stage, prepare_stage
+    from pipeline.api import prepare
 
-    with Session(config, args.rehash, ("prepare",)) as session:
-        return check_stage(session) if args.check else prepare_stage(config, session)
+    return prepare(config, check=args.check, rehash=args.rehash)
 
 
 if __name__ == "__main__":

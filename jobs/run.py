@@ -19,24 +19,14 @@ from pipeline.job import run_job
 
 
 def main(config: Config, args: Namespace) -> Result:
-    from pipeline.evaluate.report import score_table
-    from pipeline.stages import Session, check_stage, embed_stage, evaluate_stage, prepare_stage, train_stage
+    from pipeline.api import run
+    from pipeline.evaluation.report import score_table
 
-    with Session(config, args.rehash, ("prepare", "train", "encode", "store")) as session:
-        if args.check:
-            return check_stage(session)
-        results = {
-            "prepare": prepare_stage(config, session),
-            "train": train_stage(config, session),
-            "embed": embed_stage(config, session),
-            "evaluate": evaluate_stage(config, session, again=False),
-        }
-    whole = Result()
-    for name, result in results.items():
-        whole.metrics[name] = result.metrics
-        whole.paths |= result.paths
-    log.info("\n%s\n\n%s", score_table(results["evaluate"].metrics), table(whole.paths.items(), ("what", "where")))
-    return whole
+    result = run(config, check=args.check, rehash=args.rehash)
+    if not args.check:
+        scores, paths = score_table(result.metrics["evaluate"]), table(result.paths.items(), ("what", "where"))
+        log.info("\n%s\n\n%s", scores, paths)
+    return result
 
 
 if __name__ == "__main__":

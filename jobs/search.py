@@ -44,7 +44,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(config: Config, args: argparse.Namespace) -> Result:
-    from pipeline.evaluate.report import hybrid_verdict, read_scores
+    from pipeline.evaluation.report import hybrid_verdict, read_scores
     from pipeline.index.search import search
     from pipeline.index.where import parse
 

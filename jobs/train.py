@@ -19,10 +19,9 @@ from pipeline.job import run_job
 
 
 def main(config: Config, args: Namespace) -> Result:
-    from pipeline.stages import Session, check_stage, train_stage
+    from pipeline.api import train
 
-    with Session(config, args.rehash, ("prepare", "train")) as session:
-        return check_stage(session) if args.check else train_stage(config, session)
+    return train(config, check=args.check, rehash=args.rehash)
 
 
 if __name__ == "__main__":

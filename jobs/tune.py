@@ -21,10 +21,9 @@ from pipeline.job import run_job
 
 
 def main(config: Config, args: Namespace) -> Result:
-    from pipeline.stages import Session, check_stage, tune_stage
+    from pipeline.api import tune
 
-    with Session(config, args.rehash, ("prepare", "tune")) as session:
-        return check_stage(session) if args.check else tune_stage(config, session)
+    return tune(config, check=args.check, rehash=args.rehash)
 
 
 if __name__ == "__main__":

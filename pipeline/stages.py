@@ -25,7 +25,7 @@ from pipeline.core.session import Progress, ray_session, set_environment
 from pipeline.data.drift import has_moved, log_drift
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import Inputs, prepare
-from pipeline.evaluate.tasks import check_tasks
+from pipeline.evaluation.tasks import check_tasks
 from pipeline.preflight import preflight
 
 
@@ -39,7 +39,7 @@ class Session:
         check_folders(config)
         self.config, self.rehash, self.needs = config, rehash, needs
         self._stack = ExitStack()
-        self._board: Progress | None = None
+        self._progress: Progress | None = None
         self._prepared: tuple[StoragePath, Manifest] | None = None
 
     def prepared(self) -> tuple[StoragePath, Manifest]:
@@ -51,15 +51,15 @@ class Session:
 
     def progress(self) -> Progress:
         """Raises ConfigError or JobError where the cluster lacks what the job needs."""
-        if self._board is None:
+        if self._progress is None:
             check_writable(self.config)
-            self._board = self._stack.enter_context(ray_session())
+            self._progress = self._stack.enter_context(ray_session())
             restrict_data_to(self.config.scaling.labels.data)
             findings = preflight(self.config, self.needs)
             log.debug("%s", findings_table(findings))
             refuse(findings)
             log_timeline("preflight is done")
-        return self._board
+        return self._progress
 
     def __enter__(self) -> Session:
         return self
@@ -122,7 +122,7 @@ def check_model(place: StoragePath) -> None:
         raise ConfigError(f"embedding.model: {error}") from None
 
 
-def prepare_stage(config: Config, session: Session) -> Result:
+def prepare_stage(session: Session) -> Result:
     """Token shards of the config's sources."""
     folder, manifest = session.prepared()
     metrics = {
@@ -143,9 +143,9 @@ def _check_pairs(config: Config, manifest: Manifest) -> None:
         )
 
 
-def train_stage(config: Config, session: Session) -> Result:
+def train_stage(session: Session) -> Result:
     """A trained model; prepares first where the token shards are missing or stale."""
-    folder, manifest = session.prepared()
+    config, (folder, manifest) = session.config, session.prepared()
     _check_pairs(config, manifest)
     from pipeline.training.checkpoints import resume_point
     from pipeline.training.fit import fit, is_done
@@ -164,9 +164,9 @@ def train_stage(config: Config, session: Session) -> Result:
     return Result(metrics, paths)
 
 
-def tune_stage(config: Config, session: Session) -> Result:
+def tune_stage(session: Session) -> Result:
     """A sweep, or what is left of one: trials on one prepared data set, and the best one's config."""
-    folder, manifest = session.prepared()
+    config, (folder, manifest) = session.config, session.prepared()
     _check_pairs(config, manifest)
     from pipeline.training.sweep import sweep
 
@@ -174,14 +174,12 @@ def tune_stage(config: Config, session: Session) -> Result:
         return sweep(config, folder, manifest, session.progress)
 
 
-def embed_stage(
-    config: Config, session: Session, *, dry_run: bool = False, verify: bool = False, rebuild: bool = False
-) -> Result:
+def embed_stage(session: Session, *, dry_run: bool = False, verify: bool = False, rebuild: bool = False) -> Result:
     """Bring the table up to date with the documents, then publish it to readers.
 
     `dry_run` says what there is to do, `verify` whether all is as it should be. `rebuild` starts from nothing.
     """
-    folder, manifest = session.prepared()
+    config, (folder, manifest) = session.config, session.prepared()
     from pipeline.index.job import Index
 
     index = Index.of(config, folder, manifest, _model_of(config, manifest))
@@ -199,9 +197,9 @@ def embed_stage(
     return Result(metrics, {"store": str(table.home), "table": table.name})
 
 
-def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
+def evaluate_stage(session: Session, *, again: bool) -> Result:
     """Scores of the model, BM25 beside, on what the config names; `again` even where they are there."""
-    folder, manifest = session.prepared()
+    config, (folder, manifest) = session.config, session.prepared()
     from pipeline.index.published import encoder_recipe
     from pipeline.model.folder import model_fingerprint
 
@@ -221,7 +219,7 @@ def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
     scored = Artifact(config.run_dir / "evaluations", "", key)
 
     def fill() -> dict[str, Any]:
-        from pipeline.evaluate.scoring import score_tasks
+        from pipeline.evaluation.scoring import score_tasks
 
         scores = score_tasks(config, folder, manifest, recipe, session.progress)
         scored.output.write("scores.json", json.dumps({"of": key, "scores": scores}, indent=2).encode())
@@ -236,9 +234,9 @@ def evaluate_stage(config: Config, session: Session, *, again: bool) -> Result:
     return Result(scores, {"scores": str(latest)})
 
 
-def mine_stage(config: Config, session: Session) -> Result:
+def mine_stage(session: Session) -> Result:
     """The run's data set with hard negatives, as another one."""
-    folder, manifest = session.prepared()
+    config, (folder, manifest) = session.config, session.prepared()
     from pipeline.index.mine import mine
     from pipeline.index.published import encoder_recipe
 

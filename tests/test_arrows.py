@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import pipeline
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,11 +21,12 @@ MAY_IMPORT = {
         "data": "config core",
         "model": "config core",
         "index": "config core data model",
-        "train": "config core data model",
-        "evaluate": "config core data model index",
+        "training": "config core data model",
+        "evaluation": "config core data model index",
         "job": "config core",
-        "preflight": "config core data model index train",
-        "stages": "config core data model index train evaluate preflight",
+        "preflight": "config core data model index training",
+        "api": "config core evaluation stages",
+        "stages": "config core data model index training evaluation preflight",
     }.items()
 }
 WITHOUT_RAY = {"config", "model"}
@@ -36,7 +41,7 @@ RAYLESS_MODULES = {
         "data": "drift fields filtering hub input_files manifest measures near_duplicates partitions plan prepare "
         "quality read_json read_tables read_text records safety shards similarity sources tokenizer tokenizing unused",
         "core": " ".join(PATHS),
-        "train": "assembly checkpoints collectives fsdp loop saving space step strategy study sweep validation",
+        "training": "assembly checkpoints collectives fsdp loop saving space step strategy study sweep validation",
         "index": "chunks dead_letters documents encoder indexing search sync table vectors where words writer",
     }.items()
     for name in names.split()
@@ -60,7 +65,6 @@ def faults(path: Path) -> Iterator[str]:
     inside = path.relative_to(ROOT / "pipeline")
     own, found = inside.parts[0].removesuffix(".py"), set(imports(path))
     if own == "__init__":
-        yield from found
         return
     packages = {name.split(".")[0] for name in found}
     without_ray = own in WITHOUT_RAY or str(inside) in RAYLESS_MODULES
@@ -74,6 +78,18 @@ def test_imports() -> None:
     found = {str(path.relative_to(ROOT)): sorted(faults(path)) for path in modules()}
     assert not {path: names for path, names in found.items() if names}
     assert {str(path.relative_to(ROOT / "pipeline")) for path in modules()} >= RAYLESS_MODULES
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    code = "import sys, pipeline; print(sorted(name for name in sys.modules if name.startswith('pipeline.')))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_public_names_resolve() -> None:
+    assert set(pipeline._HOMES) == set(pipeline.__all__)
+    for name in pipeline.__all__:
+        assert getattr(pipeline, name).__doc__, name
 
 
 def test_rules_over_text_need_neither_ray_nor_torch() -> None:

@@ -23,7 +23,7 @@ from pipeline.core.artifact import Artifact, Output, checked, open_parquet
 from pipeline.core.outcome import JobError, alone_in
 from pipeline.data.feed import training_plan, validation_rows
 from pipeline.data.prepare import Inputs, prepare
-from pipeline.evaluate.tasks import held_out_task
+from pipeline.evaluation.tasks import held_out_task
 from tests.conftest import make_pairs, progress, write_jsonl
 
 FLIPS = 60

@@ -30,8 +30,8 @@ from pipeline.core.files import fetched, place, remove_folder, replacing, scratc
 from pipeline.core.object_store import BucketError
 from pipeline.core.path import BucketPath, as_path
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
-from pipeline.evaluate.export import exporting
-from pipeline.evaluate.tasks import check_beir, open_beir
+from pipeline.evaluation.export import exporting
+from pipeline.evaluation.tasks import check_beir, open_beir
 from pipeline.job import check_reachable
 from pipeline.model.scores import read_sts
 from pipeline.stages import check_writable

@@ -14,7 +14,7 @@ from pipeline.core.path import BucketPath
 from pipeline.data.feed import training_plan, validation_rows
 from pipeline.data.manifest import read_prepared
 from pipeline.data.prepare import Inputs, prepare
-from pipeline.evaluate.tasks import held_out_task
+from pipeline.evaluation.tasks import held_out_task
 from tests.bucket_servers import Served, s3
 from tests.conftest import make_pairs, no_progress, progress, write_jsonl
 from tests.test_similarity import variants

@@ -57,7 +57,7 @@ def check_absent(*names):
 child = os.fork()
 if child == 0:
     import pipeline.data.prepare, pipeline.data.feed, pipeline.index.embed
-    import pipeline.evaluate.retrieval, pipeline.index.mine
+    import pipeline.evaluation.retrieval, pipeline.index.mine
     check_absent("torch")
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0

@@ -20,11 +20,11 @@ from pipeline.data.fields import RawRecord
 from pipeline.data.filtering import Filter, normaliser
 from pipeline.data.manifest import Manifest
 from pipeline.data.partitions import content_id, is_validation
-from pipeline.evaluate.metrics import bm25_ranking, fused, neighbour_scores, retrieval_metrics
-from pipeline.evaluate.report import hybrid_verdict, score_table
-from pipeline.evaluate.retrieval import FEW_TEXTS, TextVectors, best_of_block, merge_levels, merged_rows, to_table
-from pipeline.evaluate.scoring import score_classification, score_clustering, score_retrieval, score_sts
-from pipeline.evaluate.tasks import (
+from pipeline.evaluation.metrics import bm25_ranking, fused, neighbour_scores, retrieval_metrics
+from pipeline.evaluation.report import hybrid_verdict, score_table
+from pipeline.evaluation.retrieval import FEW_TEXTS, TextVectors, best_of_block, merge_levels, merged_rows, to_table
+from pipeline.evaluation.scoring import score_classification, score_clustering, score_retrieval, score_sts
+from pipeline.evaluation.tasks import (
     BLOCK_ROWS,
     Corpus,
     RetrievalTask,
@@ -224,7 +224,7 @@ def test_sts_scores_are_those_of_sentence_transformers() -> None:
 def test_scores_over_the_cluster_are_those_of_one_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A BEIR folder, labels and pairs through Ray, the documents in blocks of 700, against one matrix of all scores."""
     from pipeline.config import load
-    from pipeline.evaluate.scoring import score_tasks
+    from pipeline.evaluation.scoring import score_tasks
     from pipeline.index.encoder import TextEncoder
     from pipeline.index.published import encoder_recipe
 
@@ -244,7 +244,7 @@ def test_scores_over_the_cluster_are_those_of_one_matrix(tmp_path: Path, monkeyp
         Path(__file__).parents[1] / "configs" / "pairs.yaml",
         [f"embedding.model={model}", *(f"evaluation.{name}={path}" for name, path in paths.items())],
     )
-    monkeypatch.setattr("pipeline.evaluate.retrieval.RANK_ROWS", 700)
+    monkeypatch.setattr("pipeline.evaluation.retrieval.RANK_ROWS", 700)
     manifest = Manifest("", [], {}, [], {}, [], {})
     scores = score_tasks(config, tmp_path, manifest, encoder_recipe(config, model), progress)
 
@@ -265,7 +265,7 @@ def test_scores_over_the_cluster_are_those_of_one_matrix(tmp_path: Path, monkeyp
 @pytest.mark.usefixtures("ray_cluster")
 def test_partial_results_are_merged_in_tasks_as_a_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     """28 partial results of two sizes, merged three at a time on three levels, against a sort of all documents."""
-    from pipeline.evaluate import retrieval
+    from pipeline.evaluation import retrieval
 
     chance = np.random.default_rng(0)
     corners = chance.integers(0, 2, size=(1000 + 40, 16)) / 2 - 0.25  # of length 1, and every product is exact

@@ -23,9 +23,9 @@ from pipeline.config import ConfigError, load
 from pipeline.data.manifest import Manifest, SourceCount
 from pipeline.data.read_text import docstring_pairs
 from pipeline.data.tokenizer import train_tokenizer
-from pipeline.evaluate.embedding_matrix import load_embeddings, save_embeddings_for_model
-from pipeline.evaluate.export import exporting, refuse_foreign
-from pipeline.evaluate.model_card import model_card, read_origin
+from pipeline.evaluation.embedding_matrix import load_embeddings, save_embeddings_for_model
+from pipeline.evaluation.export import exporting, refuse_foreign
+from pipeline.evaluation.model_card import model_card, read_origin
 from pipeline.index.published import encoder_recipe, table_of
 from pipeline.index.table import VectorTable
 from pipeline.model import hf_io

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+import pipeline
 from pipeline.data.partitions import content_id
 from tests.conftest import make_pairs, no_progress, run_here, write_jsonl
 
@@ -243,6 +244,14 @@ class TestWholeJob:
         assert code == 0
         assert last["metrics"]["embedded"] == last["metrics"]["rows"]
         assert sorted(db.open_table(name).to_arrow()["id"].to_pylist()) == ids
+
+    def test_the_librarys_examples(self, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        names = {name: getattr(pipeline, name) for name in pipeline.__all__}
+        names["config"] = names["load_config"](job.config)
+        for name in ("prepare", "train", "embed", "evaluate", "run", "mine", "export", "search", "open_embedder"):
+            (example,) = re.findall(rf"^ *(.*\b{name}\(.*?) *(?:#|$)", names[name].__doc__, re.MULTILINE)
+            assert eval(example, names) is not None, example
 
     def test_a_folder_of_text_files(self, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for row in make_pairs(30):

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.evaluate.map import COLUMNS, Points, draw_png, group, project, sample, write_page
+from pipeline.evaluation.map import COLUMNS, Points, draw_png, group, project, sample, write_page
 from pipeline.job import run_job
 from tests.test_evaluation import small_model
 

@@ -14,7 +14,7 @@ from pinecone.index import Index
 
 from pipeline.config import Pinecone, load
 from pipeline.index.embed import READ_CPUS
-from pipeline.index.pinecone_client import PineconeService
+from pipeline.index.pinecone_client import PineconeClient
 from pipeline.training.fit import controller_timeouts
 from pipeline.training.workers import Workers
 from tests.pinecone_server import pinecone_server
@@ -34,7 +34,7 @@ def test_pinecones_data_plane_takes_no_retries(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PINECONE_API_KEY", "k")
     with pinecone_server("k") as server:
         settings = Pinecone(host=server.url, index_host=f"{server.url}/data/i")
-        index = PineconeService(settings, []).index
+        index = PineconeClient(settings, []).index
         server.faults = {"503": 1.0}
         with pytest.raises(Exception, match="503"):
             index.describe_index_stats()

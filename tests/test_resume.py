@@ -134,7 +134,7 @@ def test_a_resume_hashes_each_file_of_the_newest_checkpoint_once(
         monkeypatch.setattr(fit, "_trainer", trainer)
         task, point = RunSpec.of(config, data, manifest), resume_point(config.run_dir)
         assert not fit.is_done(config, data, manifest, point.state)
-        fit._fit(config, Workers(1, 1, 1, 0, 1), Sent(task, 1, None, resume_point(config.run_dir, point)))
+        fit._fit(config, Workers(1, 1, 1, 0, 1), Sent(task, 1, None, resume_point(config.run_dir, point), 0.0))
 
     with pytest.raises(ReachedError):
         train_through_ray() if with_ray else train_locally(config, data, manifest, until(4))

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from lance.query import MatchQuery
 
-from pipeline.evaluate.metrics import bm25_ranking
+from pipeline.evaluation.metrics import bm25_ranking
 from pipeline.index.words import SEPARATOR, TEXTS_AT_ONCE, word_settings, words
 
 SENTENCES = {

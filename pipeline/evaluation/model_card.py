@@ -18,7 +18,7 @@ import yaml
 from pipeline.core.files import fetched, matching
 from pipeline.core.path import StoragePath, absolute
 from pipeline.data.manifest import Manifest, read_prepared
-from pipeline.evaluate.report import score_rows
+from pipeline.evaluation.report import score_rows
 from pipeline.model.folder import Card, model_fingerprint
 
 SECTIONS = ("model", "objective", "training")  # of the run's config; the others name folders of one machine

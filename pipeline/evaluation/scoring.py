@@ -19,9 +19,9 @@ from pipeline.core.path import StoragePath, as_path
 from pipeline.core.session import Progress
 from pipeline.data.filtering import normaliser
 from pipeline.data.manifest import Manifest
-from pipeline.evaluate.metrics import bm25_ranking, fused, neighbour_scores, retrieval_metrics, to_ranking, v_measure
-from pipeline.evaluate.retrieval import TextVectors, nearest_documents
-from pipeline.evaluate.tasks import RetrievalTask, held_out_task, open_beir, read_classification, read_labels
+from pipeline.evaluation.metrics import bm25_ranking, fused, neighbour_scores, retrieval_metrics, to_ranking, v_measure
+from pipeline.evaluation.retrieval import TextVectors, nearest_documents
+from pipeline.evaluation.tasks import RetrievalTask, held_out_task, open_beir, read_classification, read_labels
 from pipeline.index.documents import tokens_fit
 from pipeline.index.encoder import EncoderRecipe
 from pipeline.index.vectors import Floats, Found, unit

@@ -46,7 +46,7 @@ def export(
     type. `evaluate_command` is the command that repeats the card's scores. Raises ConfigError for wrong options and for
     a folder with other files, JobError where vectors are missing.
     """
-    from pipeline.evaluate.model_card import model_card, read_origin
+    from pipeline.evaluation.model_card import model_card, read_origin
     from pipeline.model.folder import model_fingerprint, read_card
     from pipeline.model.hf_io import export_model
     from pipeline.model.onnx import check_packages, export_onnx
@@ -123,7 +123,7 @@ def _listed(manifest: StoragePath) -> set[str]:
 
 def _write_embeddings(config: Config, dtype: Dtype, model: Path, folder: Path) -> int:
     """Write the vectors of the run's table, which must be complete. Returns their number."""
-    from pipeline.evaluate.embedding_matrix import save_embeddings_for_model
+    from pipeline.evaluation.embedding_matrix import save_embeddings_for_model
     from pipeline.index.published import encoder_recipe, table_of
     from pipeline.model.folder import model_fingerprint
 

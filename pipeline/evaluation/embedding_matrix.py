@@ -25,7 +25,7 @@ import torch
 from safetensors import safe_open
 
 from pipeline.core.artifact import entries_of
-from pipeline.evaluate.export import exporting
+from pipeline.evaluation.export import exporting
 from pipeline.index.vectors import as_matrix
 
 VERSION = 1

@@ -18,7 +18,7 @@ import bm25s
 import numpy as np
 import pytrec_eval
 
-from pipeline.evaluate.tasks import Qrels
+from pipeline.evaluation.tasks import Qrels
 from pipeline.index.search import reciprocal_ranks
 from pipeline.index.vectors import Floats, Found, nearest, unit
 from pipeline.index.words import word_settings, words

@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core.session import Progress
-from pipeline.evaluate.metrics import DEPTH
-from pipeline.evaluate.tasks import BLOCK_ROWS, Corpus, RetrievalTask
+from pipeline.evaluation.metrics import DEPTH
+from pipeline.evaluation.tasks import BLOCK_ROWS, Corpus, RetrievalTask
 from pipeline.index.encoder import EncoderRecipe
 from pipeline.index.vectors import Floats, Found, as_matrix, merged, nearest_in_block, unit
 
