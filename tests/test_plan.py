@@ -151,7 +151,7 @@ def test_shares_differ_by_a_row_at_most_and_are_what_is_read(plan: Plan) -> None
         tables = [plan.read(3, 5, rank, world_size) for rank in range(world_size)]
         assert [table["step"].to_pylist() for table in tables] == [[3] * n + [4] * n for n in shares]
     for world_size in (0, 17):
-        with pytest.raises(ConfigError, match=f"found {world_size}; allowed with .*=16 are 1 to 16"):
+        with pytest.raises(ConfigError, match=f"found {world_size}; use 1 to 16, .*=16"):
             plan.check_workers(world_size)
 
 
@@ -237,7 +237,7 @@ def heavy(weight: float, **changes: Any) -> dict[str, Any]:
 
 
 def test_shares_that_cannot_be_kept_are_refused(plan: Plan) -> None:
-    too_few = "found 13 training records of c, of which a batch takes 14"
+    too_few = "found 13 training records of c, but each batch takes 14"
     for changes, message in (
         ({"batching": "by_source", "global_batch_size": 13}, None),
         ({"batching": "by_source", "global_batch_size": 14}, too_few),
@@ -247,7 +247,7 @@ def test_shares_that_cannot_be_kept_are_refused(plan: Plan) -> None:
             heavy(0.01, batching="by_source", global_batch_size=8),
             r"found c with 0\.005 of the weights, too little for one of the 22 batches",
         ),
-        ({"weights": (*WEIGHTS, ("d", 1.0))}, "found a weight of d, which has no training record"),
+        ({"weights": (*WEIGHTS, ("d", 1.0))}, "found a weight for d, which has no training records"),
     ):
         with pytest.raises(ConfigError, match=message) if message else nullcontext():
             replace(plan, **changes).check_sources()
@@ -278,9 +278,9 @@ def test_a_manifest_s_plan(plan: Plan) -> None:
     assert training_plan(folder, manifest_of(plan, dict(WEIGHTS)), 8, 3, "by_source") == replace(
         plan, global_batch_size=8, batching="by_source", weights=WEIGHTS
     )
-    with pytest.raises(ConfigError, match="of which a batch takes 16"):
+    with pytest.raises(ConfigError, match="but each batch takes 16"):
         training_plan(folder, manifest_of(plan, dict(WEIGHTS)), 16, 3, "by_source")
-    with pytest.raises(ConfigError, match="allowed is at most the 180 records"):
+    with pytest.raises(ConfigError, match="use at most 180, the number of records"):
         training_plan(folder, manifest_of(plan, {}), 181, 3)
 
 
