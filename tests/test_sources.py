@@ -277,9 +277,7 @@ def test_a_path_with_nothing_in_it_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing.jsonl", tmp_path, tmp_path / "*.json", tmp_path / "no/*/[a].json"):
         with pytest.raises(ConfigError, match=nothing):
             plan_source(Source(name="s", type="json", path=str(path)))
-    with pytest.raises(
-        ConfigError, match=r"found http:// at http://x; give .* local disk, s3://, gs:// or az://"
-    ):
+    with pytest.raises(ConfigError, match=r"found http:// at http://x; give .* local disk, s3://, gs:// or az://"):
         plan_source(Source(name="s", type="json", path="http://x"))
 
 

@@ -1,11 +1,11 @@
-"""The trained module: the embedding model and the heads of its objectives, whose weighted sum is the loss.
+"""The module that is trained: the embedding model and the heads of its objectives; the loss is their weighted sum.
 
     learner = Learner(model, objective, special, decoder)
     part = learner.prepare(batch, seed=step)          # corrupted texts, shifted targets; on the CPU
-    vectors, losses = learner(part)                   # of pairs, for `contrast`; sums over tokens, by objective
+    vectors, losses = learner(part)                   # vectors of pairs, for `contrast`; losses by objective
 
-Generative losses are sums over tokens: they are normalised by the global token count, which is known only once all
-workers have counted theirs. The corruption of a text depends on its record and the seed, not on the worker.
+Generative losses are sums over tokens: they are normalised by the global token count, which is known only after all
+workers report. The corruption of a text depends on its record and the seed, not on the worker.
 """
 
 # Shapes: n rows of a part, M slots for negatives, N texts, D width.
@@ -28,17 +28,17 @@ from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.generative import MaskedHead, TokenLoss, masked_loss, shift, token_loss
 from pipeline.model.packing import Layout, Packed
 
-MAX_SCALE = 100.0  # of a learned temperature's inverse (CLIP, section 2.5)
+MAX_SCALE = 100.0  # limit of a learned inverse temperature (CLIP, section 2.5)
 
 
 class Learner(nn.Module):
-    """The model in training. Objectives that write need a `decoder`, generative ones `special`.
+    """The model in training. Generative objectives need `special`, and those that generate text a `decoder`.
 
-    `negatives`: whether any record has hard negatives; without them batches have no slots for them.
+    `negatives`: whether any record has hard negatives; if not, batches have no slots for them.
     """
 
     entries = ("embed", "encode", "loss", "write")
-    """Methods that use weights, besides `forward`. None calls another, because fsdp gathers weights at each call."""
+    """Methods other than `forward` that use weights. None calls another, because FSDP gathers weights at each call."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Learner(nn.Module):
                 self.log_scale = nn.Parameter(torch.tensor(-math.log(contrastive.temperature)))
             self.contrasted = Contrast(contrastive.symmetric, contrastive.false_negative_margin, model.head.dimensions)
         if list(objective.named) == ["causal"]:
-            model.requires_grad_(False)  # only the decoder learns, and the encoder's table if the decoder shares it
+            model.requires_grad_(False)  # train only the decoder, and the encoder's table if the decoder shares it
             table = model.token_table
             table.requires_grad_(decoder is not None and decoder.token_table is table)
 
@@ -75,7 +75,7 @@ class Learner(nn.Module):
 
     @property
     def stacks(self) -> list[Any]:
-        """The modules with `layers`: the encoder, and the decoder if there is one."""
+        """The modules that have `layers`: the encoder, and the decoder if there is one."""
         return [self.model.backbone] + ([self.decoder] if self.decoder is not None else [])
 
     @property
@@ -84,18 +84,18 @@ class Learner(nn.Module):
 
     @property
     def writing(self) -> list[str]:
-        """Objectives whose decoder writes a text that has a reference."""
+        """Objectives whose decoder generates text that can be compared with a reference."""
         return [name for name in ("seq2seq", "denoising") if name in self.weights]
 
     def prepare(self, batch: Batch, seed: int) -> Part:
-        """The inputs of a forward pass over these rows, on the CPU."""
+        """Prepare a forward pass over these rows, on the CPU."""
         pairs = batch.pairs() if self.contrasts else None
         keys = batch.keys(self.hard_negatives) if self.contrasts else torch.zeros(len(batch), 0, dtype=torch.int64)
         tasks = {name: self._task(name, batch, seed) for name in self.generative}
         return Part(len(batch), pairs, batch.filled_slots(self.hard_negatives), keys, tasks)
 
     def forward(self, part: Part) -> tuple[Tensor | None, dict[str, TokenLoss]]:
-        """Vectors of the part's pairs, if there is a contrastive objective, and the losses of its tasks."""
+        """The vectors of the part's pairs (None without a contrastive objective), and the losses of its tasks."""
         vectors = self.model(part.pairs) if part.pairs is not None else None
         return vectors, {name: self._loss(task) for name, task in part.tasks.items()}
 
@@ -105,11 +105,11 @@ class Learner(nn.Module):
         return self.model(part.pairs)  # type: ignore[no-any-return]
 
     def encode(self, texts: Packed) -> Tensor:
-        """(N, D) vectors of any texts."""
+        """(N, D) vectors of texts."""
         return self.model(texts)  # type: ignore[no-any-return]
 
     def rows(self, parts: Sequence[Part], vectors: Sequence[Tensor]) -> Rows:
-        """The rows of several parts, given the vectors of their pairs."""
+        """Combine the parts of a batch, given the vectors of their pairs."""
         cut = [
             each.split([part.rows, part.rows, len(each) - 2 * part.rows])
             for part, each in zip(parts, vectors, strict=True)
@@ -129,7 +129,7 @@ class Learner(nn.Module):
         return self._loss(task)
 
     def write(self, task: Task, max_new_tokens: int) -> list[list[int]]:
-        """Tokens that the decoder writes for each of a task's texts, by greedy decoding."""
+        """Generate a list of tokens for each of a task's texts, by greedy decoding."""
         assert self.decoder is not None
         assert self.special is not None
         return self.decoder.generate(self._memory(task), self.special.start, self.special.end, max_new_tokens)
