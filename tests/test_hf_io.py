@@ -229,7 +229,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "two of old": (pooled(pooling_mode_cls_token=True, pooling_mode_mean_tokens=True), "found pooling by cls and mean"),
     "prompt left out": (prompt_left_out, "found include_prompt false; with prompts only true"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"found no tokenizer\.json"),
-    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), r"tokenizer\.json: found no valid tokenizer"),
+    "broken tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text("{}"),
+        "found no valid tokenizer",
+    ),
     "larger vocabulary": (larger_vocabulary, r"tokens in tokenizer\.json, but \d+ rows in the token table"),
     "pickle": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),

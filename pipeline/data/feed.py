@@ -22,7 +22,7 @@ from pipeline.config import ConfigError
 from pipeline.core.artifact import open_parquet
 from pipeline.core.path import StoragePath
 from pipeline.data.manifest import Manifest
-from pipeline.data.plan import Plan, RowGroup
+from pipeline.data.plan import BatchPlan, RowGroup
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -43,7 +43,7 @@ def training_plan(
     global_batch_size: int,
     seed: int,
     batching: Literal["mixed", "by_source"] = "mixed",
-) -> Plan:
+) -> BatchPlan:
     """The batch plan of a prepared data set's training split, with its sources' weights.
 
     Raises ConfigError if a split, or a source for its share, is too small.
@@ -55,7 +55,7 @@ def training_plan(
         if rows
     )
     weights = tuple((source.name, source.weight) for source in manifest.sources if source.weight is not None)
-    plan = Plan(str(folder), groups, global_batch_size, seed, batching, weights)
+    plan = BatchPlan(str(folder), groups, global_batch_size, seed, batching, weights)
     if plan.batches_per_epoch == 0:
         raise ConfigError(
             f"training.global_batch_size: found {global_batch_size}; "
@@ -74,7 +74,7 @@ def training_plan(
 class LocalFeed:
     """A feed without Ray, which reads on demand."""
 
-    plan: Plan
+    plan: BatchPlan
     rank: int = 0
     world_size: int = 1
 
@@ -87,7 +87,7 @@ class LocalFeed:
 class RayFeed:
     """A feed through Ray Data: read tasks run ahead of training, on any node."""
 
-    plan: Plan
+    plan: BatchPlan
     rank: int
     world_size: int
 

@@ -104,7 +104,7 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """The order in which a training run visits a prepared split."""
 
     folder: str

@@ -43,7 +43,7 @@ from pipeline.data.records import (
     record_texts,
     warn_of_bad_input,
 )
-from pipeline.data.shards import Parts, assemble, series_of, token_recipe, token_shards, tokens_of
+from pipeline.data.shards import PreparedParts, assemble, series_of, token_recipe, token_shards, tokens_of
 from pipeline.data.similarity import check_beir_folders
 from pipeline.data.sources import SourcePlan, check_fields, inputs_by_content, plan_source
 from pipeline.data.tokenizer import load_tokenizer, tokenizer_file, train_tokenizer
@@ -214,7 +214,7 @@ class _StageRunner:
             for stage in filter(None, (inputs.records, inputs.distinct))
             for path in matching(stage.folder / "rejected", "*.parquet")
         }
-        parts = Parts(files, tokenizer_json, recipe, sources, clusters, rejected)
+        parts = PreparedParts(files, tokenizer_json, recipe, sources, clusters, rejected)
         manifest = assemble(inputs.prepared, inputs.tokens, described, parts)
         if clusters:
             listed = ", ".join(f"{cluster['source_id']} ({cluster['removed']:,})" for cluster in clusters)

@@ -1,7 +1,7 @@
 """Runs the last two stages of prepare: token shards, and the prepared data set with its manifest.
 
     described = tokens.make(lambda: token_shards(tokens, progress, files, recipe, tokenizer_json))
-    parts = Parts(files, tokenizer_json, recipe, sources, clusters, rejected)
+    parts = PreparedParts(files, tokenizer_json, recipe, sources, clusters, rejected)
     prepared.make(lambda: asdict(assemble(prepared, tokens, described, parts)))
 
 Known records are not tokenized again: their tokens are copied from the newest earlier token shards of the same series.
@@ -145,7 +145,7 @@ def token_shards(
 
 
 @dataclass(frozen=True)
-class Parts:
+class PreparedParts:
     """The parts of a prepared data set, except its token shards. `rejected`: name in the data set → file."""
 
     records: Sequence[StoragePath]
@@ -156,7 +156,7 @@ class Parts:
     rejected: Mapping[str, StoragePath] = field(default_factory=dict)
 
 
-def assemble(prepared: Artifact, tokens: Artifact, described: dict[str, Any], parts: Parts) -> Manifest:
+def assemble(prepared: Artifact, tokens: Artifact, described: dict[str, Any], parts: PreparedParts) -> Manifest:
     """Link the stages' files into the prepared data set. Returns its manifest, with `files` still empty."""
     shards = [Shard(**shard) for shard in described["shards"]]
     names: dict[str, StoragePath] = {"tokenizer.json": parts.tokenizer, "lengths.png": tokens.folder / "lengths.png"}

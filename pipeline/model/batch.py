@@ -96,7 +96,7 @@ class Special:
 
 
 @dataclass(frozen=True)
-class Task:
+class GenerativeTask:
     """A generative objective's inputs and labels.
 
     The encoder reads `source`. The decoder reads `inputs`, and attends to the source's token states, to its vectors, or
@@ -110,7 +110,7 @@ class Task:
     positions: Tensor | None = None
     label_smoothing: float = 0.0
 
-    def emptied(self) -> Task:
+    def emptied(self) -> GenerativeTask:
         """The same objective with no texts."""
         return replace(
             self,
@@ -129,7 +129,7 @@ class Part:
     pairs: Packed | None  # anchors, positives and hard negatives end to end
     filled: Tensor  # (n, M) which slots hold a negative
     keys: Tensor  # (n, 3 + M)
-    tasks: dict[str, Task]
+    tasks: dict[str, GenerativeTask]
 
     def emptied(self) -> Part:
         """The same objectives with no rows, for workers that have fewer parts than others."""

@@ -5,9 +5,10 @@ negatives of all workers (if symmetric, also its positives against all anchors),
 B / W. The mean over W workers is the single-process loss. The caller gathers the vectors of all workers; if gradients
 flow back to the workers that computed them, the mean of the parameter gradients is the single-process gradient.
 
-    rows = Rows(anchors, positives, negatives, keys)                # (b, D), (b, D), (b, M, D), (b, 3 + M)
-    loss, metrics = contrastive_loss(rows, Contrast(symmetric=True), scale=1 / 0.05)                    # one process
-    loss, metrics = contrastive_loss(rows, contrast, scale, GlobalBatch(all_rows, first=rank * b, workers=W))
+    rows = PairVectors(anchors, positives, negatives, keys)                # (b, D), (b, D), (b, M, D), (b, 3 + M)
+    options = ContrastiveOptions(symmetric=True)
+    loss, metrics = contrastive_loss(rows, options, scale=1 / 0.05)        # one process
+    loss, metrics = contrastive_loss(rows, options, scale, GlobalBatch(all_rows, first=rank * b, workers=W))
 
 False negatives are masked: candidates of the same record, with the same text as the positive, or with an equal anchor.
 They are found by `keys`, hashes of each row's record and texts. Cost: b x B x (1 + M) dot products of D numbers per
@@ -27,7 +28,7 @@ ID, ANCHOR, POSITIVE, NEGATIVES = 0, 1, 2, 3  # columns of `keys`
 
 
 @dataclass(frozen=True)
-class Rows:
+class PairVectors:
     """This worker's rows. `keys` are int64 hashes of the record, its anchor, its positive and each negative.
 
     An empty negative slot has key 0, and its vector is ignored.
@@ -43,14 +44,14 @@ class Rows:
 class GlobalBatch:
     """The rows of all workers, in rank order."""
 
-    rows: Rows
+    rows: PairVectors
     first: int
     """Index of this worker's first row."""
     workers: int = 1
 
 
 @dataclass(frozen=True)
-class Contrast:
+class ContrastiveOptions:
     """Options of the contrastive loss."""
 
     symmetric: bool = True
@@ -62,7 +63,7 @@ class Contrast:
 
 
 def contrastive_loss(
-    rows: Rows, contrast: Contrast, scale: Tensor | float, batch: GlobalBatch | None = None
+    rows: PairVectors, contrast: ContrastiveOptions, scale: Tensor | float, batch: GlobalBatch | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, and the metrics `accuracy` (share of anchors whose positive scores highest) and `mrr`.
 

@@ -56,7 +56,7 @@ CHECKED_TEXTS, CHECKED_TOKENS = 32, 64
 MIN_COSINE = 0.9999
 
 
-class Parts(NamedTuple):
+class FolderParts(NamedTuple):
     """Paths of a model's parts in its folder."""
 
     encoder: Path  # the folder with config.json, weights and tokenizer
@@ -99,7 +99,7 @@ def hf_files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in candidates if path.is_file())
 
 
-def _parts(folder: Path) -> Parts:
+def _parts(folder: Path) -> FolderParts:
     path = folder / "modules.json"
     if not path.is_file():
         if not (folder / "config.json").is_file():
@@ -107,7 +107,7 @@ def _parts(folder: Path) -> Parts:
                 f"{folder}: found no model.json, modules.json or config.json; give the folder of a checkpoint, or of a "
                 "sentence-transformers or transformers model"
             )
-        return Parts(folder, None, normalize=True)
+        return FolderParts(folder, None, normalize=True)
     try:
         modules = [(str(module["type"]), folder / module["path"]) for module in _json(path)]
     except (TypeError, KeyError):
@@ -119,10 +119,10 @@ def _parts(folder: Path) -> Parts:
             f"{path}: found {', '.join(names) or 'no module'}; supported are Transformer and Pooling of "
             "sentence-transformers, optionally followed by Normalize"
         )
-    return Parts(modules[0][1], modules[1][1], normalize=len(modules) == 3)
+    return FolderParts(modules[0][1], modules[1][1], normalize=len(modules) == 3)
 
 
-def _head(folder: Path, parts: Parts) -> Head:
+def _head(folder: Path, parts: FolderParts) -> Head:
     if parts.pooling is None:
         return Head()
     path = parts.pooling / "config.json"

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Objective, Writing
-from pipeline.model.batch import Batch, Part, Sees, Special, Task, hashes
-from pipeline.model.contrastive import Contrast, GlobalBatch, Rows, contrastive_loss
+from pipeline.model.batch import Batch, GenerativeTask, Part, Sees, Special, hashes
+from pipeline.model.contrastive import ContrastiveOptions, GlobalBatch, PairVectors, contrastive_loss
 from pipeline.model.corruption import Tokens, delete_tokens, mask_spans, mask_tokens
 from pipeline.model.decoder import Decoder, Memory
 from pipeline.model.embedding_model import EmbeddingModel
@@ -59,7 +59,9 @@ class Learner(nn.Module):
         if contrastive:
             if contrastive.learn_temperature:
                 self.log_scale = nn.Parameter(torch.tensor(-math.log(contrastive.temperature)))
-            self.contrasted = Contrast(contrastive.symmetric, contrastive.false_negative_margin, model.head.dimensions)
+            self.contrasted = ContrastiveOptions(
+                contrastive.symmetric, contrastive.false_negative_margin, model.head.dimensions
+            )
         if list(objective.named) == ["causal"]:
             model.requires_grad_(False)  # train only the decoder, and the encoder's table if the decoder shares it
             table = model.token_table
@@ -108,7 +110,7 @@ class Learner(nn.Module):
         """(N, D) vectors of texts."""
         return self.model(texts)  # type: ignore[no-any-return]
 
-    def rows(self, parts: Sequence[Part], vectors: Sequence[Tensor]) -> Rows:
+    def rows(self, parts: Sequence[Part], vectors: Sequence[Tensor]) -> PairVectors:
         """Combine the parts of a batch, given the vectors of their pairs."""
         cut = [
             each.split([part.rows, part.rows, len(each) - 2 * part.rows])
@@ -117,24 +119,24 @@ class Learner(nn.Module):
         anchors, positives, negatives = (torch.cat(column) for column in zip(*cut, strict=True))
         filled = torch.cat([part.filled for part in parts])
         slots = negatives.new_zeros(*filled.shape, negatives.shape[-1]).masked_scatter(filled[..., None], negatives)
-        return Rows(anchors, positives, slots, torch.cat([part.keys for part in parts]))
+        return PairVectors(anchors, positives, slots, torch.cat([part.keys for part in parts]))
 
-    def contrast(self, rows: Rows, batch: GlobalBatch | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def contrast(self, rows: PairVectors, batch: GlobalBatch | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted contrastive loss of this worker's rows of a global batch, and its metrics."""
         loss, metrics = contrastive_loss(rows, self.contrasted, self.scale, batch)
         return self.weights["contrastive"] * loss, metrics
 
-    def loss(self, task: Task) -> TokenLoss:
+    def loss(self, task: GenerativeTask) -> TokenLoss:
         """The loss of a generative task, summed over its labels."""
         return self._loss(task)
 
-    def write(self, task: Task, max_new_tokens: int) -> list[list[int]]:
+    def write(self, task: GenerativeTask, max_new_tokens: int) -> list[list[int]]:
         """Generate a list of tokens for each of a task's texts, by greedy decoding."""
         assert self.decoder is not None
         assert self.special is not None
         return self.decoder.generate(self._memory(task), self.special.start, self.special.end, max_new_tokens)
 
-    def _loss(self, task: Task) -> TokenLoss:
+    def _loss(self, task: GenerativeTask) -> TokenLoss:
         if task.inputs is None:
             assert self.masked_head is not None
             assert task.source is not None
@@ -146,14 +148,14 @@ class Learner(nn.Module):
         states = self.decoder.hidden(task.inputs, self._memory(task))
         return token_loss(states, self.decoder.output_table, task.labels, label_smoothing=task.label_smoothing)
 
-    def _memory(self, task: Task) -> Memory | None:
+    def _memory(self, task: GenerativeTask) -> Memory | None:
         if task.source is None:
             return None
         layout = Layout.of(task.source)
         states = self.model.hidden(task.source, layout)
         return Memory(states, layout) if task.sees == "states" else Memory.of_vectors(self.model.pooled(states, layout))
 
-    def _task(self, name: str, batch: Batch, seed: int) -> Task:
+    def _task(self, name: str, batch: Batch, seed: int) -> GenerativeTask:
         if name == "seq2seq":
             assert self.objective.seq2seq
             return self._written(batch.fields["positive"], batch.fields["anchor"], "states", self.objective.seq2seq)
@@ -176,7 +178,7 @@ class Learner(nn.Module):
                 ratio=self.objective.mlm.ratio,
             )
             labels, positions = (torch.from_numpy(each) for each in (masked.labels, masked.positions))
-            return Task(labels, _packed(masked.tokens), positions=positions)
+            return GenerativeTask(labels, _packed(masked.tokens), positions=positions)
         denoising = self.objective.denoising
         assert denoising
         if denoising.corruption == "deletion":
@@ -187,10 +189,10 @@ class Learner(nn.Module):
         )
         return self._written(_packed(spans.targets), _packed(spans.inputs), "states", denoising)
 
-    def _written(self, target: Packed, source: Packed | None, sees: Sees, section: Writing) -> Task:
+    def _written(self, target: Packed, source: Packed | None, sees: Sees, section: Writing) -> GenerativeTask:
         assert self.special is not None
         inputs, labels = shift(target, self.special.start, self.special.end)
-        return Task(labels, source, sees, inputs, label_smoothing=section.label_smoothing)
+        return GenerativeTask(labels, source, sees, inputs, label_smoothing=section.label_smoothing)
 
 
 def _packed(tokens: Tokens) -> Packed:

@@ -25,7 +25,7 @@ from pipeline.core.session import Progress
 from pipeline.core.signals import signals
 from pipeline.data.drift import has_moved
 from pipeline.data.manifest import Manifest
-from pipeline.data.plan import Plan
+from pipeline.data.plan import BatchPlan
 from pipeline.train.checkpoints import ResumePoint, TrainState, next_attempt, prune, resume_point
 from pipeline.train.history import Metrics, final_table, plot_history, read_rows
 from pipeline.train.run_folder import claim_run_folder, refuse_other_run, refuse_unfinished
@@ -211,7 +211,7 @@ def _summarise(config: Config) -> None:
         log.warning("train: the history could not be drawn: %s", error)
 
 
-def _workers(config: Config, plan: Plan, concurrent_runs: int) -> Workers:
+def _workers(config: Config, plan: BatchPlan, concurrent_runs: int) -> Workers:
     """Workers that fit the cluster. Raises ConfigError saying what would fit."""
     cluster = connected_cluster()
     workers = size_workers(config, cluster, concurrent_runs)
