@@ -36,7 +36,7 @@ from pipeline.config.tree import Storage
 from pipeline.core.console import table
 from pipeline.data.feed import LocalFeed, RayFeed, training_plan
 from pipeline.data.manifest import Manifest
-from pipeline.data.plan import Plan
+from pipeline.data.plan import BatchPlan
 from pipeline.data.prepare import prepare
 
 FAR = 10_000  # steps
@@ -59,7 +59,7 @@ def prepared(data: Path, root: Path, progress: Progress) -> tuple[Path, Manifest
 # How soon the first batch is there.
 
 
-def first_batches(plan: Plan, repeats: int) -> list[list[str]]:
+def first_batches(plan: BatchPlan, repeats: int) -> list[list[str]]:
     """A line a feed: median seconds at both steps, and their ratio."""
     lines = []
     for name, feed in (("LocalFeed", LocalFeed(plan)), ("RayFeed", RayFeed(plan, 0, 1))):
@@ -86,7 +86,7 @@ def _first(feed: LocalFeed | RayFeed, step: int) -> float:
 # How well it shuffles.
 
 
-def shuffling(plan: Plan) -> list[list[str]]:
+def shuffling(plan: BatchPlan) -> list[list[str]]:
     """A line a measure: of the plan's second epoch, of a permutation of its rows, and what is expected of one."""
     n, size = plan.batches_per_epoch, plan.global_batch_size
     canonical = {one: place for place, one in enumerate(_ids_in_storage(plan))}
@@ -114,7 +114,7 @@ def shuffling(plan: Plan) -> list[list[str]]:
     return [[name, *(f"{value:.4f}" for value in row)] for name, *row in zip(names, *found, expected, strict=True)]
 
 
-def _ids_in_storage(plan: Plan) -> Iterator[str]:
+def _ids_in_storage(plan: BatchPlan) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     for group in plan.row_groups:
@@ -122,7 +122,7 @@ def _ids_in_storage(plan: Plan) -> Iterator[str]:
         yield from rows["id"].to_pylist()
 
 
-def _measures(plan: Plan, before: np.ndarray, order: np.ndarray) -> dict[str, float]:
+def _measures(plan: BatchPlan, before: np.ndarray, order: np.ndarray) -> dict[str, float]:
     """Of (K, B) places in storage, batch by batch, and those of the epoch before."""
     ends = np.cumsum([group.rows for group in plan.row_groups])
     group = np.searchsorted(ends, order, side="right")
@@ -219,7 +219,7 @@ def loop(sent: dict[str, Any]) -> None:
         sent["results"].write_text(json.dumps({**rates, "waited_s": waited}))
 
 
-def loops(plan: Plan, steps: int, repeats: int, root: Path) -> Iterator[list[str]]:
+def loops(plan: BatchPlan, steps: int, repeats: int, root: Path) -> Iterator[list[str]]:
     """A line a model: medians of both sides, and of their ratio repeat by repeat."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_training import Trainer, encoder_of, learner_of, pairs
-from pipeline.model.attention import attend
+from pipeline.model.attention import AttentionOptions, attend
 from pipeline.model.batch import Batch, Part
 from pipeline.model.learner import Learner
 from pipeline.model.packing import Layout, Packed
@@ -223,7 +223,7 @@ def _attended(states: list[Tensor], texts: Packed, device: torch.device, options
     q, k, v, gradient = (x.to(device) for x in states)
     layout = Layout.of(texts.to(device))
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    mixed = attend(q, k, v, layout, layout, **options)
+    mixed = attend(q, k, v, layout, layout, AttentionOptions(**options))
     return [mixed.detach(), *torch.autograd.grad(mixed, inputs, gradient)]
 
 

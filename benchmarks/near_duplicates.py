@@ -44,7 +44,7 @@ def ours(rows: list[Record], folder: Path, threshold: float) -> dict[str, Any]:
     stage, data = Artifact(folder, "distinct", []), Data(near_duplicates=NearDuplicates(threshold=threshold))
     with ray_session() as progress:
         began = time.perf_counter()
-        near_duplicates.find(stage, progress, files, data)
+        near_duplicates.find_duplicates(stage, progress, files, data)
         counts = near_duplicates.write_distinct(stage, progress, files)
         seconds = time.perf_counter() - began
     return {"seconds": seconds, "kept": sum(count["kept"] for count in counts.values())}

@@ -96,7 +96,7 @@ def end_to_end(rows: Sequence[Record], data: Data, progress: Progress) -> dict[i
     with tempfile.TemporaryDirectory() as folder:
         files = write_records(rows, Path(folder) / "input", shards=4)
         stage = Artifact(Path(folder), "distinct", [])
-        near_duplicates.find(stage, progress, files, data)
+        near_duplicates.find_duplicates(stage, progress, files, data)
         near_duplicates.write_distinct(stage, progress, files)
         rejected = pa.concat_tables([pq.read_table(stage.folder / "rejected" / file.name) for file in files])
     by_id = {row["id"]: place for place, row in enumerate(rows)}

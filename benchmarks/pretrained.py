@@ -37,7 +37,7 @@ from benchmarks.corpora import machine
 from benchmarks.fine_tuning import minilm
 from pipeline.core.console import table
 from pipeline.index.encoder import TextEncoder
-from pipeline.model.contrastive import Contrast, Rows, contrastive_loss
+from pipeline.model.contrastive import ContrastiveOptions, PairVectors, contrastive_loss
 from pipeline.model.folder import load_model
 from pipeline.model.linear import use_onednn
 from pipeline.model.packing import pack
@@ -88,8 +88,8 @@ def step(side: nn.Module, pairs: Pairs) -> float:
     """Leaves gradients in the side's parameters. Returns the loss."""
     anchors, positives = side(pairs).chunk(2)
     keys = torch.arange(3 * len(anchors)).view(-1, 3)  # all pairs differ
-    rows = Rows(anchors, positives, anchors.new_zeros(len(anchors), 0, anchors.shape[1]), keys)
-    loss, _ = contrastive_loss(rows, Contrast(symmetric=False), 1 / TEMPERATURE)
+    rows = PairVectors(anchors, positives, anchors.new_zeros(len(anchors), 0, anchors.shape[1]), keys)
+    loss, _ = contrastive_loss(rows, ContrastiveOptions(symmetric=False), 1 / TEMPERATURE)
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.item()
 

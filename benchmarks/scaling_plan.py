@@ -35,7 +35,7 @@ from pipeline.config.tree import Storage
 from pipeline.core.console import table
 from pipeline.data.feed import training_plan
 from pipeline.data.manifest import SPLITS, Manifest, Shard, SourceCount
-from pipeline.data.plan import Plan
+from pipeline.data.plan import BatchPlan
 from pipeline.data.prepare import Inputs
 from pipeline.data.records import parts_at_most
 from pipeline.data.sources import CHECKED_ROWS
@@ -99,7 +99,7 @@ def counted(inputs: Inputs, records: int) -> dict[str, int]:
     }
 
 
-def plan_of(records: int, shards: int) -> Plan:
+def plan_of(records: int, shards: int) -> BatchPlan:
     return training_plan(Path("prepared"), manifest_of(records, shards), 512, 0)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.model import attention
-from pipeline.model.attention import attend
+from pipeline.model.attention import AttentionOptions, attend
 from pipeline.model.packing import Layout, pack
 
 SELF = [5, 1, 2, 0, 9, 5, 1, 13, 2, 2]
@@ -82,7 +82,10 @@ def test_outputs_and_gradients(case: dict[str, Any], path: str) -> None:
     k_layout = q_layout if keys is None else layout_of(keys)
     keys = queries if keys is None else keys
     qkv = states(sum(queries), sum(keys), key_heads=options.pop("key_heads", 4))
-    ours, oracle = attend(*qkv, q_layout, k_layout, **options), written_out(*qkv, queries, keys, **options)
+    ours, oracle = (
+        attend(*qkv, q_layout, k_layout, AttentionOptions(**options)),
+        written_out(*qkv, queries, keys, **options),
+    )
     torch.testing.assert_close(ours, oracle)
     weights = torch.randn_like(ours)
     for found, expected in zip(gradients(ours, weights, qkv), gradients(oracle, weights, qkv), strict=True):
@@ -131,12 +134,12 @@ def test_dropout_drops_weights_and_keeps_their_mean(path: str) -> None:
     layout = layout_of([4] * 500)
     q, v = torch.zeros(2000, 2, 8), torch.ones(2000, 2, 8)
     torch.manual_seed(0)
-    mixed = attend(q, q, v, layout, layout, dropout=0.5)
+    mixed = attend(q, q, v, layout, layout, AttentionOptions(dropout=0.5))
     kept = mixed[..., 0] * 4 * 0.5  # of four weights of a quarter, doubled where kept
     assert set(kept.unique().tolist()) == {0.0, 1.0, 2.0, 3.0, 4.0}
     assert mixed.mean().item() == pytest.approx(1.0, abs=0.05)
     torch.manual_seed(0)
-    torch.testing.assert_close(attend(q, q, v, layout, layout, dropout=0.5), mixed, atol=0, rtol=0)
+    torch.testing.assert_close(attend(q, q, v, layout, layout, AttentionOptions(dropout=0.5)), mixed, atol=0, rtol=0)
 
 
 def test_queries_and_keys_follow_the_values_type() -> None:
@@ -191,7 +194,7 @@ def test_flash_attention_gets_packed_sequences(
 ) -> None:
     layout = layout_of(SELF)
     qkv = [x.detach().bfloat16() for x in states(sum(SELF), sum(SELF), key_heads=2)]
-    mixed = attend(*(x.as_subclass(Elsewhere) for x in qkv), layout, layout, **options)
+    mixed = attend(*(x.as_subclass(Elsewhere) for x in qkv), layout, layout, AttentionOptions(**options))
     torch.testing.assert_close(mixed.as_subclass(torch.Tensor), written_out(*qkv, SELF, SELF, **options))
     assert flash == [
         {
@@ -234,6 +237,6 @@ def test_what_flash_attention_does_not_take_is_padded(
     qkv = states(sum(SELF), sum(keys or SELF), width=change.get("width", 8))
     q, k, v = (x.detach().to(change.get("dtype", torch.float16)).as_subclass(Elsewhere) for x in qkv)
     layout = layout_of(SELF)
-    attend(q, k, v, layout, layout_of(keys) if keys else layout, **options)
+    attend(q, k, v, layout, layout_of(keys) if keys else layout, AttentionOptions(**options))
     assert not flash
     assert padded == [sum(SELF)]

@@ -210,7 +210,7 @@ def test_csv_rows_with_too_many_or_too_few_cells_and_a_delimiter(tmp_path: Path)
     reasons = [None, "wrong_cell_count", "wrong_cell_count", None, "broken_csv", None]
     assert [record.reason for record in found] == reasons
     assert [record.native_id for record in found] == [f"a.csv:{line}" for line in (2, 3, 4, 6, 8, 9)]
-    assert found[1].excerpt == "1 cells under 2 names: a"
+    assert found[1].excerpt == "1 cells for 2 columns: a"
     assert found[3].fields["anchor"] == "a\n1"
     (tmp_path / "a.csv").write_text("anchor;positive\na;b\n")
     assert outcomes("csv", tmp_path, delimiter=";") == {None: 1}
@@ -279,7 +279,7 @@ def test_values_that_are_no_text(tmp_path: Path) -> None:
     found = all_records(Source(name="s", type="json", path=str(tmp_path)))
     assert [record.reason for record in found] == [*(reason for _, reason in mixed), "missing_field"]
     assert found[5].fields["positive"] == "x\n\ny"
-    assert found[8].excerpt == "no field 'positive'; it has anchor"
+    assert found[8].excerpt == "no field 'positive'; the row has anchor"
 
 
 def test_lone_surrogates_are_json_and_are_kept(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_whole_job_on_the_other_services(scheme: str, tmp_path: Path, capsys: 
         code, moved, _, err = run_here(capsys, "run", *arguments)
         assert code == 0, err
         assert "model was trained: 5 records new, 0 changed, 0 removed" in err
-        assert "prepare: 5 of 805 records were tokenized" in err
+        assert "prepare: tokenized 5 of 805 records" in err
         assert moved["paths"]["model"] == first["paths"]["model"]
         assert moved["metrics"]["embed"]["rows"] == first["metrics"]["embed"]["rows"] + 5
     assert not (tmp_path / "store").exists()

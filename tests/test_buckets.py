@@ -127,5 +127,5 @@ def test_a_server_that_goes_away_stops_the_run(monkeypatch: pytest.MonkeyPatch) 
         served.write("a.jsonl", as_lines(ROWS))
         source = source_at(served, "a.jsonl")
         task = plan_source(source).tasks[0]
-    with pytest.raises(JobError, match=r"^source s: a.jsonl could not be read: Connection refused"):
+    with pytest.raises(JobError, match=r"^source s: cannot read a.jsonl: Connection refused"):
         list(read(task, source))

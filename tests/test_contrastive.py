@@ -8,21 +8,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.model.contrastive import Contrast, Rows, contrastive_loss
+from pipeline.model.contrastive import ContrastiveOptions, PairVectors, contrastive_loss
 from pipeline.training.step import _gather_batch
 from tests.gloo_workers import Result, run_workers
 
 B, M, D = 8, 2, 6
 
 
-def rows_of(anchors: torch.Tensor, positives: torch.Tensor) -> Rows:
+def rows_of(anchors: torch.Tensor, positives: torch.Tensor) -> PairVectors:
     """Rows without hard negatives, in which all texts differ."""
     n = len(anchors)
     keys = torch.arange(1, 3 * n + 1).view(3, n).T
-    return Rows(anchors, positives, anchors.new_zeros(n, 0, anchors.shape[1]), keys)
+    return PairVectors(anchors, positives, anchors.new_zeros(n, 0, anchors.shape[1]), keys)
 
 
-def plain(rows: Rows, contrast: Contrast, scale: float) -> torch.Tensor:
+def plain(rows: PairVectors, contrast: ContrastiveOptions, scale: float) -> torch.Tensor:
     """The formula, row by row and candidate by candidate."""
     n, total = len(rows.anchors), torch.tensor(0.0, dtype=rows.anchors.dtype)
     sizes = [rows.anchors.shape[1], *contrast.dimensions]
@@ -55,7 +55,7 @@ def plain(rows: Rows, contrast: Contrast, scale: float) -> torch.Tensor:
     return total / n / len(sizes)
 
 
-def data(weight: torch.Tensor, share: slice = slice(None)) -> Rows:
+def data(weight: torch.Tensor, share: slice = slice(None)) -> PairVectors:
     """Eight rows with two negatives each. Some texts are met twice and some negatives are missing."""
     chance = torch.Generator().manual_seed(1)
     x = torch.randn(B, 2 + M, D, generator=chance, dtype=torch.float64)
@@ -66,7 +66,7 @@ def data(weight: torch.Tensor, share: slice = slice(None)) -> Rows:
     keys[3, 4] = keys[4, 2]  # a negative that is another row's positive
     keys[2, 3] = 0  # a row with one negative
     vectors = x[share] @ weight
-    return Rows(vectors[:, 0], vectors[:, 1], vectors[:, 2:], keys[share])
+    return PairVectors(vectors[:, 0], vectors[:, 1], vectors[:, 2:], keys[share])
 
 
 def start_weight() -> torch.Tensor:
@@ -75,31 +75,35 @@ def start_weight() -> torch.Tensor:
 
 
 CONTRASTS = [
-    Contrast(symmetric=False),
-    Contrast(symmetric=True),
-    Contrast(symmetric=True, margin=0.1, dimensions=(3, 2)),
+    ContrastiveOptions(symmetric=False),
+    ContrastiveOptions(symmetric=True),
+    ContrastiveOptions(symmetric=True, margin=0.1, dimensions=(3, 2)),
 ]
 
 
 def test_literal_value() -> None:
     """Two orthogonal pairs: each is told from the other by e^(1/t) against 1."""
     vectors = torch.eye(2)
-    loss, metrics = contrastive_loss(rows_of(vectors, vectors), Contrast(), scale=2.0)
+    loss, metrics = contrastive_loss(rows_of(vectors, vectors), ContrastiveOptions(), scale=2.0)
     torch.testing.assert_close(loss, torch.log1p(torch.exp(torch.tensor(-2.0))))
     assert (metrics["accuracy"], metrics["mrr"]) == (1, 1)
-    swapped, metrics = contrastive_loss(rows_of(vectors, vectors.flip(0)), Contrast(symmetric=False), scale=2.0)
+    swapped, metrics = contrastive_loss(
+        rows_of(vectors, vectors.flip(0)), ContrastiveOptions(symmetric=False), scale=2.0
+    )
     torch.testing.assert_close(swapped, 2 + torch.log1p(torch.exp(torch.tensor(-2.0))))
     assert (metrics["accuracy"], metrics["mrr"]) == (0, 0.5)
 
 
 def test_vectors_all_alike_find_nothing() -> None:
-    _, metrics = contrastive_loss(rows_of(torch.ones(4, 4), torch.ones(4, 4)), Contrast(), scale=1.0)  # of length 2
+    _, metrics = contrastive_loss(
+        rows_of(torch.ones(4, 4), torch.ones(4, 4)), ContrastiveOptions(), scale=1.0
+    )  # of length 2
     assert metrics["accuracy"] == 0
     assert metrics["mrr"] == pytest.approx(1 / 2.5)
 
 
 @pytest.mark.parametrize("contrast", CONTRASTS)
-def test_loss_and_gradient_are_those_of_the_formula(contrast: Contrast) -> None:
+def test_loss_and_gradient_are_those_of_the_formula(contrast: ContrastiveOptions) -> None:
     ours, oracle = start_weight(), start_weight()
     loss, _ = contrastive_loss(data(ours), contrast, scale=10.0)
     expected = plain(data(oracle), contrast, 10.0)
@@ -116,9 +120,9 @@ def test_each_mask_changes_the_loss() -> None:
     for place in [(5, 1), (6, 2), (7, 0), (3, 4), (2, 3)]:
         keys = rows.keys.clone()
         keys[place] = 1000
-        other, _ = contrastive_loss(Rows(rows.anchors, rows.positives, rows.negatives, keys), CONTRASTS[1], 1.0)
+        other, _ = contrastive_loss(PairVectors(rows.anchors, rows.positives, rows.negatives, keys), CONTRASTS[1], 1.0)
         assert abs(other - masked) > 1e-6, place
-    with_margin, _ = contrastive_loss(rows, Contrast(margin=0.1), 1.0)
+    with_margin, _ = contrastive_loss(rows, ContrastiveOptions(margin=0.1), 1.0)
     assert with_margin < masked
 
 
@@ -135,11 +139,11 @@ def test_equals_sentence_transformers(symmetric: bool) -> None:
     )
     expected = theirs.compute_loss_from_embeddings([a, p, n], None)
     keys = torch.arange(1, 12 * 4 + 1).view(12, 4)
-    loss, _ = contrastive_loss(Rows(a, p, n[:, None], keys), Contrast(symmetric=symmetric), scale=20.0)
+    loss, _ = contrastive_loss(PairVectors(a, p, n[:, None], keys), ContrastiveOptions(symmetric=symmetric), scale=20.0)
     torch.testing.assert_close(loss, expected, atol=1e-12, rtol=0)
 
 
-def _share(rank: int, world_size: int, contrast: Contrast) -> Result:
+def _share(rank: int, world_size: int, contrast: ContrastiveOptions) -> Result:
     """Loss and gradients as DDP would leave them: averaged over workers."""
     weight = start_weight()
     log_scale = torch.tensor(10.0, dtype=torch.float64).log().requires_grad_()
@@ -157,7 +161,7 @@ def _share(rank: int, world_size: int, contrast: Contrast) -> Result:
 
 
 @pytest.mark.parametrize(("world_size", "contrast"), [(2, CONTRASTS[0]), (2, CONTRASTS[2]), (4, CONTRASTS[2])])
-def test_workers_give_the_single_process_gradient(world_size: int, contrast: Contrast) -> None:
+def test_workers_give_the_single_process_gradient(world_size: int, contrast: ContrastiveOptions) -> None:
     """With hard negatives, masks, a learned temperature and Matryoshka; the plain formula is the oracle."""
     result = run_workers(world_size, _share, contrast)
     weight, log_scale = start_weight(), torch.tensor(10.0, dtype=torch.float64).log().requires_grad_()

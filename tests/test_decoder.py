@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -237,15 +238,15 @@ def test_generation_of_nothing() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     decoder = random_decoder(replace(SHAPE, max_positions=5))
-    with pytest.raises(ValueError, match="memory of 4 sequences does not fit 1 targets"):
+    with pytest.raises(ValueError, match="found 4 memory sequences for 1 targets"):
         decoder.hidden(pack([[1]]), random_memory())
-    with pytest.raises(ValueError, match="6 tokens, more than the model's max_positions=5"):
+    with pytest.raises(ValueError, match="6 tokens; the model's limit is max_positions=5"):
         decoder.hidden(pack([[1] * 6]), None)
     with pytest.raises(ValueError, match="max_new_tokens=6"):
         decoder.generate(random_memory(), 1, 2, 6)
-    with pytest.raises(ValueError, match="has no memory"):
+    with pytest.raises(ValueError, match="takes no memory"):
         random_decoder(replace(SHAPE, memory_width=None)).hidden(pack(TARGETS), random_memory())
-    with pytest.raises(ValueError, match=r"table of shape \(40, 16\) cannot be shared"):
+    with pytest.raises(ValueError, match=r"cannot share a table of shape \(40, 16\)"):
         Decoder(SHAPE, tie_to=nn.Embedding(40, 16))
 
 
@@ -337,11 +338,16 @@ def test_the_unified_transformer() -> None:
 
 def test_options_of_the_unified_transformer() -> None:
     build = build_unified_transformer
-    model = build(
-        40, 40, 9, 7, 32, 2, 4, 64, 0.2, num_kv_heads=2, positions="learned", norm_eps=1e-6, gradient_checkpointing=True
-    )
-    common = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 64, "num_kv_heads": 2, "dropout": 0.2}
+    common: dict[str, Any] = {
+        "d_model": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "d_ff": 64,
+        "num_kv_heads": 2,
+        "dropout": 0.2,
+    }
     common |= {"positions": "learned", "norm_eps": 1e-6}
+    model = build(40, 40, 9, 7, **common, gradient_checkpointing=True)
     assert model.encoder.shape == EncoderShape(vocab_size=40, max_positions=9, **common)
     assert model.decoder.shape == DecoderShape(
         vocab_size=40,

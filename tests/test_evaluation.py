@@ -383,15 +383,15 @@ def test_labels(tmp_path: Path) -> None:
         (tmp_path / f"{name}.tsv").write_text(f'text\tlabel\na "{name}\tx\nb\ty\n')
     assert read_labels(tmp_path / "test.tsv", "key") == (['a "test', "b"], ["x", "y"])
     assert read_classification(tmp_path) == (['a "train', "b"], ["x", "y"], ['a "test', "b"], ["x", "y"])
-    with pytest.raises(ConfigError, match=r"key: .*No such file or directory; allowed is a TSV of text, label"):
+    with pytest.raises(ConfigError, match=r"key: .*No such file or directory; give a TSV of text, label"):
         read_labels(tmp_path / "other.tsv", "key")
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("a\tb\n", "line 1: a header of text, label is wanted"),
-        ("text\tlabel\na\tb\tc\n", "line 2: too many values; allowed are rows of text, label"),
+        ("a\tb\n", "line 1: the header must be text, label"),
+        ("text\tlabel\na\tb\tc\n", "line 2: too many values; each row must have text, label"),
         ("text\tlabel\na\tx\nb\tx\n", "has 1 labels; allowed are two or more"),
     ],
 )

@@ -193,7 +193,7 @@ class TestFolder:
         layers = {"num_layers": 1, "positions": "learned", "max_positions": MAX_LENGTH}
         tokenizer = Tokenizer.from_file(str(checkpoints["table"] / "tokenizer.json"))
         (tmp_path / "out").mkdir()
-        with pytest.raises(ConfigError, match=r"found learned; export needs model\.positions=rotary$"):
+        with pytest.raises(ConfigError, match=r"found learned; exports need model\.positions=rotary$"):
             export_model(checkpoint(tmp_path, layers, Head(), tokenizer), tmp_path / "out")
 
     def test_padding_takes_a_token_that_is_special_already(self, checkpoints: dict[str, Path]) -> None:
@@ -214,7 +214,7 @@ class TestFolder:
 
         right = hf_io.eurobert_config
         monkeypatch.setattr(hf_io, "eurobert_config", wrong)
-        with pytest.raises(RuntimeError, match="a fault of the export"):
+        with pytest.raises(RuntimeError, match="please report this bug"):
             export_model(checkpoints["weighted"], tmp_path)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.config import Data, Sanitize, Source
 from pipeline.data.fields import RawRecord
-from pipeline.data.filtering import Filter, Sanitizer, nonprintable_share, unreadable
+from pipeline.data.filtering import Filter, Sanitizer, nonprintable_share, raw_text_problem
 from pipeline.data.partitions import content_id, is_validation, shard_of
 from pipeline.data.read_text import docstring_pairs
 
@@ -32,11 +32,11 @@ def test_unreadable_at_its_thresholds() -> None:
         ("a\ufffd\ufffdb", "nonprintable"),
         ("def f():\n\treturn 1", None),  # newlines and tabs are no fault of code's
     ):
-        assert unreadable(raw, max_chars=20, max_nonprintable=0.25) == expected, raw
+        assert raw_text_problem(raw, max_chars=20, max_nonprintable=0.25) == expected, raw
 
 
 def normalise(text: str, sanitizer: Sanitizer) -> str:
-    return sanitizer.tidy(sanitizer.reveal(text))
+    return sanitizer.clean(sanitizer.unhide(text))
 
 
 NORMALISED: list[tuple[str, str | None, str | None]] = [  # raw, as code and as prose; None: as it was

@@ -115,7 +115,7 @@ class TestFresh:
         assert code == 0, err
         assert drift_of(err) == "30 records new, 0 changed, 0 removed (6.8%)"
         assert "python jobs/run.py with the same arguments and storage.run=notes-2" in err
-        assert "prepare: 30 of 470 records were tokenized" in err
+        assert "prepare: tokenized 30 of 470 records" in err
         assert "train: nothing to do" in err
         assert last["paths"]["model"] == first["paths"]["model"]
         assert corpus.run_json() == run
@@ -161,7 +161,7 @@ class TestFresh:
         code, last, err = corpus(capsys, "embed")
         assert code == 0, err
         assert drift_of(err) == "30 records new, 5 changed, 42 removed (17.5%)"
-        assert "prepare: 5 of 428 records were tokenized" in err
+        assert "prepare: tokenized 5 of 428 records" in err
         counts = {"embedded": 5, "changed": 5, "deleted": 42, "rows": 428}
         assert counts.items() <= last["metrics"].items()
         code, last, err = corpus(capsys, "evaluate")
@@ -229,6 +229,6 @@ class TestFresh:
         corpus.write("e", make_pairs(10, seed=5))
         code, last, err = corpus(capsys, "prepare")
         assert (code, last["metrics"]["rows_kept"]) == (0, 458), err
-        assert "were tokenized" not in err
-        assert drift_of(err).startswith("by how much is not known, because ")
+        assert "prepare: tokenized" not in err
+        assert drift_of(err).startswith("unknown by how much, because ")
         assert len(tokens_of(last["paths"]["prepared"])) == 458

@@ -232,7 +232,9 @@ def test_a_batch_without_masked_tokens_has_no_loss() -> None:
 def test_a_small_transformer_learns_to_turn_texts_round() -> None:
     """Three of four tokens in all orders: without the source's positions a text costs log(6) at least."""
     torch.manual_seed(0)
-    model = build_unified_transformer(8, 8, 8, 8, 32, 1, 4, dropout=0.0, tie_embeddings=True)
+    model = build_unified_transformer(
+        8, 8, 8, 8, d_model=32, num_layers=1, num_heads=4, dropout=0.0, tie_embeddings=True
+    )
     for matrix in (parameter for parameter in model.parameters() if parameter.ndim > 1):
         nn.init.normal_(matrix, std=0.1)  # from smaller weights it takes longer to look at its source
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)

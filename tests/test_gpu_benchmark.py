@@ -82,8 +82,8 @@ def test_a_wrong_result_ends_it_before_anything_is_measured(
 
 
 def _attention_of_few_bits(change: pytest.MonkeyPatch) -> None:
-    def attend(*given: Any, **options: Any) -> Tensor:
-        mixed = right(*given, **options)
+    def attend(*given: Any) -> Tensor:
+        mixed = right(*given)
         return mixed if mixed.dtype == torch.float64 else mixed * 1.1
 
     right = gpu_checks.attend
@@ -91,9 +91,9 @@ def _attention_of_few_bits(change: pytest.MonkeyPatch) -> None:
 
 
 def _texts_that_see_each_other(change: pytest.MonkeyPatch) -> None:
-    def attend(q: Tensor, k: Tensor, v: Tensor, *layouts: Layout, **options: Any) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, *options: Any) -> Tensor:
         whole = Layout(torch.tensor([0, len(q)]), len(q))
-        return right(q, k, v, whole, whole, **options)
+        return right(q, k, v, whole, whole, *options)
 
     right = transformer.attend
     change.setattr(transformer, "attend", attend)

@@ -214,26 +214,29 @@ def emptied(folder: Path) -> None:
         path.unlink()
 
 
-ALLOWED = "allowed are Transformer and Pooling of sentence-transformers, and Normalize after them"
+ALLOWED = "supported are Transformer and Pooling of sentence-transformers, optionally followed by"
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "code of its own": (
         module_of("my_code.Normalize", at=2),
         f"found Transformer, Pooling, my_code.Normalize; {ALLOWED}",
     ),
-    "no pooling": (lambda f: write(f / "modules.json", []), "found no module; allowed are"),
+    "no pooling": (lambda f: write(f / "modules.json", []), "found no module; supported are"),
     "no list": (lambda f: write(f / "modules.json", {"a": 1}), "found no list of modules"),
-    "broken": (lambda f: (f / "modules.json").write_text("["), r"modules\.json: found no JSON"),
-    "max": (pooled(pooling_mode="max"), "found pooling by max; allowed is one of cls, lasttoken, mean, weightedmean"),
-    "max of old": (pooled(pooling_mode_max_tokens=True), "found pooling by max; allowed"),
-    "two": (pooled(pooling_mode=["cls", "mean"]), "found pooling by cls and mean; allowed is one"),
+    "broken": (lambda f: (f / "modules.json").write_text("["), r"modules\.json: found no valid JSON"),
+    "max": (pooled(pooling_mode="max"), "found pooling by max; supported is one of cls, lasttoken, mean, weightedmean"),
+    "max of old": (pooled(pooling_mode_max_tokens=True), "found pooling by max; supported"),
+    "two": (pooled(pooling_mode=["cls", "mean"]), "found pooling by cls and mean; supported is one"),
     "two of old": (pooled(pooling_mode_cls_token=True, pooling_mode_mean_tokens=True), "found pooling by cls and mean"),
-    "prompt left out": (prompt_left_out, "found include_prompt false; allowed with prompts is true"),
+    "prompt left out": (prompt_left_out, "found include_prompt false; with prompts only true"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"found no tokenizer\.json"),
-    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), r"tokenizer\.json: found no tokenizer"),
-    "larger vocabulary": (larger_vocabulary, r"tokens in tokenizer\.json, and \d+ rows in the token table"),
+    "broken tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text("{}"),
+        "found no valid tokenizer",
+    ),
+    "larger vocabulary": (larger_vocabulary, r"tokens in tokenizer\.json, but \d+ rows in the token table"),
     "pickle": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        r"found pytorch_model\.bin, and no",
+        r"found pytorch_model\.bin, but no",
     ),
     "another family": (lambda f: change(f / "config.json", model_type="mpnet"), "found model_type 'mpnet'"),
     "nothing": (emptied, r"found no model\.json, modules\.json or config\.json"),

@@ -164,15 +164,18 @@ def test_a_broken_shard_is_a_record(online: tuple[Reader, list[str]]) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"path": "owner/pairs", "config": "three"}, "'three' not found. Available: ['one', 'two']; allowed is"),
-    ({"path": "owner/pairs"}, "Please pick one among the available configs: ['one', 'two']; allowed is"),
+    ({"path": "owner/pairs", "config": "three"}, "'three' not found. Available: ['one', 'two']; give"),
+    ({"path": "owner/pairs"}, "Please pick one among the available configs: ['one', 'two']; give"),
     ({"path": "owner/pairs", "config": "one", "split": "test"}, "Bad split: test. Available splits: ['train'];"),
-    ({"path": "owner/pairs", "revision": "v9"}, "found no revision v9; allowed is a commit, tag or branch"),
-    ({"path": "owner/nothing"}, "found no data set of that name on the hub, or a private one and no HF_TOKEN"),
-    ({"path": "owner/script"}, "`revision: refs/convert/parquet` is the hub's own copy of many as Parquet"),
-    ({"path": "owner/pairs", "config": "one", "fields": {"text": "body"}}, "it has question, long_answer, pubid;"),
+    ({"path": "owner/pairs", "revision": "v9"}, "found no revision v9; give an existing commit, tag or branch"),
+    ({"path": "owner/nothing"}, "found no such data set on the hub, or a private one without HF_TOKEN"),
+    ({"path": "owner/script"}, "`revision: refs/convert/parquet`, the hub's own Parquet copy"),
+    (
+        {"path": "owner/pairs", "config": "one", "fields": {"text": "body"}},
+        "available ones: question, long_answer,",
+    ),
     ({"path": "no name"}, "data.sources s: no name: found Repo id must"),
-    ({"path": "./nothing"}, "data.sources s: ./nothing: found there is no such folder; allowed is"),
+    ({"path": "./nothing"}, "data.sources s: ./nothing: found no such folder; give"),
 ]
 
 
@@ -197,7 +200,9 @@ def test_a_hub_out_of_reach_is_refused(tmp_path: Path) -> None:
     reader = Reader("http://127.0.0.1:1", tmp_path)
     (found,) = reader(path="owner/pairs")
     reader.process.communicate()
-    assert "found no way to the hub ([Errno 111] Connection refused); allowed is a machine that" in found["error"]
+    assert (
+        "found the hub unreachable ([Errno 111] Connection refused); give the path of a local folder" in found["error"]
+    )
 
 
 def test_a_folder_is_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

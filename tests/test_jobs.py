@@ -268,7 +268,7 @@ class TestWholeJob:
         small = ["--local_data_dir", str(folder), "storage.run=notes"]
         code, _, _, err = job(capsys, "train", *small)
         assert code == 2
-        assert "training.global_batch_size: found 64; allowed is at most the " in err
+        assert "training.global_batch_size: found 64; use at most " in err
         code, _, _, err = job(capsys, "train", *small, "training.global_batch_size=8", "data.validation_fraction=1e-6")
         assert code == 2
-        assert "data.validation_fraction: it holds out 0 of 40 records" in err
+        assert "data.validation_fraction: holds out 0 of 40 records" in err

@@ -249,9 +249,9 @@ WRONG = {
     "mining.min_score=0.5 mining.max_score=0.4": "a min_score up to max_score, not 0.5 and 0.4",
     "mining.num_negatives=0": "mining.num_negatives",
     "data.prepared=nowhere": r"data.prepared: found no manifest\.json of a prepared data set in .*nowhere",
-    "tokenizer.max_length=32": "tokenizer.max_length: found 32; allowed with data.prepared is 24, as in ",
-    "data.validation_fraction=0.2": "data.validation_fraction: found 0.2; allowed with data.prepared is 0.1",
-    "data.sources.0.name=other": "data.sources: found other with prompts .*; allowed with data.prepared are pages",
+    "tokenizer.max_length=32": "tokenizer.max_length: found 32; set 24, with which ",
+    "data.validation_fraction=0.2": "data.validation_fraction: found 0.2; set 0.1, with which ",
+    "data.sources.0.name=other": "data.sources: found other with prompts .*; set pages",
 }
 
 

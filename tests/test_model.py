@@ -138,7 +138,7 @@ def test_learned_positions_are_added_to_the_tokens() -> None:
 def test_a_sequence_beyond_max_positions_is_refused(positions: str) -> None:
     encoder = Encoder(replace(SHAPE, positions=positions, max_positions=4))
     assert len(states(encoder, [[5] * 4])) == 4
-    with pytest.raises(ValueError, match="5 tokens, more than the model's max_positions=4"):
+    with pytest.raises(ValueError, match="5 tokens; the model's limit is max_positions=4"):
         states(encoder, [[5], [5] * 5])
 
 

@@ -42,7 +42,7 @@ def record_files(folder: Path, texts: Sequence[str], shards: int) -> list[Path]:
 def distinct(folder: Path, files: list[Path], data: Data) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
     """What stays, what goes, and the counts of it."""
     stage = Artifact(folder, "distinct", [])
-    near = near_duplicates.find(stage, progress(), files, data)
+    near = near_duplicates.find_duplicates(stage, progress(), files, data)
     counts = near_duplicates.write_distinct(stage, progress(), files)
     clusters = near_duplicates.largest_clusters(stage)
     stage.finish({})
@@ -126,17 +126,17 @@ def test_contamination_against_every_pair() -> None:
     oracle = [word_tuples(text) for text in texts]
     for place in range(150, 300):
         best = max(likeness(oracle[place], other) for other in oracle[:150])
-        found = known.of([texts[place]])
+        found = known.nearest([texts[place]])
         assert (found[1] if found else 0.0) == (best if best >= 0.7 else 0.0)
 
 
 def test_folders_that_are_no_evaluation_sets(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no corpus\.jsonl in .*allowed are BEIR folders"):
+    with pytest.raises(ConfigError, match=r"no corpus\.jsonl in .*give a folder with corpus\.jsonl"):
         check_beir_folders([str(tmp_path)])
     folder = beir(tmp_path / "set", [], [])
     for line in (b'{"_id": "a"}', b'{"_id": "a", "text": null}', b'{"_id": "a", "text": "caf\xe9"}', b"[]"):
         (folder / "corpus.jsonl").write_bytes(line + b"\n")
-        with pytest.raises(ConfigError, match=r"line 1 of .*corpus\.jsonl has no _id and text"):
+        with pytest.raises(ConfigError, match=r"found no _id and text in line 1 of .*corpus\.jsonl"):
             Contamination([str(folder)], 0.8)
 
 

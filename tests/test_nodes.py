@@ -156,7 +156,7 @@ def test_nodes_are_lost_and_nothing_else_is(
             packages = json.dumps([{"name": "p", "type": "python_packages", "max_samples": 300}])
             job = start("prepare", "storage.run=p", f"data.sources={packages}")
             job.finish()
-            assert "installed packages are read on one node" in job.log.read_text()
+            assert "reading installed packages on the job's node only" in job.log.read_text()
             assert set(nodes.places("MapBatches(run)")) == {"head", "cpu"}  # the later stages
     db = lancedb.connect(str(tmp_path / "store" / "lancedb"))
     rows = db.open_table(db.list_tables().tables[0]).to_arrow().to_pylist()

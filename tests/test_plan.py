@@ -21,7 +21,7 @@ import pytest
 from pipeline.config import ConfigError
 from pipeline.data.feed import CHUNKS_A_DATASET, LocalFeed, RayFeed, training_plan
 from pipeline.data.manifest import Manifest, Shard, SourceCount
-from pipeline.data.plan import Plan, RowGroup, lanes_of, largest_remainder
+from pipeline.data.plan import BatchPlan, RowGroup, lanes_of, largest_remainder
 
 GROUPS = [40, 40, 40, 13, 40, 7]  # rows of the row groups, over two files
 SOURCES = ["a", "b", "a", "c", "a", "b"]  # 120 rows of a, 47 of b, 13 of c
@@ -31,7 +31,7 @@ EVEN = (("a", 1.0), ("b", 1.0), ("c", 1.0))
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+def plan(tmp_path_factory: pytest.TempPathFactory) -> BatchPlan:
     """Row i has the id "i"; row groups have sources, which count for nothing in a plan without weights."""
     folder, groups = tmp_path_factory.mktemp("shards"), []
     for name, numbers in (("a.parquet", range(4)), ("b.parquet", range(4, 6))):
@@ -40,14 +40,14 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
                 ids = range(FIRST[number], FIRST[number] + GROUPS[number])
                 writer.write_table(pa.table({"id": [str(i) for i in ids]}))
                 groups.append(RowGroup(name, index, GROUPS[number], SOURCES[number]))
-    return Plan(str(folder), tuple(groups), global_batch_size=16, seed=3)
+    return BatchPlan(str(folder), tuple(groups), global_batch_size=16, seed=3)
 
 
 def ids(table: pa.Table) -> list[int]:
     return [int(i) for i in table["id"].to_pylist()]
 
 
-def batches(plan: Plan, world_size: int, start: int, stop: int) -> list[list[int]]:
+def batches(plan: BatchPlan, world_size: int, start: int, stop: int) -> list[list[int]]:
     """Ids of each global batch, workers' shares end to end."""
     shares = [list(LocalFeed(plan, rank, world_size).batches(start, stop)) for rank in range(world_size)]
     return [[i for share in shares for i in ids(share[k])] for k in range(stop - start)]
@@ -60,7 +60,7 @@ def source_of(row: int) -> str:
 # The order anew, one row at a time.
 
 
-def stream(plan: Plan, numbers: list[int], name: int, lanes: int, whole: int) -> Iterator[tuple[int, int]]:
+def stream(plan: BatchPlan, numbers: list[int], name: int, lanes: int, whole: int) -> Iterator[tuple[int, int]]:
     """Rows of these row groups without end, each with its lane."""
     for turn in itertools.count():
         order: list[int] = []
@@ -79,7 +79,7 @@ def by_lane(rows: list[tuple[int, int]]) -> list[int]:
     return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
 
-def oracle(plan: Plan, steps: int) -> list[list[int]]:
+def oracle(plan: BatchPlan, steps: int) -> list[list[int]]:
     """A mixed plan's batches: of all sources as they come, or of each what the plan's own counts say."""
     size, epoch = plan.global_batch_size, sum(GROUPS) // plan.global_batch_size
     if plan.batching == "mixed" and not plan.weights:
@@ -119,7 +119,9 @@ PLANS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("changes", PLANS, ids=str)
-def test_the_order_of_brute_force_from_any_step_for_any_number_of_workers(plan: Plan, changes: dict[str, Any]) -> None:
+def test_the_order_of_brute_force_from_any_step_for_any_number_of_workers(
+    plan: BatchPlan, changes: dict[str, Any]
+) -> None:
     plan = replace(plan, **changes)
     plan.check_sources()
     steps = 3 * plan.batches_per_epoch + 1
@@ -132,7 +134,7 @@ def test_the_order_of_brute_force_from_any_step_for_any_number_of_workers(plan: 
             assert batches(plan, world_size, start, steps) == expected[start:]
 
 
-def test_the_order_of_mixed_batches_is_what_it_was(plan: Plan) -> None:
+def test_the_order_of_mixed_batches_is_what_it_was(plan: BatchPlan) -> None:
     """Literal ids of the first plan of this project; runs that began with it go on with it."""
     n = plan.batches_per_epoch
     assert n == 11
@@ -142,7 +144,7 @@ def test_the_order_of_mixed_batches_is_what_it_was(plan: Plan) -> None:
     assert found[n] == [56, 64, 63, 77, 107, 80, 86, 87, 14, 37, 0, 134, 144, 152, 160, 177]
 
 
-def test_shares_differ_by_a_row_at_most_and_are_what_is_read(plan: Plan) -> None:
+def test_shares_differ_by_a_row_at_most_and_are_what_is_read(plan: BatchPlan) -> None:
     for world_size in (1, 2, 3, 5, 7, 16):
         plan.check_workers(world_size)
         shares = [plan.share(rank, world_size) for rank in range(world_size)]
@@ -151,18 +153,18 @@ def test_shares_differ_by_a_row_at_most_and_are_what_is_read(plan: Plan) -> None
         tables = [plan.read(3, 5, rank, world_size) for rank in range(world_size)]
         assert [table["step"].to_pylist() for table in tables] == [[3] * n + [4] * n for n in shares]
     for world_size in (0, 17):
-        with pytest.raises(ConfigError, match=f"found {world_size}; allowed with .*=16 are 1 to 16"):
+        with pytest.raises(ConfigError, match=f"found {world_size}; use 1 to 16, .*=16"):
             plan.check_workers(world_size)
 
 
-def test_a_worker_reads_little_more_than_its_share(plan: Plan) -> None:
+def test_a_worker_reads_little_more_than_its_share(plan: BatchPlan) -> None:
     """Neighbours share the row groups at their border alone."""
     for world_size in (2, 3):
         read = [len(plan.select(0, plan.batches_per_epoch, rank, world_size).groups) for rank in range(world_size)]
         assert sum(read) <= len(GROUPS) + world_size - 1
 
 
-def test_each_row_at_most_once_an_epoch_and_all_but_a_batch_of_them(plan: Plan) -> None:
+def test_each_row_at_most_once_an_epoch_and_all_but_a_batch_of_them(plan: BatchPlan) -> None:
     n = plan.batches_per_epoch
     for epoch in range(3):
         rows = list(itertools.chain(*batches(plan, 2, epoch * n, (epoch + 1) * n)))
@@ -173,7 +175,7 @@ def test_each_row_at_most_once_an_epoch_and_all_but_a_batch_of_them(plan: Plan) 
     assert first[:5] != batches(replace(plan, seed=4), 1, 0, 5)
 
 
-def test_a_batch_mixes_row_groups(plan: Plan) -> None:
+def test_a_batch_mixes_row_groups(plan: BatchPlan) -> None:
     """Rows of one batch come from many places: neighbours in storage seldom meet."""
     for size in (16, 37):
         mixed = replace(plan, global_batch_size=size)
@@ -188,7 +190,7 @@ def test_lanes() -> None:
 
 @pytest.mark.parametrize(("weights", "quotas"), [((), (15, 6, 1)), (WEIGHTS, (11, 4, 7)), (EVEN, (8, 7, 7))])
 def test_batches_of_one_source_in_exact_proportion(
-    plan: Plan, weights: tuple[tuple[str, float], ...], quotas: tuple[int, ...]
+    plan: BatchPlan, weights: tuple[tuple[str, float], ...], quotas: tuple[int, ...]
 ) -> None:
     """22 batches an epoch: by rows 120, 47 and 13 of 180; else by weight; what is left over to the largest rests."""
     plan = replace(plan, batching="by_source", global_batch_size=8, weights=weights)
@@ -202,7 +204,7 @@ def test_batches_of_one_source_in_exact_proportion(
     assert len(orders) == 3
 
 
-def test_a_source_is_gone_through_whole_before_any_row_comes_again(plan: Plan) -> None:
+def test_a_source_is_gone_through_whole_before_any_row_comes_again(plan: BatchPlan) -> None:
     plan = replace(plan, batching="by_source", global_batch_size=4, weights=WEIGHTS)
     n = plan.batches_per_epoch
     rows: list[int] = [row for batch in batches(plan, 1, 0, 2 * n) for row in batch if source_of(row) == "c"]
@@ -213,7 +215,7 @@ def test_a_source_is_gone_through_whole_before_any_row_comes_again(plan: Plan) -
     assert set(rows) == {i for i in range(sum(GROUPS)) if source_of(i) == "c"}
 
 
-def test_a_mixed_batch_has_of_each_source_its_share(plan: Plan) -> None:
+def test_a_mixed_batch_has_of_each_source_its_share(plan: BatchPlan) -> None:
     """Rounded down or up, and over any number of batches from the first on within two rows of the exact share."""
     for size in (7, 10, 16, 30):
         mixed = replace(plan, global_batch_size=size, weights=WEIGHTS)
@@ -225,7 +227,7 @@ def test_a_mixed_batch_has_of_each_source_its_share(plan: Plan) -> None:
             assert all(abs(total - k * exact) < 2 for k, total in enumerate(itertools.accumulate(given), 1))
 
 
-def test_weights_that_are_those_of_the_rows_give_each_row_once_an_epoch(plan: Plan) -> None:
+def test_weights_that_are_those_of_the_rows_give_each_row_once_an_epoch(plan: BatchPlan) -> None:
     plan = replace(plan, global_batch_size=18, weights=(("a", 120.0), ("b", 47.0), ("c", 13.0)))
     rows = list(itertools.chain(*batches(plan, 2, 0, 10)))
     assert plan.batches_per_epoch == 10
@@ -236,8 +238,8 @@ def heavy(weight: float, **changes: Any) -> dict[str, Any]:
     return {"weights": (("a", 1.0), ("b", 1.0), ("c", weight)), **changes}
 
 
-def test_shares_that_cannot_be_kept_are_refused(plan: Plan) -> None:
-    too_few = "found 13 training records of c, of which a batch takes 14"
+def test_shares_that_cannot_be_kept_are_refused(plan: BatchPlan) -> None:
+    too_few = "found 13 training records of c, but each batch takes 14"
     for changes, message in (
         ({"batching": "by_source", "global_batch_size": 13}, None),
         ({"batching": "by_source", "global_batch_size": 14}, too_few),
@@ -247,7 +249,7 @@ def test_shares_that_cannot_be_kept_are_refused(plan: Plan) -> None:
             heavy(0.01, batching="by_source", global_batch_size=8),
             r"found c with 0\.005 of the weights, too little for one of the 22 batches",
         ),
-        ({"weights": (*WEIGHTS, ("d", 1.0))}, "found a weight of d, which has no training record"),
+        ({"weights": (*WEIGHTS, ("d", 1.0))}, "found a weight for d, which has no training records"),
     ):
         with pytest.raises(ConfigError, match=message) if message else nullcontext():
             replace(plan, **changes).check_sources()
@@ -259,7 +261,7 @@ def test_largest_remainder_by_hand() -> None:
     assert largest_remainder(0, [Fraction(1)]) == (0,)
 
 
-def manifest_of(plan: Plan, weights: dict[str, float | None]) -> Manifest:
+def manifest_of(plan: BatchPlan, weights: dict[str, float | None]) -> Manifest:
     """What prepare writes beside these row groups, and one without a row."""
     shards = []
     for path in ("a.parquet", "b.parquet"):
@@ -271,21 +273,21 @@ def manifest_of(plan: Plan, weights: dict[str, float | None]) -> Manifest:
     return Manifest("f", sources, {"train": 180, "validation": 2}, shards, {}, [], {})
 
 
-def test_a_manifest_s_plan(plan: Plan) -> None:
+def test_a_manifest_s_plan(plan: BatchPlan) -> None:
     folder = Path(plan.folder)
     as_they_come = training_plan(folder, manifest_of(plan, {"a": None, "b": None, "c": None}), 16, 3)
     assert as_they_come == plan
     assert training_plan(folder, manifest_of(plan, dict(WEIGHTS)), 8, 3, "by_source") == replace(
         plan, global_batch_size=8, batching="by_source", weights=WEIGHTS
     )
-    with pytest.raises(ConfigError, match="of which a batch takes 16"):
+    with pytest.raises(ConfigError, match="but each batch takes 16"):
         training_plan(folder, manifest_of(plan, dict(WEIGHTS)), 16, 3, "by_source")
-    with pytest.raises(ConfigError, match="allowed is at most the 180 records"):
+    with pytest.raises(ConfigError, match="use at most 180, the number of records"):
         training_plan(folder, manifest_of(plan, {}), 181, 3)
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_rows_through_ray_data_are_those_read_here(plan: Plan) -> None:
+def test_rows_through_ray_data_are_those_read_here(plan: BatchPlan) -> None:
     """Over several reads, datasets and epochs; left in the midst, no thread stays."""
     plan = replace(plan, weights=WEIGHTS, global_batch_size=100)
     feeds = RayFeed(plan, 1, 3), LocalFeed(plan, 1, 3)

@@ -302,7 +302,7 @@ def test_text_alone_in_windows(tmp_path: Path) -> None:
     assert table["window"].to_pylist() != [0] * len(table)
     assert manifest.lengths["text"]["max"] == 16
     assert set(table["id"].to_pylist()) <= set(pq.read_table(folder / "records")["id"].to_pylist())
-    with pytest.raises(ConfigError, match=r"tokenizer\.long_texts: found windows with records of anchor, positive"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.long_texts: found windows, with the record fields anchor,"):
         prepare(config_of(tmp_path, write_jsonl(tmp_path / "p.jsonl", make_pairs(5)), *overrides[1:]), progress)
 
 
@@ -343,5 +343,5 @@ def test_too_much_bad_input_stops_with_a_sentence(tmp_path: Path) -> None:
 
 def test_everything_rejected_is_an_error(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"anchor": "a", "positive": "b"}])
-    with pytest.raises(JobError, match=r"none of its 1 records was kept \(1 too_short\)"):
+    with pytest.raises(JobError, match=r"all 1 records were rejected \(1 too_short\)"):
         prepare(config_of(tmp_path, path), progress)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.data.measures import duplicate_shares, ngram_shares
-from pipeline.data.quality import PRESETS, RULES, QualityRules, identify
+from pipeline.data.quality import PRESETS, RULES, QualityRules, identify_language
 
 REASONS = {rule.threshold: rule.reason for rule in RULES}
 NEVER = {name: 0.0 if name.startswith("min_") else float("inf") for name in REASONS}
@@ -274,10 +274,10 @@ def test_languages_are_identified_without_a_network(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     for language, text in (line.split("  ") for line in LANGUAGES.strip().splitlines()):
-        code, score = identify(text.replace("\\n", "\n"))
+        code, score = identify_language(text.replace("\\n", "\n"))
         assert code == language, text
         assert 0.65 < score <= 1
 
 
 def test_a_text_without_letters_has_no_language() -> None:
-    assert identify("") == identify("\n 12:30, 3.5 …") == identify("'\ud800") == ("und", 0.0)
+    assert identify_language("") == identify_language("\n 12:30, 3.5 …") == identify_language("'\ud800") == ("und", 0.0)

@@ -131,12 +131,12 @@ WRONG_FILES = {
     "rules: [": "cannot be read: while parsing",
     "[]": "must be a mapping with a list `rules`",
     "rules: [{name: n}]": "lacks one of name, category, pattern, action",
-    "rules:\n" + rule("(a"): r"rule 'n' .* RE2 refuses: missing \): ",
-    "rules:\n" + rule("(?=a)"): "rule 'n' .* RE2 refuses: invalid perl operator",
+    "rules:\n" + rule("(a"): r"rule 'n' .* RE2 rejects: missing \): ",
+    "rules:\n" + rule("(?=a)"): "rule 'n' .* RE2 rejects: invalid perl operator",
     "rules:\n" + rule("a*"): "rule 'n' .* matches the empty text",
     "rules:\n" + rule("a", "drop"): "rule 'n' .* action 'drop', which is not one of keep",
     "rules:\n" + rule("{quote}a"): "rule 'n' .* fragment 'quote'",
-    "rules:\n" + rule("N", "redact"): r"rule 'n' would write '\[N\]', which its own pattern",
+    "rules:\n" + rule("N", "redact"): r"rule 'n' has the replacement '\[N\]', which its own pattern",
     "rules:\n" + rule("a") * 2: "use the name 'n' for two rules",
 }
 
@@ -152,9 +152,9 @@ def test_a_wrong_file_is_one_sentence(tmp_path: Path) -> None:
 def test_a_missing_file_and_wrong_actions(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.yaml cannot be read: .*No such file"):
         load_rules(tmp_path / "none.yaml", {})
-    with pytest.raises(ValueError, match="safety action 'drop' of 'email' is not one of keep, redact, reject"):
+    with pytest.raises(ValueError, match="safety action 'drop' for 'email' is not one of keep, redact, reject"):
         load_rules(None, {"email": "drop"})
-    with pytest.raises(ValueError, match=r"name 'mail', which .* categories are personal_data, .* rules .*email, "):
+    with pytest.raises(ValueError, match=r"name 'mail', which .* category \(personal_data, .* rule \(.*email, "):
         load_rules(None, {"mail": "keep"})
 
 

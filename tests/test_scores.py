@@ -28,13 +28,13 @@ def test_sts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("a\tb\tc\n", "line 1: a header of score, sentence1, sentence2 is wanted"),
-        ("", "a header of score, sentence1, sentence2 is wanted"),
+        ("a\tb\tc\n", "line 1: the header must be score, sentence1, sentence2"),
+        ("", "the header must be score, sentence1, sentence2"),
         (f"{HEADER}x\ta\tb\n", "line 2: could not convert"),
         (f"{HEADER}1\ta\tb\n2\ta\n", "line 3: not enough values"),
         (f"{HEADER}1\ta\tb\n\n2\ta\tb\n", "line 3: not enough values"),
-        (f"{HEADER}nan\ta\tb\n", "line 2: nan is no score"),
-        (f"{HEADER}1\ta\tb\n1\tc\td\n", "fewer than two scores"),
+        (f"{HEADER}nan\ta\tb\n", "line 2: nan is not a finite score"),
+        (f"{HEADER}1\ta\tb\n1\tc\td\n", "fewer than two distinct scores"),
     ],
 )
 def test_files_of_pairs_that_are_none(content: str, sentence: str, tmp_path: Path) -> None:

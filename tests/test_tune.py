@@ -412,7 +412,7 @@ class TestRealSweep:
         for row in rows:
             if row["training.global_batch_size"] == "4096":
                 assert row["state"] == "failed"
-                assert "training.global_batch_size: found 4096; allowed is at most the " in row["reason"]
+                assert "training.global_batch_size: found 4096; use at most " in row["reason"]
         assert len(list((tuning.root / "prepared").iterdir())) == 1
         assert not (folder / "ray").exists()
         self.check_best_yaml(tuning, folder, values)

@@ -1,12 +1,12 @@
-"""What a run's model was trained on, and how far the data have changed since.
+"""Records what data a run was trained on, and reports how they have changed since.
 
-    then = TrainedOn.read(config)                       # from <run>/run.json; None if nothing was trained yet
-    has_moved(config, manifest)                         # whether another data set is prepared now
+    then = TrainedOn.read(config)                       # from <run>/run.json; None if nothing is trained yet
+    has_moved(config, manifest)                         # whether the prepared data set is now another one
     Drift.between(config.root / then.prepared, folder)  # Drift(new=120, changed=3, removed=1, of=14_000)
 
-Data for a run that has begun are tokenized with the run's own tokenizer: `pinned_tokenizer`. Cost of a comparison: it
-reads the ids and source ids of both data sets, 0.6 s for a million records, and takes 16 bytes of memory a record
-that is in only one of them.
+Once a run has started, its data are tokenized with the run's own tokenizer (`pinned_tokenizer`). Cost: a comparison
+reads the ids and source ids of both data sets, 0.6 s per million records, and takes 16 bytes of memory per record that
+only one of them has.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pipeline.data.partitions import id_bounds, overlapping
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """What run.json says about the data with which a run began."""
+    """What run.json says about the data that a run started with."""
 
     data_fingerprint: str
     prepared: str
@@ -40,7 +40,7 @@ class TrainedOn:
     settings: dict[str, Any]
     """See `token_settings`."""
     steps: int
-    """The step at which the run ends."""
+    """The last step of the run."""
 
     @classmethod
     def of(cls, config: Config, folder: StoragePath, manifest: Manifest, steps: int) -> TrainedOn:
@@ -55,8 +55,8 @@ class TrainedOn:
         content = json.loads(path.read_text())
         return cls(**{name: content[name] for name in cls.__dataclass_fields__})
 
-    def other_settings(self, config: Config) -> list[str]:
-        """The `token_settings` that differ, with both values. Added and removed sources do not count."""
+    def changed_settings(self, config: Config) -> list[str]:
+        """The `token_settings` that differ, with both values, ignoring added and removed sources."""
         now = token_settings(config)
         return [
             f"{key} (then {value!r}, now {now[key]!r})"
@@ -66,16 +66,16 @@ class TrainedOn:
 
 
 def has_moved(config: Config, manifest: Manifest) -> bool:
-    """Whether the run began on other data than are prepared now, and `accept_changes` does not allow that."""
+    """Whether the data changed since the run started, and `accept_changes` does not allow that."""
     then = TrainedOn.read(config)
     accepted = "data" in config.checkpointing.accept_changes
     return then is not None and not accepted and then.data_fingerprint != manifest.fingerprint
 
 
 def token_settings(config: Config) -> dict[str, Any]:
-    """The settings that decide how a record is tokenized, which split it is in, and how often it is drawn.
+    """The settings that decide a record's tokens, its split, and how often it is drawn.
 
-    A model that was trained with other values would not fit the data, even if the records were the same.
+    A model trained with other values does not fit the data, even if the records are the same.
     """
     data = config.data
     found = {f"tokenizer.{key}": value for key, value in config.tokenizer.model_dump(mode="json").items()}
@@ -89,30 +89,30 @@ def token_settings(config: Config) -> dict[str, Any]:
 
 
 def pinned_tokenizer(config: Config) -> StoragePath | None:
-    """The tokenizer.json of the run's model, with which all later data for it are tokenized.
+    """The tokenizer.json of the run's model, which tokenizes all later data for the run.
 
-    None before a run has begun, and if the config names a tokenizer or now describes another one.
+    None if the run has not started, or if the config names a tokenizer or describes another one.
     """
     then = TrainedOn.read(config)
     if then is None or config.tokenizer.load_path is not None:
         return None
-    if any(key.startswith("tokenizer.") for key in then.other_settings(config)):
+    if any(key.startswith("tokenizer.") for key in then.changed_settings(config)):
         return None
     return config.run_dir / "tokenizer.json"
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Differences between the records of two data sets."""
+    """How the records of two data sets differ."""
 
     new: int
-    changed: int  # same source_id, other text
+    changed: int  # same source_id, different text
     removed: int
     of: int  # records of the earlier data set
 
     @classmethod
     def between(cls, then: StoragePath, now: StoragePath) -> Drift:
-        """Compare the record files of two prepared data sets, one range of ids after the other."""
+        """Compare the record files of two prepared data sets, one range of ids at a time."""
         old, new = (matching(folder / "records", "*.parquet") for folder in (then, now))
         ranges = for_each(then, lambda number: _only_in_one(old, new, number), range(len(new)))
         gone, came = (np.concatenate(each) for each in zip(*ranges, strict=True))
@@ -122,24 +122,24 @@ class Drift:
 
     def __str__(self) -> str:
         if not self.new + self.changed + self.removed:
-            return "the same records, prepared in another way"
+            return "the same records, prepared differently"
         share = (self.new + self.changed + self.removed) / max(self.of, 1)
         return f"{self.new:,} records new, {self.changed:,} changed, {self.removed:,} removed ({share:.1%})"
 
 
 def log_drift(config: Config, folder: StoragePath, manifest: Manifest) -> None:
-    """Log how far the data have changed since the run's model was trained, if they have, and how to train on them."""
+    """If the data have changed since the run was trained, log by how much, and how to train on them."""
     then = TrainedOn.read(config)
-    if then is None or not has_moved(config, manifest) or then.other_settings(config):
+    if then is None or not has_moved(config, manifest) or then.changed_settings(config):
         return
     earlier = config.root / then.prepared
     if read_prepared(earlier) is None:
-        moved = f"by how much is not known, because {earlier} is gone"
+        moved = f"unknown by how much, because {earlier} is gone"
     else:
         comparison = Artifact(config.run_dir / "drift", "", [then.data_fingerprint, manifest.fingerprint])
         moved = str(Drift(**comparison.make(lambda: {"drift": vars(Drift.between(earlier, folder))})["drift"]))
     log.info(
-        "train: the data have changed since the run's model was trained: %s; to train on what is there now: python "
+        "train: the data have changed since the run's model was trained: %s; to train on the current data, run python "
         "jobs/run.py with the same arguments and storage.run=%s",
         moved,
         _free_name(config),
@@ -147,7 +147,7 @@ def log_drift(config: Config, folder: StoragePath, manifest: Manifest) -> None:
 
 
 def _free_name(config: Config) -> str:
-    """A name for a new run, such as small-2 next to small."""
+    """A free name for a new run, such as small-2 after small."""
     taken = {folder.name for folder in matching(config.run_dir.parent, "*")}
     name = config.run_dir.name
     number = next(number for number in range(2, len(taken) + 3) if f"{name}-{number}" not in taken)
@@ -157,7 +157,7 @@ def _free_name(config: Config) -> str:
 def _only_in_one(
     old: list[StoragePath], new: list[StoragePath], number: int
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """Hashes of the source_ids of removed and of new records, in the range of ids of the new file `number`."""
+    """Hashes of the source_ids of removed and of new records, in the id range of new file `number`."""
     came, (first, end) = _ids(new[number]), id_bounds(number, len(new))
     gone = pa.concat_tables([_ids(old[other]) for other in overlapping(number, len(new), len(old))])
     gone = gone.filter(pc.and_(pc.greater_equal(gone["id"], first), pc.less(gone["id"], end)))

@@ -1,9 +1,9 @@
-"""The training feed: this worker's share of every global batch, in the plan's order, read ahead by Ray Data.
+"""Feeds a worker its rows of every global batch, in the plan's order, read ahead by Ray Data.
 
-    for batch in RayFeed(plan, rank=0, world_size=2).batches(start=1200, stop=1400): ...   # a table of a step's rows
+    for batch in RayFeed(plan, rank=0, world_size=2).batches(start=1200, stop=1400): ...   # the rows of a step
 
-A feed can start at any step; that costs the opening of its first row groups. The dataset is created in the worker, with
-a read task for each run of steps and in order, so a restarted worker begins at its checkpoint's step.
+A feed can start at any step, at the cost of opening the first row groups, so a restarted worker begins at its
+checkpoint's step. Each worker creates its own datasets, with one read task for several consecutive steps.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from pipeline.config import ConfigError
 from pipeline.core.artifact import open_parquet
 from pipeline.core.path import StoragePath
 from pipeline.data.manifest import Manifest
-from pipeline.data.plan import Plan, RowGroup
+from pipeline.data.plan import BatchPlan, RowGroup
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
 READ_AHEAD_BATCHES = 2
 CHUNKS_A_DATASET = 4
-"""Reads of one dataset, few enough to run all at once.
+"""Reads per dataset, few enough to all run at once.
 
-NOTE: while reads wait for room, Ray Data's executor polls in a thread of the training worker and holds the interpreter:
-one dataset for a whole run halved the training speed (seen with py-spy, Ray 2.60).
+NOTE: while reads wait for room, Ray Data's executor polls in a thread of the training worker and holds the interpreter
+lock: one dataset for a whole run halved training speed (py-spy, Ray 2.60).
 """
-MIN_VALIDATION = 2  # with one pair there is nothing to tell it from
+MIN_VALIDATION = 2  # a single pair has no negatives
 
 
 def training_plan(
@@ -43,10 +43,10 @@ def training_plan(
     global_batch_size: int,
     seed: int,
     batching: Literal["mixed", "by_source"] = "mixed",
-) -> Plan:
-    """The plan of a prepared data set's training split, with its sources' weights.
+) -> BatchPlan:
+    """The batch plan of a prepared data set's training split, with its sources' weights.
 
-    Raises ConfigError if a split is too small, or a source is too small for its share.
+    Raises ConfigError if a split, or a source for its share, is too small.
     """
     groups = tuple(
         RowGroup(shard.path, index, rows, source)
@@ -55,26 +55,26 @@ def training_plan(
         if rows
     )
     weights = tuple((source.name, source.weight) for source in manifest.sources if source.weight is not None)
-    plan = Plan(str(folder), groups, global_batch_size, seed, batching, weights)
+    plan = BatchPlan(str(folder), groups, global_batch_size, seed, batching, weights)
     if plan.batches_per_epoch == 0:
         raise ConfigError(
             f"training.global_batch_size: found {global_batch_size}; "
-            f"allowed is at most the {plan.rows} records of the training split"
+            f"use at most {plan.rows}, the number of records in the training split"
         )
     plan.check_sources()
     if manifest.splits["validation"] < MIN_VALIDATION:
         raise ConfigError(
-            f"data.validation_fraction: it holds out {manifest.splits['validation']} of "
-            f"{sum(manifest.splits.values())} records; allowed is a share that holds out {MIN_VALIDATION} or more"
+            f"data.validation_fraction: holds out {manifest.splits['validation']} of "
+            f"{sum(manifest.splits.values())} records; raise it to hold out at least {MIN_VALIDATION}"
         )
     return plan
 
 
 @dataclass(frozen=True)
 class LocalFeed:
-    """The feed without Ray: reads on demand."""
+    """A feed without Ray, which reads on demand."""
 
-    plan: Plan
+    plan: BatchPlan
     rank: int = 0
     world_size: int = 1
 
@@ -85,9 +85,9 @@ class LocalFeed:
 
 @dataclass(frozen=True)
 class RayFeed:
-    """The feed through Ray Data: read tasks run ahead of training, anywhere in the cluster."""
+    """A feed through Ray Data: read tasks run ahead of training, on any node."""
 
-    plan: Plan
+    plan: BatchPlan
     rank: int
     world_size: int
 
@@ -97,7 +97,7 @@ class RayFeed:
                 yield from _cut(table)
 
     def _tables(self, start: int, stop: int) -> Generator[pa.Table]:
-        """A table of several steps' rows for each read, from consecutive datasets."""
+        """One table per read, with the rows of several steps, from consecutive datasets."""
         chunks = self.plan.chunks(start, stop)
         for first in range(0, len(chunks), CHUNKS_A_DATASET):
             yield from self._dataset(chunks[first : first + CHUNKS_A_DATASET]).iter_batches(
@@ -120,16 +120,16 @@ class RayFeed:
 
 
 def _one_ahead(tables: Generator[pa.Table]) -> Generator[pa.Table]:
-    """The same tables, fetching the next one while one is used: a dataset takes about a second to start."""
+    """Prefetch the next table while the current one is used, because a dataset takes about a second to start."""
     with closing(tables), ThreadPoolExecutor(1, thread_name_prefix="feed") as thread:
-        coming = thread.submit(next, tables, None)
-        while (table := coming.result()) is not None:
-            coming = thread.submit(next, tables, None)
+        upcoming = thread.submit(next, tables, None)
+        while (table := upcoming.result()) is not None:
+            upcoming = thread.submit(next, tables, None)
             yield table
 
 
 def _cut(table: pa.Table) -> Iterator[pa.Table]:
-    """Cut a table of several steps' rows into one batch a step."""
+    """Split a table of several steps into one table per step."""
     table = table.combine_chunks()
     steps = table["step"].to_numpy()
     bounds = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(steps)]
@@ -138,7 +138,7 @@ def _cut(table: pa.Table) -> Iterator[pa.Table]:
 
 
 def validation_rows(folder: StoragePath, manifest: Manifest, limit: int) -> pa.Table:
-    """The first `limit` rows of the validation split, whose canonical order is random."""
+    """The first `limit` rows of the validation split, which is stored in random order."""
     tables = []
     for shard in manifest.of_split("validation"):
         tables.append(open_parquet(folder / shard.path).read())

@@ -1,10 +1,10 @@
-"""Turns a source's row into a record, by the source's map of fields: `fields: {anchor: title, positive: body.text}`.
+"""Turns a source's rows into records, using the source's `fields`, such as `{anchor: title, positive: body.text}`.
 
     to_record = FieldMap(source)
     to_record(Row("a.jsonl:0", {"title": "Kites", "body": {"text": "A kite is a bird."}}))
     # RawRecord(native_id='a.jsonl:0', fields={'anchor': 'Kites', 'positive': 'A kite is a bird.'}, metadata={}, …)
 
-A row that lacks a field, or has something other than text in it, becomes a record with a reason. Cost: 1.5 µs a row.
+A row with a missing field, or with anything but text in it, becomes a record with a reason. Cost: 1.5 µs per row.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _GIVEN_METADATA = {"text": ("file", "line"), "python_packages": ("file", "line",
 
 @dataclass(slots=True)
 class Row:
-    """A row's values under the source's own names. `position` is its file and byte, line or row number.
+    """A row's values under the source's field names. `position` is its file and byte, line or row number.
 
-    `reason` says why it could not be read. `names` are all fields of the row, if a reader took only some.
+    `reason` is set if it could not be read. `names` lists all fields of the row if the reader loaded only some.
     """
 
     position: str
@@ -43,7 +43,7 @@ def broken(position: str, reason: str, excerpt: str | bytes) -> Row:
 
 @dataclass(slots=True)
 class RawRecord:
-    """A record with its texts as the source has them; negatives are a list. `reason` says why it could not be read."""
+    """A record with unnormalised texts; negatives are a list. `reason` is set if it could not be read."""
 
     native_id: str
     fields: dict[str, str | list[str]] = field(default_factory=dict)
@@ -53,24 +53,24 @@ class RawRecord:
 
 
 def text_fields(source: Source) -> list[str]:
-    """The record fields that a source gives: `["anchor", "positive"]`, perhaps with `"negatives"`, or `["text"]`."""
+    """The text fields of a source's records: `["anchor", "positive"]`, optionally `"negatives"`, or `["text"]`."""
     mapped = _mapped(source)
     return [name for name in TEXT_FIELDS if name in mapped]
 
 
 def own_fields(source: Source) -> list[str]:
-    """The source's own fields that a reader has to read; nested ones have dots. `id` is read if it exists."""
+    """The source's columns that a reader must load; nested ones are dotted. `id` is loaded if it exists."""
     mapped = {**_mapped(source), "id": source.fields.get("id", "id")}
     return list(dict.fromkeys([*mapped.values(), *source.metadata]))
 
 
 def required_fields(source: Source) -> list[str]:
-    """The source's own fields that must exist: the mapped text fields, and an `id` that is mapped."""
+    """The source's columns that must exist: the mapped text fields, and `id` if it is mapped."""
     return list(dict.fromkeys([*_mapped(source).values(), *source.fields.values()]))
 
 
 def _mapped(source: Source) -> dict[str, str]:
-    """Record field → the source's own field, of text fields."""
+    """Text field of the record → the source's column."""
     mapped: dict[str, str] = {name: own for name, own in source.fields.items() if name != "id"}
     if mapped:
         return mapped
@@ -82,7 +82,7 @@ def _mapped(source: Source) -> dict[str, str]:
 
 
 class FieldMap:
-    """Turns a source's rows into records."""
+    """Maps a source's rows to records."""
 
     def __init__(self, source: Source) -> None:
         mapped = _mapped(source)
@@ -121,7 +121,7 @@ def has(values: dict[str, Any], path: str) -> bool:
 
 
 def lookup(values: Any, path: str) -> Any:
-    """The value of a field, or of a nested one (`a.b`). None below a null, `_MISSING` if it does not exist."""
+    """The value at a field path (`a.b` is nested). None below a null, `_MISSING` if the field does not exist."""
     if path in values:
         return values[path]
     if "." not in path:
@@ -146,7 +146,7 @@ def _text(row: Row, own: str) -> str:
         return value
     if value is _MISSING:
         names = ", ".join(map(str, row.names or row.values)) or "none"
-        raise _NoTextError("missing_field", f"no field {own!r}; it has {names}")
+        raise _NoTextError("missing_field", f"no field {own!r}; the row has {names}")
     return "\n\n".join([_one_text(own, part) for part in value]) if isinstance(value, list) else _one_text(own, value)
 
 
@@ -159,7 +159,7 @@ def _texts(own: str, value: Any) -> list[str]:
 def _one_text(own: str, value: Any) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, bytes):  # Parquet files of old writers do not mark text as text
+    if isinstance(value, bytes):  # old Parquet writers do not mark strings as text
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError:

@@ -1,10 +1,11 @@
-"""Data sets of the Hugging Face hub, streamed: only their cards are kept on disk. Works with a local folder too.
+"""Streams data sets from the Hugging Face hub, or from a local folder. Only their cards are stored on disk.
 
     found = find_dataset(source)            # HubDataset(path='qiaojin/PubMedQA', revision='9001f285…', shards=1, …)
     for row in dataset_rows(source, found.path, found.revision, ['question'], start=0, stop=1): ...
 
-A branch is resolved to its commit once, so that all workers read the same data. A shard is a file of the data set. A
-row's position is split, shard and row, whatever the number of workers. Private data needs HF_TOKEN.
+A branch is resolved to a commit once, so all workers read the same data. A shard is a file of the data set. A row's
+position is its split, shard and row number; it does not depend on the number of workers. Private data needs HF_TOKEN.
+Cost: about ten small requests per process to open a data set.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from pipeline.core.object_store import cause
 from pipeline.core.outcome import JobError
 from pipeline.data.fields import Row, broken
 from pipeline.data.input_files import list_files
-from pipeline.data.read_tables import BATCH_ROWS, batch_rows, wanted_columns
+from pipeline.data.read_tables import BATCH_ROWS, batch_rows, column_indices
 
 LOOKUP_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A data set's name or folder, commit ("" for a folder), number of shards, and what identifies its content."""
+    """A data set's name or folder, its commit ("" for a folder), number of shards, and the identity of its content."""
 
     path: str
     revision: str
@@ -40,7 +41,7 @@ class HubDataset:
 
 
 def find_dataset(source: Source) -> HubDataset:
-    """The data set as it is now. Raises ConfigError if it does not exist or cannot be reached."""
+    """Resolve the data set's current commit and files. Raises ConfigError if it does not exist or is unreachable."""
     _dataset.cache_clear()
     path, commit = source.path or "", ""
     try:
@@ -49,7 +50,7 @@ def find_dataset(source: Source) -> HubDataset:
             inputs = [(file.name, file.size, file.mtime_ns) for file in files]
             sizes = {file.name: file.size for file in files}
         elif path.startswith(("/", ".")):
-            raise FileNotFoundError(2, "there is no such folder")
+            raise FileNotFoundError(2, "no such folder")
         else:
             commit, sizes = _commit(source)
             inputs = [(f"{path}@{commit}:{source.config or ''}:{source.split}", sum(sizes.values()), 0)]
@@ -62,18 +63,18 @@ def find_dataset(source: Source) -> HubDataset:
 def dataset_rows(
     source: Source, path: str, revision: str, columns: Sequence[str], start: int, stop: int
 ) -> Iterator[Row]:
-    """Rows of the shards `start` to `stop`. Raises JobError if the hub cannot be reached."""
+    """Rows of the shards `start` to `stop`. Raises JobError if the hub is unreachable."""
     try:
         data = _dataset(path, source.config, source.split, revision)
     except _errors() as error:
-        raise JobError(f"source {source.name}: {path} could not be fetched: {cause(error)}") from None
+        raise JobError(f"source {source.name}: cannot fetch {path}: {cause(error)}; run the job again") from None
     for shard in range(start, stop):
         name = f"{source.split}:{shard}"
         try:
             yield from _shard_rows(data.shard(num_shards=data.num_shards, index=shard), name, columns)
         except _errors() as error:
             if _is_network(error):
-                raise JobError(f"source {source.name}: shard {shard} could not be fetched: {cause(error)}") from None
+                raise JobError(f"source {source.name}: cannot fetch shard {shard}: {cause(error)}; retry") from None
             yield broken(name, "unreadable_file", cause(error))
 
 
@@ -81,7 +82,7 @@ def _shard_rows(shard: Any, name: str, columns: Sequence[str]) -> Iterator[Row]:
     first = 0
     for table in shard.with_format("arrow").iter(BATCH_ROWS):
         names = table.column_names
-        for batch in table.select(wanted_columns(columns, names)).to_batches():
+        for batch in table.select(column_indices(columns, names)).to_batches():
             yield from batch_rows(batch, name, first, names)
             first += batch.num_rows
 
@@ -98,7 +99,7 @@ def _commit(source: Source) -> tuple[str, dict[str, int]]:
 
 @lru_cache(maxsize=8)
 def _dataset(path: str, config: str | None, split: str, revision: str) -> Any:
-    """The streamed data set. Cached, because it takes ten small requests."""
+    """The streamed data set. Cached, because opening it takes ten small requests."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -106,7 +107,7 @@ def _dataset(path: str, config: str | None, split: str, revision: str) -> Any:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """What the hub's libraries raise for data sets that are missing, broken or out of reach."""
+    """What the hub's libraries raise for a missing, broken or unreachable data set."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
 
@@ -122,18 +123,18 @@ def _is_network(error: Exception) -> bool:
 def _refusal(source: Source, error: Exception) -> str:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    allowed = "a data set of the hub, or a folder of one, with its `config`, `split` and `revision`"
+    allowed = "a hub data set, or a folder that holds one, with its `config`, `split` and `revision`"
     if isinstance(error, GatedRepoError):
-        found, allowed = "a gated data set", "one whose terms you accepted, with your HF_TOKEN in the environment"
+        found, allowed = "a gated data set", "your HF_TOKEN in the environment, after you accepted its terms"
     elif isinstance(error, RepositoryNotFoundError):
-        found = "no data set of that name on the hub, or a private one and no HF_TOKEN in the environment"
+        found = "no such data set on the hub, or a private one without HF_TOKEN in the environment"
     elif isinstance(error, RevisionNotFoundError):
-        found, allowed = f"no revision {source.revision}", "a commit, tag or branch of the data set, best a full commit"
+        found, allowed = f"no revision {source.revision}", "an existing commit, tag or branch, preferably a commit"
     elif "scripts are no longer supported" in str(error):
-        found = "a data set that is a Python script, which datasets 5 does not run"
-        allowed = "one of data files; `revision: refs/convert/parquet` is the hub's own copy of many as Parquet"
+        found = "a data set defined by a Python script, which datasets 5 does not run"
+        allowed = "one made of data files; try `revision: refs/convert/parquet`, the hub's own Parquet copy"
     elif _is_network(error):
-        found, allowed = f"no way to the hub ({cause(error)})", "a machine that reaches it, or the path of a folder"
+        found, allowed = f"the hub unreachable ({cause(error)})", "the path of a local folder, or check the network"
     else:
         found = cause(error).partition(" Example of usage")[0].rstrip(".")
-    return f"data.sources {source.name}: {source.path}: found {found}; allowed is {allowed}"
+    return f"data.sources {source.name}: {source.path}: found {found}; give {allowed}"

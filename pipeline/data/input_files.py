@@ -1,13 +1,13 @@
-"""Files of a source, on local disk and in buckets: listed by path, folder or glob, and opened for reading.
+"""Lists and opens a source's input files, on local disk and in buckets, by path, folder or glob.
 
     base, files = list_files("pages", "s3://corpus/2024/*.jsonl.gz?region=eu-west-1", suffixes=(".jsonl",))
     files[0]                                              # File(name='a.jsonl.gz', size=1048576, mtime_ns=17…)
-    with open_stream(base, files[0].name) as file:        # decompressed, if the name's suffix says so
-        for offset, line in lines(file, 4096, 8192): ...  # line ends with b"\\n", except for a file's last
+    with open_stream(base, files[0].name) as file:        # decompressed according to the suffix
+        for offset, line in lines(file, 4096, 8192): ...  # line ends with b"\\n", except the last
 
-A base is an absolute folder, or a bucket's URI with its options. Names are relative to it, so they do not depend on
-where the data lies. Cost: listing a bucket takes a request per 1,000 files below the folder, or below what precedes the
-first wildcard; lines are read at 500 MB/s.
+The base is an absolute folder, or a bucket's URI with its options. Names are relative to it, so they do not depend on
+where the data is stored. Cost: listing a bucket takes a request per 1,000 files below the part of the path before the
+first wildcard; reading lines runs at 500 MB/s.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from pipeline.core.object_store import BucketError, cause
 from pipeline.core.path import absolute, as_path, without_options
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
-BUFFER_BYTES = 1 << 20  # of a read from disk, and of a request to a bucket
-ZSTD_READ_BYTES = 4096  # Arrow drops the read in which it finds a stream cut short, so at most this much is lost
-MAX_LINE_BYTES = 64 << 20  # 64 times data.max_chars' default: a longer line is not text
+BUFFER_BYTES = 1 << 20  # per read from disk or request to a bucket
+ZSTD_READ_BYTES = 4096  # Arrow drops the read in which it hits a truncated end, so at most this much is lost
+MAX_LINE_BYTES = 64 << 20  # 64 times the default of data.max_chars: a longer line is not text
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of a source: its name relative to the base, size in bytes and time of change in ns."""
+    """An input file; its name is relative to the base."""
 
     name: str
     size: int
@@ -46,10 +46,10 @@ class File:
 
 
 def list_files(source: str, path: str, suffixes: tuple[str, ...]) -> tuple[str, list[File]]:
-    """The base and the files of a path, a folder or a glob, sorted by name, without hidden files.
+    """The base, and the files that a path, folder or glob matches, sorted by name, without hidden files.
 
-    In a folder, only files with one of the `suffixes` count, compressed or not; a path or glob is taken as is. Raises
-    ConfigError, naming the source, if nothing is found or the place cannot be listed.
+    A folder yields only files with one of the `suffixes`, compressed or not; a path or glob is not filtered. Raises
+    ConfigError, naming the source, if there are no files or they cannot be listed.
     """
 
     def keep(name: str) -> bool:
@@ -62,14 +62,14 @@ def list_files(source: str, path: str, suffixes: tuple[str, ...]) -> tuple[str, 
     if not found:
         kinds = f" ({', '.join(suffixes)}, or these with .gz or .zst)" if any(suffixes) else ""
         raise ConfigError(
-            f"data.sources {source}: found nothing to read at {without_options(path)}; allowed is a file, a folder "
-            f"with files in it{kinds} or a glob that matches some"
+            f"data.sources {source}: found nothing to read at {without_options(path)}; give a file, a folder with "
+            f"files in it{kinds} or a glob that matches some"
         )
     return str(folder), [File(name, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()]
 
 
 def open_stream(base: str, name: str) -> io.BufferedReader:
-    """The bytes of a file from its beginning, decompressed. Seekable where the file is not compressed."""
+    """Open a file for reading from its beginning, decompressed. Seekable if the file is not compressed."""
     file = io.BufferedReader(_open(base, name), BUFFER_BYTES)
     match os.path.splitext(name)[1].lower():
         case ".gz":
@@ -82,7 +82,7 @@ def open_stream(base: str, name: str) -> io.BufferedReader:
 
 
 def open_random(base: str, name: str) -> IO[bytes]:
-    """A file for random access. A compressed one is unpacked to a temporary file first."""
+    """Open a file for random access. A compressed file is first unpacked to a temporary one."""
     if not is_compressed(name):
         return cast(IO[bytes], _open(base, name))
     unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
@@ -93,9 +93,9 @@ def open_random(base: str, name: str) -> IO[bytes]:
 
 
 def lines(file: io.BufferedReader, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of each line that begins in bytes `start` to `stop`, so each line is in exactly one such range.
+    """(offset, line) of each line that begins in bytes `start` to `stop`; consecutive ranges share no line.
 
-    A byte order mark is left out. A line longer than MAX_LINE_BYTES is cut one byte after that; the rest is never held.
+    Drops a byte order mark. A line longer than MAX_LINE_BYTES is cut one byte after that, and the rest is skipped.
     """
     offset = start
     if start:
@@ -135,19 +135,19 @@ def without_compression(name: str) -> str:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether the bucket, the network or this machine failed, not the file: then the job stops and can be retried.
+    """Whether the bucket, the network or this machine failed, rather than the file: the job stops and can be retried.
 
-    NOTE: libraries set no errno for what is wrong in a file, except EINVAL for damaged offsets into it.
+    NOTE: libraries set no errno for damage in a file, except EINVAL for damaged offsets.
     """
     return isinstance(error, BucketError) or getattr(error, "errno", None) not in (None, errno.EINVAL)
 
 
 def refusal(source: str, path: str, error: Exception) -> str:
-    """The message of the ConfigError for a path of a source that cannot be listed or opened."""
+    """The ConfigError message for a source whose path cannot be listed or opened."""
     if isinstance(error, BucketError):
         return f"data.sources {source}: {error}"
-    allowed = "a file, a folder or a glob that can be read, on local disk, s3://, gs:// or az://"
-    return f"data.sources {source}: found {cause(error)} at {without_options(path)}; allowed is {allowed}"
+    allowed = "a readable file, folder or glob on local disk, s3://, gs:// or az://"
+    return f"data.sources {source}: found {cause(error)} at {without_options(path)}; give {allowed}"
 
 
 def _open(base: str, name: str) -> Any:
@@ -155,7 +155,7 @@ def _open(base: str, name: str) -> Any:
 
 
 class _Decompressed(io.RawIOBase):
-    """A stream of what `read(max_bytes)` returns. Where a file is cut short, `read` raises after returning the rest."""
+    """A stream of what `read(max_bytes)` returns. For a truncated file, `read` first returns the rest, then raises."""
 
     def __init__(self, read: Callable[[int], bytes], compressed: io.BufferedReader) -> None:
         self._read = read

@@ -3,13 +3,13 @@
 <root>/prepared/<fingerprint>/
     tokenizer.json
     records/00000.parquet             kept records, text and metadata, by hash of id
-    rejected/00000.parquet            rejected ones: id, source, source_id, reason, excerpt, duplicate_of, similarity
-    train/00000.parquet               token shards: id, source, and the text fields as lists of token ids
+    rejected/00000.parquet            rejected records: id, source, source_id, reason, excerpt, duplicate_of, similarity
+    train/00000.parquet               token shards: id, source, and each text field as a list of token ids
     validation/00000.parquet
-    lengths.png                       a histogram of the texts' lengths in tokens
+    lengths.png                       histograms of text lengths in tokens
     manifest.json                     the fields of `Manifest`
 
-The files are hard links to those of the stages that made them, below <root>/stages/; in a bucket they are copies.
+The files are hard links to the outputs of the stages in <root>/stages/; in a bucket they are copies.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RECORD_SCHEMA = pa.schema(
         ("anchor", pa.string()),
         ("positive", pa.string()),
         ("negatives", pa.list_(pa.string())),
-        ("metadata", pa.string()),  # a JSON object of the columns that ride along
+        ("metadata", pa.string()),  # a JSON object of the columns in the source's `metadata`
     ]
 )
 REJECTED_SCHEMA = pa.schema(
@@ -55,19 +55,19 @@ REJECTED_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class SourceCount:
-    """What became of a source's records. Every run checks that `rows_in == rows_kept + sum(rejected.values())`."""
+    """Record counts of a source. Every run checks that `rows_in == rows_kept + sum(rejected.values())`."""
 
     name: str
     rows_in: int
     rows_kept: int
     rejected: dict[str, int]
-    weight: float | None = None  # its share of training batches, against the other sources' weights
-    prompts: dict[str, str] = field(default_factory=dict)  # by text field: already in the token shards
+    weight: float | None = None  # share of training batches, relative to the other sources' weights
+    prompts: dict[str, str] = field(default_factory=dict)  # by text field; the token shards include them
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of one split, with the rows of each of its row groups and, in train, the one source they come from."""
+    """A file of one split: the number of rows in each row group and, in train, the source of those rows."""
 
     path: str  # relative to the data set's folder
     split: str
@@ -84,9 +84,9 @@ class Manifest:
     splits: dict[str, int]
     shards: list[Shard]
     lengths: dict[str, dict[str, float]]  # by text field: LengthCounts.summary
-    clusters: list[dict[str, Any]]  # the records with the most near-duplicates
+    clusters: list[dict[str, Any]]  # records with the most near-duplicates
     versions: dict[str, str]
-    settings: dict[str, Any] = field(default_factory=dict)  # keys of the config that the shards depend on
+    settings: dict[str, Any] = field(default_factory=dict)  # config keys that the shards depend on
     files: Files = field(default_factory=dict)
 
     def of_split(self, split: str) -> list[Shard]:
@@ -102,7 +102,7 @@ class Manifest:
 
 
 def read_prepared(folder: StoragePath) -> Manifest | None:
-    """The manifest of a finished data set, or None."""
+    """The manifest of a complete data set, or None."""
     content = read_manifest(folder)
     if content is None:
         return None
@@ -115,7 +115,7 @@ def read_prepared(folder: StoragePath) -> Manifest | None:
 
 
 def rejections(rows: pa.Table, reason: str, similarity: pa.Array | None) -> pa.Table:
-    """Rows with a `duplicate_of`, in REJECTED_SCHEMA. Those without a `reason` and an excerpt of their own get them."""
+    """Rows with a `duplicate_of`, in REJECTED_SCHEMA. Fills in a missing `reason` and excerpt."""
     excerpt = pc.utf8_slice_codeunits(pc.coalesce(rows["anchor"], rows["text"]), 0, EXCERPT_CHARS)
     columns = {name: rows[name] for name in ("id", "source", "source_id")}
     columns["reason"] = pc.fill_null(rows["reason"], reason) if "reason" in rows.column_names else [reason] * len(rows)
@@ -141,16 +141,16 @@ def sha256(path: StoragePath) -> str:
 
 @dataclass
 class LengthCounts:
-    """Lengths of one text field's texts in tokens, as counts that tasks make and that add up."""
+    """Token lengths of one text field, as counts that can be merged across tasks."""
 
-    stored: Counter[int] = field(default_factory=Counter)  # tokens of a row, special ones included → rows
-    whole: Counter[int] = field(default_factory=Counter)  # tokens of a text before it was cut → texts
-    too_long: int = 0  # texts of more tokens than fit in one row
+    stored: Counter[int] = field(default_factory=Counter)  # tokens of a row, including special tokens → rows
+    whole: Counter[int] = field(default_factory=Counter)  # tokens of a text before truncation → texts
+    too_long: int = 0  # texts that do not fit in one row
     unknown: int = 0  # tokens outside the vocabulary
-    tokens: int = 0  # of whole texts
+    tokens: int = 0  # of all texts, before truncation
 
     def add(self, whole: npt.NDArray[np.integer], stored: npt.NDArray[np.integer], room: int, unknown: int) -> None:
-        """Count texts of these lengths, of which `room` tokens fit in a row, and the rows that they became."""
+        """Count texts by their `whole` length and rows by their `stored` length; `room` tokens fit in a row."""
         self.whole.update(whole.tolist())
         self.stored.update(stored.tolist())
         self.too_long += int(np.count_nonzero(whole > room))
@@ -158,7 +158,7 @@ class LengthCounts:
         self.unknown += unknown
 
     def merge(self, other: dict[str, Any]) -> None:
-        """Add counts that `vars` gave and JSON carried."""
+        """Add another task's counts, given as the JSON of `vars`."""
         self.stored.update({int(length): rows for length, rows in other["stored"].items()})
         self.whole.update({int(length): texts for length, texts in other["whole"].items()})
         self.too_long += other["too_long"]
@@ -166,7 +166,7 @@ class LengthCounts:
         self.tokens += other["tokens"]
 
     def summary(self) -> dict[str, float]:
-        """Figures of rows as stored; `whole_*` of texts before they were cut; rates of texts and tokens."""
+        """Statistics of stored rows, of texts before truncation (`whole_*`), and rates."""
         texts = max(sum(self.whole.values()), 1)
         return {
             **_figures(self.stored),
@@ -179,7 +179,7 @@ class LengthCounts:
 
 
 def _figures(counts: Counter[int]) -> dict[str, float]:
-    """Mean, standard deviation, minimum, percentiles and maximum of numbers given as number → how often."""
+    """Mean, standard deviation, minimum, percentiles and maximum of a histogram, number → count."""
     if not counts:
         return dict.fromkeys(("mean", "std", "min", "p50", "p90", "p95", "p99", "max"), 0)
     values, weights = np.array(sorted(counts.items()), dtype=np.int64).T
@@ -196,7 +196,7 @@ def _figures(counts: Counter[int]) -> dict[str, float]:
 
 
 def draw_lengths(counts: dict[str, LengthCounts], max_length: int, path: Path) -> None:
-    """A histogram for each field of its texts' whole lengths, with a line at `max_length`, where they are cut."""
+    """Plot a histogram of text lengths for each field, with a line at `max_length`, where texts are cut."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 2.6 * len(counts)), layout="constrained")
@@ -213,5 +213,5 @@ def draw_lengths(counts: dict[str, LengthCounts], max_length: int, path: Path) -
             fontsize=10,
         )
         axis.set_ylabel("texts")
-    axes[-1].set_xlabel("tokens before cutting; the last bar holds all longer texts")
+    axes[-1].set_xlabel("tokens before truncation; the last bar includes all longer texts")
     figure.savefig(path, format="png", dpi=110)

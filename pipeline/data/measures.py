@@ -1,4 +1,4 @@
-"""What the quality rules measure in a text. quality.py compares the numbers with thresholds.
+"""Text measures for the quality rules. quality.py compares them with thresholds.
 
 >>> Counted("The cat sat.").words
 ['The', 'cat', 'sat']
@@ -7,7 +7,7 @@
 >>> ngram_shares("to be or not to be".split())[2]  # "to be" twice: 8 of 13 characters
 0.6153846153846154
 
-Cost: most measures take less than 10 ns a character. Finding words takes 10 ns in ASCII text and 50 ns in other text,
+Cost: most measures take less than 10 ns per character. Finding words takes 10 ns in ASCII and 50 ns in other text,
 repeated n-grams 60 ns.
 """
 
@@ -31,15 +31,15 @@ _ASCII_WORDS = "".join(chr(c) if chr(c).isalnum() else " " for c in range(128))
 _PAIRED = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff"  # kana, Chinese characters
 _FOURED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai and Lao, Burmese, Khmer
 _NO_BLANKS = re.compile(f"[{_PAIRED}{_FOURED}]")
-_WORDS = regex.compile(r"[^\W_]+")  # its \w holds marks, which Python's own leaves out, and cuts Hindi words at them
+_WORDS = regex.compile(r"[^\W_]+")  # regex counts marks as \w, re does not and cuts Hindi words
 _WORDS_AND_PIECES = regex.compile(
     rf"(?V1)[\w&&[{_PAIRED}]]{{1,2}}|[\w&&[{_FOURED}]]{{1,4}}|[\w--[_{_PAIRED}{_FOURED}]]+"
 )
 _NOT_LATIN = re.compile("[\u0370-\u1dff\u2c80-\ufaff\U00010000-\U0003ffff]")
 _THAI_OR_LAO = re.compile("[\u0e00-\u0eff]")
-_MARKS = "\u3002\uff01\uff1f\uff61\u0964\u0965\u061f\u06d4\u1362\u0589\u0f0d\u104b\u17d4"  # ends of sentences not Latin
+_MARKS = "\u3002\uff01\uff1f\uff61\u0964\u0965\u061f\u06d4\u1362\u0589\u0f0d\u104b\u17d4"  # non-Latin sentence ends
 _TERMINAL = frozenset(".!?…\"'”’»」』" + _MARKS)
-_SENTENCE_END = re.compile(r"""[.!?…]++["'”’»)\]]*+(\S?)""")  # and what follows, if no blank
+_SENTENCE_END = re.compile(r"""[.!?…]++["'”’»)\]]*+(\S?)""")  # and the next character unless it is a blank
 _SENTENCE_MARK = re.compile(f"[{_MARKS}]+")
 BULLETS = frozenset("•‣◦▪●·*–-")
 ELLIPSES = ("...", "…")
@@ -56,7 +56,7 @@ _DATA_LINE = re.compile(
     r"""(?>[\[\](){},:;|+\s-]+|\d[\w.]*|[bruf]{0,2}"(?:[^"\\]|\\.)*"|[bruf]{0,2}'(?:[^'\\]|\\.)*'"""
     r"|(?:[Tt]rue|[Ff]alse|None|null)\b)+"
 )
-_RARE_PAIR = re.compile(  # less than 1 in 2,500 pairs in English and in each of 30 other languages of Latin script
+_RARE_PAIR = re.compile(  # under 1 in 2,500 pairs in English and in each of 30 other languages of Latin script
     "b(?=[cdfghkmpqxz])|c(?=[bdfgmnpqvx])|d(?=[qx])|f(?=[cghkmpqvxz])|g(?=[cmpqxz])|h(?=[bcghxz])|j(?=[bcfghjpqrwx])"
     "|k(?=[fgpqwx])|l(?=[qx])|m(?=[fhqvx])|nx|p(?=[bqvwx])|q(?=[abcdfghjklmnopqrsvwxyz])|sx|tq|uq|v(?=[bcdfgmpqwx])"
     "|w(?=[bfjqtvx])|x(?=[dfghjklnqrsvwxyz])|y(?=[qx])|z(?=[fjqx])"
@@ -64,7 +64,7 @@ _RARE_PAIR = re.compile(  # less than 1 in 2,500 pairs in English and in each of
 _STOP_WORDS = [
     frozenset(words.split())
     for words in (
-        "the be to of and that have with",  # English, and Gopher's own; the others are ours
+        "the be to of and that have with",  # English, from Gopher; the others are ours
         "der die und das ist nicht mit ein",  # German
         "le la les et des est dans que",  # French
         "el la los que en y con por",  # Spanish
@@ -89,7 +89,7 @@ _STOP_WORDS = [
 
 
 class Counted:
-    """A text, and the counts that several measures share, each made once."""
+    """A text, and the counts that several measures share, computed once."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -114,7 +114,7 @@ class Counted:
 
     @cached_property
     def no_blanks_chars(self) -> int:
-        """How many characters belong to scripts that put no blanks between words."""
+        """Number of characters of scripts without blanks between words."""
         return 0 if self.text.isascii() else len(_NO_BLANKS.findall(self.text))
 
     @cached_property
@@ -141,14 +141,14 @@ class Counted:
 
     @cached_property
     def encoded(self) -> list[int]:
-        """Lengths of the stretches of encoded data. A pattern runs only if a cheap check finds what it needs."""
+        """Lengths of the stretches of encoded data. A pattern runs only if a cheap check passes."""
         has = (self.longest_chunk >= 60, "0x" in self.text or "\\x" in self.text, "\\u" in self.text)
         patterns = (pattern for pattern, needed in zip(_ENCODED, has, strict=True) if needed)
         return [len(stretch.group()) for pattern in patterns for stretch in pattern.finditer(self.text)]
 
 
 Measure = Callable[[Counted], float | None]
-"""A number, or None where the measure makes no sense for the text's script, and the text passes."""
+"""A number, or None (the text passes) if the measure makes no sense for the text's script."""
 
 
 def share(part: float, whole: float) -> float:
@@ -161,7 +161,7 @@ def lines_with(text: Counted, test: Callable[[str], object]) -> float:
 
 
 def lines_about(text: Counted, *phrases: str) -> float:
-    """Share of the lines that contain one of these phrases, in any case."""
+    """Share of the lines that contain one of these phrases, ignoring case."""
     if not any(phrase in text.lower for phrase in phrases):
         return 0.0
     return lines_with(text, lambda line: any(phrase in line.lower() for phrase in phrases))
@@ -211,7 +211,7 @@ def rare_letter_pairs(text: Counted) -> float:
 
 
 def data_lines(text: Counted) -> float:
-    lines = [line for line in text.lines if any(map(str.isalnum, line))]  # a bracket alone says nothing
+    lines = [line for line in text.lines if any(map(str.isalnum, line))]  # skip lines of brackets only
     return share(sum(1 for line in lines if _DATA_LINE.fullmatch(line)), len(lines))
 
 
@@ -235,7 +235,7 @@ def sentences(text: Counted) -> float | None:
 
 
 def duplicate_shares(items: Sequence[str]) -> tuple[float, float]:
-    """Share of the items, and of their characters, that repeat an earlier item."""
+    """Share of the items that repeat an earlier one, and their share of the characters."""
     kinds = set(items)
     if len(kinds) == len(items):
         return 0.0, 0.0
@@ -245,16 +245,16 @@ def duplicate_shares(items: Sequence[str]) -> tuple[float, float]:
 
 
 def ngram_shares(words: Sequence[str]) -> dict[int, float]:
-    """For each n, the share of the words' characters that repeated n-grams hold (Gopher, section A.1.1).
+    """For each n, the share of the words' characters in repeated n-grams (Gopher, section A.1.1).
 
     n = 2 to 4: count × length of the most frequent n-gram, if it occurs more than once; the longest one on a tie.
     Occurrences may overlap, so "a a a a" gives 1.5. n = 5 to 10: characters inside any n-gram that occurred before,
-    each character once. Cost: 0.3 to 0.6 µs a word; 1 µs in texts of a few hundred words.
+    each counted once. Cost: 0.3 to 0.6 µs per word; 1 µs in texts of a few hundred words.
     """
     shares = dict.fromkeys((*TOP_N, *DUPLICATE_N), 0.0)
     n_words = len(words)
     if n_words < 200 and len(set(itertools.pairwise(words))) >= n_words - 1:
-        return shares  # no pair of words repeats: common in short texts, and faster to see without arrays
+        return shares  # no pair repeats: common in short texts, and faster without arrays
     ids = {word: i for i, word in enumerate(dict.fromkeys(words))}
     groups = np.fromiter(map(ids.__getitem__, words), np.int64, n_words)
     ends = np.zeros(n_words + 1, np.int64)
@@ -278,7 +278,7 @@ def ngram_shares(words: Sequence[str]) -> dict[int, float]:
 def _longer(starts: Ints, groups: Ints) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
     """The repeated (n+1)-grams, from the repeated n-grams: their starts, their groups, and which are first in a group.
 
-    An (n+1)-gram consists of two n-grams and repeats only if both do, so each step looks at what is left.
+    An (n+1)-gram repeats only if both of its n-grams do, so each step has fewer candidates.
     """
     follows = np.flatnonzero(starts[1:] - starts[:-1] == 1)
     starts, keys = starts[follows], groups[follows] * (groups.max(initial=0) + 1) + groups[follows + 1]

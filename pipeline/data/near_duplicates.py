@@ -1,16 +1,16 @@
 """Removes near-duplicates and evaluation texts from the records of all sources.
 
     records/ ──► signatures ──► bands ──► components ──► shuffle by component ──► compare ──► records/, rejected/
-    a file       a task a file   a band    one task       a file                   a part      a file
+    a file       per file        per band  one task       per file                 per part    per file
 
-MinHash bands only propose pairs; exact Jaccard similarity decides. Records that share a band, directly or through
-others, form a component. In a component, records are visited by descending number of shingles, ties by id, and one is
-dropped only if it is similar to one that stays (similarity.drop_similar); the result does not depend on processing
-order or on how the work is divided. Evaluation texts come first: a record that equals or nearly equals one is dropped,
-and no other record is dropped because of it.
+MinHash bands only propose pairs; exact Jaccard similarity decides. Records that share a band, directly or through other
+records, form a component. Within a component, records are visited by descending number of shingles (ties by id), and a
+record is dropped only if it is similar to one that stays (similarity.drop_similar). The result does not depend on
+processing order or on how the work is split. Records similar to an evaluation text are dropped first, and never cause
+another record to be dropped.
 
-A record is identified by its position in all files, one after the other. Memory: one band of all records (24 bytes a
-record) in one task, a component's shingles (8 bytes a word) in another.
+A record's number is its position in all files, concatenated. Memory: one task holds one band of all records (24 bytes
+per record), another the shingles of its components (8 bytes per word).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ Ints = npt.NDArray[np.int64]
 CLUSTERS_REPORTED = 10
 DROPPED = "scratch/dropped.parquet"
 BATCH_ROWS = 4096
-KEYS_A_TASK = 1_000_000  # seconds of work; bands are sorted together up to that many keys
-ALONE = -1  # the component of a record that shares no band
+KEYS_A_TASK = 1_000_000  # a task sorts several bands, up to this many keys: seconds of work
+ALONE = -1  # component of a record that shares no band
 _CANDIDATES = pa.schema(
     [
         *((name, pa.int64()) for name in ("component", "record")),
@@ -56,8 +56,8 @@ _CANDIDATES = pa.schema(
 _DROPPED = pa.schema([("record", pa.int64()), ("duplicate_of", pa.string()), ("similarity", pa.float64())])
 
 
-def find(distinct: Artifact, progress: Progress, files: Sequence[StoragePath], data: Data) -> int:
-    """Find what to drop, in the artifact's scratch folder. Returns the number of near-duplicates."""
+def find_duplicates(distinct: Artifact, progress: Progress, files: Sequence[StoragePath], data: Data) -> int:
+    """Write which records to drop to the artifact's scratch folder. Returns the number of near-duplicates."""
     scratch, threshold = distinct.scratch, data.near_duplicates.threshold
     file_bytes = [size or 0 for size in sizes(files)]
     offsets = _offsets(files)
@@ -108,7 +108,7 @@ def find(distinct: Artifact, progress: Progress, files: Sequence[StoragePath], d
 
 
 def write_distinct(distinct: Artifact, progress: Progress, files: Sequence[StoragePath]) -> dict[str, Counter[str]]:
-    """Write what stays to `records/` and the rest to `rejected/`. Returns source → `kept` or a reason → rows."""
+    """Write kept records to `records/` and the others to `rejected/`. Returns source → `kept` or a reason → rows."""
     scratch, folder, offsets = distinct.scratch, distinct.folder, _offsets(files)
     file_bytes = [size or 0 for size in sizes(files)]
 
@@ -128,7 +128,7 @@ def write_distinct(distinct: Artifact, progress: Progress, files: Sequence[Stora
 
 
 def largest_clusters(distinct: Artifact) -> list[dict[str, Any]]:
-    """The records with the most near-duplicates: source_id and how many were dropped."""
+    """The records with the most near-duplicates: source_id, and how many were removed."""
     dropped = parquet_file(distinct.folder / DROPPED).read(columns=["duplicate_of"])
     counts = dropped.group_by("duplicate_of").aggregate([([], "count_all")])
     largest = counts.sort_by([("count_all", "descending"), ("duplicate_of", "ascending")]).slice(0, CLUSTERS_REPORTED)
@@ -136,18 +136,18 @@ def largest_clusters(distinct: Artifact) -> list[dict[str, Any]]:
 
 
 def _offsets(files: Sequence[StoragePath]) -> Ints:
-    """The position of each file's first record, and the number of all."""
+    """The number of each file's first record, and the total number of records."""
     return np.cumsum([0, *for_each(files[0], lambda file: parquet_file(file).metadata.num_rows, files)])
 
 
 def _texts(file: StoragePath) -> Iterator[list[list[str]]]:
-    """Batches of records, each as the list of its texts, without negatives."""
+    """Batches of records; each record is a list of its texts, without negatives."""
     for batch in open_parquet(file).iter_batches(BATCH_ROWS, columns=["anchor", "positive", "text"]):
         yield [[text for text in row.values() if text is not None] for row in batch.to_pylist()]
 
 
 def _sign(file: StoragePath, output: Output, data: Data) -> None:
-    """Write the band keys of a file's records, by band, and which of them are similar to an evaluation text."""
+    """Write a file's band keys, grouped by band, and which of its records are similar to an evaluation text."""
     near = data.near_duplicates
     known = contamination(tuple(data.decontaminate), data.decontaminate_threshold) if data.decontaminate else None
     hits: dict[int, tuple[str, float]] = {}
@@ -155,7 +155,7 @@ def _sign(file: StoragePath, output: Output, data: Data) -> None:
     keys = [np.zeros((bands, 0), dtype=np.uint64)]
     count = 0
     for batch in _texts(file):
-        found = [known.of(texts) if known else None for texts in batch]
+        found = [known.nearest(texts) if known else None for texts in batch]
         hits.update({count + place: hit for place, hit in enumerate(found) if hit})
         count += len(batch)
         if near.threshold:
@@ -169,7 +169,7 @@ def _sign(file: StoragePath, output: Output, data: Data) -> None:
 
 
 def _links(keys: npt.NDArray[np.uint64]) -> Ints:
-    """(2, n) pairs of positions: each record with the one before it of equal key, which links all of equal key."""
+    """(2, n) pairs of record numbers: each record with the previous one of the same key."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     same = np.flatnonzero((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0))
@@ -177,9 +177,9 @@ def _links(keys: npt.NDArray[np.uint64]) -> Ints:
 
 
 def _components(links: Sequence[StoragePath], records: int) -> Ints:
-    """Each record's component, ALONE if it has no link."""
+    """Each record's component, or ALONE."""
     labels = np.arange(records)
-    for path in links:  # one band at a time: only one band's pairs are in memory
+    for path in links:  # so that only one band's pairs are in memory
         a, b = labels[_load(path).reshape(2, -1)]
         graph = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(records, records))
         labels = connected_components(graph, directed=False)[1].astype(np.int64)[labels]
@@ -187,7 +187,7 @@ def _components(links: Sequence[StoragePath], records: int) -> Ints:
 
 
 def _candidates(file: StoragePath, component: Ints, offset: int) -> pa.Table:
-    """The file's records that are in a component of more than one, with their shingles."""
+    """The file's records that belong to a component, with their shingles."""
     chosen = np.flatnonzero(component != ALONE)
     if not len(chosen):
         return _CANDIDATES.empty_table()
@@ -203,7 +203,7 @@ def _candidates(file: StoragePath, component: Ints, offset: int) -> pa.Table:
 
 
 def _compare(candidates: pa.Table, threshold: float) -> pa.Table:
-    """What to drop from the records of some components, as _DROPPED."""
+    """Which records of these components to drop, as _DROPPED."""
     if not len(candidates):
         return _DROPPED.empty_table()
     candidates = candidates.sort_by([("component", "ascending"), ("id", "ascending")]).combine_chunks()
@@ -220,7 +220,7 @@ def _compare(candidates: pa.Table, threshold: float) -> pa.Table:
 
 
 def _rarest_first(shingles: Shingles) -> Shingles:
-    """Renumber shingles so that rare ones have small numbers: a set's first shingles then distinguish it best."""
+    """Renumber shingles from rare to common, so that the first ones of a set distinguish it best."""
     _, place, texts = np.unique(shingles, return_inverse=True, return_counts=True)
     rank = np.empty(len(texts), dtype=np.uint64)
     rank[np.argsort(texts, kind="stable")] = np.arange(len(texts), dtype=np.uint64)
@@ -228,7 +228,7 @@ def _rarest_first(shingles: Shingles) -> Shingles:
 
 
 def _split(records: pa.Table, dropped: pa.Table, hits: dict[str, tuple[str, float]]) -> tuple[pa.Table, pa.Table]:
-    """The records that stay, and the rejected ones; `dropped` and `hits` have positions in this file."""
+    """Kept and rejected records; `dropped` and `hits` refer to positions in this file."""
     contaminated = np.array([int(place) for place in hits], dtype=np.int64)
     near = dropped["record"].to_numpy()
     stay = np.ones(len(records), dtype=bool)
@@ -245,7 +245,7 @@ def _split(records: pa.Table, dropped: pa.Table, hits: dict[str, tuple[str, floa
 
 
 def _load(path: StoragePath, start: int = 0, stop: int | None = None) -> Ints:
-    """The numbers that `_save` wrote, or a slice of them; no others are read."""
+    """Read the numbers that `_save` wrote, or only a slice of them."""
     with path.open("rb") as file:
         file.seek(8 * start)
         return np.frombuffer(file.read(-1 if stop is None else 8 * (stop - start)), np.int64)

@@ -1,16 +1,16 @@
-"""Content ids, the partitions that they fall into, and a shuffle that brings each partition's rows together.
+"""Content ids, the partitions derived from them, and a file-based shuffle that groups rows by partition.
 
     content_id(["remove duplicates", "def unique(x): ..."])               # 'c5b7…', 32 hex digits
     write_parts(table, [1, 0, 1], 2, Path("exchange/00007-0.parts"))      # rows 1 | 0 and 2
     read_part([Path("exchange/00007-0.parts"), …], 1)                     # rows 0 and 2, and those of the other files
 
 Any 8 digits of an id are a uniform number in [0, 1), independent of the other digits: partitions (shards) use the first
-8, the validation split the next 8. Cost of an id: about 10 GB/s a core.
+8, the validation split the next 8. Cost of an id: about 10 GB/s per core.
 
-The shuffle goes through files: tasks write their rows cut by partition, and a later task reads one partition from all
-files. A file begins with the offset of each partition, 8 bytes each, so a reader fetches two numbers and its own rows.
-(Every reader would have to read the whole footer of an Arrow file, 24 bytes a partition.) Cost of each file and
-partition: a record batch with some 1.4 KB of overhead, none where it has no rows, and three requests in a bucket.
+Tasks write rows grouped by partition, and a later task reads one partition from all files. A file begins with the
+offset of each partition, 8 bytes each, so a reader fetches two numbers and its own rows. (With an Arrow file, every
+reader would load the whole footer, 24 bytes per partition.) Cost per file and partition: about 1.4 KB of overhead
+unless it is empty, and three requests in a bucket.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OFFSET = np.dtype("<u8")
 
 
 def content_id(fields: Sequence[str]) -> str:
-    """xxh3-128 of the fields, each preceded by its length so that ("ab", "c") and ("a", "bc") differ."""
+    """xxh3-128 of the fields, each preceded by its length, so ("ab", "c") and ("a", "bc") differ."""
     digest = xxhash.xxh3_128()
     for field in fields:
         data = field.encode("utf-8")
@@ -42,28 +42,28 @@ def content_id(fields: Sequence[str]) -> str:
 
 
 def shard_of(record_id: str, shards: int) -> int:
-    """Which of `shards` shards a record belongs to."""
+    """The shard, out of `shards`, that a record belongs to."""
     return int(record_id[:8], 16) * shards >> 32
 
 
 def overlapping(shard: int, shards: int, others: int) -> range:
-    """Which of `others` shards may hold records that belong to this one of `shards`."""
+    """The shards, out of `others`, that may hold records of this shard out of `shards`."""
     return range(shard * others // shards, -((shard + 1) * others // -shards))
 
 
 def id_bounds(shard: int, shards: int) -> tuple[str, str]:
-    """A shard's ids are the texts from the first of these up to, but not including, the second."""
+    """The range [first, end) of a shard's ids."""
     first, end = (-(number * 2**32 // -shards) for number in (shard, shard + 1))
     return f"{first:08x}", f"{end:08x}" if end < 2**32 else "g"
 
 
 def is_validation(record_id: str, fraction: float) -> bool:
-    """Whether a record is held out."""
+    """Whether a record belongs to the validation split."""
     return int(record_id[8:16], 16) < fraction * 2**32
 
 
 def write_parts(table: pa.Table, partition: Sequence[int] | npt.NDArray[np.int64], parts: int, path: Path) -> None:
-    """Write `table` cut into `parts` partitions; `partition` has the partition of each row."""
+    """Write `table` as `parts` partitions; `partition` gives the partition of each row."""
     order = np.argsort(partition, kind="stable")
     bounds = np.searchsorted(np.asarray(partition)[order], np.arange(parts + 1))
     table = table.take(order).combine_chunks()
@@ -87,14 +87,14 @@ def read_part(files: Sequence[StoragePath], partition: int) -> pa.Table:
     schema = pa.ipc.read_schema(pa.py_buffer(_between(files[0], 0)))
 
     def batches(path: StoragePath) -> list[pa.RecordBatch]:
-        found = _between(path, partition + 1)
-        return [pa.ipc.read_record_batch(pa.py_buffer(found), schema)] if found else []
+        data = _between(path, partition + 1)
+        return [pa.ipc.read_record_batch(pa.py_buffer(data), schema)] if data else []
 
     return pa.Table.from_batches(itertools.chain.from_iterable(for_each(files[0], batches, files)), schema)
 
 
 def _between(path: StoragePath, number: int) -> bytes:
-    """The bytes between the offset with this number and the next."""
+    """The bytes between offset number `number` and the next one."""
     with path.open("rb") as file:
         file.seek(number * _OFFSET.itemsize)
         start, stop = np.frombuffer(file.read(2 * _OFFSET.itemsize), _OFFSET).tolist()

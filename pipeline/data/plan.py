@@ -1,16 +1,16 @@
-"""Which rows make up global batch k of epoch e, as a function of only the seed and the shards.
+"""Decides which rows form each global batch, as a function of only the seed and the shards.
 
-A pass over rows permutes their row groups, and the rows inside each, by (seed, pass). The resulting order of N rows is
-cut into L lanes of N // L rows. Rows are taken from the lanes in turn; a batch has the next B of them, sorted by lane.
-Each of W workers trains on a contiguous part of the batch, so it reads little more than its own share, and the shares
-of all workers together are the same batch for any W. A position is one integer, the step; seeking costs nothing.
+Each pass over the rows permutes the row groups, and the rows inside each, by (seed, pass). The resulting order of N
+rows is cut into L lanes of N // L rows. Batches take rows from the lanes round-robin, B at a time, and sort them by
+lane. Each of W workers trains on a contiguous part of the batch, so it reads little more than its own rows, and
+together the workers train on the same batch for any W. A position is one integer, the step; seeking costs nothing.
 
     B = 4, L = 2, N = 10 rows in the pass's order:   lane 0: a b c d e     lane 1: f g h i j
-    batch 0 = a b f g      batch 1 = c d h i      (e and j sit this pass out)
-    with three workers, worker 0 trains on a then c, worker 1 on b then d, worker 2 on f g then h i
+    batch 0 = a b f g      batch 1 = c d h i      (this pass skips e and j)
+    with three workers, worker 0 trains on a, then c; worker 1 on b, then d; worker 2 on f g, then h i
 
 If sources have weights, or each batch comes from one source, each source has its own lanes and passes: a small source
-with a high weight is repeated several times an epoch. An epoch has as many batches as all rows fill.
+with a high weight is repeated several times per epoch. An epoch has N // B batches.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from pipeline.core.path import as_path
 
 MAX_LANES = 32
 MAX_ROWS_A_LANE = 64
-"""A batch with more rows a lane has more than MAX_LANES lanes. A row group of 1024 rows then lasts 16 steps. Ours."""
-MIN_SOURCE_LANES = 8  # a batch has rows from at least so many row groups of a source with a small share. Ours.
-GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, fill the unit interval evenly: Kronecker's sequence
+"""Larger batches have more than MAX_LANES lanes, so that a row group of 1024 rows lasts 16 steps. Ours."""
+MIN_SOURCE_LANES = 8  # a source with a small share still draws from this many row groups per batch. Ours.
+GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 fill the unit interval evenly (Kronecker's sequence)
 
 Ints = npt.NDArray[np.int64]
 
 
 def lanes_of(global_batch_size: int) -> int:
-    """The number of lanes: up to 32, or one for 64 rows, that divides the batch size.
+    """The number of lanes, at most 32 or one per 64 rows, that divides the batch size.
 
-    If no number in the upper half of that range divides it, the maximum; some lanes then give one row more than others.
+    The maximum if no number in the upper half of that range divides it; some lanes then give one more row than others.
     """
     most = min(global_batch_size, max(MAX_LANES, global_batch_size // MAX_ROWS_A_LANE))
     return next((lanes for lanes in range(most, most // 2 - 1, -1) if lanes and global_batch_size % lanes == 0), most)
@@ -59,16 +59,16 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class Selection:
-    """Some rows of a plan and where they are stored: small enough to send to another process, which reads them."""
+    """References to rows of a plan; small enough to send to another process, which reads them."""
 
     folder: str
     seed: int
     groups: list[tuple[RowGroup, int, int]]
-    """Row groups, each with its number in the plan and the pass, which determines the order of its rows."""
+    """(row group, its number in the plan, pass); the pass determines the order of its rows."""
     rows: Ints
-    """Positions in the concatenated rows of those groups."""
+    """Indices into the concatenated rows of `groups`."""
     steps: Ints
-    """The step in which each row is trained on."""
+    """The training step of each row."""
 
     def read(self) -> pa.Table:
         """The rows in training order, with a `step` column."""
@@ -84,7 +84,7 @@ class Selection:
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """An endless sequence of rows: all rows of some row groups, in another order in each pass."""
+    """An endless sequence of rows: passes over some row groups, each in a new order."""
 
     number: int
     groups: Ints  # (G,) numbers in the plan
@@ -92,9 +92,9 @@ class Stream:
     lanes: int
     rows_per_pass: int
 
-    def find(self, turns: Ints, seed: int, turn: int) -> tuple[Ints, Ints]:
-        """For rows of one pass, given by when they are taken: the row group of each, and its position in that order."""
-        order = np.random.default_rng([seed, turn, self.number, 0]).permutation(len(self.groups))
+    def locate(self, turns: Ints, seed: int, pass_number: int) -> tuple[Ints, Ints]:
+        """Locate the rows at these turns of one pass: each row's group, and its position in the group's order."""
+        order = np.random.default_rng([seed, pass_number, self.number, 0]).permutation(len(self.groups))
         ends = self.sizes[order].cumsum()
         per_lane = ends[-1] // self.lanes
         dealt = turns % self.lanes * per_lane + turns // self.lanes
@@ -104,8 +104,8 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The order of a training run over a prepared split."""
+class BatchPlan:
+    """The order in which a training run visits a prepared split."""
 
     folder: str
     row_groups: tuple[RowGroup, ...]
@@ -113,7 +113,7 @@ class Plan:
     seed: int
     batching: Literal["mixed", "by_source"] = "mixed"
     weights: tuple[tuple[str, float], ...] = ()
-    """Relative weights of sources. Without them, their shares are proportional to their rows."""
+    """Relative weights of sources. Without weights, shares are proportional to row counts."""
 
     @property
     def lanes(self) -> int:
@@ -129,11 +129,11 @@ class Plan:
 
     @property
     def steps_per_chunk(self) -> int:
-        """Steps to read at once: about as many as a lane is fed by one row group."""
+        """Steps to read at once: about as many as one row group per lane lasts."""
         return max(1, max(group.rows for group in self.row_groups) * self.lanes // self.global_batch_size)
 
     def chunks(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """(start, stop) of reads that together cover steps `start` to `stop` and do not cross an epoch."""
+        """Split steps `start` to `stop` into reads (start, stop) that do not cross an epoch."""
         bounds = [start]
         while bounds[-1] < stop:
             epoch_end = (bounds[-1] // self.batches_per_epoch + 1) * self.batches_per_epoch
@@ -141,7 +141,7 @@ class Plan:
         return list(itertools.pairwise(bounds))
 
     def share(self, rank: int, world_size: int) -> int:
-        """Number of rows of a global batch that this worker trains on; shares differ by one at most."""
+        """Rows of a global batch that this worker trains on; workers differ by at most one row."""
         first, last = self._bounds(rank, world_size)
         return last - first
 
@@ -149,30 +149,30 @@ class Plan:
         """Raise ConfigError if there are more workers than rows in a batch."""
         if not 1 <= world_size <= self.global_batch_size:
             raise ConfigError(
-                f"scaling.num_workers: found {world_size}; allowed with training.global_batch_size="
-                f"{self.global_batch_size} are 1 to {self.global_batch_size}, a row or more for each"
+                f"scaling.num_workers: found {world_size}; use 1 to {self.global_batch_size}, one row or more per "
+                f"worker of training.global_batch_size={self.global_batch_size}"
             )
 
     def check_sources(self) -> None:
-        """Raise ConfigError if a source has too few rows, or too small a share, for its batches."""
+        """Raise ConfigError if a source has too few rows or too small a share for its batches."""
         if self._as_they_come:
             return
         for unknown in dict(self.weights).keys() - self.shares.keys():
             raise ConfigError(
-                f"data.sources: found a weight of {unknown}, which has no training record; allowed are weights of "
-                "sources that have some"
+                f"data.sources: found a weight for {unknown}, which has no training records; remove the weight or the "
+                "source"
             )
         for (name, share), stream, quota in zip(self.shares.items(), self.streams, self.quotas, strict=True):
             rows, needed = int(stream.sizes.sum()), self._rows_at_once(share)
             if rows < needed:
                 raise ConfigError(
-                    f"data.sources: found {rows} training records of {name}, of which a batch takes {needed}; allowed "
-                    f"with training.batching={self.batching} are as many records as that, a smaller batch or weight"
+                    f"data.sources: found {rows} training records of {name}, but each batch takes {needed} with "
+                    f"training.batching={self.batching}; add records, or lower the batch size or the weight"
                 )
             if quota == 0:
                 raise ConfigError(
                     f"data.sources: found {name} with {float(share):.2g} of the weights, too little for one of "
-                    f"the {self.batches_per_epoch} batches of an epoch; allowed are weights that give it one or more"
+                    f"the {self.batches_per_epoch} batches of an epoch; raise its weight"
                 )
 
     def read(self, start: int, stop: int, rank: int = 0, world_size: int = 1) -> pa.Table:
@@ -180,7 +180,7 @@ class Plan:
         return self.select(start, stop, rank, world_size).read()
 
     def select(self, start: int, stop: int, rank: int = 0, world_size: int = 1) -> Selection:
-        """The rows that `read` reads, without reading them."""
+        """References to the rows that `read` reads."""
         epoch, first = divmod(start, self.batches_per_epoch)
         number, starts, counts = self._draws(epoch, first, first + stop - start)
         draw, turns = np.repeat(np.arange(len(counts)), counts), _ranges(starts, counts)
@@ -199,7 +199,7 @@ class Plan:
 
     @cached_property
     def shares(self) -> dict[str | None, Fraction]:
-        """Each source's share of the training rows; the shares add up to one."""
+        """Each source's share of the training rows; shares sum to one."""
         counts: Counter[str | None] = Counter()
         for group in self.row_groups:
             counts[group.source] += group.rows
@@ -220,7 +220,7 @@ class Plan:
 
     @property
     def quotas(self) -> tuple[int, ...]:
-        """What each stream contributes to an epoch: batches if each has one source, else rows."""
+        """Each stream's contribution to an epoch: in batches if a batch has one source, else in rows."""
         if self.batching == "by_source":
             return largest_remainder(self.batches_per_epoch, tuple(self.shares.values()))
         return tuple(self._given[-1].tolist())
@@ -230,7 +230,7 @@ class Plan:
         return self.batching == "mixed" and not self.weights
 
     def _rows_at_once(self, share: Fraction) -> int:
-        """The most rows that a batch takes from a source."""
+        """The most rows that a batch takes from a source with this share."""
         return self.global_batch_size if self.batching == "by_source" else -int(-self.global_batch_size * share // 1)
 
     def _stream(self, number: int, groups: Ints, share: Fraction) -> Stream:
@@ -244,7 +244,7 @@ class Plan:
         return self.global_batch_size * rank // world_size, self.global_batch_size * (rank + 1) // world_size
 
     def _draws(self, epoch: int, first: int, last: int) -> tuple[Ints, Ints, Ints]:
-        """What batches `first` to `last` draw, in order: (stream, first row, number of rows), an array each."""
+        """The draws of batches `first` to `last`, as three arrays: stream, first row, number of rows."""
         if self.batching == "by_source":
             number, batch = _choices(self.quotas, self.seed, epoch)
             number, batch = number[first:last], batch[first:last] + epoch * np.array(self.quotas)[number[first:last]]
@@ -257,7 +257,7 @@ class Plan:
     def _given(self) -> Ints:
         """(K + 1, S): rows of each stream that a mixed epoch has used before batch k.
 
-        Each batch takes the whole part of B times a stream's share; the remaining rows rotate among the fractions.
+        A batch takes the integer part of B times each stream's share; the streams take turns at the remaining rows.
         """
         shares = [Fraction(1)] if self._as_they_come else list(self.shares.values())
         exact = [self.global_batch_size * share for share in shares]
@@ -268,17 +268,17 @@ class Plan:
         return np.concatenate([np.zeros_like(counts[:1]), counts.cumsum(axis=0)])
 
     def _find(self, number: Ints, passes: Ints, turns: Ints) -> tuple[Ints, Ints]:
-        """The row group of each row, and its position in that group's order."""
+        """Locate rows: each row's group, and its position in the group's order."""
         groups, rows = np.empty_like(turns), np.empty_like(turns)
         for stream in np.unique(number):
             for turn in np.unique(passes[number == stream]):
                 here = (number == stream) & (passes == turn)
-                groups[here], rows[here] = self.streams[stream].find(turns[here], self.seed, int(turn))
+                groups[here], rows[here] = self.streams[stream].locate(turns[here], self.seed, int(turn))
         return groups, rows
 
 
 def largest_remainder(seats: int, shares: Sequence[Fraction]) -> tuple[int, ...]:
-    """Divide `seats` in proportion to shares that add up to one: whole parts, then one each to the largest rests."""
+    """Divide `seats` in proportion to shares that sum to one, by the largest remainder method."""
     exact = [seats * share for share in shares]
     rests = sorted(range(len(exact)), key=lambda i: (-(exact[i] % 1), i))
     more = set(rests[: seats - sum(int(each) for each in exact)])
@@ -287,7 +287,7 @@ def largest_remainder(seats: int, shares: Sequence[Fraction]) -> tuple[int, ...]
 
 @lru_cache(maxsize=2)
 def _choices(quotas: tuple[int, ...], seed: int, epoch: int) -> tuple[Ints, Ints]:
-    """(K,): the stream of each batch of an epoch, and how many of its batches came before in the epoch."""
+    """(K,) each: the stream of each batch of an epoch, and how many batches of that stream precede it."""
     number = np.repeat(np.arange(len(quotas)), quotas)
     np.random.default_rng([seed, epoch, 0, 2]).shuffle(number)
     before = np.empty_like(number)

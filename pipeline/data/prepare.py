@@ -1,15 +1,17 @@
-"""Raw text to token shards, in stages that Ray Data spreads over the cluster.
+"""Prepares raw text into token shards, in stages that run over the cluster.
 
     records ──────────────► distinct ───────────────► tokenizer ──► tokens ──────► manifest
-    read, filter,           near-duplicates and       one task      a task a file  last
-    exact duplicates        evaluation texts out
+    read, filter, drop      drop near-duplicates      one task      one task       written last
+    exact duplicates        and evaluation texts                    per file
 
-The rows of each file follow from content alone, so the shards are byte-identical for any number of workers. Each stage
-is an artifact (core/artifact.py): a changed option redoes only the stages that depend on it, and a killed job does
-only the tasks that are missing. The prepared data set is an artifact too, made of the stages' files.
+    folder, manifest = prepare(config, lambda: progress)          # returns at once if nothing has changed
 
-Once a run has begun, its tokenizer stays: later data are tokenized with it, so that they fit the model (drift.py), and
-records that existed before keep their tokens (shards.py).
+Each file's rows depend only on content, so the shards are byte-identical for any number of workers. Each stage is an
+artifact (core/artifact.py): changing an option reruns only the stages that depend on it, and a restarted job runs only
+the missing tasks. The prepared data set is an artifact too, linked from the stages' files.
+
+Once a run has started, later data are tokenized with its tokenizer, so that they fit the model (drift.py), and known
+records keep their tokens (shards.py). Cost: benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -41,29 +43,29 @@ from pipeline.data.records import (
     record_texts,
     warn_of_bad_input,
 )
-from pipeline.data.shards import Parts, assemble, series_of, token_recipe, token_shards, tokens_of
+from pipeline.data.shards import PreparedParts, assemble, series_of, token_recipe, token_shards, tokens_of
 from pipeline.data.similarity import check_beir_folders
 from pipeline.data.sources import SourcePlan, check_fields, inputs_by_content, plan_source
 from pipeline.data.tokenizer import load_tokenizer, tokenizer_file, train_tokenizer
 from pipeline.data.tokenizing import ROW_GROUP_ROWS, Cutter
 
-FORMAT = 3  # of prepared data; a change of what the stages write makes all earlier folders stale
-SHARD_BYTES = 8 << 20  # text in a shard: a core tokenizes it in seconds
-MAX_SHARDS = 4_096  # above 32 GB, shards are larger: each of them meets every part of the shuffle
-DISK_A_TEXT_BYTE = 1.7  # that all stages take at their most: 40.0 MB of 23.5 MB of Debian's descriptions. Ours
+FORMAT = 3  # raise it when the stages' output changes: all earlier folders become stale
+SHARD_BYTES = 8 << 20  # text per shard: a core tokenizes it in seconds
+MAX_SHARDS = 4_096  # above 32 GB of text, shards grow instead, because each reads every part of the shuffle
+DISK_A_TEXT_BYTE = 1.7  # peak of all stages. Ours, measured: 40.0 MB for 23.5 MB of Debian's descriptions
 _RECORD_KEYS = {"min_chars", "max_chars", "max_nonprintable", "sanitize", "safety", "quality"}
 
 
 class Inputs:
-    """What a config would prepare: the read tasks, the stages and the folder they lead to. Raises ConfigError."""
+    """What a config prepares: its read tasks, stages and output folder. Raises ConfigError if the config is invalid."""
 
     def __init__(self, config: Config, rehash: bool = False) -> None:
         self.config = config
         self.fields = _common_fields(config)
         if config.tokenizer.long_texts == "windows" and self.fields != ["text"]:
             raise ConfigError(
-                f"tokenizer.long_texts: found windows with records of {', '.join(self.fields)}; "
-                "allowed is windows with records of text alone"
+                f"tokenizer.long_texts: found windows, with the record fields {', '.join(self.fields)}; "
+                "windows need sources whose records have only `text`"
             )
         self.recipe = token_recipe(config, self.fields)
         if config.tokenizer.load_path is not None:
@@ -78,7 +80,7 @@ class Inputs:
 
     @property
     def room(self) -> Finding:
-        """Whether there is room to prepare them."""
+        """Whether the disk has room for all stages."""
         needed = DISK_A_TEXT_BYTE * sum(plan.text_bytes for _, plan in self.plans)
         return check_disk_space("storage.root", self.prepared.folder, needed, "prepare")
 
@@ -91,13 +93,13 @@ class Inputs:
 
     def _name_stages(self, rehash: bool) -> None:
         data, tokenizer, root = self.config.data, self.config.tokenizer, self.config.root / "stages"
-        unread = {"weight", "prompts"}
+        unused_here = {"weight", "prompts"}  # they do not affect the records
         self.records = Artifact(
             root,
             "records",
             {
                 "format": FORMAT,
-                "sources": [source.model_dump(mode="json", exclude=unread) for source in data.sources],
+                "sources": [source.model_dump(mode="json", exclude=unused_here) for source in data.sources],
                 "rules": data.model_dump(mode="json", include=_RECORD_KEYS),
                 "safety": sha256(Path(data.safety.rules)) if data.safety.rules else None,
                 "inputs": [
@@ -141,40 +143,40 @@ class Inputs:
 def prepare(config: Config, progress: Callable[[], Progress], rehash: bool = False) -> tuple[StoragePath, Manifest]:
     """Bring the prepared data up to date. Returns its folder and manifest. Calls `progress` only if there is work.
 
-    With `rehash`, inputs are identified by their content, not by their times of change. A data set that `data.prepared`
-    names is taken as it is.
+    `rehash`: identify inputs by content instead of modification time. With `data.prepared`, nothing is prepared: that
+    data set is used as it is.
     """
     if config.data.prepared is not None:
-        return prepared_elsewhere(config)
+        return open_prepared(config)
     inputs = Inputs(config, rehash)
     folder = inputs.prepared.folder
     if inputs.prepared.read():
         log.info("prepare: nothing to do, %s is up to date", folder)
     else:
         refuse([inputs.room])
-        inputs.prepared.make(_Stages(inputs, progress).run)
+        inputs.prepared.make(_StageRunner(inputs, progress).run)
     manifest = read_prepared(folder)
     assert manifest
     return folder, manifest
 
 
-def prepared_elsewhere(config: Config) -> tuple[StoragePath, Manifest]:
-    """The data set that `data.prepared` names. Raises ConfigError if there is none, or it has other settings."""
+def open_prepared(config: Config) -> tuple[StoragePath, Manifest]:
+    """The data set that `data.prepared` names. Raises ConfigError if it is missing or has other settings."""
     folder = config.root / str(config.data.prepared)
     manifest = read_prepared(folder)
     if manifest is None:
         raise ConfigError(
-            f"data.prepared: found no manifest.json of a prepared data set in {folder}; allowed is a folder that "
+            f"data.prepared: found no manifest.json of a prepared data set in {folder}; give a folder that "
             "jobs/prepare.py or jobs/mine.py has written"
         )
     for key, value in manifest.settings.items():
         if config.get(key) != value:
-            raise ConfigError(f"{key}: found {config.get(key)}; allowed with data.prepared is {value}, as in {folder}")
-    own = {source.name: source.prompts for source in manifest.sources}
+            raise ConfigError(f"{key}: found {config.get(key)}; set {value}, with which {folder} was prepared")
+    prepared = {source.name: source.prompts for source in manifest.sources}
     found = {source.name: source.model_dump()["prompts"] for source in config.data.sources}
-    if found != own:
+    if found != prepared:
         raise ConfigError(
-            f"data.sources: found {_named(found)}; allowed with data.prepared are {_named(own)}, as in {folder}"
+            f"data.sources: found {_named(found)}; set {_named(prepared)}, with which {folder} was prepared"
         )
     return folder, manifest
 
@@ -184,8 +186,8 @@ def _named(prompts: dict[str, dict[str, str]]) -> str:
 
 
 @dataclass(frozen=True)
-class _Stages:
-    """Makes the stages that are missing, and the prepared data set from them."""
+class _StageRunner:
+    """Runs the missing stages, and assembles the prepared data set."""
 
     inputs: Inputs
     progress: Callable[[], Progress]
@@ -212,17 +214,17 @@ class _Stages:
             for stage in filter(None, (inputs.records, inputs.distinct))
             for path in matching(stage.folder / "rejected", "*.parquet")
         }
-        parts = Parts(files, tokenizer_json, recipe, sources, clusters, rejected)
+        parts = PreparedParts(files, tokenizer_json, recipe, sources, clusters, rejected)
         manifest = assemble(inputs.prepared, inputs.tokens, described, parts)
         if clusters:
             listed = ", ".join(f"{cluster['source_id']} ({cluster['removed']:,})" for cluster in clusters)
-            log.info("prepare: near-duplicates removed, by the record that stays: %s", listed)
+            log.info("prepare: records with the most near-duplicates removed: %s", listed)
         seconds = {stage.name: (stage.read() or {}).get("seconds", 0.0) for stage in inputs.stages}
         log.info("%s", _summary(manifest, seconds))
         return asdict(manifest)
 
     def records(self) -> list[SourceCount]:
-        """Read, filter and deduplicate every source. Returns what became of each, checked."""
+        """Read, filter and deduplicate every source. Returns the checked counts of each."""
         stage, data = self.inputs.records, self.inputs.config.data
 
         def fill() -> dict[str, Any]:
@@ -237,14 +239,14 @@ class _Stages:
         return found
 
     def distinct(self, sources: list[SourceCount]) -> tuple[list[SourceCount], list[dict[str, Any]]]:
-        """Remove near-duplicates and evaluation texts. Returns what became of each source, and the largest clusters."""
+        """Remove near-duplicates and evaluation texts. Returns the counts of each source, and the largest clusters."""
         stage, data = self.inputs.distinct, self.inputs.config.data
         if stage is None:
             return sources, []
 
         def fill() -> dict[str, Any]:
             files = self.inputs.record_files(self.inputs.records)
-            near = near_duplicates.find(stage, self.progress(), files, data)
+            near = near_duplicates.find_duplicates(stage, self.progress(), files, data)
             check_duplicates(sources, data.max_removed_fraction, near)
             outcomes = near_duplicates.write_distinct(stage, self.progress(), files)
             return {"outcomes": outcomes, "clusters": near_duplicates.largest_clusters(stage)}
@@ -256,19 +258,20 @@ class _Stages:
         return found, made["clusters"]
 
     def tokenizer(self) -> None:
-        """Train a tokenizer, unless one is given."""
-        inputs, stage, wanted = self.inputs, self.inputs.tokenizer, self.inputs.config.tokenizer
+        """Train a tokenizer, unless the config gives one."""
+        inputs, stage, options = self.inputs, self.inputs.tokenizer, self.inputs.config.tokenizer
         if stage is None:
             return
         files, fields = inputs.record_files(inputs.texts), inputs.fields
 
         def train(_: int, output: Output) -> None:
-            texts = record_texts(files, fields, wanted.train_mb << 20)
-            trained = train_tokenizer(texts, kind=wanted.type, vocab_size=wanted.vocab_size, lowercase=wanted.lowercase)
+            texts = record_texts(files, fields, options.train_mb << 20)
+            kind, lowercase = options.type, options.lowercase
+            trained = train_tokenizer(texts, kind=kind, vocab_size=options.vocab_size, lowercase=lowercase)
             output.write("tokenizer.json", trained.to_str().encode())
 
         def fill() -> dict[str, Any]:
-            sample = min(sum(filter(None, sizes(files))), wanted.train_mb << 20)
+            sample = min(sum(filter(None, sizes(files))), options.train_mb << 20)
             stage.tasks(self.progress(), "prepare: train the tokenizer", [sample], train)
             return {}
 
@@ -276,23 +279,23 @@ class _Stages:
 
 
 def _make(stage: Artifact, fill: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A stage's manifest, which has the seconds that it took."""
+    """Run a stage if it is not complete. Returns its manifest, with the seconds that it took."""
 
     def timed() -> dict[str, Any]:
         began = time.monotonic()
         return fill() | {"seconds": round(time.monotonic() - began, 1)}
 
     if stage.read():
-        log.info("prepare: %s was done by an earlier job", stage.name)
+        log.info("prepare: %s is up to date, from an earlier job", stage.name)
     return stage.make(timed)
 
 
 def _common_fields(config: Config) -> list[str]:
-    """The text fields of the records. All sources must give the same ones, with or without negatives."""
+    """The text fields of the records. All sources must have the same ones, except that negatives are optional."""
     shapes = {source.name: text_fields(source) for source in config.data.sources}
     if len({fields[0] for fields in shapes.values()}) > 1:
-        listed = "; ".join(f"{name} gives {' and '.join(fields)}" for name, fields in shapes.items())
-        raise ConfigError(f"data.sources: {listed}; allowed are sources of one shape")
+        listed = "; ".join(f"{name} has {' and '.join(fields)}" for name, fields in shapes.items())
+        raise ConfigError(f"data.sources: {listed}; give sources with the same fields, all pairs or all texts")
     return max(shapes.values(), key=len)
 
 
@@ -302,7 +305,7 @@ def _shards(source: Source, plan: SourcePlan) -> int:
 
 
 def _summary(manifest: Manifest, seconds: dict[str, float]) -> str:
-    """Tables of what came in, what was kept and why the rest was rejected; of tokens; of the time of each stage."""
+    """Tables of record counts by outcome, of token statistics, and of the seconds of each stage."""
     sources = manifest.sources
     reasons = sorted({reason for source in sources for reason in source.rejected})
     rows: list[tuple[str, list[int]]] = [

@@ -1,9 +1,9 @@
-"""Rows of JSON: an object a line, or a file that holds one value, an array of objects or an object over several lines.
+"""Reads JSON: one object per line, an array of objects, or objects that span several lines.
 
     for row in json_rows(file, "a.jsonl", start=0, stop=4096): ...     # Row('a.jsonl:0', {'anchor': …})
 
-Cost: 140 MB/s of long lines, 50 MB/s of short ones. Of a file that holds one value, one row is held at a time; where it
-is broken, the rest of the file cannot be read.
+Cost: 140 MB/s for long lines, 50 MB/s for short ones. Arrays and multi-line objects are streamed, one row in memory at
+a time; after a syntax error the rest of such a file cannot be read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DECODER = json.JSONDecoder(parse_constant=lambda constant: None)  # NaN and inf
 
 
 def json_rows(file: io.BufferedReader, name: str, start: int = 0, stop: int | None = None) -> Iterator[Row]:
-    """Rows of the lines that begin in bytes `start` to `stop`, or of the one value that the file holds."""
+    """Rows of the lines that begin in bytes `start` to `stop`, or of the whole file if it is not JSON Lines."""
     kind = "lines" if start else json_shape(file, name)
     if kind == "lines":
         found = lines(file, start, stop)
@@ -38,15 +38,15 @@ def json_rows(file: io.BufferedReader, name: str, start: int = 0, stop: int | No
 
 
 def json_shape(file: io.BufferedReader, name: str) -> str:
-    """`lines`, `array` or `object` (over several lines): by the name, else by how the file begins."""
+    """`lines`, `array` or `object` (over several lines), from the suffix, else from how the file begins."""
     if without_compression(name).lower().endswith(LINE_SUFFIXES):
         return "lines"
     beginning = file.peek().removeprefix(codecs.BOM_UTF8).lstrip()
     if beginning.startswith(b"["):
         return "array"
     first_line, line_end, _ = beginning.partition(b"\n")
-    goes_on = line_end and first_line.startswith(b"{") and first_line.rstrip().endswith((b"{", b"[", b","))
-    return "object" if goes_on else "lines"
+    is_multiline = line_end and first_line.startswith(b"{") and first_line.rstrip().endswith((b"{", b"[", b","))
+    return "object" if is_multiline else "lines"
 
 
 def _row(line: bytes, position: str) -> Row:
@@ -68,7 +68,7 @@ def _object(values: Any, position: str) -> Row:
 
 
 def _values(file: io.BufferedReader, name: str, is_array: bool) -> Iterator[Row]:
-    """The values of an array, or those that follow each other in the file; positions count them."""
+    """The values of an array, or the consecutive values of a file; a position is the value's index."""
     buffer, index = _Buffer(file), 0
     buffer.grow()
     buffer.skip(_OPENING if is_array else _BETWEEN)
@@ -77,17 +77,17 @@ def _values(file: io.BufferedReader, name: str, is_array: bool) -> Iterator[Row]
         position = f"{name}:{index}"
         if is_array and buffer.text.startswith("]", buffer.at):
             if buffer.text[buffer.at + 1 :].strip():
-                yield broken(position, "broken_json", "more follows the end of the array")
+                yield broken(position, "broken_json", "text after the end of the array")
             return
         if not buffer.rest():
             continue
         try:
             values, end = _DECODER.raw_decode(buffer.text, buffer.at)
         except (ValueError, RecursionError) as error:
-            if buffer.may_go_on(error) and buffer.rest() <= MAX_LINE_BYTES and buffer.grow():
+            if buffer.may_be_incomplete(error) and buffer.rest() <= MAX_LINE_BYTES and buffer.grow():
                 continue
-            reason = "line_too_long" if buffer.rest() > MAX_LINE_BYTES and buffer.may_go_on(error) else "broken_json"
-            yield broken(position, reason, buffer.excerpt())
+            is_too_large = buffer.rest() > MAX_LINE_BYTES and buffer.may_be_incomplete(error)
+            yield broken(position, "line_too_long" if is_too_large else "broken_json", buffer.excerpt())
             return
         yield (
             broken(position, "invalid_utf8", buffer.excerpt())
@@ -96,11 +96,11 @@ def _values(file: io.BufferedReader, name: str, is_array: bool) -> Iterator[Row]
         )
         buffer.at, index = end, index + 1
     if is_array:
-        yield broken(f"{name}:{index}", "broken_json", "the array has no end")
+        yield broken(f"{name}:{index}", "broken_json", "the array is not closed")
 
 
 class _Buffer:
-    """The part of a file that is in memory: `text` from `at` on. Bytes that are not UTF-8 become lone surrogates."""
+    """The part of a file in memory: `text` from index `at`. Bytes that are not UTF-8 become lone surrogates."""
 
     def __init__(self, file: io.BufferedReader) -> None:
         self._read1 = file.read1
@@ -112,15 +112,15 @@ class _Buffer:
         return len(self.text) - self.at
 
     def grow(self) -> bool:
-        """Read until twice as much is held, so that a long value is not parsed too often. False at the file's end.
+        """Double the buffered text, so that a long value is not parsed too often. False at the end of the file.
 
-        An error of reading is raised only after all that was read before it is used.
+        Raises a read error only after everything read before it has been used.
         """
         if self._failure:
             raise self._failure
-        wanted, data = max(BUFFER_BYTES, self.rest()), bytearray()
+        read_bytes, data = max(BUFFER_BYTES, self.rest()), bytearray()
         try:
-            while len(data) < wanted and (piece := self._read1(wanted)):
+            while len(data) < read_bytes and (piece := self._read1(read_bytes)):
                 data += piece
         except (OSError, EOFError, zlib.error) as error:
             self._failure = error
@@ -131,8 +131,8 @@ class _Buffer:
         if found := pattern.match(self.text, self.at):
             self.at = found.end()
 
-    def may_go_on(self, error: Exception) -> bool:
-        """Whether the value may only be incomplete, with more of it still to be read."""
+    def may_be_incomplete(self, error: Exception) -> bool:
+        """Whether the error may only mean that the rest of the value has not been read yet."""
         if not isinstance(error, json.JSONDecodeError):
             return False
         return error.msg.startswith("Unterminated string") or error.pos > len(self.text) - len("\\ud83d\\ude00")

@@ -1,13 +1,13 @@
-"""Rows of tables: CSV with a header line, Parquet and Arrow files.
+"""Reads tables: CSV with a header line, Parquet and Arrow files.
 
     for row in csv_rows(file, "a.csv"): ...                          # Row('a.csv:2', {'anchor': …})
     for row in parquet_rows(file, "a.parquet", ["anchor"]): ...      # Row('a.parquet:0', {'anchor': …})
 
-CSV is quoted as RFC 4180 says; cells may contain line ends. A quote that is never closed costs MAX_CELL_CHARS at most:
-that is one broken row, and the next line begins a new one. Cost: CSV at 70 MB/s.
+CSV follows RFC 4180; cells may contain line ends. An unclosed quote loses at most MAX_CELL_CHARS: they become one
+broken row, and the next line starts a new one. Cost: CSV at 70 MB/s.
 
-Of Parquet and Arrow, only the wanted columns are read. Arrow's file format (Feather v2) is its stream format between a
-magic word and a footer, so both are read as streams, and a file that is cut short is read up to the cut.
+Parquet and Arrow readers load only the requested columns. Arrow's file format (Feather v2) is its stream format between
+a magic word and a footer, so both are read as streams, and a truncated file is read up to the cut.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from pipeline.data.input_files import BUFFER_BYTES, is_too_long, lines, may_pass
 CSV_SUFFIXES = (".csv", ".tsv", ".tab")
 PARQUET_SUFFIXES = (".parquet", ".pq")
 ARROW_SUFFIXES = (".arrow", ".arrows", ".ipc", ".feather")
-MAX_CELL_CHARS = 10_000_000  # ten times data.max_chars' default
+MAX_CELL_CHARS = 10_000_000  # ten times the default of data.max_chars
 BATCH_ROWS = 1024
 _FILE_MAGIC = b"ARROW1"
-_STREAM_MAGIC = b"\xff\xff\xff\xff"  # of a message, since Arrow 0.15
+_STREAM_MAGIC = b"\xff\xff\xff\xff"  # starts each message, since Arrow 0.15
 
 
 def csv_rows(file: io.BufferedReader, name: str, delimiter: str | None = None) -> Iterator[Row]:
-    """Rows as header name → cell. Positions are the line, from 1, on which a row begins."""
+    """Rows as header name → cell. A position is the line number, from 1, where the row begins."""
     csv.field_size_limit(MAX_CELL_CHARS)
     text = _CsvLines(file, name)
     reader = csv.reader(text, delimiter=delimiter or _delimiter(name), strict=True)
@@ -45,7 +45,7 @@ def csv_rows(file: io.BufferedReader, name: str, delimiter: str | None = None) -
         cells, problem = _next_row(reader)
         if cells and not header and "\0" in "".join(cells):
             problem = "a header with NUL characters"
-        yield from text.taken_out()
+        yield from text.pop_too_long()
         if problem:
             yield broken(position, "broken_csv", f"{problem}: {text.last[:EXCERPT_CHARS]}")
             if not header:
@@ -59,10 +59,10 @@ def csv_rows(file: io.BufferedReader, name: str, delimiter: str | None = None) -
 
 
 def header_problem(names: Sequence[str]) -> str | None:
-    """What makes a header ambiguous, or None. An empty first name is allowed: pandas writes an index so."""
+    """What makes a header ambiguous, or None. The first name may be empty, as pandas writes an index."""
     repeated = [repr(name) for name, count in Counter(names).items() if count > 1]
     if repeated:
-        return f"the column {', '.join(repeated)} more than once"
+        return f"column {', '.join(repeated)} more than once"
     return "a column without a name" if "" in names[1:] else None
 
 
@@ -75,10 +75,10 @@ def _next_row(reader: Iterator[list[str]]) -> tuple[list[str] | None, str | None
 
 
 def _csv_row(cells: list[str], header: list[str], position: str, text: _CsvLines) -> Row:
-    if text.undecodable(cells):
+    if text.pop_has_surrogates(cells):
         return broken(position, "invalid_utf8", ",".join(cells).encode("utf-8", "surrogateescape"))
     if len(cells) != len(header):
-        return broken(position, "wrong_cell_count", f"{len(cells)} cells under {len(header)} names: {','.join(cells)}")
+        return broken(position, "wrong_cell_count", f"{len(cells)} cells for {len(header)} columns: {','.join(cells)}")
     return Row(position, dict(zip(header, cells, strict=True)), header)
 
 
@@ -87,7 +87,7 @@ def _delimiter(name: str) -> str:
 
 
 class _CsvLines:
-    """The lines of a file for csv.reader. Bytes that are not UTF-8 become lone surrogates; long lines are left out."""
+    """Feeds lines to csv.reader. Bytes that are not UTF-8 become lone surrogates; overlong lines are skipped."""
 
     def __init__(self, file: io.BufferedReader, name: str) -> None:
         self._lines = lines(file)
@@ -110,13 +110,13 @@ class _CsvLines:
                 self._has_surrogates = True
             yield self.last
 
-    def taken_out(self) -> list[Row]:
-        """Rows for the lines left out since the last call."""
-        found, self._too_long = self._too_long, []
-        return found
+    def pop_too_long(self) -> list[Row]:
+        """Broken rows for the lines skipped since the last call."""
+        rows, self._too_long = self._too_long, []
+        return rows
 
-    def undecodable(self, cells: list[str]) -> bool:
-        """Whether a row has bytes that are not UTF-8."""
+    def pop_has_surrogates(self, cells: list[str]) -> bool:
+        """Whether a row has bytes that are not UTF-8; resets the flag that its lines set."""
         if not self._has_surrogates:
             return False
         self._has_surrogates = False
@@ -126,10 +126,8 @@ class _CsvLines:
 def parquet_rows(
     file: IO[bytes], name: str, columns: Sequence[str], start: int = 0, stop: int | None = None
 ) -> Iterator[Row]:
-    """Rows of the row groups `start` to `stop`; positions are row numbers. From a damaged place on, all rows of its row
-    group are broken."""
-    # With pyarrow's defaults, no buffer size and pre_buffer, a whole row group is held.
-    # Checksums are verified where a file has them.
+    """Rows of the row groups `start` to `stop`; a position is a row number. Damage breaks the rest of its group."""
+    # pyarrow's defaults (no buffer size, pre_buffer) would hold a whole row group in memory.
     parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, page_checksum_verification=True, pre_buffer=False)
     names = parquet.schema_arrow.names
     groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
@@ -156,7 +154,7 @@ def row_group_bytes(file: IO[bytes]) -> list[int]:
 
 
 def arrow_rows(file: io.BufferedReader, name: str, columns: Sequence[str]) -> Iterator[Row]:
-    """Rows of an Arrow file or stream; positions are row numbers."""
+    """Rows of an Arrow file or stream; a position is the row number."""
     beginning = file.peek()
     if not beginning:
         return
@@ -164,30 +162,30 @@ def arrow_rows(file: io.BufferedReader, name: str, columns: Sequence[str]) -> It
     if is_file:
         file.read(8)  # the magic word and its padding
     if not file.peek().startswith(_STREAM_MAGIC):
-        raise pa.ArrowInvalid("neither an Arrow file nor a stream")
+        raise pa.ArrowInvalid("not an Arrow file or stream")
     first = 0
     with pa.ipc.open_stream(file) as stream:
         names = stream.schema.names
-        wanted = wanted_columns(columns, names)
+        indices = column_indices(columns, names)
         for batch in stream:
             for i in range(0, batch.num_rows, BATCH_ROWS):
                 rows = batch.slice(i, BATCH_ROWS)
-                yield from batch_rows(rows.select(wanted), name, first + i, names)
+                yield from batch_rows(rows.select(indices), name, first + i, names)
             first += batch.num_rows
         if is_file and not file.read().endswith(_FILE_MAGIC):
             raise pa.ArrowInvalid("the file ends before its footer")
 
 
-def wanted_columns(columns: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Indices of the columns in which these fields lie; `a.b` lies in `a`."""
+def column_indices(columns: Sequence[str], names: Sequence[str]) -> list[int]:
+    """Indices of the columns that hold these fields; the nested field `a.b` is in column `a`."""
     return [i for i, name in enumerate(names) if any(path == name or path.startswith(f"{name}.") for path in columns)]
 
 
 def batch_rows(batch: pa.RecordBatch, name: str, first: int, names: Sequence[str]) -> Iterator[Row]:
-    """A batch's rows. A row with an unreadable value is broken; the others are not."""
+    """A batch's rows. An unreadable value breaks only its own row."""
     positions = [f"{name}:{i}" for i in range(first, first + batch.num_rows)]
     try:
-        batch.validate(full=True)  # otherwise damaged offsets of an Arrow file could point anywhere in memory
+        batch.validate(full=True)  # damaged offsets in an Arrow file could point anywhere in memory
         values = batch.to_pylist()
     except _UNREADABLE:
         yield from (_single_row(batch.slice(i, 1), position, names) for i, position in enumerate(positions))
@@ -195,7 +193,7 @@ def batch_rows(batch: pa.RecordBatch, name: str, first: int, names: Sequence[str
     yield from (Row(position, row, names) for position, row in zip(positions, values, strict=True))
 
 
-_UNREADABLE = (ValueError, OverflowError, pa.ArrowException)  # the first two: times that Python cannot represent
+_UNREADABLE = (ValueError, OverflowError, pa.ArrowException)  # times that Python cannot represent raise the first two
 
 
 def _single_row(row: pa.RecordBatch, position: str, names: Sequence[str]) -> Row:

@@ -1,11 +1,11 @@
-"""From sources to records: each record of the input becomes one row, kept or rejected with a reason.
+"""Turns sources into records: each input record becomes one row, kept or rejected with a reason.
 
     read + filter ──► shuffle by hash of id ──► exact dedup ──► records/00000.parquet, rejected/00000.parquet
-    a task a few MB                             a task a shard
+    one task per 4 MB                           one task per shard
 
-Rows are counted twice, where they are read and where they are written, before and after the shuffle, so that
-`rows_in == rows_kept + rejected` is a check and not a definition. A shard's rows are sorted by content, and of equal
-records the one with the least source_id stays, so no file depends on the order in which rows arrive.
+Rows are counted before and after the shuffle, so `rows_in == rows_kept + rejected` detects lost rows. Each shard is
+sorted by content, and the smallest source_id among equal records stays, so no file depends on the order in which rows
+arrive. Cost: that of reading and filtering; every record is written to disk once and read back.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from pipeline.data.partitions import read_part, shard_of, write_parts
 from pipeline.data.sources import ReadTask, read
 
 FILTERED_SCHEMA = pa.schema([*RECORD_SCHEMA, ("reason", pa.string()), ("excerpt", pa.string())])
-PART_CHARS = 8 << 20  # of text that a read task holds before it writes it out
-MAX_PARTS = 5_000  # beyond that, parts are larger: each is opened by every task on the other side
+PART_CHARS = 8 << 20  # text that a read task buffers before writing it
+MAX_PARTS = 5_000  # beyond this, parts grow instead, because every shard's task opens every part
 BAD = ("broken_", "invalid_", "missing_", "null_", "unreadable_", "wrong_", "file_too_", "line_too_", "paragraph_too_")
-"""How the reasons of records that cannot be read begin, as opposed to unwanted ones (`data.max_bad_fraction`)."""
+"""Prefixes of the reasons for unreadable records, which `data.max_bad_fraction` limits."""
 DUPLICATES = ("duplicate", "near_duplicate")
 EXAMPLES = 3
 
@@ -45,12 +45,12 @@ EXAMPLES = 3
 def make_records(
     records: Artifact, progress: Progress, work: Sequence[tuple[Source, ReadTask]], data: Data, shards: int
 ) -> list[SourceCount]:
-    """Fill the artifact's `records/` and `rejected/`. Returns what became of each source's records, not yet checked."""
+    """Write the artifact's `records/` and `rejected/`. Returns the counts of each source, not yet checked."""
     task_bytes = [task.bytes for _, task in work]
     part_chars = _part_chars(sum(task_bytes))
 
     def filter_task(index: int, output: Output) -> dict[str, Any]:
-        """Write a task's rows in parts. Returns how many rows were read, and the names of the parts."""
+        """Write a task's rows in parts. Returns the number of rows read and the names of the parts."""
         source, task = work[index]
         count, parts = 0, list[str]()
         for rows in _in_parts(map(Filter(source, data), read(task, source)), part_chars):
@@ -81,16 +81,16 @@ def _part_chars(total_bytes: int) -> int:
 
 
 def parts_at_most(total_bytes: int, tasks: int) -> int:
-    """About how many parts so many read tasks write of so much input: at least one a task."""
+    """About how many parts `tasks` read tasks write for `total_bytes` of input: at least one per task."""
     return tasks + total_bytes // _part_chars(total_bytes)
 
 
 def _only_here(work: Sequence[tuple[Source, ReadTask]]) -> set[int]:
-    """Tasks that read installed packages: they were listed on this node, and other nodes may have others."""
+    """Tasks that read this node's installed packages; other nodes may have different ones."""
     found = {index for index, (source, _) in enumerate(work) if source.type == "python_packages" and not source.path}
     if not found or len(connected_cluster().nodes) == 1:
         return set()
-    log.info("prepare: installed packages are read on one node, %s, where the job runs", socket.gethostname())
+    log.info("prepare: reading installed packages on the job's node only, %s", socket.gethostname())
     return found
 
 
@@ -131,7 +131,7 @@ def _without_duplicates(filtered: pa.Table) -> tuple[pa.Table, pa.Table]:
 
 
 def merge_outcomes(tasks: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, Counter[str]]:
-    """The sum over tasks of source → outcome → rows."""
+    """Sum the counts (source → outcome → rows) of all tasks."""
     total: dict[str, Counter[str]] = {}
     for source, outcome in itertools.chain.from_iterable(task.items() for task in tasks):
         total.setdefault(source, Counter()).update(outcome)
@@ -139,55 +139,57 @@ def merge_outcomes(tasks: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str
 
 
 def after_stage(source: SourceCount, outcomes: Mapping[str, Mapping[str, int]]) -> SourceCount:
-    """A source's count after a stage that kept some of its records and rejected others."""
+    """A source's counts after a stage with these outcomes."""
     outcome = Counter(outcomes.get(source.name, {}))
     kept = outcome.pop("kept", 0)
     return replace(source, rows_kept=kept, rejected=dict(sorted((Counter(source.rejected) + outcome).items())))
 
 
 def check_sources(sources: Sequence[SourceCount], data: Data, folder: StoragePath) -> None:
-    """Raise JobError if records got lost, too many cannot be read, or a source or all of them have none left."""
+    """Raise JobError if records got lost, too many are unreadable, or a source, or all of them, lost every record."""
     for source in sources:
         found = source.rows_kept + sum(source.rejected.values())
         if source.rows_in != found:
-            raise JobError(f"source {source.name}: {source.rows_in} records were read but {found} accounted for")
+            raise JobError(f"source {source.name}: read {source.rows_in} records but wrote {found}; report this bug")
         bad = {reason: rows for reason, rows in source.rejected.items() if reason.startswith(BAD)}
         if sum(bad.values()) > data.max_bad_fraction * source.rows_in:
             raise JobError(
-                f"source {source.name}: {_listed(bad)} of {source.rows_in} records are more than "
-                f"data.max_bad_fraction={data.max_bad_fraction} allows; {folder / 'rejected'} names them"
+                f"source {source.name}: {_listed(bad)} of {source.rows_in} records, more than "
+                f"data.max_bad_fraction={data.max_bad_fraction} allows; see {folder / 'rejected'}"
             )
         duplicates = sum(source.rejected.get(reason, 0) for reason in (*DUPLICATES, "contaminated"))
         if source.rows_in and source.rows_kept + duplicates == 0:  # a source may lose all its records to duplicates
             raise JobError(
-                f"source {source.name}: none of its {source.rows_in} records was kept ({_listed(source.rejected)}); "
-                f"{folder / 'rejected'} holds them with their reasons"
+                f"source {source.name}: all {source.rows_in} records were rejected ({_listed(source.rejected)}); "
+                f"see {folder / 'rejected'}"
             )
     if not any(source.rows_kept for source in sources):
-        what = "; ".join(f"{source.name}: {_listed(source.rejected) or 'it is empty'}" for source in sources)
-        raise JobError(f"data.sources: no record was kept ({what})")
+        what = "; ".join(f"{source.name}: {_listed(source.rejected) or 'empty'}" for source in sources)
+        raise JobError(f"data.sources: all records were rejected ({what})")
 
 
 def check_duplicates(sources: Sequence[SourceCount], allowed: float, more: int = 0) -> None:
-    """Raise JobError if duplicates, including `more` not counted yet, are too many of what passed the rules."""
+    """Raise JobError if too many records that passed the rules are duplicates; `more` are not counted yet."""
     duplicates = sum(source.rejected.get(reason, 0) for source in sources for reason in DUPLICATES)
     passed = sum(source.rows_kept for source in sources) + duplicates
     if (duplicates + more) > allowed * passed:
         raise JobError(
             f"{duplicates + more} of {passed} records are duplicates, "
-            f"more than data.max_removed_fraction={allowed} allows; nothing was removed"
+            f"more than data.max_removed_fraction={allowed} allows; check the sources, or raise the limit"
         )
 
 
 def warn_of_bad_input(sources: Sequence[SourceCount], folder: StoragePath) -> None:
-    """Log which sources are empty, and examples of what could not be read."""
+    """Warn about empty sources, and about unreadable records with examples."""
     for source in sources:
         if not source.rows_in:
-            log.warning("source %s: it is empty", source.name)
+            log.warning("source %s: empty", source.name)
         for reason, rows in source.rejected.items():
             if reason.startswith(BAD):
                 examples = ", ".join(itertools.islice(_rejected(folder, source.name, reason), EXAMPLES))
-                log.warning("source %s: %s %s, such as %s", source.name, f"{rows:,}", reason, examples)
+                log.warning(
+                    "source %s: %s records rejected as %s, such as %s", source.name, f"{rows:,}", reason, examples
+                )
 
 
 def _rejected(folder: StoragePath, source: str, reason: str) -> Iterator[str]:
@@ -202,7 +204,7 @@ def _listed(reasons: dict[str, int]) -> str:
 
 
 def record_texts(files: Iterable[StoragePath], fields: list[str], max_bytes: int) -> Iterator[str]:
-    """Texts of records in canonical order, up to about `max_bytes`, to train a vocabulary on."""
+    """Texts of records in canonical order, up to about `max_bytes`, to train a tokenizer on."""
     total = 0
     for file in files:
         for batch in open_parquet(file).iter_batches(1024, columns=fields):
@@ -215,5 +217,5 @@ def record_texts(files: Iterable[StoragePath], fields: list[str], max_bytes: int
 
 
 def _each(value: str | list[str] | None) -> Sequence[str]:
-    """The texts of a field: one, several negatives, or none."""
+    """The texts of a field: one, several (negatives), or none."""
     return [value] if isinstance(value, str) else value or []

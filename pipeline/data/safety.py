@@ -1,4 +1,4 @@
-"""Rules that redact or reject dangerous and private text: injections, terminal escapes, personal data, secrets.
+"""Redacts or rejects dangerous and private text: injections, terminal escapes, personal data, secrets.
 
 >>> rules = load_rules(None, {"email": "redact"})
 >>> rules.apply("Write to ann@example.org.")
@@ -6,12 +6,12 @@ Verdict(text='Write to [EMAIL].', reason=None, found=('email',))
 >>> rules.apply("' OR 1=1 --").reason
 'unsafe_sql_injection'
 
-The rules are data: safety_rules.yaml, or a user's file of the same form. RE2 searches in linear time and never
-backtracks, so neither a user's rule nor an attacker's text can hang the pipeline. Patterns run on raw text, because
-removing control characters first would leave the tail of a terminal escape behind.
+The rules are in safety_rules.yaml, or in your own file of the same form. RE2 searches in linear time and never
+backtracks, so neither your rules nor an attacker's text can hang the pipeline. Patterns run before control characters
+are removed, because removal would leave the tail of a terminal escape behind.
 
-Cost: one pass of one automaton for all rules that are not `keep`, 400 MB/s a core on documents of 8 kB, 60 MB/s on
-descriptions of 200 bytes, where the call dominates. A rule's own pattern runs only in texts where that pass found it.
+Cost: one automaton matches all active rules in one pass, 400 MB/s per core on documents of 8 kB, 60 MB/s on
+descriptions of 200 bytes, where call overhead dominates. A rule's own pattern runs only on texts that it matched.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import yaml
 SHIPPED = Path(__file__).with_name("safety_rules.yaml")
 ACTIONS = ("keep", "redact", "reject")
 _FRAGMENT = re.compile(r"(?<!\\)(?<!\\[pPx])\{([A-Za-z_]\w*)\}")
-_ROUNDS = 4  # two suffice, except for texts built to survive redaction
-_SET_BYTES = 256 << 20  # limit of the automaton's cache; the shipped rules fill a few MB of it
+_ROUNDS = 4  # two are enough, except for texts built to survive redaction
+_SET_BYTES = 256 << 20  # limit of the automaton's cache; the default rules need a few MB
 
 
 class Rule(NamedTuple):
@@ -44,13 +44,13 @@ class Verdict(NamedTuple):
     text: str
     """The text after redactions."""
     reason: str | None
-    """unsafe_<category> of the first rule that rejects, else None."""
+    """unsafe_<category> of the first rule that rejects the text, else None."""
     found: tuple[str, ...]
-    """Names of the rules that matched. Rules with the action `keep` are not looked for."""
+    """Names of the rules that matched. Rules with the action `keep` are not searched."""
 
 
 class Rules:
-    """Compiled rules. They cannot be pickled: a worker loads its own."""
+    """Compiled rules. They cannot be pickled, so each worker loads its own."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = tuple(rules)
@@ -60,15 +60,15 @@ class Rules:
         for rule, pattern in zip(self._active, self._patterns, strict=True):
             if rule.action == "redact" and pattern.search(rule.replacement.encode()):
                 raise ValueError(
-                    f"rule {rule.name!r} would write {rule.replacement!r}, which its own pattern finds again: give it "
-                    "another replacement"
+                    f"rule {rule.name!r} has the replacement {rule.replacement!r}, which its own pattern matches; "
+                    "choose another replacement"
                 )
 
     def apply(self, text: str) -> Verdict:
         """Redact one text, or reject it.
 
         Redacted text is checked again, because a redaction can join the parts of a payload. A text that still changes
-        after four rounds was built to do so, and is rejected.
+        after four rounds is rejected: it was built to evade redaction.
         """
         data = text.encode("utf-8", "surrogatepass")
         hits = self._hits(data)
@@ -89,25 +89,25 @@ class Rules:
         return Verdict(data.decode("utf-8", "surrogatepass"), reason, tuple(found))
 
     def _hits(self, data: bytes) -> list[int]:
-        """Which of the active rules match somewhere, in the file's order."""
+        """Indices of the active rules that match, in the file's order."""
         return sorted(self._set.Match(data) or ()) if self._active else []
 
 
 def load_rules(path: Path | None, actions: Mapping[str, str]) -> Rules:
-    """The rules of a file (None: the shipped ones), with some actions replaced, by rule or category.
+    """The rules of a file (None: the default ones); `actions` overrides actions by rule or category.
 
-    A rule's own name takes precedence over its category. Raises ValueError, with a message of one sentence.
+    A rule's own name takes precedence over its category. Raises ValueError with a one-sentence message.
     """
     path = path or SHIPPED
     rules = _read(path)
     names, categories = {rule.name for rule in rules}, {rule.category for rule in rules}
     for key, action in actions.items():
         if action not in ACTIONS:
-            raise ValueError(f"safety action {action!r} of {key!r} is not one of {', '.join(ACTIONS)}")
+            raise ValueError(f"safety action {action!r} for {key!r} is not one of {', '.join(ACTIONS)}")
         if key not in names | categories:
             raise ValueError(
-                f"safety actions name {key!r}, which {path} does not have; its categories are "
-                f"{', '.join(sorted(categories))}, its rules {', '.join(sorted(names))}"
+                f"safety actions name {key!r}, which is not in {path}; use a category ("
+                f"{', '.join(sorted(categories))}) or a rule ({', '.join(sorted(names))})"
             )
     return Rules(
         [rule._replace(action=actions.get(rule.name) or actions.get(rule.category) or rule.action) for rule in rules]
@@ -121,7 +121,7 @@ def _read(path: Path) -> list[Rule]:
         raise ValueError(f"safety rules {path} cannot be read: {' '.join(str(error).split())}") from None
     fragments = content.get("fragments", {}) if isinstance(content, dict) else None
     if not isinstance(fragments, dict) or not isinstance(content.get("rules"), list):
-        raise ValueError(f"safety rules {path} must be a mapping with a list `rules`, as {SHIPPED} is")
+        raise ValueError(f"safety rules {path} must be a mapping with a list `rules`, like {SHIPPED}")
     rules = [_rule(entry, fragments, path) for entry in content["rules"]]
     for rule in rules:
         if sum(rule.name in (other.name, other.category) for other in rules) > 1:
@@ -145,10 +145,10 @@ def _rule(entry: Any, fragments: Mapping[str, str], path: Path) -> Rule:
     try:
         compiled = _compiled(rule)
     except re2.error as error:
-        raise ValueError(f"rule {name!r} of {path} has a pattern that RE2 refuses: {_message(error)}") from None
+        raise ValueError(f"rule {name!r} of {path} has a pattern that RE2 rejects: {_message(error)}") from None
     if compiled.search(b""):
         raise ValueError(
-            f"rule {name!r} of {path} has a pattern that matches the empty text, so it would match everywhere"
+            f"rule {name!r} of {path} has a pattern that matches the empty text; make it match at least one character"
         )
     return rule
 
@@ -162,7 +162,7 @@ def _compiled(rule: Rule) -> Any:
 
 
 def _set(rules: Sequence[Rule]) -> Any:
-    """One automaton that finds which of the rules match."""
+    """One automaton that reports which rules match."""
     combined = re2.Set.SearchSet(_options())
     for rule in rules:
         combined.Add(rule.pattern)
@@ -172,7 +172,7 @@ def _set(rules: Sequence[Rule]) -> Any:
 
 def _options() -> Any:
     options = re2.Options()
-    options.max_mem = _SET_BYTES  # with too little, a set silently finds nothing
+    options.max_mem = _SET_BYTES  # with too little memory, a set silently finds nothing
     options.log_errors = False
     return options
 
@@ -180,7 +180,7 @@ def _options() -> Any:
 def _redacted(pattern: Any, data: bytes, replacement: bytes) -> Iterator[bytes]:
     """`data` in pieces, with each match replaced.
 
-    The search continues right after the replaced group, so that a blank between two addresses can delimit both.
+    The search continues right after the replaced group, so a blank between two addresses can delimit both.
     """
     position = kept = 0
     while match := pattern.search(data, position):

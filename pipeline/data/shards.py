@@ -1,12 +1,12 @@
-"""The last two stages of prepare: token shards from record files, and the prepared data set with its manifest.
+"""Runs the last two stages of prepare: token shards, and the prepared data set with its manifest.
 
     described = tokens.make(lambda: token_shards(tokens, progress, files, recipe, tokenizer_json))
-    parts = Parts(files, tokenizer_json, recipe, sources, clusters, rejected)
+    parts = PreparedParts(files, tokenizer_json, recipe, sources, clusters, rejected)
     prepared.make(lambda: asdict(assemble(prepared, tokens, described, parts)))
 
-Tokens are made once: those of records that the newest earlier token shards of the same series contain are copied. A
-series has the same recipe, tokenizer and sources, so the bytes are the same with and without copying. Cost: a read of
-the earlier shards that hold the same range of ids.
+Known records are not tokenized again: their tokens are copied from the newest earlier token shards of the same series.
+A series has the same recipe, tokenizer and sources, so copying does not change a byte. Cost: reading the earlier shards
+that cover the same range of ids.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pipeline.data.tokenizing import Tokenized, TokenRecipe, tokenize_file
 
 
 def token_recipe(config: Config, fields: list[str]) -> TokenRecipe:
-    """How a config's records become rows of tokens."""
+    """How a config turns records into rows of tokens."""
     data, tokenizer = config.data, config.tokenizer
     return TokenRecipe(
         fields=fields,
@@ -49,7 +49,7 @@ def token_recipe(config: Config, fields: list[str]) -> TokenRecipe:
 
 
 def tokens_of(root: StoragePath, of_records: str, of_tokenizer: str, recipe: TokenRecipe) -> Artifact:
-    """The artifact of the token shards that follow from the records and the tokenizer with these keys."""
+    """The artifact of the token shards, given the keys of the records and the tokenizer."""
     return Artifact(root, "tokens", [of_records, of_tokenizer, _described(recipe)])
 
 
@@ -58,7 +58,7 @@ def _described(recipe: TokenRecipe) -> dict[str, Any]:
 
 
 def series_of(config: Config, recipe: TokenRecipe, tokenizer: StoragePath) -> str:
-    """Hash of everything that a record's tokens depend on, besides the record."""
+    """Hash of everything that a record's tokens depend on, except the record."""
     sources = [[source.name, source.type, source.path] for source in config.data.sources]
     content = [sha256(tokenizer), version("tokenizers"), _described(recipe), sources]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -66,14 +66,14 @@ def series_of(config: Config, recipe: TokenRecipe, tokenizer: StoragePath) -> st
 
 @dataclass(frozen=True)
 class EarlierTokens:
-    """Token shards of an earlier data set, made from so many record files."""
+    """Token shards of an earlier data set, made from `files` record files."""
 
     folder: StoragePath
     files: int
 
     @classmethod
     def find(cls, tokens: Artifact, series: str) -> EarlierTokens | None:
-        """The newest of the series, other than `tokens`."""
+        """The newest complete token shards of the series, except `tokens`."""
         found: list[tuple[int, StoragePath, int]] = []
         for path in matching(tokens.folder.parent, "tokens-*/manifest.json"):
             manifest = read_manifest(path.parent)
@@ -82,7 +82,7 @@ class EarlierTokens:
         return cls(*max(found)[1:]) if found else None
 
     def read(self, shard: int, shards: int) -> Tokenized | None:
-        """The tokens of the ids that may lie in shard `shard` of `shards`; None if they are gone or damaged."""
+        """The tokens of ids that shard `shard` of `shards` may contain; None if the files are missing or damaged."""
         names = [f"{number:05d}.parquet" for number in overlapping(shard, shards, self.files)]
         try:
             texts = self._tables("lengths", names)
@@ -102,7 +102,7 @@ class EarlierTokens:
 
 
 def _as_written(kind: pa.DataType) -> pa.DataType:
-    """Undo Parquet's own name for the items of lists, which would change the bytes of a file."""
+    """Restore Arrow's name for list items; Parquet's name would change the bytes of a file."""
     return pa.list_(_as_written(kind.value_type)) if pa.types.is_list(kind) else kind
 
 
@@ -114,9 +114,9 @@ def token_shards(
     tokenizer: StoragePath,
     series: str | None = None,
 ) -> dict[str, Any]:
-    """Tokenize every record file. Returns the shards' descriptions and the summaries of lengths.
+    """Tokenize every record file. Returns descriptions of the shards and summaries of text lengths.
 
-    With a `series`, tokens of an earlier data set of that series are copied.
+    With a `series`, copies the tokens of known records from an earlier data set of that series.
     """
     changed_ns = tokenizer.stat().st_mtime_ns
     earlier = EarlierTokens.find(tokens, series) if series else None
@@ -130,7 +130,7 @@ def token_shards(
     found = tokens.tasks(progress, "prepare: tokenize", [size or 0 for size in sizes(files)], tokenize)
     if earlier:
         log.info(
-            "prepare: %s of %s records were tokenized, the tokens of the others were copied from %s",
+            "prepare: tokenized %s of %s records, copied the tokens of the others from %s",
             *(f"{sum(part[of] for part in found):,}" for of in ("tokenized", "records")),
             earlier.folder,
         )
@@ -145,8 +145,8 @@ def token_shards(
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a prepared data set is made of besides its token shards. `rejected`: name in the data set → file."""
+class PreparedParts:
+    """The parts of a prepared data set, except its token shards. `rejected`: name in the data set → file."""
 
     records: Sequence[StoragePath]
     tokenizer: StoragePath
@@ -156,8 +156,8 @@ class Parts:
     rejected: Mapping[str, StoragePath] = field(default_factory=dict)
 
 
-def assemble(prepared: Artifact, tokens: Artifact, described: dict[str, Any], parts: Parts) -> Manifest:
-    """Link the other artifacts' files into the prepared one. Returns its manifest, still without `files`."""
+def assemble(prepared: Artifact, tokens: Artifact, described: dict[str, Any], parts: PreparedParts) -> Manifest:
+    """Link the stages' files into the prepared data set. Returns its manifest, with `files` still empty."""
     shards = [Shard(**shard) for shard in described["shards"]]
     names: dict[str, StoragePath] = {"tokenizer.json": parts.tokenizer, "lengths.png": tokens.folder / "lengths.png"}
     names |= {shard.path: tokens.folder / shard.path for shard in shards}

@@ -1,14 +1,14 @@
-"""Similarity of texts: the Jaccard similarity of their 5-word shingles, and fast ways to find similar pairs.
+"""Jaccard similarity of texts over 5-word shingles, and fast ways to find similar pairs.
 
     a, b = shingles("the quick brown fox jumps over"), shingles("The quick, brown fox jumps again")
     jaccard(a, b)                                                          # 1/3: they share one of three shingles
     known = contamination(("debian/beir",), 0.8)
-    known.of(["apt-get", "The command line package manager of …"])         # ("beir: document 17", 1.0), or None
+    known.nearest(["apt-get", "The command line package manager of …"])         # ("beir: document 17", 1.0), or None
 
-Words are runs of letters, digits and underscores, in lower case. A text of fewer than five words is one shingle; a text
-without words has none and is similar to nothing. Shingles are 64-bit hashes: two different ones are taken for equal
-once in 10^19 comparisons. Cost: 10 MB/s a core for shingles; signatures add next to nothing. Contamination: about 1 KB
-of memory a document in each worker, and a look-up in a tenth of a millisecond.
+Words are lower-case runs of letters, digits and underscores. A text of fewer than five words is one shingle; a text
+without words has none and is similar to nothing. Shingles are 64-bit hashes: two different ones collide once in 10^19
+comparisons. Cost: 10 MB/s per core for shingles; signatures add little. Contamination: about 1 KB of memory per
+document in each worker, and 0.1 ms per look-up.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from pipeline.config import ConfigError
 from pipeline.core.files import digest_of, fetched
 from pipeline.core.path import StoragePath, as_path
 
-Shingles = npt.NDArray[np.uint64]  # sorted, each once
+Shingles = npt.NDArray[np.uint64]  # sorted, without duplicates
 
 SHINGLE_WORDS = 5
 BEIR_FILES = {"corpus.jsonl": "document", "queries.jsonl": "query"}
 BAND_RECALL = 0.99  # probability that a pair at the threshold shares a band
 _SEED = 1
 _WORD = re.compile(r"\w+")
-_ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: multiplying by it loses nothing
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio; odd, so multiplying by it loses no information
 _WORD_HASHES_KEPT = 200_000  # 25 MB
-_LONGEST_WORD_KEPT = 32  # characters; longer words seldom occur again
+_LONGEST_WORD_KEPT = 32  # characters; longer words rarely occur again
 
 
 class _WordHashes(dict[str, int]):
@@ -56,7 +56,7 @@ _word_hashes = _WordHashes()
 
 
 def shingle_sets(texts: Sequence[str]) -> list[Shingles]:
-    """The shingles of each text. Many texts at once are several times faster than one by one."""
+    """The shingles of each text. Batching is several times faster than one text at a time."""
     hashes: list[int] = []
     bounds = [0]
     for text in texts:
@@ -70,7 +70,7 @@ def shingle_sets(texts: Sequence[str]) -> list[Shingles]:
     mixed = np.zeros(count, dtype=np.uint64)
     for i in range(SHINGLE_WORDS):
         mixed = mixed * _ODD + words_of_all[i : i + count]
-    mixed ^= mixed >> np.uint64(32)  # the low bits of a product depend on low bits only
+    mixed ^= mixed >> np.uint64(32)  # because the low bits of a product depend only on low bits
     inside = owner[:count] == owner[len(hashes) - count :]
     return _sorted_sets(mixed[inside] * _ODD, owner[:count][inside], len(texts))
 
@@ -91,13 +91,13 @@ def shingles(text: str) -> Shingles:
 
 
 def jaccard(a: Shingles, b: Shingles) -> float:
-    """|a ∩ b| / |a ∪ b|; 0 where both are empty."""
+    """|a ∩ b| / |a ∪ b|; 0 if both are empty."""
     shared = len(np.intersect1d(a, b, assume_unique=True))
     return shared / (len(a) + len(b) - shared) if shared else 0.0
 
 
 def bands_of(threshold: float, permutations: int) -> tuple[int, int]:
-    """Bands and rows a band: the longest bands with which a pair at the threshold is found with BAND_RECALL.
+    """(bands, rows per band): the longest bands that still find a pair at the threshold with BAND_RECALL.
 
     A pair of similarity s shares one of b bands of r rows with probability 1 - (1 - s^r)^b.
     """
@@ -109,7 +109,7 @@ def bands_of(threshold: float, permutations: int) -> tuple[int, int]:
 
 
 def band_keys(sets: Sequence[Shingles], threshold: float, permutations: int) -> npt.NDArray[np.uint64]:
-    """(texts, bands): similar texts share a key in some band. The keys of a text without shingles are 0."""
+    """(texts, bands): similar texts share a key in at least one band. A text without shingles has keys 0."""
     bands, rows = bands_of(threshold, permutations)
     keys = np.zeros((len(sets), bands), dtype=np.uint64)
     if not any(map(len, sets)):
@@ -124,10 +124,10 @@ def band_keys(sets: Sequence[Shingles], threshold: float, permutations: int) -> 
 
 
 class SimilarityIndex:
-    """Finds, exactly, the most similar of the texts that were added.
+    """Finds the most similar of the added texts, exactly.
 
-    NOTE: of a set of n shingles, in any fixed order, the first n - ceil(t n) + 1 must contain one that is among the
-    other set's first ones, if the similarity is t or more (Chaudhuri et al. 2006). Only these are indexed.
+    NOTE: if two sets have similarity t or more, their prefixes share a shingle, where the prefix of a set of n shingles
+    is the first n - ceil(t n) + 1 in any fixed order (Chaudhuri et al. 2006). Only prefixes are indexed.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -141,7 +141,7 @@ class SimilarityIndex:
         self._sets.append(text)
 
     def nearest(self, text: Shingles) -> tuple[int, float] | None:
-        """The most similar text that reaches the threshold, as (how many were added before it, similarity)."""
+        """(index, similarity) of the most similar text at or above the threshold, or None."""
         places = {place for shingle in self._prefix(text) for place in self._first.get(shingle, ())}
         found = ((jaccard(text, self._sets[place]), -place) for place in places if self._sizes_allow(text, place))
         best = max(found, default=(0.0, 0))
@@ -156,9 +156,9 @@ class SimilarityIndex:
 
 
 def drop_similar(sets: Sequence[Shingles], order: Iterable[int], threshold: float) -> dict[int, tuple[int, float]]:
-    """Go through texts in `order` and drop each that is similar to one kept before: {dropped: (kept, similarity)}.
+    """Visit texts in `order` and drop each that is similar to a kept one: {dropped: (kept, similarity)}.
 
-    Each dropped text has a kept one at the threshold or above, and no two kept ones are that similar.
+    Every dropped text is similar to a kept one, and no two kept texts are similar.
     """
     index = SimilarityIndex(threshold)
     kept: list[int] = []
@@ -173,7 +173,7 @@ def drop_similar(sets: Sequence[Shingles], order: Iterable[int], threshold: floa
 
 
 class Contamination:
-    """The documents, with and without their titles, and the queries of BEIR folders. Finds texts similar to them."""
+    """Finds texts similar to the queries and documents, with and without titles, of BEIR folders."""
 
     def __init__(self, folders: Iterable[str], threshold: float) -> None:
         self.names: list[str] = []
@@ -186,30 +186,31 @@ class Contamination:
         self.names.append(name)
         self._index.add(shingles(text))
 
-    def of(self, texts: Iterable[str]) -> tuple[str, float] | None:
-        """The evaluation text most similar to one of `texts`, and the similarity; None if it is below the threshold."""
-        found = [match for text in texts if (match := self._index.nearest(shingles(text)))]
-        best = max(found, key=lambda match: match[1], default=None)
+    def nearest(self, texts: Iterable[str]) -> tuple[str, float] | None:
+        """(name, similarity) of the evaluation text most similar to any of `texts`, or None below the threshold."""
+        matches = [match for text in texts if (match := self._index.nearest(shingles(text)))]
+        best = max(matches, key=lambda match: match[1], default=None)
         return (self.names[best[0]], best[1]) if best else None
 
 
 @lru_cache(maxsize=1)
 def contamination(folders: tuple[str, ...], threshold: float) -> Contamination:
-    """Cached, so that each worker builds it once."""
+    """Cached, so each worker builds it once."""
     return Contamination(folders, threshold)
 
 
 def check_beir_folders(folders: Iterable[str], rehash: bool = False) -> list[tuple[str, int | str]]:
-    """What identifies their files: path and time of change (ns), or with `rehash` path and hash of the content.
+    """Path and modification time (ns) of each file, or with `rehash` its path and content hash.
 
-    Raises ConfigError for a folder without the files.
+    Raises ConfigError if a folder lacks a file.
     """
     found = []
     for folder in folders:
         for name in BEIR_FILES:
             path = as_path(folder) / name
             if not path.is_file():
-                raise ConfigError(f"data.decontaminate: found no {name} in {folder}; allowed are BEIR folders")
+                files = " and ".join(BEIR_FILES)
+                raise ConfigError(f"data.decontaminate: found no {name} in {folder}; give a folder with {files}")
             found.append((str(path), digest_of(path, hashlib.sha256()) if rehash else path.stat().st_mtime_ns))
     return found
 
@@ -225,8 +226,8 @@ def _beir_texts(folder: StoragePath) -> Iterator[tuple[str, str]]:
                         raise TypeError
                 except (ValueError, KeyError, TypeError, RecursionError):
                     raise ConfigError(
-                        f"data.decontaminate: line {number} of {folder / file} has no _id and text; "
-                        "allowed are lines of JSON objects with both"
+                        f"data.decontaminate: found no _id and text in line {number} of {folder / file}; "
+                        "each line must be a JSON object with both"
                     ) from None
                 yield name, text
                 if title:

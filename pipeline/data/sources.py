@@ -1,11 +1,11 @@
-"""Reading sources: a source is cut into tasks that can run anywhere, and a task is read record by record.
+"""Reads sources: splits each into tasks that can run on any node, and reads a task record by record.
 
-    plan = plan_source(source)                    # lists files; of large Parquet files, reads the footers
+    plan = plan_source(source)                    # lists files; reads the footers of large Parquet files
     plan.tasks[0]                                 # ReadTask(base='/data', paths=('a.jsonl',), start=0, stop=4194304, …)
-    for raw in read(plan.tasks[0], source): ...   # RawRecord; if it could not be read, its `reason` says why
+    for raw in read(plan.tasks[0], source): ...   # RawRecord; `reason` is set if it could not be read
 
-Damaged input becomes a record with a reason, not an exception. A bucket or hub that fails raises JobError, because a
-retry may succeed. The records are the same whatever the size of the tasks.
+Damaged input becomes a record with a reason, not an exception. A failing bucket or hub raises JobError, because a retry
+may succeed. Task size does not affect the records. Cost: planning lists the files; reading costs what the readers say.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from pipeline.data import hub, read_json, read_tables, read_text
 from pipeline.data.fields import FieldMap, RawRecord, Row, broken, has, own_fields, required_fields
 from pipeline.data.input_files import File, is_compressed, list_files, may_pass, open_random, open_stream, refusal
 
-TASK_BYTES = 4 << 20  # input a task reads: about a second of work, so that a lost task costs little
-MAX_TASKS = 2_000  # of a source: Ray's scheduler and the driver's list of tasks stay small at 10 TB
+TASK_BYTES = 4 << 20  # input per task: about a second of work, so a lost task is cheap to repeat
+MAX_TASKS = 2_000  # per source: keeps Ray's scheduler and the driver's task list small at 10 TB
 CHECKED_ROWS = 100
-THREADS = 16  # they wait for a bucket, or hash, which leaves the interpreter to the others
+THREADS = 16  # they wait for a bucket or hash, and both release the interpreter lock
 
 SUFFIXES = {
     "json": read_json.JSON_SUFFIXES,
@@ -45,16 +45,16 @@ SUFFIXES = {
     "python_packages": read_text.PYTHON_SUFFIXES,
 }
 _WITH_COLUMNS = ("csv", "parquet", "arrow", "huggingface")
-_DAMAGED = (pa.ArrowException, MemoryError, UnicodeDecodeError)  # the last two: lengths and names of damaged columns
+_DAMAGED = (pa.ArrowException, MemoryError, UnicodeDecodeError)  # damaged lengths and column names raise the last two
 _UNREADABLE = (OSError, EOFError, zlib.error, BucketError, *_DAMAGED)
 
 
 @dataclass(frozen=True)
 class ReadTask:
-    """What one task reads: files of a source (names relative to `base`), or a range of one file or data set.
+    """What one task reads: whole files (names relative to `base`), or a range of one file or data set.
 
-    `start` and `stop` are bytes of a text file (the lines that begin there), row groups of a Parquet file, or shards of
-    a Hugging Face data set. `bytes` is the size of the input, for progress.
+    `start` and `stop` count bytes of a text file (the lines that begin there), row groups of a Parquet file, or shards
+    of a Hugging Face data set. `bytes` is the size of the input, for progress.
     """
 
     base: str
@@ -66,22 +66,22 @@ class ReadTask:
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """A source's tasks, what identifies its input, and about how much text that is."""
+    """A source's read tasks, the identity of its input files, and its estimated size."""
 
     tasks: list[ReadTask]
     inputs: list[tuple[str, int, int]]
-    """Each file's relative path, size and time of change (ns)."""
+    """Relative path, size and modification time (ns) of each file."""
     text_bytes: int
     """Estimated size of the text, decompressed."""
 
 
 def plan_source(source: Source) -> SourcePlan:
-    """List a source's files and cut them into tasks. Raises ConfigError if nothing is found or it cannot be read."""
+    """List a source's files and split them into tasks. Raises ConfigError if there are none or listing fails."""
     if source.type == "huggingface":
         return _plan_hub(source)
     base, files = _files(source)
     total = sum(file.size for file in files)
-    if source.max_samples is not None:  # the first so many in the source's order: one reader knows when to stop
+    if source.max_samples is not None:  # one task, because only a single reader knows when to stop
         tasks = [_whole(base, files)]
     else:
         tasks = list(_tasks(source, base, files, max(TASK_BYTES, total // MAX_TASKS)))
@@ -102,10 +102,10 @@ def _plan_hub(source: Source) -> SourcePlan:
 
 
 def inputs_by_content(source: Source, plan: SourcePlan) -> list[tuple[str, int, int | str]]:
-    """The plan's inputs with a hash of each file's decompressed bytes instead of its time of change.
+    """The plan's inputs, with a hash of each file's decompressed bytes instead of its modification time.
 
-    For copies and fresh checkouts, whose times mean nothing. A data set of the hub is identified by its commit already.
-    Cost: reads everything once, on this machine.
+    For copies and fresh checkouts, where modification times mean nothing. Hub data sets already have a commit. Cost:
+    reads everything once, on this machine.
     """
     base = plan.tasks[0].base if plan.tasks else ""
     if source.type == "huggingface" and not os.path.isdir(base):
@@ -121,7 +121,7 @@ def _content_hash(base: str, name: str) -> str:
         with open_stream(base, name) as file:
             while data := file.read(1 << 20):
                 digest.update(data)
-    except (OSError, EOFError, pa.ArrowException) as error:  # the reader will count the file as unreadable
+    except (OSError, EOFError, pa.ArrowException) as error:  # the reader counts the file as unreadable
         digest.update(type(error).__name__.encode())
     return digest.hexdigest()
 
@@ -132,23 +132,23 @@ def read(task: ReadTask, source: Source) -> Iterator[RawRecord]:
 
 
 def check_fields(source: Source) -> None:
-    """Raise ConfigError if none of a source's first rows has a mapped field, or its CSV header is ambiguous."""
+    """Raise ConfigError if all of a source's first rows lack a mapped field, or its CSV header is ambiguous."""
     required = required_fields(source) + (source.metadata if source.type in _WITH_COLUMNS else [])
     fixed = {"text": read_text.TEXT_FIELDS[source.record], "python_packages": read_text.PYTHON_FIELDS}.get(source.type)
     rows = [Row("", dict.fromkeys(fixed, ""))] if fixed else _first_rows(source)
     if source.type == "csv" and rows and (problem := read_tables.header_problem(rows[0].names)):
-        raise ConfigError(f"data.sources {source.name}: found {problem}; allowed is a header of distinct names")
-    lacking = [path for path in required if rows and not any(has(row.values, path) for row in rows)]
-    if lacking:
-        there = ", ".join(dict.fromkeys(name for row in rows for name in _names(row))) or "none"
+        raise ConfigError(f"data.sources {source.name}: found {problem} in the CSV header; make all names distinct")
+    missing = [path for path in required if rows and not any(has(row.values, path) for row in rows)]
+    if missing:
+        available = ", ".join(dict.fromkeys(name for row in rows for name in _names(row))) or "none"
         raise ConfigError(
-            f"data.sources {source.name}: found no field {', '.join(map(repr, lacking))} in its first {len(rows)} "
-            f"records; it has {there[:1000]}; allowed is a map of `fields` onto those"
+            f"data.sources {source.name}: found no field {', '.join(map(repr, missing))} in the first {len(rows)} "
+            f"records; set `fields` to map onto the available ones: {available[:1000]}"
         )
 
 
 def text_bytes(name: str, size: int) -> int:
-    """About how much text a file holds: text shrinks to a fourth in gzip and zstd, to a third in Parquet (ours)."""
+    """Estimated text in a file, decompressed. Ours, measured: gzip and zstd shrink text to 1/4, Parquet to 1/3."""
     return size * (4 if is_compressed(name) else 3 if name.lower().endswith(read_tables.PARQUET_SUFFIXES) else 1)
 
 
@@ -157,7 +157,7 @@ def _files(source: Source) -> tuple[str, list[File]]:
 
 
 def _tasks(source: Source, base: str, files: list[File], task_bytes: int) -> Iterator[ReadTask]:
-    """Cuts large files into pieces if possible, and puts small neighbouring ones together."""
+    """Split large files where possible, and group small neighbouring ones."""
     large = [file for file in files if file.size > task_bytes and not is_compressed(file.name)]
     with ThreadPoolExecutor(THREADS) as pool:
         pieces = dict(zip(large, pool.map(lambda file: _pieces(source, base, file, task_bytes), large), strict=True))
@@ -181,7 +181,7 @@ def _whole(base: str, files: list[File]) -> ReadTask:
 
 
 def _pieces(source: Source, base: str, file: File, task_bytes: int) -> list[ReadTask]:
-    """Tasks of about `task_bytes` that make up a file; none if it has to be read from its beginning."""
+    """Split a file into tasks of about `task_bytes`. Empty if the file can only be read from its beginning."""
     try:
         if source.type == "parquet":
             with open_random(base, file.name) as opened:
@@ -191,7 +191,7 @@ def _pieces(source: Source, base: str, file: File, task_bytes: int) -> list[Read
     except _UNREADABLE as error:
         if may_pass(error):
             raise ConfigError(refusal(source.name, base, error)) from None
-        return []  # the task that reads it finds the same, and counts it
+        return []  # the task that reads the file counts it as unreadable
     return [
         ReadTask(base, (file.name,), start, stop, stop - start)
         for start in range(0, file.size, task_bytes)
@@ -207,7 +207,7 @@ def _is_lines(source: Source, base: str, name: str) -> bool:
 
 
 def _runs(base: str, name: str, group_bytes: list[int], task_bytes: int) -> Iterator[ReadTask]:
-    """Runs of row groups of about `task_bytes`, at least one each."""
+    """Tasks of consecutive row groups, about `task_bytes` and at least one row group each."""
     start = size = 0
     for group, more in enumerate(group_bytes):
         if group > start and size + more > task_bytes:
@@ -229,7 +229,7 @@ def _rows(task: ReadTask, source: Source) -> Iterator[Row]:
                 yield from _rows_of(file, name, task, source, columns)
         except _UNREADABLE as error:
             if may_pass(error):
-                raise JobError(f"source {source.name}: {name} could not be read: {cause(error)}") from None
+                raise JobError(f"source {source.name}: cannot read {name}: {cause(error)}; run the job again") from None
             yield broken(f"{name}:{task.start}" if task.start else name, "unreadable_file", cause(error))
 
 
@@ -250,17 +250,16 @@ def _rows_of(file: Any, name: str, task: ReadTask, source: Source, columns: list
 
 
 def _first_rows(source: Source) -> list[Row]:
-    """The first rows that can be read."""
+    """The readable ones among the first rows."""
     task = _plan_hub(source).tasks[0] if source.type == "huggingface" else _whole(*_files(source))
     try:
         return [row for row in islice(_rows(task, source), CHECKED_ROWS) if row.reason is None]
     except JobError as error:
-        found = str(error).partition(": ")[2]
-        raise ConfigError(f"data.sources {source.name}: found that {found}; allowed is data that can be read") from None
+        raise ConfigError(f"data.sources {source.name}: {str(error).partition(': ')[2]}") from None
 
 
 def _names(row: Row) -> Iterator[str]:
-    """Names of a row's fields, those one level down with dots."""
+    """Names of a row's fields; fields nested one level down are dotted."""
     for name in row.names or row.values:
         value = row.values.get(name)
         yield from (f"{name}.{inner}" for inner in value) if isinstance(value, dict) and value else [name]

@@ -1,10 +1,10 @@
-"""The tokenizer: loaded from a file, a folder or the hub, or trained on the records.
+"""Loads a tokenizer from a file, a folder or the hub, or trains one on the records.
 
     tokenizer = train_tokenizer(record_texts(files, ["text"], 64 << 20), kind="bpe", vocab_size=16_000, lowercase=True)
     framing(tokenizer).mask                                           # 4, the id of [MASK]
 
-Byte-level BPE trains to the same file every time; WordPiece and Unigram do not (tokenizers 0.23). A trained file is
-kept with the prepared data and is not trained again on resume.
+Training is deterministic for byte-level BPE, but not for WordPiece and Unigram (tokenizers 0.23). The trained file is
+stored with the prepared data, so a resumed job reuses it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MASK_NAMES = ("[MASK]", "<mask>", "<|mask|>")
 
 
 def tokenizer_file(path: StoragePath) -> StoragePath:
-    """The tokenizer.json at a path, in a pretrained tokenizer's folder, or in a hub repository."""
+    """Find the tokenizer.json at a path, in a pretrained tokenizer's folder, or in a hub repository."""
     if path.is_dir():
         return path / "tokenizer.json"
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
@@ -47,20 +47,20 @@ def _from_hub(repository: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"tokenizer.load_path: found neither a folder {repository} nor a tokenizer.json on the hub under that name "
-            f"({reason}); allowed is a tokenizer.json, or a pretrained tokenizer's folder or hub name"
+            f"tokenizer.load_path: found neither a folder {repository} nor a hub repository of that name with a "
+            f"tokenizer.json ({reason}); give a tokenizer.json, or a pretrained tokenizer's folder or hub name"
         ) from None
 
 
 def load_tokenizer(path: StoragePath) -> Tokenizer:
-    """Read a tokenizer.json, from wherever `tokenizer_file` finds it. Raises ConfigError if it is missing or broken."""
+    """Read the tokenizer.json that `tokenizer_file` finds. Raises ConfigError if it is missing or broken."""
     file = tokenizer_file(path)
     try:
         tokenizer = Tokenizer.from_str(file.read_text("utf-8"))
     except BucketError:
         raise
-    except Exception as error:  # tokenizers raises bare Exception for a missing or broken file alike
-        raise ConfigError(f"tokenizer.load_path: {file} is not a tokenizer.json: {error}") from None
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise ConfigError(f"tokenizer.load_path: found no valid tokenizer at {file}: {error}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -68,12 +68,12 @@ def load_tokenizer(path: StoragePath) -> Tokenizer:
 
 @lru_cache(maxsize=1)
 def loaded_tokenizer(path: StoragePath, changed_ns: int) -> Tokenizer:
-    """Cached, because tokenizers 0.23 leaks some MB for each object that is dropped."""
+    """Cached, because tokenizers 0.23 leaks a few MB per released tokenizer."""
     return load_tokenizer(path)
 
 
 def unknown_token_id(tokenizer: Tokenizer) -> int | None:
-    """The id of the unknown token, or None if the vocabulary covers everything, as bytes do."""
+    """The id of the unknown token, or None if the vocabulary covers all text, as byte-level ones do."""
     model = json.loads(tokenizer.to_str())["model"] if isinstance(tokenizer.model, models.Unigram) else {}
     if model.get("unk_id") is not None:
         return int(model["unk_id"])
@@ -82,7 +82,7 @@ def unknown_token_id(tokenizer: Tokenizer) -> int | None:
 
 @dataclass(frozen=True)
 class Framing:
-    """Ids of special tokens: what a sequence begins and ends with, the mask, and all of them."""
+    """Ids of special tokens: the first and last of a sequence, the mask, and the set of all."""
 
     start: int | None
     end: int | None
@@ -91,7 +91,7 @@ class Framing:
 
 
 def framing(tokenizer: Tokenizer) -> Framing:
-    """A tokenizer's special tokens, by what it adds to a text, else by their usual names."""
+    """Find a tokenizer's special tokens by what it adds to a text, else by their usual names."""
     special = frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
     framed = tokenizer.encode("a").ids
 

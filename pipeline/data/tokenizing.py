@@ -1,18 +1,18 @@
-"""Turns record files into token shards.
+"""Tokenizes record files into token shards.
 
     tokenize_file(Path("records/00007.parquet"), Output(folder), recipe, tokenizer)
-    # train/00007.parquet, validation/00007.parquet: id, source, anchor and positive as lists of token ids
+    # train/00007.parquet, validation/00007.parquet: id, source, and anchor and positive as lists of token ids
 
-A shard's rows are ordered by a hash of (id, seed); in train by source first, so that a row group holds rows of one
-source only. A text is cut after `max_length` tokens, special ones included, or is split into windows: several rows of
-the same `id`, numbered in `window`. Cost: that of `tokenizers.encode_batch` and a tenth more.
+A shard's rows are ordered by a hash of (id, seed); train shards by source first, so a row group holds one source. A
+text longer than `max_length` tokens, including special tokens, is truncated or split into windows: several rows of the
+same `id`, numbered in `window`. Cost: 1.1 times that of `tokenizers.encode_batch`.
 
-`lengths/00007.parquet` has each text's number of tokens before it was cut, and how many of them are unknown. A later
-data set copies the tokens of records that it shares from it and the shards (`Tokenized`).
+`lengths/00007.parquet` has each text's number of tokens before truncation, and how many are unknown. A later data set
+copies the tokens of shared records from it and the shards (`Tokenized`).
 
-Anchors of the training split may be changed when they are tokenized, in the same way on every run:
+Anchors of the training split can be augmented, in the same way on every run:
 
->>> augmented("remove the duplicate rows of a table", Augment(word_dropout=0.5), "5f3a", seed=0)
+>>> augment("remove the duplicate rows of a table", Augment(word_dropout=0.5), "5f3a", seed=0)
 'the duplicate rows a table'
 """
 
@@ -39,7 +39,7 @@ from pipeline.data.manifest import SPLITS, LengthCounts, Shard, sha256
 from pipeline.data.partitions import is_validation
 from pipeline.data.tokenizer import unknown_token_id
 
-ROW_GROUP_ROWS = 1024  # of token ids, about half a megabyte: small enough to shuffle by, large enough to read fast
+ROW_GROUP_ROWS = 1024  # about 0.5 MB of token ids: small enough to shuffle by, large enough to read fast
 ENCODE_ROWS = 1024
 MASK = "[MASK]"
 MEAN_SPAN_WORDS = 3  # SpanBERT (Joshi et al. 2020), section 3.1, has 3.8 after clipping at 10 tokens
@@ -56,13 +56,13 @@ class TokenRecipe:
     max_length: int
     validation_fraction: float
     seed: int = 0
-    window_overlap: int | None = None  # None: longer texts are cut
+    window_overlap: int | None = None  # in tokens; None: truncate longer texts
     prompts: dict[str, dict[str, str]] = field(default_factory=dict)  # by source and field
-    augmentation: Augment = field(default_factory=Augment)  # of the training split's anchors
+    augmentation: Augment = field(default_factory=Augment)  # for the training split's anchors
 
 
 class Cutter:
-    """Cuts token ids to length and adds a tokenizer's special tokens. Raises ConfigError if these leave no room."""
+    """Cuts texts to `max_length` and adds special tokens. Raises ConfigError if these leave no room."""
 
     def __init__(self, tokenizer: Tokenizer, recipe: TokenRecipe) -> None:
         self.tokenizer, self.recipe = tokenizer, recipe
@@ -75,12 +75,12 @@ class Cutter:
         if self.room < 1 or (self.step is not None and self.step < 1):
             raise ConfigError(
                 f"tokenizer: found max_length {recipe.max_length} and window_overlap {recipe.window_overlap}, which "
-                f"leave no room besides the {len(self.prefix) + len(self.suffix)} special tokens; allowed is a longer "
-                "max_length or a smaller overlap"
+                f"leave no room for text with {len(self.prefix) + len(self.suffix)} special tokens; raise max_length, "
+                "or lower window_overlap"
             )
 
     def cut(self, lengths: Ints) -> tuple[Ints, Ints, Ints]:
-        """The rows that texts with these numbers of tokens become: (text, first token, end), an array each."""
+        """Rows for texts of these lengths, as three arrays: index of the text, first token, end token."""
         if self.step is None:
             return np.arange(len(lengths)), np.zeros_like(lengths), np.minimum(lengths, self.room)
         windows = 1 - np.maximum(lengths - self.room, 0) // -self.step  # rounded up
@@ -89,7 +89,7 @@ class Cutter:
         return text, start, np.minimum(start + self.room, lengths[text])
 
     def frame(self, tokens: Tokens, begin: Ints, end: Ints) -> pa.Array:
-        """Lists of `tokens[begin:end]` between the special tokens."""
+        """Lists of `tokens[begin:end]`, each framed by the special tokens."""
         sizes = end - begin
         body = tokens[np.repeat(begin, sizes) + _count_up(sizes)]
         before, after = len(self.prefix), len(self.suffix)
@@ -114,49 +114,49 @@ def _count_up(lengths: Ints) -> Ints:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Records as tokens."""
+    """Tokenized records."""
 
     rows: pa.Table
-    """Rows of the token shards, with the `split` that each belongs to."""
+    """Rows of the token shards, with the `split` of each."""
     texts: pa.Table
-    """A row a record: id, source, and for each text field its number of tokens before it was cut (`anchor_tokens`) and
-    of unknown ones among them (`anchor_unknown`). Lists for negatives."""
+    """One row per record: id, source, and for each text field its number of tokens before truncation (`anchor_tokens`)
+    and of unknown tokens (`anchor_unknown`). Lists for negatives."""
 
-    def of(self, ids: pa.ChunkedArray) -> Tokenized:
-        """Only those records."""
+    def select(self, ids: pa.ChunkedArray) -> Tokenized:
+        """Only the records with these ids."""
         rows, texts = (table.filter(pc.is_in(table["id"], value_set=ids)) for table in (self.rows, self.texts))
         return Tokenized(rows, texts)
 
-    def hold(self, records: pa.Table) -> pa.BooleanArray:
-        """Which of these records are among them, under the same source (the prompt depends on it)."""
-        there = pc.is_in(records["id"], value_set=self.rows["id"])
-        place = pc.index_in(records["id"], value_set=self.texts["id"])
-        same = pc.equal(self.texts["source"].take(place), records["source"])
-        return pc.and_(there, pc.fill_null(same, False)).combine_chunks()
+    def contains(self, records: pa.Table) -> pa.BooleanArray:
+        """Which of these records are included, with the same source (the prompt depends on it)."""
+        is_known = pc.is_in(records["id"], value_set=self.rows["id"])
+        index = pc.index_in(records["id"], value_set=self.texts["id"])
+        same_source = pc.equal(self.texts["source"].take(index), records["source"])
+        return pc.and_(is_known, pc.fill_null(same_source, False)).combine_chunks()
 
 
 def tokenize_file(
     records: StoragePath, output: Output, recipe: TokenRecipe, tokenizer: Tokenizer, earlier: Tokenized | None = None
 ) -> dict[str, Any]:
-    """Write one record file's token shards, one a split. Returns their descriptions and the counts of lengths.
+    """Write one token shard per split of a record file. Returns descriptions of the shards and counts of text lengths.
 
-    Records among the `earlier` ones, which have the same recipe and tokenizer, are copied; `tokenized` counts the rest.
+    Copies records from `earlier`, which has the same recipe and tokenizer; `tokenized` counts the others.
     """
     cutter, file = Cutter(tokenizer, recipe), open_parquet(records)
     parts, known = [], np.zeros(file.metadata.num_rows, bool)
     if earlier is not None:
-        there = file.read(columns=["id", "source"])
-        known = earlier.hold(there).to_numpy(zero_copy_only=False)
-        parts.append(earlier.of(there["id"].filter(known)))
+        keys = file.read(columns=["id", "source"])
+        known = earlier.contains(keys).to_numpy(zero_copy_only=False)
+        parts.append(earlier.select(keys["id"].filter(known)))
     first = 0
     for batch in file.iter_batches(ENCODE_ROWS, columns=["id", "source", *recipe.fields]):
-        due = batch.filter(pa.array(~known[first : first + len(batch)]))
+        new = batch.filter(pa.array(~known[first : first + len(batch)]))
         first += len(batch)
-        if len(due):
-            parts.append(_encode(due, cutter))
-    found: dict[str, Any] = {"shards": [], "records": len(known), "tokenized": int(np.count_nonzero(~known))}
+        if len(new):
+            parts.append(_encode(new, cutter))
+    report: dict[str, Any] = {"shards": [], "records": len(known), "tokenized": int(np.count_nonzero(~known))}
     if not parts:
-        return found | {"lengths": {name: vars(LengthCounts()) for name in recipe.fields}}
+        return report | {"lengths": {name: vars(LengthCounts()) for name in recipe.fields}}
     rows, texts = (
         pa.concat_tables(tables) for tables in zip(*((each.rows, each.texts) for each in parts), strict=True)
     )
@@ -164,8 +164,8 @@ def tokenize_file(
     for split in SPLITS:
         split_rows = rows.filter(pc.equal(rows["split"], split)).drop_columns("split")
         if len(split_rows):
-            found["shards"].append(_write_split(split_rows, output, f"{split}/{records.name}", split, recipe))
-    return found | {"lengths": {name: vars(_counted(name, rows, texts, cutter)) for name in recipe.fields}}
+            report["shards"].append(_write_split(split_rows, output, f"{split}/{records.name}", split, recipe))
+    return report | {"lengths": {name: vars(_counted(name, rows, texts, cutter)) for name in recipe.fields}}
 
 
 def _counted(name: str, rows: pa.Table, texts: pa.Table, cutter: Cutter) -> LengthCounts:
@@ -199,7 +199,7 @@ def _encode(batch: pa.RecordBatch, cutter: Cutter) -> Tokenized:
             continue
         if name == "anchor" and recipe.augmentation != Augment():
             rows = zip(texts, ids, held_out, strict=True)
-            texts = [text if out else augmented(text, recipe.augmentation, one, recipe.seed) for text, one, out in rows]
+            texts = [text if out else augment(text, recipe.augmentation, one, recipe.seed) for text, one, out in rows]
         found = _encode_texts(texts, name, sources, cutter)
         columns[name], sizes[f"{name}_tokens"], sizes[f"{name}_unknown"] = found.rows, found.tokens, found.unknown
         if cutter.step is not None:
@@ -216,10 +216,10 @@ class _Encoded:
     """Texts as rows of token ids."""
 
     rows: pa.ListArray
-    text: Ints  # that each row is of
-    start: Ints  # its first token in that text
-    tokens: pa.Array  # of each text before it was cut
-    unknown: pa.Array  # of those, the ones that are outside the vocabulary
+    text: Ints  # index of each row's text
+    start: Ints  # each row's first token in its text
+    tokens: pa.Array  # number of tokens of each text, before truncation
+    unknown: pa.Array  # number of unknown tokens of each text
 
 
 def _encode_texts(texts: list[str], name: str, sources: list[str], cutter: Cutter) -> _Encoded:
@@ -237,8 +237,8 @@ def _encode_texts(texts: list[str], name: str, sources: list[str], cutter: Cutte
     return _Encoded(rows, text, start, pa.array(lengths, pa.int32()), pa.array(unknown, pa.int32()))
 
 
-def augmented(text: str, shares: Augment, record_id: str, seed: int) -> str:
-    """The changed text, determined by the text, the record's id and the seed. At least one word stays."""
+def augment(text: str, shares: Augment, record_id: str, seed: int) -> str:
+    """Augment a text, deterministically for the text, the record's id and the seed. Keeps at least one word."""
     words = text.split()
     if not words:
         return text
@@ -250,7 +250,7 @@ def augmented(text: str, shares: Augment, record_id: str, seed: int) -> str:
 
 
 def _with_spans_masked(words: list[str], share: float, chance: random.Random) -> list[str]:
-    """`share` of the words replaced, one mask a word, in spans of geometric length."""
+    """Mask `share` of the words, one mask per word, in spans of geometric length."""
     words = list(words)
     left = min(round(len(words) * share), sum(word != MASK for word in words))
     while left > 0:
@@ -265,7 +265,7 @@ def _with_spans_masked(words: list[str], share: float, chance: random.Random) ->
 
 
 def _write_split(table: pa.Table, output: Output, file_name: str, split: str, recipe: TokenRecipe) -> dict[str, Any]:
-    """Write rows in canonical order. A row that is too long would be a bug of the cutter: AssertionError."""
+    """Write rows in canonical order. Asserts that the cutter made no row longer than `max_length`."""
     for name in set(recipe.fields) - {"negatives"}:
         assert pc.max(pc.list_value_length(table[name])).as_py() <= recipe.max_length
     hashes = [xxhash.xxh3_64_intdigest(one.encode(), seed=recipe.seed) for one in table["id"].to_pylist()]
@@ -286,7 +286,7 @@ def _write_split(table: pa.Table, output: Output, file_name: str, split: str, re
 
 
 def _runs(table: pa.Table, split: str) -> Iterator[tuple[str | None, pa.Table]]:
-    """(source, rows) for each source in train, whose rows are ordered by source; (None, all rows) in validation."""
+    """(source, rows) per source in train, where rows are sorted by source; (None, all rows) in validation."""
     if split != "train":
         yield None, table
         return

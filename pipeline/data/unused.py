@@ -1,14 +1,14 @@
 """Find and delete unused folders under `storage.root`.
 
-    for each in find_unused(config):                 # Unused(kind="prepared", path=…, why="no run names it", …)
-        remove(each)                                 # False if another job uses it
+    for unused in find_unused(config):               # Unused(kind="prepared", path=…, why="no run names it", …)
+        remove(unused)                               # False if another job uses it
 
     runs ──name──► prepared data ──made of──► stages
          ──published.json──► models, tables
 
-A run refers to folders in run.json, its config and published.json. What any run mentions is kept, and so is what the
-given config would prepare. Folders that this project did not name are never touched. Cost: a listing of the root's
-folders, and a read of the JSON files of each run and data set.
+A run refers to folders in run.json, its config and published.json. Folders that any run mentions, or that the given
+config would prepare, are in use. Folders not named by this project are never touched. Cost: listing the root's folders,
+and reading the JSON files of each run and data set.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Unused:
     path: StoragePath
     why: str
     bytes: float
-    """What its removal frees; a file with several hard links counts in part."""
+    """Bytes that its removal frees; a file with several hard links counts in part."""
     age_s: float
-    """Since a file in it last changed."""
+    """Seconds since a file in it last changed."""
 
 
 def find_unused(config: Config) -> Iterator[Unused]:
@@ -72,7 +72,7 @@ def find_unused(config: Config) -> Iterator[Unused]:
     try:
         current = kept = _current(config)
     except (ConfigError, JobError, BucketError) as error:
-        log.warning("prepared data and stages are left alone, for the config does not say which it uses: %s", error)
+        log.warning("keeping all prepared data and stages, because the config's cannot be determined: %s", error)
         return
     for folder in _named(root / "prepared", _KEY):
         manifest = _manifest(folder)
@@ -88,18 +88,18 @@ def find_unused(config: Config) -> Iterator[Unused]:
 
 
 def remove(found: Unused) -> bool:
-    """Remove a folder. Returns False, and leaves it, if another job holds it."""
+    """Remove a folder, unless another job uses it. Returns whether it was removed."""
     try:
         with locked(found.path):
             remove_folder(found.path)
     except (Occupied, LockLost):
         return False
-    (found.path / LOCK).unlink(missing_ok=True)  # in a bucket, giving the lock back has written it anew
+    (found.path / LOCK).unlink(missing_ok=True)  # in a bucket, releasing the lock writes it again
     return True
 
 
 def tables(root: StoragePath) -> list[StoragePath]:
-    """The folders of the vector tables."""
+    """The folders of all vector tables."""
     return _named(root / "lancedb", _TABLE)
 
 
@@ -108,7 +108,7 @@ def _named(home: StoragePath, pattern: str) -> list[StoragePath]:
 
 
 def _current(config: Config) -> set[StoragePath]:
-    """What the config would prepare. Raises ConfigError, JobError or BucketError if its sources cannot be read."""
+    """The folders that the config would prepare. Raises ConfigError, JobError or BucketError for unreadable sources."""
     if config.data.prepared is not None:
         return {config.root / config.data.prepared}
     inputs = Inputs(config)

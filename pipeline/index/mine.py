@@ -33,7 +33,7 @@ from pipeline.core.path import StoragePath, on_disk
 from pipeline.core.session import Progress
 from pipeline.data.manifest import RECORD_SCHEMA, Manifest, read_prepared, sha256
 from pipeline.data.partitions import read_part, write_parts
-from pipeline.data.shards import Parts, assemble, token_recipe, token_shards, tokens_of
+from pipeline.data.shards import PreparedParts, assemble, token_recipe, token_shards, tokens_of
 from pipeline.data.tokenizing import TokenRecipe
 from pipeline.index.encoder import EncoderRecipe
 from pipeline.index.negatives import Answers, Block, TextKeys, negatives_of, text_keys
@@ -74,7 +74,7 @@ def mine(
         records = [mined.folder / "records" / file.name for file in files]
         described = tokens.make(lambda: token_shards(tokens, progress(), records, recipe, tokenizer))
         rejected = {path.name: path for path in matching(folder / "rejected", "*.parquet")}
-        parts = Parts(records, tokenizer, recipe, manifest.sources, manifest.clusters, rejected)
+        parts = PreparedParts(records, tokenizer, recipe, manifest.sources, manifest.clusters, rejected)
         return asdict(assemble(target, tokens, described, parts))
 
     if target.read():

@@ -1,11 +1,11 @@
-"""A worker's rows of a global batch as packed tokens, and the parts that go through the model at once.
+"""A worker's rows of a global batch as packed tokens, and the micro-batches that it is split into.
 
     batch = Batch(ids=["r1", "r2"], fields={"anchor": …, "positive": …}, negatives=EMPTY, negative_counts=[0, 0])
-    batch.slice(0, 1)                           # its first row
-    batch.keys(slots=0)                         # (2, 3): hashes of record, anchor and positive; equal texts are equal
+    batch.slice(0, 1)                           # the first row
+    batch.keys(slots=0)                         # (2, 3): hashes of record, anchor and positive, to find equal texts
     part = learner.prepare(batch, seed=step)    # a Part
 
-Plain data; `Learner` makes parts of batches.
+Plain data; `Learner.prepare` turns a batch into a part. Cost: slices are views; hashing is negligible.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.model.packing import Packed, join, pack
 
 @dataclass(frozen=True)
 class Batch:
-    """n rows. `negatives` are the hard negatives of all rows end to end, `negative_counts` how many each row has."""
+    """n rows. `negatives` holds the hard negatives of all rows end to end, `negative_counts` their number per row."""
 
     ids: list[str]  # of records
     fields: dict[str, Packed]  # anchor and positive, or text
@@ -40,7 +40,7 @@ class Batch:
 
     @property
     def row_tokens(self) -> list[int]:
-        """(n,) tokens of each row, its negatives included."""
+        """(n,) tokens of each row, including its negatives."""
         sizes = sum((packed.lengths for packed in self.fields.values()), torch.zeros(len(self), dtype=torch.int64))
         if len(self.negatives):
             owner = torch.arange(len(self)).repeat_interleave(torch.tensor(self.negative_counts))
@@ -49,7 +49,7 @@ class Batch:
 
     @property
     def text(self) -> Packed:
-        """The texts for generative objectives: `text`, or the positive of a pair."""
+        """The texts for generative objectives: `text`, or the positives of pairs."""
         return self.fields["text"] if "text" in self.fields else self.fields["positive"]
 
     def slice(self, start: int, stop: int) -> Batch:
@@ -67,7 +67,7 @@ class Batch:
         return reduce(join, (self.fields["anchor"], self.fields["positive"], self.negatives))
 
     def keys(self, slots: int) -> Tensor:
-        """(n, 3 + slots) int64 hashes: of the record, its anchor, its positive and its negatives; 0 for no negative."""
+        """(n, 3 + slots) int64 hashes of record, anchor, positive and negatives; 0 for an empty slot."""
         record = [text_hash(one.encode()) for one in self.ids]
         columns = [record, hashes(self.fields["anchor"]), hashes(self.fields["positive"])]
         keys = torch.zeros(len(self), 3 + slots, dtype=torch.int64)
@@ -77,7 +77,7 @@ class Batch:
         return keys
 
     def filled_slots(self, slots: int) -> Tensor:
-        """(n, slots) bool: where a row has a negative."""
+        """(n, slots) bool: which slots hold a negative."""
         return torch.arange(slots)[None, :] < torch.tensor(self.negative_counts, dtype=torch.int64)[:, None]
 
 
@@ -86,7 +86,7 @@ Sees = Literal["states", "vectors", "nothing"]
 
 @dataclass(frozen=True)
 class Special:
-    """Ids of special tokens. `start` and `end` frame what the decoder writes; `kept` are never corrupted."""
+    """Ids of special tokens. `start` and `end` frame the decoder's output; `kept` are never corrupted."""
 
     start: int
     end: int
@@ -96,11 +96,11 @@ class Special:
 
 
 @dataclass(frozen=True)
-class Task:
+class GenerativeTask:
     """A generative objective's inputs and labels.
 
-    The encoder reads `source`. The decoder reads `inputs` and sees the source's states, its vectors or nothing of it.
-    Without `inputs` the labels are those of the source's tokens at `positions`.
+    The encoder reads `source`. The decoder reads `inputs`, and attends to the source's token states, to its vectors, or
+    to nothing. Without `inputs` there is no decoder, and `labels` belong to the source's tokens at `positions`.
     """
 
     labels: Tensor
@@ -110,8 +110,8 @@ class Task:
     positions: Tensor | None = None
     label_smoothing: float = 0.0
 
-    def emptied(self) -> Task:
-        """The same objective, without texts."""
+    def emptied(self) -> GenerativeTask:
+        """The same objective with no texts."""
         return replace(
             self,
             labels=self.labels[:0],
@@ -123,23 +123,23 @@ class Task:
 
 @dataclass(frozen=True)
 class Part:
-    """A micro-batch: n rows of a worker's batch, ready for one forward pass."""
+    """A micro-batch: n rows, ready for one forward pass."""
 
     rows: int
     pairs: Packed | None  # anchors, positives and hard negatives end to end
-    filled: Tensor  # (n, M) the slots that the negatives take
+    filled: Tensor  # (n, M) which slots hold a negative
     keys: Tensor  # (n, 3 + M)
-    tasks: dict[str, Task]
+    tasks: dict[str, GenerativeTask]
 
     def emptied(self) -> Part:
-        """No rows, for the same objectives: run by a worker whose rows make fewer parts than another's."""
+        """The same objectives with no rows, for workers that have fewer parts than others."""
         pairs = None if self.pairs is None else self.pairs.slice(0, 0)
         tasks = {name: task.emptied() for name, task in self.tasks.items()}
         return Part(0, pairs, self.filled[:0], self.keys[:0], tasks)
 
 
 def hashes(texts: Packed) -> list[int]:
-    """A hash of each sequence's tokens, from 1 to 2^63 - 1."""
+    """A hash of each sequence's tokens, in 1 to 2^63 - 1."""
     ids, bounds = texts.ids.numpy(), texts.offsets.tolist()
     return [text_hash(ids[a:b].tobytes()) for a, b in pairwise(bounds)]
 

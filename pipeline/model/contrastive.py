@@ -1,18 +1,18 @@
-"""InfoNCE over the global batch: every anchor is classified among the positives and hard negatives of all workers.
+"""InfoNCE over the global batch: each anchor must find its positive among the candidates of all workers.
 
-A worker has b of the B rows of the global batch, as many as others or not. It scores its own anchors against the
-candidates of all workers (and, if symmetric, its own positives against all anchors) and sums over its own rows, in
-units of B / W. The mean of that over W workers is the single-process loss. The caller gathers the vectors of all
-workers; if gradients flow back through that to the vectors' owners, the mean of the workers' parameter gradients is the
-single-process gradient.
+Each worker has b of the B rows; b may differ between workers. It scores its own anchors against the positives and hard
+negatives of all workers (if symmetric, also its positives against all anchors), sums over its rows and divides by
+B / W. The mean over W workers is the single-process loss. The caller gathers the vectors of all workers; if gradients
+flow back to the workers that computed them, the mean of the parameter gradients is the single-process gradient.
 
-    rows = Rows(anchors, positives, negatives, keys)                # (b, D), (b, D), (b, M, D), (b, 3 + M)
-    loss, metrics = contrastive_loss(rows, Contrast(symmetric=True), scale=1 / 0.05)                    # one process
-    loss, metrics = contrastive_loss(rows, contrast, scale, GlobalBatch(all_rows, first=rank * b, workers=W))
+    rows = PairVectors(anchors, positives, negatives, keys)                # (b, D), (b, D), (b, M, D), (b, 3 + M)
+    options = ContrastiveOptions(symmetric=True)
+    loss, metrics = contrastive_loss(rows, options, scale=1 / 0.05)        # one process
+    loss, metrics = contrastive_loss(rows, options, scale, GlobalBatch(all_rows, first=rank * b, workers=W))
 
-A candidate that is as good an answer as the positive must not count as wrong. Whether it is one follows from `keys`,
-hashes of each row's record and texts: equal records, equal texts, and answers to an equal anchor are masked.
-Cost: b x B x (1 + M) products of D numbers, once a direction and size.
+False negatives are masked: candidates of the same record, with the same text as the positive, or with an equal anchor.
+They are found by `keys`, hashes of each row's record and texts. Cost: b x B x (1 + M) dot products of D numbers per
+direction and size.
 """
 
 # Shapes: b rows of this worker, B of all, M hard negatives a row at most, C = B * (1 + M) candidates, D width.
@@ -28,10 +28,10 @@ ID, ANCHOR, POSITIVE, NEGATIVES = 0, 1, 2, 3  # columns of `keys`
 
 
 @dataclass(frozen=True)
-class Rows:
-    """This worker's rows. `keys` are int64 hashes: of the record, its anchor, its positive, and each of its negatives.
+class PairVectors:
+    """This worker's rows. `keys` are int64 hashes of the record, its anchor, its positive and each negative.
 
-    A negative that is not there has key 0, as has nothing else, and any vector.
+    An empty negative slot has key 0, and its vector is ignored.
     """
 
     anchors: Tensor  # (b, D)
@@ -44,31 +44,31 @@ class Rows:
 class GlobalBatch:
     """The rows of all workers, in rank order."""
 
-    rows: Rows
+    rows: PairVectors
     first: int
-    """Where this worker's rows begin."""
+    """Index of this worker's first row."""
     workers: int = 1
 
 
 @dataclass(frozen=True)
-class Contrast:
-    """What is asked of each row."""
+class ContrastiveOptions:
+    """Options of the contrastive loss."""
 
     symmetric: bool = True
-    """Also look for each positive's anchor among all anchors."""
+    """Also classify each positive among all anchors."""
     margin: float | None = None
-    """Candidates whose cosine to the anchor is so much above the positive's are masked too (Qwen3 Embedding, eq. 1)."""
+    """Also mask candidates whose cosine exceeds the positive's by more than this (Qwen3 Embedding, eq. 1)."""
     dimensions: tuple[int, ...] = ()
-    """Further sizes that the vectors are cut to; the loss is the mean over them and the full size (Matryoshka)."""
+    """Sizes that vectors are also truncated to; the loss is the mean over these and the full size (Matryoshka)."""
 
 
 def contrastive_loss(
-    rows: Rows, contrast: Contrast, scale: Tensor | float, batch: GlobalBatch | None = None
+    rows: PairVectors, contrast: ContrastiveOptions, scale: Tensor | float, batch: GlobalBatch | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, and `accuracy`, the share of anchors whose own positive scores highest, and `mrr`.
+    """The loss, and the metrics `accuracy` (share of anchors whose positive scores highest) and `mrr`.
 
-    Each is this worker's share: their means over workers are those of the global batch. `scale` is one over the
-    temperature. Without a `batch` these rows are the whole batch. Vectors need not be of unit length.
+    Averaged over workers, each equals its value for the global batch. `scale`: one over the temperature. `batch`: the
+    rows of all workers; None if `rows` are all. Vectors need not have unit length.
     """
     batch = batch or GlobalBatch(rows, 0)
     everyone, width, share = batch.rows, rows.anchors.shape[1], len(batch.rows.anchors) / batch.workers
@@ -98,12 +98,12 @@ def _cosines(left: Tensor, right: Tensor, size: int) -> Tensor:
 
 
 def _masked(scores: Tensor, wrong: Tensor, own: Tensor) -> Tensor:
-    """Scores where a candidate is the right one or a wrong one; minus infinity where it is neither."""
+    """Scores, with minus infinity for candidates that are neither the right one nor wrong."""
     return scores.masked_fill(~wrong.scatter(1, own[:, None], True), -torch.inf)
 
 
 def _wrong_pairs(keys: Tensor, all_keys: Tensor) -> Tensor:
-    """(b, B): whether column j's pair is no answer to row i: it is of another record, anchor and positive."""
+    """(b, B): whether pair j is a true negative of row i: record, anchor and positive all differ."""
     alike = torch.zeros(len(keys), len(all_keys), dtype=torch.bool, device=keys.device)
     for column in (ID, ANCHOR, POSITIVE):
         alike |= keys[:, column, None] == all_keys[None, :, column]
@@ -111,13 +111,13 @@ def _wrong_pairs(keys: Tensor, all_keys: Tensor) -> Tensor:
 
 
 def _wrong_negatives(keys: Tensor, all_keys: Tensor) -> Tensor:
-    """(b, B * M): whether a negative is there, and is not the text of the row's own positive."""
+    """(b, B * M): whether a slot holds a negative whose text differs from the row's positive."""
     negatives = all_keys[:, NEGATIVES:].flatten()[None, :]
     return (negatives != 0) & (negatives != keys[:, POSITIVE, None])
 
 
 def _ranks(scores: Tensor, own: Tensor) -> dict[str, Tensor]:
-    """(b,) each. A tie counts half: vectors that are all alike find nothing."""
+    """(b,) each. A tie counts half, so that identical vectors do not score well."""
     mine = scores.gather(1, own[:, None])
     rank = 1 + (scores > mine).sum(dim=1) + ((scores == mine).sum(dim=1) - 1) / 2
     return {"accuracy": (rank == 1).float(), "mrr": 1 / rank}

@@ -1,4 +1,4 @@
-"""Corrupted copies of packed token rows: deleted tokens, masked spans, masked tokens. In numpy, before a step.
+"""Corrupts packed token rows in numpy: deletes tokens, masks spans, or masks tokens.
 
     texts = Tokens(ids=[2 10 11 12 13 3 | 2 14 3], offsets=[0 6 9])        # [CLS] is 2, [SEP] 3, [MASK] 4
     delete_tokens(texts, keys=[1 2], seed=7, special={2, 3})               # 2 11 12 3 | 2 14 3
@@ -7,11 +7,11 @@
     mask_tokens(texts, keys, 7, mask_id=4, special={2, 3}, vocab_size=20)  # tokens   2 10 11 12 4 3 | 2 14 3
                                                                            # positions 4, labels 13
 
-The corruption of a token depends on its row's key, the seed and its position: a record is corrupted in the same way in
-any batch, at any row and on any worker, and in another way under another seed, such as the step's. Give each window of
-a record its own key. `special` tokens are never changed.
+A token's corruption depends only on its row's key, the seed and its position, not on the batch, row or worker. Pass the
+step as the seed to corrupt a record differently each time, and give each window of a record its own key. `special`
+tokens never change.
 
-Cost: about ten passes over the tokens; `mask_spans` also sorts them, about 0.5 s for a million.
+Cost: about ten passes over the tokens; `mask_spans` also sorts them, about 0.5 s per million tokens.
 """
 
 # Shapes: N rows, T tokens, C of them content tokens (not special).
@@ -24,15 +24,15 @@ import numpy as np
 import numpy.typing as npt
 
 DELETION_RATIO = 0.6  # TSDAE (Wang et al. 2021), section 3
-NOISE_DENSITY = 0.15  # T5 (Raffel et al. 2020), section 3.3.4, as is the next
+NOISE_DENSITY = 0.15  # T5 (Raffel et al. 2020), section 3.3.4, also for the next one
 MEAN_SPAN_TOKENS = 3.0
 MASKING_RATIO = 0.3  # ModernBERT (Warner et al. 2024); more than 15% helps (Wettig et al. 2023, section 3)
-KEPT, RANDOM = 0.1, 0.1  # of the predicted tokens; the others are masked (BERT, Devlin et al. 2019, section 3.1)
+KEPT, RANDOM = 0.1, 0.1  # shares of the predicted tokens; the others are masked (BERT, Devlin et al. 2019, section 3.1)
 
 Array = npt.NDArray[Any]
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step, 2^64 over the golden ratio
 KEEP, KIND, WORD, SPAN, GAP = range(5)
-"""The questions that random numbers decide; each has its own sequence."""
+"""Random decisions; each uses its own sequence of random numbers."""
 
 
 class Tokens(NamedTuple):
@@ -43,14 +43,14 @@ class Tokens(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """Rows with a mask instead of each span, and the spans of each row, each after a mask."""
+    """Rows with each span replaced by a mask, and the spans of each row, each preceded by a mask."""
 
     inputs: Tokens
     targets: Tokens
 
 
 class Masked(NamedTuple):
-    """Rows with masked tokens, the positions of these among all T, and their labels."""
+    """Rows with masked tokens, and the positions (among all T) and labels of the tokens to predict."""
 
     tokens: Tokens
     positions: Array  # (P,)
@@ -60,7 +60,7 @@ class Masked(NamedTuple):
 def delete_tokens(
     texts: Tokens, keys: Array, seed: int, *, special: Collection[int], ratio: float = DELETION_RATIO
 ) -> Tokens:
-    """Delete each token with probability `ratio`, but keep at least one content token of a row.
+    """Delete each token with probability `ratio`, but keep at least one content token per row.
 
     `keys`: (N,) 64-bit integers, one per row.
     """
@@ -84,11 +84,11 @@ def mask_spans(
 ) -> Spans:
     """T5's span corruption: masks `density` of the content, in spans of `mean_span` tokens on average.
 
-    As in T5, the numbers of noise tokens and of spans follow from a row's length, spans do not touch, and a row of a
-    single token has none. Two things differ. A span may be anywhere, where T5's rows all end with a span: short texts
-    of one span would lose their end in every epoch. And every sentinel is `mask_id`, where T5 has one for each span:
-    the n-th mask of the inputs stands for the tokens after the n-th mask of the targets. A special token within a span
-    splits it; if texts may contain `mask_id`, it must be among `special`.
+    As in T5, a row's length determines its number of noise tokens and of spans, spans do not touch, and a row of one
+    token has none. Two things differ. Spans may be anywhere, whereas T5's rows always end with a span, so short texts
+    would lose their end in every epoch. And all sentinels are `mask_id`, whereas T5 has one per span: the n-th mask of
+    the inputs stands for the tokens after the n-th mask of the targets. A special token within a span splits it. If
+    texts can contain `mask_id`, include it in `special`.
     """
     row, _ = _places(texts.offsets)
     content = np.flatnonzero(_content(texts.ids, special))
@@ -113,7 +113,7 @@ def mask_tokens(
     special: Collection[int],
     ratio: float = MASKING_RATIO,
 ) -> Masked:
-    """Predict each token with probability `ratio`: 8 of 10 are masked, 1 is kept, 1 becomes a random word."""
+    """Select each token with probability `ratio`; of these, 80% are masked, 10% kept and 10% replaced at random."""
     row, position = _places(texts.offsets)
     chosen = _content(texts.ids, special) & (_uniform(keys, seed, KEEP, row, position) < ratio)
     positions = np.flatnonzero(chosen)
@@ -130,8 +130,8 @@ def mask_tokens(
 def _noise(row: Array, rows: int, keys: Array, seed: int, density: float, mean_span: float) -> Array:
     """(C,) bool: whether each content token is noise.
 
-    In a row of n noise tokens and m others, s - 1 of the n - 1 places between noise tokens are drawn to split them into
-    s spans, and s of the m + 1 gaps around the others get one span each.
+    A row has n noise tokens and m others. Draw s - 1 of the n - 1 places between noise tokens to split them into s
+    spans, and s of the m + 1 gaps around the others to hold one span each.
     """
     length = np.bincount(row, minlength=rows)
     noise = np.clip(np.round(length * density).astype(np.int64), 1, np.maximum(length - 1, 0))
@@ -140,7 +140,7 @@ def _noise(row: Array, rows: int, keys: Array, seed: int, density: float, mean_s
 
     of, place = _places(_total_before(noise))
     lot = _uniform(keys, seed, SPAN, of, place)
-    lot[place == 0] = -1.0  # a row's first noise token always begins a span
+    lot[place == 0] = -1.0  # a row's first noise token always starts a span
     begins = _lowest(lot, of, place, spans)
     gap_of, gap = _places(_total_before(others + 1))
     taken = gap[_lowest(_uniform(keys, seed, GAP, gap_of, gap), gap_of, gap, spans)]
@@ -158,7 +158,7 @@ def _lowest(lot: Array, row: Array, place: Array, counts: Array) -> Array:
 
 
 def _places(offsets: Array) -> tuple[Array, Array]:
-    """(T,) each token's row, and its position in the row."""
+    """(T,) each: the tokens' rows, and their positions in the row."""
     row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     return row, np.arange(len(row)) - offsets[row]
 
@@ -172,20 +172,20 @@ def _chosen(texts: Tokens, keep: Array) -> Tokens:
 
 
 def _total_before(counts: Array) -> Array:
-    """(n + 1,) sums of the counts before each, and of all."""
+    """(n + 1,) cumulative sums, from 0 to the total."""
     return np.concatenate([[0], np.cumsum(counts)])
 
 
-def _uniform(keys: Array, seed: int, question: int, row: Array, position: Array) -> Array:
-    """(len(row),) numbers in [0, 1): a SplitMix64 sequence for each row (Steele et al. 2014, figure 17)."""
-    salt = _mix(_mix(np.array([seed % 2**64], dtype=np.uint64)) + np.uint64(question))
+def _uniform(keys: Array, seed: int, decision: int, row: Array, position: Array) -> Array:
+    """(len(row),) numbers in [0, 1), from one SplitMix64 sequence per row (Steele et al. 2014, figure 17)."""
+    salt = _mix(_mix(np.array([seed % 2**64], dtype=np.uint64)) + np.uint64(decision))
     state = _mix(keys.astype(np.uint64) ^ salt)
     bits = _mix(state[row] + (position.astype(np.uint64) + np.uint64(1)) * GOLDEN)
     return (bits >> np.uint64(11)) * 2.0**-53  # type: ignore[no-any-return]
 
 
 def _mix(bits: Array) -> Array:
-    """SplitMix64's finaliser: every output bit depends on every input bit. Arrays wrap around on purpose."""
+    """SplitMix64's finaliser: every output bit depends on every input bit. The overflow is intended."""
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))  # type: ignore[no-any-return]

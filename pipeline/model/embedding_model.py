@@ -1,9 +1,10 @@
-"""Token ids in, vectors out: a backbone's states, pooled and normalised.
+"""Token ids in, vectors out: a backbone, pooling and normalisation.
 
     model = EmbeddingModel(Encoder(shape), Head(pooling="mean"))
     vectors = model(pack([[5, 6, 7], [8]]))                      # (2, D) float32, unit length
 
-The backbone is an `Encoder` or a `PretrainedEncoder`. The head has no parameters: a model's weights are its backbone's.
+The backbone is an `Encoder` or a `PretrainedEncoder`. The head has no parameters, so a model's weights are its
+backbone's. Cost: that of the backbone.
 """
 
 # Shapes: T packed tokens, N sequences, D width.
@@ -21,11 +22,11 @@ from pipeline.model.folder import Card, Head, Pooling
 from pipeline.model.packing import Layout, Packed
 from pipeline.model.transformer import Encoder, EncoderShape
 
-RANDOM = (init.normal_, init.uniform_, init.kaiming_uniform_)  # what embeddings and linear layers begin with
+RANDOM = (init.normal_, init.uniform_, init.kaiming_uniform_)  # initialise embeddings and linear layers
 
 
 class EmbeddingModel(nn.Module):
-    """A backbone and the head on it."""
+    """A backbone with a pooling head."""
 
     def __init__(self, backbone: nn.Module, head: Head | None = None) -> None:
         super().__init__()
@@ -44,24 +45,24 @@ class EmbeddingModel(nn.Module):
         return self.backbone.hidden(batch, layout)  # type: ignore[operator, no-any-return]
 
     def forward(self, batch: Packed) -> Tensor:
-        """(N, D) in float32; a sequence without tokens gives the zero vector."""
+        """(N, D) in float32; an empty sequence gives the zero vector."""
         layout = Layout.of(batch)
         return self.pooled(self.hidden(batch, layout), layout)
 
     def pooled(self, states_TD: Tensor, layout: Layout) -> Tensor:
-        """(N, D): the vectors that the head makes of (T, D) states."""
+        """(N, D): pool (T, D) states, and normalise if the head says so."""
         exact = states_TD if states_TD.dtype == torch.float64 else states_TD.float()
         vectors = pool(exact, layout, self.head.pooling)
         return F.normalize(vectors, dim=-1) if self.head.normalize else vectors
 
 
 def pool(states_TD: Tensor, layout: Layout, pooling: Pooling) -> Tensor:
-    """(N, D): one row per sequence, zeros for a sequence without tokens."""
+    """(N, D): one row per sequence, zeros for an empty sequence."""
     lengths = layout.lengths
     if pooling in ("cls", "last"):
         end = lengths.cumsum(0)
         rows = (end - lengths if pooling == "cls" else end - 1).clamp(0, max(len(states_TD) - 1, 0))
-        # A batch without tokens gives zeros that still have a gradient graph, which distributed backward passes need.
+        # An empty batch gives zeros that keep a gradient graph, which distributed backward passes need.
         picked = states_TD[rows] if len(states_TD) else states_TD.sum(dim=0).expand(len(lengths), -1)
         return torch.where(lengths[:, None] > 0, picked, 0.0)
     total = lengths
@@ -73,9 +74,9 @@ def pool(states_TD: Tensor, layout: Layout, pooling: Pooling) -> Tensor:
 
 
 def unset_backbone(card: Card) -> nn.Module:
-    """The backbone that a card describes, before `load_state_dict(assign=True)`: its parameters have no values.
+    """The backbone that a card describes, without weights: call `load_state_dict(assign=True)`.
 
-    Raises ValueError for an architecture that we do not have.
+    Raises ValueError for an unknown architecture.
     """
     if card.architecture == "unified":
         with torch.device("meta"), _Unset():
@@ -84,11 +85,11 @@ def unset_backbone(card: Card) -> nn.Module:
         from pipeline.model.pretrained import PretrainedEncoder  # imports transformers, which takes seconds
 
         return PretrainedEncoder.from_description(card.shape)
-    raise ValueError(f"architecture {card.architecture!r} is not known; allowed are unified and pretrained")
+    raise ValueError(f"found architecture {card.architecture!r}; supported are unified and pretrained")
 
 
 class _Unset(TorchFunctionMode):
-    """Skips random initialisation: on the meta device torch would load its compiler for it, which takes two seconds."""
+    """Skips random initialisation, for which torch would load its compiler on the meta device, which takes 2 s."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return kwargs["tensor"] if func in RANDOM else func(*args, **(kwargs or {}))

@@ -1,12 +1,12 @@
-"""A model's folder: `model.safetensors`, `model.json` (what the model is) and `tokenizer.json`. No pickle.
+"""Saves and loads models: `model.safetensors`, `model.json` (architecture and head) and `tokenizer.json`. No pickle.
 
     save_model(folder, model, tokenizer_json, max_length=256)
     model, tokenizer = load_model(folder)
-    read_card(folder).head.prompt("query")          # without the weights
-    model_fingerprint(folder)                       # '9f0c…': names the vectors that this model gives
+    read_card(folder).head.prompt("query")          # does not read the weights
+    model_fingerprint(folder)                       # '9f0c…': identifies the vectors that this model gives
 
-A folder without model.json is read as a model of transformers or sentence-transformers (model/hf_io.py). Importing this
-module does not import torch; saving and loading weights does, and so does reading such a folder.
+A folder without model.json is read as a transformers or sentence-transformers model (model/hf_io.py). Cost: importing
+this module does not import torch; saving or loading weights does, and so does reading a folder without model.json.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ Pooling = Literal["mean", "cls", "last", "weighted"]
 class Head:
     """How token states become a vector.
 
-    mean: the mean of all states. cls: the first token's state. last: the last token's. weighted: a mean in which the
-    i-th token, counted from 1, has weight i (SGPT, section 3.1.2).
+    mean: the mean of all states. cls: the first token's state. last: the last token's state. weighted: a mean in which
+    the i-th token, counted from 1, has weight i (SGPT, section 3.1.2).
     """
 
     pooling: Pooling = "mean"
     normalize: bool = True
     dimensions: tuple[int, ...] = ()
-    """Sizes below D that vectors are trained to be cut to (Matryoshka), largest first."""
+    """Sizes below D that vectors can be truncated to (Matryoshka), largest first."""
     prompts: tuple[tuple[str, str], ...] = ()
-    """Pairs of a name, `query` or `document`, and the prompt that goes before such texts."""
+    """(name, prompt) pairs; name is `query` or `document`. The prompt is prepended to such texts."""
 
     def prompt(self, name: str) -> str:
         return dict(self.prompts).get(name, "")
@@ -49,13 +49,13 @@ class Head:
 
 @dataclass(frozen=True)
 class Card:
-    """The content of `model.json`: the backbone, the numbers that fix its parameters, and the head."""
+    """The content of `model.json`: the backbone's architecture and shape, and the head."""
 
     architecture: str  # unified or pretrained
-    shape: dict[str, Any]  # an EncoderShape's fields, or a config of transformers
+    shape: dict[str, Any]  # the fields of EncoderShape, or a transformers config
     head: Head
     width: int
-    max_length: int  # tokens; longer texts are cut
+    max_length: int  # in tokens; longer texts are truncated
 
 
 def save_model(folder: Path, model: EmbeddingModel, tokenizer_json: str, max_length: int) -> None:
@@ -68,7 +68,7 @@ def save_model(folder: Path, model: EmbeddingModel, tokenizer_json: str, max_len
 
 
 def save_card(folder: Path, model: EmbeddingModel, tokenizer_json: str, max_length: int) -> None:
-    """Write the two files besides the weights."""
+    """Write `model.json` and `tokenizer.json`."""
     backbone: Any = model.backbone
     card = Card(backbone.architecture, backbone.describe(), model.head, model.width, max_length)
     (folder / "model.json").write_text(json.dumps(asdict(card), indent=2, sort_keys=True))
@@ -76,7 +76,7 @@ def save_card(folder: Path, model: EmbeddingModel, tokenizer_json: str, max_leng
 
 
 def load_model(folder: Path) -> tuple[EmbeddingModel, Tokenizer]:
-    """The model in evaluation mode, and its tokenizer set to cut at `max_length`. Raises OSError or ValueError."""
+    """The model in evaluation mode, and its tokenizer, truncating at `max_length`. Raises OSError or ValueError."""
     if not is_ours(folder):
         from pipeline.model.hf_io import open_hf_folder
 
@@ -97,7 +97,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def read_card(folder: Path) -> Card:
-    """Raises OSError or ValueError where the folder holds no model that can be read."""
+    """Read `model.json`, or its equivalent. Raises OSError or ValueError if the folder holds no readable model."""
     if not is_ours(folder):
         from pipeline.model.hf_io import open_hf_folder
 
@@ -113,12 +113,12 @@ def read_card(folder: Path) -> Card:
 
 
 def is_table(card: Card) -> bool:
-    """Whether states are rows of a token table: no layers, and no learned positions."""
+    """Whether the model is only a token table: no layers, and no learned positions."""
     return card.architecture == "unified" and not card.shape["num_layers"] and card.shape["positions"] == "rotary"
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The model's tokenizer, set to cut at `max_length`. Raises OSError or ValueError."""
+    """The model's tokenizer, which truncates at `max_length`. Raises OSError or ValueError."""
     if not is_ours(folder):
         from pipeline.model.hf_io import open_hf_folder
 
@@ -130,7 +130,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def model_fingerprint(folder: Path) -> str:
-    """xxh3-128 of `model_files`: models with equal fingerprints give equal vectors."""
+    """xxh3-128 of `model_files`: equal fingerprints mean equal vectors."""
     digest = xxhash.xxh3_128()
     for name in model_files(folder):
         digest.update(name.encode())
@@ -139,7 +139,7 @@ def model_fingerprint(folder: Path) -> str:
 
 
 def model_files(folder: Path) -> Sequence[str]:
-    """The files that decide the vectors, relative to the folder."""
+    """The files that determine the vectors, relative to the folder."""
     if is_ours(folder):
         return FILES
     from pipeline.model.hf_io import hf_files

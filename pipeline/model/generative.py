@@ -1,6 +1,6 @@
 """Losses of a decoder and of a masked-token head over packed tokens.
 
-Losses are sums over this worker's tokens, with their number; the caller divides by the tokens of the global batch.
+Losses are sums over this worker's tokens, with a count; the caller divides by the token count of the global batch.
 
     inputs, labels = shift(pack([[7, 8], [9]]), start_id=2, end_id=3)
     # inputs: 2 7 8 | 2 9        labels: 7 8 3 | 9 3
@@ -8,8 +8,9 @@ Losses are sums over this worker's tokens, with their number; the caller divides
     states = decoder.hidden(inputs, memory)
     token_loss(states, decoder.output_table, labels)               # TokenLoss(sum, nll, count)
 
-The objectives differ in the text that the decoder writes, which is shifted, and in the memory that it sees:
+The objectives differ in the decoder's target text and in its memory:
 
+    objective          target                 memory
     seq2seq            the positive           Memory(states of the anchor)
     TSDAE              the clean text         Memory.of_vectors(vectors of texts with tokens deleted)
     span corruption    the masked spans       Memory(states of the text with spans masked)
@@ -17,7 +18,8 @@ The objectives differ in the text that the decoder writes, which is shifted, and
 
     masked_loss(head, states, token_table, positions, labels)      # MLM: no decoder
 
-`corruption` makes their inputs. Under FSDP call these inside the wrapped module's forward, where weights are whole.
+model/corruption.py creates the corrupted inputs. Under FSDP, call these inside the wrapped module's forward, where
+weights are gathered. Cost: logits of the whole vocabulary per token, computed twice if they need several chunks.
 """
 
 # Shapes: T packed tokens, N sequences, D width, V vocabulary, P masked positions.
@@ -33,12 +35,12 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.model.packing import Packed
 from pipeline.model.transformer import INIT_STD, RMSNorm
 
-CHUNK_LOGITS = 2**25  # logits held at once: 128 MB of float32, where 16,384 tokens of 32,000 words would be 2 GB
+CHUNK_LOGITS = 2**25  # logits in memory at once: 128 MB of float32; 16,384 tokens x 32,000 words would be 2 GB
 
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """Sums over tokens. `sum` is minimised; `nll`, without label smoothing or gradient, gives the perplexity."""
+    """Sums over tokens. `sum` is minimised; `nll` has no label smoothing or gradient, and gives the perplexity."""
 
     sum: Tensor
     nll: Tensor
@@ -46,11 +48,11 @@ class TokenLoss:
 
 
 def shift(target: Packed, start_id: int, end_id: int) -> tuple[Packed, Tensor]:
-    """Teacher forcing: the decoder's inputs, and the label of each of their tokens.
+    """Teacher forcing: the decoder's inputs, and the label of each input token.
 
-    A sequence becomes `start_id`, its tokens, `end_id`; the inputs are all but its last token, the labels all but its
-    first. A sequence that the tokenizer has already framed, [CLS] … [SEP], is not framed again: a first token equal to
-    `start_id` and a last one equal to `end_id` are kept. A single token that equals both counts as the start.
+    Each sequence is framed as `start_id`, its tokens, `end_id`; the inputs are all but the last token, the labels all
+    but the first. A sequence that the tokenizer already framed ([CLS] … [SEP]) is not framed again: a first token equal
+    to `start_id` and a last token equal to `end_id` are kept. A single token that equals both counts as the start.
     """
     lengths, filled = target.lengths, target.lengths > 0
     ids = F.pad(target.ids, (0, 1), value=-1)  # an empty last sequence indexes one past the end
@@ -73,8 +75,7 @@ def shift(target: Packed, start_id: int, end_id: int) -> tuple[Packed, Tensor]:
 def token_loss(states_TD: Tensor, table_VD: Tensor, labels_T: Tensor, *, label_smoothing: float = 0.0) -> TokenLoss:
     """Cross-entropy of the logits `states @ table.T`, smoothed as `F.cross_entropy` does, in chunks of tokens.
 
-    Only one chunk's logits are in memory; the backward pass computes them again. Exponentials are taken in float32 or
-    wider.
+    Only one chunk's logits are in memory; the backward pass recomputes them. Exponentials use at least float32.
     """
     rows = max(1, CHUNK_LOGITS // len(table_VD))
     totals = []
@@ -100,9 +101,9 @@ def _summed(states_TD: Tensor, table_VD: Tensor, labels_T: Tensor, label_smoothi
 
 
 class MaskedHead(nn.Module):
-    """Dense, GELU and norm between an encoder's states and the token table, as in BERT's code.
+    """Dense, GELU and norm between an encoder's states and the token table, as in BERT.
 
-    Unlike BERT's, it has no bias per token of the vocabulary, and the norm is `RMSNorm`.
+    Unlike BERT's head, it has no bias per vocabulary token, and the norm is `RMSNorm`.
     """
 
     def __init__(self, width: int, norm_eps: float = 1e-5) -> None:
@@ -119,5 +120,5 @@ class MaskedHead(nn.Module):
 def masked_loss(
     head: MaskedHead, states_TD: Tensor, table_VD: Tensor, positions_P: Tensor, labels_P: Tensor
 ) -> TokenLoss:
-    """The loss of predicting `labels_P` from the encoder's states at `positions_P`; other tokens are not scored."""
+    """The loss of predicting `labels_P` from the states at `positions_P`; other tokens do not count."""
     return token_loss(head(states_TD.index_select(0, positions_P)), table_VD, labels_P)

@@ -1,22 +1,22 @@
-"""Model folders of transformers and sentence-transformers: read them as they are, and export ours as one.
+"""Reads model folders of transformers and sentence-transformers, and exports our models as one.
 
     card, model, tokenizer = open_hf_folder(Path("all-MiniLM-L6-v2"))
     card.head                                              # Head(pooling='mean', normalize=True, …)
 
-    export_model(checkpoint, folder)                       # our encoder as EuroBERT, a pretrained one as it came
+    export_model(checkpoint, folder)                       # our encoder becomes EuroBERT; pretrained ones do not change
     SentenceTransformer(str(folder)).encode_query(["remove duplicate rows"])
     AutoModel.from_pretrained(folder)                      # the token states, before pooling
 
-    config.json model.safetensors tokenizer.json tokenizer_config.json         transformers: mean of states, unit length
-    modules.json config_sentence_transformers.json 1_Pooling/config.json       sentence-transformers: what these say
+    config.json model.safetensors tokenizer.json tokenizer_config.json         transformers: mean pooling, unit length
+    modules.json config_sentence_transformers.json 1_Pooling/config.json       sentence-transformers: as configured
     sentence_bert_config.json 2_Normalize/
 
-Vectors are those that sentence-transformers gives; modules that we do not have are refused. Only JSON and safetensors
-are read, and no code runs. Without weights it still takes seconds: transformers is imported.
+Vectors equal those of sentence-transformers; unsupported modules raise an error. Only JSON and safetensors are read,
+and no code from the folder runs. Cost: importing transformers takes seconds, even without weights.
 
-Exports are in the format that sentence-transformers has read since 2.2, as have other embedding servers; 6.2 writes
-other names for the same modules and reads these too. `export_model` loads the folder with transformers and compares the
-vectors before it returns, so the model is in memory twice.
+Exports use the format that sentence-transformers has read since 2.2, and other embedding servers read too; 6.2 writes
+other names for the same modules but still reads these. `export_model` loads the export with transformers and compares
+the vectors before it returns, so the model is in memory twice.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pipeline.model.packing import Layout, pack
 
 POOLINGS: dict[str, Pooling] = {"cls": "cls", "lasttoken": "last", "mean": "mean", "weightedmean": "weighted"}
 """sentence-transformers' `pooling_mode` → ours."""
-FLAGS = {  # of a 1_Pooling/config.json before sentence-transformers 6 → its `pooling_mode` since
+FLAGS = {  # flags in 1_Pooling/config.json before sentence-transformers 6 → `pooling_mode` since then
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_tokens": "mean",
@@ -46,8 +46,8 @@ FLAGS = {  # of a 1_Pooling/config.json before sentence-transformers 6 → its `
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-# NOTE: sentence-transformers documents these names for documents, in this order, but it takes a missing `document` for
-# an empty one (6.2), and so never uses the others.
+# NOTE: sentence-transformers documents these names, in this order, but it treats a missing `document` as an empty
+# prompt (6.2), so it never uses the other names.
 PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
 MODULES = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
 NAMED_TOKENS = {f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "UNK", "CLS", "SEP", "MASK")}
@@ -56,19 +56,19 @@ CHECKED_TEXTS, CHECKED_TOKENS = 32, 64
 MIN_COSINE = 0.9999
 
 
-class Parts(NamedTuple):
-    """Where the parts of a model are in its folder."""
+class FolderParts(NamedTuple):
+    """Paths of a model's parts in its folder."""
 
     encoder: Path  # the folder with config.json, weights and tokenizer
-    pooling: Path | None  # the folder of the Pooling module; None in a folder of transformers
+    pooling: Path | None  # the folder of the Pooling module; None in a transformers folder
     normalize: bool
 
 
 def open_hf_folder(folder: Path, *, weights: bool = True) -> tuple[Card, EmbeddingModel, Tokenizer]:
-    """The card, the model in evaluation mode, and its tokenizer set to cut at the card's `max_length`.
+    """The card, the model in evaluation mode, and its tokenizer, which truncates at the card's `max_length`.
 
-    Without `weights` the model is on the meta device. Raises OSError where a file is missing or cannot be read,
-    ValueError for a model or a module that we do not have; a folder is refused before its weights are read.
+    Without `weights`, the model is on the meta device. Raises OSError if a file is missing or unreadable, ValueError
+    for an unsupported model or module, before reading any weights.
     """
     from pipeline.model.pretrained import load_pretrained, shape_of
 
@@ -78,8 +78,8 @@ def open_hf_folder(folder: Path, *, weights: bool = True) -> tuple[Card, Embeddi
     rows, tokens = len(backbone.token_table.weight), tokenizer.get_vocab_size()
     if tokens > rows:
         raise ValueError(
-            f"{parts.encoder}: found {tokens:,} tokens in tokenizer.json, and {rows:,} rows in the token table; give a "
-            "model with its own tokenizer"
+            f"{parts.encoder}: found {tokens:,} tokens in tokenizer.json, but {rows:,} rows in the token table; give "
+            "the model its own tokenizer"
         )
     max_length = _max_length(parts.encoder, backbone.max_positions)
     side = _settings(parts.encoder / "tokenizer_config.json").get("truncation_side", "right")
@@ -89,7 +89,7 @@ def open_hf_folder(folder: Path, *, weights: bool = True) -> tuple[Card, Embeddi
 
 
 def hf_files(folder: Path) -> list[str]:
-    """The files that decide the vectors, relative to the folder, sorted. Raises as `open_hf_folder` does."""
+    """The files that determine the vectors, relative to the folder, sorted. Raises as `open_hf_folder` does."""
     parts = _parts(folder)
     candidates = [folder / "modules.json", folder / "config_sentence_transformers.json"]
     candidates += [parts.pooling / "config.json"] if parts.pooling else []
@@ -99,59 +99,59 @@ def hf_files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in candidates if path.is_file())
 
 
-def _parts(folder: Path) -> Parts:
+def _parts(folder: Path) -> FolderParts:
     path = folder / "modules.json"
     if not path.is_file():
         if not (folder / "config.json").is_file():
             raise OSError(
                 f"{folder}: found no model.json, modules.json or config.json; give the folder of a checkpoint, or of a "
-                "model of sentence-transformers or transformers"
+                "sentence-transformers or transformers model"
             )
-        return Parts(folder, None, normalize=True)
+        return FolderParts(folder, None, normalize=True)
     try:
         modules = [(str(module["type"]), folder / module["path"]) for module in _json(path)]
     except (TypeError, KeyError):
-        raise ValueError(f"{path}: found no list of modules with type and path; give a model saved whole") from None
-    # Only sentence-transformers' own classes are shortened to their last name: a folder's own code may use any name.
+        raise ValueError(f"{path}: found no list of modules with type and path; give a complete model") from None
+    # Shorten only sentence-transformers' own classes: custom code in a folder may use any name.
     names = [name.rpartition(".")[2] if name.startswith("sentence_transformers.") else name for name, _ in modules]
     if names not in MODULES:
         raise ValueError(
-            f"{path}: found {', '.join(names) or 'no module'}; allowed are Transformer and Pooling of "
-            "sentence-transformers, and Normalize after them"
+            f"{path}: found {', '.join(names) or 'no module'}; supported are Transformer and Pooling of "
+            "sentence-transformers, optionally followed by Normalize"
         )
-    return Parts(modules[0][1], modules[1][1], normalize=len(modules) == 3)
+    return FolderParts(modules[0][1], modules[1][1], normalize=len(modules) == 3)
 
 
-def _head(folder: Path, parts: Parts) -> Head:
+def _head(folder: Path, parts: FolderParts) -> Head:
     if parts.pooling is None:
         return Head()
     path = parts.pooling / "config.json"
     content, prompts = _settings(path), _prompts(folder / "config_sentence_transformers.json")
     if prompts and not content.get("include_prompt", True):
         raise ValueError(
-            f"{path}: found include_prompt false; allowed with prompts is true, because the tokens of a prompt are "
+            f"{path}: found include_prompt false; with prompts only true is supported, because a prompt's tokens are "
             "pooled with the text's"
         )
     modes = content.get("pooling_mode") or [mode for flag, mode in FLAGS.items() if content.get(flag)] or "mean"
     modes = [modes] if isinstance(modes, str) else modes
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise ValueError(
-            f"{path}: found pooling by {' and '.join(map(str, modes))}; allowed is one of {', '.join(POOLINGS)}"
+            f"{path}: found pooling by {' and '.join(map(str, modes))}; supported is one of {', '.join(POOLINGS)}"
         )
     return Head(POOLINGS[modes[0]], parts.normalize, prompts=prompts)
 
 
 def _prompts(path: Path) -> tuple[tuple[str, str], ...]:
-    """The prompts of queries and documents that are not empty."""
-    there = _settings(path).get("prompts") or {}
-    found = {ours: next((there[name] for name in names if there.get(name)), "") for ours, names in PROMPTS.items()}
+    """The non-empty prompts of queries and documents."""
+    given = _settings(path).get("prompts") or {}
+    found = {ours: next((given[name] for name in names if given.get(name)), "") for ours, names in PROMPTS.items()}
     return tuple((ours, prompt) for ours, prompt in found.items() if prompt)
 
 
 def _max_length(encoder: Path, positions: int) -> int:
-    """Tokens: sentence-transformers' own limit, else the tokenizer's, and at most the model's number of positions."""
-    own = [_settings(path).get("max_seq_length") for path in sorted(encoder.glob("sentence_*_config.json"))]
-    limits = [*own, _settings(encoder / "tokenizer_config.json").get("model_max_length"), positions]
+    """In tokens: sentence-transformers' limit, else the tokenizer's, but at most the model's number of positions."""
+    configured = [_settings(path).get("max_seq_length") for path in sorted(encoder.glob("sentence_*_config.json"))]
+    limits = [*configured, _settings(encoder / "tokenizer_config.json").get("model_max_length"), positions]
     return min(int(next(limit for limit in limits if limit)), positions)
 
 
@@ -162,7 +162,7 @@ def _tokenizer(encoder: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{path}: found no tokenizer ({error}); give a model saved whole") from None
+        raise ValueError(f"{path}: found no valid tokenizer ({error}); give a complete model") from None
     tokenizer.no_padding()
     if any(_settings(path).get("do_lower_case") for path in encoder.glob("sentence_*_config.json")):
         steps = [normalizers.Lowercase(), *([tokenizer.normalizer] if tokenizer.normalizer else [])]
@@ -171,7 +171,7 @@ def _tokenizer(encoder: Path) -> Tokenizer:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """A file's mapping; empty where there is no such file."""
+    """A JSON file's mapping; empty if the file does not exist."""
     content = _json(path) if path.is_file() else {}
     return content if isinstance(content, dict) else {}
 
@@ -180,14 +180,13 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: found no JSON ({error}); give a model saved whole") from None
+        raise ValueError(f"{path}: found no valid JSON ({error}); give a complete model") from None
 
 
 def export_model(checkpoint: Path, folder: Path) -> float:
-    """Write a model's files into a folder. Returns the smallest cosine between its vectors and the model's own.
+    """Export a model into a folder. Returns the smallest cosine between the export's vectors and the model's.
 
-    Raises ConfigError for a model that transformers has no architecture for, RuntimeError where the export gives other
-    vectors.
+    Raises ConfigError if transformers has no such architecture, RuntimeError if the vectors differ.
     """
     card, (model, tokenizer) = read_card(checkpoint), load_model(checkpoint)
     pad_id = pad_token_id(card, tokenizer)
@@ -201,11 +200,11 @@ def export_model(checkpoint: Path, folder: Path) -> float:
     _write(folder / "config.json", config)
     state = {name: tensor.contiguous() for name, tensor in exported.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    # NOTE: safetensors makes the file readable by its owner alone, and an export is for others.
+    # NOTE: safetensors makes the file readable only by its owner, but exports are for others.
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
     whole = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     whole.no_padding()
-    whole.no_truncation()  # tokenizer_config.json says where to cut
+    whole.no_truncation()  # tokenizer_config.json has the limit
     whole.save(str(folder / "tokenizer.json"))
     _write(folder / "tokenizer_config.json", _tokenizer_config(card, tokenizer, pad_id))
     _write_modules(card, folder, "add_pooling_layer" in signature(type(exported)).parameters)
@@ -213,12 +212,12 @@ def export_model(checkpoint: Path, folder: Path) -> float:
 
 
 def eurobert_config(card: Card, tokenizer: Tokenizer, pad_id: int) -> dict[str, Any]:
-    """Our encoder's shape in EuroBERT's terms. Raises ConfigError for learned positions, which it does not have."""
+    """Our encoder's shape as a EuroBERT config. Raises ConfigError for learned positions, which EuroBERT lacks."""
     from transformers import EuroBertConfig
 
     shape, mask_id = card.shape, tokenizer.token_to_id("[MASK]")
     if shape.get("positions", "rotary") != "rotary":
-        raise ConfigError(f"model.positions: found {shape['positions']}; export needs model.positions=rotary")
+        raise ConfigError(f"model.positions: found {shape['positions']}; exports need model.positions=rotary")
     config = EuroBertConfig(
         architectures=["EuroBertModel"],
         dtype="float32",
@@ -242,28 +241,28 @@ def eurobert_config(card: Card, tokenizer: Tokenizer, pad_id: int) -> dict[str, 
 
 
 def pad_token_id(card: Card, tokenizer: Tokenizer) -> int:
-    """A special token to pad with: the config's own, else one by name, else the first; any gives the same vectors.
+    """A special token to pad with: the config's, else one by name, else the first. All give the same vectors.
 
-    Raises ConfigError where the tokenizer has none: an ordinary word that became special would be split off in texts.
+    Raises ConfigError if the tokenizer has none: an ordinary word made special would be tokenized differently.
     """
     special = _special_tokens(tokenizer)
     if not special:
-        raise ConfigError("the tokenizer has no special token to pad with; export needs one, such as [PAD]")
+        raise ConfigError("found no special token to pad with; exports need a tokenizer that has one, such as [PAD]")
     own = [token_id for token_id in special.values() if token_id == card.shape.get("pad_token_id")]
     by_name = [special[name] for name in PAD_TOKENS if name in special]
     return [*own, *by_name, *special.values()][0]
 
 
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Special tokens and their ids, lowest first."""
+    """Special tokens and their ids, by ascending id."""
     added = sorted(tokenizer.get_added_tokens_decoder().items())
     return {token.content: token_id for token_id, token in added if token.special}
 
 
 def _tokenizer_config(card: Card, tokenizer: Tokenizer, pad_id: int) -> dict[str, Any]:
-    """Settings with which AutoTokenizer uses tokenizer.json as it is, cut at the model's length.
+    """Settings that make AutoTokenizer use tokenizer.json unchanged, truncating at the model's length.
 
-    NOTE: `PreTrainedTokenizerFast` reads tokenizer.json; classes named after models build parts of it anew.
+    NOTE: `PreTrainedTokenizerFast` reads tokenizer.json as it is; model-specific classes rebuild parts of it.
     """
     special = _special_tokens(tokenizer)
     return {
@@ -279,7 +278,7 @@ def _tokenizer_config(card: Card, tokenizer: Tokenizer, pad_id: int) -> dict[str
 
 
 def _write_modules(card: Card, folder: Path, has_pooler: bool) -> None:
-    """The files of sentence-transformers. `has_pooler`: the class adds an unused, random pooling layer by default."""
+    """Write sentence-transformers' files. `has_pooler`: the class adds an unused, random pooling layer by default."""
     head = card.head
     paths = {"Transformer": "", "Pooling": "1_Pooling", **({"Normalize": "2_Normalize"} if head.normalize else {})}
     modules = [
@@ -307,7 +306,7 @@ def _write(path: Path, content: Any) -> None:
 
 @torch.inference_mode()
 def _smallest_cosine(model: EmbeddingModel, tokenizer: Tokenizer, folder: Path) -> float:
-    """Between our vectors and those from the folder, over texts of random tokens. Raises RuntimeError."""
+    """The smallest cosine between our vectors and the export's, on random texts. Raises RuntimeError if too small."""
     from transformers import AutoModel, AutoTokenizer
 
     from pipeline.model.pretrained import quiet_transformers
@@ -316,7 +315,7 @@ def _smallest_cosine(model: EmbeddingModel, tokenizer: Tokenizer, folder: Path) 
     sequences = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     their_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if their_tokenizer(texts, truncation=True)["input_ids"] != sequences:
-        raise RuntimeError("the exported tokenizer gives other ids than the model's own; this is a fault of the export")
+        raise RuntimeError("the exported tokenizer gives different ids than the model's own; please report this bug")
     with quiet_transformers():
         theirs = AutoModel.from_pretrained(folder, local_files_only=True).eval()
     batch = their_tokenizer(texts, truncation=True, padding=True, return_tensors="pt")
@@ -325,13 +324,13 @@ def _smallest_cosine(model: EmbeddingModel, tokenizer: Tokenizer, folder: Path) 
     cosine = float(F.cosine_similarity(model(packed), model.pooled(states_TD, Layout.of(packed))).min())
     if not cosine >= MIN_COSINE:
         raise RuntimeError(
-            f"an exported vector is at cosine {cosine:.6f} to the model's own; this is a fault of the export"
+            f"found cosine {cosine:.6f} between an exported vector and the model's own; please report this bug"
         )
     return cosine
 
 
 def _random_texts(tokenizer: Tokenizer) -> list[str]:
-    """Texts of about 1 to CHECKED_TOKENS tokens, the same each time, without those that have no tokens."""
+    """Texts of about 1 to CHECKED_TOKENS random tokens, the same on every call, without empty ones."""
     chance = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, CHECKED_TOKENS, (CHECKED_TEXTS,), generator=chance).tolist()
     size = tokenizer.get_vocab_size()

@@ -1,11 +1,11 @@
-"""Linear layers that use oneDNN for matrix products on a CPU, forward and backward.
+"""Linear layers that compute matrix products with oneDNN on a CPU, forward and backward.
 
-    use_onednn(model)                     # in place, only where it is faster; parameters and their names stay the same
+    use_onednn(model)                     # in place, if it is faster on this CPU; parameters keep their names
 
-torch uses MKL for float32 products, and MKL uses AVX2 on processors that are not Intel's. oneDNN uses their AVX-512:
-200 GFLOP/s instead of 95 for 5,137 tokens x 384 x 1,536 on one core of an EPYC (Zen 5), which nearly halves the time of
-a fine-tuning step. On Intel's processors MKL is faster by a quarter. Both compute in float32; their results differ only
-in the order of sums, and each gives the same bits every time.
+torch uses MKL for float32 products, and MKL uses only AVX2 on processors that are not Intel's. oneDNN uses AVX-512: 200
+instead of 95 GFLOP/s for 5,137 tokens x 384 x 1,536 on one core of an EPYC (Zen 5), which nearly halves the time of a
+fine-tuning step. On Intel's processors MKL is faster by a quarter. Both compute in float32 and are deterministic; their
+results differ only in the order of summation.
 """
 
 # Shapes: T rows, I inputs, O outputs.
@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MIN_PRODUCTS = 1 << 23  # ours, measured: a call takes 50 us longer, which 8 million multiplications make up for
+MIN_PRODUCTS = 1 << 23  # ours, measured: a call costs 50 us more, which pays off from 8 million multiplications
 
 
 def use_onednn(module: nn.Module) -> None:
-    """Replace each `nn.Linear` inside the module by a `Linear`, where oneDNN can use AVX-512 and MKL does not."""
+    """Replace each `nn.Linear` in the module by a `Linear` if oneDNN can use AVX-512 and MKL does not."""
     if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and not is_intel():
         for parent in list(module.modules()):
             for name, child in list(parent.named_children()):
@@ -30,18 +30,18 @@ def use_onednn(module: nn.Module) -> None:
 
 
 def is_intel(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether Linux says that the processor is Intel's."""
+    """Whether Linux reports an Intel processor."""
     return cpuinfo.is_file() and "GenuineIntel" in cpuinfo.read_text()
 
 
 class Linear(nn.Linear):
-    """An `nn.Linear` with the parameters of another, through oneDNN for float32 on a CPU.
+    """An `nn.Linear` that reuses another's parameters, and uses oneDNN for float32 on a CPU.
 
-    Small products, other types and autocast use torch's own way.
+    Small products, other types and autocast use torch's default.
     """
 
     def __init__(self, replaced: nn.Linear) -> None:
-        nn.Module.__init__(self)  # without new random parameters
+        nn.Module.__init__(self)  # skips creating random parameters
         self.in_features, self.out_features = replaced.in_features, replaced.out_features
         self.weight = replaced.weight
         self.register_parameter("bias", replaced.bias)
@@ -69,7 +69,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        gradient = gradient.contiguous()  # oneDNN is slowest for an expanded one, as a sum's is
+        gradient = gradient.contiguous()  # oneDNN is slow for expanded gradients, such as a sum's
         x_TI, gradient_TO = x.flatten(0, -2), gradient.flatten(0, -2)
         return (
             _product(gradient, weight.t(), None) if of_x else None,
@@ -79,7 +79,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _weight_gradient(gradient_TO: Tensor, x_TI: Tensor) -> Tensor:
-    """(O, I). oneDNN copies the first factor of a product to be contiguous, so the smaller one goes first."""
+    """(O, I). oneDNN copies the first factor to make it contiguous, so the smaller one goes first."""
     if gradient_TO.shape[1] <= x_TI.shape[1]:
         return _product(gradient_TO.t(), x_TI.t(), None)
     return _product(x_TI.t(), gradient_TO.t(), None).t()
@@ -88,7 +88,7 @@ def _weight_gradient(gradient_TO: Tensor, x_TI: Tensor) -> Tensor:
 # NOTE: a custom operator, because torch.compile expects oneDNN's own operator to have constant weights.
 @torch.library.custom_op("pipeline::product", mutates_args=())
 def _product(a_TI: Tensor, b_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """(T, O): a times b transposed, plus the bias. torch has no public name for oneDNN's product of plain tensors."""
+    """(T, O): a @ b.T + bias. torch has no public name for oneDNN's product of plain tensors."""
     return torch.ops.mkldnn._linear_pointwise(a_TI, b_OI, bias_O, "none", [], "")  # type: ignore[no-any-return]
 
 

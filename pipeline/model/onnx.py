@@ -1,10 +1,11 @@
-"""A model as one ONNX graph: token ids in, pooled vectors out, for any number of texts of any length.
+"""Exports a model as one ONNX graph: token ids in, pooled vectors out, for any number and length of texts.
 
     export_onnx(folder, pooling="mean", normalize=True)          # after export_model; writes folder/model.onnx
     session = onnxruntime.InferenceSession("model.onnx")
     (vectors,) = session.run(None, {"input_ids": ids, "attention_mask": mask})     # (N, L) int64 → (N, D) float32
 
-The traced model is transformers' own padded one, with attention as plain matrix products, which every runtime knows.
+The traced model is transformers' padded one, with attention as plain matrix products, which every runtime supports.
+Cost: the model is in memory twice.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ from pipeline.model.folder import Pooling
 from pipeline.model.hf_io import MIN_COSINE
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-MAX_FILE_BYTES = 1 << 30  # half of what a protobuf may hold; the weights of larger models lie in model.onnx.data
+MAX_FILE_BYTES = 1 << 30  # half of protobuf's limit; weights of larger models go to model.onnx.data
 
 
 class PaddedEmbedder(nn.Module):
-    """The module that is traced: a model of transformers, pooled with a weight for each token, 0 for padding."""
+    """The module that is traced: a transformers model, pooled with one weight per token, 0 for padding."""
 
     def __init__(self, model: nn.Module, pooling: Pooling, normalize: bool) -> None:
         super().__init__()
         self.model, self.pooling, self.normalize = model, pooling, normalize
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(N, L) ids and mask → (N, D); zeros for a text without tokens."""
+        """(N, L) ids and mask → (N, D); zeros for an empty text."""
         states_NLD = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        place = attention_mask.cumsum(dim=1)  # 1 at the first token, the length at the last one and after it
+        place = attention_mask.cumsum(dim=1)  # 1 at the first token, the text's length from the last token on
         weights = {
             "mean": attention_mask,
             "cls": attention_mask * (place == 1),
@@ -50,19 +51,19 @@ class PaddedEmbedder(nn.Module):
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
 
-def check_packages(asked_by: str) -> None:
-    """Raise ConfigError where a package that ONNX needs is not installed; `asked_by` is the key or option to name."""
+def check_packages(option: str) -> None:
+    """Raise ConfigError, naming the config key or CLI `option`, if a package that ONNX needs is not installed."""
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"{asked_by}: found no package {', '.join(missing)}; pip install 'text-embedding-pipeline[onnx]' brings it"
+            f"{option}: found no package {', '.join(missing)}; run pip install 'text-embedding-pipeline[onnx]'"
         )
 
 
 def export_onnx(folder: Path, *, pooling: Pooling, normalize: bool) -> float:
     """Write `model.onnx` into an exported model's folder. Returns the smallest cosine between torch and onnxruntime.
 
-    Raises RuntimeError where it is below MIN_COSINE.
+    Raises RuntimeError if it is below MIN_COSINE.
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass  # type: ignore[import-not-found, import-untyped]
     from transformers import AutoModel
@@ -75,7 +76,7 @@ def export_onnx(folder: Path, *, pooling: Pooling, normalize: bool) -> float:
     path, size = folder / "model.onnx", sum(p.numel() * p.element_size() for p in model.parameters())
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     with warnings.catch_warnings(), _quiet_exporter():
-        warnings.simplefilter("ignore")  # about torch's own deprecations and names of axes
+        warnings.simplefilter("ignore")  # torch warns about its own deprecations and axis names
         program = torch.onnx.export(
             embedder,
             _example(model, rows=2, length=7),
@@ -86,19 +87,19 @@ def export_onnx(folder: Path, *, pooling: Pooling, normalize: bool) -> float:
             dynamic_shapes={"input_ids": axes, "attention_mask": axes},
         )
     assert program is not None
-    ClearMetadataAndDocStringPass()(program.model)  # metadata names files of this machine
+    ClearMetadataAndDocStringPass()(program.model)  # metadata contains paths of this machine
     program.save(path, external_data=size > MAX_FILE_BYTES)
     cosine = _check(embedder, path)
     if not cosine >= MIN_COSINE:
         raise RuntimeError(
-            f"a vector of model.onnx is at cosine {cosine:.6f} to the model's own; torch exported it wrongly"
+            f"found cosine {cosine:.6f} between a vector of model.onnx and the model's own; torch's export is wrong"
         )
     return cosine
 
 
 @torch.inference_mode()
 def _check(embedder: PaddedEmbedder, path: Path) -> float:
-    """The smallest cosine between torch and onnxruntime, on batches of other sizes than the traced one."""
+    """The smallest cosine between torch and onnxruntime, on batch sizes other than the traced one."""
     import onnxruntime  # type: ignore[import-not-found, import-untyped]
 
     session, cosines = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]), []
@@ -110,7 +111,7 @@ def _check(embedder: PaddedEmbedder, path: Path) -> float:
 
 
 def _example(model: Any, rows: int, length: int) -> tuple[Tensor, Tensor]:
-    """Random ids and mask, (rows, length) each, of texts of 1 to `length` tokens; the first has `length`."""
+    """Random ids and mask, (rows, length) each, for texts of 1 to `length` tokens; the first has `length`."""
     chance = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (rows, length), generator=chance)
     lengths = torch.randint(1, length + 1, (rows, 1), generator=chance)
@@ -120,7 +121,7 @@ def _example(model: Any, rows: int, length: int) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Without the exporter's warnings about missing packages for images."""
+    """Silence the exporter's warnings about missing image packages."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

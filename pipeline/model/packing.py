@@ -1,13 +1,13 @@
-"""Packed sequences: tokens of a batch end to end, without padding.
+"""Packed sequences: the tokens of a batch end to end, without padding.
 
-A batch of N sequences is one vector of T token ids and N+1 offsets; sequence i is `ids[offsets[i]:offsets[i + 1]]`.
-Linear layers and norms run on the T real tokens: three texts of 2, 5 and 1 tokens cost 8 rows in them, not 15.
+A batch of N sequences is a vector of T token ids and N + 1 offsets; sequence i is `ids[offsets[i]:offsets[i + 1]]`.
+Cost: linear layers and norms process only real tokens: texts of 2, 5 and 1 tokens are 8 rows instead of 15.
 
     >>> pack([[7, 8], [9], []])
     Packed(ids=tensor([7, 8, 9]), offsets=tensor([0, 2, 3, 3]))
 
-Only attention needs sequences side by side. It moves nothing if sequences of one length follow each other, so a
-backbone runs its layers on the batch in that order (`Layout.by_length`).
+Only attention treats sequences separately. It copies nothing if sequences of equal length are adjacent, so a backbone
+runs its layers on the batch in that order (`Layout.by_length`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Packed:
 
     @classmethod
     def of(cls, ids: np.ndarray, offsets: np.ndarray) -> Packed:
-        """From (T,) and (N + 1,) integers of any type; those of int64 are shared, not copied."""
+        """From (T,) and (N + 1,) integers of any type; int64 arrays are shared, not copied."""
         return cls(*(torch.from_numpy(np.asarray(each, np.int64)) for each in (ids, offsets)))
 
     def __len__(self) -> int:
@@ -61,14 +61,14 @@ def pack(sequences: Sequence[Sequence[int]]) -> Packed:
 
 
 def join(first: Packed, second: Packed) -> Packed:
-    """The sequences of both, one after the other."""
+    """The sequences of `first`, then those of `second`."""
     offsets = torch.cat([first.offsets, second.offsets[1:] + first.offsets[-1]])
     return Packed(torch.cat([first.ids, second.ids]), offsets)
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The position of each packed token. Computed lazily and kept, because a token table needs little of it."""
+    """Where each packed token belongs. Computed lazily and cached, because a token table rarely needs it."""
 
     offsets: Tensor  # (N + 1,)
     num_tokens: int  # T
@@ -85,23 +85,23 @@ class Layout:
 
     @cached_property
     def host_lengths(self) -> np.ndarray:
-        """`lengths` on the host; on a GPU, this waits for it."""
+        """`lengths` on the host; on a GPU this synchronises."""
         return self.lengths.cpu().numpy()
 
     @cached_property
     def longest(self) -> int:
-        """L, the longest sequence's tokens; 0 of an empty batch."""
+        """L, the length of the longest sequence; 0 for an empty batch."""
         return int(self.host_lengths.max(initial=0))
 
     @cached_property
     def sequence(self) -> Tensor:
-        """(T,) the number of each token's sequence."""
+        """(T,) the index of each token's sequence."""
         numbers = torch.arange(len(self.lengths), device=self.offsets.device)
         return torch.repeat_interleave(numbers, self.lengths, output_size=self.num_tokens)
 
     @cached_property
     def position(self) -> Tensor:
-        """(T,) each token's place in its sequence, from 0."""
+        """(T,) each token's position in its sequence, from 0."""
         return torch.arange(self.num_tokens, device=self.offsets.device) - self.offsets[self.sequence]
 
     @cached_property
@@ -111,7 +111,7 @@ class Layout:
 
     @cached_property
     def cells(self) -> Tensor:
-        """(T,) each token's row among the N x L rows of padded sequences."""
+        """(T,) each token's row among the N * L rows of padded sequences."""
         return self.sequence * self.longest + self.position
 
     def pad(self, x: Tensor) -> Tensor:
@@ -125,9 +125,9 @@ class Layout:
 
     @cached_property
     def by_length(self) -> tuple[Tensor, Layout] | None:
-        """(T,) rows that put shorter sequences first, and the layout of that order.
+        """(T,) row indices that sort sequences by length, and the sorted layout.
 
-        None if the batch already has that order, and on a GPU, whose attention takes any order.
+        None if the batch is already sorted, and on a GPU, where attention takes any order.
         """
         lengths = self.host_lengths
         if self.offsets.is_cuda or (np.diff(lengths) >= 0).all():
@@ -137,7 +137,7 @@ class Layout:
         return torch.from_numpy(_rows(lengths, order)), Layout(torch.from_numpy(offsets), self.num_tokens)
 
     def groups(self, keys: Layout) -> Groups:
-        """Sequences grouped for attention from these queries to `keys`, computed once per batch, not once per layer."""
+        """Sequences grouped for attention from these queries to `keys`. Cached, so layers share it."""
         if keys not in self._groups:
             self._groups[keys] = Groups.of(self.host_lengths, keys.host_lengths)
         return self._groups[keys]
@@ -145,12 +145,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Groups:
-    """Groups of sequences with the same numbers of queries and of keys."""
+    """Groups of sequences with equal numbers of queries and of keys."""
 
     shapes: list[tuple[int, int, int]]
-    """For each group: the number of sequences, queries per sequence, keys per sequence."""
+    """Per group: number of sequences, queries per sequence, keys per sequence."""
     query_rows: Tensor | None
-    """(T,) rows that put the sequences of a group next to each other; None if they are."""
+    """(T,) row indices that make the sequences of a group adjacent; None if they already are."""
     key_rows: Tensor | None
 
     @classmethod
@@ -170,12 +170,12 @@ def _rows(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
-    """`x[rows]` for distinct rows: the gradient is copied rather than added up, and so deterministic."""
+    """`x[rows]` for distinct rows. The gradient is copied instead of accumulated, so it is deterministic."""
     return _Take.apply(x, rows)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def put(x: Tensor, rows: Tensor, size: int) -> Tensor:
-    """`size` rows: those of `x` at the distinct `rows`, zeros elsewhere."""
+    """(size, ...): the rows of `x` at the distinct indices `rows`, zeros elsewhere."""
     return x.new_zeros(size, *x.shape[1:]).index_copy_(0, rows, x)
 
 

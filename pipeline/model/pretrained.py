@@ -1,11 +1,12 @@
-"""Encoders of transformers on packed tokens: the linear layers see the real tokens and nothing else.
+"""Runs transformers' encoders on packed tokens, without padding.
 
     backbone = load_pretrained("sentence-transformers/all-MiniLM-L6-v2")       # or a folder; safetensors only
     batch = pack([[101, 7592, 102], [101, 2088, 999, 102]])
     states = backbone.hidden(batch, Layout.of(batch))                          # (7, 384)
 
-transformers runs one row of T tokens with the positions that we pass, and calls our attention, which keeps sequences
-apart. The states equal those of padded sequences; tests check this for each family in FAMILIES.
+transformers runs one row of T tokens with the positions that we pass, and calls our attention, which separates the
+sequences. The states equal those of padded sequences; tests check this for each family in FAMILIES. Cost: importing
+transformers takes seconds.
 """
 
 # Shapes: T packed tokens, D width, H heads, J key-value heads, K head width.
@@ -28,7 +29,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from pipeline.model.attention import attend
+from pipeline.model.attention import AttentionOptions, attend
 from pipeline.model.linear import use_onednn
 from pipeline.model.packing import Layout, Packed, put
 
@@ -44,7 +45,14 @@ FAMILIES = (
     "roberta",
     "xlm-roberta",
 )
-POOLED = ("bert", "camembert", "gte", "nomic_bert", "roberta", "xlm-roberta")  # have a pooling layer that we leave out
+POOLED = (
+    "bert",
+    "camembert",
+    "gte",
+    "nomic_bert",
+    "roberta",
+    "xlm-roberta",
+)  # have a pooling layer that we skip
 OFFSET = ("camembert", "roberta", "xlm-roberta")  # count positions from the padding token's id + 1, as fairseq does
 DECODER_KEYS = ("is_decoder", "is_causal", "add_cross_attention")
 ATTENTION = "packed"  # our attention's name in transformers
@@ -60,25 +68,22 @@ def _attention(
     attention_mask: Tensor | None,
     *,
     layout: Layout,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **unused: Any,
+    **given: Any,
 ) -> tuple[Tensor, None]:
     """Called by transformers: (1, H, T, K) queries, (1, J, T, K) keys and values → (1, T, H, K)."""
     q_THK, k_TJK, v_TJK = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     # transformers' window includes the query's own position.
-    window = sliding_window - 1 if sliding_window else None
-    mixed = attend(q_THK, k_TJK, v_TJK, layout, layout, window=window, dropout=dropout, scale=scaling)
-    return mixed.unsqueeze(0), None
+    window = given["sliding_window"] - 1 if given.get("sliding_window") else None
+    options = AttentionOptions(window=window, dropout=given.get("dropout", 0.0), scale=given.get("scaling"))
+    return attend(q_THK, k_TJK, v_TJK, layout, layout, options).unsqueeze(0), None
 
 
-# NOTE: a name without a mask function makes transformers build no mask at all (masking_utils).
+# NOTE: transformers builds no mask for an attention name without a mask function (masking_utils).
 AttentionInterface.register(ATTENTION, _attention)
 
 
 class PretrainedEncoder(nn.Module):
-    """A backbone made of a transformers model: packed token ids in, a state for each out."""
+    """A transformers model as a backbone: packed token ids in, one state per token out."""
 
     architecture = "pretrained"
 
@@ -89,14 +94,14 @@ class PretrainedEncoder(nn.Module):
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> PretrainedEncoder:
-        """A model as `describe` describes it; `load_state_dict` gives its parameters values. Raises ValueError."""
+        """Build the model that `describe` described, without weights: call `load_state_dict`. Raises ValueError."""
         config = _config(description, "model.json")
-        # NOTE: not on the meta device: buffers outside the state dict, such as rotary frequencies, are computed here.
+        # NOTE: not on the meta device, because it computes buffers outside the state dict, such as rotary frequencies.
         with no_init_weights():
             return cls(AutoModel.from_config(config, **_options(config)))
 
     def describe(self) -> dict[str, Any]:
-        """The transformers config as JSON has it, without the version and the place that it was read with."""
+        """The transformers config as JSON, without its version and path."""
         described: dict[str, Any] = json.loads(self.model.config.to_json_string(use_diff=False))
         return {key: value for key, value in described.items() if key not in NOT_DESCRIBED}
 
@@ -118,7 +123,7 @@ class PretrainedEncoder(nn.Module):
 
     @property
     def max_positions(self) -> int:
-        """The longest text that the model has positions for, in tokens."""
+        """The longest sequence that the model has positions for, in tokens."""
         return int(self.model.config.max_position_embeddings) - self._first_position
 
     @property
@@ -127,13 +132,13 @@ class PretrainedEncoder(nn.Module):
         return int(config.pad_token_id) + 1 if config.model_type in OFFSET else 0
 
     def checkpoint_gradients(self) -> None:
-        """In training, keep only the input of each layer; its backward pass runs the layer again with equal dropout."""
+        """In training, store only each layer's input; the backward pass runs it again with the same dropout."""
         self.model.activation_checkpointing_enable({"use_reentrant": False})
 
     def hidden(self, batch: Packed, layout: Layout) -> Tensor:
         """The last layer's states, (T, D)."""
         if not layout.num_tokens:
-            # transformers takes no empty batch, and under fsdp every worker must run the layers.
+            # transformers rejects empty batches, but under FSDP every worker must run the layers.
             return self._states(*_one_token(batch.ids.device))[:0]
         if layout.by_length is None:
             return self._states(batch.ids, layout)
@@ -153,10 +158,9 @@ def _one_token(device: torch.device) -> tuple[Tensor, Layout]:
 
 
 def load_pretrained(name_or_dir: str | Path) -> PretrainedEncoder:
-    """A model of the Hugging Face hub, or of a folder, in float32 and evaluation mode.
+    """Load a model from the Hugging Face hub or a folder, in float32 and evaluation mode.
 
-    Raises OSError where there is no such model or it cannot be read, ValueError where it is not of FAMILIES, not an
-    encoder or not whole.
+    Raises OSError if it is missing or unreadable, ValueError if it is not of FAMILIES, not an encoder, or incomplete.
     """
     folder, config = _opened(name_or_dir)
     try:
@@ -172,12 +176,12 @@ def load_pretrained(name_or_dir: str | Path) -> PretrainedEncoder:
                 **_options(config),
             )
     except SafetensorError as error:
-        raise OSError(f"{name_or_dir}: its safetensors cannot be read ({error}); fetch them anew") from None
+        raise OSError(f"{name_or_dir}: cannot read its safetensors ({error}); download them again") from None
     unset = sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"])
     if unset:
         raise ValueError(
-            f"{name_or_dir}: its safetensors lack {len(unset)} weights of the {config.model_type} model of its "
-            f"config.json, or have them in other sizes, {unset[0]} for one; give a model that was saved whole"
+            f"{name_or_dir}: its safetensors lack {len(unset)} weights of the {config.model_type} model in its "
+            f"config.json, or have them in other sizes, such as {unset[0]}; give a complete model"
         )
     return PretrainedEncoder(model).eval()
 
@@ -190,61 +194,59 @@ def shape_of(name_or_dir: str | Path) -> PretrainedEncoder:
 
 
 def fetch(name_or_dir: str | Path) -> Path:
-    """The folder itself, or one with the config, tokenizer and safetensors of a model that was downloaded from the hub.
+    """Return the folder, or download a hub model's config, tokenizer and safetensors and return their folder.
 
-    Raises OSError where there is neither.
+    Raises OSError if neither exists.
     """
     name, folder = str(name_or_dir), Path(name_or_dir).expanduser()
     if folder.is_dir():
         return folder
     if not HUB_NAME.fullmatch(name):
-        raise OSError(f"{name}: there is no such folder, and models of the hub have names like owner/model")
+        raise OSError(f"{name}: no such folder, and hub models have names like owner/model")
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors"]))
     except (OSError, HTTPError) as error:
-        raise OSError(f"{name}: {_unfetched(error)}, or give the folder of a model") from None
+        raise OSError(f"{name}: {_unfetched(error)}, or give a model's folder") from None
 
 
 def _unfetched(error: Exception) -> str:
     if isinstance(error, GatedRepoError):
-        return "a gated model of the hub; accept its terms and set HF_TOKEN in the environment"
+        return "a gated hub model; accept its terms and set HF_TOKEN in the environment"
     if isinstance(error, RepositoryNotFoundError):
-        return "there is no such folder, and on the hub no such model without an HF_TOKEN; check the name"
+        return "no such folder, and no such model on the hub without HF_TOKEN; check the name"
     words = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
-    return f"there is no such folder, and the hub cannot be reached ({words}); use a machine that reaches it"
+    return f"no such folder, and the hub is unreachable ({words}); check the network"
 
 
 def _opened(name_or_dir: str | Path) -> tuple[Path, PretrainedConfig]:
-    """The folder and its config, once it is sure that there are safetensors."""
+    """The folder and its config. Raises if the folder has no safetensors."""
     folder = fetch(name_or_dir)
     try:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise OSError(f"{name_or_dir}: found no config.json in it; give the folder of a transformers model") from None
+        raise OSError(f"{name_or_dir}: found no config.json; give the folder of a transformers model") from None
     except ValueError as error:
-        raise ValueError(
-            f"{name_or_dir}: its config.json is not JSON ({error}); give a model that was saved whole"
-        ) from None
+        raise ValueError(f"{name_or_dir}: its config.json is not JSON ({error}); give a complete model") from None
     config = _config(described if isinstance(described, dict) else {}, name_or_dir)
     if not any(folder.glob("model*.safetensors")):
-        found = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "no weights at all"
+        found = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "no weights"
         raise OSError(
-            f"{name_or_dir}: found {found}, and no model.safetensors; other formats can run code when they are read, "
-            "so give a model that has safetensors, or convert it where you trust it"
+            f"{name_or_dir}: found {found}, but no model.safetensors; other formats can run code when loaded, so give "
+            "a model with safetensors, or convert it if you trust it"
         )
     return folder, config
 
 
 def _config(described: dict[str, Any], name: str | Path) -> PretrainedConfig:
-    """The config of a model that gives the same states packed and padded. Raises ValueError for any other."""
+    """The config of a model that can run on packed tokens. Raises ValueError for any other."""
     family = described.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(f"{name}: found model_type {family!r}; models that can be packed are {', '.join(FAMILIES)}")
+        raise ValueError(f"{name}: found model_type {family!r}; supported are {', '.join(FAMILIES)}")
     for key in DECODER_KEYS:
         if described.get(key):
-            raise ValueError(f"{name}: found {key} true; of the {family} models, encoders can be packed, no decoders")
+            raise ValueError(f"{name}: found {key} true; only encoders of the {family} family are supported")
     if str(described.get("position_embedding_type")).startswith("relative"):
-        raise ValueError(f"{name}: found relative positions, which transformers 5 no longer has; give another model")
+        raise ValueError(f"{name}: found relative positions, which transformers 5 does not support; give another model")
     try:
         return AutoConfig.for_model(**described)  # type: ignore[no-any-return]
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
@@ -253,13 +255,13 @@ def _config(described: dict[str, Any], name: str | Path) -> PretrainedConfig:
 
 
 def _options(config: PretrainedConfig) -> dict[str, Any]:
-    """Arguments that a model is made with, besides its config."""
+    """Keyword arguments for creating a model, in addition to its config."""
     return {"attn_implementation": ATTENTION} | ({"add_pooling_layer": False} if config.model_type in POOLED else {})
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without its progress bars and its lists of weights that we leave out on purpose, such as the pooling layer's."""
+    """Silence progress bars and warnings about weights that we skip on purpose, such as the pooling layer's."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

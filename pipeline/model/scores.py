@@ -1,4 +1,4 @@
-"""Scores that validation in training and evaluation share: similarity of sentence pairs, and generated texts.
+"""Scores shared by validation and evaluation: similarity of sentence pairs, and quality of generated texts.
 
 >>> read_sts(Path("sts_b/test.tsv"))                      # a TSV of score, sentence1, sentence2 under a header
 StsTask(name='test', first=[…], second=[…], scores=[…])
@@ -6,6 +6,8 @@ StsTask(name='test', first=[…], second=[…], scores=[…])
 0.5
 >>> generation_metrics(["the cat sat on the mat"], ["the cats sat on the mat"])
 {'bleu': 53.7285, 'rouge1': 1.0, 'rouge2': 1.0, 'rougeL': 1.0}
+
+Cost: importing rouge-score takes seconds, on the first call of `generation_metrics`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class StsTask:
-    """Pairs of sentences, and how similar people find them."""
+    """Sentence pairs with similarity scores from human raters."""
 
     name: str
     first: list[str]
@@ -39,12 +41,12 @@ def read_sts(path: StoragePath) -> StsTask:
 
     def scored(cells: list[str]) -> tuple[float, str, str]:
         if not math.isfinite(float(cells[0])):
-            raise ValueError(f"{cells[0]} is no score")
+            raise ValueError(f"{cells[0]} is not a finite score")
         return float(cells[0]), cells[1], cells[2]
 
     rows = read_tsv(path, ("score", "sentence1", "sentence2"), "evaluation.sts_file", scored)
     if len({score for score, _, _ in rows}) < 2:
-        raise ConfigError(f"evaluation.sts_file: {path} has fewer than two scores to tell apart; allowed are more")
+        raise ConfigError(f"evaluation.sts_file: {path} has fewer than two distinct scores; give a file with more")
     scores, first, second = (list(column) for column in zip(*rows, strict=True))
     return StsTask(path.stem, first, second, scores)
 
@@ -52,24 +54,24 @@ def read_sts(path: StoragePath) -> StsTask:
 def read_tsv(
     path: StoragePath, columns: Sequence[str], key: str, parse: Callable[[list[str]], Row], *, lenient: bool = False
 ) -> list[Row]:
-    """Rows of a TSV without quoting, whose header is `columns`. `parse` raises ValueError for a wrong row.
+    """Rows of a TSV without quoting, whose header is `columns`. `parse` raises ValueError for an invalid row.
 
-    `lenient` takes any header and skips blank lines. Raises ConfigError that names the config `key`, file and line.
+    `lenient`: accept any header and skip blank lines. Raises ConfigError, naming the config `key`, file and line.
     """
     names, found = ", ".join(columns), []
     try:
         with fetched(path).open(encoding="utf-8", newline="") as file:
             rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             if next(rows, None) != list(columns) and not lenient:
-                raise ValueError(f"a header of {names} is wanted")
+                raise ValueError(f"the header must be {names}")
             for cells in filter(None, rows) if lenient else rows:
                 if len(cells) != len(columns):
                     raise ValueError(f"{'not enough' if len(cells) < len(columns) else 'too many'} values")
                 found.append(parse(cells))
     except OSError as error:
-        raise ConfigError(f"{key}: {path}: {error.strerror}; allowed is a TSV of {names}") from None
+        raise ConfigError(f"{key}: {path}: {error.strerror}; give a TSV of {names}") from None
     except (ValueError, csv.Error) as error:
-        raise ConfigError(f"{key}: {path} line {rows.line_num}: {error}; allowed are rows of {names}") from None
+        raise ConfigError(f"{key}: {path} line {rows.line_num}: {error}; each row must have {names}") from None
     return found
 
 
@@ -96,11 +98,11 @@ def _correlation(of: Any, scores: list[float], cosines: list[float]) -> float:
 def generation_metrics(hypotheses: list[str], references: list[str]) -> dict[str, float]:
     """`bleu` of all texts, 0 to 100, and mean F1 of `rouge1`, `rouge2` and `rougeL`, 0 to 1.
 
-    BLEU is sacrebleu's at its defaults (Post 2018): cased, tokenizer 13a, and zero where no text has four words. ROUGE
-    is Google's rouge-score with Porter's stemmer: its words are runs of a-z and 0-9, so it suits English. Raises
-    ValueError where there are no texts, or not one reference for each.
+    BLEU is sacrebleu's with its defaults (Post 2018): cased, tokenizer 13a, and zero if no text has four words. ROUGE
+    is Google's rouge-score with Porter's stemmer; words are runs of a-z and 0-9, so it suits English. Raises ValueError
+    unless there are texts, with one reference each.
     """
-    # Imported here: rouge-score's nltk takes seconds, and few runs need scores.
+    # Imported here, because rouge-score's nltk takes seconds and few runs need it.
     from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
     from sacrebleu import corpus_bleu
 

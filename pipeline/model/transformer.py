@@ -1,6 +1,6 @@
 """The unified transformer's parts, and its encoder: rotary positions, RMSNorm, grouped-query attention, gated GELU.
 
-The architecture is transformers' EuroBERT (`hidden_act: gelu`), and weights have its names. The decoder uses the same
+The architecture and weight names are those of transformers' EuroBERT (`hidden_act: gelu`). The decoder uses the same
 parts (model/decoder.py).
 
     encoder = Encoder(EncoderShape(vocab_size=16000, d_model=256, num_layers=1, num_heads=4, d_ff=768))
@@ -8,8 +8,8 @@ parts (model/decoder.py).
     states = encoder.hidden(batch, Layout.of(batch))            # (4, 256)
     print(f"{parameter_count(encoder):,} parameters")           # 4,948,736 parameters
 
-Weights are initialised from N(0, 0.02), the last matrix of each residual branch from N(0, 0.02 / sqrt(branches)), so
-that states do not grow with depth (GPT-2, Radford et al. 2019, section 2.3).
+Weights are drawn from N(0, 0.02), the last matrix of each residual branch from N(0, 0.02 / sqrt(branches)), so that
+states do not grow with depth (GPT-2, Radford et al. 2019, section 2.3).
 
 Cost: 2 x parameters x tokens operations in the layers, and attention (model/attention.py).
 """
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.model.attention import attend, keep_from_compiler
+from pipeline.model.attention import AttentionOptions, attend, keep_from_compiler
 from pipeline.model.linear import use_onednn
 from pipeline.model.packing import Layout, Packed, put, take
 
@@ -40,7 +40,7 @@ Rotation = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class StackShape:
-    """The numbers that fix the parameters of a token table and the layers on it."""
+    """The shape of a token table and the layers on top of it."""
 
     vocab_size: int
     d_model: int
@@ -48,26 +48,22 @@ class StackShape:
     num_heads: int
     d_ff: int
     num_kv_heads: int | None = None
-    """Heads of keys and values, each shared by equally many query heads (Ainslie et al. 2023). None: `num_heads`."""
+    """Key-value heads; each serves num_heads / num_kv_heads query heads (Ainslie et al. 2023). None: `num_heads`."""
     dropout: float = 0.0
     positions: Literal["rotary", "learned"] = "rotary"
-    """Rotations of queries and keys (Su et al. 2021), or a learned table that is added to the token table's rows."""
+    """Rotate queries and keys (Su et al. 2021), or add rows of a learned table to the token embeddings."""
     max_positions: int | None = None
-    """The longest sequence in tokens, and the length of the table of learned positions. None: no limit."""
+    """The longest sequence in tokens, which is also the size of a learned position table. None: no limit."""
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
         if self.d_model % self.num_heads or (self.d_model // self.num_heads) % 2:
-            raise ValueError(
-                f"model.d_model={self.d_model} over model.num_heads={self.num_heads} must be a whole, even head width"
-            )
+            raise ValueError(f"model.d_model={self.d_model} / model.num_heads={self.num_heads} must be an even integer")
         if self.num_heads % self.kv_heads:
-            raise ValueError(
-                f"model.num_kv_heads={self.num_kv_heads} must divide model.num_heads={self.num_heads} without remainder"
-            )
+            raise ValueError(f"model.num_kv_heads={self.num_kv_heads} must divide model.num_heads={self.num_heads}")
         if self.positions == "learned" and self.max_positions is None:
-            raise ValueError("model.positions=learned needs model.max_positions, the length of its table in tokens")
+            raise ValueError("model.positions=learned needs model.max_positions, the longest sequence in tokens")
 
     @property
     def kv_heads(self) -> int:
@@ -86,16 +82,16 @@ class StackShape:
         return rotary(position_T, self.head_width, self.rope_theta) if self.positions == "rotary" else None
 
     def check_length(self, layout: Layout) -> None:
-        """Raise ValueError for a sequence that is too long; on a GPU an index outside the table would crash."""
+        """Raise ValueError if a sequence is too long; on a GPU, an index outside the table would crash."""
         if self.max_positions is not None and layout.longest > self.max_positions:
             raise ValueError(
-                f"a sequence has {layout.longest} tokens, more than the model's max_positions={self.max_positions}"
+                f"found a sequence of {layout.longest} tokens; the model's limit is max_positions={self.max_positions}"
             )
 
 
 @dataclass(frozen=True)
 class EncoderShape(StackShape):
-    """The numbers that fix an encoder's parameters, with the epsilon that suits token tables (see `RMSNorm`)."""
+    """An encoder's shape. The default epsilon suits token tables (see `RMSNorm`)."""
 
     norm_eps: float = 1.0
 
@@ -103,9 +99,8 @@ class EncoderShape(StackShape):
 class RMSNorm(nn.Module):
     """Divides each row by its root mean square. An `eps` far above the mean square keeps the rows' relative lengths.
 
-    NOTE: a token table learns a token's importance as the length of its row, as BM25 weighs tokens by inverse document
-    frequency. An ordinary `eps` removes that length before the mean is taken; `norm_eps=1` keeps it
-    (benchmarks/README.md).
+    NOTE: a token table learns a token's importance as the length of its row, much like BM25's inverse document
+    frequency. The usual `eps` removes that length before pooling; `norm_eps=1` keeps it (benchmarks/README.md).
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -118,7 +113,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary(position: Tensor, head_width: int, theta: float) -> Rotation:
-    """Cosines and sines (T, 1, K) of each token's rotation angles, halves repeated as in Llama."""
+    """Cosines and sines, (T, 1, K) each, of the tokens' rotation angles; both halves are equal, as in Llama."""
     exponent = torch.arange(0, head_width, 2, device=position.device, dtype=torch.float32) / head_width
     angle = position.float()[:, None] * theta**-exponent
     angle = torch.cat([angle, angle], dim=-1)[:, None, :]
@@ -134,9 +129,9 @@ def rotate(x_THK: Tensor, rotation: Rotation | None) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Attention in three steps: queries, keys and values, mixing. A decoder caches the second step's result.
+    """Attention in three steps: queries, keys and values, and `forward`. Decoders cache the keys and values.
 
-    `source_width` is the width of the states that keys and values are computed from, by default the model's own.
+    `source_width`: width of the states that keys and values are computed from, by default the model's.
     """
 
     def __init__(self, shape: StackShape, source_width: int | None = None) -> None:
@@ -159,7 +154,8 @@ class Attention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, causal: bool = False) -> Tensor:
         """(T, D)."""
-        mixed = attend(q, k, v, queries, keys, causal=causal, dropout=self.dropout if self.training else 0.0)
+        options = AttentionOptions(causal=causal, dropout=self.dropout if self.training else 0.0)
+        mixed = attend(q, k, v, queries, keys, options)
         return self.o_proj(mixed.flatten(1))
 
 
@@ -194,9 +190,9 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     """Packed token ids in, one state per token out.
 
-    `active_layers` is the number of layers that run. Training's warm-up sets it to 0 while the residual branches are
-    zero, which changes no result. `gradient_checkpointing` keeps only each layer's input for the backward pass, which
-    runs the layer again: a third more computation for a fraction of the memory (Chen et al. 2016).
+    `active_layers`: the number of layers that run. Training's warm-up sets it to 0 while the residual branches are
+    zero, which does not change the output. `gradient_checkpointing`: store only each layer's input and run the layer
+    again in the backward pass: a third more computation for a fraction of the memory (Chen et al. 2016).
     """
 
     architecture = "unified"
@@ -226,9 +222,9 @@ class Encoder(nn.Module):
         return asdict(self.shape)
 
     def zero_residual_branches(self) -> None:
-        """Make every layer add zero at first: an encoder of any depth then equals its token table.
+        """Make every layer add zero, so that the encoder equals its token table.
 
-        Training can so warm up the table alone, many times faster, before it activates the layers (`active_layers`).
+        Training can then warm up the table alone, many times faster, before it activates the layers (`active_layers`).
         """
         for module in self.modules():
             if isinstance(module, Attention):
@@ -257,7 +253,7 @@ class Encoder(nn.Module):
 
 
 def run_layers(layers: Iterable[nn.Module], checkpointing: bool, x_TD: Tensor, *inputs: Any) -> Tensor:
-    """(T, D) after all layers, each called with the same `inputs`; checkpointing replays dropout exactly."""
+    """(T, D) after all layers, each called with the same `inputs`. Checkpointing repeats the same dropout."""
     for layer in layers:
         if checkpointing and torch.is_grad_enabled():
             x_TD = checkpoint(layer, x_TD, *inputs, use_reentrant=False)
@@ -274,10 +270,10 @@ class Layered(Protocol):
 
 
 def compile_layers(stack: Layered, backend: str = "inductor") -> None:
-    """Compile each layer in place, for batches of any size; all layers of a kind share the code.
+    """Compile each layer in place, for batches of any size; layers of the same kind share the code.
 
-    The first batch of training and the first of evaluation compile, in a minute or so. Attention is not compiled, and
-    parameters keep their names. `backend` is torch.compile's; "inductor" needs a C++ compiler, or Triton on a GPU.
+    The first batches of training and of evaluation take about a minute longer. Attention is not compiled, and
+    parameter names do not change. `backend` is torch.compile's; "inductor" needs a C++ compiler, or Triton on a GPU.
     """
     keep_from_compiler()
     for layer in stack.layers:
@@ -294,13 +290,14 @@ def initialise(layer: nn.Module, branch_ends: Iterable[nn.Linear], branches: int
 
 
 def gated_width(d_model: int) -> int:
-    """8/3 of the width, rounded up to a multiple of 64 for matrix units.
+    """8/3 of `d_model`, rounded up to a multiple of 64 for matrix units.
 
-    A gated feed-forward of this width has as many parameters as an ungated one of 4 widths (Shazeer 2020, section 3).
+    A gated feed-forward of this width has as many parameters as an ungated one of width 4 x d_model (Shazeer 2020,
+    section 3).
     """
     return -(-8 * d_model // (3 * 64)) * 64
 
 
 def parameter_count(module: nn.Module) -> int:
-    """The number of parameters; a table that two parts share counts once."""
+    """The number of parameters; shared tables count once."""
     return sum(parameter.numel() for parameter in module.parameters())

@@ -1,14 +1,16 @@
 """The unified transformer: encoder and decoder in one module.
 
-model = build_unified_transformer(32_000, 32_000, src_seq_len=512, tgt_seq_len=128, d_model=512)
-logits = model(pack([[5, 6, 7], [8]]), pack([[2, 9], [2, 4, 4]]))        # (5, 32000)
-model.eval().generate(pack([[5, 6, 7], [8]]), start_id=2, end_id=3)      # [[9, 17], [4, 4]]
+    model = build_unified_transformer(32_000, 32_000, src_seq_len=512, tgt_seq_len=128, d_model=512)
+    logits = model(pack([[5, 6, 7], [8]]), pack([[2, 9], [2, 4, 4]]))        # (5, 32000)
+    model.eval().generate(pack([[5, 6, 7], [8]]), start_id=2, end_id=3)      # [[9, 17], [4, 4]]
+
+Cost: that of the encoder for source tokens, and of the decoder for target tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +21,14 @@ from pipeline.model.transformer import Encoder, EncoderShape, gated_width
 
 
 class UnifiedTransformer(nn.Module):
-    """An encoder of sources and a decoder of targets. `max_new_tokens` is the default of `generate`."""
+    """Encodes sources and decodes targets. `max_new_tokens` is the default for `generate`."""
 
     def __init__(self, encoder: Encoder, decoder: Decoder, max_new_tokens: int) -> None:
         super().__init__()
         self.encoder, self.decoder, self.max_new_tokens = encoder, decoder, max_new_tokens
 
     def forward(self, source: Packed, target_inputs: Packed) -> Tensor:
-        """(T, V) logits for the T tokens of `target_inputs`, whose sequence i attends to the source's sequence i."""
+        """(T, V) logits for the T tokens of `target_inputs`; target sequence i attends to source sequence i."""
         return self.decoder.logits(self.decoder.hidden(target_inputs, self.memory(source)))
 
     def memory(self, source: Packed) -> Memory:
@@ -37,62 +39,65 @@ class UnifiedTransformer(nn.Module):
     def generate(
         self, source: Packed, start_id: int, end_id: int, max_new_tokens: int | None = None
     ) -> list[list[int]]:
-        """Greedy: see `Decoder.generate`."""
+        """Greedy decoding; see `Decoder.generate`."""
         return self.decoder.generate(self.memory(source), start_id, end_id, max_new_tokens or self.max_new_tokens)
 
 
-def build_unified_transformer(
-    src_vocab_size: int,
-    tgt_vocab_size: int,
-    src_seq_len: int,
-    tgt_seq_len: int,
-    d_model: int = 512,
-    num_layers: int = 6,
-    num_heads: int = 8,
-    d_ff: int | None = None,
-    dropout: float = 0.1,
-    *,
-    num_kv_heads: int | None = None,
-    decoder_layers: int | None = None,
-    positions: Literal["rotary", "learned"] = "rotary",
-    norm_eps: float = 1e-5,
-    tie_embeddings: bool = False,
-    gradient_checkpointing: bool = False,
-) -> UnifiedTransformer:
-    """A randomly initialised transformer; the defaults are the base model's of Vaswani et al. 2017, table 3.
+@dataclass(frozen=True)
+class TransformerOptions:
+    """Sizes and switches; the defaults are the base model's of Vaswani et al. 2017, table 3."""
 
-    `src_seq_len` and `tgt_seq_len`: longest sequences in tokens, special tokens included; longer ones raise ValueError.
-    `d_ff`: by default `gated_width`. `decoder_layers`: by default as many as the encoder's. `tie_embeddings`: one table
-    instead of three for source tokens, target tokens and logits (Vaswani et al., section 3.4). Raises ValueError where
-    the vocabularies then differ, or the numbers do not divide.
+    d_model: int = 512
+    num_layers: int = 6
+    num_heads: int = 8
+    d_ff: int | None = None
+    """None: `gated_width`."""
+    dropout: float = 0.1
+    num_kv_heads: int | None = None
+    decoder_layers: int | None = None
+    """None: as many as the encoder's."""
+    positions: Literal["rotary", "learned"] = "rotary"
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    """Share one table for source tokens, target tokens and logits (Vaswani et al., section 3.4)."""
+    gradient_checkpointing: bool = False
+
+
+def build_unified_transformer(
+    src_vocab_size: int, tgt_vocab_size: int, src_seq_len: int, tgt_seq_len: int, **options: Any
+) -> UnifiedTransformer:
+    """A randomly initialised transformer. `options` are the fields of `TransformerOptions`.
+
+    `src_seq_len` and `tgt_seq_len`: longest sequences in tokens, including special tokens; longer ones raise
+    ValueError. Raises ValueError if tied vocabularies differ or sizes do not divide, TypeError for unknown options.
     """
-    if tie_embeddings and src_vocab_size != tgt_vocab_size:
+    chosen = TransformerOptions(**options)
+    if chosen.tie_embeddings and src_vocab_size != tgt_vocab_size:
         raise ValueError(
             f"tie_embeddings needs one vocabulary; found src_vocab_size={src_vocab_size} and "
             f"tgt_vocab_size={tgt_vocab_size}"
         )
     encoder_shape = EncoderShape(
         src_vocab_size,
-        d_model,
-        num_layers,
-        num_heads,
-        d_ff or gated_width(d_model),
-        num_kv_heads=num_kv_heads,
-        dropout=dropout,
-        positions=positions,
+        chosen.d_model,
+        chosen.num_layers,
+        chosen.num_heads,
+        chosen.d_ff or gated_width(chosen.d_model),
+        num_kv_heads=chosen.num_kv_heads,
+        dropout=chosen.dropout,
+        positions=chosen.positions,
         max_positions=src_seq_len,
-        norm_eps=norm_eps,
+        norm_eps=chosen.norm_eps,
     )
-    of_target = {
+    of_decoder = {
         "vocab_size": tgt_vocab_size,
-        "num_layers": num_layers if decoder_layers is None else decoder_layers,
+        "num_layers": chosen.num_layers if chosen.decoder_layers is None else chosen.decoder_layers,
         "max_positions": tgt_seq_len,
-        "memory_width": d_model,
-        "tie_head": tie_embeddings,
+        "memory_width": chosen.d_model,
+        "tie_head": chosen.tie_embeddings,
     }
     encoder = Encoder(encoder_shape)
-    decoder = Decoder(
-        DecoderShape(**asdict(encoder_shape) | of_target), tie_to=encoder.token_table if tie_embeddings else None
-    )
-    encoder.gradient_checkpointing = decoder.gradient_checkpointing = gradient_checkpointing
+    shared_table = encoder.token_table if chosen.tie_embeddings else None
+    decoder = Decoder(DecoderShape(**asdict(encoder_shape) | of_decoder), tie_to=shared_table)
+    encoder.gradient_checkpointing = decoder.gradient_checkpointing = chosen.gradient_checkpointing
     return UnifiedTransformer(encoder, decoder, tgt_seq_len)

@@ -24,7 +24,7 @@ from pipeline.core.path import StoragePath, as_path
 from pipeline.data.feed import LocalFeed, training_plan, validation_rows
 from pipeline.data.filtering import normaliser
 from pipeline.data.manifest import Manifest
-from pipeline.data.plan import Plan
+from pipeline.data.plan import BatchPlan
 from pipeline.data.tokenizer import framing
 from pipeline.model.batch import Special
 from pipeline.model.decoder import Decoder, DecoderShape
@@ -56,7 +56,7 @@ class RunSpec:
     config: Config
     folder: StoragePath
     manifest: Manifest
-    plan: Plan
+    plan: BatchPlan
     total_steps: int
     holder: str
     """The holder of the lock on the run's folder; see `Committer`."""

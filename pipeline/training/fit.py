@@ -25,7 +25,7 @@ from pipeline.core.session import Progress
 from pipeline.core.signals import signals
 from pipeline.data.drift import has_moved
 from pipeline.data.manifest import Manifest
-from pipeline.data.plan import Plan
+from pipeline.data.plan import BatchPlan
 from pipeline.training.checkpoints import ResumePoint, TrainState, next_attempt, prune, resume_point
 from pipeline.training.history import Metrics, final_table, plot_history, read_rows
 from pipeline.training.run_folder import claim_run_folder, refuse_other_run, refuse_unfinished
@@ -214,7 +214,7 @@ def _summarise(config: Config) -> None:
         log.warning("train: cannot plot the history: %s", error)
 
 
-def _checked_workers(config: Config, plan: Plan, concurrent_runs: int) -> Workers:
+def _checked_workers(config: Config, plan: BatchPlan, concurrent_runs: int) -> Workers:
     """The run's workers. Raises ConfigError, with what would fit, if they do not fit the cluster."""
     cluster = connected_cluster()
     workers = size_workers(config, cluster, concurrent_runs)

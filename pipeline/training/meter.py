@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.training import Training
-from pipeline.model.batch import Batch, Part, Task
+from pipeline.model.batch import Batch, GenerativeTask, Part
 from pipeline.model.decoder import Decoder
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.learner import Learner
@@ -176,7 +176,7 @@ def step_flops(learner: Learner, parts: Iterable[Part]) -> float:
     return flops
 
 
-def _task_flops(learner: Learner, task: Task) -> float:
+def _task_flops(learner: Learner, task: GenerativeTask) -> float:
     read = 0.0 if task.source is None else forward_backward_flops(learner, task.source.lengths)
     if task.inputs is None:
         assert learner.masked_head is not None
@@ -188,7 +188,7 @@ def _task_flops(learner: Learner, task: Task) -> float:
     return read + written + scored + _memory_flops(learner.decoder, task)
 
 
-def _memory_flops(decoder: Decoder, task: Task) -> float:
+def _memory_flops(decoder: Decoder, task: GenerativeTask) -> float:
     """Operations of a decoder's cross-attention to the source's states, or to one vector per text."""
     if task.source is None or task.inputs is None:
         return 0.0

@@ -61,7 +61,7 @@ def refuse_other_run(config: Config, manifest: Manifest) -> None:
         return
     differing = _other_keys(config, config.checkpointing.accept_changes)
     if has_moved(config, manifest):
-        differing.append(_other_data(then.other_settings(config)))
+        differing.append(_other_data(then.changed_settings(config)))
     if differing:
         _refuse(config, differing)
 
@@ -75,7 +75,7 @@ def refuse_unfinished(config: Config, manifest: Manifest, state: TrainState, mod
     then = TrainedOn.read(config)
     assert then
     differing = [] if model else _other_keys(config)
-    settings = then.other_settings(config)
+    settings = then.changed_settings(config)
     if manifest.files["tokenizer.json"]["xxh3"] != digest_of(config.run_dir / "tokenizer.json", xxhash.xxh3_128()):
         settings = settings or ["tokenizer.load_path (another tokenizer under the same name)"]
     if differing or settings:

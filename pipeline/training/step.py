@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from pipeline.model.batch import Batch, Part
-from pipeline.model.contrastive import GlobalBatch, Rows
+from pipeline.model.contrastive import GlobalBatch, PairVectors
 from pipeline.model.generative import TokenLoss
 from pipeline.model.learner import Learner
 from pipeline.training.collectives import all_gather, gather_rows, rank
@@ -170,13 +170,13 @@ class _GradCache:
             return self.learner(self.parts[i])  # type: ignore[no-any-return]
 
 
-def _gather_batch(rows: Rows, counts: list[int]) -> GlobalBatch:
+def _gather_batch(rows: PairVectors, counts: list[int]) -> GlobalBatch:
     """The rows of all workers, differentiable; `counts` has each worker's number of rows."""
     keys = gather_rows(rows.keys, counts)
     anchors, positives, negatives = (
         gather_rows(each, counts) for each in (rows.anchors, rows.positives, rows.negatives)
     )
-    return GlobalBatch(Rows(anchors, positives, negatives, keys), sum(counts[: rank()]), len(counts))
+    return GlobalBatch(PairVectors(anchors, positives, negatives, keys), sum(counts[: rank()]), len(counts))
 
 
 def _as_many_as_others(parts: Sequence[Part]) -> list[Part]:

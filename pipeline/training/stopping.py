@@ -20,14 +20,14 @@ from collections.abc import Mapping
 
 from pipeline.config import Config, ConfigError
 from pipeline.config.training import Training
-from pipeline.data.plan import Plan
+from pipeline.data.plan import BatchPlan
 from pipeline.training.checkpoints import TrainState
 
 DEFAULT_EPOCHS = 3
 LOWER_IS_BETTER = ("loss", "nll", "perplexity")
 
 
-def steps_of(config: Config, plan: Plan) -> int:
+def steps_of(config: Config, plan: BatchPlan) -> int:
     """Optimizer steps of the run: `max_steps` or `max_epochs`, whichever comes first."""
     steps, epochs = config.training.max_steps, config.training.max_epochs
     if epochs is None:
