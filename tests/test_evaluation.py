@@ -113,10 +113,10 @@ def test_beir(tmp_path: Path) -> None:
     ("parts", "sentence"),
     [
         (("{", QUERIES, QRELS), "corpus.jsonl line 1"),
-        ((CORPUS, '{"_id": 1, "text": "x"}', QRELS), "queries.jsonl line 1: text fields _id and text"),
+        ((CORPUS, '{"_id": 1, "text": "x"}', QRELS), "queries.jsonl line 1: allowed is a JSON object"),
         ((CORPUS, QUERIES, "h\nq 1 1\n"), "test.tsv line 2"),
         ((CORPUS, QUERIES, "h\n"), "no query with a relevant document"),
-        ((CORPUS + CORPUS, QUERIES, QRELS), "documents [12] and [34] have one _id"),
+        ((CORPUS + CORPUS, QUERIES, QRELS), "documents [12] and [34] have the same _id"),
         (('{"_id": "\\ud800", "text": "x"}', QUERIES, QRELS), "corpus.jsonl line 1: .*surrogates"),
     ],
 )
