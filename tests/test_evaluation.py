@@ -34,7 +34,7 @@ from pipeline.evaluation.tasks import (
     read_classification,
     read_labels,
 )
-from pipeline.index.vectors import Found, as_column
+from pipeline.index.vectors import TopK, as_column
 from pipeline.model.scores import StsTask
 from tests.conftest import make_pairs, no_progress, progress
 
@@ -283,7 +283,7 @@ def test_partial_results_are_merged_in_tasks_as_a_tree(monkeypatch: pytest.Monke
 
     for_driver: list[int] = []
 
-    def merged_rows(partial: Any, queries: int) -> dict[int, Found]:
+    def merged_rows(partial: Any, queries: int) -> dict[int, TopK]:
         blocks = list(partial)
         for_driver.append(sum(map(len, blocks)))
         return in_tasks(blocks, queries)

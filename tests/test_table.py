@@ -168,7 +168,7 @@ def test_random_work_against_a_dict(table: VectorTable, monkeypatch: pytest.Monk
 
 
 def test_nothing_in_it(table: VectorTable) -> None:
-    with pytest.raises(StoreError, match=r"found no table .*t\.lance; python jobs/embed.py makes it"):
+    with pytest.raises(StoreError, match=r"found no table .*t\.lance; run python jobs/embed.py first"):
         table.open()
     fill(table, [])
     assert TableSearch(table).query(np.ones(WIDTH), 3) == []
@@ -233,7 +233,7 @@ def test_a_writer_that_was_paused_while_another_wrote_cannot_commit(table: Vecto
     finally:
         process.kill()
     assert process.returncode == 1
-    assert "StoreError: another job has begun to write to " in errors
+    assert "StoreError: another job has started to write to " in errors
     assert sorted(held(table)) == [f"new-{n}" for n in range(5)]
 
 

@@ -20,7 +20,7 @@ import pytrec_eval
 
 from pipeline.evaluation.tasks import Qrels
 from pipeline.index.search import reciprocal_ranks
-from pipeline.index.vectors import Floats, Found, nearest, unit
+from pipeline.index.vectors import Floats, TopK, nearest, unit
 from pipeline.index.words import word_settings, words
 
 Ranking = dict[str, dict[str, float]]
@@ -50,7 +50,7 @@ def _best(scores: dict[str, float], k: int) -> list[tuple[str, float]]:
     return sorted(scores.items(), key=lambda item: (item[1], item[0]), reverse=True)[:k]
 
 
-def to_ranking(query_ids: Sequence[str], found: Found) -> Ranking:
+def to_ranking(query_ids: Sequence[str], found: TopK) -> Ranking:
     """Convert results, whose document ids are UTF-8 bytes, to a ranking."""
     return {
         query: {name.decode(): score for name, score in zip(ids, scores, strict=True)}

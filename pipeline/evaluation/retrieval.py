@@ -23,7 +23,7 @@ from pipeline.core.session import Progress
 from pipeline.evaluation.metrics import DEPTH
 from pipeline.evaluation.tasks import BLOCK_ROWS, Corpus, RetrievalTask
 from pipeline.index.encoder import EncoderRecipe
-from pipeline.index.vectors import Floats, Found, as_matrix, merged, nearest_in_block, unit
+from pipeline.index.vectors import Floats, TopK, as_matrix, merged, nearest_in_block, unit
 
 if TYPE_CHECKING:
     from pipeline.index.encoder import TextEncoder
@@ -65,7 +65,7 @@ class TextVectors:
 
 def nearest_documents(
     task: RetrievalTask, queries: Floats, sizes: Sequence[int], recipe: EncoderRecipe, progress: Progress
-) -> dict[int, Found]:
+) -> dict[int, TopK]:
     """Size → top DEPTH documents of each of (Q, D) queries, with vectors truncated to this size; ids are UTF-8."""
     import ray
 
@@ -98,22 +98,22 @@ def merge_levels(documents: int) -> int:
     return levels
 
 
-def merged_rows(partial: Iterable[pa.Table], queries: int) -> dict[int, Found]:
+def merged_rows(partial: Iterable[pa.Table], queries: int) -> dict[int, TopK]:
     """Merge partial results, by size; each is a row of `to_table`."""
-    results: dict[int, Found] = {}
+    results: dict[int, TopK] = {}
     for block in partial:
         for row in block.to_pylist():
             size = row["size"]
-            results[size] = merged(results.get(size, Found.none(queries)), from_row(row, queries), DEPTH)
+            results[size] = merged(results.get(size, TopK.empty(queries)), from_row(row, queries), DEPTH)
     return results
 
 
-def best_of_block(queries: Floats, vectors: Floats, names: np.ndarray, sizes: Sequence[int]) -> dict[int, Found]:
+def best_of_block(queries: Floats, vectors: Floats, names: np.ndarray, sizes: Sequence[int]) -> dict[int, TopK]:
     """Size → top documents of a block for each query; (Q, D) and (n, D) vectors of any length."""
     return {size: nearest_in_block(unit(queries[:, :size]), unit(vectors[:, :size]), names, DEPTH) for size in sizes}
 
 
-def to_table(results: dict[int, Found]) -> pa.Table:
+def to_table(results: dict[int, TopK]) -> pa.Table:
     """A row per size, with ids and scores as bytes; Python values would take 20 times as long to send."""
     rows = [
         {"size": size, "dtype": result.ids.dtype.str, "ids": result.ids.tobytes(), "scores": result.scores.tobytes()}
@@ -123,10 +123,10 @@ def to_table(results: dict[int, Found]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema)
 
 
-def from_row(row: dict[str, Any], queries: int) -> Found:
+def from_row(row: dict[str, Any], queries: int) -> TopK:
     """The inverse of `to_table`."""
     scores = np.frombuffer(row["scores"], np.float32).reshape(queries, -1)
-    return Found(np.frombuffer(row["ids"], row["dtype"]).reshape(scores.shape), scores)
+    return TopK(np.frombuffer(row["ids"], row["dtype"]).reshape(scores.shape), scores)
 
 
 def _dataset(task: RetrievalTask) -> Any:

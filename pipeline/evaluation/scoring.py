@@ -24,7 +24,7 @@ from pipeline.evaluation.retrieval import TextVectors, nearest_documents
 from pipeline.evaluation.tasks import RetrievalTask, held_out_task, open_beir, read_classification, read_labels
 from pipeline.index.documents import tokens_fit
 from pipeline.index.encoder import EncoderRecipe
-from pipeline.index.vectors import Floats, Found, unit
+from pipeline.index.vectors import Floats, TopK, unit
 from pipeline.model.folder import read_card
 from pipeline.model.scores import StsTask, pearson, read_sts, spearman
 
@@ -93,7 +93,7 @@ def _system(name: str, size: int, sizes: list[int]) -> str:
     return name if size == sizes[0] else f"{name}@{size}"
 
 
-def score_retrieval(task: RetrievalTask, found: dict[int, Found], *, bm25: bool) -> Scores:
+def score_retrieval(task: RetrievalTask, found: dict[int, TopK], *, bm25: bool) -> Scores:
     """Metrics by system: the model at each size, full width first; with `bm25` also BM25, and both fused (hybrid)."""
     names, sizes = list(task.queries), list(found)
     rankings = {size: to_ranking(names, result) for size, result in found.items()}
