@@ -155,13 +155,13 @@ class TestFaults:
             for store in stores:
                 store.count()
             server.faults = {"429-after": 1.0}
-            hold = budget.hold
+            hold = budget.pause
 
             def hold_and_mend(seconds: float) -> None:
                 server.faults.clear()
                 hold(seconds)
 
-            budget.hold = hold_and_mend  # type: ignore[method-assign]
+            budget.pause = hold_and_mend  # type: ignore[method-assign]
             begun = len(server.requests)
             stores[0].count()
             stores[1].count()
@@ -246,7 +246,7 @@ class TestSentences:
         for ask in asks:
             said = refusal(ask)
             assert "text-embedding-pipeline" in said
-            assert "pinecone.create=true makes it" in said
+            assert "set pinecone.create=true" in said
 
     def test_hosts(self, server: Service) -> None:
         gone = made(server, index_host="http://127.0.0.1:9", max_attempts=2)
@@ -262,7 +262,7 @@ class TestSentences:
 
     def test_too_many_results(self, server: Service) -> None:
         store = made(server)
-        assert "Pinecone gives 10,000 at most" in refusal(lambda: store.query(np.ones(WIDTH), 10_001))
+        assert "Pinecone returns at most 10,000" in refusal(lambda: store.query(np.ones(WIDTH), 10_001))
 
 
 class TestRecords:
@@ -272,7 +272,7 @@ class TestRecords:
         bad = {
             "x" * 513: (rows_of(["x" * 513]), "its id has 513 bytes; Pinecone accepts 512"),
             "naïve": (rows_of(["naïve"]), "its id is empty or not ASCII"),
-            "big": (rows_of(["big"], metadata=json.dumps({"a": "y" * 50_000})), "Pinecone takes 40,960"),
+            "big": (rows_of(["big"], metadata=json.dumps({"a": "y" * 50_000})), "Pinecone accepts 40,960"),
             "broken": (rows_of(["broken"], metadata="{"), "its metadata is not a JSON object"),
             "list": (rows_of(["list"], metadata="[]"), "its metadata is not a JSON object"),
         }

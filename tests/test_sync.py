@@ -208,7 +208,7 @@ def test_a_vector_of_another_text_is_found_by_encoding_it_again(world: World) ->
         rows.schema.get_field_index("digest"), "digest", pa.array([d[:32] for d in rows["digest"].to_pylist()])
     )
     overwrite(table, table.stored(rows))  # with digests that fit
-    with pytest.raises(JobError, match=r"100 of 100 sampled vectors are not those of their texts.*embed.py --rebuild"):
+    with pytest.raises(JobError, match=r"100 of 100 sampled vectors do not match their texts.*embed.py --rebuild"):
         world.index().verify(lambda: None)  # type: ignore[arg-type, return-value]
     assert world.run(rebuild=True) == {"new": TEXTS, "embedded": TEXTS}
     world.check()

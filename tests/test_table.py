@@ -354,7 +354,7 @@ def test_tables_of_other_programs_and_other_widths_are_refused(table: VectorTabl
     with pytest.raises(StoreError, match="found a query of 9"):
         TableSearch(table).query(np.ones(9), 1)
     for bad in (np.zeros(WIDTH), np.full(WIDTH, np.nan)):
-        with pytest.raises(StoreError, match="the query's vector is zero or no number"):
+        with pytest.raises(StoreError, match="the query's vector is zero or not finite"):
             TableSearch(table).query(bad, 1)
     for where in ({"": 1}, {"$or": 1}, {"a": None}, {"a": []}, {"a": {"gt": "x"}}, {"a": {"beyond": 1}}, {"a": {}}):
         with pytest.raises(ConfigError, match="where: found"):

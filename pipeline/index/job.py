@@ -213,7 +213,7 @@ class Index:
         return {"rows": rows, "verified": sampled, "least_cosine": round(least, 6)}
 
     def _sampled(self) -> tuple[int, float, int]:
-        """Encode a sample again. Returns its size, the lowest cosine to the stored vectors, and how many are too low."""
+        """Encode a sample again. Returns its size, the lowest cosine to stored vectors, and how many are too low."""
         rng, size = np.random.default_rng(0), self.config.embedding.verify_sample
         ranges, tables = rng.permutation(len(self.documents))[: SAMPLED_RANGES if size else 0], []
         for index in ranges.tolist():

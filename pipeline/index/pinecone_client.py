@@ -3,9 +3,9 @@
     client = PineconeClient(config.pinecone, config.secret_files, Budget(requests_per_second=50, max_concurrency=16))
     client.send("query", lambda index: index.query(vector=[…], top_k=10, namespace="a"))
 
-The SDK's own retries would bypass the rate limit, so they are switched off. There are three kinds of errors: transient
-(`TransientError`), of one request (`RejectedError`), and of all requests (`StoreError`). No message contains the API key,
-which is read on use and not stored.
+The SDK's own retries would bypass the rate limit, so they are switched off. Errors are transient (`TransientError`),
+of one request (`RejectedError`), or of all requests (`StoreError`). No message contains the API key, which is read on
+use and not stored.
 """
 
 from __future__ import annotations

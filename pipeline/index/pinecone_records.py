@@ -4,9 +4,9 @@
 
 The metadata of a row's places is flattened into the record's metadata, so that you can filter by it. With several
 places, `source`, `source_id` and keys with differing texts become lists of texts, and a filter needs to match one. Keys
-that differ otherwise are listed in `mixed_keys`, and a filter on such a key keeps the record as a candidate. Values that
-Pinecone does not accept (nulls, objects, other lists, reserved names) go into `metadata_json`, and several places into
-`places_json`. `digest` is the row's digest, which identifies its version.
+that differ otherwise are listed in `mixed_keys`, and a filter on such a key keeps the record as a candidate. Values
+that Pinecone does not accept (nulls, objects, other lists, reserved names) go into `metadata_json`, and several places
+into `places_json`. `digest` is the row's digest, which identifies its version.
 """
 
 from __future__ import annotations
