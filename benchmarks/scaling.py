@@ -23,7 +23,7 @@ from pipeline.core.files import REQUESTS_AT_ONCE
 from pipeline.data.prepare import MAX_SHARDS
 from pipeline.data.records import parts_at_most
 from pipeline.data.tokenizing import ROW_GROUP_ROWS
-from pipeline.index.embed import SHORTEST_WAVE_S, SPREAD_ROWS, write_rows
+from pipeline.index.embed import MIN_WAVE_S, SPREAD_ROWS, fragment_rows
 
 SCALES = {"1 M": 10**6, "1 G": 10**9, "100 G": 10**11}
 NODES = {"1 M": (1, 1), "1 G": (8, 4), "100 G": (64, 32)}  # CPU workers, GPU workers
@@ -145,7 +145,7 @@ class Scale:
 
     @property
     def fragments(self) -> int:
-        return -(-self.records // write_rows(self.records))
+        return -(-self.records // fragment_rows(self.records))
 
     @cached_property
     def waves(self) -> tuple[int, float, float]:
@@ -154,7 +154,7 @@ class Scale:
         a_fragment_s = 3600 * self.encode_hours / self.fragments
         there, now, commits, spent, longest, wave = 0, 0.0, 0, 0.0, 0.0, 0.0
         while there < self.fragments:
-            some = math.ceil(max(SHORTEST_WAVE_S, 50 * longest, 0.01 * now) / a_fragment_s)
+            some = math.ceil(max(MIN_WAVE_S, 50 * longest, 0.01 * now) / a_fragment_s)
             there, wave = min(there + some, self.fragments), some * a_fragment_s
             longest = fixed + a_fragment * there
             commits, spent, now = commits + 1, spent + longest, now + wave + longest
@@ -344,7 +344,7 @@ def counts_table(scales: list[Scale]) -> str:
         ("near-duplicates: keys of all bands", lambda s: size(8.0 * BANDS * s.records)),
         ("row groups in the manifest", lambda s: f"{s.records // ROW_GROUP_ROWS:,}"),
         ("documents of a range, which a task compares", lambda s: f"{s.records // s.shards:,}"),
-        ("rows of a fragment of the table", lambda s: f"{write_rows(s.records):,}"),
+        ("rows of a fragment of the table", lambda s: f"{fragment_rows(s.records):,}"),
         ("fragments", lambda s: f"{s.fragments:,}"),
         ("commits of a first embedding", lambda s: f"{s.waves[0]:,}"),
         ("the table's manifest, written by each of them", lambda s: size(s.fragments * FRAGMENT_BYTES)),

@@ -58,7 +58,7 @@ from pipeline.data.tokenizing import TokenRecipe, tokenize_file
 from pipeline.index.backends import TableBackend
 from pipeline.index.dead_letters import DeadLetters
 from pipeline.index.documents import Documents
-from pipeline.index.embed import WaveCommitter, write_fragments, write_rows
+from pipeline.index.embed import WaveCommitter, fragment_rows, write_fragments
 from pipeline.index.encoder import EncoderRecipe, TextEncoder, open_encoder
 from pipeline.index.indexing import finish
 from pipeline.index.sync import Sync, with_vectors
@@ -124,7 +124,7 @@ def ours(world: World, side: str, lap: Laps) -> None:
             if encoded is not None:
                 some.append(encoded.result())
                 lap("encode")
-            if some and (batch is None or sum(map(len, some)) >= write_rows(world.documents)):
+            if some and (batch is None or sum(map(len, some)) >= fragment_rows(world.documents)):
                 with returning_freed_memory():
                     fragments, _ = write_fragments(table, pa.concat_tables(some), letters)
                 waves.add(fragments)

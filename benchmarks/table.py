@@ -52,7 +52,7 @@ from pipeline.core.artifact import Artifact
 from pipeline.core.console import table as lines_of
 from pipeline.index.dead_letters import DeadLetters
 from pipeline.index.documents import Documents
-from pipeline.index.embed import SHORTEST_WAVE_S, WaveCommitter, differences, rewrite, write_fragments, write_rows
+from pipeline.index.embed import MIN_WAVE_S, WaveCommitter, differences, fragment_rows, rewrite, write_fragments
 from pipeline.index.encoder import EncoderRecipe
 from pipeline.index.indexing import finish
 from pipeline.index.sync import Difference, Sync
@@ -160,7 +160,7 @@ def pool() -> ProcessPoolExecutor:
 
 
 def first_write(world: World) -> dict[str, float]:
-    together = max(1, round(write_rows(world.rows) / RANGE_ROWS))
+    together = max(1, round(fragment_rows(world.rows) / RANGE_ROWS))
     tasks = [list(range(world.ranges)[start : start + together]) for start in range(0, world.ranges, together)]
     with pool() as workers, world.table.writing() as writer:
         list(workers.map(str, range(os.cpu_count() or 1)))
@@ -193,7 +193,7 @@ def sync(world: World, *, changed: bool) -> dict[str, float]:
 
         def due() -> Iterator[pa.Table]:
             """What a task writes at once; the rows of many ranges."""
-            some, most = list[pa.Table](), write_rows(whole.summary["new"] + whole.summary["changed"])
+            some, most = list[pa.Table](), fragment_rows(whole.summary["new"] + whole.summary["changed"])
             for index, each in enumerate(found):
                 some += one.due(index) if each.counts["new"] else ()
                 if sum(map(len, some)) > most or (some and index == len(found) - 1):
@@ -330,7 +330,7 @@ def commits_table(commits: list[list[float]]) -> str:
     for start in range(0, WAVES, some):
         medians = [f"{np.median(each[start : start + some]):.1f}" for each in commits]
         lines.append([f"{start + 1} to {start + some}", *medians])
-    shares = [sum(each) / WAVES / max(1000 * SHORTEST_WAVE_S, 50 * max(each)) for each in commits]
+    shares = [sum(each) / WAVES / max(1000 * MIN_WAVE_S, 50 * max(each)) for each in commits]
     lines.append(["share of a wave's time (aim: under 2%)", *(f"{share:.2%}" for share in shares)])
     return lines_of(lines, ["waves", "commit ms, median", "joined every 50 waves"])
 

@@ -118,10 +118,10 @@ def _room_for_checkpoints(config: Config) -> list[Finding]:
 
 def _store(config: Config) -> Finding:
     """Check that vectors can be written to the store."""
-    from pipeline.index.published import reach_store
+    from pipeline.index.published import check_store
 
     try:
-        return Finding("store", reach_store(config))
+        return Finding("store", check_store(config))
     except ConfigError as error:
         return Finding("store", config.embedding.store, error)
     except JobError as error:

@@ -18,7 +18,7 @@ from pipeline.config import Config, load
 from pipeline.data.manifest import RECORD_SCHEMA, Manifest, SourceCount
 from pipeline.data.partitions import content_id, shard_of
 from pipeline.data.tokenizer import train_tokenizer
-from pipeline.index.embed import Spent, write_fragments
+from pipeline.index.embed import EmbedStats, write_fragments
 from pipeline.index.encoder import EncoderRecipe, TextEncoder, open_encoder
 from pipeline.index.indexing import finish
 from pipeline.index.job import Index
@@ -111,7 +111,7 @@ class World:
 
         def embed(
             sync: Sync, recipe: EncoderRecipe, ranges: Any, documents: int, letters: Any, progress: Any, writer: Any
-        ) -> Spent:
+        ) -> EmbedStats:
             return embed_here(sync, encoder or self.encoder(), ranges, letters, writer)
 
         def here(table: VectorTable, kind: str | None, rows: int, labels: Any) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class World:
         np.testing.assert_allclose([row["vector"] for row in rows], vectors, atol=1e-5)
 
 
-def embed_here(sync: Sync, encoder: TextEncoder, ranges: Any, letters: Any, writer: Writer) -> Spent:
+def embed_here(sync: Sync, encoder: TextEncoder, ranges: Any, letters: Any, writer: Writer) -> EmbedStats:
     """What `embed` spreads over the cluster, in this process, with a commit for each batch of documents."""
     written = refused = 0
     for index in ranges:
@@ -152,4 +152,4 @@ def embed_here(sync: Sync, encoder: TextEncoder, ranges: Any, letters: Any, writ
             fragments, bad = write_fragments(sync.table, rows, letters)
             writer.append(fragments)
             written, refused = written + sum(each.rows for each in fragments), refused + bad
-    return Spent(written, refused)
+    return EmbedStats(written, refused)

@@ -11,6 +11,6 @@ if __name__ == "__main__":
     from pipeline.data import prepare, sources
     from pipeline.index import embed
 
-    prepare.SHARD_BYTES, sources.TASK_BYTES, embed.WRITE_ROWS = 1 << 17, 1 << 16, 512
+    prepare.SHARD_BYTES, sources.TASK_BYTES, embed.MIN_FRAGMENT_ROWS = 1 << 17, 1 << 16, 512
     del sys.argv[0]
     runpy.run_path(f"jobs/{sys.argv[0]}.py", run_name="__main__")

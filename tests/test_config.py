@@ -62,7 +62,7 @@ WRONG: list[tuple[str, ...]] = [
     ("training:\n\tseed: 1", "line"),
     ("training: *nowhere", "nowhere"),
     ("training: {}\n---\nmodel: {}", "line"),
-    ("training: {seed: 1}\ntraining: {seed: 2}", "training", "twice"),
+    ("training: {seed: 1}\ntraining: {seed: 2}", "training", "duplicate"),
     ("\xff\xfe\x00", "UTF-8"),
     ("training: \x00", "plain YAML"),
     ("training: !!python/object/apply:os.system ['touch /tmp/x']", "line 1"),
@@ -132,7 +132,7 @@ def test_wrong_configs_exit_2_with_one_sentence(tmp_path: Path, capsys: pytest.C
             and "Traceback" not in err
             and "\n" not in err.strip()
             and any(where in err for where in ("storage.root", str(file)))
-            and any(word in err for word in ("allowed", "did you mean", "its name here", "stands at"))
+            and any(word in err for word in ("allowed", "did you mean", "missing key", "use"))
             and all(mention in err for mention in mentions)
         )
         if not is_told:
@@ -218,7 +218,7 @@ def test_an_argument_can_change_an_item_of_a_list(write: Write) -> None:
     file = write("data: {sources: [{name: a, type: json, path: x}]}")
     assert load(file, ["data.sources.0.path=y"]).data.sources[0].path == "y"
     for wrong in ("data.sources.1.path=y", "data.sources.path=y", "data.sources.0.path.z=y"):
-        with pytest.raises(ConfigError, match="allowed is a key that is there"):
+        with pytest.raises(ConfigError, match="allowed is an existing key"):
             load(file, [wrong])
 
 

@@ -48,8 +48,8 @@ def test_pairs_that_share_texts(
         append(self, fragments)
 
     monkeypatch.setattr(Writer, "append", counting)
-    monkeypatch.setattr(embed, "SHORTEST_WAVE_S", -1e9)  # a commit for each fragment
-    monkeypatch.setattr(embed, "WRITE_ROWS", 100)
+    monkeypatch.setattr(embed, "MIN_WAVE_S", -1e9)  # a commit for each fragment
+    monkeypatch.setattr(embed, "MIN_FRAGMENT_ROWS", 100)
     monkeypatch.setattr(embed, "SPREAD_ROWS", 256)
     monkeypatch.setattr(embed, "LOCAL_ROWS", 0)
     create_index = Mock(side_effect=partial(lance_ray.create_index, num_partitions=2))  # for so few rows

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 from pipeline.config import Embedding
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.index.backends import TableBackend
-from pipeline.index.encoder import EncoderRecipe, TextEncoder, let_windows_overlap, open_encoder, tokenize
+from pipeline.index.encoder import EncoderRecipe, TextEncoder, enable_windows, open_encoder, tokenize
 from pipeline.index.torch_backend import TorchBackend
 from pipeline.index.vectors import TOKENS, as_ragged
 from pipeline.model.embedding_model import EmbeddingModel
@@ -178,7 +178,7 @@ def test_where_words_are_not_apart_nothing_is_cut(tokenizers: dict[str, Tokenize
 def test_windows_are_lists_of_lists(tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = tokenizers["wordpiece"]
     tokenizer.enable_truncation(MAX_LENGTH)
-    let_windows_overlap(tokenizer, 4)
+    enable_windows(tokenizer, 4)
     texts = [*VOCABULARY[:3], " ".join(VOCABULARY[:9]), ""]
     expected = [[one.ids, *(rest.ids for rest in one.overflowing)] for one in map(tokenizer.encode, texts)]
     found = tokenize(tokenizer, texts)

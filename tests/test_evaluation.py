@@ -34,7 +34,7 @@ from pipeline.evaluation.tasks import (
     read_classification,
     read_labels,
 )
-from pipeline.index.vectors import Found, as_column
+from pipeline.index.vectors import TopK, as_column
 from pipeline.model.scores import StsTask
 from tests.conftest import make_pairs, no_progress, progress
 
@@ -113,10 +113,10 @@ def test_beir(tmp_path: Path) -> None:
     ("parts", "sentence"),
     [
         (("{", QUERIES, QRELS), "corpus.jsonl line 1"),
-        ((CORPUS, '{"_id": 1, "text": "x"}', QRELS), "queries.jsonl line 1: text fields _id and text"),
+        ((CORPUS, '{"_id": 1, "text": "x"}', QRELS), "queries.jsonl line 1: allowed is a JSON object"),
         ((CORPUS, QUERIES, "h\nq 1 1\n"), "test.tsv line 2"),
         ((CORPUS, QUERIES, "h\n"), "no query with a relevant document"),
-        ((CORPUS + CORPUS, QUERIES, QRELS), "documents [12] and [34] have one _id"),
+        ((CORPUS + CORPUS, QUERIES, QRELS), "documents [12] and [34] have the same _id"),
         (('{"_id": "\\ud800", "text": "x"}', QUERIES, QRELS), "corpus.jsonl line 1: .*surrogates"),
     ],
 )
@@ -283,7 +283,7 @@ def test_partial_results_are_merged_in_tasks_as_a_tree(monkeypatch: pytest.Monke
 
     for_driver: list[int] = []
 
-    def merged_rows(partial: Any, queries: int) -> dict[int, Found]:
+    def merged_rows(partial: Any, queries: int) -> dict[int, TopK]:
         blocks = list(partial)
         for_driver.append(sum(map(len, blocks)))
         return in_tasks(blocks, queries)

@@ -335,14 +335,12 @@ class TestEmbeddingMatrix:
             changed = bytearray(whole)
             changed[len(whole) // 2] ^= 1
             (tmp_path / "out" / name).write_bytes(changed)
-            with pytest.raises(
-                ValueError, match=rf"{name} is missing, or not the file that embeddings\.json describes"
-            ):
+            with pytest.raises(ValueError, match=rf"{name} is missing or does not match embeddings\.json"):
                 load_embeddings(tmp_path / "out")
             (tmp_path / "out" / name).write_bytes(whole)
         marker = tmp_path / "out" / "embeddings.json"
         marker.write_text(json.dumps(json.loads(marker.read_text()) | {"version": 2}))
-        with pytest.raises(ValueError, match="is of version 2; this reader knows version 1"):
+        with pytest.raises(ValueError, match="has version 2; this reader supports version 1"):
             load_embeddings(tmp_path / "out")
         marker.write_text("{}")
         with pytest.raises(ValueError, match=r"its embeddings\.json is missing or broken"):
@@ -352,15 +350,15 @@ class TestEmbeddingMatrix:
         few, more = vectors_of(9), vectors_of(10)
         refused = {
             "there are no vectors": scan_of(few.slice(0, 0)),
-            "comes twice": scan_of(pa.concat_tables([few, few.slice(0, 1)])),
-            "changed while": lambda columns: (more if "vector" in columns else few).select(columns).to_batches(),
-            "changed while they": lambda columns: (few if "vector" in columns else more).select(columns).to_batches(),
+            "duplicate id": scan_of(pa.concat_tables([few, few.slice(0, 1)])),
+            "changed during": lambda columns: (more if "vector" in columns else few).select(columns).to_batches(),
+            "changed during the": lambda columns: (few if "vector" in columns else more).select(columns).to_batches(),
         }
         for words, scan in refused.items():
             with pytest.raises(ValueError, match=words):
                 save_embeddings_for_model(tmp_path / "out", scan, model="9f0c")
         huge = few.set_column(2, "vector", pa.FixedSizeListArray.from_arrays(pa.array(np.full(54, 1e6, np.float32)), 6))
-        with pytest.raises(ValueError, match="not finite as float16"):
+        with pytest.raises(ValueError, match="not finite in float16"):
             save_embeddings_for_model(tmp_path / "out", scan_of(huge), model="9f0c", dtype="float16")
         assert list(tmp_path.iterdir()) == []
 
@@ -399,7 +397,7 @@ class TestDestination:
         (tmp_path / "file").write_text("")
         (tmp_path / "link").symlink_to(tmp_path / "nowhere")
         for name in ("file", "link"):
-            with pytest.raises(ConfigError, match="is no folder"):
+            with pytest.raises(ConfigError, match="is not a folder"):
                 refuse_foreign(tmp_path / name, "m.json")
         (tmp_path / "empty").mkdir()
         refuse_foreign(tmp_path / "empty", "m.json")
@@ -481,7 +479,7 @@ class TestJob:
         arguments = ["--to", str(to), f"embedding.model={best}", "--embeddings", "float16", "--license", "mit"]
         code, last, err = self.job(capsys, tmp_path, *arguments)
         assert (code, last["status"]) == (1, "failed")
-        assert "python jobs/embed.py makes them" in err
+        assert "run python jobs/embed.py first" in err
         assert not to.exists()
         vectors = ours(best, texts[:2])
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), WIDTH)

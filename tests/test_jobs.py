@@ -74,7 +74,7 @@ class TestWholeJob:
     def test_search_before_anything_says_what_to_run(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         code, last, _, err = job(capsys, "search", "merge the invoice")
         assert (code, last["status"]) == (1, "failed")
-        assert "the run small has embedded nothing yet; python jobs/run.py does the whole job" in err
+        assert "the run small has no vectors yet; run python jobs/run.py first" in err
 
     def test_too_few_cpus_are_refused_before_training(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         code, _, _, err = job(capsys, "train", "scaling.cpus_per_worker=4", "storage.run=refused")
@@ -239,7 +239,7 @@ class TestWholeJob:
         db.drop_table(name)
         code, _, _, err = job(capsys, "search", "merge the invoice")
         assert code == 1
-        assert "python jobs/embed.py makes one" in err
+        assert "run python jobs/embed.py first" in err
         code, last, _, _ = job(capsys, "embed")
         assert code == 0
         assert last["metrics"]["embedded"] == last["metrics"]["rows"]

@@ -137,7 +137,7 @@ def test_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         return code, json.loads(out.splitlines()[-1]), err
 
     code, _, err = job()
-    assert (code, "python jobs/embed.py makes them" in err) == (1, True)
+    assert (code, "run python jobs/embed.py first" in err) == (1, True)
     for option in (["--sample", "3"], ["--clusters", "0"]):
         code, _, err = job(*option)
         assert code == 2

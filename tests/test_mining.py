@@ -270,5 +270,5 @@ def test_texts_alone_have_no_negatives(config: Config, tmp_path: Path) -> None:
 
     manifest = Manifest("", [], {}, [], {"text": {}}, [], {})
     recipe = EncoderRecipe(tmp_path, config.embedding, tmp_path)
-    with pytest.raises(ConfigError, match="found records of text alone; allowed for mining are sources that give"):
+    with pytest.raises(ConfigError, match="found records with only text; allowed for mining are sources with"):
         mine(config, tmp_path, manifest, recipe, lambda: pytest.fail("asked for Ray"))

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.index.vectors import Found, as_column, best, nearest, nearest_in_block, nearest_rows, unit
+from pipeline.index.vectors import TopK, as_column, best, nearest, nearest_in_block, nearest_rows, unit
 
 
 def by_sorting_everything(queries: np.ndarray, vectors: np.ndarray, ids: list[bytes], k: int) -> list[list[bytes]]:
@@ -18,7 +18,7 @@ def by_sorting_everything(queries: np.ndarray, vectors: np.ndarray, ids: list[by
     return [[name for _, name in sorted(zip(row, ids, strict=True), reverse=True)][:k] for row in scores]
 
 
-def in_blocks(queries: np.ndarray, vectors: np.ndarray, ids: list[bytes], k: int, bounds: list[int]) -> Found:
+def in_blocks(queries: np.ndarray, vectors: np.ndarray, ids: list[bytes], k: int, bounds: list[int]) -> TopK:
     slices = itertools.starmap(slice, itertools.pairwise(bounds))
     return nearest(queries, ((np.array(ids[here], dtype=np.bytes_), vectors[here]) for here in slices), k)
 

@@ -120,9 +120,9 @@ class TestFaults:
             assert {one.attempts for one in refused} == {3}
             assert server.count("vectors/upsert") == 6  # two batches, three times
             words = {"timeout": "timed out", "cut-before": "disconnected", "cut-after": "disconnected", "part": "500"}
-            assert all("not written in 3 tries" in one.reason for one in refused)
+            assert all("not written in 3 attempts" in one.reason for one in refused)
             assert all(words.get(kind, kind) in one.reason for one in refused)
-            assert "Pinecone did not answer describe_index_stats in 3 tries" in refusal(store.count)
+            assert "Pinecone: describe_index_stats failed after 3 attempts" in refusal(store.count)
 
     def test_only_the_batches_that_failed_are_sent_again(self, server: Service) -> None:
         store = made(server, batch_rows=10)
@@ -155,13 +155,13 @@ class TestFaults:
             for store in stores:
                 store.count()
             server.faults = {"429-after": 1.0}
-            hold = budget.hold
+            hold = budget.pause
 
             def hold_and_mend(seconds: float) -> None:
                 server.faults.clear()
                 hold(seconds)
 
-            budget.hold = hold_and_mend  # type: ignore[method-assign]
+            budget.pause = hold_and_mend  # type: ignore[method-assign]
             begun = len(server.requests)
             stores[0].count()
             stores[1].count()
@@ -183,7 +183,7 @@ class TestSentences:
     def test_a_wrong_key(self, server: Service, monkeypatch: pytest.MonkeyPatch) -> None:
         made(server)
         monkeypatch.setenv("PINECONE_API_KEY", "pc-wrong-key")
-        words = "Pinecone refused the key (401); is PINECONE_API_KEY, or the one in api.env, right?"
+        words = "Pinecone refused the key (401); check PINECONE_API_KEY in the environment or in api.env"
         for ask in (store_at(server).create, store_at(server).count, store_at(server).is_new):
             assert refusal(ask) == words
         assert len(server.control) < 9  # it is not tried again
@@ -194,7 +194,7 @@ class TestSentences:
         config.parent.mkdir()
         config.write_text(yaml.safe_dump({"embedding": {"store": "pinecone"}, "pinecone": {"host": server.url}}))
         monkeypatch.chdir(tmp_path)
-        words = "found no Pinecone key; set PINECONE_API_KEY on each node, or write PINECONE_API_KEY=… into "
+        words = "found no Pinecone key; set PINECONE_API_KEY on each node, or add PINECONE_API_KEY=… to "
 
         def create() -> None:
             settings = load(config)
@@ -208,7 +208,9 @@ class TestSentences:
 
     def test_an_index_that_is_not_there(self, server: Service) -> None:
         store = store_at(server, create=False, index="other")
-        words = "Pinecone has no index other; pinecone.create=true makes it, or name another by pinecone.index"
+        words = (
+            "Pinecone has no index other; set pinecone.create=true to create it, or choose another with pinecone.index"
+        )
         for ask in (store.create, store.count, lambda: store.upsert(rows_of(["a"]))):
             assert refusal(ask) == words
 
@@ -224,11 +226,11 @@ class TestSentences:
     def test_an_index_of_another_kind(self, server: Service) -> None:
         made(server)
         said = refusal(store_at(server, width=9).create)
-        assert said.endswith("takes vectors of 5 numbers; the model gives 9")
+        assert said.endswith("has 5 dimensions, the model 9; choose another index with pinecone.index")
         said = refusal(store_at(server, metric="dotproduct").create)
-        assert said.endswith("compares by cosine; pinecone.metric is dotproduct")
+        assert said.endswith("has the metric cosine; pinecone.metric is dotproduct")
         server.indexes["text-embedding-pipeline"]["schema"]["fields"] = {"body": {"type": "string"}}
-        assert refusal(store_at(server).create).endswith("holds body; allowed is one of plain dense vectors")
+        assert refusal(store_at(server).create).endswith("holds body; allowed is an index of dense vectors")
 
     def test_an_index_deleted_in_mid_run(self, server: Service) -> None:
         store = made(server, batch_rows=5)
@@ -244,7 +246,7 @@ class TestSentences:
         for ask in asks:
             said = refusal(ask)
             assert "text-embedding-pipeline" in said
-            assert "pinecone.create=true makes it" in said
+            assert "set pinecone.create=true" in said
 
     def test_hosts(self, server: Service) -> None:
         gone = made(server, index_host="http://127.0.0.1:9", max_attempts=2)
@@ -260,7 +262,7 @@ class TestSentences:
 
     def test_too_many_results(self, server: Service) -> None:
         store = made(server)
-        assert "Pinecone gives 10,000 at most" in refusal(lambda: store.query(np.ones(WIDTH), 10_001))
+        assert "Pinecone returns at most 10,000" in refusal(lambda: store.query(np.ones(WIDTH), 10_001))
 
 
 class TestRecords:
@@ -268,11 +270,11 @@ class TestRecords:
         store = made(server)
         good, most = rows_of(["good"]), "x" * 512
         bad = {
-            "x" * 513: (rows_of(["x" * 513]), "its id has 513 bytes; Pinecone takes 512"),
+            "x" * 513: (rows_of(["x" * 513]), "its id has 513 bytes; Pinecone accepts 512"),
             "naïve": (rows_of(["naïve"]), "its id is empty or not ASCII"),
-            "big": (rows_of(["big"], metadata=json.dumps({"a": "y" * 50_000})), "Pinecone takes 40,960"),
-            "broken": (rows_of(["broken"], metadata="{"), "its metadata is no JSON object"),
-            "list": (rows_of(["list"], metadata="[]"), "its metadata is no JSON object"),
+            "big": (rows_of(["big"], metadata=json.dumps({"a": "y" * 50_000})), "Pinecone accepts 40,960"),
+            "broken": (rows_of(["broken"], metadata="{"), "its metadata is not a JSON object"),
+            "list": (rows_of(["list"], metadata="[]"), "its metadata is not a JSON object"),
         }
         rows = pa.concat_tables([good, rows_of([most]), *(table for table, _ in bad.values())])
         refused = {one.id: one for one in store.upsert(rows)}
@@ -290,7 +292,7 @@ class TestRecords:
             store.upsert(rows_of(["c"], text="ä" * 300))
         (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
         assert said == (
-            "text-embedding-pipeline/n: texts are cut to 101 bytes (pinecone.text_bytes), and many places to the first"
+            "text-embedding-pipeline/n: truncating texts to 101 bytes (pinecone.text_bytes) and lists of places"
         )
         assert store.fetch(["a"])["a"]["text"] == "ä" * 50
         # Beside metadata that nearly fills a record, less of the text is left; quotes take two bytes each.
@@ -308,10 +310,10 @@ class TestRecords:
         rows = rows.set_column(rows.column_names.index("vector"), "vector", as_column(vectors))
         refused = {one.id: one.reason for one in store.upsert(rows)}
         assert [refused[i] for i in ("id0", "id1")] == ["its vector holds NaN or infinity"] * 2
-        assert refused["id2"] == "its vector is zero, which has no direction to compare"
+        assert refused["id2"] == "its vector is zero, so it has no cosine"
         assert set(held(server)) == {"id3"}
         said = refusal(lambda: store_at(server, width=9).upsert(rows))
-        assert said == "text-embedding-pipeline/n takes vectors of 9 numbers; found vectors of 5"
+        assert said == "text-embedding-pipeline/n takes vectors of 9 dimensions; found vectors of 5"
 
     def test_what_is_sent(self, server: Service) -> None:
         store = made(server, metadata=["a", "deep"])
@@ -395,32 +397,32 @@ class TestBudget:
     def test_requests_are_let_go_one_by_one_and_no_more_than_so_many_at_once(self) -> None:
         now = [0.0]
         budget = Budget(10, 2, lease_s=5, clock=lambda: now[0])
-        assert budget.ask() == 0
-        assert budget.ask() == pytest.approx(0.1)
+        assert budget.try_acquire() == 0
+        assert budget.try_acquire() == pytest.approx(0.1)
         now[0] = 0.1
-        assert budget.ask() == 0
+        assert budget.try_acquire() == 0
         now[0] = 0.3
-        assert 0 < budget.ask() <= 0.1  # two are under way
-        budget.give_back()
-        assert budget.ask() == 0
-        budget.hold(2)
-        budget.give_back()
-        budget.give_back()
-        assert budget.ask() == pytest.approx(2)
-        budget.hold(1)  # a shorter one takes nothing from it
-        assert budget.ask() == pytest.approx(2)
+        assert 0 < budget.try_acquire() <= 0.1  # two are under way
+        budget.release()
+        assert budget.try_acquire() == 0
+        budget.pause(2)
+        budget.release()
+        budget.release()
+        assert budget.try_acquire() == pytest.approx(2)
+        budget.pause(1)  # a shorter one takes nothing from it
+        assert budget.try_acquire() == pytest.approx(2)
 
     def test_what_a_lost_process_had_comes_back(self) -> None:
         now = [0.0]
         budget = Budget(1000, 1, lease_s=5, clock=lambda: now[0])
-        assert budget.ask() == 0
+        assert budget.try_acquire() == 0
         now[0] = 4.9
-        assert budget.ask() > 0
+        assert budget.try_acquire() > 0
         now[0] = 5.1
-        assert budget.ask() == 0
-        budget.give_back()
-        budget.give_back()  # the lost one, after all: it takes no place from others
-        assert budget.ask() > 0
+        assert budget.try_acquire() == 0
+        budget.release()
+        budget.release()  # the lost one, after all: it takes no place from others
+        assert budget.try_acquire() > 0
 
     def test_a_turn_waits_as_long_as_it_is_told(self) -> None:
         now, waits = [0.0], list[float]()
@@ -431,7 +433,7 @@ class TestBudget:
 
         budget = Budget(4, 100, clock=lambda: now[0])
         for _ in range(9):
-            with budget.turn(sleep):
+            with budget.slot(sleep):
                 pass
         assert now[0] == pytest.approx(2)
         assert waits == pytest.approx([0.25] * 8)

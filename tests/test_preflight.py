@@ -98,7 +98,7 @@ def test_data_and_encoders_need_a_node_of_their_labels(tmp_path: Path) -> None:
     assert "pool=cpu" in wrong([check_data(split, cluster((1, 0, GPU)))])[0]
     assert "no node with a CPU" in wrong([check_data(split, cluster((0.5, 0, CPU), (0.5, 0, CPU)))])[0]
     assert "pool=gpu" in wrong([check_encoding(split, cluster((1, 0, CPU)))])[0]
-    with pytest.raises(ConfigError, match="encode with a value for each key of data, pool too"):
+    with pytest.raises(ConfigError, match="an encode that also has a value for pool"):
         config(tmp_path, labels={"data": CPU, "encode": {"kind": "gpu"}})
 
 

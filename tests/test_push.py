@@ -374,15 +374,15 @@ class TestFaults:
         narrow = PineconeStore(world.store.settings, "n", 4, backoff_s=0.005)
         with world.table.writing() as writer:
             world.add(writer, world.new(20))
-            with pytest.raises(StoreError, match=r"takes vectors of 5 numbers; the model gives 4$"):
+            with pytest.raises(StoreError, match=r"has 5 dimensions, the model 4; "):
                 narrow.create()
-            with pytest.raises(StoreError, match=r"takes vectors of 4 numbers; found vectors of 5$"):
+            with pytest.raises(StoreError, match=r"takes vectors of 4 dimensions; found vectors of 5$"):
                 Push(writer, narrow, world.letters, map).run()
             server.faults = {"403": 1.0}
-            with pytest.raises(StoreError, match=r"^Pinecone forbids it \(403\): so it goes$"):
+            with pytest.raises(StoreError, match=r"^Pinecone denied the request \(403\): so it goes$"):
                 world.push(writer)
             server.faults, server.key = {}, "another"
-            with pytest.raises(StoreError, match=r"^Pinecone refused the key \(401\); is PINECONE_API_KEY"):
+            with pytest.raises(StoreError, match=r"^Pinecone refused the key \(401\); check PINECONE_API_KEY"):
                 world.push(writer)
             server.key = KEY
             assert not world.held
@@ -433,7 +433,7 @@ class TestRepair:
         with other.table.writing() as writer:
             other.add(writer, {"another text": [place("s", "1")], min(world.documents): [place("s", "1")]})
             words = (
-                rf"^text-embedding-pipeline/n holds 60 records, of which 59 are not in {other.table.path}; name "
+                rf"^text-embedding-pipeline/n holds 60 records, and 59 of them are not in {other.table.path}; choose "
                 r"another pinecone\.namespace, or let them be deleted with embedding\.max_deleted_fraction=1$"
             )
             for _ in range(2):

@@ -21,7 +21,7 @@ from pipeline.data.partitions import shard_of
 from pipeline.data.prepare import MAX_SHARDS
 from pipeline.data.sources import MAX_TASKS
 from pipeline.index import embed
-from pipeline.index.embed import MOST_WRITE_ROWS, WRITE_ROWS, WaveCommitter, write_rows
+from pipeline.index.embed import MAX_FRAGMENT_ROWS, MIN_FRAGMENT_ROWS, WaveCommitter, fragment_rows
 from pipeline.index.table import Fragment
 from tests.conftest import progress
 
@@ -150,8 +150,15 @@ def test_meetings_of_the_arithmetic_are_those_of_a_draw(of: str) -> None:
 
 def test_fragments_are_larger_where_there_are_many_documents() -> None:
     """So that neither a small table has files of few rows, nor a large one a manifest that no commit can write."""
-    assert [write_rows(rows) for rows in (0, 819_200, 819_300)] == [WRITE_ROWS, WRITE_ROWS, WRITE_ROWS + 1]
-    assert [write_rows(rows) for rows in (13_107_100, 13_107_200, 100 * BILLION)] == [131_071, *[MOST_WRITE_ROWS] * 2]
+    assert [fragment_rows(rows) for rows in (0, 819_200, 819_300)] == [
+        MIN_FRAGMENT_ROWS,
+        MIN_FRAGMENT_ROWS,
+        MIN_FRAGMENT_ROWS + 1,
+    ]
+    assert [fragment_rows(rows) for rows in (13_107_100, 13_107_200, 100 * BILLION)] == [
+        131_071,
+        *[MAX_FRAGMENT_ROWS] * 2,
+    ]
     assert scaling.Scale("1 G").fragments * scaling.FRAGMENT_BYTES < 1e6
 
 

@@ -208,7 +208,7 @@ def test_a_vector_of_another_text_is_found_by_encoding_it_again(world: World) ->
         rows.schema.get_field_index("digest"), "digest", pa.array([d[:32] for d in rows["digest"].to_pylist()])
     )
     overwrite(table, table.stored(rows))  # with digests that fit
-    with pytest.raises(JobError, match=r"100 of 100 sampled vectors are not those of their texts.*embed.py --rebuild"):
+    with pytest.raises(JobError, match=r"100 of 100 sampled vectors do not match their texts.*embed.py --rebuild"):
         world.index().verify(lambda: None)  # type: ignore[arg-type, return-value]
     assert world.run(rebuild=True) == {"new": TEXTS, "embedded": TEXTS}
     world.check()
@@ -224,7 +224,7 @@ def test_a_bit_that_flips_on_the_disk_is_found_and_repaired(world: World) -> Non
             content[place] ^= 1
             file.write_bytes(content)
     assert world.index().is_done()  # which looks at no text
-    with pytest.raises(JobError, match=r"1 rows are damaged.*python jobs/embed.py repairs it"):
+    with pytest.raises(JobError, match=r"1 rows are damaged.*run python jobs/embed.py to repair it"):
         world.index().verify(lambda: None)  # type: ignore[arg-type, return-value]
     assert world.run()["embedded"] == 1
     world.check()
@@ -290,7 +290,7 @@ def test_record_files_without_rows_and_of_large_documents(world: World) -> None:
     world.corpus = {"one": ("word " * 200_000, {})}
     documents = world.index().documents
     assert 1e6 < documents.mean_bytes < 1.1e6
-    assert [embed.write_rows(10**6, mean) for mean in (100, 1e6, 1e12)] == [10_000, 268, 1]
+    assert [embed.fragment_rows(10**6, mean) for mean in (100, 1e6, 1e12)] == [10_000, 268, 1]
     assert world.run()["embedded"] == 1
 
 
@@ -424,7 +424,7 @@ def test_runs_sizes_types_uris_and_models_have_tables_of_their_own(world: World,
 
 
 def test_readers_go_on_with_the_table_and_the_model_that_were_published(world: World) -> None:
-    with pytest.raises(JobError, match=r"the run r has embedded nothing yet; python jobs/run.py does"):
+    with pytest.raises(JobError, match=r"the run r has no vectors yet; run python jobs/run.py"):
         published(world.config)
     world.run()
     text = next(iter(world.corpus.values()))[0]

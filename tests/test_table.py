@@ -168,7 +168,7 @@ def test_random_work_against_a_dict(table: VectorTable, monkeypatch: pytest.Monk
 
 
 def test_nothing_in_it(table: VectorTable) -> None:
-    with pytest.raises(StoreError, match=r"found no table .*t\.lance; python jobs/embed.py makes it"):
+    with pytest.raises(StoreError, match=r"found no table .*t\.lance; run python jobs/embed.py first"):
         table.open()
     fill(table, [])
     assert TableSearch(table).query(np.ones(WIDTH), 3) == []
@@ -233,7 +233,7 @@ def test_a_writer_that_was_paused_while_another_wrote_cannot_commit(table: Vecto
     finally:
         process.kill()
     assert process.returncode == 1
-    assert "StoreError: another job has begun to write to " in errors
+    assert "StoreError: another job has started to write to " in errors
     assert sorted(held(table)) == [f"new-{n}" for n in range(5)]
 
 
@@ -354,7 +354,7 @@ def test_tables_of_other_programs_and_other_widths_are_refused(table: VectorTabl
     with pytest.raises(StoreError, match="found a query of 9"):
         TableSearch(table).query(np.ones(9), 1)
     for bad in (np.zeros(WIDTH), np.full(WIDTH, np.nan)):
-        with pytest.raises(StoreError, match="the query's vector is zero or no number"):
+        with pytest.raises(StoreError, match="the query's vector is zero or not finite"):
             TableSearch(table).query(bad, 1)
     for where in ({"": 1}, {"$or": 1}, {"a": None}, {"a": []}, {"a": {"gt": "x"}}, {"a": {"beyond": 1}}, {"a": {}}):
         with pytest.raises(ConfigError, match="where: found"):

@@ -1,4 +1,4 @@
-"""The one config tree, from a YAML file, the environment and `section.key=value` arguments."""
+"""The config, read from a YAML file, the environment and `section.key=value` arguments."""
 
 from pipeline.config.data import Augment, Data, NearDuplicates, Quality, Safety, Sanitize, Source, Tokenizer
 from pipeline.config.embedding import Embedding, Pinecone

@@ -27,8 +27,8 @@ class Source(Section):
     `?anonymous=true`). huggingface: the data set's name. python_packages: a folder of packages, by default this
     Python's site-packages."""
     record: Literal["file", "paragraph", "line"] = "file"
-    """What a record of a text source is. A file has the fields `title` (its title or first line), `body` (the rest) and
-    `text` (all); a paragraph or a line has `text`."""
+    """Text sources: the unit that becomes a record. A file has the fields `title` (its title or first line), `body`
+    (the rest) and `text` (all); a paragraph or a line has `text`."""
     delimiter: str | None = Field(None, min_length=1, max_length=1)
     """Character between the cells of a csv source; by default a tab in .tsv files, else a comma."""
     config: str | None = None
@@ -123,7 +123,7 @@ class NearDuplicates(Section):
     """Jaccard similarity of 5-word shingles from which a record is a near-duplicate; null: remove only exact
     duplicates. 0.8 is the usual choice (Lee et al. 2022, section 4.2)."""
     permutations: int = Field(256, ge=16, le=1024)
-    """Length of a MinHash signature. Its bands are chosen so that a pair at the threshold is found with probability
+    """Length of a MinHash signature. Bands are chosen so that a pair at the threshold is detected with probability
     0.99."""
 
 
@@ -140,8 +140,8 @@ class Data(Section):
     sources: list[Source] = Field([Source(name="packages", type="python_packages")], min_length=1)
     """Where records come from."""
     prepared: PathStr | None = None
-    """A prepared data set to use instead of preparing one, such as the one that jobs/mine.py wrote; made from the same
-    sources. Relative to storage.root."""
+    """Use this prepared data set instead of preparing one, for example the output of jobs/mine.py. It must come from
+    the same sources. Relative to storage.root."""
     max_bad_fraction: Share = 0.05
     """Stop if a larger share of a source's records cannot be read (broken lines, missing fields, bad bytes)."""
     min_chars: int = Field(10, ge=1)
@@ -159,7 +159,7 @@ class Data(Section):
     near_duplicates: NearDuplicates = NearDuplicates()
     """Removal of near-duplicates, across all sources."""
     max_removed_fraction: Share = 1.0
-    """Stop if duplicates, exact and near, are a larger share of the records that passed the rules."""
+    """Stop if exact and near-duplicates make up a larger share of the records that passed the rules."""
     decontaminate: list[PathStr] = []
     """BEIR folders: records that are duplicates or near-duplicates of their documents or queries are removed."""
     decontaminate_threshold: float = Field(0.8, gt=0, le=1)
@@ -167,9 +167,9 @@ class Data(Section):
     validation_fraction: float = Field(0.02, gt=0, lt=0.5)
     """Share of records held out, chosen by the hash of their id."""
     augment: Augment = Augment()
-    """Augmentation of the anchors of training pairs, the same in every run."""
+    """Augmentation of training anchors, the same in every run."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Seed of the order of rows and of augmentation."""
+    """Seed of the row order and of augmentation."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Data:
@@ -181,33 +181,33 @@ class Data(Section):
         return self
 
     def prompt(self, *fields: TextField) -> str:
-        """The prompt that all sources have for the first of `fields` with a prompt; "" if they differ."""
-        found = {next((s.prompts[name] for name in fields if name in s.prompts), "") for s in self.sources}
-        return found.pop() if len(found) == 1 else ""
+        """The prompt that all sources share, each taking its first of `fields` that has one; "" if they differ."""
+        prompts = {next((s.prompts[name] for name in fields if name in s.prompts), "") for s in self.sources}
+        return prompts.pop() if len(prompts) == 1 else ""
 
 
 class Tokenizer(Section):
     load_path: PathStr | None = None
-    """A tokenizer.json, or a pretrained tokenizer's folder. By default a tokenizer is trained and kept with the
+    """A tokenizer.json, or a pretrained tokenizer's folder. By default a tokenizer is trained and stored with the
     data."""
     type: Literal["bpe", "wordpiece", "unigram"] = "bpe"
-    """Kind of tokenizer that is trained. Training is deterministic for byte-level BPE only (tokenizers 0.23)."""
+    """Type of tokenizer to train. Only byte-level BPE trains deterministically (tokenizers 0.23)."""
     vocab_size: int = Field(16_000, ge=512, le=1_000_000)
-    """Size of a trained vocabulary."""
+    """Vocabulary size of a trained tokenizer."""
     lowercase: bool = True
     """Lower-case before tokenizing, which helps on small data (debian: +0.01 NDCG@10, ours)."""
     max_length: int = Field(128, ge=2, le=131_072)
-    """Tokens of a text that the model sees, with special tokens."""
+    """Maximum tokens per text, including special tokens."""
     long_texts: Literal["truncate", "windows"] = "truncate"
     """What to do with longer texts. windows: cut them into rows of `max_length` tokens with their parent's id; for
     records with `text` only."""
     window_overlap: int = Field(16, ge=0)
     """Tokens shared by neighbouring windows."""
     train_mb: int = Field(64, ge=1)
-    """Size of the sample that the tokenizer is trained on, in MB; records are chosen by hash."""
+    """Size of the sample that the tokenizer is trained on, in MB; records are sampled by hash."""
 
     @model_validator(mode="after")
-    def _windows_move(self) -> Tokenizer:
+    def _windows_advance(self) -> Tokenizer:
         if self.long_texts == "windows" and self.window_overlap >= self.max_length - 2:
             raise ValueError(
                 f"a window_overlap below max_length - 2 = {self.max_length - 2}, not {self.window_overlap}"

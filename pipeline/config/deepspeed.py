@@ -2,13 +2,13 @@
 
     {"zero_optimization": {"stage": 2}, "gradient_clipping": "auto"}
 
-becomes, under a table of what became of each key,
+becomes, below a table that shows how each key was converted,
 
     training:
       strategy: fsdp
 
-"auto" keeps our default, as in transformers' Trainer. A key that only tunes speed, memory or printing is listed as not
-needed; one without a counterpart is refused by name (`deepspeed_keys` lists them all). DeepSpeed is not needed.
+"auto" keeps our default, as in transformers' Trainer. Keys that only tune speed, memory or printing are listed as not
+needed; a key without a counterpart is an error (`deepspeed_keys` lists them all). DeepSpeed need not be installed.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ SWITCH = {True: True, False: False, AUTO: AUTO}
 
 
 class Row(NamedTuple):
-    """What became of one key."""
+    """How one key was converted."""
 
     key: str
-    """DeepSpeed's, with dots."""
+    """DeepSpeed's dotted key."""
     value: str
-    """In the file; "" where the file lacks the key and DeepSpeed's default counts."""
+    """Value in the file; "" if the file lacks the key and DeepSpeed's default applies."""
     became: str
     """`section.key=value`, or ""."""
     note: str
 
 
 def to_yaml(file: Path) -> str:
-    """The YAML of our keys under a table, in comments, of what became of each key. Raises ConfigError."""
+    """Our config as YAML, after a table in comments that shows how each key was converted. Raises ConfigError."""
     tree, rows = convert(file)
     table = [Row("DeepSpeed", "value", "became", "note"), *rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -53,10 +53,10 @@ def to_yaml(file: Path) -> str:
 
 
 def convert(file: Path) -> tuple[dict[str, Any], list[Row]]:
-    """Our keys by section, and what became of each of DeepSpeed's, in the file's order.
+    """Return our keys by section, and a row for each of DeepSpeed's keys in the file's order.
 
-    Raises ConfigError for a file that is not a JSON object, for a key or value without a counterpart, and for a value
-    that our config does not allow.
+    Raises ConfigError if the file is not a JSON object, if a key or value has no counterpart, or if our config does
+    not allow a value.
     """
     conversion = _Conversion(file, _read(file))
     rows = conversion.rows_in_order()
@@ -71,41 +71,41 @@ def convert(file: Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The file's keys, with dots, and their values; a feature of `NO_COUNTERPART` stays whole."""
+    """Dotted key → value. Blocks in `NO_COUNTERPART` are not flattened."""
     try:
-        content = json.loads(file.read_bytes(), object_pairs_hook=_once, parse_constant=_no_number)
+        content = json.loads(file.read_bytes(), object_pairs_hook=_without_duplicates, parse_constant=_reject_constant)
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror or error}; allowed is a readable DeepSpeed JSON file") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: not JSON: {error}; allowed is a DeepSpeed JSON file") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: found {kind_of(content)}; allowed is a JSON object of DeepSpeed's keys")
-    return _flat(content)
+    return _flatten(content)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+        raise ValueError(f"duplicate key {next(name for name in names if names.count(name) > 1)!r}")
     return content
 
 
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+def _reject_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")
 
 
-def _flat(content: Mapping[str, Any], block: str = "") -> dict[str, Any]:
+def _flatten(content: Mapping[str, Any], block: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for name, value in content.items():
         key = block + name
-        whole = not isinstance(value, dict) or key in keys.NO_COUNTERPART
-        leaves |= {key: value} if whole else _flat(value, f"{key}.")
+        is_leaf = not isinstance(value, dict) or key in keys.NO_COUNTERPART
+        leaves |= {key: value} if is_leaf else _flatten(value, f"{key}.")
     return leaves
 
 
 class _Conversion:
-    """From the file's keys to a tree of ours, with a row for each."""
+    """Converts the file's keys to our tree, and records a row for each."""
 
     def __init__(self, file: Path, given: dict[str, Any]) -> None:
         self.file, self.given = file, given
@@ -132,13 +132,11 @@ class _Conversion:
             if shape == "linear":
                 self._put(keys.SCHEDULE, "training.final_rate_fraction", 0)
             if "scheduler.params.warmup_type" not in self.given:
-                self._note(
-                    "scheduler.params.warmup_type", "DeepSpeed's default is log; here the rate rises along a line"
-                )
+                self._note("scheduler.params.warmup_type", "DeepSpeed's default is log; here the warm-up is linear")
             self._defaults(self.given[keys.SCHEDULE])
 
     def _defaults(self, block: str) -> None:
-        """DeepSpeed's own, where its file lacks a value."""
+        """Set DeepSpeed's defaults for keys that the file lacks."""
         for key, value in keys.DEFAULTS[block].items():
             if key not in self.given:
                 self._put(key, keys.DIRECT[key][0], value, "DeepSpeed's default")
@@ -158,7 +156,7 @@ class _Conversion:
             self._put(keys.STAGE, "training.strategy", strategy, note)
 
     def _precision(self) -> None:
-        """The one that is on; our own where one is auto; fp32 where those that stand there are off."""
+        """Use the precision that is on; keep our default if one is auto; fp32 if all listed ones are off."""
         switches = {key: self._choice(key, SWITCH) for key in keys.PRECISIONS if key in self.given}
         on = [key for key, switch in switches.items() if switch is True]
         if len(on) > 1:
@@ -174,7 +172,7 @@ class _Conversion:
             value = self.given.get(key)
             if value:
                 on = value if value == AUTO else True
-                self._put(key, "model.gradient_checkpointing", on, "activations are computed again, in every layer")
+                self._put(key, "model.gradient_checkpointing", on, "activations are recomputed in every layer")
             elif key in self.given:
                 self._note(key, "off")
 
@@ -202,7 +200,7 @@ class _Conversion:
                 self._put(key, ours, count)
         if micro is None:
             if keys.MICRO in self.given:
-                self._note(keys.MICRO, "what the global batch, the steps and the workers leave")
+                self._note(keys.MICRO, "follows from the global batch, the steps and the workers")
         elif batch is None or steps is None:
             self._refuse(keys.MICRO, f"auto, or a number if {keys.BATCH} and {keys.STEPS} are numbers too")
         elif batch % (micro * steps):
@@ -217,17 +215,17 @@ class _Conversion:
             self._other(key, self.given[key])
 
     def _other(self, key: str, value: Any) -> None:
-        """A key that sets nothing."""
+        """Note or refuse a key that sets nothing."""
         if key in keys.NOT_NEEDED:
             return self._note(key, f"not needed: {keys.NOT_NEEDED[key]}")
         if key in keys.FIXED:
             allowed, why = keys.FIXED[key]
             if value not in (*allowed, AUTO):
                 self._refuse(key, f"{_shown(allowed[0])}: {why}")
-            return self._note(key, f"as here: {why}")
+            return self._note(key, f"same as ours: {why}")
         if key in keys.NO_COUNTERPART:
             if not _is_off(value):
-                self._refuse(key, "enabled: false, or no such key: it has no counterpart here")
+                self._refuse(key, "enabled: false, or leaving the key out: it has no counterpart here")
             return self._note(key, "off")
         if key in keys.BLOCKS and value is None:
             return self._note(key, "off")
@@ -238,11 +236,11 @@ class _Conversion:
         raise ConfigError(f"{self.file}: {key}: unknown key; {hint}")
 
     def _put(self, key: str, ours: str, value: Any, note: str = "") -> None:
-        """Set our key; without a value, our default stays."""
+        """Set our key; null and "auto" keep our default."""
         if value is None or value == AUTO:
             return self._note(key, f"{ours} keeps its default")
         if isinstance(value, float) and value.is_integer():
-            value = int(value)  # JSON has 2e3 for 2000
+            value = int(value)  # JSON may write 2000 as 2e3
         section, name = ours.split(".")
         self.tree.setdefault(section, {})[name] = value
         return self._note(key, note, f"{ours}={_shown(value)}")
@@ -251,7 +249,7 @@ class _Conversion:
         self.rows.append(Row(key, _shown(self.given[key]) if key in self.given else "", became, note))
 
     def _choice(self, key: str, choices: Mapping[Any, Any]) -> Any:
-        """What a value stands for. JSON's true is not 1 here, as it is in Python."""
+        """The meaning of the key's value. Unlike in Python, true does not equal 1."""
         value = self.given.get(key)
         for choice, meaning in choices.items():
             if value == choice and isinstance(value, bool) == isinstance(choice, bool):
@@ -267,7 +265,7 @@ class _Conversion:
         return int(value)
 
     def _refuse(self, key: str, allowed: str) -> NoReturn:
-        found = kind_of(self.given[key]) if key in self.given else "no such key"
+        found = kind_of(self.given[key]) if key in self.given else "nothing"
         raise ConfigError(f"{self.file}: {key}: found {found}; allowed is {allowed}")
 
 

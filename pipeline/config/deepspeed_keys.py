@@ -1,7 +1,7 @@
-"""The keys of DeepSpeed's JSON, by what becomes of each; `deepspeed` converts them.
+"""The keys of DeepSpeed's JSON, grouped by how `deepspeed` converts them.
 
-Names and defaults are DeepSpeed's own: its page "DeepSpeed Configuration JSON", runtime/zero/config.py and
-runtime/lr_schedules.py. A key in none of these tables is refused by name, so none is ignored silently.
+Names and defaults come from DeepSpeed's page "DeepSpeed Configuration JSON", runtime/zero/config.py and
+runtime/lr_schedules.py. A key in none of these tables is an error, so no key is ignored silently.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ DIRECT: dict[str, tuple[str, str]] = {
     "optimizer.params.lr": ("training.learning_rate", "the peak rate"),
     "optimizer.params.betas": ("training.betas", ""),
     "optimizer.params.eps": ("training.adam_eps", ""),
-    "optimizer.params.weight_decay": ("training.weight_decay", "on weight matrices alone"),
+    "optimizer.params.weight_decay": ("training.weight_decay", "on weight matrices only"),
     "scheduler.params.warmup_max_lr": ("training.learning_rate", "the peak rate"),
     "scheduler.params.warmup_num_steps": ("training.warmup_steps", ""),
-    "scheduler.params.total_num_steps": ("training.max_steps", "the run ends where its schedule does"),
+    "scheduler.params.total_num_steps": ("training.max_steps", "the run ends with its schedule"),
     "scheduler.params.cos_min_ratio": ("training.final_rate_fraction", ""),
     "gradient_clipping": ("training.max_grad_norm", ""),
     "steps_per_print": ("training.log_every_steps", "lines in metrics.jsonl"),
     "wandb.project": ("logging.wandb_project", ""),
 }
-"""Key → ours of the same meaning, and what there is to say about it."""
+"""Key → our key with the same meaning, and a note."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "optimizer": {
@@ -58,20 +58,20 @@ RECOMPUTING = (
     "activation_checkpointing.contiguous_memory_optimization",
     "activation_checkpointing.number_checkpoints",
 )
-"""Any of them asks for activations to be recomputed instead of kept."""
+"""Each of these turns on recomputation of activations."""
 
 FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "scheduler.params.warmup_min_lr": ((0,), "a warm-up rises from 0"),
-    "scheduler.params.warmup_min_ratio": ((0,), "a warm-up rises from 0"),
-    "scheduler.params.warmup_type": (("linear",), "a warm-up rises along a line"),
-    "optimizer.params.adam_w_mode": ((True,), "decay is decoupled, as AdamW's"),
-    "optimizer.params.bias_correction": ((True,), "moments are corrected for their start"),
-    "optimizer.params.amsgrad": ((False,), "the second moment may fall"),
-    "fp16.loss_scale": ((0,), "the scale of the loss is dynamic"),
+    "scheduler.params.warmup_min_lr": ((0,), "the warm-up starts at 0"),
+    "scheduler.params.warmup_min_ratio": ((0,), "the warm-up starts at 0"),
+    "scheduler.params.warmup_type": (("linear",), "the warm-up is linear"),
+    "optimizer.params.adam_w_mode": ((True,), "decay is decoupled, as in AdamW"),
+    "optimizer.params.bias_correction": ((True,), "moments are bias-corrected"),
+    "optimizer.params.amsgrad": ((False,), "AMSGrad is not used"),
+    "fp16.loss_scale": ((0,), "the loss scale is dynamic"),
     "fp16.fp16_master_weights_and_grads": ((False,), "weights and gradients are fp32"),
     "bf16.bf16_master_weights_and_grads": ((False,), "weights and gradients are fp32"),
     "bf16.bf16_optimizer_states": ((False,), "the optimizer's state is fp32"),
-    "data_types.grad_accum_dtype": (("fp32", None), "gradients are added up in fp32"),
+    "data_types.grad_accum_dtype": (("fp32", None), "gradients are accumulated in fp32"),
     "gradient_allreduce_op": (("mean",), "workers' gradients are averaged"),
     "activation_checkpointing.cpu_checkpointing": ((False, None), "nothing is offloaded"),
     "zero_optimization.offload_optimizer.device": (("none", None), "nothing is offloaded"),
@@ -85,11 +85,11 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_optimization.mics_shard_size": ((-1,), "MiCS has no counterpart"),
     "zero_optimization.mics_hierarchical_params_gather": ((False,), "MiCS has no counterpart"),
     "sparse_gradients": ((False,), "gradients are dense"),
-    "sequence_parallel_size": ((1,), "a text is not spread over workers"),
-    "wandb.team": ((None,), "wandb takes it from WANDB_ENTITY"),
-    "wandb.group": ((None,), "wandb takes it from WANDB_RUN_GROUP"),
+    "sequence_parallel_size": ((1,), "a text is not split over workers"),
+    "wandb.team": ((None,), "wandb reads WANDB_ENTITY"),
+    "wandb.group": ((None,), "wandb reads WANDB_RUN_GROUP"),
 }
-"""Key → the values that match what we always do, and what that is. Any other value is refused."""
+"""Key → the values that match our fixed behaviour, and that behaviour. Any other value is an error."""
 
 NO_COUNTERPART = frozenset(
     [
@@ -120,7 +120,7 @@ NO_COUNTERPART = frozenset(
         "zero_optimization.zeropp_loco_param",
     ]
 )
-"""Whole features, which must be switched off."""
+"""Features that must be switched off."""
 
 
 def _each(why: str, names: str, block: str = "") -> dict[str, str]:
@@ -132,7 +132,7 @@ _AIO = "block_size queue_depth thread_count intra_op_parallelism single_submit o
 
 NOT_NEEDED: dict[str, str] = (
     _each(
-        "how shards travel is fsdp's own affair",
+        "fsdp schedules its own communication",
         "overlap_comm contiguous_gradients reduce_scatter reduce_bucket_size allgather_partitions "
         "allgather_bucket_size use_multi_rank_bucket_allreduce round_robin_gradients sub_group_size "
         "ignore_unused_parameters parameter_alignment compute_grad_norm memory_efficient_linear override_module_apply "
@@ -144,7 +144,7 @@ NOT_NEEDED: dict[str, str] = (
         "zero_optimization.",
     )
     | _each(
-        "a saved model is whole",
+        "saved models are always gathered",
         "stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save",
         "zero_optimization.",
     )
@@ -153,7 +153,7 @@ NOT_NEEDED: dict[str, str] = (
     | _each("nothing is offloaded", _AIO, "aio.")
     | _each("nothing is offloaded", _AIO, "zero_optimization.aio.")
     | _each(
-        "the scale of the loss finds its own size",
+        "the loss scale adapts by itself",
         "initial_scale_power loss_scale_window hysteresis consecutive_hysteresis min_loss_scale auto_cast",
         "fp16.",
     )
@@ -161,14 +161,14 @@ NOT_NEEDED: dict[str, str] = (
     | _each("gradients are fp32", "check_grad_overflow immediate_grad_update", "bfloat16.")
     | _each("torch's fused AdamW", "torch_adam fused foreach set_grad_none", "optimizer.params.")
     | _each("torch's fused AdamW", "legacy_fusion zero_allow_untested_optimizer zero_force_ds_cpu_optimizer")
-    | _each("a layer at a time", "synchronize_checkpoint_boundary profile", "activation_checkpointing.")
+    | _each("layers are recomputed one by one", "synchronize_checkpoint_boundary profile", "activation_checkpointing.")
     | _each("the mean over workers is the same", "prescale_gradients gradient_predivide_factor disable_allgather")
-    | _each("an epoch has whole batches alone", "dataloader_drop_last")
-    | _each("the log has the rates of each report", "wall_clock_breakdown memory_breakdown dump_state")
-    | _each("event files lie in the run's folder", "output_path job_name", "tensorboard.")
-    | _each("metrics.jsonl has its numbers", "enabled output_path job_name", "csv_monitor.")
+    | _each("an epoch has only full batches", "dataloader_drop_last")
+    | _each("each log line shows throughput", "wall_clock_breakdown memory_breakdown dump_state")
+    | _each("event files are written to the run's folder", "output_path job_name", "tensorboard.")
+    | _each("metrics.jsonl has the same numbers", "enabled output_path job_name", "csv_monitor.")
 )
-"""Key → why we ignore it: it tunes speed, memory or printing, and changes no number of the training."""
+"""Key → why it is not needed: it tunes speed, memory or printing and does not change the training's results."""
 
 KNOWN = frozenset(
     {STAGE, OPTIMIZER, SCHEDULE, COMMUNICATION, BATCH, STEPS, MICRO, *RECOMPUTING, *NO_COUNTERPART}

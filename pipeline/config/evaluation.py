@@ -13,21 +13,21 @@ Cosine = Annotated[float, Field(ge=-1, le=1)]
 
 class Evaluation(Section):
     beir_dir: PathStr | None = None
-    """A BEIR folder to score as well: corpus.jsonl, queries.jsonl, qrels/test.tsv."""
+    """A folder in BEIR's format to score as well: corpus.jsonl, queries.jsonl, qrels/test.tsv."""
     sts_file: PathStr | None = None
-    """A TSV with the columns score, sentence1, sentence2 and a header: Spearman's and Pearson's correlation; Spearman's
+    """A TSV with a header and the columns score, sentence1, sentence2: Spearman's and Pearson's correlation; Spearman's
     also at each validation."""
     clustering_file: PathStr | None = None
-    """A TSV with the columns text, label and a header: V-measure of k-means with as many clusters as labels."""
+    """A TSV with a header and the columns text, label: V-measure of k-means with as many clusters as labels."""
     classification_dir: PathStr | None = None
-    """A folder with train.tsv and test.tsv, each with the columns text, label and a header: accuracy and macro F1 of
+    """A folder with train.tsv and test.tsv, each with a header and the columns text, label: accuracy and macro F1 of
     5-nearest-neighbour classification."""
     bm25: bool = True
     """Also rank by BM25, and by both combined. Its index is held in the driver's memory."""
     held_out_queries: int = Field(1000, ge=0)
     """Anchors of the validation split used as queries; 0 for none."""
     held_out_documents: int = Field(10_000, ge=1)
-    """Documents that they are ranked against: their own positives, and others chosen by hash."""
+    """Documents that the queries rank: their own positives, and others chosen by hash."""
 
 
 class Mining(Section):

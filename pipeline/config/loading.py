@@ -1,4 +1,4 @@
-"""Loading a config from a YAML file, the environment and arguments.
+"""Load a config from a YAML file, the environment and arguments.
 
 Precedence: defaults < YAML file < environment (`PIPELINE_STORAGE`) < `section.key=value` arguments.
 
@@ -49,7 +49,7 @@ def load(
         assign(tree, ["data", "sources"], sources, "sources")
     _apply_environment(tree, from_arguments, environ)
     _refuse_credentials(tree)
-    _take_pretrained_tokenizer(tree)
+    _default_to_pretrained_tokenizer(tree)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -62,7 +62,7 @@ def load(
 
 
 def _apply_environment(tree: dict[str, Any], from_arguments: dict[str, str], environ: dict[str, str]) -> None:
-    """PIPELINE_STORAGE overrides the file, and an argument overrides both; the default is a folder under ~/.cache."""
+    """Set `storage.root` from an argument, else PIPELINE_STORAGE, else the file, else the default."""
     if "storage" in tree and not isinstance(tree["storage"], dict):
         return  # validation reports it
     storage = tree.setdefault("storage", {})
@@ -75,7 +75,7 @@ def _apply_environment(tree: dict[str, Any], from_arguments: dict[str, str], env
 
 
 def _refuse_credentials(value: Any, key: str = "") -> None:
-    """Raise ConfigError, without repeating them, for credentials in a URI, under any key."""
+    """Raise ConfigError if any URI holds credentials. The message does not repeat them."""
     if isinstance(value, dict):
         for name, inner in value.items():
             _refuse_credentials(inner, f"{key}.{name}".lstrip("."))
@@ -84,7 +84,7 @@ def _refuse_credentials(value: Any, key: str = "") -> None:
             _refuse_credentials(inner, f"{key}[{place}]")
     elif isinstance(value, str) and holds_credentials(value):
         raise ConfigError(
-            f"{key}: found credentials in a URI of {value.partition('://')[0]}://; allowed are those of the "
+            f"{key}: found credentials in a URI of {value.partition('://')[0]}://; allowed are credentials from the "
             "environment only"
         )
 
@@ -92,26 +92,20 @@ def _refuse_credentials(value: Any, key: str = "") -> None:
 def _check_uris(config: Config) -> None:
     """Raise ConfigError for a URI without a bucket, or with credentials after variables are expanded."""
     _refuse_credentials(config.dump())
-    wanted = config.evaluation
-    named = {f"evaluation.{key}": getattr(wanted, key) for key in EVALUATION_PATHS}
-    named |= {"storage.root": config.storage.root, "embedding.uri": config.embedding.uri}
-    named |= {
-        "logging.save_dir": config.logging.save_dir,
-        "embedding.model": config.embedding.model,
-        "tokenizer.load_path": config.tokenizer.load_path,
-    }
-    for key, text in named.items():
+    keys = [f"evaluation.{name}" for name in EVALUATION_PATHS]
+    keys += ["storage.root", "embedding.uri", "logging.save_dir", "embedding.model", "tokenizer.load_path"]
+    for key in keys:
+        text = config.get(key)
         try:
             as_path(text or "")
         except ValueError as error:
             raise ConfigError(
                 f"{key}: found {error} in {without_options(str(text))}; allowed is a path on disk, s3://bucket/prefix, "
-                f"gs://bucket/prefix or az://container/prefix, with options out of {', '.join(OPTIONS)}"
+                f"gs://bucket/prefix or az://container/prefix, with the options {', '.join(OPTIONS)}"
             ) from None
 
 
-def _take_pretrained_tokenizer(tree: dict[str, Any]) -> None:
-    """A pretrained model uses its own tokenizer by default."""
+def _default_to_pretrained_tokenizer(tree: dict[str, Any]) -> None:
     model, tokenizer = tree.get("model"), tree.setdefault("tokenizer", {})
     if isinstance(model, dict) and isinstance(tokenizer, dict) and model.get("pretrained"):
         tokenizer.setdefault("load_path", model["pretrained"])

@@ -1,4 +1,4 @@
-"""The `model` section: the encoder's size, by one dial or key by key."""
+"""The `model` section: the encoder's size, set by one key or by several."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ SIZES: dict[str, dict[str, int]] = {
     "7b": {"d_model": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "d_ff": 14336},
     "30b": {"d_model": 7168, "num_layers": 54, "num_heads": 56, "num_kv_heads": 8, "d_ff": 20480},
 }
-"""From large on, names are the encoder's parameters with 32,000 tokens; the proportions are Llama's and Yi's."""
+"""From `1b` on, the name is the parameter count with 32,000 tokens; the proportions follow Llama and Yi."""
 TABLE_NORM_EPS, NORM_EPS = 1.0, 1e-5
 
 
 class Model(Section):
     pretrained: PathStr | None = None
-    """A pretrained encoder of transformers: its folder, or its name on the hub. Replaces `size` and the other keys
-    that shape our own encoder; `tokenizer.load_path` is then the encoder's own by default."""
+    """A pretrained transformers encoder: its folder, or its name on the hub. Replaces `size` and the other keys that
+    shape our own encoder; `tokenizer.load_path` then defaults to the encoder's tokenizer."""
     size: Literal["tiny", "small", "base", "large", "1b", "7b", "30b"] = "tiny"
-    """One dial for width, depth and heads; each can be overridden below."""
+    """Sets width, depth and heads; you can override each below."""
     d_model: int | None = Field(None, ge=8)
     """Width of the token states and of the vectors."""
     num_layers: int | None = Field(None, ge=0)
-    """Transformer layers; with 0 the model is a table of token embeddings."""
+    """Transformer layers; with 0 the model is a token table."""
     num_heads: int | None = Field(None, ge=1)
     """Attention heads per layer; d_model must be an even multiple of it."""
     num_kv_heads: int | None = Field(None, ge=1)
-    """Heads of keys and values, each shared by a group of heads; by default the size's, or `num_heads`."""
+    """Key and value heads, each shared by a group of query heads; by default the size's, or `num_heads`."""
     d_ff: int | None = Field(None, ge=8)
     """Width of the feed-forward's hidden layer."""
     decoder_layers: int | None = Field(None, ge=1)
@@ -44,7 +44,7 @@ class Model(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout probability of each residual branch's output, in training."""
     norm_eps: float | None = Field(None, gt=0)
-    """Epsilon of RMSNorm. By default 1 for `tiny`, which keeps token weights (see model/transformer.py), else 1e-5."""
+    """Epsilon of RMSNorm. By default 1 for `tiny`, which preserves token weights (model/transformer.py), else 1e-5."""
     tie_embeddings: bool = True
     """The decoder shares the encoder's token embeddings, for its input and its output."""
     gradient_checkpointing: bool = False

@@ -30,7 +30,7 @@ class Generative(Section):
 
 
 class Writing(Generative):
-    """Keys of the objectives that train a decoder."""
+    """Keys shared by the objectives that train a decoder."""
 
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of each target's probability that is spread over the vocabulary (Vaswani et al. 2017: 0.1)."""
@@ -39,7 +39,7 @@ class Writing(Generative):
 class Denoising(Writing):
     corruption: Literal["deletion", "spans"] = "deletion"
     """deletion: tokens are deleted, and the decoder sees only the text's vector (TSDAE). spans: runs of tokens are
-    masked, and the decoder, which sees all states, writes them (T5)."""
+    masked, and the decoder, which sees all states, generates them (T5)."""
     ratio: float = Field(0.6, gt=0, lt=1)
     """Share of tokens deleted or masked: 0.6 in TSDAE (Wang et al. 2021, section 3), 0.15 in T5."""
     mean_span: float = Field(3.0, ge=1)
@@ -73,7 +73,7 @@ class Objective(Section):
 
     @property
     def named(self) -> dict[str, Section]:
-        """The objectives that are asked for, by name."""
+        """The configured objectives, by name."""
         sections = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: section for name, section in sections.items() if section is not None}
 

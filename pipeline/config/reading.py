@@ -1,4 +1,4 @@
-"""Reading a config's YAML, and putting what is wrong with it into one sentence, for any tree of pydantic models."""
+"""Read a config's YAML and explain its errors in one sentence, for any tree of pydantic models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OLDER_NAMES = {
     "save_steps": "checkpointing.every_steps",
     "output_dir": "storage.root",
 }
-"""Names used by other libraries → ours, for the error message."""
+"""Names in other libraries → our key, for the error message."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
             if isinstance(key, str) and key in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key!r}", problem_mark=key_node.start_mark)
             seen.add(key if isinstance(key, str) else id(key_node))
         return super().construct_mapping(node, deep)
 
@@ -59,7 +59,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 def _mapping(text: str, where: str) -> dict[str, Any]:
     try:
         tree = yaml.load(text, _Loader)
-    except Exception as error:  # PyYAML's constructors raise all kinds of exceptions
+    except Exception as error:  # PyYAML's constructors raise many exception types
         raise ConfigError(f"{where}: {_yaml_problem(error)}; allowed is plain YAML") from None
     if tree is None:
         raise ConfigError(f"{where}: found an empty file; allowed is a mapping of sections such as `training: {{}}`")
@@ -89,7 +89,7 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 
 def explain(error: ValidationError, file: Path | str, arguments: list[str], root: type[BaseModel]) -> str:
-    """The first error as one sentence, and the number of others. `root` is the whole tree's class."""
+    """The first error as one sentence, and the number of others. `root` is the class of the whole tree."""
     details = error.errors(include_url=False)
     first = details[0]
     location = [part for part in first["loc"][:-1] if not _is_union_tag(part)]
@@ -102,7 +102,7 @@ def explain(error: ValidationError, file: Path | str, arguments: list[str], root
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key; {_suggest(location, root)}{more}"
     if first["type"] == "missing":
-        return f"{where}: found no such key; allowed is a value of your own{more}"
+        return f"{where}: missing key; set a value{more}"
     allowed = " or ".join(
         dict.fromkeys(_allowed(d) for d in details if [p for p in d["loc"] if not _is_union_tag(p)] == location)
     )
@@ -134,6 +134,7 @@ def _allowed(detail: Any) -> str:
 
 
 def kind_of(value: Any) -> str:
+    """The value, shortened, with its type: `3.5`, `'abc' (text)`, `null`."""
     names: dict[type, str] = {dict: "a mapping", list: "a list", str: "text", bool: "a truth value"}
     if value is None:
         return "null"
@@ -143,16 +144,16 @@ def kind_of(value: Any) -> str:
 
 
 def _suggest(location: Sequence[Any], root: type[BaseModel]) -> str:
-    """The nearest key: a known other name, the same name in another section, or a similar spelling."""
+    """The nearest key: another library's name for it, the same name in another section, or a similar spelling."""
     unknown, parent = str(location[-1]), [p for p in location[:-1] if not isinstance(p, int)]
     elsewhere = [p for p in _paths(root) if "." in p and p.split(".")[-1].removesuffix("[]") == unknown]
     if unknown in OLDER_NAMES:
-        return f"its name here is {OLDER_NAMES[unknown]}"
+        return f"use {OLDER_NAMES[unknown]}"
     if elsewhere:
-        return f"{unknown} stands at {' and '.join(elsewhere)}"
+        return f"did you mean {' or '.join(elsewhere)}?"
     section: Any = root
     for part in parent:
-        if hasattr(section, "model_fields") and part in section.model_fields:  # else a key of the user's own
+        if hasattr(section, "model_fields") and part in section.model_fields:  # else a user-defined key
             section = _inner(section.model_fields[part].annotation)
     known = list(section.model_fields) if hasattr(section, "model_fields") else []
     near = difflib.get_close_matches(unknown, known, 1) or difflib.get_close_matches(unknown, _leaves(root), 1, 0.8)
@@ -164,7 +165,7 @@ def _inner(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) in (list, dict, Union, UnionType, Annotated):
-        return next((found for arg in get_args(annotation) if (found := _inner(arg))), None)
+        return next((inner for arg in get_args(annotation) if (inner := _inner(arg))), None)
     return None
 
 
@@ -182,7 +183,7 @@ def _leaves(root: type[BaseModel]) -> list[str]:
 
 
 def assign(tree: dict[str, Any], parts: list[str], value: Any, where: str) -> None:
-    """Set a dotted key; a number selects an item of an existing list. `where` is for the error."""
+    """Set the value at a key path; a number selects an item of an existing list. `where` begins the error message."""
     place: Any = tree
     for depth, part in enumerate(parts):
         key: str | int = part
@@ -190,7 +191,7 @@ def assign(tree: dict[str, Any], parts: list[str], value: Any, where: str) -> No
             key = int(part)
         elif not isinstance(place, dict):
             holder = ".".join(parts[:depth])
-            raise ConfigError(f"{where}: {holder} holds {kind_of(place)}; allowed is a key that is there")
+            raise ConfigError(f"{where}: found {kind_of(place)} in {holder}; allowed is an existing key")
         if depth == len(parts) - 1:
             place[key] = value
         else:

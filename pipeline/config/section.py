@@ -22,7 +22,7 @@ PathStr = Annotated[str, Field(min_length=1), AfterValidator(_expand)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$", max_length=128)]
-"""Names separated by `/`: a run, or a run below another."""
+"""Names separated by `/`: a run, or a run nested in another."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

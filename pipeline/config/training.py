@@ -25,7 +25,7 @@ class Training(Section):
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Micro-batches per worker and step. Gradients are cached (GradCache), so each anchor still sees all negatives."""
     micro_batch_tokens: int | None = Field(None, ge=1)
-    """Most tokens of a micro-batch, so that long texts fit into memory; a longer record is a micro-batch of its own."""
+    """Maximum tokens per micro-batch, so that long texts fit in memory; a longer record gets its own micro-batch."""
     learning_rate: float = Field(1e-3, gt=0, le=10)
     """AdamW's peak learning rate, for the layers."""
     table_learning_rate: float | None = Field(None, gt=0, le=10)
@@ -48,8 +48,7 @@ class Training(Section):
     final_rate_fraction: Share = 0.05
     """Final learning rate, as a share of the peak."""
     table_warmup_fraction: float = Field(0.0, ge=0, le=1)
-    """Share of the steps in which only the token embeddings are trained, before the layers are
-    (model/transformer.py)."""
+    """Share of the steps that train only the token embeddings, before the layers (model/transformer.py)."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this norm."""
     max_steps: int | None = Field(None, ge=1)
@@ -77,9 +76,9 @@ class Training(Section):
     validate_every_steps: int = Field(200, ge=1)
     """Steps between validations."""
     validation_pairs: int = Field(2048, ge=2)
-    """Most validation records that are scored; pairs are ranked against each other."""
+    """Maximum validation records to score; pairs are ranked against each other."""
     generated_texts: int = Field(64, ge=0)
-    """Most validation texts that are generated for BLEU and ROUGE, if an objective trains a decoder."""
+    """Maximum validation texts to generate for BLEU and ROUGE, if an objective trains a decoder."""
     log_every_steps: int = Field(10, ge=1)
     """Steps between two lines in metrics.jsonl."""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -96,33 +95,32 @@ class Training(Section):
 
 class Checkpointing(Section):
     every_steps: int = Field(200, ge=1)
-    """Steps between checkpoints; one is also written at the end, on SIGTERM and on notice of preemption."""
+    """Steps between checkpoints; one is also written at the end, on SIGTERM and on a preemption notice."""
     every_minutes: float | None = Field(None, gt=0)
-    """Also after this many minutes of training without one; checked every `training.log_every_steps`."""
+    """Also write a checkpoint after this many minutes without one; checked every `training.log_every_steps`."""
     max_checkpoints: int = Field(2, ge=1)
     """Number of newest checkpoints to keep, in addition to the best by `training.best_metric`."""
     accept_changes: list[str] = []
-    """Keys that may differ from those the run was started with, such as [training.learning_rate, data]; `data` is the
-    prepared data set."""
+    """Keys that may differ from the config the run started with, such as [training.learning_rate, data]; `data` is
+    the prepared data set."""
     grace_s: float = Field(60.0, gt=0)
     """Seconds to wait for the last checkpoint after SIGTERM or Ctrl-C."""
 
 
 class Labels(Section):
-    """Labels of the nodes that run each kind of work, as given to `ray start --labels pool=gpu`; by default any
-    node."""
+    """Labels of the nodes for each kind of work, as in `ray start --labels pool=gpu`; by default any node."""
 
     data: dict[str, str] = {}
-    """Nodes that read, filter, tokenize and write: prepare, the feed of training, the steps before encoding."""
+    """Nodes that read, filter, tokenize and write: in prepare, for training's input, and before encoding."""
     train: dict[str, str] = {}
-    """Nodes with training workers."""
+    """Nodes that run training workers."""
     encode: dict[str, str] = {}
-    """Nodes with encoding actors; by default those of `data`. Must have a value for each key of `data`."""
+    """Nodes that run encoding actors; by default those of `data`. Must have a value for each key of `data`."""
 
     @model_validator(mode="after")
     def _keys_of_data(self) -> Labels:
         if self.encode and (missing := self.data.keys() - self.encode.keys()):  # Ray Data joins the two, key by key
-            raise ValueError(f"encode with a value for each key of data, {', '.join(sorted(missing))} too")
+            raise ValueError(f"an encode that also has a value for {', '.join(sorted(missing))}, as data has")
         return self
 
 
@@ -139,15 +137,15 @@ class Scaling(Section):
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
     """GPUs reserved per training worker. auto: 1 if the cluster has GPUs, else 0."""
     max_failures: int = Field(3, ge=0)
-    """Restarts of the workers, each from the newest checkpoint, before a run fails; preempted nodes do not count."""
+    """Worker restarts, each from the newest checkpoint, before a run fails; preempted nodes do not count."""
     collective_timeout_s: float = Field(600.0, gt=0)
-    """Seconds that a worker may keep the others waiting before it is considered hung and all are restarted."""
+    """Seconds that a worker may keep the others waiting before it counts as hung and all workers restart."""
     resize_every_s: float = Field(60.0, gt=0)
     """Seconds between checks of the cluster's size, if `num_workers` is a range."""
     placement: Literal["pack", "spread"] = "pack"
     """pack: workers on as few nodes as possible. spread: on as many as possible."""
     labels: Labels = Labels()
-    """Which nodes do what, in a cluster with several kinds."""
+    """Which nodes do which work, in a cluster with several kinds of nodes."""
 
     @model_validator(mode="after")
     def _range_rises(self) -> Scaling:

@@ -1,6 +1,6 @@
-"""The one config tree: every key, its unit, its default and where the default comes from.
+"""The config tree: every key, its unit, its default and where the default comes from.
 
-Nothing in this folder imports Ray or torch, so that a wrong key is found within a second.
+Nothing in this folder imports Ray or torch, so a wrong key is reported within a second.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Storage(Section):
     az://container/prefix, with options such as ?region=…&endpoint_override=… and credentials from the environment.
     Default: $PIPELINE_STORAGE, else ~/.cache/text-embedding-pipeline."""
     run: RunName = "default"
-    """Name of the run. Its folder is `<root>/runs/<run>`; training in it again resumes it. A sweep's trials are runs
-    below it, such as `default/tune/trials/0003`."""
+    """Name of the run. Its folder is `<root>/runs/<run>`; training again with the same name resumes it. A sweep's
+    trials are runs inside it, such as `default/tune/trials/0003`."""
 
 
 class Logging(Section):
     save_dir: PathStr | None = None
-    """Folder of training.log, relative to storage.root or absolute on disk. Default: the run's folder."""
+    """Folder of training.log: relative to storage.root, or absolute on disk. Default: the run's folder."""
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level of the messages written to the console and to training.log."""
     format: str = Field("%(asctime)s %(levelname)-7s %(message)s", min_length=1)
@@ -92,7 +92,7 @@ class Config(Section):
 
     @property
     def secret_files(self) -> list[str]:
-        """Where an `api.env` with secrets may be: in the working directory, and next to the config file."""
+        """Possible locations of `api.env`: the working directory, and the config file's folder."""
         return [str(folder.absolute() / "api.env") for folder in (Path(), self._folder)]
 
     @property
@@ -100,7 +100,7 @@ class Config(Section):
         return as_path(self.storage.root)
 
     def under_root(self, folder: str) -> StoragePath:
-        """A folder relative to `root`, an absolute one on disk, or a URI."""
+        """Resolve a folder: relative to `root`, absolute on disk, or a URI."""
         return below(self.root, folder)
 
     @property
@@ -112,17 +112,17 @@ class Config(Section):
         return self.under_root(self.logging.save_dir) if self.logging.save_dir else self.run_dir
 
     def dump(self) -> dict[str, Any]:
-        """The resolved tree as plain values. It holds no secrets."""
+        """The resolved tree as plain values, without secrets."""
         return self.model_dump(mode="json")
 
     def changed(self, values: dict[str, Any], where: str) -> Config:
-        """A config with other values at dotted keys. Raises ConfigError, which says `where` the values come from."""
+        """A copy with other values at dotted keys. Raises ConfigError; `where` names the origin of the values."""
         tree = self.dump()
         for key, value in values.items():
             assign(tree, key.split("."), value, where)
         try:
-            found = Config.model_validate(tree)
+            config = Config.model_validate(tree)
         except ValidationError as error:
             raise ConfigError(explain(error, where, [], Config)) from None
-        found._folder = self._folder
-        return found
+        config._folder = self._folder
+        return config

@@ -1,1 +1,1 @@
-"""How good the vectors are, and what others can use: scores, a map, exports."""
+"""Evaluation scores, a map of the vectors, and exports."""

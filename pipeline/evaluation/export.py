@@ -1,10 +1,10 @@
-"""Export a model into a folder that the user names: model files, a model card, an ONNX graph, vectors as a matrix.
+"""Exports a model to a folder of your choice: model files, a model card, an ONNX graph, vectors as a matrix.
 
     export(config, model, Path("exported"), license_id="mit", onnx=True, embeddings="float16")
 
-An export never overwrites a file that no export wrote: `export.json` lists every file with its size and hash, and a
-later export may replace the folder only if it has no other files. In a bucket the files are uploaded one by one, the
-list last. Until then the list is marked as unfinished, and an export that was killed can be repeated.
+An export overwrites only files of earlier exports: `export.json` lists every file with its size and hash, and a later
+export replaces the folder only if it holds no other files. In a bucket, files are uploaded one by one and the list
+last; until then the list is marked as unfinished, so a killed export can be repeated.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def export(
     embeddings: Dtype | None = None,
     evaluate_command: str = "python jobs/evaluate.py",
 ) -> Result:
-    """Write a model as a folder that sentence-transformers and transformers load, with a model card.
+    """Write a model, with a model card, to a folder that sentence-transformers and transformers load.
 
-    `license_id` is the hub's identifier. `onnx` adds model.onnx, `embeddings` the run's vectors as a matrix of that
-    type. `evaluate_command` is the command that repeats the card's scores. Raises ConfigError for wrong options and for
-    a folder with other files, JobError where vectors are missing.
+    `license_id` is the hub's identifier. `onnx` adds model.onnx; `embeddings` adds the run's vectors as a matrix of
+    this type. `evaluate_command` is the command on the card that reproduces its scores. Raises ConfigError for invalid
+    options or a folder with other files, JobError if vectors are missing.
     """
     from pipeline.evaluation.model_card import model_card, read_origin
     from pipeline.model.folder import model_fingerprint, read_card
@@ -53,7 +53,7 @@ def export(
 
     if license_id is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license_id):
         raise ConfigError(
-            f"--license: found {license_id!r}; allowed are the hub's identifiers, such as mit or apache-2.0"
+            f"--license: found {license_id!r}; allowed are identifiers of the hub, such as mit or apache-2.0"
         )
     refuse_foreign(folder, MARKER)
     if onnx:
@@ -62,7 +62,7 @@ def export(
     card = read_card(local)
     with exporting(folder, MARKER, {"version": VERSION, "model": model_fingerprint(local)}) as temporary:
         metrics: dict[str, Any] = {"width": card.width, "cosine": round(export_model(local, temporary), 6)}
-        log.info("export: transformers' vectors have cosine %.6f or more with the model's own", metrics["cosine"])
+        log.info("export: transformers reproduces the model's vectors with cosine %.6f or more", metrics["cosine"])
         if onnx:
             cosine = export_onnx(temporary, pooling=card.head.pooling, normalize=card.head.normalize)
             metrics["onnx_cosine"] = round(cosine, 6)
@@ -76,7 +76,7 @@ def export(
 
 
 def destination(to: str) -> StoragePath:
-    """The folder that `--to` names. Raises ConfigError for a URI that is none, or that holds credentials."""
+    """The folder that `--to` names. Raises ConfigError for an invalid URI, or one with credentials."""
     try:
         if holds_credentials(to):
             raise ValueError("credentials in a URI")
@@ -86,19 +86,19 @@ def destination(to: str) -> StoragePath:
 
 
 def refuse_foreign(folder: StoragePath, manifest: str) -> None:
-    """Raise ConfigError where `folder` has a file that the manifest in it does not list."""
+    """Raise ConfigError if `folder` has a file that its manifest does not list."""
     if folder.is_symlink() or folder.is_file():
-        raise ConfigError(f"{folder} is no folder; name one that is new, empty or an earlier export")
+        raise ConfigError(f"{folder} is not a folder; choose one that is new, empty or an earlier export")
     foreign = sorted(files_below(folder).keys() - _listed(folder / manifest))
     if foreign:
         raise ConfigError(
-            f"{folder} holds {foreign[0]}, which no export wrote; name a folder that is new, empty or an earlier export"
+            f"{folder} holds {foreign[0]}, which no export wrote; choose one that is new, empty or an earlier export"
         )
 
 
 @contextmanager
 def exporting(folder: StoragePath, manifest: str, content: dict[str, Any]) -> Iterator[Path]:
-    """A temporary folder to fill, which then gets the manifest, with `content`, and replaces `folder`.
+    """Yield a temporary folder to fill; then write the manifest, with `content`, and replace `folder` with it.
 
     Raises ConfigError as `refuse_foreign` does.
     """
@@ -122,14 +122,14 @@ def _listed(manifest: StoragePath) -> set[str]:
 
 
 def _write_embeddings(config: Config, dtype: Dtype, model: Path, folder: Path) -> int:
-    """Write the vectors of the run's table, which must be complete. Returns their number."""
+    """Write the vectors of the run's table, which must be verified. Returns their number."""
     from pipeline.evaluation.embedding_matrix import save_embeddings_for_model
     from pipeline.index.published import encoder_recipe, table_of
     from pipeline.model.folder import model_fingerprint
 
     table = table_of(config, encoder_recipe(config, model))
     if not table.exists() or not table.is_verified(table.open()):
-        raise JobError(f"the vectors of the model in {model} are not all there; python jobs/embed.py makes them")
+        raise JobError(f"the model in {model} has no complete set of vectors; run python jobs/embed.py first")
     try:
         return save_embeddings_for_model(folder, table.scan, model=model_fingerprint(model), dtype=dtype)
     except ValueError as error:

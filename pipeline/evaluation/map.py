@@ -1,14 +1,14 @@
-"""A map of vectors: a sample of a table, projected to a plane and coloured by source or cluster.
+"""Draws a map of a sample of the vectors, projected to two dimensions and coloured by source or cluster.
 
-    draw_map(config, model, config.run_dir, sample=5000, clusters=12)        # map.png and map.html
+    draw_map(config, model, config.run_dir, sample_size=5000, clusters=12)   # map.png and map.html
 
     points = sample(table.scan(COLUMNS), 5000)
     plane = project(points.vectors)                    # (5000, 2)
     groups = group(points, clusters=12)                # ["2: python, module, library", …], or sources
 
-Vectors are projected to 50 numbers by principal components and then to the plane by t-SNE, as its authors advise (van
-der Maaten & Hinton 2008). Points that are near on the plane have similar vectors; distances between clumps and their
-sizes mean little. Seeds are fixed. Cost: about 30 s for 5,000 points on two cores; memory for the sample only.
+PCA reduces the vectors to 50 dimensions, then t-SNE to two, as its authors advise (van der Maaten & Hinton 2008).
+Points close together have similar vectors; the distances between clusters and their sizes mean little. Seeds are fixed.
+Cost: about 30 s for 5,000 points on two cores; memory for the sample only.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ COMPONENTS = 50  # van der Maaten & Hinton 2008, section 4.1: 30 to 50
 PERPLEXITY = 30.0
 WORDS_PER_CLUSTER = 3
 MIN_POINTS = 4
-SHOWN_CHARS, LINE_CHARS = 400, 80  # of a text under the pointer
+SHOWN_CHARS, LINE_CHARS = 400, 80  # of the text in a tooltip
 
 
 @dataclass(frozen=True)
 class Points:
-    """N records in the order of their ids; `vectors` are (N, D) of unit length."""
+    """N records sorted by id; `vectors` are (N, D), unit length."""
 
     sources: list[str]
     source_ids: list[str]
@@ -50,9 +50,9 @@ class Points:
 def draw_map(
     config: Config, model: StoragePath, folder: StoragePath, *, sample_size: int = 5000, clusters: int = 12
 ) -> Result:
-    """Draw the vectors of a model in the run's table as `map.png` and `map.html` in a folder.
+    """Draw a model's vectors in the run's table as `map.png` and `map.html` in a folder.
 
-    Raises ConfigError for a number that is too small, JobError where there are too few vectors.
+    Raises ConfigError if an argument is too small, JobError if there are too few vectors.
     """
     for option, value, least in (("--sample", sample_size, MIN_POINTS), ("--clusters", clusters, 1)):
         if value < least:
@@ -61,11 +61,11 @@ def draw_map(
 
     table = table_of(config, encoder_recipe(config, model))
     if not table.exists():
-        raise JobError(f"no vectors yet of the model in {model}; python jobs/embed.py makes them")
+        raise JobError(f"no vectors yet for the model in {model}; run python jobs/embed.py first")
     points = sample(table.scan(COLUMNS), sample_size)
     count, total = len(points.texts), table.count()
     if count < MIN_POINTS:
-        raise JobError(f"{table.name} holds {count} vectors; a map takes {MIN_POINTS} or more")
+        raise JobError(f"{table.name} holds {count} vectors; a map needs at least {MIN_POINTS}")
     with Stage("map: project", count, "vectors") as stage:
         plane, groups = project(points.vectors), group(points, clusters)
         stage.advance(count)
@@ -77,11 +77,11 @@ def draw_map(
 
 
 def sample(batches: Iterable[pa.RecordBatch], count: int) -> Points:
-    """The first `count` records by id. Ids are hashes, so this is a random sample, and the same in any order."""
+    """The first `count` records by id: a random sample, as ids are hashes, and independent of the batches' order."""
     kept: pa.Table | None = None
     for batch in batches:
-        here = pa.Table.from_batches([batch]).select(COLUMNS)
-        kept = here if kept is None else pa.concat_tables([kept, here])
+        rows = pa.Table.from_batches([batch]).select(COLUMNS)
+        kept = rows if kept is None else pa.concat_tables([kept, rows])
         kept = kept.sort_by("id").slice(0, count).combine_chunks()
     if kept is None or not len(kept):
         return Points([], [], [], np.empty((0, 0), np.float32))
@@ -90,7 +90,7 @@ def sample(batches: Iterable[pa.RecordBatch], count: int) -> Points:
 
 
 def project(vectors: Floats) -> Floats:
-    """(N, 2) places on the plane of (N, D) vectors; N is at least MIN_POINTS."""
+    """Project (N, D) vectors to (N, 2) coordinates; N is at least MIN_POINTS."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -112,7 +112,7 @@ def group(points: Points, clusters: int) -> list[str]:
 
 
 def _names(texts: list[str], labels: np.ndarray) -> dict[int, str]:
-    """Names of clusters: a number, 1 for the largest, and the words with the highest mean TF-IDF compared with all."""
+    """Name each cluster: its rank by size, and the words whose mean TF-IDF exceeds the overall mean the most."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     order = [label for label, _ in Counter(labels.tolist()).most_common()]
@@ -120,18 +120,18 @@ def _names(texts: list[str], labels: np.ndarray) -> dict[int, str]:
     try:
         vectorizer = TfidfVectorizer(stop_words="english", max_features=20_000, token_pattern=r"(?u)\b[^\W\d]\w+\b")
         weights = vectorizer.fit_transform(texts)
-    except ValueError:  # no words at all
+    except ValueError:  # the texts have no words
         return numbers
-    words, everywhere = vectorizer.get_feature_names_out(), np.asarray(weights.mean(axis=0)).ravel()
+    words, overall = vectorizer.get_feature_names_out(), np.asarray(weights.mean(axis=0)).ravel()
     for label in order:
-        here = np.asarray(weights[labels == label].mean(axis=0)).ravel() - everywhere
-        best = [words[i] for i in np.argsort(-here, kind="stable")[:WORDS_PER_CLUSTER] if here[i] > 0]
+        excess = np.asarray(weights[labels == label].mean(axis=0)).ravel() - overall
+        best = [words[i] for i in np.argsort(-excess, kind="stable")[:WORDS_PER_CLUSTER] if excess[i] > 0]
         numbers[label] = ": ".join([numbers[label], ", ".join(best)] if best else [numbers[label]])
     return numbers
 
 
 def draw_png(plane: Floats, groups: list[str], title: str, path: StoragePath) -> None:
-    """Draw a point per record, with a colour per group."""
+    """Draw one point per record, in its group's colour."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -149,7 +149,7 @@ def draw_png(plane: Floats, groups: list[str], title: str, path: StoragePath) ->
 
 
 def write_page(plane: Floats, groups: list[str], points: Points, title: str, path: StoragePath) -> None:
-    """Write the same as one HTML page without network access: hovering shows a record, the legend hides groups."""
+    """Write the map as a self-contained HTML page: hovering shows a record, and the legend toggles groups."""
     import plotly.colors
     import plotly.graph_objects as graph
 
@@ -188,7 +188,7 @@ def _by_group(groups: list[str]) -> dict[str, list[int]]:
 
 
 def _shown(source_id: str, text: str) -> str:
-    """A record under the pointer: escaped lines of its source id and its text."""
+    """A record's tooltip in HTML: its source id and the beginning of its text."""
     lines = [_cut(source_id, LINE_CHARS), *textwrap.wrap(_cut(text, SHOWN_CHARS), LINE_CHARS)]
     first, *rest = map(html.escape, lines)
     return "<br>".join([f"<b>{first}</b>", *rest])

@@ -1,13 +1,13 @@
-"""Metrics of rankings and of labelled texts; rankings by BM25, and of two systems fused.
+"""Metrics for retrieval, clustering and classification; BM25 rankings, and reciprocal rank fusion.
 
->>> retrieval_metrics({"q": {"d1": 1}}, {"q": {"d2": 0.9, "d1": 0.8}})                  # by trec_eval's code
+>>> retrieval_metrics({"q": {"d1": 1}}, {"q": {"d2": 0.9, "d1": 0.8}})                  # computed by trec_eval
 {'ndcg@10': 0.6309, 'mrr@10': 0.5, 'map@100': 0.5, 'recall@1': 0.0, 'recall@10': 1.0, 'recall@100': 1.0}
 >>> fused({"q": {"a": 0.9, "b": 0.1}}, {"q": {"b": 7.0}})
 {'q': {'b': 0.0325…, 'a': 0.0163…}}
 
-Clustering and classification follow MTEB (Muennighoff et al. 2023, section 3.1, and its code): k-means in mini-batches
-of 500 with one cluster per label, and the vote of the five nearest neighbours by cosine. Seeds are fixed, so scores are
-reproducible. Cost: k-means needs all vectors of the file in memory; neighbours are found in blocks.
+Clustering and classification follow MTEB (Muennighoff et al. 2023, section 3.1, and its code): mini-batch k-means with
+batches of 500 and one cluster per label, and the vote of the five nearest neighbours by cosine. Seeds are fixed, so
+scores are reproducible. Cost: k-means holds all vectors of the file in memory; neighbours are searched in blocks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytrec_eval
 
 from pipeline.evaluation.tasks import Qrels
 from pipeline.index.search import reciprocal_ranks
-from pipeline.index.vectors import Floats, Found, nearest, unit
+from pipeline.index.vectors import Floats, TopK, nearest, unit
 from pipeline.index.words import word_settings, words
 
 Ranking = dict[str, dict[str, float]]
@@ -28,30 +28,30 @@ Ranking = dict[str, dict[str, float]]
 
 DEPTH = 100  # documents ranked for each query
 KMEANS_BATCH, NEIGHBOURS = 500, 5
-TRAINING_ROWS = 8192  # training texts whose scores are in memory together
+TRAINING_ROWS = 8192  # training texts per block of scores
 METRICS = ("ndcg@10", "mrr@10", "map@100", "recall@1", "recall@10", "recall@100")
 
 
 def retrieval_metrics(qrels: Qrels, ranking: Ranking) -> dict[str, float]:
-    """Means over the queries in `qrels`; a query that found nothing counts as zero."""
+    """Means over the queries in `qrels`; a query without results counts as zero."""
     evaluator = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "map_cut.100", "recall.1,10,100"})
     scores = evaluator.evaluate(ranking)
-    first_ten = {query: dict(_best(found, 10)) for query, found in ranking.items()}
-    reciprocal = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank"}).evaluate(first_ten)
+    top_ten = {query: dict(_best(documents, 10)) for query, documents in ranking.items()}
+    reciprocal = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank"}).evaluate(top_ten)
 
-    found = {query: scores[query] | reciprocal[query] for query in scores}
+    results = [scores[query] | reciprocal[query] for query in scores]
     names = ("ndcg_cut_10", "recip_rank", "map_cut_100", "recall_1", "recall_10", "recall_100")
-    means = (sum(result[name] for result in found.values()) / len(qrels) for name in names)
+    means = (sum(result[name] for result in results) / len(qrels) for name in names)
     return dict(zip(METRICS, (round(value, 4) for value in means), strict=True))
 
 
-def _best(found: dict[str, float], k: int) -> list[tuple[str, float]]:
-    """The k best documents in trec_eval's order: by score, then by document id, both falling."""
-    return sorted(found.items(), key=lambda item: (item[1], item[0]), reverse=True)[:k]
+def _best(scores: dict[str, float], k: int) -> list[tuple[str, float]]:
+    """The k best documents in trec_eval's order: by score, then by document id, both descending."""
+    return sorted(scores.items(), key=lambda item: (item[1], item[0]), reverse=True)[:k]
 
 
-def to_ranking(query_ids: Sequence[str], found: Found) -> Ranking:
-    """The documents found for each query, whose ids are UTF-8 bytes."""
+def to_ranking(query_ids: Sequence[str], found: TopK) -> Ranking:
+    """Convert results, whose document ids are UTF-8 bytes, to a ranking."""
     return {
         query: {name.decode(): score for name, score in zip(ids, scores, strict=True)}
         for query, ids, scores in zip(query_ids, found.ids.tolist(), found.scores.tolist(), strict=True)
@@ -61,31 +61,31 @@ def to_ranking(query_ids: Sequence[str], found: Found) -> Ranking:
 def bm25_ranking(
     query_ids: list[str], queries: list[str], document_ids: list[str], documents: list[str], k: int = DEPTH
 ) -> Ranking:
-    """BM25 by bm25s at its defaults (k1 1.5, b 0.75), over the same words as the vector table's index of words."""
+    """BM25 by bm25s at its defaults (k1 1.5, b 0.75), with the tokenization of the vector table's full-text index."""
     settings = word_settings(documents)
-    found_words = words(documents, settings)
-    if not any(found_words):
+    document_words = words(documents, settings)
+    if not any(document_words):
         return {query_id: {} for query_id in query_ids}
     index = bm25s.BM25()
-    index.index(found_words, show_progress=False)
-    found, scores = index.retrieve(words(queries, settings), k=min(k, len(documents)), show_progress=False)
+    index.index(document_words, show_progress=False)
+    rows, scores = index.retrieve(words(queries, settings), k=min(k, len(documents)), show_progress=False)
     return {
-        query_id: {document_ids[i]: float(score) for i, score in zip(found[row], scores[row], strict=True) if score > 0}
+        query_id: {document_ids[i]: float(score) for i, score in zip(rows[row], scores[row], strict=True) if score > 0}
         for row, query_id in enumerate(query_ids)
     }
 
 
 def fused(*rankings: Ranking, depth: int = DEPTH) -> Ranking:
     """Rankings of the same queries, fused by reciprocal rank."""
-    together: Ranking = {}
+    result: Ranking = {}
     for query in rankings[0]:
         ordered = ([name for name, _ in _best(ranking[query], depth)] for ranking in rankings)
-        together[query] = dict(_best(reciprocal_ranks(*ordered), depth))
-    return together
+        result[query] = dict(_best(reciprocal_ranks(*ordered), depth))
+    return result
 
 
 def v_measure(vectors: Floats, labels: list[str]) -> float:
-    """Harmonic mean of homogeneity and completeness of the k-means clusters of (N, D) vectors, 0 to 1."""
+    """Harmonic mean of the homogeneity and completeness of k-means clusters of (N, D) vectors, from 0 to 1."""
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.metrics import v_measure_score
 
@@ -95,15 +95,15 @@ def v_measure(vectors: Floats, labels: list[str]) -> float:
 
 
 def neighbour_scores(train: Floats, train_labels: list[str], test: Floats, test_labels: list[str]) -> dict[str, float]:
-    """`accuracy` and `macro_f1` of the nearest training vectors' vote; (N, D) and (M, D) vectors of any length."""
+    """`accuracy` and `macro_f1` of k-nearest-neighbour voting; (N, D) and (M, D) vectors of any length."""
     from sklearn.metrics import accuracy_score, f1_score
 
     rows = (np.arange(start, min(start + TRAINING_ROWS, len(train))) for start in range(0, len(train), TRAINING_ROWS))
-    blocks = ((some, unit(train[some])) for some in rows)
-    near = nearest(unit(test), blocks, NEIGHBOURS).ids
-    names, of_text = np.unique(train_labels, return_inverse=True)
-    found = names[[np.bincount(votes).argmax() for votes in of_text[near]]]  # in a tie, the first by name
+    blocks = ((block, unit(train[block])) for block in rows)
+    neighbours = nearest(unit(test), blocks, NEIGHBOURS).ids
+    names, codes = np.unique(train_labels, return_inverse=True)
+    predicted = names[[np.bincount(votes).argmax() for votes in codes[neighbours]]]  # ties go to the first by name
     return {
-        "accuracy": float(accuracy_score(test_labels, found)),
-        "macro_f1": float(f1_score(test_labels, found, average="macro")),
+        "accuracy": float(accuracy_score(test_labels, predicted)),
+        "macro_f1": float(f1_score(test_labels, predicted, average="macro")),
     }

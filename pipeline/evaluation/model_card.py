@@ -1,9 +1,9 @@
-"""The model card: README.md of an export, in the form that model hubs read.
+"""Writes the model card: the README.md of an export, in the format of model hubs.
 
-    origin = read_origin(checkpoint, run_dir)       # the files that the checkpoint's run left
+    origin = read_origin(checkpoint, run_dir)       # from the files of the checkpoint's run
     model_card(read_card(checkpoint), origin, "quickstart", "mit", "python jobs/evaluate.py")
 
-Sections without content are left out: a checkpoint copied away from its run shows no data, settings or scores.
+Empty sections are left out: a checkpoint copied out of its run shows no data, settings or scores.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from pipeline.data.manifest import Manifest, read_prepared
 from pipeline.evaluation.report import score_rows
 from pipeline.model.folder import Card, model_fingerprint
 
-SECTIONS = ("model", "objective", "training")  # of the run's config; the others name folders of one machine
+SECTIONS = ("model", "objective", "training")  # of the run's config; the other sections hold local paths
 TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "text-embeddings")
 LIMITS = """## Limits
 
-A text without tokens, such as the empty one, has no vector: among others it may come back as zeros or as that of
-padding, and alone it may raise an error, depending on what runs the model."""
+A text without tokens, such as the empty string, has no vector. Depending on the library that runs the model, it may
+return zeros or the vector of padding, or raise an error if it is the only text of a batch."""
 POOLINGS = {
     "mean": "the mean of a text's states",
     "cls": "the first token's state",
     "last": "the last token's state",
     "weighted": "a mean of a text's states in which the i-th has weight i",
 }
-SHAPE_KEYS = {  # of model.json, in our terms and in those of transformers
+SHAPE_KEYS = {  # of model.json: our names, then those of transformers
     *("vocab_size", "norm_eps", "positions", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads"),
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads"),
@@ -42,19 +42,19 @@ SHAPE_KEYS = {  # of model.json, in our terms and in those of transformers
 
 @dataclass(frozen=True)
 class Origin:
-    """How a model was trained, as far as it is known."""
+    """What is known about a model's training."""
 
     settings: dict[str, Any] = field(default_factory=dict)  # sections of config.resolved.yaml
     state: dict[str, Any] = field(default_factory=dict)  # the checkpoint's state.json
     run: dict[str, Any] = field(default_factory=dict)  # run.json
     manifest: Manifest | None = None
-    scores: dict[str, Any] = field(default_factory=dict)  # of evaluation.json, if they are this model's
+    scores: dict[str, Any] = field(default_factory=dict)  # of evaluation.json, if it scored this model
 
 
 def read_origin(checkpoint: StoragePath, scored_in: StoragePath) -> Origin:
-    """Almost empty for a checkpoint that is not in its run's folder (<root>/runs/<run>/best/step-…).
+    """Read the files of the checkpoint's run. Almost empty for a checkpoint outside <root>/runs/<run>/best/step-….
 
-    `scored_in` is the folder of the run whose evaluation.json has scores; they are used only if they are this model's.
+    `scored_in` is a run folder with evaluation.json; its scores are used only if they belong to this model.
     """
     run_dir = absolute(checkpoint).parent.parent
     run, scored = _read_json(run_dir / "run.json"), _read_json(scored_in / "evaluation.json")
@@ -83,7 +83,7 @@ def model_card(
 ) -> str:
     """The text of README.md. `license_id` is the hub's identifier, such as `apache-2.0`, or None.
 
-    `onnx` and `embeddings`, a number of rows, describe the other files in the export.
+    `onnx` says whether the export has a graph; `embeddings` is the number of exported vectors.
     """
     front = {
         "library_name": "sentence-transformers",
@@ -189,7 +189,7 @@ def _scores(scores: dict[str, Any], command: str) -> str:
     if not rows:
         return ""
     table = _table(("task", "", "scores"), rows)
-    return f"## Scores\n\n{table}\n\nWith the data and the run at hand:\n\n```\n{command}\n```"
+    return f"## Scores\n\n{table}\n\nTo reproduce them with the run and its data:\n\n```\n{command}\n```"
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -1,4 +1,4 @@
-"""Evaluation scores as people read them: a table, and a warning about hybrid search. Imports no metrics.
+"""Formats evaluation scores as a table, and warns if hybrid search was worse. Does not import the metric libraries.
 
 print(score_table(read_scores(config.run_dir)))
 """
@@ -17,13 +17,13 @@ TITLES = {"spearman": "Spearman", "pearson": "Pearson", "v_measure": "V-measure"
 
 
 def read_scores(run_dir: StoragePath) -> dict[str, Any]:
-    """The scores of the run's last evaluation by task, as `score_tasks` gives them; empty before the first."""
+    """The scores of the run's last evaluation, as `score_tasks` returns them; empty before the first."""
     path = run_dir / "evaluation.json"
     return json.loads(path.read_text(encoding="utf-8"))["scores"] if path.is_file() else {}  # type: ignore[no-any-return]
 
 
 def score_rows(scores: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, float]]]:
-    """A row per task and system: the task with its counts, the system, the system's scores by metric."""
+    """Yield a row per task and system: the task with its counts, the system, its scores by metric."""
     for name, result in scores.items():
         counts = ", ".join(f"{value:,} {what}" for what, value in result.items() if isinstance(value, int))
         for system, values in result.items():
@@ -32,7 +32,7 @@ def score_rows(scores: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, flo
 
 
 def score_table(scores: dict[str, Any]) -> str:
-    """A table of all retrieval tasks, one row per system, and a table of the other tasks."""
+    """A table of the retrieval tasks, one row per system, and a table of the other tasks."""
     rows = list(score_rows(scores))
     retrieval = [(task, system, values) for task, system, values in rows if "ndcg@10" in values]
     others = [
@@ -51,7 +51,7 @@ def score_table(scores: dict[str, Any]) -> str:
 
 
 def hybrid_verdict(scores: dict[str, Any]) -> str | None:
-    """A warning that names the tasks on which hybrid search had a lower NDCG@10 than the model alone; None if none."""
+    """A warning with the tasks on which hybrid search had a lower NDCG@10 than the model alone, or None."""
     worse = [
         f"NDCG@10 {result['hybrid']['ndcg@10']:.3f} against {result['model']['ndcg@10']:.3f} ({name})"
         for name, result in scores.items()

@@ -1,10 +1,10 @@
-"""Encodes texts and ranks documents over the cluster; partial results are merged in tasks, as a tree.
+"""Encodes texts and ranks documents on the cluster; a tree of tasks merges the partial results.
 
-    documents ──► encode ──► best of each block, for all queries ──► best of several ──► … ──► the last few merged
-    on disk       actors     tasks; the queries are sent once        tasks                     in the driver
+    documents ──► encode ──► top k of each block, for all queries ──► merge 8 results ──► … ──► merge the last few
+    on disk       actors     tasks; the queries are sent once         tasks                     in the driver
 
-No process has more vectors or scores than those of a block, so memory does not grow with the number of documents. A
-partial result is DEPTH scores and ids for each of Q queries: 24 MB for 10,000 queries. For a million documents, 18
+No process holds more than one block's vectors and scores, so memory does not grow with the number of documents. A
+partial result has DEPTH scores and ids for each of Q queries: 24 MB for 10,000 queries. For a million documents, 18
 tasks merge 122 partial results, and the driver merges the last two.
 """
 
@@ -23,19 +23,19 @@ from pipeline.core.session import Progress
 from pipeline.evaluation.metrics import DEPTH
 from pipeline.evaluation.tasks import BLOCK_ROWS, Corpus, RetrievalTask
 from pipeline.index.encoder import EncoderRecipe
-from pipeline.index.vectors import Floats, Found, as_matrix, merged, nearest_in_block, unit
+from pipeline.index.vectors import Floats, TopK, as_matrix, merged, nearest_in_block, unit
 
 if TYPE_CHECKING:
-    from pipeline.index.encoder import TextEncoder  # with torch, which the pool's actors alone may need
+    from pipeline.index.encoder import TextEncoder
 
-RANK_ROWS = 8192  # documents ranked together: with 256 queries at once 16 MB of scores
-MERGED_TOGETHER = 8  # partial results
-FEW_TEXTS = 1024  # encoded in this process sooner than a pool of encoders starts
+RANK_ROWS = 8192  # documents per ranking task: 16 MB of scores for 256 queries
+MERGED_TOGETHER = 8  # partial results per merge task
+FEW_TEXTS = 1024  # encoding these locally is faster than starting a pool of encoders
 
 
 @dataclass(frozen=True)
 class TextVectors:
-    """Encodes few texts in this process, many by a pool of encoders, for which `progress` starts Ray."""
+    """Encodes a few texts in this process, and many with a pool of encoders, for which `progress` starts Ray."""
 
     recipe: EncoderRecipe
     progress: Callable[[], Progress]
@@ -65,8 +65,8 @@ class TextVectors:
 
 def nearest_documents(
     task: RetrievalTask, queries: Floats, sizes: Sequence[int], recipe: EncoderRecipe, progress: Progress
-) -> dict[int, Found]:
-    """By size, the best DEPTH documents of each of (Q, D) queries, with vectors cut to that size; ids are UTF-8."""
+) -> dict[int, TopK]:
+    """Size → top DEPTH documents of each of (Q, D) queries, with vectors truncated to this size; ids are UTF-8."""
     import ray
 
     from pipeline.index.pool import encoded
@@ -83,50 +83,50 @@ def nearest_documents(
         vectors = encoded(_dataset(task), len(task.documents), recipe, progress, "document")
         ranked = vectors.map_batches(rank, batch_size=RANK_ROWS, batch_format="pyarrow", num_cpus=0.5)
         for level in range(merge_levels(len(task.documents))):
-            # NOTE: each level asks for another share of CPUs, because Ray Data fuses levels with equal shares into one
-            # operator, in which no task sees another task's results (Ray 2.60).
+            # NOTE: levels alternate between two CPU shares, because Ray Data fuses operators with equal shares, and
+            # then no task sees another task's results (Ray 2.60).
             cpus, rows = (0.5, 0.49)[level % 2 == 0], MERGED_TOGETHER * len(sizes)
             ranked = ranked.map_batches(merge, batch_size=rows, batch_format="pyarrow", num_cpus=cpus)
         return merged_rows(ranked.iter_batches(batch_size=None, batch_format="pyarrow"), count)
 
 
 def merge_levels(documents: int) -> int:
-    """The number of times that tasks merge partial results before at most MERGED_TOGETHER remain for the driver."""
+    """Number of merge levels until at most MERGED_TOGETHER partial results remain for the driver."""
     levels, partial = 0, math.ceil(documents / RANK_ROWS)
     while partial > MERGED_TOGETHER:
         levels, partial = levels + 1, math.ceil(partial / MERGED_TOGETHER)
     return levels
 
 
-def merged_rows(partial: Iterable[pa.Table], queries: int) -> dict[int, Found]:
-    """By size, the best of partial results; each is a row of `to_table`."""
-    found: dict[int, Found] = {}
+def merged_rows(partial: Iterable[pa.Table], queries: int) -> dict[int, TopK]:
+    """Merge partial results, by size; each is a row of `to_table`."""
+    results: dict[int, TopK] = {}
     for block in partial:
         for row in block.to_pylist():
             size = row["size"]
-            found[size] = merged(found.get(size, Found.none(queries)), from_row(row, queries), DEPTH)
-    return found
+            results[size] = merged(results.get(size, TopK.empty(queries)), from_row(row, queries), DEPTH)
+    return results
 
 
-def best_of_block(queries: Floats, vectors: Floats, names: np.ndarray, sizes: Sequence[int]) -> dict[int, Found]:
-    """By size, the best of a block's documents for each query; (Q, D) and (n, D) of any length."""
+def best_of_block(queries: Floats, vectors: Floats, names: np.ndarray, sizes: Sequence[int]) -> dict[int, TopK]:
+    """Size → top documents of a block for each query; (Q, D) and (n, D) vectors of any length."""
     return {size: nearest_in_block(unit(queries[:, :size]), unit(vectors[:, :size]), names, DEPTH) for size in sizes}
 
 
-def to_table(found: dict[int, Found]) -> pa.Table:
-    """A row per size, with ids and scores as bytes, because Python values would take 20 times as long to send."""
+def to_table(results: dict[int, TopK]) -> pa.Table:
+    """A row per size, with ids and scores as bytes; Python values would take 20 times as long to send."""
     rows = [
-        {"size": size, "dtype": one.ids.dtype.str, "ids": one.ids.tobytes(), "scores": one.scores.tobytes()}
-        for size, one in found.items()
+        {"size": size, "dtype": result.ids.dtype.str, "ids": result.ids.tobytes(), "scores": result.scores.tobytes()}
+        for size, result in results.items()
     ]
     schema = pa.schema([("size", pa.int64()), ("dtype", pa.string()), ("ids", pa.binary()), ("scores", pa.binary())])
     return pa.Table.from_pylist(rows, schema)
 
 
-def from_row(row: dict[str, Any], queries: int) -> Found:
+def from_row(row: dict[str, Any], queries: int) -> TopK:
     """The inverse of `to_table`."""
     scores = np.frombuffer(row["scores"], np.float32).reshape(queries, -1)
-    return Found(np.frombuffer(row["ids"], row["dtype"]).reshape(scores.shape), scores)
+    return TopK(np.frombuffer(row["ids"], row["dtype"]).reshape(scores.shape), scores)
 
 
 def _dataset(task: RetrievalTask) -> Any:

@@ -1,4 +1,4 @@
-"""All scores that a config asks for, of one model: at full width, and cut to each size that it was trained for.
+"""Scores one model on all tasks of the config, at full width and truncated to each size it was trained for.
 
 scores = score_tasks(config, prepared_folder, manifest, model_folder, session.progress)
 # {"held-out": {"queries": 1000, "documents": 10000,
@@ -24,7 +24,7 @@ from pipeline.evaluation.retrieval import TextVectors, nearest_documents
 from pipeline.evaluation.tasks import RetrievalTask, held_out_task, open_beir, read_classification, read_labels
 from pipeline.index.documents import tokens_fit
 from pipeline.index.encoder import EncoderRecipe
-from pipeline.index.vectors import Floats, Found, unit
+from pipeline.index.vectors import Floats, TopK, unit
 from pipeline.model.folder import read_card
 from pipeline.model.scores import StsTask, pearson, read_sts, spearman
 
@@ -34,8 +34,8 @@ Scores = dict[str, Any]
 def score_tasks(
     config: Config, folder: StoragePath, manifest: Manifest, recipe: EncoderRecipe, progress: Callable[[], Progress]
 ) -> dict[str, Scores]:
-    """Scores by task, in the order of the config's keys. `progress` starts Ray, and is called only to encode texts."""
-    wanted, normalise = config.evaluation, normaliser(config.data)
+    """Scores by task, in the order of the config's keys. `progress` starts Ray; it is called only to encode texts."""
+    settings, normalise = config.evaluation, normaliser(config.data)
     dimensions, vectors = read_card(recipe.local).head.dimensions, TextVectors(recipe, progress)
     sizes = [recipe.width, *(size for size in dimensions if size < recipe.width)]
     scores: dict[str, Scores] = {}
@@ -45,26 +45,26 @@ def score_tasks(
 
     for task in _retrieval_tasks(config, folder, manifest, recipe, normalise):
         if not task.queries:
-            log.warning("evaluate: %s is left out, it has no queries", task.name)
+            log.warning("evaluate: skipping %s, which has no queries", task.name)
             continue
         queries = vectors.of(list(task.queries.values()), f"queries of {task.name}", "query")
         found = nearest_documents(task, queries, sizes, recipe, progress())
         with Stage(f"evaluate: score {task.name}", len(task.queries), "queries") as stage:
-            scores[_unused(task.name, scores)] = score_retrieval(task, found, bm25=wanted.bm25)
+            scores[_unique(task.name, scores)] = score_retrieval(task, found, bm25=settings.bm25)
             stage.advance(len(task.queries))
-    if wanted.sts_file:
-        pairs = read_sts(as_path(wanted.sts_file))
+    if settings.sts_file:
+        pairs = read_sts(as_path(settings.sts_file))
         first, second = np.split(vectors_of(pairs.first + pairs.second, pairs.name), 2)
-        scores[_unused(pairs.name, scores)] = score_sts(pairs, first, second, sizes)
-    if wanted.clustering_file:
-        path = as_path(wanted.clustering_file)
-        found_texts, labels = read_labels(path, "evaluation.clustering_file")
-        scores[_unused(path.stem, scores)] = score_clustering(vectors_of(found_texts, path.stem), labels, sizes)
-    if wanted.classification_dir:
-        path = as_path(wanted.classification_dir)
+        scores[_unique(pairs.name, scores)] = score_sts(pairs, first, second, sizes)
+    if settings.clustering_file:
+        path = as_path(settings.clustering_file)
+        texts, labels = read_labels(path, "evaluation.clustering_file")
+        scores[_unique(path.stem, scores)] = score_clustering(vectors_of(texts, path.stem), labels, sizes)
+    if settings.classification_dir:
+        path = as_path(settings.classification_dir)
         train, train_labels, test, test_labels = read_classification(path)
         both = vectors_of(train + test, path.name)
-        scores[_unused(path.name, scores)] = score_classification(
+        scores[_unique(path.name, scores)] = score_classification(
             both[: len(train)], train_labels, both[len(train) :], test_labels, sizes
         )
     return scores
@@ -82,21 +82,21 @@ def _retrieval_tasks(
         yield held_out_task(config, folder, use_tokens=use_tokens)
 
 
-def _unused(name: str, scores: dict[str, Scores]) -> str:
-    """The name, with a number if there is already a task of that name."""
+def _unique(name: str, scores: dict[str, Scores]) -> str:
+    """The name, with a number if another task already has it."""
     names = (name if number == 1 else f"{name} {number}" for number in range(1, len(scores) + 2))
-    return next(one for one in names if one not in scores)
+    return next(each for each in names if each not in scores)
 
 
 def _system(name: str, size: int, sizes: list[int]) -> str:
-    """`model` at full width, `model@64` for vectors cut to 64 numbers."""
+    """`model` at full width, `model@64` for vectors truncated to 64 dimensions."""
     return name if size == sizes[0] else f"{name}@{size}"
 
 
-def score_retrieval(task: RetrievalTask, found: dict[int, Found], *, bm25: bool) -> Scores:
-    """Metrics by system: the model at each size, full width first, and with `bm25` BM25 and both fused (hybrid)."""
+def score_retrieval(task: RetrievalTask, found: dict[int, TopK], *, bm25: bool) -> Scores:
+    """Metrics by system: the model at each size, full width first; with `bm25` also BM25, and both fused (hybrid)."""
     names, sizes = list(task.queries), list(found)
-    rankings = {size: to_ranking(names, one) for size, one in found.items()}
+    rankings = {size: to_ranking(names, result) for size, result in found.items()}
     systems = {_system("model", size, sizes): ranking for size, ranking in rankings.items()}
     if bm25:
         ids, texts = (list(column) for column in zip(*task.documents.items(), strict=True))
@@ -108,7 +108,7 @@ def score_retrieval(task: RetrievalTask, found: dict[int, Found], *, bm25: bool)
 
 
 def score_sts(task: StsTask, first: Floats, second: Floats, sizes: list[int]) -> Scores:
-    """Correlations of cosines with the scores that people gave; (N, D) vectors of either sentence."""
+    """Correlations of cosines with human scores; (N, D) vectors of the first and the second sentences."""
 
     def correlations(size: int) -> dict[str, float]:
         cosines = (unit(first[:, :size]) * unit(second[:, :size])).sum(axis=1, dtype=np.float64).tolist()
@@ -118,7 +118,7 @@ def score_sts(task: StsTask, first: Floats, second: Floats, sizes: list[int]) ->
 
 
 def score_clustering(vectors: Floats, labels: list[str], sizes: list[int]) -> Scores:
-    """V-measure of the clusters of (N, D) vectors."""
+    """V-measure of k-means clusters of (N, D) vectors."""
     counts = {"texts": len(labels), "labels": len(set(labels))}
     return counts | _by_size(lambda size: {"v_measure": v_measure(_cut(vectors, size), labels)}, sizes)
 
@@ -126,7 +126,7 @@ def score_clustering(vectors: Floats, labels: list[str], sizes: list[int]) -> Sc
 def score_classification(
     train: Floats, train_labels: list[str], test: Floats, test_labels: list[str], sizes: list[int]
 ) -> Scores:
-    """Accuracy and macro F1 of the labels that nearest neighbours vote for; (N, D) and (M, D) vectors."""
+    """Accuracy and macro F1 of nearest-neighbour classification; (N, D) and (M, D) vectors."""
     counts = {"texts": len(test), "training texts": len(train), "labels": len(set(train_labels))}
     return counts | _by_size(
         lambda size: neighbour_scores(_cut(train, size), train_labels, _cut(test, size), test_labels), sizes
@@ -140,5 +140,5 @@ def _by_size(score: Callable[[int], dict[str, float]], sizes: list[int]) -> Scor
 
 
 def _cut(vectors: Floats, size: int) -> Floats:
-    """The first `size` numbers of each vector, at unit length; whole vectors unchanged."""
+    """Truncate vectors to `size` dimensions, at unit length; vectors of that size stay unchanged."""
     return vectors if size == vectors.shape[1] else unit(vectors[:, :size])

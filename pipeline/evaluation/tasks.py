@@ -1,12 +1,12 @@
-"""The tasks that a model is scored on: BEIR folders, held-out records, sentence pairs and labelled texts.
+"""The tasks that score a model: BEIR folders, held-out records, sentence pairs and labelled texts.
 
 task = open_beir(Path("debian/beir"))       # RetrievalTask(name='beir', queries={…}, documents=Corpus(…), qrels={…})
 task.documents.block(3)                     # documents 3072 to 4095: [(id, text), …]
 read_sts(Path("sts_b/test.tsv"))            # StsTask(name='test', first=[…], second=[…], scores=[…])
 read_labels(Path("topics.tsv"), "evaluation.clustering_file")                       # ([texts…], [labels…])
 
-Files are read strictly: ConfigError names the config key, the file and the line that is wrong. The documents of a BEIR
-folder stay on disk: opening it reads the file once and keeps the offset of every 1,024th document and 8 bytes per id.
+Files are read strictly: a ConfigError names the config key, the file and the line. The documents of a BEIR folder stay
+on disk: opening it reads the file once and keeps the offset of every 1,024th document and 8 bytes per id.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipeline.core.path import StoragePath, as_path
 from pipeline.data.partitions import content_id, is_validation
 from pipeline.model.scores import read_sts, read_tsv
 
-BLOCK_ROWS = 1024  # documents that are read together
+BLOCK_ROWS = 1024  # documents per read
 BEIR_FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")
 
 Normalise = Callable[[str], str]
@@ -66,17 +66,17 @@ class Corpus:
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """Texts by id, and the documents that answer each query. Queries without a relevant document are left out."""
+    """Texts by id, and the relevant documents of each query. Queries without one are left out."""
 
     name: str
     queries: dict[str, str]
     documents: dict[str, str] | Corpus
     qrels: Qrels
     tokens: pa.Array | None = None
-    """Token ids of the documents in their order, where they are known."""
+    """Token ids of the documents in their order, if known."""
 
     def normalised(self, normalise: Normalise) -> RetrievalTask:
-        """The task with its texts normalised as the records were that the model was trained on."""
+        """The task with its texts normalised like the training records."""
         documents: dict[str, str] | Corpus
         if isinstance(self.documents, Corpus):
             documents = replace(self.documents, normalise=normalise)
@@ -86,27 +86,27 @@ class RetrievalTask:
         return replace(self, queries=queries, documents=documents)
 
 
-def check_tasks(wanted: Evaluation) -> None:
-    """Raise ConfigError for a file that is missing or wrong; of BEIR folders only the files' names are checked."""
-    if wanted.beir_dir:
-        check_beir(as_path(wanted.beir_dir))
-    if wanted.sts_file:
-        read_sts(as_path(wanted.sts_file))
-    if wanted.clustering_file:
-        read_labels(as_path(wanted.clustering_file), "evaluation.clustering_file")
-    if wanted.classification_dir:
-        read_classification(as_path(wanted.classification_dir))
+def check_tasks(settings: Evaluation) -> None:
+    """Raise ConfigError for a missing or invalid file; for BEIR folders, only check that the files exist."""
+    if settings.beir_dir:
+        check_beir(as_path(settings.beir_dir))
+    if settings.sts_file:
+        read_sts(as_path(settings.sts_file))
+    if settings.clustering_file:
+        read_labels(as_path(settings.clustering_file), "evaluation.clustering_file")
+    if settings.classification_dir:
+        read_classification(as_path(settings.classification_dir))
 
 
 def check_beir(folder: StoragePath) -> None:
-    """Raise ConfigError where one of the three files is missing."""
+    """Raise ConfigError if one of the three files is missing."""
     for name in BEIR_FILES:
         if not (folder / name).is_file():
             raise ConfigError(f"evaluation.beir_dir: found no {name} in {folder}; allowed is a folder in BEIR's format")
 
 
 def open_beir(folder: StoragePath) -> RetrievalTask:
-    """Read a BEIR folder except its documents' texts."""
+    """Read a BEIR folder, except for the documents' texts."""
     documents = _corpus(folder / "corpus.jsonl")
     queries = {row["_id"]: row["text"] for _, _, row in _rows(folder / "queries.jsonl")}
     qrels: Qrels = {}
@@ -121,42 +121,42 @@ def open_beir(folder: StoragePath) -> RetrievalTask:
 
 
 def read_beir(folder: StoragePath) -> RetrievalTask:
-    """The same task with all documents in memory."""
+    """Read a BEIR folder with all documents in memory."""
     task = open_beir(folder)
     return replace(task, documents=dict(task.documents.items()))
 
 
 def held_out_task(config: Config, folder: StoragePath, *, use_tokens: bool = False) -> RetrievalTask:
-    """Anchors of the validation split, to be found among their positives and the first records' texts.
+    """Anchors of the validation split as queries; their positives and the first other positives as documents.
 
-    Records come in the order of their hashes. Documents are distinct texts, named by the text's hash: twenty questions
-    about one passage all have that passage as their answer. `use_tokens` adds the token shards' tokens.
+    Records are read in the order of their hashes. Documents are distinct texts, identified by the text's hash: twenty
+    questions about one passage share one document. `use_tokens` adds the token ids of the token shards.
     """
-    wanted = config.evaluation
+    settings = config.evaluation
     queries: dict[str, str] = {}
     documents: dict[str, str] = {}
     qrels: Qrels = {}
-    spare: dict[str, str] = {}
+    distractors: dict[str, str] = {}
     records: dict[str, tuple[str, str]] = {}  # text's hash → file and id of a record with the text
     for file, row in _pairs(folder):
         key = content_id([row["positive"]])
         records.setdefault(key, (file, row["id"]))
-        if is_validation(row["id"], config.data.validation_fraction) and len(queries) < wanted.held_out_queries:
+        if is_validation(row["id"], config.data.validation_fraction) and len(queries) < settings.held_out_queries:
             queries[row["id"]] = row["anchor"]
             documents[key], qrels[row["id"]] = row["positive"], {key: 1}
-        elif len(spare) < wanted.held_out_documents:
-            spare[key] = row["positive"]
-        elif len(queries) == wanted.held_out_queries:
+        elif len(distractors) < settings.held_out_documents:
+            distractors[key] = row["positive"]
+        elif len(queries) == settings.held_out_queries:
             break
-    for key, text in spare.items():
-        if len(documents) < wanted.held_out_documents:
+    for key, text in distractors.items():
+        if len(documents) < settings.held_out_documents:
             documents[key] = text
     tokens = _tokens(folder, [records[key] for key in documents]) if use_tokens and documents else None
     return RetrievalTask("held-out", queries, documents, qrels, tokens)
 
 
 def read_labels(path: StoragePath, key: str) -> tuple[list[str], list[str]]:
-    """Texts and their labels from a TSV of `text`, `label` under a header; `key` is the config key to name."""
+    """Texts and labels of a TSV with a header and the columns `text`, `label`; errors name the config key `key`."""
     rows = read_tsv(path, ("text", "label"), key, list[str])
     labels = [label for _, label in rows]
     if len(set(labels)) < 2:
@@ -178,17 +178,17 @@ def _corpus(path: StoragePath) -> Corpus:
             starts.append((start, number))
         ids.append(xxhash.xxh3_64_intdigest(row["_id"].encode()))
     order = np.argsort(np.asarray(ids), kind="stable")
-    again = np.flatnonzero(np.diff(np.asarray(ids)[order]) == 0)
-    if len(again):
-        first, second = order[again[0]] + 1, order[again[0] + 1] + 1
+    duplicates = np.flatnonzero(np.diff(np.asarray(ids)[order]) == 0)
+    if len(duplicates):
+        first, second = order[duplicates[0]] + 1, order[duplicates[0] + 1] + 1
         raise ConfigError(
-            f"evaluation.beir_dir: {path}: documents {first} and {second} have one _id; allowed is one each"
+            f"evaluation.beir_dir: {path}: documents {first} and {second} have the same _id; allowed are unique ids"
         )
     return Corpus(path, starts, len(ids))
 
 
 def _rows(path: StoragePath, start: int = 0, number: int = 1) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Byte offset, line number and content of each line, from byte `start` on, where line `number` begins."""
+    """Yield byte offset, line number and content of each line, from byte `start`, where line `number` begins."""
     try:
         with fetched(path).open("rb") as file:
             file.seek(start)
@@ -196,8 +196,8 @@ def _rows(path: StoragePath, start: int = 0, number: int = 1) -> Iterator[tuple[
                 if line.strip():
                     row = json.loads(line.decode("utf-8"))
                     if not (isinstance(row, dict) and type(row.get("_id")) is str and type(row.get("text")) is str):
-                        raise ValueError("text fields _id and text are wanted")
-                    f"{row['_id']}{row['text']}{row.get('title')}".encode()  # raises for half of a surrogate pair
+                        raise ValueError("allowed is a JSON object with the text fields _id and text")
+                    f"{row['_id']}{row['text']}{row.get('title')}".encode()  # raises for a lone surrogate
                     yield start, number, row
                 start, number = start + len(line), number + 1
     except OSError as error:
@@ -209,7 +209,7 @@ def _rows(path: StoragePath, start: int = 0, number: int = 1) -> Iterator[tuple[
 
 
 def _tokens(folder: StoragePath, records: list[tuple[str, str]]) -> pa.Array:
-    """Token ids of the positives of records, given by file and id."""
+    """Token ids of the positives of records, which are given by file and id."""
     from pipeline.index.documents import shard_tokens, tokens_by_id
 
     shards = [shard_tokens(folder, file, "positive") for file in sorted({file for file, _ in records})]

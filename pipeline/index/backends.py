@@ -1,13 +1,12 @@
-"""What runs an encoder: numpy for a token table; torch, eager or compiled; onnxruntime, in float32 or int8.
+"""Libraries that run an encoder: numpy for a token table; torch, eager or compiled; onnxruntime, in float32 or int8.
 
     backend = open_backend(folder, settings, onnx_folder)
     backend.vectors(np.array([5, 6, 7, 8]), np.array([0, 3, 4]))     # (2, D) float32, of the texts [5, 6, 7] and [8]
 
-Only what is opened is imported: a table needs neither torch nor onnxruntime.
+Each library is imported on first use: a token table needs neither torch nor onnxruntime.
 
-int8 holds the weights of matrix products in 8 bits and finds the scale of their inputs as it goes (onnxruntime's
-dynamic quantisation): faster on processors with instructions for it, at vectors that are a little off
-(benchmarks/README.md says by how much).
+int8 is onnxruntime's dynamic quantisation: 8-bit weights in matrix products, and activations scaled at run time. It is
+faster on processors with int8 instructions, and slightly less accurate (numbers in benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -29,28 +28,28 @@ from pipeline.model.folder import Card, is_table, model_fingerprint, read_card
 
 GRAPH = "model.onnx"
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 4_096, 32_768
-"""On a CPU the states of 8,192 tokens are so large that the C library maps memory anew for each of them: MiniLM takes
-15% longer (benchmarks/README.md). A GPU is idle between the kernels of small batches."""
+"""On a CPU, 8,192 tokens make MiniLM 15% slower, as malloc then maps fresh memory for every activation
+(benchmarks/README.md). A GPU idles between the kernels of small batches."""
 
 
 class Backend(Protocol):
     @property
     def width(self) -> int:
-        """D, the numbers in a vector."""
+        """D, the size of a vector."""
 
     @property
     def best_batch_tokens(self) -> int | None:
-        """Tokens to give it at once where nobody says how many. None: any number, in any order."""
+        """Default tokens per batch. None: batches of any size, in any order."""
 
     def vectors(self, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """(N, D) float32, of (T,) token ids and (N + 1,) offsets; a text without tokens gives the zero vector."""
+        """Encode (T,) token ids with (N + 1,) offsets to (N, D) float32; no tokens give the zero vector."""
 
 
 class TableBackend:
-    """A token table: the mean of each text's rows, which are normalised once. numpy alone.
+    """A token table in numpy: pools each text's rows, which are normalised once.
 
-    torch's embedding_bag takes 0.6 s instead of 1.9 s for 131,698 texts of 107 tokens (one core, 256 numbers), but
-    importing torch 2.4 s. Sums are added in the order of the tokens: equal to the bit, whatever the batch.
+    torch's embedding_bag takes 0.6 s instead of 1.9 s for 131,698 texts of 107 tokens (one core, 256 dimensions), but
+    importing torch takes 2.4 s. Rows are summed in token order, so results are bitwise equal for any batch.
     """
 
     best_batch_tokens = None
@@ -62,19 +61,20 @@ class TableBackend:
         self.rows_VD *= weights["norm.weight"] / np.sqrt(mean_squares_V1 + np.float32(card.shape["norm_eps"]))
 
     def vectors(self, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        found_ND, lengths = np.zeros((len(offsets) - 1, self.width), np.float32), np.diff(offsets)
-        some, pooling = np.flatnonzero(lengths), self.head.pooling
+        vectors_ND, lengths = np.zeros((len(offsets) - 1, self.width), np.float32), np.diff(offsets)
+        nonempty, pooling = np.flatnonzero(lengths), self.head.pooling
         if pooling in ("cls", "last"):
-            found_ND[some] = self.rows_VD[ids[offsets[some] if pooling == "cls" else offsets[some + 1] - 1]]
+            positions = offsets[nonempty] if pooling == "cls" else offsets[nonempty + 1] - 1
+            vectors_ND[nonempty] = self.rows_VD[ids[positions]]
         else:
-            total = self._sums(ids, offsets, some, found_ND)
-            found_ND /= np.maximum(total, 1)[:, None].astype(np.float32)
-        return unit(found_ND) if self.head.normalize else found_ND
+            total = self._sums(ids, offsets, nonempty, vectors_ND)
+            vectors_ND /= np.maximum(total, 1)[:, None].astype(np.float32)
+        return unit(vectors_ND) if self.head.normalize else vectors_ND
 
-    def _sums(self, ids: np.ndarray, offsets: np.ndarray, some: np.ndarray, out_ND: np.ndarray) -> np.ndarray:
-        """Sums of the texts that have tokens, into `out_ND`. Returns the (N,) sums of their tokens' weights."""
+    def _sums(self, ids: np.ndarray, offsets: np.ndarray, nonempty: np.ndarray, out_ND: np.ndarray) -> np.ndarray:
+        """Write the sums of the nonempty texts into `out_ND`. Returns the (N,) sums of the tokens' weights."""
         bounds, lengths, weighted = offsets.tolist(), np.diff(offsets).astype(np.int64), self.head.pooling == "weighted"
-        for i in some.tolist():
+        for i in nonempty.tolist():
             rows_LD = self.rows_VD.take(ids[bounds[i] : bounds[i + 1]], axis=0)
             if weighted:
                 rows_LD *= np.arange(1, len(rows_LD) + 1, dtype=np.float32)[:, None]
@@ -83,34 +83,34 @@ class TableBackend:
 
 
 class OnnxBackend:
-    """An exported graph through onnxruntime, on padded batches. `threads` are those of one matrix product."""
+    """Runs an exported graph with onnxruntime, on padded batches. `threads` is for one matrix product."""
 
     def __init__(self, path: Path, width: int, threads: int) -> None:
         import onnxruntime  # type: ignore[import-not-found, import-untyped]
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        there = onnxruntime.get_available_providers()
-        wanted = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in there]
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+        available = onnxruntime.get_available_providers()
+        providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         self.width = width
-        self.best_batch_tokens = GPU_BATCH_TOKENS if len(wanted) > 1 else CPU_BATCH_TOKENS
+        self.best_batch_tokens = GPU_BATCH_TOKENS if len(providers) > 1 else CPU_BATCH_TOKENS
 
     def vectors(self, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         lengths = np.diff(offsets)
         mask_NL = np.arange(max(1, lengths.max(initial=0))) < lengths[:, None]
         ids_NL = np.zeros(mask_NL.shape, np.int64)
         ids_NL[mask_NL] = ids
-        (found,) = self.session.run(None, {"input_ids": ids_NL, "attention_mask": mask_NL.astype(np.int64)})
-        return np.where(lengths[:, None] > 0, found, 0).astype(np.float32)
+        (vectors_ND,) = self.session.run(None, {"input_ids": ids_NL, "attention_mask": mask_NL.astype(np.int64)})
+        return np.where(lengths[:, None] > 0, vectors_ND, 0).astype(np.float32)
 
 
 def open_backend(
     folder: Path, settings: Embedding, graphs: StoragePath, threads: int | None = None, device: str | None = None
 ) -> Backend:
-    """The backend that the config names. `graphs` is where `make_graph` has put onnxruntime's.
+    """Open the config's backend. `graphs` is the folder of onnxruntime's graphs, made by `make_graph`.
 
-    `threads` of one matrix product, by default all that the backend wants; torch's are set for the process.
+    `threads` is for one matrix product, by default the backend's choice; torch applies it to the whole process.
     """
     if settings.backend == "onnxruntime":
         graph = graph_of(folder, settings, graphs).folder
@@ -122,7 +122,7 @@ def open_backend(
 def model_backend(
     folder: Path, threads: int | None = None, device: str | None = None, *, bf16: bool = False, compiled: bool = False
 ) -> Backend:
-    """numpy for a token table, torch for all else."""
+    """Open numpy for a token table, torch for any other model."""
     card = read_card(folder)
     if is_table(card):
         return TableBackend(folder, card)
@@ -137,14 +137,14 @@ def model_backend(
 
 
 def graph_of(folder: Path, settings: Embedding, graphs: StoragePath) -> Artifact:
-    """A model's graph, once `make_graph` has made it."""
+    """The artifact of a model's graph, which `make_graph` makes."""
     return Artifact(graphs, "", {"model": model_fingerprint(folder), "precision": settings.precision})
 
 
 def make_graph(folder: Path, settings: Embedding, graphs: StoragePath) -> None:
-    """Export a model for onnxruntime where that has not been done, quantised where the config says so.
+    """Export a model for onnxruntime unless its graph exists; quantise it if the config asks for int8.
 
-    Raises ConfigError where a package is missing.
+    Raises ConfigError if a package is missing.
     """
     from pipeline.model.onnx import check_packages
 
@@ -161,7 +161,7 @@ def make_graph(folder: Path, settings: Embedding, graphs: StoragePath) -> None:
             export_onnx(temporary, pooling=head.pooling, normalize=head.normalize)
             if settings.precision == "int8":
                 _quantise(temporary / GRAPH)
-            for file in temporary.glob(f"{GRAPH}*"):  # larger models have their weights beside the graph
+            for file in temporary.glob(f"{GRAPH}*"):  # larger models store their weights in a second file
                 graph.output.link(file.name, file)
         return {"model": model_fingerprint(folder), "precision": settings.precision}
 
@@ -171,10 +171,10 @@ def make_graph(folder: Path, settings: Embedding, graphs: StoragePath) -> None:
 def _quantise(path: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic  # type: ignore[import-not-found, import-untyped]
 
-    whole = path.rename(path.with_name("whole.onnx"))
-    logging.disable(logging.WARNING)  # it advises a step that changes nothing about these graphs
+    original = path.rename(path.with_name("whole.onnx"))
+    logging.disable(logging.WARNING)  # it recommends pre-processing, which does not change these graphs
     try:
-        quantize_dynamic(whole, path, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+        quantize_dynamic(original, path, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
     finally:
         logging.disable(logging.NOTSET)
-    whole.unlink()
+    original.unlink()

@@ -1,10 +1,10 @@
-"""Rows that have no vector, or that Pinecone did not take, set aside in a folder of Parquet files with the reason.
+"""Stores rejected rows with the reason, as Parquet files: texts without a vector, and rows that Pinecone refused.
 
     letters = DeadLetters(folder)
-    refused = letters.append(rows, store.upsert(rows))          # their ids
-    letters.drop({"9f0c…"})                                     # once they were written after all
+    refused = letters.append(rows, store.upsert(rows))          # ids of the rejected rows
+    letters.drop({"9f0c…"})                                     # after a later write succeeded
 
-Several processes may append at once; one at a time drops. The vectors are in the table.
+Several processes may append at once; only one may drop. Vectors are not stored here, but in the table.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LETTERS = pa.schema([*((name, pa.string()) for name in ("id", *TEXTS, "reason"))
 
 
 class Refused(NamedTuple):
-    """A row that was not written, why, and how often it was tried (0 where it could not be sent at all)."""
+    """A rejected row, the reason, and the number of attempts (0 if it was never sent)."""
 
     id: str
     reason: str
@@ -32,29 +32,26 @@ class Refused(NamedTuple):
 
 
 class DeadLetters:
-    """A folder, which is missing while there are none."""
+    """A folder of rejected rows; it exists only if there are some."""
 
     def __init__(self, folder: StoragePath) -> None:
         self.folder = folder
 
     def append(self, rows: pa.Table, refused: Sequence[Refused]) -> set[str]:
-        """Set aside those of the rows that were refused. Returns their ids."""
-        why = {one.id: one for one in refused}
-        if why:
-            picked = rows.select(["id", *TEXTS]).to_pylist()
-            self._write(
-                pa.Table.from_pylist(
-                    [{**row, **why[row["id"]]._asdict()} for row in picked if row["id"] in why], LETTERS
-                )
-            )
-        return set(why)
+        """Store the rows that were refused. Returns their ids."""
+        by_id = {each.id: each for each in refused}
+        if by_id:
+            candidates = rows.select(["id", *TEXTS]).to_pylist()
+            letters = [{**row, **by_id[row["id"]]._asdict()} for row in candidates if row["id"] in by_id]
+            self._write(pa.Table.from_pylist(letters, LETTERS))
+        return set(by_id)
 
     def _write(self, rows: pa.Table) -> None:
         with replacing(self.folder / f"{uuid.uuid4().hex}.parquet") as temporary:
             pq.write_table(rows, temporary, compression="zstd")
 
     def read(self) -> pa.Table:
-        """All of them; of each id the one that was set aside last."""
+        """All rejected rows; the latest of each id."""
         return self._read()[1]
 
     def _read(self) -> tuple[list[StoragePath], pa.Table]:
@@ -67,7 +64,7 @@ class DeadLetters:
         return set(self.read()["id"].to_pylist())
 
     def drop(self, ids: Collection[str]) -> None:
-        """Forget rows that were written after all."""
+        """Remove rows that have been written since."""
         files, rows = self._read()
         keep = rows.filter(pa.array([i not in ids for i in rows["id"].to_pylist()], pa.bool_()))
         if len(keep) < len(rows):

@@ -1,16 +1,16 @@
-"""The distinct texts of a prepared data set: a document for each, with all places that have it, by ranges of id.
+"""Groups the records of a prepared data set into documents: one per distinct text, partitioned by ranges of ids.
 
     documents = Documents.of(prepared, root, manifest, "positive", use_tokens=True)
     documents.make(progress)
     documents.read(3)                    # (id, source, source_id, places, text, metadata, digest) of range 3, by id
 
-    records/00000.parquet ──┐   id of each text         ┌──► documents/00000.parquet     ids from 00… to 55…
-    records/00001.parquet ──┼──► exchange by range ─────┼──► documents/00001.parquet     ids from 55… to aa…
+    records/00000.parquet ──┐   hash each text          ┌──► documents/00000.parquet     ids from 00… to 55…
+    records/00001.parquet ──┼──► shuffle by range ──────┼──► documents/00001.parquet     ids from 55… to aa…
     records/00002.parquet ──┘                           └──► documents/00002.parquet
 
-Twenty questions about one passage are twenty records and one document. Records of text alone are documents already:
-then nothing is written, and a range is a record file. Cost: a read and a write of all texts, once for each prepared
-data set.
+Twenty questions about one passage are twenty records and one document; `places` lists all records with the text.
+Text-only records are documents already: then nothing is written, and each record file is a range. Cost: reads and
+writes all texts, once per prepared data set.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ COLUMNS = ("id", "source", "source_id", "places", "text", "metadata", "digest")
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents of one field of the records. With `use_tokens` they have the `tokens` of the token shards."""
+    """Documents of one record field. With `use_tokens` they have the `tokens` of the token shards."""
 
     records: Sequence[StoragePath]
     field: str
     prompts: dict[str, str]
-    """By source, where a source has its own: the same text is then another document."""
+    """Source → its prompt. The same text with another prompt is another document."""
     use_tokens: bool
     shards: StoragePath
-    """The folder of the token shards."""
+    """The prepared data set, with the token shards."""
     artifact: Artifact
     are_records: bool
-    """Whether each record is a document, and nothing is to be made."""
+    """Whether each record is already a document, so there is nothing to make."""
 
     @classmethod
     def of(
@@ -76,16 +76,16 @@ class Documents:
         return self.artifact.key
 
     def __len__(self) -> int:
-        """Ranges."""
+        """Number of ranges."""
         return len(self.records)
 
     def bounds(self, index: int) -> IdRange:
-        """Ids of a range. Together they are all ids, foreign ones too."""
+        """The ids of a range. All ranges together cover every possible id."""
         return id_range(index, len(self))
 
     @cached_property
     def rows(self) -> list[int]:
-        """Documents of each range."""
+        """Number of documents in each range."""
         if self.are_records:
             return for_each(self.shards, lambda path: open_parquet(path).metadata.num_rows, self.records)
         manifest = self.artifact.read()
@@ -94,15 +94,15 @@ class Documents:
 
     @cached_property
     def mean_bytes(self) -> float:
-        """Of a document with its metadata, by the footers of some files."""
+        """Mean size of a document with its metadata, from the footers of the first files."""
         names = [path.name for path in self.records[:MEASURED_FILES]]
         home = self.shards / "records" if self.are_records else self.artifact.folder / "documents"
-        found = [open_parquet(home / name).metadata for name in names]
-        groups = (one.row_group(i).total_byte_size for one in found for i in range(one.num_row_groups))
-        return sum(groups) / max(sum(one.num_rows for one in found), 1)
+        footers = [open_parquet(home / name).metadata for name in names]
+        groups = (each.row_group(i).total_byte_size for each in footers for i in range(each.num_row_groups))
+        return sum(groups) / max(sum(each.num_rows for each in footers), 1)
 
     def make(self, progress: Any) -> None:
-        """Group the records, unless that is done; asks for the `progress` if there is work."""
+        """Group the records unless that is done. Calls `progress` only if there is work."""
         if not self.are_records:
             self.artifact.make(lambda: self._group(progress()))
 
@@ -129,7 +129,7 @@ class Documents:
         return {"data": self.shards.name, "rows": rows}
 
     def _identified(self, index: int) -> pa.Table:
-        """The records of a file with `text`, and as `id` that of their text."""
+        """The records of a file with `text`, and the text's hash as `id`."""
         columns = dict.fromkeys(["id", *PLACE_COLUMNS, self.field])
         rows = open_parquet(self.records[index]).read(columns=list(columns))
         columns = {name: rows[name] for name in PLACE_COLUMNS} | {"text": rows[self.field]}
@@ -142,11 +142,11 @@ class Documents:
         return pa.table({"id": pa.array(ids, pa.string()), **columns})
 
     def tokens(self, index: int) -> pa.Table:
-        """Record ids and token ids of a record file, from its token shards."""
+        """`id` and `tokens` of the records of a file, from its token shards."""
         return shard_tokens(self.shards, self.records[index].name, self.field)
 
     def read(self, index: int, columns: Sequence[str] = COLUMNS) -> Iterator[pa.Table]:
-        """Documents of a range by rising id, some at a time; `tokens` may be among the columns."""
+        """Yield the documents of a range in batches, sorted by id; `tokens` may be among the columns."""
         if not self.are_records:
             path = self.artifact.folder / "documents" / f"{index:05d}.parquet"
             for batch in open_parquet(path).iter_batches(READ_ROWS, columns=list(columns)):
@@ -162,27 +162,27 @@ class Documents:
 
     def table(self, index: int, columns: Sequence[str] = COLUMNS) -> pa.Table:
         """All documents of a range."""
-        found = list(self.read(index, columns))
+        batches = list(self.read(index, columns))
         schema = pa.schema([(name, pa.list_(PLACE) if name == "places" else pa.string()) for name in columns])
-        return pa.concat_tables(found).combine_chunks() if found else schema.empty_table()
+        return pa.concat_tables(batches).combine_chunks() if batches else schema.empty_table()
 
 
 def shard_tokens(prepared: StoragePath, name: str, field: str) -> pa.Table:
-    """`id` and `tokens` of the records of a file of this name, as its token shards have a field of theirs."""
-    there = [path for split in SPLITS if (path := prepared / split / name).is_file()]
-    if not there:  # a record file without rows
+    """`id` and `tokens` of a field, for the records of the file `name`, from its token shards."""
+    paths = [path for split in SPLITS if (path := prepared / split / name).is_file()]
+    if not paths:  # a record file without rows
         return pa.schema([("id", pa.string()), ("tokens", TOKENS)]).empty_table()
-    shards = pa.concat_tables([open_parquet(path).read(columns=["id", field]) for path in there])
+    shards = pa.concat_tables([open_parquet(path).read(columns=["id", field]) for path in paths])
     return shards.rename_columns(["id", "tokens"]).combine_chunks()
 
 
 def tokens_by_id(ids: pa.ChunkedArray, tokens: pa.Table) -> pa.Array:
-    """Token ids of these records, from a table of id and tokens."""
+    """Token ids of these records, from a table of `id` and `tokens`."""
     return one_array(tokens["tokens"]).take(one_array(pc.index_in(ids, one_array(tokens["id"]))))
 
 
 def grouped(rows: pa.Table) -> pa.Table:
-    """Documents by rising id of rows of id, PLACE_COLUMNS and more; its first place is the one of least source_id."""
+    """Group rows of `id`, PLACE_COLUMNS and more by id, sorted; a document's first place has the lowest source_id."""
     rows = rows.sort_by([(name, "ascending") for name in ("id", "source_id", "source", "metadata")]).combine_chunks()
     ids = rows["id"]
     begins = np.ones(len(rows), bool)
@@ -199,7 +199,7 @@ def grouped(rows: pa.Table) -> pa.Table:
 
 
 def place_digests(places: pa.ListArray) -> pa.Array:
-    """A hash of each document's places: of all their fields, each led by its length in bytes."""
+    """A hash of each document's places: of all their fields, each with its length in bytes before it."""
     columns = [pc.fill_null(column, "") for column in places.flatten().flatten()]
     lengths = [pc.binary_length(column).cast(pa.string()) for column in columns]
     flat = pc.binary_join_element_wise(*(part for pair in zip(lengths, columns, strict=True) for part in pair), ":")
@@ -209,13 +209,13 @@ def place_digests(places: pa.ListArray) -> pa.Array:
 
 
 def first_places(places: pa.ListArray) -> pa.StructArray:
-    """The first place of each document, null where there is none."""
+    """The first place of each document, or null."""
     counts = pc.fill_null(pc.list_value_length(places), 0).to_numpy()
     return places.flatten().take(pa.array(np.cumsum(counts) - counts, mask=counts == 0))
 
 
 def tokens_fit(config: Config, prepared: StoragePath, recipe: EncoderRecipe, field: str, prompt: str) -> bool:
-    """Whether the token shards have just what the model would be given, after a prompt of its own."""
+    """Whether the token shards hold exactly the tokens that the model would read, with its own `prompt`."""
     if config.tokenizer.long_texts == "windows" or config.embedding.long_texts != "cut":
         return False
     if field == "anchor" and any(config.data.augment.model_dump().values()):
@@ -230,7 +230,7 @@ def tokens_fit(config: Config, prepared: StoragePath, recipe: EncoderRecipe, fie
 
 
 def _tokenizer(path: StoragePath) -> Any:
-    """What a tokenizer.json says, but for how it cuts and pads."""
+    """The content of a tokenizer.json, without truncation and padding."""
     if not path.is_file():
         return None
     return {key: value for key, value in json.loads(path.read_text()).items() if key not in ("truncation", "padding")}

@@ -1,14 +1,14 @@
-"""Texts to vectors with one model in one process.
+"""Encodes texts to vectors with one model in one process.
 
     encoder = TextEncoder(checkpoint_folder)
     encoder.encode(["remove duplicate rows"], "query")                   # (1, D) float32, unit length
 
-    recipe = EncoderRecipe(folder, config.embedding, graphs)             # what tasks on other nodes open it from
+    recipe = EncoderRecipe(folder, config.embedding, graphs)             # picklable: tasks on other nodes open it
     open_encoder(recipe).encode_tokens(tokenize(recipe.tokenizer(), ["remove duplicate rows", "parse"]))
 
-Texts are tokenized together, ordered by length and encoded in batches of about `batch_tokens` tokens. A text longer
-than the model reads is cut, or read in overlapping windows whose vectors are averaged. Token ids stay Arrow lists from
-the tokenizer, or a file, to the backend. This module imports no torch, so tasks that only tokenize start fast.
+Texts are tokenized together, sorted by length and encoded in batches of about `batch_tokens` tokens. Longer texts than
+the model's maximum are truncated, or encoded in overlapping windows whose vectors are averaged. Token ids are Arrow
+lists from the tokenizer, or a file, to the backend. Does not import torch, so tasks that only tokenize start fast.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from pipeline.index.backends import Backend, model_backend, open_backend
 from pipeline.index.vectors import Column, as_groups, as_numbers, as_ragged, as_tokens, unit
 from pipeline.model.folder import is_table, load_tokenizer, model_fingerprint, read_card
 
-CHARS_PER_TOKEN = 8  # ours: English has about 5; a text with more is tokenized twice
+CHARS_PER_TOKEN = 8  # ours: English has about 5; texts with more are tokenized twice
 WORD_END = re.compile(r"(?<=\w) ")
-# Steps of tokenizers that look at a letter or digit and the space after it alone, or at most at what is on one side.
+# Normalizers that never look across a space that follows a letter or digit.
 NORMALIZERS = (
     "BertNormalizer",
     "Lowercase",
@@ -49,21 +49,21 @@ NORMALIZERS = (
     "Strip",
     "StripAccents",
 )
-REPLACED = ({"Regex": " {2,}"}, {"String": "``"}, {"String": "''"})  # by Unigram models
+REPLACED = ({"Regex": " {2,}"}, {"String": "``"}, {"String": "''"})  # patterns of Replace in Unigram tokenizers
 WORD_SPLITS = ("BertPreTokenizer", "ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit")
 SPLITS = ("Digits", "Punctuation")
 
 
 @dataclass(frozen=True)
 class EncoderRecipe:
-    """What an encoder is made from, wherever it is to run."""
+    """Everything needed to open an encoder on any node."""
 
     folder: StoragePath
     settings: Embedding
     graphs: StoragePath
-    """Where onnxruntime's graphs lie."""
+    """Folder of onnxruntime's graphs."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Of nodes that encoding actors go to; by default all of them."""
+    """Labels of the nodes for encoding actors; by default all nodes."""
 
     @property
     def local(self) -> Path:
@@ -76,7 +76,7 @@ class EncoderRecipe:
 
     @cached_property
     def is_table(self) -> bool:
-        """Whether the model is a token table, which numpy looks up."""
+        """Whether the model is a token table that runs in numpy."""
         return is_table(read_card(self.local)) and self.settings.backend == "torch"
 
     @property
@@ -84,12 +84,12 @@ class EncoderRecipe:
         return None if self.settings.long_texts == "cut" else self.settings.window_overlap
 
     def tokenizer(self) -> Tokenizer:
-        """Kept in its process: tokenizers does not give back the memory of one that is dropped."""
+        """The tokenizer, cached per process because dropped tokenizers leak memory."""
         return _tokenizer(self.folder, self.overlap)
 
     @cached_property
     def space(self) -> str:
-        """Names the vectors: what is equal in it has equal vectors for equal texts, and other names have others."""
+        """Identifies the vectors: two recipes with the same id give every text the same vector."""
         settings = self.settings
         parts = [model_fingerprint(self.local)[:12], str(self.width), settings.precision]
         parts += [f"{settings.long_texts}{settings.window_overlap}"] if self.overlap is not None else []
@@ -100,46 +100,47 @@ class EncoderRecipe:
 def _tokenizer(folder: StoragePath, overlap: int | None) -> Tokenizer:
     tokenizer = load_tokenizer(fetched(folder))
     if overlap is not None:
-        let_windows_overlap(tokenizer, overlap)
+        enable_windows(tokenizer, overlap)
     return tokenizer
 
 
 class TextEncoder:
-    """A model and its tokenizer, ready to embed. `device` defaults to the GPU where there is one.
+    """A model with its tokenizer. `device` defaults to the GPU if there is one.
 
-    `dimensions` cuts the vectors to one of the sizes that the model was trained for. `backend` runs the model; by
-    default numpy or torch.
+    `dimensions` truncates the vectors to one of the model's Matryoshka sizes. `backend` runs the model; by default
+    numpy or torch.
     """
 
     def __init__(
         self,
-        place: StoragePath,
+        model: StoragePath,
         batch_tokens: int | Literal["auto"] = "auto",
         device: str | None = None,
         dimensions: int | None = None,
         backend: Backend | None = None,
         window_overlap: int | None = None,
     ) -> None:
-        folder = fetched(place)
+        folder = fetched(model)
         self.card, self.tokenizer = read_card(folder), load_tokenizer(folder)
         self.backend = backend or model_backend(folder, device=device)
         self.batch_tokens = self.backend.best_batch_tokens if batch_tokens == "auto" else batch_tokens
         self.width = dimensions or self.backend.width
         if window_overlap is not None:
-            let_windows_overlap(self.tokenizer, window_overlap)
+            enable_windows(self.tokenizer, window_overlap)
 
     def encode(self, texts: Sequence[str], prompt: str = "") -> np.ndarray:
-        """(N, width) float32 vectors; a text without tokens gives the zero vector.
+        """Encode texts to (N, width) float32; a text without tokens gives the zero vector.
 
-        `prompt` names one of the model's own: `query` or `document`.
+        `prompt` names one of the model's prompts: `query` or `document`.
         """
-        lead = self.card.head.prompt(prompt)
-        return self.encode_tokens(tokenize(self.tokenizer, [lead + text for text in texts]))
+        prefix = self.card.head.prompt(prompt)
+        return self.encode_tokens(tokenize(self.tokenizer, [prefix + text for text in texts]))
 
     def encode_tokens(self, tokens: Column) -> np.ndarray:
-        """(N, width) float32 vectors of texts that are tokenized: a column of list<int32>, without nulls.
+        """Encode tokenized texts, a column of list<int32> without nulls, to (N, width) float32.
 
-        Of list<list<int32>>, a text's windows, the vector is their mean, each weighed by its tokens, at unit length.
+        For list<list<int32>>, the windows of each text, a vector is the mean over windows, weighted by their tokens, at
+        unit length.
         """
         if pa.types.is_list(tokens.type.value_type):
             windows, offsets = as_ragged(tokens)
@@ -149,7 +150,7 @@ class TextEncoder:
         return unit(vectors[:, : self.width]) if self.width < self.backend.width else vectors
 
     def _vectors(self, tokens: Column) -> np.ndarray:
-        """(N, D), of texts or windows of list<int32>."""
+        """Encode texts or windows, list<int32>, to (N, D)."""
         if self.batch_tokens is None:
             ids, offsets = as_ragged(tokens)
             return self.backend.vectors(as_numbers(ids), offsets)
@@ -164,23 +165,23 @@ class TextEncoder:
 
 
 def _mean_of_windows(vectors: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """(N, D), of (W, D) vectors of windows of (W,) tokens, where text i has the windows from offset i on."""
-    counts, found = np.diff(offsets), np.zeros((len(offsets) - 1, vectors.shape[1]), np.float32)
-    found[counts == 1] = vectors[offsets[:-1][counts == 1]]
+    """Average (W, D) vectors of windows with (W,) tokens to (N, D); the windows of text i begin at offsets[i]."""
+    counts, means = np.diff(offsets), np.zeros((len(offsets) - 1, vectors.shape[1]), np.float32)
+    means[counts == 1] = vectors[offsets[:-1][counts == 1]]
     if (counts > 1).any():
         sums = np.add.reduceat(vectors * lengths[:, None], offsets[:-1][counts > 0])
-        found[counts > 1] = unit(sums[counts[counts > 0] > 1])
-    return found
+        means[counts > 1] = unit(sums[counts[counts > 0] > 1])
+    return means
 
 
 def _batches(offsets: np.ndarray, batch_tokens: int) -> Iterator[tuple[int, int]]:
-    """First text of a batch and of the next, `batch_tokens` tokens together (or a single longer text)."""
+    """Yield the first text of each batch and of the next; a batch has `batch_tokens` tokens, or one longer text."""
     edges = np.flatnonzero(np.diff(offsets[1:] // batch_tokens)) + 1
     return pairwise([0, *edges.tolist(), len(offsets) - 1]) if len(offsets) > 1 else iter(())
 
 
 def open_encoder(recipe: EncoderRecipe, threads: int | None = None, device: str | None = None) -> TextEncoder:
-    """The encoder of a recipe. `threads` of onnxruntime's; torch's are set for the process."""
+    """Open a recipe's encoder. `threads` is for onnxruntime; torch applies it to the whole process."""
     settings = recipe.settings
     return TextEncoder(
         recipe.local,
@@ -192,42 +193,44 @@ def open_encoder(recipe: EncoderRecipe, threads: int | None = None, device: str 
     )
 
 
-def let_windows_overlap(tokenizer: Tokenizer, overlap: int) -> None:
-    """Set a tokenizer that cuts to also give what it cut off, in windows that share `overlap` tokens."""
-    cut = tokenizer.truncation or {}
-    tokenizer.enable_truncation(cut["max_length"], stride=overlap, direction=cut["direction"])
+def enable_windows(tokenizer: Tokenizer, overlap: int) -> None:
+    """Make a truncating tokenizer also return the rest of a text, in windows that share `overlap` tokens."""
+    truncation = tokenizer.truncation or {}
+    tokenizer.enable_truncation(truncation["max_length"], stride=overlap, direction=truncation["direction"])
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str] | Column) -> pa.Array:
-    """Token ids of each text, list<int32>; after `let_windows_overlap` of each of its windows, list<list<int32>>.
+    """Token ids of each text, list<int32>; after `enable_windows`, of each text's windows, list<list<int32>>.
 
-    A text that will be cut is cut before it is tokenized too, where that cannot change its tokens.
+    Long texts are shortened before tokenizing if that cannot change their tokens.
     """
     texts = texts.to_pylist() if isinstance(texts, pa.Array | pa.ChunkedArray) else list(texts)
-    cut = tokenizer.truncation
-    if cut and cut["stride"]:
-        windows = [[text, *text.overflowing] for text in tokenizer.encode_batch(texts)]
-        return as_groups(as_tokens([one.ids for each in windows for one in each]), [len(each) for each in windows])
-    most = cut["max_length"] if cut and cut["direction"] == "right" and _words_are_apart(tokenizer) else 0
-    begins = _begins(texts, most * CHARS_PER_TOKEN) if most else texts
-    encodings = tokenizer.encode_batch_fast(begins)
-    again = [i for i, one in enumerate(encodings) if len(one) < most and begins[i] is not texts[i]]
+    truncation = tokenizer.truncation
+    if truncation and truncation["stride"]:
+        windows = [[encoding, *encoding.overflowing] for encoding in tokenizer.encode_batch(texts)]
+        ids = [window.ids for each in windows for window in each]
+        return as_groups(as_tokens(ids), [len(each) for each in windows])
+    from_right = truncation and truncation["direction"] == "right"
+    most = truncation["max_length"] if truncation and from_right and _splits_at_spaces(tokenizer) else 0
+    shortened = _shortened(texts, most * CHARS_PER_TOKEN) if most else texts
+    encodings = tokenizer.encode_batch_fast(shortened)
+    again = [i for i, each in enumerate(encodings) if len(each) < most and shortened[i] is not texts[i]]
     for i, encoding in zip(again, tokenizer.encode_batch_fast([texts[i] for i in again]), strict=True):
         encodings[i] = encoding
     return as_tokens([encoding.ids for encoding in encodings])
 
 
-def _begins(texts: list[str], chars: int) -> list[str]:
-    """Texts up to the first end of a word after so many characters; those that have none are the same objects."""
+def _shortened(texts: list[str], chars: int) -> list[str]:
+    """Cut each text at the first word end after `chars` characters; other texts are returned as the same object."""
     ends = [WORD_END.search(text, chars) if len(text) > chars else None for text in texts]
     return [text[: end.start()] if end else text for text, end in zip(texts, ends, strict=True)]
 
 
-def _words_are_apart(tokenizer: Tokenizer) -> bool:
-    """Whether what precedes a `WORD_END` has the same tokens without what follows: then enough of them are enough.
+def _splits_at_spaces(tokenizer: Tokenizer) -> bool:
+    """Whether the tokens before a `WORD_END` do not depend on the text after it.
 
-    That is so where no step that a text goes through looks from one side of such a space to the other, and one splits
-    there, as models see one piece at a time. A step that is not known counts as one that looks.
+    True if no step looks across such a space and one step splits there, as the model tokenizes each piece separately.
+    Unknown steps count as looking across.
     """
     normalizers, splits = (_steps(_described(part)) for part in (tokenizer.normalizer, tokenizer.pre_tokenizer))
     added = (token.content for token in tokenizer.get_added_tokens_decoder().values())
@@ -240,7 +243,7 @@ def _words_are_apart(tokenizer: Tokenizer) -> bool:
 
 
 def _described(part: Any) -> dict[str, Any]:
-    """A normalizer or pre-tokenizer as tokenizer.json has it."""
+    """A normalizer or pre-tokenizer as JSON, as in tokenizer.json."""
     return json.loads(part.__getstate__()) if part else {"type": "Sequence"}  # type: ignore[no-any-return]
 
 

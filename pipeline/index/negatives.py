@@ -1,15 +1,15 @@
-"""Which texts are a record's hard negatives: near its anchor, and still clearly further than its positive.
+"""Chooses a record's hard negatives: texts close to its anchor, but clearly less similar than its positive.
 
     Block.write(rows, folder)                              # rows of positive_key, text, vector
     blocks = sorted(folder.glob("*.arrow"))
-    negatives_of(anchors, blocks, answers, config.mining)  # [["a text", …], …]: by anchor, the most alike first
+    negatives_of(anchors, blocks, answers, config.mining)  # [["a text", …], …]: per anchor, the most similar first
 
-A text is known by its key, the first 64 bits of its hash. Known right answers are excluded before anything is ranked;
-then the nearest are ranked by cosine, those outside the window of ranks or beyond a bound are left out, and the first
-few stay. A tie goes to the larger key, so the choice does not depend on how texts are cut into blocks.
+A text's key is the first 64 bits of its hash. Known answers are excluded first; then the nearest texts are ranked by
+cosine, texts outside the range of ranks or beyond a bound are dropped, and the first few are kept. Ties go to the
+larger key, so the result does not depend on how texts are split into blocks.
 
-A block is an uncompressed Arrow file of up to some thousand texts by rising key. It is mapped into memory, so only
-pages that are used are read. Cost: B x n products of D numbers a block, and some 60 bytes a record for its keys.
+A block is an uncompressed Arrow file with up to some thousand texts, sorted by key. It is memory-mapped, so only used
+pages are read. Cost: B x n dot products of size D per block, and about 60 bytes per record for the keys.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pipeline.core.files import replacing, sizes
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
 from pipeline.data.partitions import content_id, is_validation
-from pipeline.index.vectors import Floats, Found, Ints, as_column, as_matrix, merged, nearest_in_block, unit
+from pipeline.index.vectors import Floats, Ints, TopK, as_column, as_matrix, merged, nearest_in_block, unit
 
 ANCHORS_AT_ONCE = 512  # with a block of 8,192 texts, 16 MB of scores
 Keys = npt.NDArray[np.uint64]
@@ -37,7 +37,7 @@ Keys = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class TextKeys:
-    """Of every record in the order of the files: keys of its two texts, and whether it trains. (N,) each."""
+    """Keys of each record's two texts, and whether it is in the training split; (N,) each, in file order."""
 
     anchors: Keys
     positives: Keys
@@ -45,7 +45,7 @@ class TextKeys:
     file_starts: list[int]
 
     def first_of_each_positive(self) -> npt.NDArray[np.bool_]:
-        """(N,): whether a record trains and none before it that does has the same positive."""
+        """(N,) mask of the first training record with each distinct positive."""
         rows = np.flatnonzero(self.trains)
         first = np.zeros(len(self.trains), dtype=bool)
         first[rows[np.unique(self.positives[rows], return_index=True)[1]]] = True
@@ -53,31 +53,31 @@ class TextKeys:
 
 
 def text_key(text: str) -> int:
-    """Equal for equal texts. Among 5 million texts, two others share one with a chance of one in a million."""
+    """The first 64 bits of the text's hash. Two of 5 million texts collide with a probability of 1e-6."""
     return int(content_id([text])[:16], 16)
 
 
 def text_keys(mined: Artifact, files: Sequence[StoragePath], fraction: float, progress: Progress) -> TextKeys:
-    """Hash the texts of record files, into files in the scratch folder; `fraction` of the records are held out."""
+    """Hash the texts of record files to files in the scratch folder; `fraction` of the records are held out."""
 
     def hash_texts(index: int, output: Output) -> None:
         rows = open_parquet(files[index]).read(columns=["id", "anchor", "positive"]).to_pylist()
-        found = [(text_key(r["anchor"]), text_key(r["positive"]), not is_validation(r["id"], fraction)) for r in rows]
+        keys = [(text_key(r["anchor"]), text_key(r["positive"]), not is_validation(r["id"], fraction)) for r in rows]
         with output.writing(f"scratch/keys/{files[index].stem}.npy") as temporary, temporary.open("wb") as file:
-            np.save(file, np.array(found, dtype=np.uint64).reshape(-1, 3))
+            np.save(file, np.array(keys, dtype=np.uint64).reshape(-1, 3))
 
     mined.tasks(progress, "mine: hash texts", [size or 0 for size in sizes(files)], hash_texts)
-    found = []
+    parts = []
     for path in files:
         with (mined.scratch / "keys" / f"{path.stem}.npy").open("rb") as file:
-            found.append(np.load(file))
-    anchors, positives, trains = np.concatenate(found).T
-    return TextKeys(anchors, positives, trains.astype(bool), [*itertools.accumulate(map(len, found), initial=0)])
+            parts.append(np.load(file))
+    anchors, positives, trains = np.concatenate(parts).T
+    return TextKeys(anchors, positives, trains.astype(bool), [*itertools.accumulate(map(len, parts), initial=0)])
 
 
 @dataclass(frozen=True)
 class Block:
-    """Distinct texts by rising key: (n,) keys, (n, D) unit vectors, and the n texts where they are needed."""
+    """Distinct texts, sorted by key: (n,) keys, (n, D) unit vectors, and optionally the n texts."""
 
     keys: Keys
     vectors: Floats
@@ -85,7 +85,7 @@ class Block:
 
     @staticmethod
     def write(rows: pa.Table, folder: Path) -> None:
-        """Write rows of `positive_key`, `text` and `vector` as a file of the folder, the vectors at unit length."""
+        """Write rows of `positive_key`, `text` and `vector` to a file in the folder, with unit vectors."""
         rows = rows.select(["positive_key", "text", "vector"]).sort_by("positive_key").combine_chunks()
         vectors = as_column(unit(as_matrix(rows["vector"])))
         block = pa.table({"key": rows["positive_key"], "text": rows["text"], "vector": vectors}).combine_chunks()
@@ -101,15 +101,15 @@ class Block:
             batch = pa.ipc.open_file(file).get_batch(0)
         return cls(batch["key"].to_numpy(), as_matrix(batch["vector"]), batch["text"])
 
-    def places(self, keys: Keys) -> tuple[Ints, npt.NDArray[np.bool_]]:
-        """Where each key stands in the block, and whether it does."""
-        places = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        return places, self.keys[places] == keys
+    def find(self, keys: Keys) -> tuple[Ints, npt.NDArray[np.bool_]]:
+        """The row of each key, and whether the block has the key."""
+        rows = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        return rows, self.keys[rows] == keys
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Which texts answer which anchor: pairs of keys, by rising anchor."""
+    """Pairs of an anchor's key and the key of a text that answers it, sorted by anchor."""
 
     anchors: Keys
     texts: Keys
@@ -119,8 +119,8 @@ class Answers:
         order = np.argsort(anchors, kind="stable")
         return cls(anchors[order], texts[order])
 
-    def to(self, anchors: Keys) -> tuple[Ints, Keys]:
-        """All pairs of an anchor's row and the key of a text that answers it."""
+    def of_anchors(self, anchors: Keys) -> tuple[Ints, Keys]:
+        """All answers to these anchors, as pairs of the anchor's row and the answer's key."""
         first, last = (np.searchsorted(self.anchors, anchors, side) for side in ("left", "right"))
         counts = last - first
         rows = np.repeat(np.arange(len(anchors)), counts)
@@ -132,56 +132,61 @@ def negatives_of(
     rows: pa.Table,
     blocks: Sequence[Path],
     answers: Answers,
-    wanted: Mining,
+    settings: Mining,
     report: Callable[[int], object] = lambda anchors: None,
 ) -> list[list[str]]:
-    """The texts chosen for each row of `anchor_key`, `positive_key` and `vector`; reports rows as it goes."""
+    """Negatives for each row of `anchor_key`, `positive_key` and `vector`; calls `report` with finished row counts."""
     vectors = unit(as_matrix(rows["vector"]))
-    anchors, own = rows["anchor_key"].to_numpy(), rows["positive_key"].to_numpy()
+    anchors, positives = rows["anchor_key"].to_numpy(), rows["positive_key"].to_numpy()
     chosen: list[Keys] = []
     for start in range(0, len(rows), ANCHORS_AT_ONCE):
-        here = slice(start, start + ANCHORS_AT_ONCE)
-        chosen += choose(vectors[here], own[here], answers.to(anchors[here]), map(Block.open, blocks), wanted)
-        report(len(anchors[here]))
+        batch = slice(start, start + ANCHORS_AT_ONCE)
+        known = answers.of_anchors(anchors[batch])
+        chosen += choose(vectors[batch], positives[batch], known, map(Block.open, blocks), settings)
+        report(len(anchors[batch]))
     texts: dict[int, str] = {}
     needed = np.unique(np.concatenate([*chosen, np.empty(0, np.uint64)]))
     for block in map(Block.open, blocks):
-        places, there = block.places(needed)
-        texts |= dict(zip(needed[there].tolist(), block.texts.take(pa.array(places[there])).to_pylist(), strict=True))
+        places, present = block.find(needed)
+        block_texts = block.texts.take(pa.array(places[present])).to_pylist()
+        texts |= dict(zip(needed[present].tolist(), block_texts, strict=True))
     return [[texts[key] for key in keys.tolist()] for keys in chosen]
 
 
-def choose(anchors: Floats, own: Keys, known: tuple[Ints, Keys], blocks: Iterable[Block], wanted: Mining) -> list[Keys]:
-    """Keys of the negatives of each of B anchors, (B, D) unit vectors; `own` are (B,) keys of their positives.
+def choose(
+    anchors: Floats, positives: Keys, known: tuple[Ints, Keys], blocks: Iterable[Block], settings: Mining
+) -> list[Keys]:
+    """Keys of the negatives for each of B anchors, (B, D) unit vectors; `positives` are (B,) keys.
 
-    `known` are rows of anchors and keys of the texts that answer them; the positive's own counts as known.
+    `known` are pairs of an anchor's row and the key of a text that answers it; positives count as known too.
     """
-    rows, keys = np.concatenate([np.arange(len(anchors)), known[0]]), np.concatenate([own, known[1]])
-    found, positive = Found.none(len(anchors)), np.full(len(anchors), -np.inf, dtype=np.float32)
+    rows, keys = np.concatenate([np.arange(len(anchors)), known[0]]), np.concatenate([positives, known[1]])
+    found, positive_scores = TopK.empty(len(anchors)), np.full(len(anchors), -np.inf, dtype=np.float32)
     for block in blocks:
-        places, there = block.places(own)
-        right = block.vectors[places[there]].astype(np.float64)
-        positive[there] = (anchors[there] * right).sum(axis=1)
-        places, there = block.places(keys)
-        best = nearest_in_block(anchors, block.vectors, block.keys, wanted.range_max, (rows[there], places[there]))
-        found = merged(found, best, wanted.range_max)
+        places, present = block.find(positives)
+        vectors = block.vectors[places[present]].astype(np.float64)
+        positive_scores[present] = (anchors[present] * vectors).sum(axis=1)
+        places, present = block.find(keys)
+        excluded = rows[present], places[present]
+        best = nearest_in_block(anchors, block.vectors, block.keys, settings.range_max, excluded)
+        found = merged(found, best, settings.range_max)
     if not found.ids.shape[1]:
         return [np.empty(0, np.uint64) for _ in anchors]
-    allowed = _allowed(found.scores, positive, wanted)
-    allowed[:, : wanted.range_min] = False
-    allowed &= allowed.cumsum(axis=1) <= wanted.num_negatives
+    allowed = _allowed(found.scores, positive_scores, settings)
+    allowed[:, : settings.range_min] = False
+    allowed &= allowed.cumsum(axis=1) <= settings.num_negatives
     return [keys[kept] for keys, kept in zip(found.ids, allowed, strict=True)]
 
 
-def _allowed(scores: Floats, positive: Floats, wanted: Mining) -> npt.NDArray[np.bool_]:
-    """(B, k): whether a score is within all bounds."""
+def _allowed(scores: Floats, positive_scores: Floats, settings: Mining) -> npt.NDArray[np.bool_]:
+    """(B, k) mask of the scores within all bounds."""
     allowed = np.isfinite(scores)
-    if wanted.relative_margin is not None:
-        # A share of the positive's score; where that is below zero, as far below it.
-        below = positive - (1 - wanted.relative_margin) * np.abs(positive)
-        allowed &= scores <= below[:, None]
-    if wanted.min_score is not None:
-        allowed &= scores >= wanted.min_score
-    if wanted.max_score is not None:
-        allowed &= scores <= wanted.max_score
+    if settings.relative_margin is not None:
+        # abs() keeps the bound below the positive's score if that is negative
+        bound = positive_scores - (1 - settings.relative_margin) * np.abs(positive_scores)
+        allowed &= scores <= bound[:, None]
+    if settings.min_score is not None:
+        allowed &= scores >= settings.min_score
+    if settings.max_score is not None:
+        allowed &= scores <= settings.max_score
     return allowed

@@ -1,11 +1,11 @@
-"""One process's connection to Pinecone: each request within a job's budget, sent again where that may help.
+"""A process's connection to Pinecone, with rate limiting and retries.
 
     client = PineconeClient(config.pinecone, config.secret_files, Budget(requests_per_second=50, max_concurrency=16))
     client.send("query", lambda index: index.query(vector=[…], top_k=10, namespace="a"))
 
-The SDK repeats requests by itself, which the budget would not see, so that is switched off. Errors are of three kinds:
-those that may pass (`PassingError`), those of one request (`RejectedError`), and those of all (`StoreError`). No
-text of them holds the key, which is read where it is used and kept nowhere else.
+The SDK's own retries would bypass the rate limit, so they are switched off. Errors are transient (`TransientError`),
+of one request (`RejectedError`), or of all requests (`StoreError`). No message contains the API key, which is read on
+use and not stored.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from pipeline.index.table import StoreError
 T = TypeVar("T")
 KEY = "PINECONE_API_KEY"
 ONCE = RetryConfig(max_retries=0)
-PASSING = (408, 429, 500, 502, 503, 504)
-POLL_S = 0.01  # the least time between two questions for a place among the requests under way
+RETRYABLE = (408, 429, 500, 502, 503, 504)
+POLL_S = 0.01  # minimum time between two attempts to acquire a slot
 
 
-class PassingError(Exception):
-    """A request failed that may not fail again; `wait_s` where the service said how long to wait."""
+class TransientError(Exception):
+    """A request failed but may succeed if retried; `wait_s` is the service's Retry-After."""
 
     def __init__(self, reason: str, wait_s: float | None) -> None:
         super().__init__(reason)
@@ -51,23 +51,23 @@ class PassingError(Exception):
 
 
 class RejectedError(Exception):
-    """A request that the service will not take, however often."""
+    """The service refuses a request permanently."""
 
 
 def api_key(files: Sequence[str]) -> str:
-    """The environment's, else that of the first of these dotenv files that has one. Raises StoreError without one."""
+    """The key from the environment, else from the first dotenv file that has one. Raises StoreError if none has."""
     key = os.environ.get(KEY, "").strip()
     for file in files:
         key = key or (dotenv_values(file).get(KEY) or "").strip()
     if not key:
-        raise StoreError(f"found no Pinecone key; set {KEY} on each node, or write {KEY}=… into {files[0]}")
+        raise StoreError(f"found no Pinecone key; set {KEY} on each node, or add {KEY}=… to {files[0]}")
     return key
 
 
 class Budget:
-    """Lets requests go 1 / requests_per_second apart, and no more than max_concurrency at once.
+    """Limits the rate of requests, and the number of concurrent ones.
 
-    A request that has not ended within `lease_s`, because its process is gone, no longer counts.
+    A request that has not ended within `lease_s` no longer counts: its process is assumed dead.
     """
 
     def __init__(
@@ -82,17 +82,17 @@ class Budget:
         self._next, self._ends = 0.0, deque[float]()
 
     @contextmanager
-    def turn(self, sleep: Callable[[float], Any] = time.sleep) -> Iterator[None]:
-        """Waits until a request may be sent."""
-        while (wait := self.ask()) > 0:
+    def slot(self, sleep: Callable[[float], Any] = time.sleep) -> Iterator[None]:
+        """Hold a slot for one request; waits until there is one."""
+        while (wait := self.try_acquire()) > 0:
             sleep(wait)
         try:
             yield
         finally:
-            self.give_back()
+            self.release()
 
-    def ask(self) -> float:
-        """0 where a request may be sent now, which then counts as under way; else the seconds until to ask again."""
+    def try_acquire(self) -> float:
+        """Acquire a slot and return 0, or return the seconds to wait before the next try."""
         with self._lock:
             now = self._clock()
             while self._ends and self._ends[0] <= now:
@@ -105,40 +105,40 @@ class Budget:
             self._ends.append(now + self.lease_s)
             return 0.0
 
-    def give_back(self) -> None:
-        """A request has ended, well or not."""
+    def release(self) -> None:
+        """Free a slot after a request, successful or not."""
         with self._lock:
             if self._ends:
                 self._ends.popleft()
 
-    def hold(self, seconds: float) -> None:
-        """Send no request for so long, because the service asks for it."""
+    def pause(self, seconds: float) -> None:
+        """Block all requests for `seconds`, because the service asked for it."""
         with self._lock:
             self._next = max(self._next, self._clock() + seconds)
 
 
 class SharedBudget(Budget):
-    """A budget in an actor, for all processes of a job."""
+    """A `Budget` in an actor, shared by all processes of a job."""
 
     def __init__(self, *limits: float) -> None:
         import ray
 
         self.actor = on_driver_node(ray.remote(num_cpus=0)(Budget)).remote(*limits)
 
-    def ask(self) -> float:
+    def try_acquire(self) -> float:
         import ray
 
-        return float(ray.get(self.actor.ask.remote()))
+        return float(ray.get(self.actor.try_acquire.remote()))
 
-    def give_back(self) -> None:
-        self.actor.give_back.remote()
+    def release(self) -> None:
+        self.actor.release.remote()
 
-    def hold(self, seconds: float) -> None:
-        self.actor.hold.remote(seconds)
+    def pause(self, seconds: float) -> None:
+        self.actor.pause.remote(seconds)
 
 
 class PineconeClient:
-    """Sends requests. A pickled one connects anew, with a budget of its own unless it was given one."""
+    """Sends requests. Unpickled, it reconnects; without a given `budget`, each process creates its own."""
 
     def __init__(
         self, settings: Pinecone, key_files: Sequence[str], budget: Budget | None = None, backoff_s: float = 0.5
@@ -158,11 +158,11 @@ class PineconeClient:
             key = api_key(self.key_files)
             return Client(api_key=key, host=settings.host, timeout=settings.timeout_s, retry_config=ONCE)
         except PineconeError as error:
-            raise StoreError(f"Pinecone's client refuses its settings: {self._clean(error)}") from None
+            raise StoreError(f"the Pinecone client cannot be created: {self._clean(error)}") from None
 
     @cached_property
     def index(self) -> Index:
-        """The data plane, whose host the control plane says where the config does not."""
+        """The data plane; its host comes from the config, else from the control plane."""
         host = self.settings.index_host or self.describe().host
         if not host:
             raise StoreError(f"Pinecone's index {self.settings.index} has no host yet; wait until it is ready")
@@ -179,81 +179,81 @@ class PineconeClient:
         return self._answer("describe_index", lambda: self.sdk.indexes.describe(self.settings.index), None)
 
     def describe(self) -> Any:
-        """The index's description. Raises StoreError where there is none."""
-        found = self.find()
-        if found is None:
+        """The index's description. Raises StoreError if it does not exist."""
+        description = self.find()
+        if description is None:
             raise StoreError(
-                f"Pinecone has no index {self.settings.index}; pinecone.create=true makes it, or name another by "
-                "pinecone.index"
+                f"Pinecone has no index {self.settings.index}; set pinecone.create=true to create it, or choose "
+                "another with pinecone.index"
             )
-        return found
+        return description
 
     def create(self, **options: Any) -> None:
         self._answer("create_index", lambda: self.sdk.indexes.create(**options))
 
     def send(self, what: str, request: Callable[[Index], T], absent: Any = ...) -> T:
-        """The data plane's answer, however often the request has to be sent; `absent`, where given, stands for a 404.
+        """Send a request to the data plane, with retries. Returns `absent`, if given, for a 404.
 
-        Raises StoreError where there is none in the end.
+        Raises StoreError if all attempts fail.
         """
         return self._answer(what, partial(request, self.index), absent)
 
     def _answer(self, what: str, request: Callable[[], T], absent: Any = ...) -> T:
         try:
             return self.attempt(request, absent)
-        except PassingError as error:
-            raise StoreError(f"Pinecone did not answer {what} in {self.settings.max_attempts} tries: {error}") from None
+        except TransientError as error:
+            raise StoreError(f"Pinecone: {what} failed after {self.settings.max_attempts} attempts: {error}") from None
         except RejectedError as error:
             raise StoreError(f"Pinecone refused {what}: {error}") from None
 
     def attempt(self, request: Callable[[], T], absent: Any = ...) -> T:
-        """Send a request up to `pinecone.max_attempts` times. Raises PassingError, RejectedError or StoreError."""
+        """Send a request up to `pinecone.max_attempts` times. Raises TransientError, RejectedError or StoreError."""
         for attempt in range(1, self.settings.max_attempts):
             try:
                 return self._once(request, absent)
-            except PassingError as error:
+            except TransientError as error:
                 self._wait(attempt, error)
         return self._once(request, absent)
 
     def _once(self, request: Callable[[], T], absent: Any) -> T:
         try:
-            with self.budget.turn():
+            with self.budget.slot():
                 return request()
         except NotFoundError as error:
             if absent is not ...:
                 return absent
             raise StoreError(
-                f"Pinecone's index {self.settings.index} is not at {self.settings.index_host or 'its host'} (404: "
-                f"{self._clean(error.message)}); if it was deleted, pinecone.create=true makes it again"
+                f"found no Pinecone index {self.settings.index} at {self.settings.index_host or 'its host'} (404: "
+                f"{self._clean(error.message)}); if it was deleted, set pinecone.create=true to create it again"
             ) from None
         except (TimedOut, PineconeConnectionError) as error:
-            raise PassingError(self._clean(error), None) from None
+            raise TransientError(self._clean(error), None) from None
         except ApiError as error:
-            raise self._sorted(error) from None
+            raise self._classified(error) from None
         except PineconeError as error:
             raise RejectedError(self._clean(error)) from None
 
-    def _sorted(self, error: ApiError) -> Exception:
+    def _classified(self, error: ApiError) -> Exception:
         status, words = error.status_code, self._clean(error.message)
-        if status in PASSING:
-            return PassingError(f"{status} {words}", _seconds((error.headers or {}).get("retry-after")))
+        if status in RETRYABLE:
+            return TransientError(f"{status} {words}", _seconds((error.headers or {}).get("retry-after")))
         if status == 401:
-            return StoreError(f"Pinecone refused the key (401); is {KEY}, or the one in api.env, right?")
+            return StoreError(f"Pinecone refused the key (401); check {KEY} in the environment or in api.env")
         if status in (402, 403):
-            return StoreError(f"Pinecone forbids it ({status}): {words}")
+            return StoreError(f"Pinecone denied the request ({status}): {words}")
         return RejectedError(f"{status} {words}")
 
-    def _wait(self, attempt: int, error: PassingError) -> None:
-        """Wait before the next attempt: as long as the service asked all to, else longer each time, within a jitter."""
+    def _wait(self, attempt: int, error: TransientError) -> None:
+        """Wait before the next attempt: as long as the service asks, else exponential backoff with jitter."""
         if error.wait_s is not None:
             wait_s = min(error.wait_s, self.settings.max_wait_s)
-            self.budget.hold(wait_s)
+            self.budget.pause(wait_s)
         else:
             wait_s = random.uniform(0.5, 1) * min(self.backoff_s * 2 ** (attempt - 1), self.settings.max_wait_s)
         time.sleep(wait_s)
 
     def _clean(self, error: object) -> str:
-        """An error's words on one line, without the key."""
+        """An error message on one line, without the API key."""
         words = " ".join(str(error).split())[:300]
         try:
             return words.replace(api_key(self.key_files), "***")
@@ -262,7 +262,7 @@ class PineconeClient:
 
 
 def _seconds(value: str | None) -> float | None:
-    """What Retry-After asks for: seconds, or a date (RFC 9110, section 10.2.3)."""
+    """Seconds of a Retry-After header, which has seconds or a date (RFC 9110, section 10.2.3)."""
     if value is None:
         return None
     with suppress(ValueError):

@@ -1,12 +1,12 @@
-"""Rows of the vector table as Pinecone's records and back.
+"""Converts rows of the vector table to Pinecone records and back.
 
     {"id": "9f0c…", "values": […], "metadata": {"source": "debian", "source_id": "…", "text": "…", "section": "net", …}}
 
-The metadata of a row's places lies flat beside ours, so that it can be filtered by. With several places, `source`,
-`source_id` and keys whose texts differ are lists of texts, of which a filter needs one; keys that differ otherwise are
-named in `mixed_keys`, and a filter on one of them takes the record as a candidate. What Pinecone does not take as it is
-(nulls, objects, other lists, reserved names) goes into `metadata_json`; several places, whole, into `places_json`.
-`digest` is the row's: it shows which version of a row is there.
+The metadata of a row's places is flattened into the record's metadata, so that you can filter by it. With several
+places, `source`, `source_id` and keys with differing texts become lists of texts, and a filter needs to match one. Keys
+that differ otherwise are listed in `mixed_keys`, and a filter on such a key keeps the record as a candidate. Values
+that Pinecone does not accept (nulls, objects, other lists, reserved names) go into `metadata_json`, and several places
+into `places_json`. `digest` is the row's digest, which identifies its version.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ T = TypeVar("T")
 OWN = ("source", "source_id", "text", "digest", "parent_id", "metadata_json", "places_json", "mixed_keys")
 ID_BYTES = 512
 METADATA_BYTES = 40_960
-PLACES_BYTES = 10_000  # of a record's places: they take up to three times as many, beside the text
-EXACT = 2**53  # beyond it a number would not come back as it was
+PLACES_BYTES = 10_000  # of a record's places, which use up to three times as many bytes of the metadata
+EXACT = 2**53  # larger integers do not survive a conversion to float64
 
 
 def bad_id(i: str) -> str | None:
-    """Why Pinecone takes no such id."""
+    """Why Pinecone does not accept an id, or None."""
     if not i or not i.isascii() or "\0" in i:
-        return "its id is empty or not ASCII, which Pinecone does not take"
-    return f"its id has {len(i):,} bytes; Pinecone takes {ID_BYTES}" if len(i) > ID_BYTES else None
+        return "its id is empty or not ASCII, which Pinecone does not accept"
+    return f"its id has {len(i):,} bytes; Pinecone accepts {ID_BYTES}" if len(i) > ID_BYTES else None
 
 
 def to_records(
     rows: pa.Table, keys: Sequence[str] | None, text_bytes: int
 ) -> tuple[list[dict[str, Any]], list[Refused], int]:
-    """Records of table rows, the rows that cannot be one, and how many texts or places were cut."""
+    """Convert rows to records. Returns the records, the rows refused, and how many texts or places were truncated."""
     vectors = as_matrix(rows["vector"]).astype(np.float32)
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
-    # Through JSON each number gets the few digits that a float32 has, not the many of a float64: half the bytes.
+    # The detour through JSON gives float32's few digits instead of float64's many: half the bytes.
     values = orjson.loads(orjson.dumps(vectors, option=orjson.OPT_SERIALIZE_NUMPY))
     columns = [name for name in ("id", "text", "digest", "parent_id", "places") if name in rows.column_names]
     records, refused, cut = [], [], 0
@@ -55,11 +55,11 @@ def to_records(
         try:
             if reason := bad_id(row["id"]) or _bad_vector(length):
                 raise ValueError(reason)
-            metadata, whole = _metadata(row, keys, text_bytes)
+            metadata, is_complete = _metadata(row, keys, text_bytes)
         except ValueError as error:
             refused.append(Refused(row["id"], str(error), 0))
             continue
-        cut += not whole
+        cut += not is_complete
         records.append({"id": row["id"], "values": vector, "metadata": metadata})
     return records, refused, cut
 
@@ -67,11 +67,11 @@ def to_records(
 def _bad_vector(length: float) -> str | None:
     if not np.isfinite(length):
         return "its vector holds NaN or infinity"
-    return None if length else "its vector is zero, which has no direction to compare"
+    return None if length else "its vector is zero, so it has no cosine"
 
 
 def _metadata(row: Mapping[str, Any], keys: Sequence[str] | None, text_bytes: int) -> tuple[dict[str, Any], bool]:
-    """A record's metadata, and whether it has the whole text and all places. Raises ValueError with the reason."""
+    """A record's metadata, and whether text and places are complete. Raises ValueError if it exceeds the limit."""
     every = [{**place, "metadata": _parsed(place["metadata"], keys)} for place in row["places"]]
     sizes = accumulate(len(json.dumps(place)) for place in every)
     places = every[: max(1, bisect_right([*sizes], PLACES_BYTES))]
@@ -90,19 +90,19 @@ def _metadata(row: Mapping[str, Any], keys: Sequence[str] | None, text_bytes: in
         ours["text"] = _fitting(_cut(row["text"], text_bytes), METADATA_BYTES - others)
     size = _bytes({**flat, **ours})
     if size > METADATA_BYTES:
-        raise ValueError(f"its metadata takes {size:,} bytes without the text; Pinecone takes {METADATA_BYTES:,}")
+        raise ValueError(f"its metadata has {size:,} bytes without the text; Pinecone accepts {METADATA_BYTES:,}")
     return {**flat, **ours}, ours.get("text") == row["text"] and len(places) == len(every)
 
 
 def _parsed(text: str | None, keys: Sequence[str] | None) -> dict[str, Any]:
-    """Metadata as an object without NaN and infinities."""
+    """Metadata as an object, with null for NaN and infinity."""
     try:
-        found = json.loads(text or "{}", parse_constant=lambda _: None, parse_float=_finite)
+        metadata = json.loads(text or "{}", parse_constant=lambda _: None, parse_float=_finite)
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError("its metadata is no JSON object")
-    return {key: value for key, value in found.items() if keys is None or key in keys}
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise ValueError("its metadata is not a JSON object")
+    return {key: value for key, value in metadata.items() if keys is None or key in keys}
 
 
 def _finite(digits: str) -> float | None:
@@ -110,7 +110,7 @@ def _finite(digits: str) -> float | None:
 
 
 def _flat(places: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[str]]:
-    """What can be filtered by of the metadata of all places, and the keys whose values cannot be one list of texts."""
+    """The filterable metadata of all places, and the keys with differing values that are not all texts."""
     flat: dict[str, Any] = {}
     mixed = []
     for key in dict.fromkeys(key for metadata in places for key in metadata):
@@ -134,12 +134,12 @@ def _fits(key: str, value: Any) -> bool:
 
 
 def _cut(text: str, size: int) -> str:
-    """The text's first `size` bytes, whole characters."""
+    """The text's first `size` bytes, without splitting a character."""
     return text.encode()[:size].decode(errors="ignore")
 
 
 def _fitting(text: str, room: int) -> str:
-    """As much of the text as takes `room` bytes of JSON, where some characters take more than in the text."""
+    """The longest prefix of the text that fits in `room` bytes of JSON, with escapes."""
     if _bytes(text) - 2 <= room:
         return text
     return text[: max(0, bisect_right(range(len(text)), room, key=lambda end: _bytes(text[:end]) - 2) - 1)]
@@ -152,34 +152,34 @@ def _bytes(value: Any) -> int:
 def batched(
     items: Iterable[T], most: int, size_of: Callable[[T], int] = lambda item: 0, most_bytes: int = 0
 ) -> Iterator[list[T]]:
-    """Items in groups of at most so many and so many bytes; one that has more is alone."""
-    group, taken = list[T](), 0
+    """Yield groups of at most `most` items and `most_bytes` bytes; a larger item is alone in its group."""
+    group, total = list[T](), 0
     for item in items:
-        own = size_of(item)
-        if group and (len(group) == most or taken + own > most_bytes):
+        size = size_of(item)
+        if group and (len(group) == most or total + size > most_bytes):
             yield group
-            group, taken = [], 0
+            group, total = [], 0
         group.append(item)
-        taken += own
+        total += size
     if group:
         yield group
 
 
 def batches(records: Sequence[dict[str, Any]], rows: int, size: int) -> Iterator[list[dict[str, Any]]]:
-    """Records in groups of at most so many, in requests of at most `size` bytes; one that has more is alone."""
+    """Yield groups of at most `rows` records, for requests of at most `size` bytes; a larger record is alone."""
     return batched(records, rows, lambda record: _bytes(record) + 1, size - 1_000)
 
 
 def to_row(record_id: str, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A record as the table's row, without vector. Pinecone's numbers are float64: whole ones become integers again."""
+    """Convert a record to a table row without vector. Pinecone stores float64, so whole numbers become int again."""
     metadata = dict(metadata or {})
     ours = {key: metadata.pop(key, None) for key in OWN}
     if ours["places_json"]:
         places = [dict(zip((*COLUMNS, "metadata"), place, strict=True)) for place in json.loads(ours["places_json"])]
     else:
-        theirs = {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in metadata.items()}
-        theirs |= json.loads(ours["metadata_json"] or "{}")
-        places = [{**{name: ours[name] for name in COLUMNS}, "metadata": theirs}]
+        original = {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in metadata.items()}
+        original |= json.loads(ours["metadata_json"] or "{}")
+        places = [{**{name: ours[name] for name in COLUMNS}, "metadata": original}]
     for place in places:
         place["metadata"] = json.dumps(place["metadata"], ensure_ascii=False)
     texts = {name: ours[name] for name in ("text", "digest", "parent_id") if name != "parent_id" or ours[name]}
@@ -187,15 +187,15 @@ def to_row(record_id: str, metadata: Mapping[str, Any] | None) -> dict[str, Any]
 
 
 def to_filter(where: Mapping[str, Any]) -> dict[str, Any]:
-    """Conditions as Pinecone's filter: it passes every record with a place that meets all, and a few more.
+    """Convert conditions to a Pinecone filter. It may match too many records: check the results with `keeps`.
 
-    Of a record with several places, one may meet one condition and another the next.
+    With several places, different places may meet different conditions.
     """
     parts = []
-    for key, wanted in where.items():
-        if isinstance(wanted, Mapping):
-            condition = {key: {f"${bound}": limit for bound, limit in wanted.items()}}
+    for key, value in where.items():
+        if isinstance(value, Mapping):
+            condition = {key: {f"${bound}": limit for bound, limit in value.items()}}
         else:
-            condition = {key: {"$in": wanted} if isinstance(wanted, list) else {"$eq": wanted}}
+            condition = {key: {"$in": value} if isinstance(value, list) else {"$eq": value}}
         parts.append(condition if key in COLUMNS else {"$or": [condition, {"mixed_keys": {"$eq": key}}]})
     return {"$and": parts} if parts else {}

@@ -1,12 +1,11 @@
 """A namespace of a Pinecone index.
 
 store = PineconeStore(config.pinecone, "quickstart-9f0c4e…", width=256, key_files=["api.env"], budget=budget)
-store.create()                          # checks dimension and metric; makes the index where pinecone.create says so
-refused = store.upsert(rows)            # what could not be written after pinecone.max_attempts tries, with reasons
+store.create()                          # checks dimension and metric; with pinecone.create, creates a missing index
+refused = store.upsert(rows)            # rows not written after pinecone.max_attempts attempts, with reasons
 
-Rows are the vector table's. Reads lag writes by seconds. Texts longer than `pinecone.text_bytes` come back cut. Vectors
-come back as they were written, to the last bit of a float32. A store is sent to other processes by pickle, and connects
-in each on first use.
+Rows are those of the vector table. Reads lag writes by seconds. Texts longer than `pinecone.text_bytes` are truncated;
+vectors survive a round trip bit for bit. A store can be pickled and connects in each process on first use.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from pinecone.index import Index
 from pipeline.config import Pinecone
 from pipeline.core.console import log
 from pipeline.index.dead_letters import Refused
-from pipeline.index.pinecone_client import Budget, PassingError, PineconeClient, RejectedError
+from pipeline.index.pinecone_client import Budget, PineconeClient, RejectedError, TransientError
 from pipeline.index.pinecone_records import bad_id, batched, batches, to_filter, to_records, to_row
 from pipeline.index.search import checked_query
 from pipeline.index.table import StoreError
@@ -34,17 +33,17 @@ from pipeline.index.where import checked_where, keeps
 
 T = TypeVar("T")
 R = TypeVar("R")
-VALUES = "_values"  # the field under which Pinecone's vector operations find a vector
-PAGE_IDS = 100  # ids a page of a list, and a fetch
-URL_BYTES = 6_000  # of a fetch's ids, which are part of its address
-DELETED_IDS = 1_000  # a request
+VALUES = "_values"  # the field that holds a vector in Pinecone's schema
+PAGE_IDS = 100  # ids per page of a list, and per fetch
+URL_BYTES = 6_000  # of a fetch's ids, which are part of its URL
+DELETED_IDS = 1_000  # per request
 TOP_K = 10_000
-RUNNING = ("Pending", "InProgress")  # an import
-READY_S = 300  # seconds that a new index may take
+RUNNING = ("Pending", "InProgress")  # states of an import
+READY_S = 300  # timeout for the creation of an index
 
 
 class PineconeStore:
-    """One namespace, which comes to be with its first record."""
+    """One namespace. Pinecone creates it with its first record."""
 
     def __init__(
         self,
@@ -57,7 +56,7 @@ class PineconeStore:
     ) -> None:
         self.settings, self.namespace, self.width, self.backoff_s = settings, namespace, width, backoff_s
         self.client = PineconeClient(settings, key_files, budget, backoff_s)
-        self._told = False
+        self._warned_of_truncation = False
 
     @property
     def name(self) -> str:
@@ -65,50 +64,52 @@ class PineconeStore:
 
     @property
     def uri(self) -> str:
-        """The data plane's host, as far as it is known without asking."""
+        """The data plane's host if the config has it, else the control plane's."""
         return self.settings.index_host or self.settings.host or "https://api.pinecone.io"
 
     def create(self) -> None:
-        """Make the index if it is not there and may be made. Raises StoreError for one of another kind."""
+        """Check the index; with `pinecone.create`, create a missing one. Raises StoreError for an unsuitable index."""
         if self.settings.create and self.client.find() is None:
-            self._make()
-        found, metric = self.client.describe(), self.settings.metric
-        field = found.schema.fields.get(VALUES)
+            self._create_index()
+        index, metric = self.client.describe(), self.settings.metric
+        field = index.schema.fields.get(VALUES)
         if field is None:
-            fields = ", ".join(found.schema.fields)
-            raise StoreError(f"Pinecone's index {found.name} holds {fields}; allowed is one of plain dense vectors")
+            fields = ", ".join(index.schema.fields)
+            raise StoreError(f"Pinecone's index {index.name} holds {fields}; allowed is an index of dense vectors")
         if field.dimension != self.width:
             raise StoreError(
-                f"Pinecone's index {found.name} takes vectors of {field.dimension} numbers; the model gives "
-                f"{self.width}"
+                f"Pinecone's index {index.name} has {field.dimension} dimensions, the model {self.width}; choose "
+                "another index with pinecone.index"
             )
         if field.metric != metric:
-            raise StoreError(f"Pinecone's index {found.name} compares by {field.metric}; pinecone.metric is {metric}")
+            raise StoreError(
+                f"Pinecone's index {index.name} has the metric {field.metric}; pinecone.metric is {metric}"
+            )
 
-    def _make(self) -> None:
-        """A serverless index for vectors, once it is ready. Another process may have made it first."""
+    def _create_index(self) -> None:
+        """Create a serverless index and wait until it is ready. Another process may create it first."""
         settings = self.settings
         vectors = {"type": "dense_vector", "dimension": self.width, "metric": settings.metric}
-        place = {"deployment_type": "managed", "cloud": settings.cloud, "region": settings.region}
-        log.info("makes Pinecone's index %s on %s in %s", settings.index, settings.cloud, settings.region)
+        cloud = {"deployment_type": "managed", "cloud": settings.cloud, "region": settings.region}
+        log.info("creating Pinecone's index %s on %s in %s", settings.index, settings.cloud, settings.region)
         try:
-            self.client.create(name=settings.index, schema={"fields": {VALUES: vectors}}, deployment=place, timeout=-1)
+            self.client.create(name=settings.index, schema={"fields": {VALUES: vectors}}, deployment=cloud, timeout=-1)
         except StoreError:
             if self.client.find() is None:
                 raise
         end = time.monotonic() + READY_S
-        while not (found := self.client.describe()).status.ready:
+        while not (index := self.client.describe()).status.ready:
             if time.monotonic() > end:
-                raise StoreError(f"Pinecone's index {found.name} is {found.status.state} after {READY_S} s; try later")
+                raise StoreError(f"Pinecone's index {index.name} is {index.status.state} after {READY_S} s; try later")
             time.sleep(2 * self.backoff_s)
 
     def count(self) -> int:
-        """Records in the namespace, as far as the service knows by now."""
-        there = self._namespace()
-        return there.vector_count if there else 0
+        """Number of records in the namespace; recent writes may be missing."""
+        namespace = self._namespace()
+        return namespace.vector_count if namespace else 0
 
     def is_new(self) -> bool:
-        """Whether the namespace is not there yet."""
+        """Whether the namespace does not exist yet."""
         return self._namespace() is None
 
     def _namespace(self) -> Any:
@@ -116,65 +117,63 @@ class PineconeStore:
         return stats.namespaces.get(self.namespace)
 
     def ids(self) -> Iterator[list[str]]:
-        """Every id, page by page: a request for 100."""
+        """Yield all ids, in pages of one request each."""
         page: dict[str, Any] = {"namespace": self.namespace, "limit": PAGE_IDS, "pagination_token": None}
         while True:
-            found: Any = self.client.send("list", lambda index: index.list_paginated(**page))
-            if found.vectors:
-                yield [item.id for item in found.vectors]
-            page["pagination_token"] = found.pagination.next if found.pagination else None
+            reply: Any = self.client.send("list", lambda index: index.list_paginated(**page))
+            if reply.vectors:
+                yield [item.id for item in reply.vectors]
+            page["pagination_token"] = reply.pagination.next if reply.pagination else None
             if page["pagination_token"] is None:
                 return
 
     def fetch(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """The rows with these ids that can be read by now, by id, each with its float32 `vector`."""
+        """Id → row, with a float32 `vector`, for the ids that exist; recent writes may be missing."""
 
-        def ask(some: list[str]) -> list[dict[str, Any]]:
-            found = self.client.send("fetch", lambda index: index.fetch(ids=some, namespace=self.namespace)).vectors
+        def fetch_batch(batch: list[str]) -> list[dict[str, Any]]:
+            reply = self.client.send("fetch", lambda index: index.fetch(ids=batch, namespace=self.namespace)).vectors
             return [
-                {**to_row(i, one.metadata), "vector": np.asarray(one.values, np.float32)} for i, one in found.items()
+                {**to_row(i, each.metadata), "vector": np.asarray(each.values, np.float32)} for i, each in reply.items()
             ]
 
-        sound = (i for i in dict.fromkeys(ids) if not bad_id(i))
-        groups = batched(sound, PAGE_IDS, lambda i: len(quote(i, safe="")) + len("&ids="), URL_BYTES)
-        return {row["id"]: row for rows in self._all(ask, groups) for row in rows}
+        valid = (i for i in dict.fromkeys(ids) if not bad_id(i))
+        groups = batched(valid, PAGE_IDS, lambda i: len(quote(i, safe="")) + len("&ids="), URL_BYTES)
+        return {row["id"]: row for rows in self._map_concurrently(fetch_batch, groups) for row in rows}
 
     def upsert(self, rows: pa.Table) -> list[Refused]:
-        """Write rows of the table, each in place of the one of its id. Returns those that were not written."""
-        records, misfits = self.records(rows)
+        """Insert or replace rows of the table. Returns the rows that were not written."""
+        records, invalid = self.records(rows)
         groups = batches(records, self.settings.batch_rows, self.settings.batch_bytes)
-        return [*misfits, *(one for some in self._all(self._write, groups) for one in some)]
+        return [*invalid, *(each for refused in self._map_concurrently(self._write, groups) for each in refused)]
 
     def records(self, rows: pa.Table) -> tuple[list[dict[str, Any]], list[Refused]]:
-        """Rows as records, and those that cannot be one. Raises StoreError for vectors of another width."""
+        """Convert rows to records; returns also the rows refused. Raises StoreError for vectors of another width."""
         width = rows.schema.field("vector").type.list_size
         if width != self.width:
-            raise StoreError(f"{self.name} takes vectors of {self.width} numbers; found vectors of {width}")
-        records, misfits, cut = to_records(rows, self.settings.metadata, self.settings.text_bytes)
-        if cut and not self._told:
+            raise StoreError(f"{self.name} takes vectors of {self.width} dimensions; found vectors of {width}")
+        records, invalid, cut = to_records(rows, self.settings.metadata, self.settings.text_bytes)
+        if cut and not self._warned_of_truncation:
             limit = f"{self.settings.text_bytes:,}"
-            log.warning(
-                "%s: texts are cut to %s bytes (pinecone.text_bytes), and many places to the first", self.name, limit
-            )
-            self._told = True
-        return records, misfits
+            log.warning("%s: truncating texts to %s bytes (pinecone.text_bytes) and lists of places", self.name, limit)
+            self._warned_of_truncation = True
+        return records, invalid
 
     def _write(self, records: list[dict[str, Any]]) -> list[Refused]:
-        """A batch; where a part of it is at fault, the part is found by halving."""
+        """Write a batch; if Pinecone rejects it, bisect to find the records at fault."""
 
         def upsert(index: Index) -> bool:
             done = index.upsert(vectors=records, namespace=self.namespace, show_progress=False).upserted_count
             if not done and len(records) == 1:
-                raise PassingError("Pinecone wrote 0 of 1 records", None)
+                raise TransientError("Pinecone wrote 0 of 1 records", None)
             return bool(done == len(records))
 
         try:
             if self.client.attempt(partial(upsert, self.client.index)):
                 return []
-        except PassingError as error:
-            self.client.describe()  # raises StoreError where the index is no more, whatever was sent
+        except TransientError as error:
+            self.client.describe()  # raises StoreError if the index is gone
             limit = self.settings.max_attempts
-            return [Refused(record["id"], f"not written in {limit} tries: {error}", limit) for record in records]
+            return [Refused(record["id"], f"not written in {limit} attempts: {error}", limit) for record in records]
         except RejectedError as error:
             if len(records) == 1:
                 return [Refused(records[0]["id"], f"Pinecone refused it: {error}", 1)]
@@ -182,33 +181,33 @@ class PineconeStore:
         return [*self._write(records[:middle]), *self._write(records[middle:])]
 
     def delete(self, ids: Sequence[str]) -> None:
-        """Remove records; ids that are not there are no error."""
+        """Delete records; ids that do not exist are ignored."""
 
-        def remove(some: list[str]) -> None:
-            def ask(index: Index) -> bool:
-                index.delete(ids=some, namespace=self.namespace)
+        def delete_batch(batch: list[str]) -> None:
+            def request(index: Index) -> bool:
+                index.delete(ids=batch, namespace=self.namespace)
                 return True
 
-            if not self.client.send("delete", ask, absent=False):
-                self.client.describe()  # the service answers 404 also where a namespace has come to nothing
+            if not self.client.send("delete", request, absent=False):
+                self.client.describe()  # a 404 may mean that only the namespace is gone; else raises StoreError
 
-        self._all(remove, batched((i for i in ids if not bad_id(i)), DELETED_IDS))
+        self._map_concurrently(delete_batch, batched((i for i in ids if not bad_id(i)), DELETED_IDS))
 
     def query(self, vector: np.ndarray, k: int, where: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        """The k rows nearest to a (width,) vector of which a place meets all conditions, best first, with `score`."""
+        """The k rows nearest to a (width,) vector with a place that meets all conditions, best first, with `score`."""
         vector, where = checked_query(vector, self.width, self.name), checked_where(where)
         if k > TOP_K:
-            raise StoreError(f"found a query for {k:,} records; Pinecone gives {TOP_K:,} at most")
-        asked = k
-        while True:  # the filter passes some records that do not meet the conditions
-            found = self._nearest(vector, asked, to_filter(where))
-            kept = [row for row in found if not where or keeps(where, row)][:k]
-            if len(kept) == k or len(found) < asked or asked == TOP_K:
+            raise StoreError(f"found a query for {k:,} records; Pinecone returns at most {TOP_K:,}")
+        limit = k
+        while True:  # the filter may pass records that do not meet the conditions
+            candidates = self._nearest(vector, limit, to_filter(where))
+            kept = [row for row in candidates if not where or keeps(where, row)][:k]
+            if len(kept) == k or len(candidates) < limit or limit == TOP_K:
                 return kept
-            asked = min(4 * asked, TOP_K)
+            limit = min(4 * limit, TOP_K)
 
     def _nearest(self, vector: np.ndarray, k: int, condition: dict[str, Any]) -> list[dict[str, Any]]:
-        def ask(index: Index) -> Any:
+        def request(index: Index) -> Any:
             return index.query(
                 vector=vector.tolist(),
                 top_k=k,
@@ -217,43 +216,43 @@ class PineconeStore:
                 include_metadata=True,
             )
 
-        matches = self.client.send("query", ask).matches
+        matches = self.client.send("query", request).matches
         return [{**to_row(match.id, match.metadata), "score": match.score} for match in matches]
 
-    def found_import(self, uri: str) -> str | None:
-        """The id of an import of a folder that runs, or ended well."""
+    def find_import(self, uri: str) -> str | None:
+        """The id of a running or completed import of a folder, or None."""
         return self.client.send("list_imports", lambda index: _import_of(index, uri))
 
     def start_import(self, uri: str) -> str:
-        """Let the service read a folder of Parquet files by itself, once. Returns the import's id."""
+        """Start an import of a folder of Parquet files, unless there is one. Returns the import's id."""
 
-        def ask(index: Index) -> str:
-            # A reply may have been lost, so each try looks first.
+        def request(index: Index) -> str:
+            # An earlier attempt may have succeeded although its reply was lost.
             return _import_of(index, uri) or str(
                 index.start_import(uri, error_mode="abort", integration_id=self.settings.import_integration).id
             )
 
-        return self.client.send("start_import", ask)
+        return self.client.send("start_import", request)
 
     def await_import(self, import_id: str) -> None:
-        """Wait until an import has ended. Raises StoreError unless it ended well."""
+        """Wait for an import to end. Raises StoreError if it fails."""
         while (
-            found := self.client.send("describe_import", lambda index: index.describe_import(import_id))
+            state := self.client.send("describe_import", lambda index: index.describe_import(import_id))
         ).status in RUNNING:
-            log.debug("import %s: %s%%", import_id, found.percent_complete)
+            log.debug("import %s: %s%%", import_id, state.percent_complete)
             time.sleep(20 * self.backoff_s)
-        if found.status != "Completed":
+        if state.status != "Completed":
             raise StoreError(
-                f"Pinecone's import of {found.uri} {found.status.lower()}: {found.error or 'no reason given'}; run the "
+                f"Pinecone's import of {state.uri} {state.status.lower()}: {state.error or 'no reason given'}; run the "
                 "same command again, without pinecone.import_uri if it fails again"
             )
 
-    def _all(self, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """`work` of each item, several at once; the first error stops those that have not begun."""
+    def _map_concurrently(self, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """Apply `work` to the items in threads; the first error cancels items that have not started."""
         todo = list(items)
         if not todo:
             return []
-        _ = self.client.index  # connected once, before there are threads
+        _ = self.client.index  # connect once, before the threads start
         with ThreadPoolExecutor(min(len(todo), self.settings.max_concurrency)) as pool:
             futures = [pool.submit(work, item) for item in todo]
             try:
@@ -264,5 +263,5 @@ class PineconeStore:
 
 
 def _import_of(index: Index, uri: str) -> str | None:
-    good = (*RUNNING, "Completed")
-    return next((one.id for one in index.list_imports() if one.uri == uri and one.status in good), None)
+    states = (*RUNNING, "Completed")
+    return next((each.id for each in index.list_imports() if each.uri == uri and each.status in states), None)

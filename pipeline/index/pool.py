@@ -1,7 +1,7 @@
-"""Work spread over the cluster: a pool of encoding actors, or a task for each item.
+"""Distributes work over the cluster: a pool of encoding actors, or one task per item.
 
 dataset = encoded(dataset, 131_698, recipe, progress, "document")       # adds `vector` to rows of `text` or `tokens`
-for answer in over_cluster(work, items): ...                         # what work(item) returns, as it comes in
+for result in over_cluster(work, items): ...                            # results of work(item), in completion order
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from pipeline.core.session import Progress
 from pipeline.index.encoder import EncoderRecipe, open_encoder, tokenize
 from pipeline.index.sync import count_tokens, with_vectors
 
-ROWS = 1024  # texts encoded together: seconds of work
+ROWS = 1024  # texts per batch: seconds of work
 
 
 class EncodeTexts:
-    """An actor that gives tables of `text`, or of `tokens`, which it takes out, their `vector`.
+    """An actor that adds `vector` to tables of `text` or `tokens`, and drops `tokens`.
 
-    A text is led by the prompt of its `source`, else by the model's own of that name. Tokens are encoded as they are,
-    and windows with `spans` to `vectors`, as chunks.py has them.
+    Texts get the prompt of their `source` in `prompts`, else the model's prompt named `prompt`. Tokens are encoded as
+    they are; the windows of tables with `spans` are encoded to `vectors` (chunks.py).
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class EncodeTexts:
         began = time.perf_counter()
         if "tokens" not in rows.column_names:
             sources = rows["source"].to_pylist() if self.prompts else [""] * len(rows)
-            leads = [self.prompts.get(source, self.prompt) for source in sources]
-            texts = [lead + text for lead, text in zip(leads, rows["text"].to_pylist(), strict=True)]
+            prefixes = [self.prompts.get(source, self.prompt) for source in sources]
+            texts = [prefix + text for prefix, text in zip(prefixes, rows["text"].to_pylist(), strict=True)]
             rows = rows.append_column("tokens", tokenize(self.encoder.tokenizer, texts))
         tokens, rows = count_tokens(rows["tokens"]), with_vectors(rows, self.encoder)
         self.progress.add.remote("embedded", len(rows))
@@ -55,32 +55,33 @@ class EncodeTexts:
 
 @dataclass(frozen=True)
 class Pool:
-    """Encoding actors: one a GPU, else one a CPU, and no more than there are batches of texts.
-
-    At most, at once, each one's share of CPUs, and its threads.
-    """
+    """Size of a pool of encoding actors: one per GPU, else one per CPU, and at most one per batch of texts."""
 
     most: int
+    """Maximum number of actors, if the cluster scales up."""
     now: int
+    """Number of actors that the nodes can run now."""
     cpus: float
+    """CPUs reserved per actor."""
     gpus: int
     threads: int
+    """Threads per actor."""
 
     @classmethod
     def of(cls, texts: int, max_workers: int | None, cluster: Cluster, *, on_gpus: bool = True) -> Pool:
-        """For so many texts, on that part of a cluster where encoders go; `on_gpus` where it has some."""
+        """A pool for `texts` texts on the nodes of `cluster`; `on_gpus` uses their GPUs, if any."""
         capacity = cluster.capacity()
         cpus, gpus = capacity.cpus, int(capacity.gpus) if on_gpus else 0
         most = min(max_workers or gpus or int(cpus), max(1, math.ceil(texts / ROWS)))
         now = max(1, min(most, int(capacity.gpus_now if gpus else capacity.cpus_now)))
-        # a CPU is left for reading and writing; an encoder's own threads are set by hand
+        # leaves one CPU for reading and writing; `threads` is set separately
         share = max(0.01, int(100 * (cpus - 1) / most) / 100) if not gpus else min(1.0, cpus / (2 * gpus))
         node = min((int(node.cpus) for node in cluster.alive if node.cpus >= 1), default=1)
         return cls(most, now, min(share, 1.0), min(gpus, 1), max(1, min(int(capacity.cpus_now) // now, node)))
 
 
 def pool_of(texts: int, recipe: EncoderRecipe) -> Pool:
-    """The pool on the connected cluster; a token table leaves GPUs alone."""
+    """The pool for the connected cluster; token tables do not use GPUs."""
     cluster = connected_cluster().with_labels(recipe.labels)
     return Pool.of(texts, recipe.settings.max_workers, cluster, on_gpus=not recipe.is_table)
 
@@ -93,10 +94,7 @@ def encoded(
     prompt: str = "",
     prompts: dict[str, str] | None = None,
 ) -> Dataset:
-    """The dataset, of so many texts, through a pool of `EncodeTexts`.
-
-    The prompt is that of the text's `source` in `prompts`, else the model's own named `prompt`.
-    """
+    """Encode a dataset of `texts` rows with a pool of `EncodeTexts`, which explains `prompt` and `prompts`."""
     pool = pool_of(texts, recipe)
     return dataset.map_batches(
         EncodeTexts,
@@ -110,30 +108,30 @@ def encoded(
     )
 
 
-def a_task_each(items: int) -> Dataset:
-    """A dataset of `id` from 0 on, whose rows go to a task each."""
+def one_task_per_item(items: int) -> Dataset:
+    """A dataset with `id` 0, 1, …, one row per task."""
     import ray.data
 
     return ray.data.range(items, override_num_blocks=max(items, 1))
 
 
 def over_cluster(work: Callable[[Any], Any], items: Sequence[Any], num_cpus: float = 0.5) -> Iterator[Any]:
-    """What `work` returns for each item, in a task each, in the order in which they end. Raises JobError."""
+    """Yield the result of `work` for each item, one task per item, in completion order. Raises JobError."""
 
     def run(batch: dict[str, Any]) -> pa.Table:
-        found = error = None
+        result = error = None
         try:
-            (found,) = (work(items[i]) for i in batch["id"].tolist())
-        except Exception as raised:  # returned as data: Ray would raise an error that has lost the cause
+            (result,) = (work(items[i]) for i in batch["id"].tolist())
+        except Exception as raised:  # returned as data, because Ray's exception would lose the cause
             traceback.print_exc()  # to the log
-            says_all = isinstance(raised, JobError | OSError | BucketError)
-            error = str(raised) if says_all else f"{type(raised).__name__}: {raised}"
+            explains_itself = isinstance(raised, JobError | OSError | BucketError)
+            error = str(raised) if explains_itself else f"{type(raised).__name__}: {raised}"
         return pa.table(
-            {"found": pa.array([pickle.dumps(found)], pa.binary()), "error": pa.array([error], pa.string())}
+            {"result": pa.array([pickle.dumps(result)], pa.binary()), "error": pa.array([error], pa.string())}
         )
 
     if items:
-        for row in a_task_each(len(items)).map_batches(run, batch_size=1, num_cpus=num_cpus).iter_rows():
+        for row in one_task_per_item(len(items)).map_batches(run, batch_size=1, num_cpus=num_cpus).iter_rows():
             if row["error"] is not None:
                 raise JobError(row["error"])
-            yield pickle.loads(row["found"])
+            yield pickle.loads(row["result"])

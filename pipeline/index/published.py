@@ -1,11 +1,11 @@
-"""Which table a config's vectors are in, and which model and table readers use.
+"""Locates the table of a config's vectors, and the model and table that readers use.
 
     recipe = encoder_recipe(config, model)
     table = table_of(config, recipe)
 
-Each combination of run, model, field and vector settings has its own table. Readers follow `<run>/published.json`,
-which names a copy of the model, its table and its settings, once the table is verified. Search keeps using them while a
-new model's table is filled. Imports no Ray.
+Each combination of run, model, field and vector settings has its own table. Once a table is verified,
+`<run>/published.json` names it with its settings and a copy of the model. Readers follow that file, so search keeps
+using the old table while a new model's table is filled. Does not import Ray.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 
 def encoder_recipe(config: Config, model: StoragePath) -> EncoderRecipe:
-    """How texts are encoded with a model's folder; for onnxruntime, its graph is made where there is none.
+    """The encoder of a model folder with the config's settings; for onnxruntime, exports a missing graph.
 
-    Raises ConfigError for a size that the model was not trained for, and where a package is missing.
+    Raises ConfigError for dimensions that the model was not trained for, and if a package is missing.
     """
-    wanted, card = config.embedding.dimensions, read_card(fetched(model))
-    if wanted and wanted not in (card.width, *card.head.dimensions):
+    dimensions, card = config.embedding.dimensions, read_card(fetched(model))
+    if dimensions and dimensions not in (card.width, *card.head.dimensions):
         allowed = ", ".join(map(str, (card.width, *card.head.dimensions)))
-        raise ConfigError(f"embedding.dimensions: found {wanted}; allowed with this model are {allowed}")
+        raise ConfigError(f"embedding.dimensions: found {dimensions}; allowed with this model are {allowed}")
     labels = config.scaling.labels
     recipe = EncoderRecipe(model, config.embedding, config.root / "onnx", labels.encode or labels.data)
     if config.embedding.backend == "onnxruntime":
@@ -47,42 +47,42 @@ def encoder_recipe(config: Config, model: StoragePath) -> EncoderRecipe:
 
 
 def table_of(config: Config, recipe: EncoderRecipe) -> VectorTable:
-    """The table of a run's documents under a model. Nothing is made."""
-    wanted, run = config.embedding, config.storage.run
-    key = [run, recipe.space, wanted.field, wanted.vector_type]
+    """The table of a run's documents and a model. Creates nothing."""
+    settings, run = config.embedding, config.storage.run
+    key = [run, recipe.space, settings.field, settings.vector_type]
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", run)[-80:]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    uri = (wanted.uri if wanted.store == "lancedb" else None) or "lancedb"
+    uri = (settings.uri if settings.store == "lancedb" else None) or "lancedb"
     return VectorTable(
-        config.under_root(uri), f"{name}-{digest}", recipe.width, wanted.vector_type, wanted.long_texts == "chunks"
+        config.under_root(uri), f"{name}-{digest}", recipe.width, settings.vector_type, settings.long_texts == "chunks"
     )
 
 
 def open_pinecone(config: Config, table: VectorTable, budget: Budget | None = None) -> PineconeStore:
-    """The namespace that a table is pushed to. `budget` is what all processes of a job share of requests."""
+    """The namespace that a table is pushed to. `budget` limits the requests of all processes of a job."""
     from pipeline.index.pinecone_store import PineconeStore
 
     namespace = config.pinecone.namespace or table.name
     return PineconeStore(config.pinecone, namespace, table.width, config.secret_files, budget)
 
 
-def reach_store(config: Config) -> str:
-    """Where vectors would go. Raises ConfigError or StoreError where they could not; makes nothing there."""
+def check_store(config: Config) -> str:
+    """Check that vectors can be stored, and name the store. Creates nothing. Raises ConfigError or StoreError."""
     if config.embedding.store == "pinecone":
         from pipeline.index.pinecone_client import PineconeClient
 
         index = config.pinecone.index
         if PineconeClient(config.pinecone, config.secret_files).find() is None and not config.pinecone.create:
             raise ConfigError(
-                f"pinecone.index: found no index {index} under this key; allowed is one that is there, or "
+                f"pinecone.index: found no index {index} with this API key; name an existing one, or set "
                 "pinecone.create=true"
             )
         return f"Pinecone's index {index}"
     home = config.under_root(config.embedding.uri or config.embedding.store)
     if not may_write(home):
-        raise ConfigError(f"embedding.uri: found {home}, where this user may not write; allowed is a folder of its own")
+        raise ConfigError(f"embedding.uri: found {home}, which you cannot write to; allowed is a writable folder")
     if free_bytes(home) is None:
-        home.exists()  # raises what keeps this machine from a bucket
+        home.exists()  # raises an error if the bucket cannot be reached
     return f"{config.embedding.store} in {home}"
 
 
@@ -92,28 +92,28 @@ def prompt_name(field: str) -> str:
 
 
 def embedded_field(config: Config, manifest: Manifest) -> str:
-    """The record field that is embedded."""
-    wanted, there = config.embedding.field, manifest.text_fields
-    field = wanted if wanted != "auto" else ("positive" if "positive" in there else "text")
-    if field not in there:
-        raise ConfigError(f"embedding.field: found {wanted!r}; allowed here are {', '.join(there)}")
+    """The record field to embed."""
+    setting, fields = config.embedding.field, manifest.text_fields
+    field = setting if setting != "auto" else ("positive" if "positive" in fields else "text")
+    if field not in fields:
+        raise ConfigError(f"embedding.field: found {setting!r}; allowed with this data are {', '.join(fields)}")
     return field
 
 
 def publish(config: Config, recipe: EncoderRecipe, table: VectorTable) -> None:
-    """Let readers use a model and its table from now on."""
+    """Make readers use a model and its table."""
     name = f"models/{model_fingerprint(recipe.local)[:16]}"
-    for file in model_files(recipe.local):  # each whole or not at all
+    for file in model_files(recipe.local):  # each copied atomically
         if not (config.root / name / file).is_file():
             place(recipe.local / file, config.root / name / file)
     settings = config.embedding.model_dump(mode="json")
-    found = json.dumps({"model": name, "table": str(table.path), "embedding": settings}, indent=2).encode()
-    if not _published(config).is_file() or _published(config).read_bytes() != found:
-        write_atomically(_published(config), found)
+    content = json.dumps({"model": name, "table": str(table.path), "embedding": settings}, indent=2).encode()
+    if not _published(config).is_file() or _published(config).read_bytes() != content:
+        write_atomically(_published(config), content)
 
 
 def published(config: Config) -> tuple[EncoderRecipe, VectorTable]:
-    """The encoder and the table for readers: of the config if it names `embedding.model`, else those published last.
+    """The encoder and table for readers: those of `embedding.model` if it is set, else the last published ones.
 
     Raises JobError if nothing was published.
     """
@@ -122,10 +122,10 @@ def published(config: Config) -> tuple[EncoderRecipe, VectorTable]:
         return recipe, table_of(config, recipe)
     path = _published(config)
     if not path.is_file():
-        raise JobError(f"the run {config.storage.run} has embedded nothing yet; python jobs/run.py does the whole job")
-    found = json.loads(path.read_text())
-    config = config.model_copy(update={"embedding": Embedding.model_validate(found["embedding"])})
-    recipe = encoder_recipe(config, config.root / found["model"])
+        raise JobError(f"the run {config.storage.run} has no vectors yet; run python jobs/run.py first")
+    content = json.loads(path.read_text())
+    config = config.model_copy(update={"embedding": Embedding.model_validate(content["embedding"])})
+    recipe = encoder_recipe(config, config.root / content["model"])
     return recipe, table_of(config, recipe)
 
 

@@ -1,20 +1,20 @@
-"""The vector table pushed to a namespace of Pinecone: what changed since the last push.
+"""Pushes the vector table's changes since the last push to a Pinecone namespace.
 
     with table.writing() as writer:
         counts = push_over_cluster(writer, config, letters, progress)  # {"upserted": 812, "deleted": 3, "refused": 0}
 
-Tags of the table say what the namespace holds, so it is listed only once, before the first push:
+Tags of the table record what the namespace holds, so it is listed only once, before the first push:
 
     pushed-<place>-<settings>           the version that the namespace holds
-    pushing-<place>-<settings>-<id>     the version that is being pushed, and up to which id that is done
+    pushing-<place>-<settings>-<id>     the version being pushed; ids before <id> are done
 
-Two versions are compared by id and digest, a range of ids a task, so compacted files cost no request. The rows of a
-range are upserted, then what is gone is deleted, both idempotent. A push that was killed is finished first, from its
-last range on and of the same version, before anything newer is sent.
+Tasks compare two versions by id and digest, one range of ids each, so compacted files cost no requests. For each range,
+changed rows are upserted, then missing ones deleted; both are idempotent. A killed push is finished first, with the
+same version and from its last range, before a newer version is pushed.
 
-Before a push, the count and a sample of the records are compared with the last pushed version. Where they differ,
-because somebody else wrote to the namespace, it is listed and filled again. What Pinecone refuses is set aside and
-tried again by the next push. Costs a request for 100 to 1,000 rows that changed, and four for a push of nothing.
+Before a push, the record count and a sample of records are compared with the last pushed version. If they differ,
+because another program wrote to the namespace, all rows are pushed again. Rows that Pinecone refuses are set aside and
+retried by the next push. Costs one request per 100 to 1,000 changed rows, and four if nothing changed.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ from pipeline.index.writer import Writer
 if TYPE_CHECKING:
     from pipeline.index.pinecone_store import PineconeStore  # which imports the SDK
 
-ROWS_AT_ONCE = 8_192  # read and sent together
-LISTED_IDS = 50_000  # compared with the table together
-SAMPLE = 100  # records that are read back: one request
+ROWS_AT_ONCE = 8_192  # per read and upsert
+LISTED_IDS = 50_000  # per comparison with the table
+SAMPLE = 100  # records to read back, in one request
 Spread: TypeAlias = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
-"""What a function returns for each item, in any order, as soon as it is there: `over_cluster`, or `map`."""
+"""Yields a function's result for each item, in any order: `over_cluster`, or `map`."""
 IMPORT = pa.schema([("id", pa.string()), ("values", pa.list_(pa.float32())), ("metadata", pa.string())])
 
 
 def push_over_cluster(writer: Writer, config: Config, letters: StoragePath, progress: Progress) -> Counter[str]:
-    """Make the namespace of a table hold what the table holds. Returns the counts of `Push.run`.
+    """Update the table's namespace to match the table. Returns the counts of `Push.run`.
 
-    Rows that were refused lie under `letters` afterwards. Raises StoreError.
+    Refused rows are stored in the folder `letters`. Raises StoreError.
     """
     from pipeline.index.pinecone_client import SharedBudget
 
@@ -78,7 +78,7 @@ def push_over_cluster(writer: Writer, config: Config, letters: StoragePath, prog
 
 
 class Push:
-    """A push of a table, by the one process that holds it, to a store whose index is there."""
+    """A push of a table to an existing index, by the table's writer."""
 
     def __init__(
         self,
@@ -90,9 +90,9 @@ class Push:
         report: Callable[[int], object] = lambda rows: None,
         max_deleted: float = 1.0,
     ) -> None:
-        """`imports` is where a namespace that does not exist is imported from; `report` is told of rows as they go.
+        """`imports` is the folder for importing a new namespace; `report` receives the number of rows pushed.
 
-        `max_deleted` is the share of a listed namespace that may be deleted because the table does not have it.
+        `max_deleted` is the largest share of the namespace's records that may be deleted as not in the table.
         """
         self.writer, self.table, self.store, self.letters = writer, writer.table, store, letters
         self.spread, self.imports, self.report, self.max_deleted = spread, imports, report, max_deleted
@@ -101,50 +101,51 @@ class Push:
         self.pushed_tag, self.pushing_tag = f"pushed{settings}", f"pushing{settings}-"
 
     def run(self) -> Counter[str]:
-        """Make the namespace hold what the table holds now. Returns counts of `upserted`, `deleted` and `refused`.
+        """Update the namespace to the newest version. Returns counts of `upserted`, `deleted` and `refused`.
 
-        Raises StoreError where the namespace as a whole fails, or does not show in time what was written.
+        Raises StoreError if requests fail permanently, or if reads do not show the written rows in time.
         """
-        self._forget(lambda name: not name.startswith((self.pushed_tag, self.pushing_tag)))  # with other settings
+        self._remove_tags(lambda name: not name.startswith((self.pushed_tag, self.pushing_tag)))  # of other settings
         counts, newest = Counter[str](), self.table.version()
-        pushed, (half_done, _) = self._pushed(), self._pushing()
-        if wrong := self._gone(pushed, half_done) or (self._wrong(pushed) if pushed and not half_done else ""):
-            log.warning("%s; lists the namespace and sends all rows again", wrong)
-            self._forget()
-        elif half_done and half_done < newest:
-            counts += self._bring_to(half_done)
-        counts += self._bring_to(newest)
-        if wrong := self._wrong(newest):
+        pushed, (unfinished, _) = self._pushed(), self._pushing()
+        if fault := self._missing(pushed, unfinished) or (self._mismatch(pushed) if pushed and not unfinished else ""):
+            log.warning("%s; listing the namespace and pushing all rows again", fault)
+            self._remove_tags()
+        elif unfinished and unfinished < newest:
+            counts += self._push_version(unfinished)
+        counts += self._push_version(newest)
+        if fault := self._mismatch(newest):
             raise StoreError(
-                f"{wrong}, {self.store.settings.settle_s:g} s after the push (pinecone.settle_s); run the same command "
-                "again in some minutes, which repairs the namespace if it is still so"
+                f"{fault}, {self.store.settings.settle_s:g} s after the push (pinecone.settle_s); run the same command "
+                "again in a few minutes to repair the namespace"
             )
         return counts
 
-    # What the tags say.
+    # State in the table's tags.
 
     def _pushed(self) -> int | None:
         return tags_of(self.writer.dataset, self.pushed_tag).get(self.pushed_tag)
 
     def _pushing(self) -> tuple[int | None, str]:
-        """The version that is being pushed, and the first id that is not done."""
-        found = tags_of(self.writer.dataset, self.pushing_tag)
+        """The version being pushed, and the first id that is not done."""
+        tags = tags_of(self.writer.dataset, self.pushing_tag)
         return max(
-            ((version, name.removeprefix(self.pushing_tag)) for name, version in found.items()), default=(None, "")
+            ((version, name.removeprefix(self.pushing_tag)) for name, version in tags.items()), default=(None, "")
         )
 
-    def _note(self, version: int, done: str) -> None:
-        """Note that ids before `done` are those of a version."""
+    def _save_progress(self, version: int, done: str) -> None:
+        """Record that ids before `done` are pushed."""
         self.writer.tag(f"{self.pushing_tag}{done}", version)
-        self._forget(lambda name: name.startswith(self.pushing_tag) and name != f"{self.pushing_tag}{done}")
+        self._remove_tags(lambda name: name.startswith(self.pushing_tag) and name != f"{self.pushing_tag}{done}")
 
-    def _forget(self, which: Callable[[str], bool] = lambda name: True) -> None:
-        """Remove tags of this namespace: "pushed" before "pushing", which says that it is partial."""
+    def _remove_tags(self, which: Callable[[str], bool] = lambda name: True) -> None:
+        """Remove tags of this namespace, "pushed" before "pushing", so that a kill leaves the push unfinished."""
         for name in sorted(tags_of(self.writer.dataset, "push")):
             if self.place in name and which(name):
                 self.writer.untag(name)
 
-    def _gone(self, *versions: int | None) -> str:
+    def _missing(self, *versions: int | None) -> str:
+        """A message if one of the versions no longer exists, else ""."""
         for version in filter(None, versions):
             try:
                 self.table.open(version)
@@ -152,126 +153,127 @@ class Push:
                 return f"version {version} of the table is gone"
         return ""
 
-    # A version of the table to the namespace.
+    # Writing to the namespace.
 
-    def _bring_to(self, version: int) -> Counter[str]:
+    def _push_version(self, version: int) -> Counter[str]:
         counts, refused, base = Counter[str](), set[str](), self._pushed()
         if self._pushing()[0] is None:
             if base is None:
                 counts["deleted"] += self._delete_foreign(version)
-            self._note(version, "")
+            self._save_progress(version, "")
         done = self._pushing()[1]
-        again = sorted(i for i in self.letters.ids() if i >= done)
+        retried = sorted(i for i in self.letters.ids() if i >= done)
         parts = [(first, last) for first, last in self.table.ranges(version) if last is None or last > done]
         if base is not None and self.table.files(base) == self.table.files(version):
             parts = [
-                (first, last) for first, last in parts if any(i >= first and (not last or i < last) for i in again)
+                (first, last) for first, last in parts if any(i >= first and (not last or i < last) for i in retried)
             ]
-        work = _Work(self.table, version, base, again, self.store, self.letters, self.report)
+        work = _RangePush(self.table, version, base, retried, self.store, self.letters, self.report)
         if base is None and not done and self._imported(parts, work, counts):
-            parts, again = [], []
-        left, ended = list(parts), set[str]()
-        for first, found, bad in self.spread(work, parts):
-            counts.update(found)
+            parts, retried = [], []
+        remaining, ended = list(parts), set[str]()
+        for first, range_counts, bad in self.spread(work, parts):
+            counts.update(range_counts)
             refused.update(bad)
             ended.add(first)
-            while left and left[0][0] in ended:
-                last = left.pop(0)[1]
+            while remaining and remaining[0][0] in ended:
+                last = remaining.pop(0)[1]
                 if last is not None:
-                    self._note(version, last)
+                    self._save_progress(version, last)
         self.writer.tag(self.pushed_tag, version)
-        self._forget(lambda name: name != self.pushed_tag)
-        self.letters.drop(set(again) - refused)
+        self._remove_tags(lambda name: name != self.pushed_tag)
+        self.letters.drop(set(retried) - refused)
         return counts
 
     def _delete_foreign(self, version: int) -> int:
-        """List the namespace, and delete what is not in the table."""
-        log.info("lists the ids of %s, once", self.store.name)
+        """List the namespace, and delete records that are not in the table. Returns their number."""
+        log.info("listing the ids of %s, once", self.store.name)
         listed, foreign = 0, list[str]()
         for ids in batched(chain.from_iterable(self.store.ids()), LISTED_IDS):
             listed += len(ids)
-            # The service sorts ids (Pinecone's guide to listing them), so that few other rows lie between.
-            there = self.table.read(["id"], (min(ids), max(ids) + " "), version)["id"].to_pylist()
-            foreign += set(ids).difference(there)
+            # Pinecone lists ids in order (its guide), so few other rows are in this range.
+            known = self.table.read(["id"], (min(ids), max(ids) + " "), version)["id"].to_pylist()
+            foreign += set(ids).difference(known)
         if len(foreign) > self.max_deleted * listed:
             raise StoreError(
-                f"{self.store.name} holds {listed:,} records, of which {len(foreign):,} are not in {self.table.path}; "
-                "name another pinecone.namespace, or let them be deleted with embedding.max_deleted_fraction=1"
+                f"{self.store.name} holds {listed:,} records, and {len(foreign):,} of them are not in "
+                f"{self.table.path}; choose another pinecone.namespace, or set embedding.max_deleted_fraction=1 to "
+                "delete them"
             )
         self.store.delete(foreign)
         return len(foreign)
 
-    def _imported(self, parts: Sequence[IdRange], work: _Work, counts: Counter[str]) -> bool:
-        """Fill a namespace by an import, if there is a bucket for it and the namespace does not exist yet."""
+    def _imported(self, parts: Sequence[IdRange], work: _RangePush, counts: Counter[str]) -> bool:
+        """Fill a new namespace by an import, if the config names a bucket for it. Returns whether it did."""
         if self.imports is None:
             return False
         if "/" in self.store.namespace:
-            raise StoreError(f"pinecone.namespace: found {self.store.namespace}; an import takes none with /")
+            raise StoreError(f"pinecone.namespace: found {self.store.namespace}; an import allows no / in it")
         folder = self.imports / f"{self.table.name}-{work.version}-{_key(str(self.table.path), self.pushed_tag)}"
         uri = public_uri(folder)
-        # An import that has ended counts while its files are there: they are removed once it is noted as pushed.
-        started = self.store.found_import(uri) if files_below(folder) else None
+        # The files are removed once the version is tagged as pushed, so without files any earlier import is done.
+        started = self.store.find_import(uri) if files_below(folder) else None
         if started is None:
             if not self.store.is_new():
                 return False
             home = folder / self.store.namespace
             written = sizes([_import_file(home, part) for part in parts])
-            left = [part for part, size in zip(parts, written, strict=True) if size is None]
-            for found in self.spread(partial(work.to_file, home), left):
-                counts.update(found)
+            missing = [part for part, size in zip(parts, written, strict=True) if size is None]
+            for range_counts in self.spread(partial(work.to_file, home), missing):
+                counts.update(range_counts)
             started = self.store.start_import(uri)
-        log.info("Pinecone imports %s, which takes ten minutes at least", uri)
+        log.info("Pinecone is importing %s, which takes at least ten minutes", uri)
         self.store.await_import(started)
         self.writer.tag(self.pushed_tag, work.version)
         remove_folder(folder)
         return True
 
-    # What the service shows.
+    # Reading from the namespace.
 
-    def _wrong(self, version: int) -> str:
-        """How the namespace differs from a version of the table, once reads had time to catch up; "" if it does not."""
+    def _mismatch(self, version: int) -> str:
+        """How the namespace differs from a version of the table, after waiting for reads to catch up; "" if equal."""
         dataset, refused = self.table.open(version), self.letters.ids()
         rows = int(dataset.count_rows())
         sample = dataset.sample(min(SAMPLE, rows), columns=["id", "digest"]).to_pylist() if rows else []
-        wanted = {row["id"]: row["digest"] for row in sample if row["id"] not in refused}
+        digests = {row["id"]: row["digest"] for row in sample if row["id"] not in refused}
         end, wait_s = time.monotonic() + self.store.settings.settle_s, self.store.backoff_s
-        while (wrong := self._differs(rows, len(refused), wanted)) and time.monotonic() < end:
+        while (fault := self._mismatch_now(rows, len(refused), digests)) and time.monotonic() < end:
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, 5.0)
-        return wrong
+        return fault
 
-    def _differs(self, rows: int, refused: int, wanted: dict[str, str]) -> str:
-        found = self.store.count()
-        if not rows - refused <= found <= rows:
-            return f"{self.store.name} holds {found:,} records, the table {rows:,} rows"
-        there = self.store.fetch(list(wanted))
-        for i, digest in wanted.items():
-            if i not in there or there[i]["digest"] != digest:
-                return f"{self.store.name} {'has no' if i not in there else 'has another'} record {i}"
+    def _mismatch_now(self, rows: int, refused: int, digests: dict[str, str]) -> str:
+        count = self.store.count()
+        if not rows - refused <= count <= rows:
+            return f"{self.store.name} holds {count:,} records, the table {rows:,} rows"
+        records = self.store.fetch(list(digests))
+        for i, digest in digests.items():
+            if i not in records or records[i]["digest"] != digest:
+                return f"{self.store.name} {'lacks' if i not in records else 'has another version of'} record {i}"
         return ""
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What is done for a range of ids, in any process."""
+class _RangePush:
+    """Pushes one range of ids, in any process."""
 
     table: VectorTable
     version: int
     base: int | None
-    """The version that the namespace holds there; None where it holds nothing that the table has not."""
-    again: Sequence[str]
-    """Ids that were refused before and are sent again."""
+    """The version that the namespace holds; None if it holds no row that the table lacks."""
+    retried: Sequence[str]
+    """Ids that were refused before."""
     store: PineconeStore
     letters: DeadLetters
     report: Callable[[int], object]
 
     def __call__(self, part: IdRange) -> tuple[str, dict[str, int], list[str]]:
-        """Returns the first id of the range, counts, and the ids that were refused."""
+        """Push a range. Returns its first id, counts, and the refused ids."""
         now = self.table.read(["id", "digest", "_rowid"], part, self.version)
         before = self.table.read(["id", "digest"], part, self.base) if self.base else now.slice(0, 0)
         same = pc.is_in(_with_digest(now), value_set=_with_digest(before))
-        again = pc.is_in(now["id"], value_set=pa.array(self.again, pa.string()))
-        due = now.filter(pc.or_(pc.invert(same), again))
+        retried = pc.is_in(now["id"], value_set=pa.array(self.retried, pa.string()))
+        due = now.filter(pc.or_(pc.invert(same), retried))
         gone = before["id"].filter(pc.invert(pc.is_in(before["id"], value_set=now["id"].combine_chunks()))).to_pylist()
         refused: set[str] = set()
         for rows in self._rows(due):
@@ -282,22 +284,22 @@ class _Work:
         return part[0], counts, sorted(refused)
 
     def to_file(self, home: StoragePath, part: IdRange) -> dict[str, int]:
-        """Write a range as a file of Pinecone's import format. Returns counts."""
+        """Write a range to a file in Pinecone's import format. Returns counts."""
         refused = written = 0
         due = self.table.read(["id", "_rowid"], part, self.version)
         file = _import_file(home, part)
         with replacing(file) as temporary, pq.ParquetWriter(temporary, IMPORT, compression="zstd") as writer:
             for rows in self._rows(due):
-                records, misfits = self.store.records(rows)
-                refused += len(self.letters.append(rows, misfits))
-                columns = [{**one, "metadata": json.dumps(one["metadata"], ensure_ascii=False)} for one in records]
-                writer.write_table(pa.Table.from_pylist(columns, IMPORT))
+                records, invalid = self.store.records(rows)
+                refused += len(self.letters.append(rows, invalid))
+                lines = [{**each, "metadata": json.dumps(each["metadata"], ensure_ascii=False)} for each in records]
+                writer.write_table(pa.Table.from_pylist(lines, IMPORT))
                 written += len(records)
                 self.report(len(rows))
         return {"upserted": written, "refused": refused}
 
     def _rows(self, due: pa.Table) -> Iterator[pa.Table]:
-        """Whole rows, in the order of their ids, so many at a time."""
+        """Yield all columns of the rows, sorted by id, ROWS_AT_ONCE at a time."""
         columns = [name for name in self.table.schema.names if name != "bits"]
         row_ids = due.sort_by("id")["_rowid"].to_numpy()
         for start in range(0, len(row_ids), ROWS_AT_ONCE):

@@ -1,13 +1,13 @@
-"""Search: the nearest documents of a table to a question, by meaning or by meaning and words.
+"""Searches a table for the documents nearest to a query, by vector or by vector and words (hybrid).
 
     found = search(config, "remove duplicate rows", limit=3, where={"source": "packages"})
     found[0].score, found[0].text, found[0].metadata["file"]
 
     embedder = open_embedder(config)
-    embedder.get_embedding("remove duplicate rows", cache_only=True)     # (D,), or None where it is not in the table
+    embedder.get_embedding("remove duplicate rows", cache_only=True)     # (D,), or None if the table lacks the text
 
-Search is exact below `embedding.index_rows` rows, and by the table's index from there on, whose candidates are scored
-again by their whole vectors. It needs neither Ray nor, for a token table, torch.
+Search is exact below `embedding.index_rows` rows. From there on it uses the table's index, and rescores its candidates
+with the full vectors. It needs no Ray and, for a token table, no torch.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from pipeline.index.where import Where, checked_where, keeps, to_sql
 from pipeline.index.words import SAMPLE_TEXTS, word_settings
 
 COLUMNS = ["id", *TEXTS]
-REFINE = 10  # an index's candidates a result, whose distances are computed again from whole vectors
-FUSED = 100  # candidates of either ranking that a hybrid query fuses
+REFINE = 10  # index candidates per result, rescored with full vectors
+FUSED = 100  # candidates per ranking in a hybrid query
 FUSION_K = 60  # Cormack, Clarke and Büttcher 2009, section 3
 MAX_QUERY_CHARS = 10_000
-SELECTIVE_ROWS = 20_000  # up to so many rows a filter names them one by one
+SELECTIVE_ROWS = 20_000  # up to this many rows, a filter lists row ids
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A document that was found. `score` is the cosine, or with hybrid search a sum of 1 / (60 + rank)."""
+    """A search result. `score` is the cosine, or in hybrid search the sum of 1 / (60 + rank)."""
 
     rank: int
     score: float
@@ -57,13 +57,13 @@ class Hit:
 def search(
     config: Config, query: str, limit: int = 10, where: Mapping[str, Any] | None = None, *, hybrid: bool = False
 ) -> list[Hit]:
-    """The documents nearest to a question, best first, in the table that the config's run last published.
+    """Find the documents nearest to a query, best first, in the table that the config's run last published.
 
-    `where` is as in `where.py`. Raises ConfigError for a question or conditions that cannot be asked, and
-    JobError without a model or a table.
+    `where.py` describes `where`. Raises ConfigError for an invalid query or invalid conditions, and JobError if there
+    is no model or no table.
     """
     if not query.strip():
-        raise ConfigError("query: found nothing; allowed are words to look for")
+        raise ConfigError("query: found an empty text; allowed are words to search for")
     if len(query) > MAX_QUERY_CHARS:
         raise ConfigError(f"query: found {len(query):,} characters; allowed are at most {MAX_QUERY_CHARS:,}")
     if limit < 1:
@@ -77,23 +77,23 @@ def search(
     elif table.exists():
         store = TableSearch(table)
     else:
-        raise JobError(f"no index yet for the model in {recipe.folder}; python jobs/embed.py makes one")
+        raise JobError(f"no vectors yet for the model in {recipe.folder}; run python jobs/embed.py first")
     vector = open_encoder(recipe, device="cpu").encode([text], "query")[0]
-    found = store.hybrid(text, vector, limit, conditions) if hybrid else store.query(vector, limit, conditions)
+    rows = store.hybrid(text, vector, limit, conditions) if hybrid else store.query(vector, limit, conditions)
     return [
         Hit(rank, row["score"], row["id"], row["source_id"], row["text"], json.loads(row["metadata"] or "{}"))
-        for rank, row in enumerate(found, 1)
+        for rank, row in enumerate(rows, 1)
     ]
 
 
 class TableSearch:
-    """Queries of the version of a table that was verified last, or of the newest if there is none."""
+    """Queries the last verified version of a table, or the newest version if none is verified."""
 
     def __init__(self, table: VectorTable) -> None:
         self.table, self.dataset = table, table.open_verified()
 
     def query(self, vector: np.ndarray, k: int, where: Where | None = None) -> list[dict[str, Any]]:
-        """The k rows of highest cosine to a (width,) vector: the columns of COLUMNS, and `score`."""
+        """The k rows with the highest cosine to a (width,) vector: COLUMNS, and `score`."""
         vector, where = checked_query(vector, self.table.width, self.table.name), checked_where(where)
         condition, exact = self._condition(where)
         if not exact:
@@ -119,27 +119,27 @@ class TableSearch:
     def _nearest(self, columns: list[str], near: dict[str, Any], options: dict[str, Any]) -> pa.Table:
         try:
             return self.dataset.to_table(columns, nearest=near, **options)
-        except (ValueError, OSError) as error:  # as Lance says that a file is missing or damaged
+        except (ValueError, OSError) as error:  # Lance found a missing or damaged file
             log.debug("%s: %s", self.table.name, error)
             log.warning(
-                "the index of %s cannot be read, so all vectors are compared; python jobs/embed.py builds it again",
+                "the index of %s cannot be read, so queries scan all vectors; run python jobs/embed.py to rebuild it",
                 self.table.name,
             )
             return self.dataset.to_table(columns, nearest={**near, "use_index": False}, **options)
 
     def hybrid(self, text: str, vector: np.ndarray, k: int, where: Where | None = None) -> list[dict[str, Any]]:
-        """The k best of two rankings fused by reciprocal rank: by vector, and by words (BM25).
+        """The k best rows of the rankings by vector and by words (BM25), fused by reciprocal rank.
 
-        `score` is the sum of 1 / (60 + rank). The first hybrid query makes the index of words, 2 s for 100,000 rows.
+        `score` is the sum of 1 / (60 + rank). The first hybrid query builds the full-text index: 2 s for 100,000 rows.
         """
         if not self._has_words():
-            log.info("%s: indexes the words of %s texts", self.table.name, f"{self.dataset.count_rows():,}")
+            log.info("%s: building a full-text index of %s texts", self.table.name, f"{self.dataset.count_rows():,}")
             sample = self.dataset.sample(min(SAMPLE_TEXTS, self.dataset.count_rows()), ["text"])["text"].to_pylist()
             with self.table.writing() as writer:
                 writer.index_words(word_settings(sample))
             self.dataset = self.table.open_verified()
             if not self._has_words():
-                raise JobError(f"the last job did not finish {self.table.path}; run python jobs/embed.py first")
+                raise JobError(f"the last job did not complete {self.table.path}; run python jobs/embed.py first")
         conditions, depth = checked_where(where), max(k, FUSED)
         condition, exact = self._condition(conditions)
         rows = self.dataset.to_table(
@@ -152,55 +152,55 @@ class TableSearch:
         by_words = [row for row in rows.drop_columns(["_score"]).to_pylist() if exact or keeps(conditions, row)][:depth]
         by_vector = self.query(vector, depth, conditions)
         scores = reciprocal_ranks(*([row["id"] for row in ranking] for ranking in (by_vector, by_words)))
-        found = {row["id"]: {**row, "score": scores[row["id"]]} for row in (*by_words, *by_vector)}
-        return sorted(found.values(), key=lambda row: (-row["score"], row["id"]))[:k]
+        fused = {row["id"]: {**row, "score": scores[row["id"]]} for row in (*by_words, *by_vector)}
+        return sorted(fused.values(), key=lambda row: (-row["score"], row["id"]))[:k]
 
     def _has_words(self) -> bool:
         return any(index.field_names == ["text"] for index in self.dataset.describe_indices())
 
     def _condition(self, where: Where) -> tuple[str | None, bool]:
-        """SQL for the rows with a place that meets the conditions, and whether it holds for these alone."""
+        """SQL that selects the rows with a place that meets the conditions, and whether it selects no others."""
         if not where:
             return None, True
         first, exact = to_sql(where)
         several = "array_length(places) > 1"
         candidates = f"{several} AND NOT ({first})" if exact else f"({first}) OR {several}"
-        found: list[int] = []
-        own = [*PLACE_COLUMNS] if self.table.chunks else []  # with a chunk's part and parent_id in its metadata
-        for batch in self.table.scan(["_rowid", "places", *own], candidates, self.dataset.version):
+        row_ids: list[int] = []
+        columns = [*PLACE_COLUMNS] if self.table.chunks else []  # a chunk's metadata also has part and parent_id
+        for batch in self.table.scan(["_rowid", "places", *columns], candidates, self.dataset.version):
             kept = pa.array([keeps(where, row) for row in batch.to_pylist()], pa.bool_())
-            found += batch["_rowid"].filter(kept).to_pylist()
-            if len(found) > SELECTIVE_ROWS:
+            row_ids += batch["_rowid"].filter(kept).to_pylist()
+            if len(row_ids) > SELECTIVE_ROWS:
                 return f"({first}) OR {several}", False
-        named = f"_rowid IN ({', '.join(map(str, found))})" if found else "false"
-        return f"({first}) OR {named}" if exact else named, True
+        listed = f"_rowid IN ({', '.join(map(str, row_ids))})" if row_ids else "false"
+        return f"({first}) OR {listed}" if exact else listed, True
 
 
 def reciprocal_ranks(*rankings: Sequence[str]) -> dict[str, float]:
-    """What each id gets: the sum of 1 / (FUSION_K + its rank) over rankings, whose best comes first, with rank 1.
+    """Id → sum of 1 / (FUSION_K + rank) over the rankings; the first id of a ranking has rank 1.
 
     >>> reciprocal_ranks(["a", "b"], ["b"])
     {'a': 0.0163…, 'b': 0.0325…}
     """
     scores: dict[str, float] = {}
     for ranking in rankings:
-        for rank, one in enumerate(ranking, 1):
-            scores[one] = scores.get(one, 0.0) + 1 / (FUSION_K + rank)
+        for rank, each in enumerate(ranking, 1):
+            scores[each] = scores.get(each, 0.0) + 1 / (FUSION_K + rank)
     return scores
 
 
 def checked_query(vector: np.ndarray, width: int, name: str) -> np.ndarray:
-    """A (width,) float32 vector that can be compared. Raises StoreError for another."""
+    """The vector as (width,) float32. Raises StoreError for another width, zero, NaN or infinity."""
     vector = np.asarray(vector, dtype=np.float32).ravel()
     if len(vector) != width:
-        raise StoreError(f"{name} holds vectors of {width} numbers; found a query of {len(vector)}")
+        raise StoreError(f"{name} holds vectors of {width} dimensions; found a query of {len(vector)}")
     if not np.isfinite(vector).all() or not vector.any():
-        raise StoreError("the query's vector is zero or no number: is there nothing in it that the model can read?")
+        raise StoreError("the query's vector is zero or not finite; use a query with words that the model knows")
     return vector
 
 
 class Embedder:
-    """`normalise` makes texts what records are that were prepared by the same config."""
+    """Embeds texts, or looks them up in the table. `normalise` is what prepare applied to the records."""
 
     def __init__(self, recipe: EncoderRecipe, table: VectorTable, normalise: Callable[[str], str], prompt: str) -> None:
         self.recipe, self.table, self.normalise, self.prompt = recipe, table, normalise, prompt
@@ -210,15 +210,15 @@ class Embedder:
         return open_encoder(self.recipe)
 
     def get_embedding(self, text: str, *, cache_only: bool = False) -> np.ndarray | None:
-        """(D,) vector of a text as it is embedded. With `cache_only`, None where the table does not have it."""
+        """(D,) vector of a text. With `cache_only`, None if the table lacks the text."""
         text = self.normalise(text)
-        found = self.table.fetch([content_id([text])]) if self.table.exists() else None
-        if found:
-            return as_matrix(found["vector"])[0].astype(np.float32)  # type: ignore[no-any-return]
+        rows = self.table.fetch([content_id([text])]) if self.table.exists() else None
+        if rows:
+            return as_matrix(rows["vector"])[0].astype(np.float32)  # type: ignore[no-any-return]
         return None if cache_only else self._encoder.encode([text], self.prompt)[0]  # type: ignore[no-any-return]
 
 
 def open_embedder(config: Config) -> Embedder:
-    """For the model and the table that the config's run last published."""
+    """Open the model and the table that the config's run last published."""
     recipe, table = published(config)
     return Embedder(recipe, table, normaliser(config.data), prompt_name(config.embedding.field))

@@ -1,10 +1,10 @@
-"""A version of the vector table as a folder of Parquet files, which anything reads.
+"""Writes a version of the vector table as a folder of plain Parquet files.
 
     folder = write_snapshot(table, config.root / "parquet", progress)       # <home>/<table>-<hash>/
     pyarrow.parquet.read_table(folder / "rows")                          # id, source, source_id, places, …, vector
 
-Files hold ranges of ids, sorted. The folder is complete once `manifest.json` is there; then other snapshots of the same
-table are removed. Costs a pass over the table, and nothing where no row was written, deleted or moved since.
+Each file holds a range of ids, sorted. The folder is complete once it has `manifest.json`; then older snapshots of the
+table are removed. Costs a pass over the table, and nothing if the table has not changed.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from pipeline.index.table import VectorTable
 
 
 def write_snapshot(table: VectorTable, home: StoragePath, progress: Callable[[], Progress]) -> StoragePath:
-    """The folder below `home` of the table's newest version, which one process at a time writes."""
+    """Write the table's newest version to a folder in `home`, and return it. Only one process may write at a time."""
     version = table.version()
-    place = hashlib.sha256(str(table.path).encode()).hexdigest()[:8]  # tables of one name in several folders
+    place = hashlib.sha256(str(table.path).encode()).hexdigest()[:8]  # separates tables with the same name
     name = f"{table.name}-{place}"
     artifact = Artifact(home, name, sorted(table.files(version)))
-    parts, rows = table.ranges(version), table.count()
+    parts, count = table.ranges(version), table.count()
 
     def work(index: int, output: Output) -> int:
-        found = table.read([each for each in table.schema.names if each != "bits"], parts[index], version)
-        output.write_table(f"rows/{index:05d}.parquet", _plain(found.sort_by("id")))
-        return len(found)
+        rows = table.read([each for each in table.schema.names if each != "bits"], parts[index], version)
+        output.write_table(f"rows/{index:05d}.parquet", _plain(rows.sort_by("id")))
+        return len(rows)
 
     def fill() -> dict[str, Any]:
-        row_bytes = -(-rows // len(parts)) * (4 * table.width + 1_000)
-        counts = artifact.tasks(progress(), "parquet: write", [row_bytes] * len(parts), work)
+        part_bytes = -(-count // len(parts)) * (4 * table.width + 1_000)
+        counts = artifact.tasks(progress(), "parquet: write", [part_bytes] * len(parts), work)
         return {"table": str(table.path), "version": version, "rows": sum(counts)}
 
     artifact.make(fill)
@@ -49,7 +49,7 @@ def write_snapshot(table: VectorTable, home: StoragePath, progress: Callable[[],
 
 
 def _plain(rows: pa.Table) -> pa.Table:
-    """With vectors as lists of float32, which every reader knows."""
+    """Convert vectors to lists of float32, which every Parquet reader supports."""
     vectors = rows["vector"].combine_chunks()
     flat = pa.array(vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float32))
     lists = pa.ListArray.from_arrays(pa.array(np.arange(len(rows) + 1, dtype=np.int32) * vectors.type.list_size), flat)

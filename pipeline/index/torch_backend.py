@@ -1,4 +1,4 @@
-"""torch as a backend, in a module of its own: importing torch takes seconds, and tables and onnxruntime need none."""
+"""The torch backend, in its own module because importing torch takes seconds, and the other backends do not need it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.model.transformer import compile_layers
 
 
 class TorchBackend:
-    """Packed tokens through torch. `device` defaults to the GPU where there is one."""
+    """Encodes packed tokens with torch. `device` defaults to the GPU if there is one."""
 
     def __init__(
         self, model: EmbeddingModel, device: str | None = None, *, bf16: bool = False, compiled: bool = False
@@ -29,5 +29,5 @@ class TorchBackend:
     @torch.inference_mode()
     def vectors(self, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            found = self.model(Packed.of(ids, offsets).to(self.device))
-        return found.float().cpu().numpy()  # type: ignore[no-any-return]
+            vectors_ND = self.model(Packed.of(ids, offsets).to(self.device))
+        return vectors_ND.float().cpu().numpy()  # type: ignore[no-any-return]

@@ -1,17 +1,16 @@
-"""Vectors between numpy and Arrow, and exact nearest neighbours among them.
+"""Converts vectors between numpy and Arrow, and finds exact nearest neighbours.
 
-    as_matrix(as_column(vectors))                         # (N, D) float32, without a Python object a row
+    as_matrix(as_column(vectors))                         # (N, D) float32, without Python objects per row
 
-    found = nearest(queries, blocks, k=100)               # blocks of ((n,) ids, (n, D) vectors), n as it comes
+    found = nearest(queries, blocks, k=100)               # blocks of ((n,) ids, (n, D) vectors), for any n
     found.ids, found.scores                               # (Q, k) each, best first
-    merged(one, other, k=100)                             # of the same queries, from other blocks
+    merged(found, other, k=100)                           # results of the same queries on other blocks
     nearest_rows(table.to_batches(), vector, k=10)        # [{"id": …, "text": …, "score": 0.83}, …]
 
-Neighbours are found block by block: never more scores in memory than those of some queries times one block. Equal
-scores are ordered as trec_eval orders them, the larger id first, so the result depends neither on how the documents are
-cut into blocks nor on the order in which blocks come.
+Blocks are searched one by one: memory holds only the scores of some queries times one block. Ties go to the larger id,
+as in trec_eval, so the result does not depend on how documents are split into blocks, or on the blocks' order.
 
-Columns are built from buffers, because `pa.array(...)` and `to_numpy` import pandas, which takes a fifth of a second.
+Columns are built from buffers, because `pa.array(...)` and `to_numpy` import pandas, which takes 0.2 s.
 """
 
 from __future__ import annotations
@@ -28,40 +27,40 @@ import pyarrow as pa
 Column: TypeAlias = pa.Array | pa.ChunkedArray
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
-TOKENS = pa.list_(pa.int32())  # of a text; of a text's windows: a list of these
-QUERIES_AT_ONCE = 256  # rows of scores in memory, of 8 bytes a document of the block
-ROUNDING = 1e-7  # of float32, a number of a vector
+TOKENS = pa.list_(pa.int32())  # of a text; a text's windows are a list of these
+QUERIES_AT_ONCE = 256  # queries per matrix of scores, with 8 bytes per document of the block
+ROUNDING = 1e-7  # float32 rounding error per dimension
 
 
 def as_column(vectors: np.ndarray) -> pa.FixedSizeListArray:
-    """(N, D) float32 as N lists of D."""
+    """Convert (N, D) to a column of N float32 lists."""
     flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).ravel())
     return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
 
 
 def as_matrix(column: Column) -> np.ndarray:
-    """(N, D), the vectors of a column without nulls."""
+    """Convert a column of vectors without nulls to (N, D)."""
     array = one_array(column)
     return as_numbers(array.flatten()).reshape(len(array), array.type.list_size)
 
 
 def as_tokens(lists: Sequence[Sequence[int]]) -> pa.ListArray:
-    """Lists of token ids as a column of TOKENS."""
+    """Convert lists of token ids to a column of TOKENS."""
     ids = np.fromiter(chain.from_iterable(lists), np.int32, sum(map(len, lists)))
-    return as_groups(_of_int32(ids), [len(one) for one in lists])
+    return as_groups(_int32_array(ids), [len(each) for each in lists])
 
 
 def as_groups(values: pa.Array, counts: Sequence[int]) -> pa.ListArray:
-    """Lists of so many of the values each: 1, 2, 3 and counts of 2, 1 → [1, 2], [3]."""
-    return pa.ListArray.from_arrays(_of_int32(np.cumsum([0, *counts], dtype=np.int32)), values)
+    """Split values into lists of the given lengths: 1, 2, 3 and lengths 2, 1 → [1, 2], [3]."""
+    return pa.ListArray.from_arrays(_int32_array(np.cumsum([0, *counts], dtype=np.int32)), values)
 
 
-def _of_int32(values: np.ndarray) -> pa.Array:
+def _int32_array(values: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
 
 
 def as_ragged(column: Column) -> tuple[pa.Array, np.ndarray]:
-    """Lists laid end to end, and the (N + 1,) offsets at which they begin; of a column without nulls.
+    """Flatten a column of lists without nulls; return the values and (N + 1,) offsets.
 
     [[7, 8], [9]] → [7, 8, 9] and 0, 2, 3.
     """
@@ -71,7 +70,7 @@ def as_ragged(column: Column) -> tuple[pa.Array, np.ndarray]:
 
 
 def as_numbers(array: pa.Array) -> np.ndarray:
-    """(N,) numbers without nulls, as they lie in the array's buffer."""
+    """A zero-copy (N,) view of a numeric array without nulls."""
     buffer, dtype = array.buffers()[1], np.dtype(array.type.to_pandas_dtype())
     return np.frombuffer(buffer or b"", dtype)[array.offset : array.offset + len(array)]
 
@@ -81,27 +80,27 @@ def one_array(column: Column) -> pa.Array:
 
 
 @dataclass(frozen=True)
-class Found:
-    """The best documents of each query, best first: (Q, k) ids and float32 scores."""
+class TopK:
+    """The top k documents of each query, best first: (Q, k) ids and float32 scores."""
 
     ids: npt.NDArray[Any]
     scores: Floats
 
     @classmethod
-    def none(cls, queries: int) -> Found:
-        """Of no documents."""
+    def empty(cls, queries: int) -> TopK:
+        """The result of searching no documents."""
         return cls(np.empty((queries, 0), np.int64), np.empty((queries, 0), np.float32))
 
 
 def unit(vectors: npt.NDArray[Any]) -> Floats:
-    """(N, D) at unit length; a zero vector stays one."""
+    """Normalise (N, D) vectors to unit length; zero vectors stay zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
 
 
-def nearest(queries: Floats, blocks: Iterable[tuple[npt.NDArray[Any], Floats]], k: int) -> Found:
-    """The k vectors of highest cosine for each query, of blocks of ids and vectors; unit vectors, (Q, D) and (n, D)."""
-    found = Found.none(len(queries))
+def nearest(queries: Floats, blocks: Iterable[tuple[npt.NDArray[Any], Floats]], k: int) -> TopK:
+    """The k nearest vectors to each query, over blocks of ids and vectors; unit vectors, (Q, D) and (n, D)."""
+    found = TopK.empty(len(queries))
     for ids, vectors in blocks:
         found = merged(found, nearest_in_block(queries, vectors, ids, k), k)
     return found
@@ -109,31 +108,31 @@ def nearest(queries: Floats, blocks: Iterable[tuple[npt.NDArray[Any], Floats]], 
 
 def nearest_in_block(
     queries: Floats, vectors: Floats, ids: npt.NDArray[Any], k: int, excluded: tuple[Ints, Ints] | None = None
-) -> Found:
-    """The k of one block. `excluded` are rows of queries and rows of vectors: such a pair scores -inf."""
-    exact = vectors.T.astype(np.float64)
+) -> TopK:
+    """The k nearest of one block. `excluded` are rows of queries and rows of vectors; these pairs score -inf."""
+    transposed = vectors.T.astype(np.float64)
     parts = []
     for start in range(0, max(len(queries), 1), QUERIES_AT_ONCE):
-        some = queries[start : start + QUERIES_AT_ONCE].astype(np.float64)
-        # In double precision, so that equal vectors in different blocks come to the same float32.
-        scores = (some @ exact).astype(np.float32)
+        batch = queries[start : start + QUERIES_AT_ONCE].astype(np.float64)
+        # In double precision, so that equal vectors in different blocks round to the same float32.
+        scores = (batch @ transposed).astype(np.float32)
         if excluded is not None:
             rows, columns = excluded
-            here = (rows >= start) & (rows < start + len(some))
-            scores[rows[here] - start, columns[here]] = -np.inf
+            in_batch = (rows >= start) & (rows < start + len(batch))
+            scores[rows[in_batch] - start, columns[in_batch]] = -np.inf
         parts.append(best(scores, ids, k))
-    return Found(np.concatenate([part.ids for part in parts]), np.concatenate([part.scores for part in parts]))
+    return TopK(np.concatenate([part.ids for part in parts]), np.concatenate([part.scores for part in parts]))
 
 
-def best(scores: Floats, ids: npt.NDArray[Any], k: int) -> Found:
-    """The k highest of (Q, n) scores of n distinct ids, or all n where there are fewer. A NaN counts as lowest."""
+def best(scores: Floats, ids: npt.NDArray[Any], k: int) -> TopK:
+    """The top k (at most n) of (Q, n) scores of n distinct ids. NaN counts as lowest."""
     k = min(k, len(ids))
     if k == 0:
-        return Found(np.empty((len(scores), 0), ids.dtype), np.empty((len(scores), 0), np.float32))
+        return TopK(np.empty((len(scores), 0), ids.dtype), np.empty((len(scores), 0), np.float32))
     scores = np.where(np.isnan(scores), -np.inf, scores)
     least = np.partition(scores, len(ids) - k, axis=1)[:, len(ids) - k, None]
     kept = scores >= least
-    if (kept.sum(axis=1) > k).any():  # more are tied for the last places than there are places
+    if (kept.sum(axis=1) > k).any():  # ties at rank k
         order = np.argsort(ids)[::-1]
         scores, ids = scores[:, order], ids[order]
         above, equal = scores > least, scores == least
@@ -142,21 +141,21 @@ def best(scores: Floats, ids: npt.NDArray[Any], k: int) -> Found:
     return _sorted(ids[columns], np.take_along_axis(scores, columns, axis=1), k)
 
 
-def merged(one: Found, other: Found, k: int) -> Found:
-    """The k best of two findings for the same queries, of different documents."""
+def merged(one: TopK, other: TopK, k: int) -> TopK:
+    """The top k of two results for the same queries, on different documents."""
     if not one.ids.shape[1] or not other.ids.shape[1]:
         return other if other.ids.shape[1] else one
     ids, scores = (np.concatenate(pair, axis=1) for pair in ((one.ids, other.ids), (one.scores, other.scores)))
     return _sorted(ids, scores, k)
 
 
-def _sorted(ids: npt.NDArray[Any], scores: Floats, k: int) -> Found:
+def _sorted(ids: npt.NDArray[Any], scores: Floats, k: int) -> TopK:
     order = np.argsort(scores, axis=1)[:, ::-1]
     falling = np.take_along_axis(scores, order, axis=1)
     tied = (falling[:, 1:] == falling[:, :-1]).any(axis=1)
-    order[tied] = np.lexsort((ids[tied], scores[tied]), axis=1)[:, ::-1]  # several times as slow where ids are texts
+    order[tied] = np.lexsort((ids[tied], scores[tied]), axis=1)[:, ::-1]  # slow for text ids, so only if tied
     order = order[:, :k]
-    return Found(np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
+    return TopK(np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
 
 
 def nearest_rows(
@@ -165,11 +164,11 @@ def nearest_rows(
     k: int,
     keep: Callable[[pa.RecordBatch], Sequence[bool]] | None = None,
 ) -> list[dict[str, Any]]:
-    """The k rows of highest cosine to a (D,) vector, best first, with `score` and all columns but `vector`.
+    """The k rows nearest to a (D,) vector, best first, with `score` and all columns but `vector`.
 
-    Batches have `id`, distinct texts, and `vector`; `keep` says which rows of a batch may be found.
+    Batches have distinct `id`, and `vector`; `keep` returns a mask of the rows to consider.
     """
-    query, found, rows = unit(vector[None]), Found.none(1), dict[str, dict[str, Any]]()
+    query, found, rows = unit(vector[None]), TopK.empty(1), dict[str, dict[str, Any]]()
     for batch in batches:
         if keep is not None:
             batch = batch.filter(pa.array(keep(batch), pa.bool_()))
@@ -183,8 +182,8 @@ def nearest_rows(
     return [{**row, "score": score} for row, score in zip(rows.values(), found.scores[0].tolist(), strict=True)]
 
 
-def _likely(vectors: Floats, query: Floats, k: int, found: Found) -> Ints:
-    """Which of (n, D) vectors may be among the k best, as far as single precision can tell; found are those before."""
+def _likely(vectors: Floats, query: Floats, k: int, found: TopK) -> Ints:
+    """Rows of (n, D) vectors that may be in the top k, by float32 scores; `found` are the results so far."""
     lengths = np.maximum(np.linalg.norm(vectors, axis=1), 1e-12)
     scores = np.nan_to_num(vectors @ query / lengths, nan=-np.inf)
     least = float(np.partition(scores, -k)[-k]) if len(scores) > k else -np.inf

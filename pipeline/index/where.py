@@ -1,11 +1,11 @@
-"""Conditions on the records that a query may find.
+"""Filter conditions for search.
 
     parse(["source=debian", "section=[admin, net]", "size>=10"])
     # {"source": "debian", "section": ["admin", "net"], "size": {"gte": 10}}
 
-A condition is on `source`, `source_id`, or a key of the metadata: a value that it equals, a list of values of which it
-is one, or bounds of numbers. Metadata that is a list of texts meets a condition where one of them does. What has no
-such key meets none. This is what Pinecone's filters do, so that all stores find the same.
+Each condition filters `source`, `source_id` or a metadata key by a value, a list of allowed values, or numeric bounds.
+A list of texts in the metadata matches if one of them does; a missing key never matches. Pinecone's filters work the
+same way, so all stores return the same results.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Where = Mapping[str, Any]
 
 
 def parse(conditions: Sequence[str]) -> dict[str, Any]:
-    """Conditions as they are written on a command line; values are YAML. Raises ConfigError."""
+    """Parse conditions from the command line; values are YAML. Raises ConfigError."""
     where: dict[str, Any] = {}
     for text in conditions:
         match = re.fullmatch(r"([^<>=]+)(>=|<=|=|<|>)(.+)", text, re.DOTALL)
@@ -48,19 +48,19 @@ def _yaml(value: str, text: str) -> Any:
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError:
-        raise ConfigError(f"--where {text!r}: the value is no YAML; allowed is one such as 3 or 'text'") from None
+        raise ConfigError(f"--where {text!r}: the value is not YAML; allowed is a value such as 3 or 'text'") from None
 
 
 def checked_where(where: Where | None) -> dict[str, Any]:
-    """The same conditions. Raises ConfigError for one that no store understands."""
-    for key, wanted in (where or {}).items():
-        bounds = isinstance(wanted, Mapping)
-        values = list(wanted.values()) if bounds else wanted if isinstance(wanted, list) else [wanted]
-        right = _is_number if bounds else _is_scalar
+    """Return the conditions. Raises ConfigError for an unsupported one."""
+    for key, condition in (where or {}).items():
+        bounds = isinstance(condition, Mapping)
+        values = list(condition.values()) if bounds else condition if isinstance(condition, list) else [condition]
+        is_allowed = _is_number if bounds else _is_scalar
         if not key or key.startswith("$"):
             raise ConfigError(f"where: found the key {key!r}; allowed are source, source_id and keys of the metadata")
-        if not values or not all(map(right, values)) or (bounds and not set(wanted) <= set(BOUNDS)):
-            raise ConfigError(f"where: found {key} {wanted!r}; {ALLOWED}")
+        if not values or not all(map(is_allowed, values)) or (bounds and not set(condition) <= set(BOUNDS)):
+            raise ConfigError(f"where: found {key} {condition!r}; {ALLOWED}")
     return dict(where or {})
 
 
@@ -73,61 +73,61 @@ def _is_number(value: Any) -> bool:
 
 
 def keeps(where: Where, row: Mapping[str, Any]) -> bool:
-    """Whether one of a row's `places` meets all conditions, or the row's own source, source_id and metadata (JSON)."""
+    """Whether one of a row's `places`, or the row's own source, source_id and metadata (JSON), meets all conditions."""
     own = [row] if "metadata" in row else []
-    return any(_keeps(where, place) for place in (*own, *(row["places"] or ())))
+    return any(_meets_all(where, place) for place in (*own, *(row["places"] or ())))
 
 
-def _keeps(where: Where, place: Mapping[str, Any]) -> bool:
+def _meets_all(where: Where, place: Mapping[str, Any]) -> bool:
     metadata = None
-    for key, wanted in where.items():
+    for key, condition in where.items():
         if key in COLUMNS:
             value = place[key]
         else:
             metadata = _metadata(place["metadata"]) if metadata is None else metadata
             value = metadata.get(key)
-        if not _meets(value, wanted):
+        if not _meets(value, condition):
             return False
     return True
 
 
 def _metadata(text: str | None) -> dict[str, Any]:
     try:
-        found = json.loads(text or "{}")
+        metadata = json.loads(text or "{}")
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
-def _meets(value: Any, wanted: Any) -> bool:
+def _meets(value: Any, condition: Any) -> bool:
     if isinstance(value, list):
-        return all(isinstance(item, str) for item in value) and any(_meets(item, wanted) for item in value)
-    if isinstance(wanted, Mapping):
-        return _is_number(value) and all(_beyond(value, bound, limit) for bound, limit in wanted.items())
-    return any(_same(value, one) for one in (wanted if isinstance(wanted, list) else [wanted]))
+        return all(isinstance(item, str) for item in value) and any(_meets(item, condition) for item in value)
+    if isinstance(condition, Mapping):
+        return _is_number(value) and all(_in_bound(value, bound, limit) for bound, limit in condition.items())
+    return any(_equal(value, each) for each in (condition if isinstance(condition, list) else [condition]))
 
 
-def _same(value: Any, wanted: Any) -> bool:
-    """Equal, and of one kind: a truth value is no number."""
-    return isinstance(value, bool) == isinstance(wanted, bool) and value is not None and bool(value == wanted)
+def _equal(value: Any, other: Any) -> bool:
+    """Like ==, but True does not equal 1, and None equals nothing."""
+    return isinstance(value, bool) == isinstance(other, bool) and value is not None and bool(value == other)
 
 
-def _beyond(value: float, bound: str, limit: float) -> bool:
+def _in_bound(value: float, bound: str, limit: float) -> bool:
     if bound in ("gt", "gte"):
         return value > limit or (bound == "gte" and value == limit)
     return value < limit or (bound == "lte" and value == limit)
 
 
 def to_sql(where: Where) -> tuple[str, bool]:
-    """SQL that holds for all rows whose first place meets the conditions, and whether for no others."""
+    """SQL that selects all rows whose first place meets the conditions, and whether it selects no others."""
     parts, exact = [], True
-    for key, wanted in where.items():
-        texts = wanted if isinstance(wanted, list) else [wanted]
+    for key, condition in where.items():
+        texts = condition if isinstance(condition, list) else [condition]
         if key in COLUMNS and all(isinstance(text, str) for text in texts):
             parts += list(among(key, texts)) if len(texts) <= SQL_TEXTS else []
             exact &= len(texts) <= SQL_TEXTS
             continue
         exact = False
-        if re.fullmatch(r"[A-Za-z0-9_ -]+", key) and key not in COLUMNS:  # a key that JSON writes as it is
+        if re.fullmatch(r"[A-Za-z0-9_ -]+", key) and key not in COLUMNS:  # JSON does not escape such a key
             parts.append(f"metadata LIKE '%\"{key}\"%'")
     return " AND ".join(parts) or "true", exact

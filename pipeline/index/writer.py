@@ -1,13 +1,13 @@
-"""The one writer of a vector table: commits that happen once, whatever fails.
+"""The single writer of a vector table, with commits that take effect exactly once.
 
     with table.writing() as writer:
         writer.append(table.write(rows))                    # one commit for many fragments
         writer.delete(row_ids)
         writer.mark_verified(documents.key)
 
-Appends never conflict in Lance, so a commit whose reply was lost is looked for in the newest version before it is tried
-again. A job begins to write with a `restore` of the newest version, which changes nothing and conflicts with every
-commit of a writer that began before it: one that was paused and lost its lock cannot commit any more.
+Appends never conflict in Lance, so before a retry the writer looks for its commit in the newest version, in case only
+the reply was lost. As a fence, a job starts writing with a `restore` of the newest version: it changes nothing, but
+conflicts with every commit of an earlier writer, such as a paused one that lost its lock.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from pipeline.core.files import lance_location
 from pipeline.core.path import check_guards
 from pipeline.index.table import READ_FOR, VERIFIED, Fragment, StoreError, VectorTable, tags_of
 
-TAKEN_OVER = "another job has begun to write to {}; run the same command again to continue"
+TAKEN_OVER = "another job has started to write to {}; run the same command again to continue"
 COMMIT_ATTEMPTS = 5
 DELETED_AT_ONCE = 100_000
 
 
 class Writer:
-    """Commits to a table, by the one process that holds it. Errors of Lance come as OSError and RuntimeError."""
+    """Commits to a table from the process that holds its lock. Lance raises OSError and RuntimeError."""
 
     def __init__(self, table: VectorTable) -> None:
         self.table = table
@@ -41,7 +41,7 @@ class Writer:
         self._began = False
 
     def begin(self) -> None:
-        """Make commits of writers that began earlier fail."""
+        """Make the commits of earlier writers fail."""
         if not self._began:
             check_guards(self.table.path)
             self.table.open().restore()
@@ -49,44 +49,44 @@ class Writer:
             self._began = True
 
     def append(self, fragments: Sequence[Fragment]) -> None:
-        """Commit fragments, all of them or none, once: by rising id, so that the zone map tells them apart."""
+        """Commit all fragments atomically and once, sorted by id so that the zone map can tell them apart."""
         import lance
         from lance.fragment import FragmentMetadata
 
-        found = [FragmentMetadata.from_json(each.metadata) for each in sorted(fragments)]
-        files = {file.path for each in found for file in each.files}
+        new = [FragmentMetadata.from_json(each.metadata) for each in sorted(fragments)]
+        files = {file.path for each in new for file in each.files}
         uri, options = lance_location(self.table.path)
         tried = False
 
         def commit(dataset: Any) -> None:
             nonlocal tried
             if tried and files <= {file.path for each in dataset.get_fragments() for file in each.metadata.files}:
-                return  # an attempt has committed them whose reply was lost
+                return  # an earlier attempt committed them, but its reply was lost
             tried = True
-            # Without retries of Lance's own: one would commit again what a lost reply has committed.
-            operation = lance.LanceOperation.Append(found)
+            # Lance's own retries could commit twice if a reply is lost.
+            operation = lance.LanceOperation.Append(new)
             lance.LanceDataset.commit(
                 uri, operation, read_version=dataset.version, storage_options=options, max_retries=0
             )
 
-        if found:
+        if new:
             self._commit(commit)
 
     def delete(self, row_ids: np.ndarray) -> None:
         """Delete rows by `_rowid`."""
         for start in range(0, len(row_ids), DELETED_AT_ONCE):
-            some = ", ".join(map(str, row_ids[start : start + DELETED_AT_ONCE].tolist()))
-            self._commit(methodcaller("delete", f"_rowid IN ({some})"))
+            batch = ", ".join(map(str, row_ids[start : start + DELETED_AT_ONCE].tolist()))
+            self._commit(methodcaller("delete", f"_rowid IN ({batch})"))
 
     def index_words(self, settings: dict[str, Any]) -> None:
-        """Build the index of words; a version that was verified stays so."""
+        """Build the full-text index; a verified table stays verified."""
         self._commit(methodcaller("create_scalar_index", "text", "INVERTED", **settings))
         if self.was_verified:
             for name in tags_of(self.dataset, VERIFIED):
                 self.dataset.tags.update(name, self.dataset.version)
 
     def clean_up(self) -> None:
-        """Remove old versions that no tag names, and files of jobs that were killed."""
+        """Remove untagged old versions, and files of killed jobs."""
         self.refresh()
         check_guards(self.table.path)
         self.dataset.cleanup_old_versions(READ_FOR, delete_unverified=True, error_if_tagged_old_versions=False)
@@ -95,7 +95,7 @@ class Writer:
         self._commit(methodcaller("drop_index", name))
 
     def mark_verified(self, documents: str) -> None:
-        """Note that the newest version holds the documents of this key, and no others."""
+        """Tag the newest version as holding exactly the documents with this key."""
         self.refresh()
         self.forget_verified()
         self.dataset.tags.create(VERIFIED + documents, self.dataset.version)
@@ -105,7 +105,7 @@ class Writer:
             self.untag(name)
 
     def refresh(self) -> None:
-        """Turn to the newest version. Raises StoreError if another writer has begun since the last one."""
+        """Open the newest version. Raises StoreError if another writer has started in the meantime."""
         import lance
 
         newest = self.table.open()
@@ -116,11 +116,11 @@ class Writer:
         self.dataset = newest
 
     def tag(self, name: str, version: int) -> None:
-        """Let a tag name a version."""
+        """Create or move a tag."""
         check_guards(self.table.path)
         try:
             self.dataset.tags.update(name, version)
-        except ValueError:  # there is none of that name
+        except ValueError:  # no such tag
             self.dataset.tags.create(name, version)
 
     def untag(self, name: str) -> None:
@@ -128,9 +128,9 @@ class Writer:
         self.dataset.tags.delete(name)
 
     def _commit(self, commit: Callable[[Any], Any]) -> None:
-        """Commit on top of the newest version, and again where it is not known to have failed.
+        """Commit on top of the newest version, with retries.
 
-        Raises LockLost or StoreError if another writer has begun, or what Lance raised the last time.
+        Raises LockLost or StoreError if another writer has started, or Lance's error of the last attempt.
         """
         from lance.commit import CommitConflictError
 
@@ -145,7 +145,7 @@ class Writer:
                     raise StoreError(TAKEN_OVER.format(self.table.path)) from error
                 if attempt == COMMIT_ATTEMPTS or "No space left on device" in str(error) or "os error 28" in str(error):
                     raise
-                log.debug("%s: a commit failed, which is tried again: %s", self.table.name, error)
+                log.debug("%s: retrying a failed commit: %s", self.table.name, error)
                 time.sleep(random.uniform(0, 0.1 * 2**attempt))
                 self.refresh()
         self.refresh()
