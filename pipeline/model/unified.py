@@ -9,8 +9,7 @@ Cost: that of the encoder for source tokens, and of the decoder for target token
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,61 +42,67 @@ class UnifiedTransformer(nn.Module):
         return self.decoder.generate(self.memory(source), start_id, end_id, max_new_tokens or self.max_new_tokens)
 
 
-@dataclass(frozen=True)
-class TransformerOptions:
-    """Sizes and switches; the defaults are the base model's of Vaswani et al. 2017, table 3."""
-
-    d_model: int = 512
-    num_layers: int = 6
-    num_heads: int = 8
-    d_ff: int | None = None
-    """None: `gated_width`."""
-    dropout: float = 0.1
-    num_kv_heads: int | None = None
-    decoder_layers: int | None = None
-    """None: as many as the encoder's."""
-    positions: Literal["rotary", "learned"] = "rotary"
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = False
-    """Share one table for source tokens, target tokens and logits (Vaswani et al., section 3.4)."""
-    gradient_checkpointing: bool = False
-
-
 def build_unified_transformer(
-    src_vocab_size: int, tgt_vocab_size: int, src_seq_len: int, tgt_seq_len: int, **options: Any
+    src_vocab_size: int,
+    tgt_vocab_size: int,
+    src_seq_len: int,
+    tgt_seq_len: int,
+    d_model: int = 512,
+    num_layers: int = 6,
+    num_heads: int = 8,
+    d_ff: int | None = None,
+    dropout: float = 0.1,
+    *,
+    num_kv_heads: int | None = None,
+    decoder_layers: int | None = None,
+    positions: Literal["rotary", "learned"] = "rotary",
+    norm_eps: float = 1e-5,
+    tie_embeddings: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> UnifiedTransformer:
-    """A randomly initialised transformer. `options` are the fields of `TransformerOptions`.
+    """A randomly initialised transformer; the defaults are the base model's of Vaswani et al. 2017, table 3.
 
     `src_seq_len` and `tgt_seq_len`: longest sequences in tokens, including special tokens; longer ones raise
-    ValueError. Raises ValueError if tied vocabularies differ or sizes do not divide, TypeError for unknown options.
+    ValueError. `d_ff` defaults to `gated_width`, `decoder_layers` to the encoder's number. `tie_embeddings` shares one
+    table for source tokens, target tokens and logits (Vaswani et al., section 3.4). Raises ValueError if tied
+    vocabularies differ or sizes do not divide.
     """
-    chosen = TransformerOptions(**options)
-    if chosen.tie_embeddings and src_vocab_size != tgt_vocab_size:
+    if tie_embeddings and src_vocab_size != tgt_vocab_size:
         raise ValueError(
             f"tie_embeddings needs one vocabulary; found src_vocab_size={src_vocab_size} and "
             f"tgt_vocab_size={tgt_vocab_size}"
         )
-    encoder_shape = EncoderShape(
-        src_vocab_size,
-        chosen.d_model,
-        chosen.num_layers,
-        chosen.num_heads,
-        chosen.d_ff or gated_width(chosen.d_model),
-        num_kv_heads=chosen.num_kv_heads,
-        dropout=chosen.dropout,
-        positions=chosen.positions,
-        max_positions=src_seq_len,
-        norm_eps=chosen.norm_eps,
+    d_ff = d_ff or gated_width(d_model)
+    encoder = Encoder(
+        EncoderShape(
+            src_vocab_size,
+            d_model,
+            num_layers,
+            num_heads,
+            d_ff,
+            num_kv_heads=num_kv_heads,
+            dropout=dropout,
+            positions=positions,
+            max_positions=src_seq_len,
+            norm_eps=norm_eps,
+        )
     )
-    of_decoder = {
-        "vocab_size": tgt_vocab_size,
-        "num_layers": chosen.num_layers if chosen.decoder_layers is None else chosen.decoder_layers,
-        "max_positions": tgt_seq_len,
-        "memory_width": chosen.d_model,
-        "tie_head": chosen.tie_embeddings,
-    }
-    encoder = Encoder(encoder_shape)
-    shared_table = encoder.token_table if chosen.tie_embeddings else None
-    decoder = Decoder(DecoderShape(**asdict(encoder_shape) | of_decoder), tie_to=shared_table)
-    encoder.gradient_checkpointing = decoder.gradient_checkpointing = chosen.gradient_checkpointing
+    decoder = Decoder(
+        DecoderShape(
+            tgt_vocab_size,
+            d_model,
+            num_layers if decoder_layers is None else decoder_layers,
+            num_heads,
+            d_ff,
+            num_kv_heads=num_kv_heads,
+            dropout=dropout,
+            positions=positions,
+            max_positions=tgt_seq_len,
+            norm_eps=norm_eps,
+            memory_width=d_model,
+            tie_head=tie_embeddings,
+        ),
+        tie_to=encoder.token_table if tie_embeddings else None,
+    )
+    encoder.gradient_checkpointing = decoder.gradient_checkpointing = gradient_checkpointing
     return UnifiedTransformer(encoder, decoder, tgt_seq_len)
