@@ -45,7 +45,7 @@ def test_ctrl_c_in_each_stage_and_the_next_run_goes_on(tmp_path: Path) -> None:
     finished = run("run", config)
     assert finished["metrics"]["train"]["step"] == 300
     assert rows_and_ids(tmp_path) == (finished["metrics"]["prepare"]["rows_kept"],) * 2
-    assert "on from step" in (tmp_path / "store" / "runs" / "r" / "training.log").read_text()
+    assert ", from step" in (tmp_path / "store" / "runs" / "r" / "training.log").read_text()
     assert [p.name for p in {*TEMPORARY.iterdir()} - before if p.name != "ray"] == []
 
 
@@ -79,7 +79,7 @@ def test_the_same_bytes_on_1_and_4_workers_and_killed_in_each_stage(tmp_path: Pa
     killed = tmp_path / "killed"
     config = write_config(killed, pairs=12_000)
     done: dict[str, int] = {}
-    for output in ("*-judge/*.json", "*-duplicates/*.json", "keys/*.npy", "gone/*.parquet", "*-tokenize/*.json"):
+    for output in ("*-filter/*.json", "*-duplicates/*.json", "keys/*.parts", "dropped/*.parquet", "*-tokenize/*.json"):
         job = JobProcess("prepare", config, option)
         wait_until(lambda output=output: list(killed.glob(f"store/stages/*/scratch/{output}")), job)
         job.process.kill()

@@ -114,7 +114,7 @@ def test_nodes_are_lost_and_nothing_else_is(
             return JobProcess(name, config, *PLACED, *args, **access)
 
         job = start("prepare")
-        wait_until(lambda: list(tmp_path.glob("store/stages/records-*/scratch/prepare-read-and-judge/*.json")), job)
+        wait_until(lambda: list(tmp_path.glob("store/stages/records-*/scratch/prepare-read-and-filter/*.json")), job)
         nodes.kill(readers.pop())
         readers.append(nodes.add(CPU))
         job.finish()

@@ -145,7 +145,7 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint_whole(small_disk: Pa
             pass
     code, _ = job.end()
     assert code == 1, job.log.read_text()
-    assert "No space left on device" in job.log.read_text()
+    assert "is full; free some space" in job.log.read_text()
     assert "the same command" in job.log.read_text()  # Ray's own file or our checkpoint: whichever came first
     filler.unlink()
     assert run("train", config, *arguments)["metrics"]["step"] == 200

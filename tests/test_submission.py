@@ -178,7 +178,7 @@ def test_submitted_stopped_and_submitted_again_and_no_secret_is_left(sweep: bool
 
         said = submit("second", "run", f"training.max_time_s={left['train_seconds'] + 4}")
         assert "succeeded" in said
-        assert f"on from step {left['step']:,}" in said
+        assert f", from step {left['step']:,}" in said
         assert newest_state(run_dir)["step"] > left["step"]
         assert key in pinecone.keys
         (spaces,) = pinecone.records.values()

@@ -65,6 +65,8 @@ class Logging(Section):
 
 
 class Config(Section):
+    """The whole config. Read a key as `config.training.learning_rate` or `config.get("training.learning_rate")`."""
+
     storage: Storage = Storage()
     data: Data = Data()
     tokenizer: Tokenizer = Tokenizer()

@@ -59,6 +59,8 @@ def search(
 ) -> list[Hit]:
     """Find the documents nearest to a query, best first, in the table that the config's run last published.
 
+    search(config, "remove duplicate rows", limit=3, where={"source": "pages"})
+
     `where.py` describes `where`. Raises ConfigError for an invalid query or invalid conditions, and JobError if there
     is no model or no table.
     """
@@ -219,6 +221,9 @@ class Embedder:
 
 
 def open_embedder(config: Config) -> Embedder:
-    """Open the model and the table that the config's run last published."""
+    """Open the model and the table that the config's run last published.
+
+    open_embedder(config).get_embedding("remove duplicate rows", cache_only=True)    # None unless it is in the table
+    """
     recipe, table = published(config)
     return Embedder(recipe, table, normaliser(config.data), prompt_name(config.embedding.field))
