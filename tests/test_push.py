@@ -434,7 +434,7 @@ class TestRepair:
             other.add(writer, {"another text": [place("s", "1")], min(world.documents): [place("s", "1")]})
             words = (
                 rf"^text-embedding-pipeline/n holds 60 records, and 59 of them are not in {other.table.path}; choose "
-                r"another pinecone\.namespace, or let them be deleted with embedding\.max_deleted_fraction=1$"
+                r"another pinecone\.namespace, or set embedding\.max_deleted_fraction=1"
             )
             for _ in range(2):
                 with pytest.raises(StoreError, match=words):
@@ -742,7 +742,7 @@ def test_over_a_cluster(server: Service, world: Pushed, tmp_path: Path, ray_clus
         server.remove(INDEX)
         (tmp_path / "c.yaml").write_text(json.dumps({"pinecone": {**settings, "create": False}}))
         config = load(tmp_path / "c.yaml", [f"storage.root={tmp_path}"], environ={})
-        with pytest.raises(StoreError, match=r"^Pinecone has no index text-embedding-pipeline; pinecone.create=true"):
+        with pytest.raises(StoreError, match=r"^Pinecone has no index text-embedding-pipeline; set pinecone.create=true"):
             push_over_cluster(writer, config, letters, progress())
 
 
