@@ -266,11 +266,11 @@ def _plant(kill: Kill) -> None:
         "reduced": (DataParallel, "clip", before),
         "updated": (Precision, "step", after),
         "writing": (torch, "save", amid),
-        "written": (Committer, "place", before),
-        "moved": (Committer, "place", after),
+        "written": (Committer, "commit", before),
+        "moved": (Committer, "commit", after),
         "uploading": (BucketPath, "upload", half),
         "sealing": (Committer, "_merged_state", after),
-        "sealed": (Committer, "place", after),
+        "sealed": (Committer, "commit", after),
     }[kill.place]
     setattr(owner, name, planted(getattr(owner, name)))
 

@@ -184,7 +184,7 @@ def test_the_first_of_several_workers_seals_once_all_parts_are_there(run_dir: Bu
     earlier, now = ([Committer(run_dir, rank, 3, start, 60) for rank in range(3)] for start in ("earlier", "now"))
     (target / earlier[1].part(1)).write_bytes(b'{"files": {"weights/shard-1": "another"}}')
     (target / earlier[2].part(2)).write_bytes(b'{"files": {"weights/shard-2": "another"}}')
-    first = threading.Thread(target=now[0].place, args=(parts[0], target, True))
+    first = threading.Thread(target=now[0].commit, args=(parts[0], target, True))
     first.start()
     now[2].commit(parts[2], target, True)
     assert newest_valid(run_dir).folder is None

@@ -147,7 +147,7 @@ def test_a_micro_batch_that_does_not_fit_ends_the_doubling(monkeypatch: pytest.M
             raise torch.OutOfMemoryError
 
     monkeypatch.setattr(gpu_speed._Runner, "run", run)
-    speed = gpu_speed.measure(case, CPU, gpu_speed.Bounds(seconds=0.0, steps=1, most_tokens=1 << 30))
+    speed = gpu_speed.measure(case, CPU, gpu_speed.Bounds(seconds=0.0, steps=1, max_tokens=1 << 30))
     assert tried[:9] == [16, 16, 32, 32, 64, 64, 128, 64, 32]
     assert (speed.pairs, speed.tokens) == (32, 2 * 512 * 32)
 

@@ -181,7 +181,9 @@ class TestWholeJob:
                 path.chmod(mode)
         assert {path: path.stat().st_mtime_ns for path in job.root.rglob("*")} == before
 
-    @pytest.mark.parametrize(("query", "found"), [("", "nothing"), (" \n", "nothing"), ("x" * 100_000, "100,000")])
+    @pytest.mark.parametrize(
+        ("query", "found"), [("", "an empty text"), (" \n", "an empty text"), ("x" * 100_000, "100,000")]
+    )
     def test_search_refuses_queries_that_are_none(
         self, query: str, found: str, job: Job, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -334,7 +334,9 @@ def test_too_much_bad_input_stops_with_a_sentence(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", make_pairs(30))
     with path.open("a") as file:
         file.write("{broken\n" * 10)
-    with pytest.raises(JobError, match=r"source s: 10 broken_json of 40 records .*max_bad_fraction=0\.05"):
+    with pytest.raises(
+        JobError, match=r"source s: 10 broken_json of 40 records, more than data\.max_bad_fraction=0\.05"
+    ):
         prepare(config_of(tmp_path, path), progress)
     assert prepare(config_of(tmp_path, path, "data.max_bad_fraction=0.3"), progress)[1].sources[0].rejected == {
         "broken_json": 10

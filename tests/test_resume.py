@@ -19,7 +19,7 @@ from pipeline.training import checkpoints, fit
 from pipeline.training.assembly import RunSpec, train_locally, train_or_resume
 from pipeline.training.checkpoints import resume_point, step_folder
 from pipeline.training.loop import Hooks
-from pipeline.training.worker import Sent
+from pipeline.training.worker import WorkerInput
 from pipeline.training.workers import Workers
 from tests.killed_loop import PLACES, Finished, Kill, Start, prepared, train_in
 
@@ -125,16 +125,18 @@ def test_a_resume_hashes_each_file_of_the_newest_checkpoint_once(
     hash_of, hashed = checkpoints._hash, list[str]()
     monkeypatch.setattr(checkpoints, "_hash", lambda path: hashed.append(path.name) or hash_of(path))
 
-    def trainer(config: object, workers: object, sent: Sent) -> SimpleNamespace:
+    def trainer(config: object, workers: object, sent: WorkerInput) -> SimpleNamespace:
         hooks = Hooks(lambda run, state, is_best: None, until(4))
-        batches = LocalFeed(sent.task.plan).batches
-        return SimpleNamespace(fit=lambda: train_or_resume(sent.task, batches, hooks, torch.device("cpu"), sent.point))
+        batches = LocalFeed(sent.spec.plan).batches
+        return SimpleNamespace(fit=lambda: train_or_resume(sent.spec, batches, hooks, torch.device("cpu"), sent.point))
 
     def train_through_ray() -> None:
         monkeypatch.setattr(fit, "_trainer", trainer)
         task, point = RunSpec.of(config, data, manifest), resume_point(config.run_dir)
         assert not fit.is_done(config, data, manifest, point.state)
-        fit._fit(config, Workers(1, 1, 1, 0, 1), Sent(task, 1, None, resume_point(config.run_dir, point), 0.0))
+        fit._run_trainer(
+            config, Workers(1, 1, 1, 0, 1), WorkerInput(task, 1, None, resume_point(config.run_dir, point), 0.0)
+        )
 
     with pytest.raises(ReachedError):
         train_through_ray() if with_ray else train_locally(config, data, manifest, until(4))

@@ -73,7 +73,7 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 def test_with_conditions(search: Any) -> None:
     code, _, said = search("merge lists")
     assert code == 1
-    assert "no index yet" in said
+    assert " yet for the model in" in said
     search.fill()
     code, found, _ = search("merge lists", "--json")
     assert code == 0

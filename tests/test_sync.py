@@ -164,9 +164,9 @@ def test_damage_behind_our_back_is_found_and_repaired(world: World) -> None:
     rows = table.read(table.schema.names).sort_by("id")
     for name, damage, sentence in [
         ("removed", lambda: table.open().delete(f"id = '{rows['id'][0]}'"), "1 rows are missing"),
-        ("foreign", lambda: overwrite(table, changed(rows.slice(1, 1), "id", "f" * 32)), "1 rows are foreign"),
-        ("first", lambda: overwrite(table, changed(rows.slice(1, 1), "id", "'!\n/")), "1 rows are foreign"),
-        ("last", lambda: overwrite(table, changed(rows.slice(1, 1), "id", "zü")), "1 rows are foreign"),
+        ("foreign", lambda: overwrite(table, changed(rows.slice(1, 1), "id", "f" * 32)), "1 rows are of no document"),
+        ("first", lambda: overwrite(table, changed(rows.slice(1, 1), "id", "'!\n/")), "1 rows are of no document"),
+        ("last", lambda: overwrite(table, changed(rows.slice(1, 1), "id", "zü")), "1 rows are of no document"),
         ("twice", lambda: append(table, rows.slice(2, 2)), "2 rows are damaged"),
         ("text", lambda: overwrite(table, changed(rows.slice(4, 1), "text", "x")), "1 rows are damaged"),
         ("metadata", lambda: overwrite(table, changed(rows.slice(5, 1), "metadata", "{}")), "1 rows are damaged"),
