@@ -46,7 +46,7 @@ def layout_of(lengths: list[int]) -> Layout:
     return Layout.of(pack([[0] * n for n in lengths]))
 
 
-def written_out(
+def written_out(  # noqa: PLR0913
     q: Tensor,
     k: Tensor,
     v: Tensor,

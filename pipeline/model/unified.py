@@ -42,7 +42,7 @@ class UnifiedTransformer(nn.Module):
         return self.decoder.generate(self.memory(source), start_id, end_id, max_new_tokens or self.max_new_tokens)
 
 
-def build_unified_transformer(
+def build_unified_transformer(  # noqa: PLR0913  # named as in the paper
     src_vocab_size: int,
     tgt_vocab_size: int,
     src_seq_len: int,
