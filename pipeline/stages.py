@@ -289,7 +289,7 @@ def model_folder(config: Config) -> StoragePath:
     from pipeline.training.checkpoints import best_checkpoint
 
     if config.embedding.model:
-        check_folders(config)
+        check_model(as_path(config.embedding.model))
         return as_path(config.embedding.model)
     best = best_checkpoint(config.run_dir)
     if best is None:
