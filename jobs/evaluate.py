@@ -1,4 +1,4 @@
-"""Score the model on held-out pairs, BEIR folders, sentence pairs and labelled texts, BM25 and both together beside.
+"""Score the model, BM25 and both combined on held-out pairs, BEIR folders, sentence pairs and labelled texts.
 
 examples:
   python jobs/evaluate.py

@@ -1,4 +1,4 @@
-"""Write the run's best model as a folder that sentence-transformers and transformers load, without code of ours.
+"""Export the run's best model as a folder that sentence-transformers and transformers load without remote code.
 
 examples:
   python jobs/export.py --to exported

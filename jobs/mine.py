@@ -1,4 +1,4 @@
-"""Find hard negatives for the training pairs with a trained model, and write the data set anew with them.
+"""Find hard negatives for the training pairs with a trained model, and write a data set that has them.
 
 examples:
   python jobs/mine.py                                  # prints where it is, such as data.prepared=prepared/3f9c2a…

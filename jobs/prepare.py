@@ -1,4 +1,4 @@
-"""Turn raw text into token shards: read, judge, deduplicate, tokenize.
+"""Turn raw text into token shards: read, filter, deduplicate, tokenize.
 
 examples:
   python jobs/prepare.py                                     # the packages installed here (configs/quickstart.yaml)

@@ -1,4 +1,4 @@
-"""The whole job: prepare, train, embed, evaluate. Stages that are done are skipped.
+"""Prepare, train, embed and evaluate. Skips what is done.
 
 examples:
   python jobs/run.py                                         # the packages installed here (configs/quickstart.yaml)

@@ -1,4 +1,4 @@
-"""Find the records nearest to a question by meaning.
+"""Search the index by meaning.
 
 examples:
   python jobs/search.py "remove duplicate rows from a table"

@@ -1,4 +1,4 @@
-"""Train an embedding model, or go on training one; prepares first where token shards are missing or stale.
+"""Train an embedding model, or resume training; prepares first if token shards are missing or stale.
 
 examples:
   python jobs/train.py                                       # the packages installed here (configs/quickstart.yaml)

@@ -1,4 +1,4 @@
-"""Try other values of the config's keys, trial by trial, and write the best ones as a config; prepares first.
+"""Search for better values of the config's keys, and write the best as a config; prepares first.
 
 examples:
   python jobs/tune.py                                        # the rate, its warm-up, the temperature; 16 trials
@@ -6,7 +6,7 @@ examples:
   python jobs/tune.py tune.trials=40 tune.max_steps=500 tune.searcher=random
   python jobs/tune.py 'tune.space={model.d_model: {choice: [128, 256]}, training.weight_decay: {uniform: [0, 0.1]}}'
   python jobs/train.py --config RUN_DIR/tune/best.yaml       # what the sweep found, trained to its own length
-  ray job submit --working-dir . -- python jobs/tune.py      # on a cluster; submitted again it goes on
+  ray job submit --working-dir . -- python jobs/tune.py      # on a cluster; submit it again to resume
 """
 
 import sys

@@ -1,7 +1,6 @@
-"""The stages that jobs are made of: each brings one thing up to date, or finds that it is.
+"""The stages of a job. Each brings one thing up to date, or finds that it is up to date.
 
-A stage takes a `Session`, which starts Ray when the first stage that has work asks for it, so that a rerun of finished
-work does without.
+A stage takes a `Session`, which starts Ray when a stage first has work to do. A rerun of finished work needs no Ray.
 """
 
 from __future__ import annotations
@@ -30,8 +29,9 @@ from pipeline.preflight import preflight
 
 
 class Session:
-    """A job's Ray session, started on first use, when the cluster is looked at for what the job `needs`: of prepare,
-    train, tune, encode and store those that are ahead.
+    """A job's config and its Ray session, which is started and checked on first use.
+
+    `needs` names the work ahead, for the check of the cluster: prepare, train, tune, encode, store.
     """
 
     def __init__(self, config: Config, rehash: bool = False, needs: Collection[str] = ("prepare",)) -> None:
@@ -43,14 +43,14 @@ class Session:
         self._prepared: tuple[StoragePath, Manifest] | None = None
 
     def prepared(self) -> tuple[StoragePath, Manifest]:
-        """The prepared data set, brought up to date on first use; says how far it is from what the run trained on."""
+        """The prepared data set, brought up to date on first use. Logs how far it is from the run's training data."""
         if self._prepared is None:
             self._prepared = prepare(self.config, self.progress, self.rehash)
             log_drift(self.config, *self._prepared)
         return self._prepared
 
     def progress(self) -> Progress:
-        """Raises ConfigError or JobError where the cluster lacks what the job needs."""
+        """Start Ray on first use. Raises ConfigError or JobError if the cluster lacks what the job needs."""
         if self._progress is None:
             check_writable(self.config)
             self._progress = self._stack.enter_context(ray_session())
@@ -86,7 +86,7 @@ def check_writable(config: Config) -> None:
 
 
 def check_stage(session: Session) -> Result:
-    """What a look at the cluster finds, and no work. Raises ConfigError or JobError where a job would."""
+    """Check the config and the cluster without doing any work. Raises ConfigError or JobError as the job would."""
     with ray_session():
         findings = preflight(session.config, session.needs)
         if "prepare" in session.needs and session.config.data.prepared is None:
@@ -97,14 +97,14 @@ def check_stage(session: Session) -> Result:
 
 
 def check_folders(config: Config) -> None:
-    """Raise ConfigError for a folder that a later stage would miss, before an earlier one has worked for hours."""
+    """Raise ConfigError now for a missing folder that a later stage needs, not after hours of work."""
     check_tasks(config.evaluation)
     if config.embedding.model:
         check_model(as_path(config.embedding.model))
 
 
 def check_model(place: StoragePath) -> None:
-    """Raise ConfigError where there is no model to embed with, as far as that shows without its weights."""
+    """Raise ConfigError if `embedding.model` is not a model folder. Does not read the weights."""
     if not place.is_dir():
         raise ConfigError(
             f"embedding.model: found no folder {place}; allowed are a checkpoint's, and those of transformers and of "
@@ -123,7 +123,7 @@ def check_model(place: StoragePath) -> None:
 
 
 def prepare_stage(session: Session) -> Result:
-    """Token shards of the config's sources."""
+    """Prepare the token shards of the config's sources."""
     folder, manifest = session.prepared()
     metrics = {
         "rows_in": sum(source.rows_in for source in manifest.sources),
@@ -144,7 +144,7 @@ def _check_pairs(config: Config, manifest: Manifest) -> None:
 
 
 def train_stage(session: Session) -> Result:
-    """A trained model; prepares first where the token shards are missing or stale."""
+    """Train a model, or resume training; prepares first if token shards are missing or stale."""
     config, (folder, manifest) = session.config, session.prepared()
     _check_pairs(config, manifest)
     from pipeline.training.checkpoints import resume_point
@@ -165,7 +165,7 @@ def train_stage(session: Session) -> Result:
 
 
 def tune_stage(session: Session) -> Result:
-    """A sweep, or what is left of one: trials on one prepared data set, and the best one's config."""
+    """Run a sweep, or the rest of one: trials on one prepared data set, and the config of the best."""
     config, (folder, manifest) = session.config, session.prepared()
     _check_pairs(config, manifest)
     from pipeline.training.sweep import sweep
@@ -175,9 +175,9 @@ def tune_stage(session: Session) -> Result:
 
 
 def embed_stage(session: Session, *, dry_run: bool = False, verify: bool = False, rebuild: bool = False) -> Result:
-    """Bring the table up to date with the documents, then publish it to readers.
+    """Bring the vector table up to date with the documents, then publish it to readers.
 
-    `dry_run` says what there is to do, `verify` whether all is as it should be. `rebuild` starts from nothing.
+    `dry_run` only counts the work, `verify` only compares the table with the data, `rebuild` embeds all texts again.
     """
     config, (folder, manifest) = session.config, session.prepared()
     from pipeline.index.job import Index
@@ -198,7 +198,7 @@ def embed_stage(session: Session, *, dry_run: bool = False, verify: bool = False
 
 
 def evaluate_stage(session: Session, *, again: bool) -> Result:
-    """Scores of the model, BM25 beside, on what the config names; `again` even where they are there."""
+    """Score the model and BM25 on the config's tasks; `again` recomputes existing scores."""
     config, (folder, manifest) = session.config, session.prepared()
     from pipeline.index.published import encoder_recipe
     from pipeline.model.folder import model_fingerprint
@@ -235,7 +235,7 @@ def evaluate_stage(session: Session, *, again: bool) -> Result:
 
 
 def mine_stage(session: Session) -> Result:
-    """The run's data set with hard negatives, as another one."""
+    """Write a copy of the run's data set that has hard negatives."""
     config, (folder, manifest) = session.config, session.prepared()
     from pipeline.index.mine import mine
     from pipeline.index.published import encoder_recipe
@@ -253,7 +253,7 @@ def mine_stage(session: Session) -> Result:
 
 
 def _changes(path: str | None) -> list[list[str | int]]:
-    """Name, size and time of change (ns) of a file, or of the files in a folder."""
+    """Name, size and modification time (ns) of a file, or of each file in a folder."""
     if path is None:
         return []
     place = as_path(path)
@@ -262,7 +262,7 @@ def _changes(path: str | None) -> list[list[str | int]]:
 
 
 def _model_of(config: Config, manifest: Manifest) -> StoragePath:
-    """The model to use with a data set. Raises ConfigError for the run's own where it may not go with these data."""
+    """The model to use with a data set. Raises ConfigError if the run's own model does not fit the data any more."""
     model = consolidated_model(config)
     if config.embedding.model is None and has_moved(config, manifest):
         from pipeline.training.checkpoints import resume_point
@@ -285,7 +285,7 @@ def consolidated_model(config: Config) -> StoragePath:
 
 
 def model_folder(config: Config) -> StoragePath:
-    """The model to embed with: `embedding.model`, else the run's best. Raises JobError where there is none."""
+    """The model to embed with: `embedding.model`, else the run's best. Raises JobError if there is none."""
     from pipeline.training.checkpoints import best_checkpoint
 
     if config.embedding.model:
