@@ -204,6 +204,12 @@ def rows_there(folder: Path) -> int:
     return rows_and_ids(folder)[0] if list((folder / "store" / "lancedb").glob("*.lance/_versions/*")) else 0
 
 
+def weights(folder: Path) -> bytes:
+    """Those of the only checkpoint of step 300."""
+    (newest,) = folder.glob("store/runs/r/attempt-*/step-00000300/model.safetensors")
+    return newest.read_bytes()
+
+
 def prepared_bytes(folder: Path) -> dict[str, str]:
     """The hash of each file of the only prepared data set, without the manifest's."""
     (manifest,) = folder.glob("store/prepared/*/manifest.json")

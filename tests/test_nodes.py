@@ -18,7 +18,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from pipeline.index.encoder import TextEncoder
-from tests.job_process import UNDISTURBED, JobProcess, prepared_bytes, wait_until, write_config
+from tests.job_process import UNDISTURBED, JobProcess, prepared_bytes, wait_until, weights, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 CPU, GPU = {"pool": "cpu"}, {"pool": "gpu"}
@@ -87,11 +87,6 @@ def nodes_of_two_kinds() -> Iterator[Nodes]:
         ended.set()
         watcher.join()
         nodes.cluster.shutdown()
-
-
-def weights(folder: Path) -> bytes:
-    (newest,) = folder.glob("store/runs/r/attempt-*/step-00000300/model.safetensors")
-    return newest.read_bytes()
 
 
 @pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.exhaustive)])

@@ -39,7 +39,6 @@ SETTINGS: dict[str, Any] = {
     },
     "checkpointing": {"every_steps": 3},
 }
-WRITES = STEPS // 3
 
 
 def kills(world_size: int, number: int, seed: int) -> list[Kill]:

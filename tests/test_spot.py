@@ -26,16 +26,12 @@ from tests.job_process import (
     ray_processes,
     run,
     wait_until,
+    weights,
     with_prepared,
     write_config,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
-
-def weights(folder: Path) -> bytes:
-    (newest,) = folder.glob("store/runs/r/attempt-*/step-00000300/model.safetensors")
-    return newest.read_bytes()
 
 
 def steps_saved(folder: Path) -> set[str]:

@@ -66,7 +66,7 @@ def test_a_sweep_that_is_killed_ends_as_one_that_was_left_alone(tmp_path: Path) 
     before = {trial.name: starts(trial) for trial in trials.iterdir()}
 
     again = JobProcess("tune", config, "storage.run=killed")
-    again.wait_for("trials are left")
+    again.wait_for("tune: running ")
     wait_until(lambda: any(starts(trial) > before.get(trial.name, []) for trial in trials.iterdir()), again)
     kill(ray_processes("ImplicitFunc"))  # the trials' own
     code, last = again.end()

@@ -514,4 +514,4 @@ class TestRealSweep:
             assert not [key for key in keys if key.startswith("ray/")]
             code, _, err = tuning(capsys, *args)
             assert code == 0
-            assert "nothing to do, all 2 trials have ended" in err
+            assert "nothing to do, all 2 trials have finished" in err
