@@ -57,7 +57,7 @@ lint: install-dev
 	$(BIN)/ruff format .
 	$(BIN)/mypy
 
-# make bench DATA=folder-with-debian-linux-doc-sts_b-and-wordnet: the tables in benchmarks/README.md, four hours of them
+# make bench DATA=folder-with-debian-linux-doc-sts_b-and-wordnet: the tables of real data in benchmarks/README.md, four hours
 bench: install-dev
 	$(BIN)/python benchmarks/retrieval.py --data $(DATA)
 	$(BIN)/python benchmarks/sweep.py --data $(DATA)

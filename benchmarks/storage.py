@@ -1,4 +1,4 @@
-"""Writing and reading shards through pipeline/storage, and through pyarrow.fs, which it took the place of.
+"""Writing and reading shards through pipeline/core, and through pyarrow.fs.
 
     python benchmarks/storage.py                              # a folder on disk, and S3 by moto on loopback
     python benchmarks/storage.py --root s3://bucket/prefix    # a bucket of your own
