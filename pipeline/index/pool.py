@@ -115,7 +115,7 @@ def one_task_per_item(items: int) -> Dataset:
     return ray.data.range(items, override_num_blocks=max(items, 1))
 
 
-def over_cluster(work: Callable[[Any], Any], items: Sequence[Any], num_cpus: float = 0.5) -> Iterator[Any]:
+def over_cluster(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     """Yield the result of `work` for each item, one task per item, in completion order. Raises JobError."""
 
     def run(batch: dict[str, Any]) -> pa.Table:
@@ -131,7 +131,7 @@ def over_cluster(work: Callable[[Any], Any], items: Sequence[Any], num_cpus: flo
         )
 
     if items:
-        for row in one_task_per_item(len(items)).map_batches(run, batch_size=1, num_cpus=num_cpus).iter_rows():
+        for row in one_task_per_item(len(items)).map_batches(run, batch_size=1, num_cpus=0.5).iter_rows():
             if row["error"] is not None:
                 raise JobError(row["error"])
             yield pickle.loads(row["result"])
