@@ -232,7 +232,7 @@ def check_key(views: Sequence[View]) -> Finding:
         found,
         JobError(
             f"embedding.store: found no PINECONE_API_KEY on {', '.join(keyless)}; set it where `ray start` runs there, "
-            "or write it to an api.env beside the config"
+            "or write it to an api.env next to the config"
         ),
     )
 

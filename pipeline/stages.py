@@ -77,7 +77,7 @@ def check_writable(config: Config) -> None:
         write_atomically(probe, b"")
         probe.unlink()
     except BucketError as error:
-        raise ConfigError(f"storage.root: {error}, which may write and delete there") from None
+        raise ConfigError(f"storage.root: {error}; they must allow writing and deleting") from None
     except OSError as error:
         raise ConfigError(
             f"storage.root: found {config.root}, where nothing can be written ({error.strerror}); allowed is a folder "
@@ -138,8 +138,8 @@ def prepare_stage(session: Session) -> Result:
 def _check_pairs(config: Config, manifest: Manifest) -> None:
     if config.objective.needs_pairs and not manifest.holds_pairs:
         raise ConfigError(
-            f"objective: found prepared records of {', '.join(manifest.text_fields)} alone; allowed with contrastive "
-            "and seq2seq are sources that give anchor and positive, and without pairs denoising, mlm and causal"
+            f"objective: found prepared records with only {', '.join(manifest.text_fields)}; contrastive and seq2seq "
+            "need sources with anchor and positive; allowed without them are denoising, mlm and causal"
         )
 
 
@@ -243,7 +243,7 @@ def mine_stage(session: Session) -> Result:
     recipe = encoder_recipe(config, _model_of(config, manifest))
     target, mined = mine(config, folder, manifest, recipe, session.progress)
     name = f"{target.parent.name}/{target.name}"
-    log.info("mine: data.prepared=%s has what was mined; train on it under another storage.run", name)
+    log.info("mine: to train on the mined negatives, set data.prepared=%s and another storage.run", name)
     metrics = {
         "splits": mined.splits,
         "fingerprint": mined.fingerprint,
@@ -293,5 +293,5 @@ def model_folder(config: Config) -> StoragePath:
         return as_path(config.embedding.model)
     best = best_checkpoint(config.run_dir)
     if best is None:
-        raise JobError(f"no trained model in {config.run_dir}; python jobs/train.py makes one")
+        raise JobError(f"no trained model in {config.run_dir}; run python jobs/train.py first")
     return best

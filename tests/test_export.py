@@ -523,4 +523,4 @@ class TestJob:
     def test_a_run_without_a_model(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         code, _, err = self.job(capsys, tmp_path, "--to", str(tmp_path / "new"))
         assert code == 1
-        assert "python jobs/train.py makes one" in err
+        assert "run python jobs/train.py first" in err

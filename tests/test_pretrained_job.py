@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_refused_before_training(
     config: Path, capsys: pytest.CaptureFixture[str], ray_cluster: None
 ) -> None:
     for options, sentence in (
-        (["objective.contrastive.weight=1"], "objective: found prepared records of text alone"),
+        (["objective.contrastive.weight=1"], "objective: found prepared records with only text"),
         (["tokenizer.max_length=64"], "tokenizer.max_length: found 64; model.pretrained="),
         (["model.pretrained=nowhere/at-all", "tokenizer.load_path=nowhere"], "nowhere"),
         (["model.matryoshka_dims=[32]"], "model.matryoshka_dims: found [32]; allowed are sizes below 32"),

@@ -134,7 +134,7 @@ WRONG_FILES = {
     "rules:\n" + rule("(a"): r"rule 'n' .* RE2 rejects: missing \): ",
     "rules:\n" + rule("(?=a)"): "rule 'n' .* RE2 rejects: invalid perl operator",
     "rules:\n" + rule("a*"): "rule 'n' .* matches the empty text",
-    "rules:\n" + rule("a", "drop"): "rule 'n' .* action 'drop', which is not one of keep",
+    "rules:\n" + rule("a", "drop"): "rule 'n' .* action 'drop' is not one of keep",
     "rules:\n" + rule("{quote}a"): "rule 'n' .* fragment 'quote'",
     "rules:\n" + rule("N", "redact"): r"rule 'n' has the replacement '\[N\]', which its own pattern",
     "rules:\n" + rule("a") * 2: "use the name 'n' for two rules",
@@ -154,7 +154,7 @@ def test_a_missing_file_and_wrong_actions(tmp_path: Path) -> None:
         load_rules(tmp_path / "none.yaml", {})
     with pytest.raises(ValueError, match="safety action 'drop' for 'email' is not one of keep, redact, reject"):
         load_rules(None, {"email": "drop"})
-    with pytest.raises(ValueError, match=r"name 'mail', which .* category \(personal_data, .* rule \(.*email, "):
+    with pytest.raises(ValueError, match=r"'mail' is not in .* category \(personal_data, .* rule \(.*email, "):
         load_rules(None, {"mail": "keep"})
 
 

@@ -86,7 +86,7 @@ def _until_free(acquire: Any, folder: StoragePath, wait: bool) -> None:
                 raise Occupied from None
         if time.monotonic() > logged + WAIT_LINE_EVERY_S:
             logged = time.monotonic()
-            log.info("waiting for another job, which is at work in %s", folder)
+            log.info("waiting for another job at work in %s", folder)
         time.sleep(RENEW_EVERY_S / 4)
 
 

@@ -106,7 +106,7 @@ def load_rules(path: Path | None, actions: Mapping[str, str]) -> Rules:
             raise ValueError(f"safety action {action!r} for {key!r} is not one of {', '.join(ACTIONS)}")
         if key not in names | categories:
             raise ValueError(
-                f"safety actions name {key!r}, which is not in {path}; use a category ("
+                f"safety actions: {key!r} is not in {path}; use a category ("
                 f"{', '.join(sorted(categories))}) or a rule ({', '.join(sorted(names))})"
             )
     return Rules(
@@ -140,7 +140,7 @@ def _rule(entry: Any, fragments: Mapping[str, str], path: Path) -> Rule:
         raise ValueError(f"rule {name!r} of {path} uses the fragment {unknown[1]!r}, which the file does not define")
     replacement = str(entry.get("replacement", f"[{name.upper()}]"))
     if (action := entry["action"]) not in ACTIONS:
-        raise ValueError(f"rule {name!r} of {path} has the action {action!r}, which is not one of {', '.join(ACTIONS)}")
+        raise ValueError(f"rule {name!r} of {path}: action {action!r} is not one of {', '.join(ACTIONS)}")
     rule = Rule(name, str(entry["category"]), pattern, action, replacement)
     try:
         compiled = _compiled(rule)

@@ -86,8 +86,8 @@ def _cpu_shortfall(config: Config, workers: Workers, cluster: Cluster) -> list[s
     free = min(cpus, train_only + shared - DATA_CPUS)
     fitting = int(max(0.0, free) / workers.cpus)
     return [
-        f"scaling: found {count} workers of {workers.cpus:g} CPUs and {cpus:g} CPUs in all, of which reading data "
-        f"takes {DATA_CPUS:g}; allowed "
+        f"scaling: found {count} workers of {workers.cpus:g} CPUs and {cpus:g} CPUs in all; reading data needs "
+        f"{DATA_CPUS:g} of them; allowed "
         + (f"are {fitting} workers of {workers.cpus:g}, or " if fitting else "is ")
         + (f"scaling.cpus_per_worker={free / count:g}" if free > 0 else "a cluster with more CPUs")
     ]
