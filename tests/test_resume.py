@@ -121,8 +121,8 @@ def test_a_resume_hashes_each_file_of_the_newest_checkpoint_once(
     with pytest.raises(ReachedError):
         train_locally(config, data, manifest, until(5))
     (state,) = config.run_dir.glob(f"attempt-*/{step_folder(3)}/state.json")
-    hash_of, hashed = checkpoints._hash, list[str]()
-    monkeypatch.setattr(checkpoints, "_hash", lambda path: hashed.append(path.name) or hash_of(path))
+    hash_of, hashed = checkpoints.xxh3_of, list[str]()
+    monkeypatch.setattr(checkpoints, "xxh3_of", lambda path: hashed.append(path.name) or hash_of(path))
 
     def trainer(config: object, workers: object, sent: WorkerInput) -> SimpleNamespace:
         hooks = Hooks(lambda run, state, is_best: None, until(4))

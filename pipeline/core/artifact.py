@@ -39,7 +39,6 @@ import xxhash
 from pipeline.core.cluster import data_on_driver_node
 from pipeline.core.console import log
 from pipeline.core.files import (
-    digest_of,
     files_below,
     for_each,
     parquet_file,
@@ -48,6 +47,7 @@ from pipeline.core.files import (
     replacing,
     sizes,
     write_atomically,
+    xxh3_of,
 )
 from pipeline.core.outcome import JobError, alone_in, error_sentence
 from pipeline.core.path import StoragePath
@@ -227,7 +227,7 @@ def checked(path: StoragePath) -> StoragePath:
     """
     stat = path.stat()
     if (path, stat) not in _checked:
-        _check(path, _hash(path))
+        _check(path, xxh3_of(path))
         _checked.add((path, stat))
     return path
 
@@ -290,11 +290,7 @@ def entries_of(folder: StoragePath) -> Files:
 
 
 def _entry(path: StoragePath) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "xxh3": _hash(path)}
-
-
-def _hash(path: StoragePath) -> str:
-    return digest_of(path, xxhash.xxh3_128())
+    return {"bytes": path.stat().st_size, "xxh3": xxh3_of(path)}
 
 
 def _read_note(note: StoragePath) -> Any:

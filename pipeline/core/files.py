@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import xxhash
 from filelock import FileLock
 
 from pipeline.core.object_store import bucket_errors
@@ -270,6 +271,11 @@ def digest_of(path: StoragePath, digest: Any) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return str(digest.hexdigest())
+
+
+def xxh3_of(path: StoragePath) -> str:
+    """The XXH3 hash of a file, as manifests and checkpoints record it."""
+    return digest_of(path, xxhash.xxh3_128())
 
 
 def may_write(path: StoragePath) -> bool:

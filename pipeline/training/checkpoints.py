@@ -23,11 +23,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import xxhash
-
 from pipeline.core.console import log
 from pipeline.core.files import (
-    digest_of,
     fetched,
     files_below,
     for_each,
@@ -36,6 +33,7 @@ from pipeline.core.files import (
     remove_folder,
     staging,
     write_atomically,
+    xxh3_of,
 )
 from pipeline.core.lock import LockLost, holder_of
 from pipeline.core.object_store import BucketError
@@ -105,7 +103,7 @@ def noted_oom_splits(run_dir: StoragePath) -> int:
 
 def seal(folder: Path, state: TrainState) -> None:
     """Write `state.json` with the hashes of all files in the folder."""
-    hashes = {name: _hash(folder / name) for name in files_below(folder)}
+    hashes = {name: xxh3_of(folder / name) for name in files_below(folder)}
     write_atomically(folder / "state.json", json.dumps({**asdict(state), "files": hashes}, indent=2).encode())
 
 
@@ -122,7 +120,7 @@ def read_state(folder: StoragePath) -> TrainState:
         raise ValueError("its state.json is missing or broken") from None
     for name, expected in hashes.items():
         path = local / name
-        if not path.is_file() or _hash(path) != expected:
+        if not path.is_file() or xxh3_of(path) != expected:
             raise ValueError(f"its {name} is missing or broken")
     return state
 
@@ -264,7 +262,3 @@ def _has_all_files(folder: StoragePath) -> bool:
         return bool(json.loads((folder / "state.json").read_text())["files"].keys() <= files_below(folder).keys())
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _hash(path: Path) -> str:
-    return digest_of(path, xxhash.xxh3_128())

@@ -15,11 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-import xxhash
 import yaml
 
 from pipeline.config import Config, ConfigError
-from pipeline.core.files import digest_of, place, write_atomically
+from pipeline.core.files import place, write_atomically, xxh3_of
 from pipeline.core.path import StoragePath
 from pipeline.data.drift import TrainedOn, has_moved
 from pipeline.data.manifest import Manifest
@@ -76,7 +75,7 @@ def refuse_unfinished(config: Config, manifest: Manifest, state: TrainState, mod
     assert then
     differing = [] if model else _other_keys(config)
     settings = then.changed_settings(config)
-    if manifest.files["tokenizer.json"]["xxh3"] != digest_of(config.run_dir / "tokenizer.json", xxhash.xxh3_128()):
+    if manifest.files["tokenizer.json"]["xxh3"] != xxh3_of(config.run_dir / "tokenizer.json"):
         settings = settings or ["tokenizer.load_path (another tokenizer under the same name)"]
     if differing or settings:
         _refuse(config, [*differing, _other_data(settings)])
