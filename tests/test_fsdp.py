@@ -251,7 +251,7 @@ def _saved(rank: int, world_size: int, folder: str) -> Result:
     with torch.no_grad():
         learner.embed(learner.prepare(batch(), 0))  # as a validation does, before the checkpoint
     save_sharded(Path(folder), learner, optimizer)
-    with pytest.raises(OSError, match=r"worker \d met"):
+    with pytest.raises(OSError, match=r"worker \d raised"):
         save_sharded(Path(folder) / "file", learner, optimizer)
     return state_of(learner, optimizer)
 
