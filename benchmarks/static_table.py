@@ -14,8 +14,9 @@ process, of as many threads as it starts; it has loaded its model, and worked on
   sentence-transformers          SentenceTransformer.encode with StaticEmbedding, at its best batch size; then the same
 
 No side builds an index of vectors. Sides take turns, in the other order every second round; seconds are medians, and
-ratios medians of the rounds' ratios to the peer that is fastest in the median. `CPU s` are of all threads. Vectors read
-back from the tables must agree to a cosine of 0.999, and a search must find its row. Needs the `dev` packages.
+ratios medians of the rounds' ratios to a peer. `CPU s` are of all threads. Vectors read back from the tables must agree
+to a cosine of 0.999, and a search must find its row. model2vec cuts texts by characters before it tokenizes them, which
+is less work and gives other vectors for long texts: its cosine is printed. Needs the `dev` packages.
 """
 
 import argparse
@@ -262,8 +263,9 @@ def main() -> None:
         vectors = {side: vectors_of(world, side, ids) for side in SIDES}
     cosines = {side: float((vectors[FROM_TOKENS] * vectors[side]).sum(axis=1).min()) for side in SIDES}
     print(f"\n{machine()}, {args.documents:,} documents\n\n{report(found, args.documents, cosines)}")
-    if min(cosines.values()) < LEAST_COSINE:
-        sys.exit(f"found vectors at cosine {min(cosines.values()):.5f}; allowed is {LEAST_COSINE}")
+    least = min(cosine for side, cosine in cosines.items() if not side.startswith("model2vec"))
+    if least < LEAST_COSINE:
+        sys.exit(f"found vectors at cosine {least:.5f}; allowed is {LEAST_COSINE}")
 
 
 def report(found: dict[str, list[dict[str, float]]], documents: int, cosines: dict[str, float]) -> str:
@@ -275,8 +277,9 @@ def report(found: dict[str, list[dict[str, float]]], documents: int, cosines: di
     best = min(PEERS, key=lambda side: medians[side]["s"])
     text = lines_of(lines, ["side, one process each", "documents/s", *steps, "least cosine"])
     for side, aim in ((FROM_TOKENS, 2), (FROM_TEXT, 1)):
-        ratio = median(b["s"] / a["s"] for a, b in zip(found[side], found[best], strict=True))
-        text += f"\n{side}: {ratio:.2f} times the documents/s of {best} (aim: {aim})"
+        for peer in dict.fromkeys((best, PEERS[-1])):
+            ratio = median(b["s"] / a["s"] for a, b in zip(found[side], found[peer], strict=True))
+            text += f"\n{side}: {ratio:.2f} times the documents/s of {peer} (aim: {aim})"
     return text
 
 
