@@ -44,7 +44,7 @@ def test_the_rendezvous_of_training_workers_listens_on_loopback_alone() -> None:
     import ray
 
     def serve() -> tuple[int, int, set[str]]:
-        from pipeline.training.worker import _serve
+        from pipeline.training.process_group import _serve
 
         before, _ = outside([psutil.Process()])
         _serve(timedelta(seconds=60))

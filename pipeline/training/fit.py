@@ -122,7 +122,8 @@ def _trainer(config: Config, workers: Workers, inputs: WorkerInput) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from pipeline.training.worker import ProcessGroupConfig, train_worker
+    from pipeline.training.process_group import ProcessGroupConfig
+    from pipeline.training.worker import train_worker
 
     scaling, run_dir = config.scaling, config.run_dir
     storage_path, filesystem = arrow_location(run_dir)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import shutil
 import uuid
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +58,7 @@ OPTIMIZER = "optimizer"
 BACKBONE = "model.backbone."  # prefix of a learner's parameters that go to model.safetensors
 
 
-class Saver:
+class Saver(ABC):
     """Writes checkpoints into a staging folder; subclasses move them into the run's folder."""
 
     def __init__(self, config: Config, tokenizer_json: str, holder: str = "") -> None:
@@ -81,9 +82,9 @@ class Saver:
                 save_checkpoint(folder, run, state, self.tokenizer_json)
         self.commit(folder, state, is_best)
 
+    @abstractmethod
     def commit(self, folder: Path, state: TrainState, is_best: bool) -> None:
         """Move a finished folder into the run's folder. Called on every worker; only those with `writes` have one."""
-        raise NotImplementedError
 
     @contextmanager
     def _all_or_none(self, folder: Path, run: Run, state: TrainState) -> Iterator[None]:
