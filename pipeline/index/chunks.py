@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
+from pipeline.index.table import parse_metadata
+
 CHUNK_KEYS = ("parent_id", "part", "parts")
 SPAN = pa.list_(pa.int32(), 2)
 
@@ -72,7 +74,7 @@ def _with_part(metadata: str | None, part: dict[str, Any]) -> str:
 
 def chunk_metadata(metadata: pa.ChunkedArray, chunks: pa.ChunkedArray) -> pa.Array:
     """New metadata of the documents, with the CHUNK_KEYS of the chunks' old metadata."""
-    parts = ({name: old[name] for name in CHUNK_KEYS if name in old} for old in map(_loaded, chunks.to_pylist()))
+    parts = ({name: old[name] for name in CHUNK_KEYS if name in old} for old in map(parse_metadata, chunks.to_pylist()))
     return pa.array(
         [
             _with_part(new, part) if "parts" in part else new
@@ -84,12 +86,4 @@ def chunk_metadata(metadata: pa.ChunkedArray, chunks: pa.ChunkedArray) -> pa.Arr
 
 def chunk_count(row_id: str, metadata: str | None) -> int:
     """Number of rows of the row's document."""
-    return int(_loaded(metadata).get("parts", 1)) if "#" in row_id else 1
-
-
-def _loaded(metadata: str | None) -> dict[str, Any]:
-    try:
-        values = json.loads(metadata or "{}")
-    except ValueError:
-        return {}
-    return values if isinstance(values, dict) else {}
+    return int(parse_metadata(metadata).get("parts", 1)) if "#" in row_id else 1

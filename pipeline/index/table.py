@@ -275,6 +275,15 @@ def forget_versions(folder: StoragePath, age: timedelta) -> float:
     return max(0.0, before - disk_bytes(folder))
 
 
+def parse_metadata(text: str | None) -> dict[str, Any]:
+    """The `metadata` of a row or a place; empty for text that is not a JSON object."""
+    try:
+        metadata = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
 def content_digests(texts: pa.ChunkedArray, vectors: np.ndarray) -> pa.Array:
     """Hash each text with its row of the stored (N, D) matrix, to 16 hex digits."""
     rows = np.ascontiguousarray(vectors)

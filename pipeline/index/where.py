@@ -10,7 +10,6 @@ same way, so all stores return the same results.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ import yaml
 
 from pipeline.config import ConfigError
 from pipeline.index.table import SQL_IDS as SQL_TEXTS
-from pipeline.index.table import among
+from pipeline.index.table import among, parse_metadata
 
 COLUMNS = ("source", "source_id")
 SIGNS = {">=": "gte", "<=": "lte", ">": "gt", "<": "lt"}
@@ -84,19 +83,11 @@ def _meets_all(where: Where, place: Mapping[str, Any]) -> bool:
         if key in COLUMNS:
             value = place[key]
         else:
-            metadata = _metadata(place["metadata"]) if metadata is None else metadata
+            metadata = parse_metadata(place["metadata"]) if metadata is None else metadata
             value = metadata.get(key)
         if not _meets(value, condition):
             return False
     return True
-
-
-def _metadata(text: str | None) -> dict[str, Any]:
-    try:
-        metadata = json.loads(text or "{}")
-    except ValueError:
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
 
 
 def _meets(value: Any, condition: Any) -> bool:
