@@ -30,14 +30,11 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(config: Config, args: argparse.Namespace) -> Result:
-    from pipeline.evaluation.export import destination, export
-    from pipeline.stages import consolidated_model
+    from pipeline.api import export
 
-    folder = destination(args.to)
     return export(
         config,
-        consolidated_model(config),
-        folder,
+        args.to,
         license_id=args.license,
         onnx=args.onnx,
         embeddings=args.embeddings,

@@ -11,6 +11,7 @@ and JobError for a run that failed. Ray is started if a stage has work to do and
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Literal
 
 from pipeline.config import Config
 from pipeline.core.outcome import Result
@@ -111,14 +112,33 @@ def run(config: Config, *, check: bool = False, rehash: bool = False) -> Result:
     return _run(config, ("prepare", "train", "encode", "store"), stages, check, rehash)
 
 
-def export(config: Config, to: str, *, license_id: str | None = None, onnx: bool = False) -> Result:
+def export(
+    config: Config,
+    to: str,
+    *,
+    license_id: str | None = None,
+    onnx: bool = False,
+    embeddings: Literal["float32", "float16"] | None = None,
+    evaluate_command: str = "python jobs/evaluate.py",
+) -> Result:
     """Write the run's best model as a folder that sentence-transformers and transformers load.
 
     export(config, "exported")                     # SentenceTransformer("exported")
-    """
-    from pipeline.evaluation.export import destination, export
 
-    return export(config, consolidated_model(config), destination(to), license_id=license_id, onnx=onnx)
+    `license_id` and `evaluate_command` are for the model card. `onnx` adds model.onnx, `embeddings` the run's vectors
+    as a matrix of that type.
+    """
+    from pipeline.evaluation.export import destination, write_export
+
+    return write_export(
+        config,
+        consolidated_model(config),
+        destination(to),
+        license_id=license_id,
+        onnx=onnx,
+        embeddings=embeddings,
+        evaluate_command=evaluate_command,
+    )
 
 
 def _run(

@@ -1,6 +1,6 @@
 """Exports a model to a folder of your choice: model files, a model card, an ONNX graph, vectors as a matrix.
 
-    export(config, model, Path("exported"), license_id="mit", onnx=True, embeddings="float16")
+    write_export(config, model, Path("exported"), license_id="mit", onnx=True, embeddings="float16")
 
 An export overwrites only files of earlier exports: `export.json` lists every file with its size and hash, and a later
 export replaces the folder only if it holds no other files. In a bucket, files are uploaded one by one and the list
@@ -30,7 +30,7 @@ MARKER, VERSION = "export.json", 1
 Dtype = Literal["float32", "float16"]
 
 
-def export(
+def write_export(
     config: Config,
     model: StoragePath,
     folder: StoragePath,

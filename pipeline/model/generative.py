@@ -106,10 +106,10 @@ class MaskedHead(nn.Module):
     Unlike BERT's head, it has no bias per vocabulary token, and the norm is `RMSNorm`.
     """
 
-    def __init__(self, width: int, norm_eps: float = 1e-5) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.dense = nn.Linear(width, width)
-        self.norm = RMSNorm(width, norm_eps)
+        self.norm = RMSNorm(width, 1e-5)
         nn.init.normal_(self.dense.weight, std=INIT_STD)
         nn.init.zeros_(self.dense.bias)
 
