@@ -165,7 +165,7 @@ def loop(sent: dict[str, Any]) -> None:
     import torch
     from tokenizers import Tokenizer
 
-    from pipeline.model.batch import Part
+    from pipeline.model.batch import MicroBatch
     from pipeline.training.assembly import build_learner
     from pipeline.training.optimizer import build_optimizer
     from pipeline.training.prefetch import Prefetch, to_batch
@@ -183,10 +183,10 @@ def loop(sent: dict[str, Any]) -> None:
     )
     strategy.attach(learner.train())
 
-    def prepare(rows: Any) -> list[Part]:
+    def prepare(rows: Any) -> list[MicroBatch]:
         return [learner.prepare(to_batch(rows), seed=0)]
 
-    def rate(batches: Iterable[list[Part]]) -> float:
+    def rate(batches: Iterable[list[MicroBatch]]) -> float:
         began = 0.0
         for step, parts in enumerate(itertools.islice(batches, WARM_STEPS + steps)):
             if step == WARM_STEPS:

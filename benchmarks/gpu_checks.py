@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.gpu_training import Trainer, encoder_of, learner_of, pairs
 from pipeline.model.attention import AttentionOptions, attend
-from pipeline.model.batch import Batch, Part
+from pipeline.model.batch import Batch, MicroBatch
 from pipeline.model.learner import Learner
 from pipeline.model.packing import Layout, Packed
 from pipeline.model.transformer import Encoder, EncoderShape, compile_layers
@@ -61,11 +61,11 @@ class Rig:
     def batch(self, seed: int = 0) -> Batch:
         return to_batch(pairs("descriptions", self.pairs, self.shape.vocab_size, seed))
 
-    def parts(self, learner: Learner, micro_batches: int = 1) -> list[Part]:
+    def parts(self, learner: Learner, micro_batches: int = 1) -> list[MicroBatch]:
         batch = self.batch()
         return [self.part(learner, batch.slice(*ends)) for ends in micro_batch_ranges(batch, micro_batches)]
 
-    def part(self, learner: Learner, batch: Batch) -> Part:
+    def part(self, learner: Learner, batch: Batch) -> MicroBatch:
         return prefetching.to_device(learner.prepare(batch, seed=0), self.device)
 
 
@@ -98,7 +98,7 @@ class Result:
 
 
 def result_of(
-    learner: Learner, parts: Sequence[Part], autocast: torch.dtype | None = None, loss_scale: float = 1.0
+    learner: Learner, parts: Sequence[MicroBatch], autocast: torch.dtype | None = None, loss_scale: float = 1.0
 ) -> Result:
     """Loss and gradients by training's own step."""
     strategy = DataParallel()

@@ -21,7 +21,7 @@ import pyarrow as pa
 import torch
 
 from benchmarks.gpu_training import Trainer, encoder_of, learner_of, pairs, shape_of
-from pipeline.model.batch import Part
+from pipeline.model.batch import MicroBatch
 from pipeline.model.transformer import compile_layers
 from pipeline.training.meter import memory, peak_flops, step_flops
 from pipeline.training.optimizer import autocast_type
@@ -146,7 +146,7 @@ def release(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class _Ready:
-    parts: list[Part]
+    parts: list[MicroBatch]
     tokens: int
     flops: float
 

@@ -23,7 +23,7 @@ import torch
 from pipeline.config import Objective
 from pipeline.config.model import NORM_EPS, SIZES
 from pipeline.config.training import Training
-from pipeline.model.batch import Part
+from pipeline.model.batch import MicroBatch
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import Head
 from pipeline.model.learner import Learner
@@ -99,7 +99,7 @@ class Trainer:
         self.strategy.attach(learner)
         self.optimizer = build_optimizer(learner, settings)
 
-    def step(self, parts: Sequence[Part]) -> tuple[StepResult, bool]:
+    def step(self, parts: Sequence[MicroBatch]) -> tuple[StepResult, bool]:
         """The outcome, and whether the weights were updated: not where a gradient is no finite number."""
         precision = self.precision
         outcome = backward(

@@ -65,7 +65,7 @@ from pipeline.index.indexing import finish
 from pipeline.index.sync import Sync, with_vectors
 from pipeline.index.table import VectorTable
 from pipeline.index.vectors import as_column, as_matrix
-from pipeline.model.folder import is_table, load_tokenizer, read_card
+from pipeline.model.folder import is_table, load_tokenizer, read_model_spec
 
 VOCABULARY, WIDTH, MAX_LENGTH = 16_000, 256, 128  # of the model that is made where none is given
 WARM_DOCUMENTS, SAMPLE, LEAST_COSINE = 2_000, 500, 0.999
@@ -87,7 +87,8 @@ class World:
     def write(self, rows: list[dict[str, str]]) -> None:
         """What jobs/prepare.py leaves of these documents: records by rising id, and all of their tokens to train on."""
         (self.folder / "records").mkdir(parents=True)
-        tokenizer, recipe = load_tokenizer(self.model), TokenRecipe(["text"], read_card(self.model).max_length, 0.0)
+        tokenizer, length = load_tokenizer(self.model), read_model_spec(self.model).max_length
+        recipe = TokenRecipe(["text"], length, 0.0)
         tokenizer.no_truncation()
         for file in write_records(rows, self.folder / "records"):
             tokenize_file(file, Output(self.folder), recipe, tokenizer)
@@ -157,12 +158,12 @@ def peer(world: World, side: str, lap: Laps) -> None:
 @cache
 def peer_encoder(side: str, model: Path) -> Callable[[list[str]], np.ndarray]:
     """StaticModel or StaticEmbedding with our rows. The first texts are for finding out the best batch size."""
-    card, tokenizer = read_card(model), load_tokenizer(model)
-    rows, unit = TableBackend(model, card).rows_VD, card.head.normalize
+    spec, tokenizer = read_model_spec(model), load_tokenizer(model)
+    rows, unit = TableBackend(model, spec).rows_VD, spec.head.normalize
     if side.startswith("model2vec"):
         from model2vec import StaticModel
 
-        static = StaticModel(rows, tokenizer, normalize=unit, max_length=card.max_length)
+        static = StaticModel(rows, tokenizer, normalize=unit, max_length=spec.max_length)
         return partial(static.encode, use_multiprocessing=side == "model2vec")
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -243,7 +244,7 @@ def main() -> None:
         if not args.model:
             write_model(folder / "model", [row["text"] for row in rows[:60_000]])
         model = args.model or folder / "model"
-        if not is_table(read_card(model)):
+        if not is_table(read_model_spec(model)):
             sys.exit(f"--model: {model} is no token table; give a folder of a model that has num_layers 0")
         world = World(folder / "all", model, len(rows))
         warm = World(folder / "warm", model, min(WARM_DOCUMENTS, len(rows)))

@@ -16,9 +16,9 @@ from pipeline.config import Config, ConfigError
 from pipeline.core.artifact import Artifact
 from pipeline.core.cluster import restrict_data_to
 from pipeline.core.console import log, log_timeline
-from pipeline.core.files import fetched, files_below, may_write, place, write_atomically
+from pipeline.core.files import files_below, link_or_copy, local_copy, may_write, write_atomically
 from pipeline.core.object_store import BucketError
-from pipeline.core.outcome import JobError, Result, alone_in, findings_table, refuse
+from pipeline.core.outcome import JobError, Result, findings_table, job_lock, raise_findings
 from pipeline.core.path import StoragePath, as_path
 from pipeline.core.session import Progress, ray_session, set_environment
 from pipeline.data.drift import has_moved, log_drift
@@ -57,7 +57,7 @@ class Session:
             restrict_data_to(self.config.scaling.labels.data)
             findings = preflight(self.config, self.needs)
             log.debug("%s", findings_table(findings))
-            refuse(findings)
+            raise_findings(findings)
             log_timeline("preflight is done")
         return self._progress
 
@@ -92,7 +92,7 @@ def check_stage(session: Session) -> Result:
         if "prepare" in session.needs and session.config.data.prepared is None:
             findings.append(Inputs(session.config, session.rehash).room)
     log.info("%s", findings_table(findings))
-    refuse(findings)
+    raise_findings(findings)
     return Result({each.what: each.found for each in findings})
 
 
@@ -110,14 +110,14 @@ def check_model(place: StoragePath) -> None:
             f"embedding.model: found no folder {place}; allowed are a checkpoint's, and those of transformers and of "
             "sentence-transformers"
         )
-    from pipeline.model.folder import FILES, is_ours, read_card  # for others' folders torch and transformers
+    from pipeline.model.folder import FILES, is_ours, read_model_spec  # for others' folders torch and transformers
 
-    folder = fetched(place)
+    folder = local_copy(place)
     missing = [name for name in FILES if not (folder / name).is_file()] if is_ours(folder) else []
     if missing:
         raise ConfigError(f"embedding.model: found no {' and no '.join(missing)} in {place}; allowed is a whole model")
     try:
-        read_card(folder)
+        read_model_spec(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(f"embedding.model: {error}") from None
 
@@ -156,7 +156,7 @@ def train_stage(session: Session) -> Result:
         log.info("train: nothing to do, the run is at its end, step %s", f"{state.step:,}")
     else:
         progress = session.progress()
-        with alone_in(config.run_dir):
+        with job_lock(config.run_dir):
             state = fit(config, folder, manifest, progress, known=point)
     model = consolidated_model(config)
     metrics = {"step": state.step, "train_seconds": round(state.train_seconds, 1), **state.metrics}
@@ -170,7 +170,7 @@ def tune_stage(session: Session) -> Result:
     _check_pairs(config, manifest)
     from pipeline.training.sweep import sweep
 
-    with alone_in(config.run_dir / "tune"):
+    with job_lock(config.run_dir / "tune"):
         return sweep(config, folder, manifest, session.progress)
 
 
@@ -206,10 +206,10 @@ def evaluate_stage(session: Session, *, again: bool) -> Result:
     model, latest, wanted = _model_of(config, manifest), config.run_dir / "evaluation.json", config.evaluation
     recipe = encoder_recipe(config, model)
     key = {
-        "model": model_fingerprint(fetched(model)),
+        "model": model_fingerprint(local_copy(model)),
         "data": manifest.fingerprint,
         "evaluation": wanted.model_dump(mode="json"),
-        "space": recipe.space,
+        "space": recipe.fingerprint,
         "files": [
             change
             for path in (wanted.beir_dir, wanted.sts_file, wanted.clustering_file, wanted.classification_dir)
@@ -230,7 +230,7 @@ def evaluate_stage(session: Session, *, again: bool) -> Result:
         log.info("evaluate: nothing to do, %s holds the scores", scored.folder)
     scores = scored.make(fill, again=again)["scores"]
     if not latest.is_file() or latest.read_bytes() != (scored.folder / "scores.json").read_bytes():
-        place(scored.folder / "scores.json", latest)
+        link_or_copy(scored.folder / "scores.json", latest)
     return Result(scores, {"scores": str(latest)})
 
 

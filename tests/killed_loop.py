@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, models, processors
 
 from pipeline.config import Config, load
 from pipeline.core.artifact import write_parquet
-from pipeline.core.files import fetched
+from pipeline.core.files import local_copy
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.training.checkpoints import newest_valid
 from pipeline.training.saving import consolidate
@@ -117,7 +117,7 @@ def _finished(folder: Path, starts: int) -> Finished:
     run_dir = load(folder / "c.yaml", environ={}).run_dir
     newest = newest_valid(run_dir).folder
     assert newest is not None
-    checkpoint = fetched(newest)
+    checkpoint = local_copy(newest)
     consolidate(checkpoint)
     ids: dict[int, set[tuple[str, ...]]] = {}
     for start in range(starts):

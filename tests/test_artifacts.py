@@ -20,7 +20,7 @@ import pytest
 from pipeline.config import Config, load
 from pipeline.core import artifact, files
 from pipeline.core.artifact import Artifact, Output, checked, open_parquet
-from pipeline.core.outcome import JobError, alone_in
+from pipeline.core.outcome import JobError, job_lock
 from pipeline.data.feed import training_plan, validation_rows
 from pipeline.data.prepare import Inputs, prepare
 from pipeline.evaluation.tasks import held_out_task
@@ -244,7 +244,7 @@ def test_the_folder_is_held_while_it_is_made(tmp_path: Path) -> None:
     made = Artifact(tmp_path, "words", [])
 
     def fill() -> dict[str, Any]:
-        with pytest.raises(JobError, match="another job is at work in"), alone_in(made.folder):
+        with pytest.raises(JobError, match="another job is at work in"), job_lock(made.folder):
             pytest.fail("two at once")
         return {}
 

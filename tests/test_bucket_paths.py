@@ -26,7 +26,15 @@ from pyarrow import fs
 from pipeline.config import ConfigError, load
 from pipeline.core import mirror
 from pipeline.core.arrow import arrow_location
-from pipeline.core.files import fetched, place, remove_folder, replacing, scratch, sizes, write_atomically
+from pipeline.core.files import (
+    file_sizes,
+    link_or_copy,
+    local_copy,
+    remove_folder,
+    replacing,
+    scratch,
+    write_atomically,
+)
 from pipeline.core.object_store import BucketError
 from pipeline.core.path import BucketPath, as_path
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
@@ -81,7 +89,7 @@ def test_what_pathlib_says_of_a_folder_is_said_of_a_bucket(root: BucketPath, tmp
         for ask in ("exists", "is_file", "is_dir"):
             assert getattr(found, ask)() == getattr(expected, ask)(), (name, ask)
     assert list(root.files()) == sorted(names)
-    assert sizes([root / "c.json", root / "nothing", disk / "c.json", root / "a/step-01/x"]) == [6, None, 6, 11]
+    assert file_sizes([root / "c.json", root / "nothing", disk / "c.json", root / "a/step-01/x"]) == [6, None, 6, 11]
     remove_folder(root / "a")
     remove_folder(root / "nothing")
     assert list(root.files()) == ["b/step-03/x", "c.json"]
@@ -95,7 +103,7 @@ def test_objects_that_stand_for_folders_are_no_files(served: Served, root: Bucke
     for key in ("m/", "m/1_Pooling/", "m/1_Pooling/config.json", "m/model"):
         served.write(f"{root.key}/{key}", b"" if key.endswith("/") else b"x")
     assert (root / "m").files().keys() == {"1_Pooling/config.json", "model"}
-    assert (fetched(root / "m") / "1_Pooling/config.json").read_bytes() == b"x"
+    assert (local_copy(root / "m") / "1_Pooling/config.json").read_bytes() == b"x"
 
 
 def test_missing_objects_are_missing_files(root: BucketPath) -> None:
@@ -112,9 +120,9 @@ def test_bytes_come_back(size: int, root: BucketPath, served: Served, tmp_path: 
     write_atomically(root / "written", data)
     with replacing(root / "replaced") as temporary:
         temporary.write_bytes(data)
-    place(root / "replaced", root / "copied")
+    link_or_copy(root / "replaced", root / "copied")
     (tmp_path / "disk").write_bytes(data)
-    place(tmp_path / "disk", root / "placed")
+    link_or_copy(tmp_path / "disk", root / "placed")
     prefix = root.key.removeprefix("store/")
     assert all(served.read(f"{prefix}/{name}") == data for name in ("written", "replaced", "copied", "placed"))
     (root / "placed").download(tmp_path / "back")
@@ -132,20 +140,20 @@ def test_what_fails_is_not_put_in_place(root: BucketPath) -> None:
 def test_a_folder_is_fetched_once_and_again_when_it_changed(root: BucketPath, tmp_path: Path) -> None:
     for name in ("a", "deep/b"):
         (root / "m" / name).write_bytes(name.encode())
-    first = fetched(root / "m")
+    first = local_copy(root / "m")
     assert first.name == "m"
     assert {path.relative_to(first).as_posix() for path in first.rglob("*") if path.is_file()} == {"a", "deep/b"}
     with patch.object(BucketPath, "download", side_effect=AssertionError("it is there")):
-        assert fetched(root / "m") == first
+        assert local_copy(root / "m") == first
     (root / "m" / "a").write_bytes(b"another")
-    assert (fetched(root / "m") / "a").read_bytes() == b"another"
+    assert (local_copy(root / "m") / "a").read_bytes() == b"another"
     assert (first / "a").read_bytes() == b"a"  # who reads it still does
     os.utime(first.parent, (0, 0))
     (root / "m" / "a").write_bytes(b"of another size")
-    fetched(root / "m")
+    local_copy(root / "m")
     assert not first.exists()
     assert stat.S_IMODE(scratch().stat().st_mode) == 0o700
-    assert fetched(tmp_path) == tmp_path
+    assert local_copy(tmp_path) == tmp_path
 
 
 def test_what_reads_a_file_or_a_folder_reads_one_in_a_bucket(root: BucketPath) -> None:
@@ -163,9 +171,9 @@ def test_what_reads_a_file_or_a_folder_reads_one_in_a_bucket(root: BucketPath) -
     trained = train_tokenizer(["one two three"] * 9, kind="bpe", vocab_size=300, lowercase=False)
     (root / "tokenizer/tokenizer.json").write_bytes(trained.to_str().encode())
     assert load_tokenizer(root / "tokenizer").get_vocab() == trained.get_vocab()
-    assert fetched(root / "sts.tsv").name == "sts.tsv"
+    assert local_copy(root / "sts.tsv").name == "sts.tsv"
     with pytest.raises(FileNotFoundError):
-        fetched(root / "nothing")
+        local_copy(root / "nothing")
 
 
 def test_an_export_in_a_bucket_takes_the_place_of_an_earlier_one_alone(root: BucketPath) -> None:

@@ -19,7 +19,7 @@ from unittest.mock import patch
 import pytest
 
 from pipeline.config import Config, load
-from pipeline.core.files import fetched, scratch, write_atomically
+from pipeline.core.files import local_copy, scratch, write_atomically
 from pipeline.core.object_store import BucketError
 from pipeline.core.path import BucketPath
 from pipeline.data.manifest import Manifest
@@ -99,7 +99,7 @@ def test_a_checkpoint_arrives_as_it_was_written(save: Any, run_dir: BucketPath, 
     prefix = target.key.removeprefix("models/")
     assert {key.removeprefix(f"{prefix}/"): served.read(key) for key in served.keys(prefix)} == expected
     assert newest_valid(run_dir) == ResumePoint(target, TrainState(7))
-    assert {path.name: path.read_bytes() for path in fetched(target).iterdir()} == expected
+    assert {path.name: path.read_bytes() for path in local_copy(target).iterdir()} == expected
     assert read_state(target).step == 7
     assert next_attempt(run_dir) == "attempt-002"
 

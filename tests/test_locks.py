@@ -19,7 +19,7 @@ import pytest
 from pipeline.core import lock
 from pipeline.core.lock import LockLost, Occupied, holder_of, locked
 from pipeline.core.object_store import BucketError
-from pipeline.core.outcome import JobError, alone_in
+from pipeline.core.outcome import JobError, job_lock
 from pipeline.core.path import BucketPath, as_path
 from tests.bucket_servers import Served, serving
 
@@ -64,12 +64,12 @@ def holder(folder: str, limit_s: float) -> subprocess.Popen[str]:
 
 
 def test_one_holder_at_a_time(root: BucketPath) -> None:
-    with alone_in(root):
-        with pytest.raises(JobError, match=r"^another job is at work in (s3|gs|az)://store/"), alone_in(root):
+    with job_lock(root):
+        with pytest.raises(JobError, match=r"^another job is at work in (s3|gs|az)://store/"), job_lock(root):
             pytest.fail("two at once")
         assert holder_of(root)
     assert holder_of(root) == ""
-    with alone_in(root):  # at once: the other has left
+    with job_lock(root):  # at once: the other has left
         pass
 
 
@@ -78,7 +78,7 @@ def test_of_many_that_begin_together_no_two_are_in(root: BucketPath) -> None:
 
     def is_alone(_: int) -> bool:
         barrier.wait()
-        with suppress(JobError), alone_in(root):
+        with suppress(JobError), job_lock(root):
             if not busy.acquire(blocking=False):
                 return False
             time.sleep(0.2)

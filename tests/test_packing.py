@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from pipeline.model.packing import Layout, Packed, join, pack, put, take
+from pipeline.model.packing import Layout, Packed, gather_rows, join, pack, scatter_rows
 
 TEXTS = [[3, 4, 5, 6, 7], [8], [9, 10], [], [11, 12, 13, 14, 15, 16, 17, 18], [19, 20]]
 
@@ -109,8 +109,8 @@ def test_a_token_table_asks_for_no_groups_or_masks() -> None:
 def test_take_and_put_have_the_gradients_of_indexing() -> None:
     rows = torch.tensor([4, 0, 2])
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
-    torch.testing.assert_close(take(x, rows), x[rows])
+    torch.testing.assert_close(gather_rows(x, rows), x[rows])
     zeros = torch.zeros(5, 3, dtype=torch.float64)
-    torch.testing.assert_close(put(y, rows, 5), zeros.index_put((rows,), y))
-    assert torch.autograd.gradcheck(lambda x: take(x, rows), x.requires_grad_())
-    assert torch.autograd.gradcheck(lambda y: put(y, rows, 5), y.requires_grad_())
+    torch.testing.assert_close(scatter_rows(y, rows, 5), zeros.index_put((rows,), y))
+    assert torch.autograd.gradcheck(lambda x: gather_rows(x, rows), x.requires_grad_())
+    assert torch.autograd.gradcheck(lambda y: scatter_rows(y, rows, 5), y.requires_grad_())

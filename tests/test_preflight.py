@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config import Config, ConfigError, load
 from pipeline.core.cluster import NODE_ID, Cluster, Node
-from pipeline.core.outcome import Finding, check_disk_space, findings_table, refuse
+from pipeline.core.outcome import Finding, check_disk_space, findings_table, raise_findings
 from pipeline.preflight import (
     View,
     check_data,
@@ -133,9 +133,9 @@ def test_the_estimate_of_checkpoints_is_near_what_torch_writes(tmp_path: Path) -
 def test_all_that_is_wrong_is_said(caplog: pytest.LogCaptureFixture) -> None:
     findings = [Finding("a", "1"), Finding("b", "2", ConfigError("first")), Finding("c", "3", ConfigError("second"))]
     with caplog.at_level("ERROR", "pipeline"), pytest.raises(ConfigError, match="second"):
-        refuse(findings)
+        raise_findings(findings)
     assert [record.getMessage() for record in caplog.records] == ["first"]
-    refuse(findings[:1])
+    raise_findings(findings[:1])
     table = [line.split() for line in findings_table(findings).splitlines()[2:]]
     assert table == [["a", "ok", "1"], ["b", "no", "2"], ["c", "no", "3"]]
 

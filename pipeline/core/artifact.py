@@ -39,17 +39,17 @@ import xxhash
 from pipeline.core.cluster import data_on_driver_node
 from pipeline.core.console import log
 from pipeline.core.files import (
+    file_sizes,
     files_below,
     for_each,
+    link_or_copy,
     parquet_file,
-    place,
     remove_folder,
     replacing,
-    sizes,
     write_atomically,
     xxh3_of,
 )
-from pipeline.core.outcome import JobError, alone_in, error_sentence
+from pipeline.core.outcome import JobError, error_sentence, job_lock
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
 
@@ -90,7 +90,7 @@ class Output:
 
     def link(self, name: str, source: StoragePath) -> None:
         """Link another artifact's file here (in a bucket: copy it), with the hash from its manifest."""
-        place(source, self.folder / name)
+        link_or_copy(source, self.folder / name)
         home, inside = _home(source)
         if home:
             entry = _files_of(home, (home / MANIFEST).stat())[inside]
@@ -124,7 +124,7 @@ class Artifact:
         """
         found = None if again else self.read()
         if found is None:
-            with alone_in(self.folder, wait=True):
+            with job_lock(self.folder, wait=True):
                 found = None if again else self.read()
                 if found is None:
                     found = self.finish(fill())
@@ -161,7 +161,7 @@ class Artifact:
         """
         notes = self.scratch / re.sub(r"\W+", "-", title)
         names = [notes / f"{index:06d}.json" for index in range(len(task_bytes))]
-        todo = [index for index, size in enumerate(sizes(names)) if not size]
+        todo = [index for index, size in enumerate(file_sizes(names)) if not size]
         if todo:
             total = sum(task_bytes[index] for index in todo)
             with progress.stage(title, total, "B", counter="bytes", describe=_describe):

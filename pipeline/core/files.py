@@ -34,7 +34,7 @@ from pipeline.core.path import CHUNK_BYTES, BucketPath, Stat, StoragePath, check
 SUFFIX = ".tmp"
 S3_COPY_BYTES = 5 << 30  # S3 copies no larger object in one request
 REQUESTS_AT_ONCE = 16  # of one process to a bucket
-KEPT_S = 24 * 3600  # fetched copies are deleted this long after their last use
+KEPT_S = 24 * 3600  # local copies are deleted this long after their last use
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -111,7 +111,7 @@ def write_atomically(path: StoragePath, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def place(source: StoragePath, target: StoragePath) -> None:
+def link_or_copy(source: StoragePath, target: StoragePath) -> None:
     """Hard-link a file to `target`, or copy it if links are not supported. A bucket gets a copy."""
     if source == target:
         return
@@ -215,13 +215,13 @@ def _disk_stat(path: Path) -> Stat:
     return Stat(stat.st_size, stat.st_mtime_ns)
 
 
-def matching(folder: StoragePath, pattern: str) -> list[StoragePath]:
+def sorted_glob(folder: StoragePath, pattern: str) -> list[StoragePath]:
     """The matches of `folder.glob(pattern)`, sorted by name."""
     found: list[StoragePath] = [*folder.glob(pattern)]
     return sorted(found, key=str)
 
 
-def sizes(paths: Sequence[StoragePath]) -> list[int | None]:
+def file_sizes(paths: Sequence[StoragePath]) -> list[int | None]:
     """The size of each file in bytes, None if it is missing. In a bucket, this lists each folder once."""
     listed: dict[StoragePath, int] = {}
     for parent in {path.parent for path in paths if isinstance(path, BucketPath)}:
@@ -308,7 +308,7 @@ def scratch() -> Path:
     return folder
 
 
-def fetched(path: StoragePath) -> Path:
+def local_copy(path: StoragePath) -> Path:
     """A local path to a file or folder: the path itself, or a cached download from a bucket.
 
     The cache key has the names, sizes and times of all files. The first process downloads, others wait. Copies are
@@ -319,7 +319,7 @@ def fetched(path: StoragePath) -> Path:
     files = {path / name: stat for name, stat in path.files().items()} or {path: path.stat()}
     named = [(str(file), stat) for file, stat in files.items()]
     key = hashlib.sha256(json.dumps([str(path), named]).encode()).hexdigest()[:32]
-    copy = scratch() / "fetched" / key / (path.name or path.store.bucket)
+    copy = scratch() / "copies" / key / (path.name or path.store.bucket)
     copy.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(copy.parent.with_suffix(".lock")):
         os.utime(copy.parent)

@@ -25,7 +25,7 @@ class JobError(Exception):
 
 
 @contextmanager
-def alone_in(folder: StoragePath, *, wait: bool = False) -> Iterator[None]:
+def job_lock(folder: StoragePath, *, wait: bool = False) -> Iterator[None]:
     """Lock a folder for this job (see `locked`). If another job holds it, raise JobError, or wait with `wait`."""
     try:
         with locked(folder, wait=wait):
@@ -77,7 +77,7 @@ def findings_table(findings: Iterable[Finding]) -> str:
     return table(rows, ("preflight", "", "found"))
 
 
-def refuse(findings: Iterable[Finding]) -> None:
+def raise_findings(findings: Iterable[Finding]) -> None:
     """Raise the last error of the findings, if there is one, after logging the others."""
     wrong = [each.error for each in findings if each.error]
     for error in wrong[:-1]:

@@ -24,7 +24,7 @@ import xxhash
 from pipeline.config import Config
 from pipeline.core.artifact import Artifact
 from pipeline.core.console import log
-from pipeline.core.files import for_each, matching, parquet_file
+from pipeline.core.files import for_each, parquet_file, sorted_glob
 from pipeline.core.path import StoragePath
 from pipeline.data.manifest import Manifest, read_prepared
 from pipeline.data.partitions import id_bounds, overlapping
@@ -113,7 +113,7 @@ class Drift:
     @classmethod
     def between(cls, then: StoragePath, now: StoragePath) -> Drift:
         """Compare the record files of two prepared data sets, one range of ids at a time."""
-        old, new = (matching(folder / "records", "*.parquet") for folder in (then, now))
+        old, new = (sorted_glob(folder / "records", "*.parquet") for folder in (then, now))
         ranges = for_each(then, lambda number: _only_in_one(old, new, number), range(len(new)))
         gone, came = (np.concatenate(each) for each in zip(*ranges, strict=True))
         changed = len(np.intersect1d(gone, came))
@@ -148,7 +148,7 @@ def log_drift(config: Config, folder: StoragePath, manifest: Manifest) -> None:
 
 def _free_name(config: Config) -> str:
     """A free name for a new run, such as small-2 after small."""
-    taken = {folder.name for folder in matching(config.run_dir.parent, "*")}
+    taken = {folder.name for folder in sorted_glob(config.run_dir.parent, "*")}
     name = config.run_dir.name
     number = next(number for number in range(2, len(taken) + 3) if f"{name}-{number}" not in taken)
     return f"{config.storage.run}-{number}"

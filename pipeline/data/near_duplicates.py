@@ -31,7 +31,7 @@ from scipy.sparse.csgraph import connected_components
 
 from pipeline.config import Data
 from pipeline.core.artifact import Artifact, Output, open_parquet
-from pipeline.core.files import for_each, parquet_file, sizes
+from pipeline.core.files import file_sizes, for_each, parquet_file
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
 from pipeline.data.manifest import count_outcomes, rejections
@@ -59,7 +59,7 @@ _DROPPED = pa.schema([("record", pa.int64()), ("duplicate_of", pa.string()), ("s
 def find_duplicates(distinct: Artifact, progress: Progress, files: Sequence[StoragePath], data: Data) -> int:
     """Write which records to drop to the artifact's scratch folder. Returns the number of near-duplicates."""
     scratch, threshold = distinct.scratch, data.near_duplicates.threshold
-    file_bytes = [size or 0 for size in sizes(files)]
+    file_bytes = [size or 0 for size in file_sizes(files)]
     offsets = _offsets(files)
     keys = [scratch / "keys" / f"{file.stem}.parts" for file in files]
     bands = bands_of(threshold, data.near_duplicates.permutations)[0] if threshold else 0
@@ -95,7 +95,7 @@ def find_duplicates(distinct: Artifact, progress: Progress, files: Sequence[Stor
             write_parts(table, table["component"].to_numpy() % len(files), len(files), file)
 
     distinct.tasks(progress, "prepare: collect likely duplicates", file_bytes, collect)
-    part_bytes = sum(filter(None, sizes(candidates))) // len(files)
+    part_bytes = sum(filter(None, file_sizes(candidates))) // len(files)
 
     def compare(part: int, output: Output) -> None:
         output.write_table(f"scratch/dropped/{part:05d}.parquet", _compare(read_part(candidates, part), threshold))
@@ -110,7 +110,7 @@ def find_duplicates(distinct: Artifact, progress: Progress, files: Sequence[Stor
 def write_distinct(distinct: Artifact, progress: Progress, files: Sequence[StoragePath]) -> dict[str, Counter[str]]:
     """Write kept records to `records/` and the others to `rejected/`. Returns source → `kept` or a reason → rows."""
     scratch, folder, offsets = distinct.scratch, distinct.folder, _offsets(files)
-    file_bytes = [size or 0 for size in sizes(files)]
+    file_bytes = [size or 0 for size in file_sizes(files)]
 
     def write(index: int, output: Output) -> dict[str, Counter[str]]:
         file, first, last = files[index], int(offsets[index]), int(offsets[index + 1])

@@ -26,8 +26,8 @@ from typing import Any
 from pipeline.config import Config, ConfigError, Source
 from pipeline.core.artifact import Artifact, Output
 from pipeline.core.console import log, table
-from pipeline.core.files import matching, sizes
-from pipeline.core.outcome import Finding, check_disk_space, refuse
+from pipeline.core.files import file_sizes, sorted_glob
+from pipeline.core.outcome import Finding, check_disk_space, raise_findings
 from pipeline.core.path import StoragePath, as_path
 from pipeline.core.session import Progress
 from pipeline.data import near_duplicates
@@ -153,7 +153,7 @@ def prepare(config: Config, progress: Callable[[], Progress], rehash: bool = Fal
     if inputs.prepared.read():
         log.info("prepare: nothing to do, %s is up to date", folder)
     else:
-        refuse([inputs.room])
+        raise_findings([inputs.room])
         inputs.prepared.make(_StageRunner(inputs, progress).run)
     manifest = read_prepared(folder)
     assert manifest
@@ -212,7 +212,7 @@ class _StageRunner:
         rejected = {
             f"{stage.name}-{path.name}": path
             for stage in filter(None, (inputs.records, inputs.distinct))
-            for path in matching(stage.folder / "rejected", "*.parquet")
+            for path in sorted_glob(stage.folder / "rejected", "*.parquet")
         }
         parts = PreparedParts(files, tokenizer_json, recipe, sources, clusters, rejected)
         manifest = assemble(inputs.prepared, inputs.tokens, described, parts)
@@ -271,7 +271,7 @@ class _StageRunner:
             output.write("tokenizer.json", trained.to_str().encode())
 
         def fill() -> dict[str, Any]:
-            sample = min(sum(filter(None, sizes(files))), options.train_mb << 20)
+            sample = min(sum(filter(None, file_sizes(files))), options.train_mb << 20)
             stage.tasks(self.progress(), "prepare: train the tokenizer", [sample], train)
             return {}
 

@@ -24,7 +24,7 @@ from pipeline.config import Data, Source
 from pipeline.core.artifact import Artifact, Output, open_parquet
 from pipeline.core.cluster import connected_cluster
 from pipeline.core.console import log
-from pipeline.core.files import matching, sizes
+from pipeline.core.files import file_sizes, sorted_glob
 from pipeline.core.outcome import JobError
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
@@ -67,7 +67,7 @@ def make_records(
     for (source, _), task in zip(work, done, strict=True):
         read_in[source.name] += task["rows_in"]
     parts = [records.folder / name for task in done for name in task["parts"]]
-    size = sum(filter(None, sizes(parts))) // shards
+    size = sum(filter(None, file_sizes(parts))) // shards
 
     def write(shard: int, output: Output) -> dict[str, Counter[str]]:
         return _write_shard(read_part(parts, shard), output, shard) if parts else {}
@@ -194,7 +194,7 @@ def warn_of_bad_input(sources: Sequence[SourceCount], folder: StoragePath) -> No
 
 def _rejected(folder: StoragePath, source: str, reason: str) -> Iterator[str]:
     """The source_id of each record that was rejected for a reason."""
-    for path in matching(folder / "rejected", "*.parquet"):
+    for path in sorted_glob(folder / "rejected", "*.parquet"):
         rows = open_parquet(path).read(columns=["source", "reason", "source_id"])
         yield from rows.filter((pc.field("source") == source) & (pc.field("reason") == reason))["source_id"].to_pylist()
 

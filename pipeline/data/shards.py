@@ -24,7 +24,7 @@ import pyarrow as pa
 from pipeline.config import Config
 from pipeline.core.artifact import Artifact, Output, checked, open_parquet, read_manifest
 from pipeline.core.console import log
-from pipeline.core.files import for_each, matching, sizes
+from pipeline.core.files import file_sizes, for_each, sorted_glob
 from pipeline.core.outcome import JobError
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
@@ -75,7 +75,7 @@ class EarlierTokens:
     def find(cls, tokens: Artifact, series: str) -> EarlierTokens | None:
         """The newest complete token shards of the series, except `tokens`."""
         found: list[tuple[int, StoragePath, int]] = []
-        for path in matching(tokens.folder.parent, "tokens-*/manifest.json"):
+        for path in sorted_glob(tokens.folder.parent, "tokens-*/manifest.json"):
             manifest = read_manifest(path.parent)
             if manifest and manifest.get("series") == series and path.parent != tokens.folder:
                 found.append((path.stat().st_mtime_ns, path.parent, manifest["record_files"]))
@@ -127,7 +127,7 @@ def token_shards(
         output.report(records=sum(shard["rows"] for shard in found["shards"]))
         return found
 
-    found = tokens.tasks(progress, "prepare: tokenize", [size or 0 for size in sizes(files)], tokenize)
+    found = tokens.tasks(progress, "prepare: tokenize", [size or 0 for size in file_sizes(files)], tokenize)
     if earlier:
         log.info(
             "prepare: tokenized %s of %s records, copied the tokens of the others from %s",

@@ -27,7 +27,7 @@ import xxhash
 from rensa import RMinHash
 
 from pipeline.config import ConfigError
-from pipeline.core.files import digest_of, fetched
+from pipeline.core.files import digest_of, local_copy
 from pipeline.core.path import StoragePath, as_path
 
 Shingles = npt.NDArray[np.uint64]  # sorted, without duplicates
@@ -217,7 +217,7 @@ def check_beir_folders(folders: Iterable[str], rehash: bool = False) -> list[tup
 
 def _beir_texts(folder: StoragePath) -> Iterator[tuple[str, str]]:
     for file, kind in BEIR_FILES.items():
-        with fetched(folder / file).open("rb") as lines:
+        with local_copy(folder / file).open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
                     row = json.loads(line)

@@ -23,7 +23,7 @@ from typing import Any
 from pipeline.config import Config, ConfigError
 from pipeline.core.artifact import read_manifest
 from pipeline.core.console import log
-from pipeline.core.files import disk_bytes, files_below, matching, remove_folder
+from pipeline.core.files import disk_bytes, files_below, remove_folder, sorted_glob
 from pipeline.core.lock import NAME as LOCK
 from pipeline.core.lock import LockLost, Occupied, locked
 from pipeline.core.object_store import BucketError
@@ -104,7 +104,7 @@ def tables(root: StoragePath) -> list[StoragePath]:
 
 
 def _named(home: StoragePath, pattern: str) -> list[StoragePath]:
-    return [folder for folder in matching(home, "*") if re.fullmatch(pattern, folder.name)]
+    return [folder for folder in sorted_glob(home, "*") if re.fullmatch(pattern, folder.name)]
 
 
 def _current(config: Config) -> set[StoragePath]:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pipeline.config import Config, ConfigError
 from pipeline.core.artifact import entries_of
 from pipeline.core.console import log
-from pipeline.core.files import fetched, files_below, replacing_folder
+from pipeline.core.files import files_below, local_copy, replacing_folder
 from pipeline.core.object_store import holds_credentials
 from pipeline.core.outcome import JobError, Result
 from pipeline.core.path import StoragePath, absolute, as_path
@@ -47,7 +47,7 @@ def write_export(
     options or a folder with other files, JobError if vectors are missing.
     """
     from pipeline.evaluation.model_card import model_card, read_origin
-    from pipeline.model.folder import model_fingerprint, read_card
+    from pipeline.model.folder import model_fingerprint, read_model_spec
     from pipeline.model.hf_io import export_model
     from pipeline.model.onnx import check_packages, export_onnx
 
@@ -58,18 +58,18 @@ def write_export(
     refuse_foreign(folder, MARKER)
     if onnx:
         check_packages("--onnx")
-    local = fetched(model)
-    card = read_card(local)
+    local = local_copy(model)
+    spec = read_model_spec(local)
     with exporting(folder, MARKER, {"version": VERSION, "model": model_fingerprint(local)}) as temporary:
-        metrics: dict[str, Any] = {"width": card.width, "cosine": round(export_model(local, temporary), 6)}
+        metrics: dict[str, Any] = {"width": spec.width, "cosine": round(export_model(local, temporary), 6)}
         log.info("export: transformers reproduces the model's vectors with cosine %.6f or more", metrics["cosine"])
         if onnx:
-            cosine = export_onnx(temporary, pooling=card.head.pooling, normalize=card.head.normalize)
+            cosine = export_onnx(temporary, pooling=spec.head.pooling, normalize=spec.head.normalize)
             metrics["onnx_cosine"] = round(cosine, 6)
         if embeddings:
             metrics["embeddings"] = _write_embeddings(config, embeddings, local, temporary / "embeddings")
         origin, rows = read_origin(model, config.run_dir), metrics.get("embeddings", 0)
-        text = model_card(card, origin, folder.name, license_id, evaluate_command, onnx=onnx, embeddings=rows)
+        text = model_card(spec, origin, folder.name, license_id, evaluate_command, onnx=onnx, embeddings=rows)
         (temporary / "README.md").write_text(text, encoding="utf-8")
     log.info("export: %s", folder)
     return Result(metrics, {"export": str(folder), "model": str(model)})

@@ -15,11 +15,11 @@ from typing import Any
 
 import yaml
 
-from pipeline.core.files import fetched, matching
+from pipeline.core.files import local_copy, sorted_glob
 from pipeline.core.path import StoragePath, absolute
 from pipeline.data.manifest import Manifest, read_prepared
 from pipeline.evaluation.report import score_rows
-from pipeline.model.folder import Card, model_fingerprint
+from pipeline.model.folder import ModelSpec, model_fingerprint
 
 SECTIONS = ("model", "objective", "training")  # of the run's config; the other sections hold local paths
 TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "text-embeddings")
@@ -60,19 +60,20 @@ def read_origin(checkpoint: StoragePath, scored_in: StoragePath) -> Origin:
     run, scored = _read_json(run_dir / "run.json"), _read_json(scored_in / "evaluation.json")
     resolved = run_dir / "config.resolved.yaml"
     settings = yaml.safe_load(resolved.read_text(encoding="utf-8")) if run and resolved.is_file() else {}
-    prepared = matching(run_dir.parent.parent, "prepared/*/manifest.json") if run else []
+    prepared = sorted_glob(run_dir.parent.parent, "prepared/*/manifest.json") if run else []
     manifests = (read_prepared(path.parent) for path in prepared)
+    belongs = scored.get("of", {}).get("model") == model_fingerprint(local_copy(checkpoint))
     return Origin(
         settings={name: settings[name] for name in SECTIONS if name in settings},
         state=_read_json(checkpoint / "state.json"),
         run=run,
         manifest=next((m for m in manifests if m and m.fingerprint == run["data_fingerprint"]), None),
-        scores=scored["scores"] if scored.get("of", {}).get("model") == model_fingerprint(fetched(checkpoint)) else {},
+        scores=scored["scores"] if belongs else {},
     )
 
 
 def model_card(
-    card: Card,
+    spec: ModelSpec,
     origin: Origin,
     name: str,
     license_id: str | None,
@@ -94,9 +95,9 @@ def model_card(
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
-        _summary(card),
-        _usage(card, name, onnx, embeddings),
-        _model(card),
+        _summary(spec),
+        _usage(spec, name, onnx, embeddings),
+        _model(spec),
         _data(origin.manifest) if origin.manifest else "",
         _training(origin) if origin.run else "",
         _scores(origin.scores, evaluate_command),
@@ -105,23 +106,23 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _summary(card: Card) -> str:
-    length = " of unit length" if card.head.normalize else ""
+def _summary(spec: ModelSpec) -> str:
+    length = " of unit length" if spec.head.normalize else ""
     text = (
-        f"Maps texts to vectors of {card.width} numbers{length}; texts of similar meaning have a high cosine. "
-        f"Only the first {card.max_length} tokens of a text are used."
+        f"Maps texts to vectors of {spec.width} numbers{length}; texts of similar meaning have a high cosine. "
+        f"Only the first {spec.max_length} tokens of a text are used."
     )
-    if card.head.dimensions:
-        sizes = ", ".join(map(str, card.head.dimensions))
+    if spec.head.dimensions:
+        sizes = ", ".join(map(str, spec.head.dimensions))
         text += (
             f" Vectors were trained to be cut to {sizes} as well (Matryoshka): "
-            f"`truncate_dim={card.head.dimensions[-1]}`, and `normalize_embeddings=True` for unit length again."
+            f"`truncate_dim={spec.head.dimensions[-1]}`, and `normalize_embeddings=True` for unit length again."
         )
     return text
 
 
-def _usage(card: Card, name: str, onnx: bool, embeddings: int) -> str:
-    unit = ", at unit length" if card.head.normalize else ""
+def _usage(spec: ModelSpec, name: str, onnx: bool, embeddings: int) -> str:
+    unit = ", at unit length" if spec.head.normalize else ""
     text = f"""## Use
 
 ```python
@@ -133,9 +134,9 @@ documents = model.encode_document(["def dedup(rows): return list(dict.fromkeys(r
 print(model.similarity(queries, documents))
 ```
 
-`AutoModel.from_pretrained("{name}")` gives the token states; the vector is {POOLINGS[card.head.pooling]}{unit}.
+`AutoModel.from_pretrained("{name}")` gives the token states; the vector is {POOLINGS[spec.head.pooling]}{unit}.
 Neither runs code from this folder."""
-    prompts = "".join(f"\n- `{kind}`: `{prompt!r}`" for kind, prompt in card.head.prompts if prompt)
+    prompts = "".join(f"\n- `{kind}`: `{prompt!r}`" for kind, prompt in spec.head.prompts if prompt)
     if prompts:
         text += f"\n\n`encode_query` and `encode_document` add the prompts that the model was trained with:\n{prompts}"
     if onnx:
@@ -152,10 +153,10 @@ Neither runs code from this folder."""
     return text
 
 
-def _model(card: Card) -> str:
-    facts = {"architecture": "EuroBERT (`hidden_act: gelu`)"} if card.architecture == "unified" else {}
-    facts |= {key: str(value) for key, value in card.shape.items() if key in SHAPE_KEYS and value is not None}
-    facts |= {"pooling": card.head.pooling, "normalize": str(card.head.normalize).lower()}
+def _model(spec: ModelSpec) -> str:
+    facts = {"architecture": "EuroBERT (`hidden_act: gelu`)"} if spec.architecture == "unified" else {}
+    facts |= {key: str(value) for key, value in spec.shape.items() if key in SHAPE_KEYS and value is not None}
+    facts |= {"pooling": spec.head.pooling, "normalize": str(spec.head.normalize).lower()}
     return "## Model\n\n" + _table(("", ""), facts.items())
 
 

@@ -25,7 +25,7 @@ from pipeline.evaluation.tasks import RetrievalTask, held_out_task, open_beir, r
 from pipeline.index.documents import tokens_fit
 from pipeline.index.encoder import EncoderRecipe
 from pipeline.index.vectors import Floats, TopK, unit
-from pipeline.model.folder import read_card
+from pipeline.model.folder import read_model_spec
 from pipeline.model.scores import StsTask, pearson, read_sts, spearman
 
 Scores = dict[str, Any]
@@ -36,7 +36,7 @@ def score_tasks(
 ) -> dict[str, Scores]:
     """Scores by task, in the order of the config's keys. `progress` starts Ray; it is called only to encode texts."""
     settings, normalise = config.evaluation, normaliser(config.data)
-    dimensions, vectors = read_card(recipe.local).head.dimensions, TextVectors(recipe, progress)
+    dimensions, vectors = read_model_spec(recipe.local).head.dimensions, TextVectors(recipe, progress)
     sizes = [recipe.width, *(size for size in dimensions if size < recipe.width)]
     scores: dict[str, Scores] = {}
 
@@ -76,7 +76,7 @@ def _retrieval_tasks(
     if config.evaluation.beir_dir:
         yield open_beir(as_path(config.evaluation.beir_dir)).normalised(normalise)
     if config.evaluation.held_out_queries and manifest.holds_pairs:
-        prompt = read_card(recipe.local).head.prompt("document")
+        prompt = read_model_spec(recipe.local).head.prompt("document")
         without_prompts = not any("positive" in source.prompts for source in manifest.sources)
         use_tokens = without_prompts and tokens_fit(config, folder, recipe, "positive", prompt)
         yield held_out_task(config, folder, use_tokens=use_tokens)

@@ -25,7 +25,7 @@ import xxhash
 from pipeline.config import Config, ConfigError
 from pipeline.config.evaluation import Evaluation
 from pipeline.core.artifact import open_parquet
-from pipeline.core.files import fetched, matching
+from pipeline.core.files import local_copy, sorted_glob
 from pipeline.core.path import StoragePath, as_path
 from pipeline.data.partitions import content_id, is_validation
 from pipeline.model.scores import read_sts, read_tsv
@@ -190,7 +190,7 @@ def _corpus(path: StoragePath) -> Corpus:
 def _rows(path: StoragePath, start: int = 0, number: int = 1) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Yield byte offset, line number and content of each line, from byte `start`, where line `number` begins."""
     try:
-        with fetched(path).open("rb") as file:
+        with local_copy(path).open("rb") as file:
             file.seek(start)
             for line in file:
                 if line.strip():
@@ -218,6 +218,6 @@ def _tokens(folder: StoragePath, records: list[tuple[str, str]]) -> pa.Array:
 
 def _pairs(folder: StoragePath) -> Iterator[tuple[str, dict[str, str]]]:
     """Each record, with the name of its file."""
-    for file in matching(folder / "records", "*.parquet"):
+    for file in sorted_glob(folder / "records", "*.parquet"):
         for batch in open_parquet(file).iter_batches(1024, columns=["id", "anchor", "positive"]):
             yield from ((file.name, row) for row in batch.to_pylist())

@@ -21,10 +21,10 @@ from safetensors.numpy import load_file
 
 from pipeline.config import Embedding
 from pipeline.core.artifact import Artifact, checked
-from pipeline.core.files import fetched, scratch
+from pipeline.core.files import local_copy, scratch
 from pipeline.core.path import StoragePath
 from pipeline.index.vectors import unit
-from pipeline.model.folder import Card, is_table, model_fingerprint, read_card
+from pipeline.model.folder import ModelSpec, is_table, model_fingerprint, read_model_spec
 
 GRAPH = "model.onnx"
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 4_096, 32_768
@@ -54,11 +54,11 @@ class TableBackend:
 
     best_batch_tokens = None
 
-    def __init__(self, folder: Path, card: Card) -> None:
+    def __init__(self, folder: Path, spec: ModelSpec) -> None:
         weights = load_file(folder / "model.safetensors")
-        self.rows_VD, self.width, self.head = weights["embed_tokens.weight"], card.width, card.head
+        self.rows_VD, self.width, self.head = weights["embed_tokens.weight"], spec.width, spec.head
         mean_squares_V1 = np.square(self.rows_VD).mean(axis=1, keepdims=True)
-        self.rows_VD *= weights["norm.weight"] / np.sqrt(mean_squares_V1 + np.float32(card.shape["norm_eps"]))
+        self.rows_VD *= weights["norm.weight"] / np.sqrt(mean_squares_V1 + np.float32(spec.shape["norm_eps"]))
 
     def vectors(self, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         vectors_ND, lengths = np.zeros((len(offsets) - 1, self.width), np.float32), np.diff(offsets)
@@ -115,7 +115,7 @@ def open_backend(
     if settings.backend == "onnxruntime":
         graph = graph_of(folder, settings, graphs).folder
         checked(graph / GRAPH)
-        return OnnxBackend(fetched(graph) / GRAPH, read_card(folder).width, threads or 0)
+        return OnnxBackend(local_copy(graph) / GRAPH, read_model_spec(folder).width, threads or 0)
     return model_backend(folder, threads, device, bf16=settings.precision == "bf16", compiled=settings.compile)
 
 
@@ -123,9 +123,9 @@ def model_backend(
     folder: Path, threads: int | None = None, device: str | None = None, *, bf16: bool = False, compiled: bool = False
 ) -> Backend:
     """Open numpy for a token table, torch for any other model."""
-    card = read_card(folder)
-    if is_table(card):
-        return TableBackend(folder, card)
+    spec = read_model_spec(folder)
+    if is_table(spec):
+        return TableBackend(folder, spec)
     import torch
 
     from pipeline.index.torch_backend import TorchBackend
@@ -156,7 +156,7 @@ def make_graph(folder: Path, settings: Embedding, graphs: StoragePath) -> None:
         from pipeline.model.onnx import export_onnx
 
         with tempfile.TemporaryDirectory(dir=scratch()) as name:
-            temporary, head = Path(name), read_card(folder).head
+            temporary, head = Path(name), read_model_spec(folder).head
             export_model(folder, temporary)
             export_onnx(temporary, pooling=head.pooling, normalize=head.normalize)
             if settings.precision == "int8":

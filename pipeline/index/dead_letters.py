@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.files import matching, parquet_file, replacing
+from pipeline.core.files import parquet_file, replacing, sorted_glob
 from pipeline.core.path import StoragePath
 from pipeline.index.table import TEXTS
 
@@ -55,7 +55,7 @@ class DeadLetters:
         return self._read()[1]
 
     def _read(self) -> tuple[list[StoragePath], pa.Table]:
-        files = sorted(matching(self.folder, "*.parquet"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+        files = sorted(sorted_glob(self.folder, "*.parquet"), key=lambda path: (path.stat().st_mtime_ns, path.name))
         rows = pa.concat_tables([LETTERS.empty_table(), *(parquet_file(file).read() for file in files)])
         last = {i: position for position, i in enumerate(rows["id"].to_pylist())}
         return files, rows.take(pa.array(list(last.values()), pa.int64()))

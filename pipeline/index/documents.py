@@ -28,7 +28,7 @@ import xxhash
 
 from pipeline.config import Config
 from pipeline.core.artifact import Artifact, Output, open_parquet
-from pipeline.core.files import for_each, matching, sizes
+from pipeline.core.files import file_sizes, for_each, sorted_glob
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
 from pipeline.data.manifest import SPLITS, Manifest
@@ -36,7 +36,7 @@ from pipeline.data.partitions import content_id, read_part, shard_of, write_part
 from pipeline.index.encoder import EncoderRecipe
 from pipeline.index.table import PLACE, IdRange, id_range
 from pipeline.index.vectors import TOKENS, one_array
-from pipeline.model.folder import read_card
+from pipeline.model.folder import read_model_spec
 
 FORMAT = 1
 READ_ROWS = 8_192
@@ -67,7 +67,7 @@ class Documents:
         prompts = {source.name: source.prompts[field] for source in manifest.sources if source.prompts.get(field)}
         key = {"format": FORMAT, "data": prepared.name, "field": field, "prompts": prompts, "tokens": use_tokens}
         artifact = Artifact(root / "stages", "documents", key)
-        records = matching(prepared / "records", "*.parquet")
+        records = sorted_glob(prepared / "records", "*.parquet")
         are_records = manifest.text_fields == ["text"] and not prompts
         return cls(records, field, prompts, use_tokens, prepared, artifact, are_records)
 
@@ -108,7 +108,7 @@ class Documents:
 
     def _group(self, progress: Progress) -> dict[str, Any]:
         ranges = len(self.records)
-        bytes_in = [size or 0 for size in sizes(self.records)]
+        bytes_in = [size or 0 for size in file_sizes(self.records)]
 
         def spread(index: int, output: Output) -> str:
             rows, name = self._identified(index), f"scratch/by-range/{index:05d}.parts"
@@ -220,7 +220,7 @@ def tokens_fit(config: Config, prepared: StoragePath, recipe: EncoderRecipe, fie
         return False
     if field == "anchor" and any(config.data.augment.model_dump().values()):
         return False
-    if read_card(recipe.local).max_length != config.tokenizer.max_length:
+    if read_model_spec(recipe.local).max_length != config.tokenizer.max_length:
         return False
     for source in config.data.sources:
         own = source.model_dump()["prompts"].get(field) or ""

@@ -28,11 +28,11 @@ import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
 from pipeline.config import Embedding
-from pipeline.core.files import fetched
+from pipeline.core.files import local_copy
 from pipeline.core.path import StoragePath
 from pipeline.index.backends import Backend, model_backend, open_backend
 from pipeline.index.vectors import Column, as_groups, as_numbers, as_ragged, as_tokens, unit
-from pipeline.model.folder import is_table, load_tokenizer, model_fingerprint, read_card
+from pipeline.model.folder import is_table, load_tokenizer, model_fingerprint, read_model_spec
 
 CHARS_PER_TOKEN = 8  # ours: English has about 5; texts with more are tokenized twice
 WORD_END = re.compile(r"(?<=\w) ")
@@ -68,16 +68,16 @@ class EncoderRecipe:
     @property
     def local(self) -> Path:
         """The model's folder on this machine."""
-        return fetched(self.folder)
+        return local_copy(self.folder)
 
     @cached_property
     def width(self) -> int:
-        return self.settings.dimensions or read_card(self.local).width
+        return self.settings.dimensions or read_model_spec(self.local).width
 
     @cached_property
     def is_table(self) -> bool:
         """Whether the model is a token table that runs in numpy."""
-        return is_table(read_card(self.local)) and self.settings.backend == "torch"
+        return is_table(read_model_spec(self.local)) and self.settings.backend == "torch"
 
     @property
     def overlap(self) -> int | None:
@@ -88,7 +88,7 @@ class EncoderRecipe:
         return _tokenizer(self.folder, self.overlap)
 
     @cached_property
-    def space(self) -> str:
+    def fingerprint(self) -> str:
         """Identifies the vectors: two recipes with the same id give every text the same vector."""
         settings = self.settings
         parts = [model_fingerprint(self.local)[:12], str(self.width), settings.precision]
@@ -98,7 +98,7 @@ class EncoderRecipe:
 
 @lru_cache(maxsize=4)
 def _tokenizer(folder: StoragePath, overlap: int | None) -> Tokenizer:
-    tokenizer = load_tokenizer(fetched(folder))
+    tokenizer = load_tokenizer(local_copy(folder))
     if overlap is not None:
         enable_windows(tokenizer, overlap)
     return tokenizer
@@ -120,8 +120,8 @@ class TextEncoder:
         backend: Backend | None = None,
         window_overlap: int | None = None,
     ) -> None:
-        folder = fetched(model)
-        self.card, self.tokenizer = read_card(folder), load_tokenizer(folder)
+        folder = local_copy(model)
+        self.spec, self.tokenizer = read_model_spec(folder), load_tokenizer(folder)
         self.backend = backend or model_backend(folder, device=device)
         self.batch_tokens = self.backend.best_batch_tokens if batch_tokens == "auto" else batch_tokens
         self.width = dimensions or self.backend.width
@@ -133,7 +133,7 @@ class TextEncoder:
 
         `prompt` names one of the model's prompts: `query` or `document`.
         """
-        prefix = self.card.head.prompt(prompt)
+        prefix = self.spec.head.prompt(prompt)
         return self.encode_tokens(tokenize(self.tokenizer, [prefix + text for text in texts]))
 
     def encode_tokens(self, tokens: Column) -> np.ndarray:

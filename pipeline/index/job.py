@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from pipeline.config import Config
 from pipeline.core.console import log
 from pipeline.core.files import remove_folder
-from pipeline.core.outcome import JobError, alone_in
+from pipeline.core.outcome import JobError, job_lock
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
 from pipeline.data.manifest import Manifest
@@ -35,7 +35,7 @@ from pipeline.index.sync import COUNTS, Difference, Sync, count_tokens, encoded_
 from pipeline.index.table import VectorTable
 from pipeline.index.vectors import as_matrix, one_array, unit
 from pipeline.index.writer import Writer
-from pipeline.model.folder import read_card
+from pipeline.model.folder import read_model_spec
 
 LEAST_COSINE = {"fp32": 0.9999, "bf16": 0.999, "int8": 0.98}
 """Minimum cosine between two encodings of a text in different batches, by precision. Measured with MiniLM on Debian,
@@ -67,7 +67,7 @@ class Index:
     def of(cls, config: Config, prepared: StoragePath, manifest: Manifest, model: StoragePath) -> Index:
         """Raises ConfigError for settings that the model or this machine does not support."""
         recipe, field = encoder_recipe(config, model), embedded_field(config, manifest)
-        prompt = read_card(recipe.local).head.prompt(prompt_name(field))
+        prompt = read_model_spec(recipe.local).head.prompt(prompt_name(field))
         use_tokens = tokens_fit(config, prepared, recipe, field, prompt)
         documents = Documents.of(prepared, config.root, manifest, field, use_tokens=use_tokens)
         return cls(config, recipe, table_of(config, recipe), documents, prompt)
@@ -92,7 +92,7 @@ class Index:
         began = time.monotonic()
         self.documents.make(progress)
         if rebuild:
-            with alone_in(self.table.path):
+            with job_lock(self.table.path):
                 self.table.empty()
         with self.table.writing() as writer:
             metrics = (

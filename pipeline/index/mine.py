@@ -27,7 +27,7 @@ import pyarrow as pa
 from pipeline.config import Config, ConfigError
 from pipeline.core.artifact import Artifact, Output, checked, open_parquet
 from pipeline.core.console import log
-from pipeline.core.files import matching, replacing, sizes
+from pipeline.core.files import file_sizes, replacing, sorted_glob
 from pipeline.core.outcome import JobError
 from pipeline.core.path import StoragePath, on_disk
 from pipeline.core.session import Progress
@@ -62,10 +62,10 @@ def mine(
             f"storage.root: found {config.root}; allowed for mining, which memory-maps its vectors, is a folder on "
             "disk that all nodes share"
         )
-    files, recipe = matching(folder / "records", "*.parquet"), _recipe(config, manifest)
+    files, recipe = sorted_glob(folder / "records", "*.parquet"), _recipe(config, manifest)
     tokenizer, stages = checked(folder / "tokenizer.json"), config.root / "stages"
     settings = [config.mining.model_dump(), recipe.validation_fraction]
-    mined = Artifact(stages, "mined", [FORMAT, folder.name, manifest.fingerprint, model.space, settings])
+    mined = Artifact(stages, "mined", [FORMAT, folder.name, manifest.fingerprint, model.fingerprint, settings])
     tokens = tokens_of(stages, mined.key, sha256(tokenizer), recipe)
     target = Artifact(config.root / "prepared", "", ["mined", tokens.key])
 
@@ -73,7 +73,7 @@ def mine(
         mined.make(lambda: _fill(mined, config, files, manifest, model, progress()))
         records = [mined.folder / "records" / file.name for file in files]
         described = tokens.make(lambda: token_shards(tokens, progress(), records, recipe, tokenizer))
-        rejected = {path.name: path for path in matching(folder / "rejected", "*.parquet")}
+        rejected = {path.name: path for path in sorted_glob(folder / "rejected", "*.parquet")}
         parts = PreparedParts(records, tokenizer, recipe, manifest.sources, manifest.clusters, rejected)
         return asdict(assemble(target, tokens, described, parts))
 
@@ -214,7 +214,7 @@ def _write_records(
         counts: list[int] = np.bincount([len(texts) for texts in by_id.values()] or [0], minlength=1).tolist()
         return counts if by_id else []
 
-    by_file = mined.tasks(progress, "mine: write records", [size or 0 for size in sizes(files)], write)
+    by_file = mined.tasks(progress, "mine: write records", [size or 0 for size in file_sizes(files)], write)
     return {"records_by_negatives": [sum(column) for column in itertools.zip_longest(*by_file, fillvalue=0)]}
 
 

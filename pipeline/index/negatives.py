@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from pipeline.config import Mining
 from pipeline.core.artifact import Artifact, Output, open_parquet
-from pipeline.core.files import replacing, sizes
+from pipeline.core.files import file_sizes, replacing
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
 from pipeline.data.partitions import content_id, is_validation
@@ -66,7 +66,7 @@ def text_keys(mined: Artifact, files: Sequence[StoragePath], fraction: float, pr
         with output.writing(f"scratch/keys/{files[index].stem}.npy") as temporary, temporary.open("wb") as file:
             np.save(file, np.array(keys, dtype=np.uint64).reshape(-1, 3))
 
-    mined.tasks(progress, "mine: hash texts", [size or 0 for size in sizes(files)], hash_texts)
+    mined.tasks(progress, "mine: hash texts", [size or 0 for size in file_sizes(files)], hash_texts)
     parts = []
     for path in files:
         with (mined.scratch / "keys" / f"{path.stem}.npy").open("rb") as file:

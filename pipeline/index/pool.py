@@ -38,7 +38,7 @@ class EncodeTexts:
         self, recipe: EncoderRecipe, threads: int, progress: Any, prompt: str, prompts: dict[str, str] | None
     ) -> None:
         self.encoder, self.progress, self.prompts = open_encoder(recipe, threads), progress, prompts or {}
-        self.prompt = self.encoder.card.head.prompt(prompt)
+        self.prompt = self.encoder.spec.head.prompt(prompt)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         began = time.perf_counter()

@@ -16,7 +16,7 @@ import re
 from typing import TYPE_CHECKING
 
 from pipeline.config import Config, ConfigError, Embedding
-from pipeline.core.files import fetched, free_bytes, may_write, place, write_atomically
+from pipeline.core.files import free_bytes, link_or_copy, local_copy, may_write, write_atomically
 from pipeline.core.outcome import JobError
 from pipeline.core.path import StoragePath, as_path
 from pipeline.data.manifest import Manifest
@@ -24,7 +24,7 @@ from pipeline.index.backends import make_graph
 from pipeline.index.encoder import EncoderRecipe
 from pipeline.index.pinecone_client import Budget
 from pipeline.index.table import VectorTable
-from pipeline.model.folder import model_files, model_fingerprint, read_card
+from pipeline.model.folder import model_files, model_fingerprint, read_model_spec
 
 if TYPE_CHECKING:
     from pipeline.index.pinecone_store import PineconeStore
@@ -35,9 +35,9 @@ def encoder_recipe(config: Config, model: StoragePath) -> EncoderRecipe:
 
     Raises ConfigError for dimensions that the model was not trained for, and if a package is missing.
     """
-    dimensions, card = config.embedding.dimensions, read_card(fetched(model))
-    if dimensions and dimensions not in (card.width, *card.head.dimensions):
-        allowed = ", ".join(map(str, (card.width, *card.head.dimensions)))
+    dimensions, spec = config.embedding.dimensions, read_model_spec(local_copy(model))
+    if dimensions and dimensions not in (spec.width, *spec.head.dimensions):
+        allowed = ", ".join(map(str, (spec.width, *spec.head.dimensions)))
         raise ConfigError(f"embedding.dimensions: found {dimensions}; allowed with this model are {allowed}")
     labels = config.scaling.labels
     recipe = EncoderRecipe(model, config.embedding, config.root / "onnx", labels.encode or labels.data)
@@ -49,7 +49,7 @@ def encoder_recipe(config: Config, model: StoragePath) -> EncoderRecipe:
 def table_of(config: Config, recipe: EncoderRecipe) -> VectorTable:
     """The table of a run's documents and a model. Creates nothing."""
     settings, run = config.embedding, config.storage.run
-    key = [run, recipe.space, settings.field, settings.vector_type]
+    key = [run, recipe.fingerprint, settings.field, settings.vector_type]
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", run)[-80:]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     uri = (settings.uri if settings.store == "lancedb" else None) or "lancedb"
@@ -105,7 +105,7 @@ def publish(config: Config, recipe: EncoderRecipe, table: VectorTable) -> None:
     name = f"models/{model_fingerprint(recipe.local)[:16]}"
     for file in model_files(recipe.local):  # each copied atomically
         if not (config.root / name / file).is_file():
-            place(recipe.local / file, config.root / name / file)
+            link_or_copy(recipe.local / file, config.root / name / file)
     settings = config.embedding.model_dump(mode="json")
     content = json.dumps({"model": name, "table": str(table.path), "embedding": settings}, indent=2).encode()
     if not _published(config).is_file() or _published(config).read_bytes() != content:

@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import Config
 from pipeline.core.console import log
-from pipeline.core.files import files_below, remove_folder, replacing, sizes
+from pipeline.core.files import file_sizes, files_below, remove_folder, replacing
 from pipeline.core.path import StoragePath, public_uri
 from pipeline.core.session import Progress
 from pipeline.index.dead_letters import DeadLetters
@@ -217,7 +217,7 @@ class Push:
             if not self.store.is_new():
                 return False
             home = folder / self.store.namespace
-            written = sizes([_import_file(home, part) for part in parts])
+            written = file_sizes([_import_file(home, part) for part in parts])
             missing = [part for part, size in zip(parts, written, strict=True) if size is None]
             for range_counts in self.spread(partial(work.to_file, home), missing):
                 counts.update(range_counts)

@@ -35,7 +35,7 @@ import xxhash
 
 from pipeline.core.files import disk_bytes, lance_location, remove_folder
 from pipeline.core.lock import LockLost, Occupied, locked
-from pipeline.core.outcome import JobError, alone_in
+from pipeline.core.outcome import JobError, job_lock
 from pipeline.core.path import StoragePath
 from pipeline.data.partitions import id_bounds
 from pipeline.index.vectors import as_matrix
@@ -246,7 +246,7 @@ class VectorTable:
         """Lock the table and return its writer. Raises JobError if another job is writing to it."""
         from pipeline.index.writer import Writer
 
-        with alone_in(self.path):
+        with job_lock(self.path):
             yield Writer(self)
 
 

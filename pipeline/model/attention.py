@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.model.packing import Layout, put, take
+from pipeline.model.packing import Layout, gather_rows, scatter_rows
 
 FLASH_CAPABILITY = (8, 0)  # Ampere: the first GPUs that torch's flash attention runs on
 FLASH_HEAD_WIDTH = 256  # the widest head that it supports; widths must also be multiples of 8
@@ -94,15 +94,15 @@ def _grouped(
     """One kernel call per pair of query and key lengths."""
     groups = queries.groups(keys)
     if groups.query_rows is not None:
-        q_THK = take(q_THK, groups.query_rows)
+        q_THK = gather_rows(q_THK, groups.query_rows)
     if groups.key_rows is not None:
-        k_SJK, v_SJK = take(k_SJK, groups.key_rows), take(v_SJK, groups.key_rows)
+        k_SJK, v_SJK = gather_rows(k_SJK, groups.key_rows), gather_rows(v_SJK, groups.key_rows)
     q_sizes, k_sizes = [n * L for n, L, _ in groups.shapes], [n * M for n, _, M in groups.shapes]
     # NOTE: the gradient of `split` copies each part once; slices would each add up a gradient of T rows.
     parts = zip(groups.shapes, q_THK.split(q_sizes), k_SJK.split(k_sizes), v_SJK.split(k_sizes), strict=True)
     mixed = [_one_length((q, k, v), shape, options) for shape, q, k, v in parts]
     out = torch.cat(mixed) if mixed else torch.zeros_like(q_THK)
-    return out if groups.query_rows is None else put(out, groups.query_rows, queries.num_tokens)
+    return out if groups.query_rows is None else scatter_rows(out, groups.query_rows, queries.num_tokens)
 
 
 def _one_length(qkv: tuple[Tensor, Tensor, Tensor], shape: tuple[int, int, int], options: AttentionOptions) -> Tensor:

@@ -122,7 +122,7 @@ class GenerativeTask:
 
 
 @dataclass(frozen=True)
-class Part:
+class MicroBatch:
     """A micro-batch: n rows, ready for one forward pass."""
 
     rows: int
@@ -131,11 +131,11 @@ class Part:
     keys: Tensor  # (n, 3 + M)
     tasks: dict[str, GenerativeTask]
 
-    def emptied(self) -> Part:
+    def emptied(self) -> MicroBatch:
         """The same objectives with no rows, for workers that have fewer parts than others."""
         pairs = None if self.pairs is None else self.pairs.slice(0, 0)
         tasks = {name: task.emptied() for name, task in self.tasks.items()}
-        return Part(0, pairs, self.filled[:0], self.keys[:0], tasks)
+        return MicroBatch(0, pairs, self.filled[:0], self.keys[:0], tasks)
 
 
 def hashes(texts: Packed) -> list[int]:

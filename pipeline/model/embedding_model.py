@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from pipeline.model.folder import Card, Head, Pooling
+from pipeline.model.folder import Head, ModelSpec, Pooling
 from pipeline.model.packing import Layout, Packed
 from pipeline.model.transformer import Encoder, EncoderShape
 
@@ -73,19 +73,19 @@ def pool(states_TD: Tensor, layout: Layout, pooling: Pooling) -> Tensor:
     return summed / total.clamp(min=1)[:, None]
 
 
-def unset_backbone(card: Card) -> nn.Module:
-    """The backbone that a card describes, without weights: call `load_state_dict(assign=True)`.
+def unset_backbone(spec: ModelSpec) -> nn.Module:
+    """The backbone that a spec describes, without weights: call `load_state_dict(assign=True)`.
 
     Raises ValueError for an unknown architecture.
     """
-    if card.architecture == "unified":
+    if spec.architecture == "unified":
         with torch.device("meta"), _Unset():
-            return Encoder(EncoderShape(**card.shape))
-    if card.architecture == "pretrained":
+            return Encoder(EncoderShape(**spec.shape))
+    if spec.architecture == "pretrained":
         from pipeline.model.pretrained import PretrainedEncoder  # imports transformers, which takes seconds
 
-        return PretrainedEncoder.from_description(card.shape)
-    raise ValueError(f"found architecture {card.architecture!r}; supported are unified and pretrained")
+        return PretrainedEncoder.from_description(spec.shape)
+    raise ValueError(f"found architecture {spec.architecture!r}; supported are unified and pretrained")
 
 
 class _Unset(TorchFunctionMode):

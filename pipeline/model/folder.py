@@ -48,7 +48,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelSpec:
     """The content of `model.json`: the backbone's architecture and shape, and the head."""
 
     architecture: str  # unified or pretrained
@@ -64,14 +64,14 @@ def save_model(folder: Path, model: EmbeddingModel, tokenizer_json: str, max_len
 
     state = {name: tensor.detach().contiguous() for name, tensor in model.backbone.state_dict().items()}
     save_file(state, folder / "model.safetensors")
-    save_card(folder, model, tokenizer_json, max_length)
+    save_model_spec(folder, model, tokenizer_json, max_length)
 
 
-def save_card(folder: Path, model: EmbeddingModel, tokenizer_json: str, max_length: int) -> None:
+def save_model_spec(folder: Path, model: EmbeddingModel, tokenizer_json: str, max_length: int) -> None:
     """Write `model.json` and `tokenizer.json`."""
     backbone: Any = model.backbone
-    card = Card(backbone.architecture, backbone.describe(), model.head, model.width, max_length)
-    (folder / "model.json").write_text(json.dumps(asdict(card), indent=2, sort_keys=True))
+    spec = ModelSpec(backbone.architecture, backbone.describe(), model.head, model.width, max_length)
+    (folder / "model.json").write_text(json.dumps(asdict(spec), indent=2, sort_keys=True))
     (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
 
 
@@ -85,8 +85,8 @@ def load_model(folder: Path) -> tuple[EmbeddingModel, Tokenizer]:
 
     from pipeline.model.embedding_model import EmbeddingModel, unset_backbone
 
-    card = read_card(folder)
-    model = EmbeddingModel(unset_backbone(card), card.head)
+    spec = read_model_spec(folder)
+    model = EmbeddingModel(unset_backbone(spec), spec.head)
     model.backbone.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
     return model.eval(), load_tokenizer(folder)
 
@@ -96,7 +96,7 @@ def is_ours(folder: Path) -> bool:
     return (folder / "model.json").is_file()
 
 
-def read_card(folder: Path) -> Card:
+def read_model_spec(folder: Path) -> ModelSpec:
     """Read `model.json`, or its equivalent. Raises OSError or ValueError if the folder holds no readable model."""
     if not is_ours(folder):
         from pipeline.model.hf_io import open_hf_folder
@@ -107,14 +107,14 @@ def read_card(folder: Path) -> Card:
         head = content["head"]
         head["dimensions"] = tuple(head["dimensions"])
         head["prompts"] = tuple((name, prompt) for name, prompt in head["prompts"])
-        return Card(**content | {"head": Head(**head)})
+        return ModelSpec(**content | {"head": Head(**head)})
     except (TypeError, KeyError, ValueError):
         raise ValueError(f"{folder / 'model.json'} does not describe a model of this version") from None
 
 
-def is_table(card: Card) -> bool:
+def is_table(spec: ModelSpec) -> bool:
     """Whether the model is only a token table: no layers, and no learned positions."""
-    return card.architecture == "unified" and not card.shape["num_layers"] and card.shape["positions"] == "rotary"
+    return spec.architecture == "unified" and not spec.shape["num_layers"] and spec.shape["positions"] == "rotary"
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -125,7 +125,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return open_hf_folder(folder, weights=False)[2]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
-    tokenizer.enable_truncation(read_card(folder).max_length)
+    tokenizer.enable_truncation(read_model_spec(folder).max_length)
     return tokenizer
 
 

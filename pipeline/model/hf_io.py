@@ -1,7 +1,7 @@
 """Reads model folders of transformers and sentence-transformers, and exports our models as one.
 
-    card, model, tokenizer = open_hf_folder(Path("all-MiniLM-L6-v2"))
-    card.head                                              # Head(pooling='mean', normalize=True, …)
+    spec, model, tokenizer = open_hf_folder(Path("all-MiniLM-L6-v2"))
+    spec.head                                              # Head(pooling='mean', normalize=True, …)
 
     export_model(checkpoint, folder)                       # our encoder becomes EuroBERT; pretrained ones do not change
     SentenceTransformer(str(folder)).encode_query(["remove duplicate rows"])
@@ -33,7 +33,7 @@ from tokenizers import Tokenizer, normalizers
 
 from pipeline.config import ConfigError
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import Card, Head, Pooling, load_model, read_card
+from pipeline.model.folder import Head, ModelSpec, Pooling, load_model, read_model_spec
 from pipeline.model.packing import Layout, pack
 
 POOLINGS: dict[str, Pooling] = {"cls": "cls", "lasttoken": "last", "mean": "mean", "weightedmean": "weighted"}
@@ -64,8 +64,8 @@ class FolderParts(NamedTuple):
     normalize: bool
 
 
-def open_hf_folder(folder: Path, *, weights: bool = True) -> tuple[Card, EmbeddingModel, Tokenizer]:
-    """The card, the model in evaluation mode, and its tokenizer, which truncates at the card's `max_length`.
+def open_hf_folder(folder: Path, *, weights: bool = True) -> tuple[ModelSpec, EmbeddingModel, Tokenizer]:
+    """The spec, the model in evaluation mode, and its tokenizer, which truncates at the spec's `max_length`.
 
     Without `weights`, the model is on the meta device. Raises OSError if a file is missing or unreadable, ValueError
     for an unsupported model or module, before reading any weights.
@@ -84,8 +84,8 @@ def open_hf_folder(folder: Path, *, weights: bool = True) -> tuple[Card, Embeddi
     max_length = _max_length(parts.encoder, backbone.max_positions)
     side = _settings(parts.encoder / "tokenizer_config.json").get("truncation_side", "right")
     tokenizer.enable_truncation(max_length, direction=side)
-    card = Card("pretrained", backbone.describe(), head, backbone.width, max_length)
-    return card, EmbeddingModel(backbone, head).eval(), tokenizer
+    spec = ModelSpec("pretrained", backbone.describe(), head, backbone.width, max_length)
+    return spec, EmbeddingModel(backbone, head).eval(), tokenizer
 
 
 def hf_files(folder: Path) -> list[str]:
@@ -188,15 +188,15 @@ def export_model(checkpoint: Path, folder: Path) -> float:
 
     Raises ConfigError if transformers has no such architecture, RuntimeError if the vectors differ.
     """
-    card, (model, tokenizer) = read_card(checkpoint), load_model(checkpoint)
-    pad_id = pad_token_id(card, tokenizer)
-    exported: Any = model.backbone.model if card.architecture == "pretrained" else model.backbone
-    if card.architecture == "pretrained":
+    spec, (model, tokenizer) = read_model_spec(checkpoint), load_model(checkpoint)
+    pad_id = pad_token_id(spec, tokenizer)
+    exported: Any = model.backbone.model if spec.architecture == "pretrained" else model.backbone
+    if spec.architecture == "pretrained":
         from transformers import __version__
 
-        config = {**card.shape, "architectures": [type(exported).__name__], "transformers_version": __version__}
+        config = {**spec.shape, "architectures": [type(exported).__name__], "transformers_version": __version__}
     else:
-        config = eurobert_config(card, tokenizer, pad_id)
+        config = eurobert_config(spec, tokenizer, pad_id)
     _write(folder / "config.json", config)
     state = {name: tensor.contiguous() for name, tensor in exported.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -206,16 +206,16 @@ def export_model(checkpoint: Path, folder: Path) -> float:
     whole.no_padding()
     whole.no_truncation()  # tokenizer_config.json has the limit
     whole.save(str(folder / "tokenizer.json"))
-    _write(folder / "tokenizer_config.json", _tokenizer_config(card, tokenizer, pad_id))
-    _write_modules(card, folder, "add_pooling_layer" in signature(type(exported)).parameters)
+    _write(folder / "tokenizer_config.json", _tokenizer_config(spec, tokenizer, pad_id))
+    _write_modules(spec, folder, "add_pooling_layer" in signature(type(exported)).parameters)
     return _smallest_cosine(model, tokenizer, folder)
 
 
-def eurobert_config(card: Card, tokenizer: Tokenizer, pad_id: int) -> dict[str, Any]:
+def eurobert_config(spec: ModelSpec, tokenizer: Tokenizer, pad_id: int) -> dict[str, Any]:
     """Our encoder's shape as a EuroBERT config. Raises ConfigError for learned positions, which EuroBERT lacks."""
     from transformers import EuroBertConfig
 
-    shape, mask_id = card.shape, tokenizer.token_to_id("[MASK]")
+    shape, mask_id = spec.shape, tokenizer.token_to_id("[MASK]")
     if shape.get("positions", "rotary") != "rotary":
         raise ConfigError(f"model.positions: found {shape['positions']}; exports need model.positions=rotary")
     config = EuroBertConfig(
@@ -230,7 +230,7 @@ def eurobert_config(card: Card, tokenizer: Tokenizer, pad_id: int) -> dict[str, 
         hidden_act="gelu",
         rms_norm_eps=shape["norm_eps"],
         rope_parameters={"rope_type": "default", "rope_theta": shape["rope_theta"]},
-        max_position_embeddings=card.max_length,
+        max_position_embeddings=spec.max_length,
         pad_token_id=pad_id,
         bos_token_id=None,
         eos_token_id=None,
@@ -240,7 +240,7 @@ def eurobert_config(card: Card, tokenizer: Tokenizer, pad_id: int) -> dict[str, 
     return json.loads(config.to_json_string(use_diff=False))
 
 
-def pad_token_id(card: Card, tokenizer: Tokenizer) -> int:
+def pad_token_id(spec: ModelSpec, tokenizer: Tokenizer) -> int:
     """A special token to pad with: the config's, else one by name, else the first. All give the same vectors.
 
     Raises ConfigError if the tokenizer has none: an ordinary word made special would be tokenized differently.
@@ -248,7 +248,7 @@ def pad_token_id(card: Card, tokenizer: Tokenizer) -> int:
     special = _special_tokens(tokenizer)
     if not special:
         raise ConfigError("found no special token to pad with; exports need a tokenizer that has one, such as [PAD]")
-    own = [token_id for token_id in special.values() if token_id == card.shape.get("pad_token_id")]
+    own = [token_id for token_id in special.values() if token_id == spec.shape.get("pad_token_id")]
     by_name = [special[name] for name in PAD_TOKENS if name in special]
     return [*own, *by_name, *special.values()][0]
 
@@ -259,7 +259,7 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     return {token.content: token_id for token_id, token in added if token.special}
 
 
-def _tokenizer_config(card: Card, tokenizer: Tokenizer, pad_id: int) -> dict[str, Any]:
+def _tokenizer_config(spec: ModelSpec, tokenizer: Tokenizer, pad_id: int) -> dict[str, Any]:
     """Settings that make AutoTokenizer use tokenizer.json unchanged, truncating at the model's length.
 
     NOTE: `PreTrainedTokenizerFast` reads tokenizer.json as it is; model-specific classes rebuild parts of it.
@@ -269,7 +269,7 @@ def _tokenizer_config(card: Card, tokenizer: Tokenizer, pad_id: int) -> dict[str
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{role: token for role, token in NAMED_TOKENS.items() if token in special},
         "pad_token": tokenizer.id_to_token(pad_id),
-        "model_max_length": card.max_length,
+        "model_max_length": spec.max_length,
         "padding_side": "right",
         "truncation_side": "right",
         "model_input_names": ["input_ids", "attention_mask"],
@@ -277,9 +277,9 @@ def _tokenizer_config(card: Card, tokenizer: Tokenizer, pad_id: int) -> dict[str
     }
 
 
-def _write_modules(card: Card, folder: Path, has_pooler: bool) -> None:
+def _write_modules(spec: ModelSpec, folder: Path, has_pooler: bool) -> None:
     """Write sentence-transformers' files. `has_pooler`: the class adds an unused, random pooling layer by default."""
-    head = card.head
+    head = spec.head
     paths = {"Transformer": "", "Pooling": "1_Pooling", **({"Normalize": "2_Normalize"} if head.normalize else {})}
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
@@ -287,13 +287,13 @@ def _write_modules(card: Card, folder: Path, has_pooler: bool) -> None:
     ]
     _write(folder / "modules.json", modules)
     without_pooler = {"model_args": {"add_pooling_layer": False}} if has_pooler else {}
-    loading = {"max_seq_length": card.max_length, "do_lower_case": False, **without_pooler}
+    loading = {"max_seq_length": spec.max_length, "do_lower_case": False, **without_pooler}
     _write(folder / "sentence_bert_config.json", loading)
     prompts = {name: head.prompt(name) for name in PROMPTS}
     settings = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
     _write(folder / "config_sentence_transformers.json", settings)
     modes = {flag: POOLINGS.get(mode) == head.pooling for flag, mode in FLAGS.items()}
-    pooling = {"word_embedding_dimension": card.width, **modes, "include_prompt": True}
+    pooling = {"word_embedding_dimension": spec.width, **modes, "include_prompt": True}
     _write(folder / "1_Pooling" / "config.json", pooling)
     if head.normalize:
         _write(folder / "2_Normalize" / "config.json", {})

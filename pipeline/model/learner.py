@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Objective, Writing
-from pipeline.model.batch import Batch, GenerativeTask, Part, Sees, Special, hashes
+from pipeline.model.batch import Batch, GenerativeTask, MicroBatch, Sees, Special, hashes
 from pipeline.model.contrastive import ContrastiveOptions, GlobalBatch, PairVectors, contrastive_loss
 from pipeline.model.corruption import Tokens, delete_tokens, mask_spans, mask_tokens
 from pipeline.model.decoder import Decoder, Memory
@@ -89,19 +89,19 @@ class Learner(nn.Module):
         """Objectives whose decoder generates text that can be compared with a reference."""
         return [name for name in ("seq2seq", "denoising") if name in self.weights]
 
-    def prepare(self, batch: Batch, seed: int) -> Part:
+    def prepare(self, batch: Batch, seed: int) -> MicroBatch:
         """Prepare a forward pass over these rows, on the CPU."""
         pairs = batch.pairs() if self.contrasts else None
         keys = batch.keys(self.hard_negatives) if self.contrasts else torch.zeros(len(batch), 0, dtype=torch.int64)
         tasks = {name: self._task(name, batch, seed) for name in self.generative}
-        return Part(len(batch), pairs, batch.filled_slots(self.hard_negatives), keys, tasks)
+        return MicroBatch(len(batch), pairs, batch.filled_slots(self.hard_negatives), keys, tasks)
 
-    def forward(self, part: Part) -> tuple[Tensor | None, dict[str, TokenLoss]]:
+    def forward(self, part: MicroBatch) -> tuple[Tensor | None, dict[str, TokenLoss]]:
         """The vectors of the part's pairs (None without a contrastive objective), and the losses of its tasks."""
         vectors = self.model(part.pairs) if part.pairs is not None else None
         return vectors, {name: self._loss(task) for name, task in part.tasks.items()}
 
-    def embed(self, part: Part) -> Tensor:
+    def embed(self, part: MicroBatch) -> Tensor:
         """(N, D) vectors of anchors, positives and hard negatives."""
         assert part.pairs is not None
         return self.model(part.pairs)  # type: ignore[no-any-return]
@@ -110,7 +110,7 @@ class Learner(nn.Module):
         """(N, D) vectors of texts."""
         return self.model(texts)  # type: ignore[no-any-return]
 
-    def rows(self, parts: Sequence[Part], vectors: Sequence[Tensor]) -> PairVectors:
+    def rows(self, parts: Sequence[MicroBatch], vectors: Sequence[Tensor]) -> PairVectors:
         """Combine the parts of a batch, given the vectors of their pairs."""
         cut = [
             each.split([part.rows, part.rows, len(each) - 2 * part.rows])

@@ -117,11 +117,11 @@ class Layout:
     def pad(self, x: Tensor) -> Tensor:
         """(T, ...) → (N, L, ...), zeros where there is no token."""
         shape = tuple(self.mask.shape)
-        return put(x, self.cells, shape[0] * shape[1]).unflatten(0, shape)
+        return scatter_rows(x, self.cells, shape[0] * shape[1]).unflatten(0, shape)
 
     def unpad(self, x: Tensor) -> Tensor:
         """(N, L, ...) → (T, ...)."""
-        return take(x.flatten(0, 1), self.cells)
+        return gather_rows(x.flatten(0, 1), self.cells)
 
     @cached_property
     def by_length(self) -> tuple[Tensor, Layout] | None:
@@ -169,17 +169,17 @@ def _rows(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
     return np.repeat(starts - (lengths.cumsum() - lengths), lengths) + np.arange(lengths.sum())
 
 
-def take(x: Tensor, rows: Tensor) -> Tensor:
+def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """`x[rows]` for distinct rows. The gradient is copied instead of accumulated, so it is deterministic."""
-    return _Take.apply(x, rows)  # type: ignore[no-any-return, no-untyped-call]
+    return _GatherRows.apply(x, rows)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def put(x: Tensor, rows: Tensor, size: int) -> Tensor:
+def scatter_rows(x: Tensor, rows: Tensor, size: int) -> Tensor:
     """(size, ...): the rows of `x` at the distinct indices `rows`, zeros elsewhere."""
     return x.new_zeros(size, *x.shape[1:]).index_copy_(0, rows, x)
 
 
-class _Take(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
         ctx.save_for_backward(rows)
@@ -188,4 +188,4 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
-        return put(gradient, ctx.saved_tensors[0], ctx.size), None
+        return scatter_rows(gradient, ctx.saved_tensors[0], ctx.size), None

@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from pipeline.model.attention import AttentionOptions, attend
 from pipeline.model.linear import use_onednn
-from pipeline.model.packing import Layout, Packed, put
+from pipeline.model.packing import Layout, Packed, scatter_rows
 
 FAMILIES = (
     "bert",
@@ -143,7 +143,7 @@ class PretrainedEncoder(nn.Module):
         if layout.by_length is None:
             return self._states(batch.ids, layout)
         rows, ordered = layout.by_length
-        return put(self._states(batch.ids[rows], ordered), rows, layout.num_tokens)
+        return scatter_rows(self._states(batch.ids[rows], ordered), rows, layout.num_tokens)
 
     def _states(self, ids_T: Tensor, layout: Layout) -> Tensor:
         positions_T = layout.position + self._first_position

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pipeline.config import ConfigError
-from pipeline.core.files import fetched
+from pipeline.core.files import local_copy
 from pipeline.core.path import StoragePath
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -60,7 +60,7 @@ def read_tsv(
     """
     names, found = ", ".join(columns), []
     try:
-        with fetched(path).open(encoding="utf-8", newline="") as file:
+        with local_copy(path).open(encoding="utf-8", newline="") as file:
             rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             if next(rows, None) != list(columns) and not lenient:
                 raise ValueError(f"the header must be {names}")

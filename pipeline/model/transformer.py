@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.model.attention import AttentionOptions, attend, keep_from_compiler
 from pipeline.model.linear import use_onednn
-from pipeline.model.packing import Layout, Packed, put, take
+from pipeline.model.packing import Layout, Packed, gather_rows, scatter_rows
 
 INIT_STD = 0.02  # BERT, section A.2, and every encoder since
 
@@ -246,10 +246,10 @@ class Encoder(nn.Module):
         rows = None
         if layout.by_length is not None:
             rows, layout = layout.by_length
-            x_TD = take(x_TD, rows)
+            x_TD = gather_rows(x_TD, rows)
         rotation = self.shape.rotation(layout.position)
         x_TD = run_layers(self.layers[: self.active_layers], self.gradient_checkpointing, x_TD, layout, rotation)
-        return x_TD if rows is None else put(x_TD, rows, len(x_TD))
+        return x_TD if rows is None else scatter_rows(x_TD, rows, len(x_TD))
 
 
 def run_layers(layers: Iterable[nn.Module], checkpointing: bool, x_TD: Tensor, *inputs: Any) -> Tensor:

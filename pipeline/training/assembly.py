@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from pipeline.config import Config, ConfigError
 from pipeline.core.artifact import checked
 from pipeline.core.console import log
-from pipeline.core.files import fetched
+from pipeline.core.files import local_copy
 from pipeline.core.lock import holder_of
 from pipeline.core.path import StoragePath, as_path
 from pipeline.data.feed import LocalFeed, training_plan, validation_rows
@@ -207,7 +207,7 @@ def _pretrained(config: Config) -> PretrainedEncoder:
 
 def _pretrained_path(config: Config) -> Path:
     """`model.pretrained` as a local folder, downloaded from a bucket if needed, or as a name on the Hub."""
-    return fetched(as_path(str(config.model.pretrained)))
+    return local_copy(as_path(str(config.model.pretrained)))
 
 
 def check_model(config: Config, tokenizer: Tokenizer) -> None:

@@ -25,12 +25,12 @@ from pathlib import Path
 
 from pipeline.core.console import log
 from pipeline.core.files import (
-    fetched,
     files_below,
     for_each,
-    matching,
-    place,
+    link_or_copy,
+    local_copy,
     remove_folder,
+    sorted_glob,
     staging,
     write_atomically,
     xxh3_of,
@@ -111,7 +111,7 @@ def read_state(folder: StoragePath) -> TrainState:
     """Verify the hashes of a checkpoint's files and return its state. Raises ValueError naming a broken file."""
     if not (folder / "state.json").is_file():
         raise ValueError("its state.json is missing or broken")
-    local = fetched(folder)
+    local = local_copy(folder)
     try:
         content = json.loads((local / "state.json").read_text())
         hashes: dict[str, str] = content.pop("files")
@@ -148,7 +148,7 @@ def resume_point(run_dir: StoragePath, known: ResumePoint | None = None) -> Resu
 
 def best_checkpoint(run_dir: StoragePath) -> StoragePath | None:
     """The checkpoint with the best validation score; if it is missing or broken, the newest valid one."""
-    for folder in reversed(matching(run_dir / "best", "step-*[0-9]")):
+    for folder in reversed(sorted_glob(run_dir / "best", "step-*[0-9]")):
         try:
             read_state(folder)
             return folder
@@ -171,7 +171,7 @@ def prune(run_dir: StoragePath, keep: int, newest: StoragePath | None = None) ->
             kept.append(folder)
         else:
             remove_folder(folder)
-    for attempt in matching(run_dir, "attempt-[0-9]*"):
+    for attempt in sorted_glob(run_dir, "attempt-[0-9]*"):
         if attempt not in {folder.parent for folder in kept}:
             remove_folder(attempt)
 
@@ -210,9 +210,9 @@ class Committer:
         names = [name for name in files_below(folder) if name != "state.json"]
         if self.rank == 0:
             (target / "state.json").unlink(missing_ok=True)  # of the same step before a restart
-        for_each(target, lambda name: place(folder / name, target / name), names)
+        for_each(target, lambda name: link_or_copy(folder / name, target / name), names)
         if self.rank > 0:
-            place(folder / "state.json", target / self.part(self.rank))
+            link_or_copy(folder / "state.json", target / self.part(self.rank))
         else:
             state_json = self._merged_state((folder / "state.json").read_text(), target)
             if is_best:
@@ -245,15 +245,15 @@ def link_best(checkpoint: StoragePath, run_dir: StoragePath, state_json: str) ->
     remove_folder(best)
     content = json.loads(state_json)
     content["files"] = {name: digest for name, digest in content["files"].items() if not name.startswith("optimizer")}
-    for_each(best, lambda name: place(checkpoint / name, best / name), list(content["files"]))
+    for_each(best, lambda name: link_or_copy(checkpoint / name, best / name), list(content["files"]))
     write_atomically(best / "state.json", json.dumps(content, indent=2).encode())
-    for other in matching(best.parent, "*"):
+    for other in sorted_glob(best.parent, "*"):
         if other != best:
             remove_folder(other)
 
 
 def _newest_first(run_dir: StoragePath) -> list[StoragePath]:
-    folders = matching(run_dir, "attempt-[0-9]*/step-[0-9]*")
+    folders = sorted_glob(run_dir, "attempt-[0-9]*/step-[0-9]*")
     return sorted(folders, key=lambda folder: (folder.name, folder.parent.name), reverse=True)
 
 

@@ -19,7 +19,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.core.arrow import arrow_location
 from pipeline.core.cluster import connected_cluster
 from pipeline.core.console import log, log_timeline, process_start_s
-from pipeline.core.outcome import Finding, JobError, refuse
+from pipeline.core.outcome import Finding, JobError, raise_findings
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
 from pipeline.core.signals import signals
@@ -219,7 +219,9 @@ def _checked_workers(config: Config, plan: BatchPlan, concurrent_runs: int) -> W
     """The run's workers. Raises ConfigError, with what would fit, if they do not fit the cluster."""
     cluster = connected_cluster()
     workers = size_workers(config, cluster, concurrent_runs)
-    refuse(Finding("training", str(workers), ConfigError(each)) for each in shortfalls(config, workers, cluster))
+    raise_findings(
+        Finding("training", str(workers), ConfigError(each)) for each in shortfalls(config, workers, cluster)
+    )
     plan.check_workers(workers.max_workers)
     share = plan.global_batch_size // workers.max_workers
     if share < config.training.gradient_accumulation_steps:

@@ -65,7 +65,7 @@ class FullySharded:
         self.learner.set_requires_gradient_sync(False)
 
     @contextmanager
-    def sending(self) -> Iterator[None]:
+    def gradient_sync(self) -> Iterator[None]:
         self.learner.set_requires_gradient_sync(True)
         yield
 

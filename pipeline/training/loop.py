@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from pipeline.config import Config
 from pipeline.core.console import log
-from pipeline.model.batch import Batch, Part
+from pipeline.model.batch import Batch, MicroBatch
 from pipeline.model.learner import Learner
 from pipeline.model.transformer import Encoder, compile_layers
 from pipeline.training.checkpoints import TrainState, note_oom_splits
@@ -72,7 +72,7 @@ class PreparedStep:
     """A step's batch, split into micro-batches on the device."""
 
     batch: Batch
-    parts: list[Part]
+    parts: list[MicroBatch]
     flops: float
     oom_splits: int
 

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.training import Training
-from pipeline.model.batch import Batch, GenerativeTask, Part
+from pipeline.model.batch import Batch, GenerativeTask, MicroBatch
 from pipeline.model.decoder import Decoder
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.learner import Learner
@@ -163,7 +163,7 @@ def forward_backward_flops(model: nn.Module, lengths: Lengths) -> float:
     return float(MATRIX * numbers * tokens.sum() + ATTENTION * attended * (tokens**2).sum())
 
 
-def step_flops(learner: Learner, parts: Iterable[Part]) -> float:
+def step_flops(learner: Learner, parts: Iterable[MicroBatch]) -> float:
     """Operations of a step of this worker: encoders, decoders and the scores over the vocabulary.
 
     Call it before `parts` move to a GPU: reading their lengths there would wait for the device.

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import yaml
 
 from pipeline.config import Config, ConfigError
-from pipeline.core.files import place, write_atomically, xxh3_of
+from pipeline.core.files import link_or_copy, write_atomically, xxh3_of
 from pipeline.core.path import StoragePath
 from pipeline.data.drift import TrainedOn, has_moved
 from pipeline.data.manifest import Manifest
@@ -41,7 +41,7 @@ def claim_run_folder(config: Config, prepared: StoragePath, manifest: Manifest, 
     """Write the files above. Raises ConfigError if the folder holds another run."""
     refuse_other_run(config, manifest)
     folder = config.run_dir
-    place(prepared / "tokenizer.json", folder / "tokenizer.json")
+    link_or_copy(prepared / "tokenizer.json", folder / "tokenizer.json")
     described = {
         **vars(TrainedOn.of(config, prepared, manifest, steps)),
         "git_sha": _git_sha(),

@@ -32,9 +32,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.config import Config, ConfigError
-from pipeline.core.files import fetched, replacing, staging
+from pipeline.core.files import local_copy, replacing, staging
 from pipeline.core.path import StoragePath
-from pipeline.model.folder import save_card, save_model
+from pipeline.model.folder import save_model, save_model_spec
 from pipeline.model.learner import Learner
 from pipeline.training.checkpoints import (
     WEIGHTS,
@@ -125,7 +125,7 @@ def save_checkpoint(folder: Path, run: Run, state: TrainState, tokenizer_json: s
     if run.strategy.is_sharded:
         save_sharded(folder, learner, run.optimizer)
         if rank() == 0:
-            save_card(folder, learner.model, tokenizer_json, max_length)
+            save_model_spec(folder, learner.model, tokenizer_json, max_length)
     else:
         save_model(folder, learner.model, tokenizer_json, max_length)
         heads = {name: tensor.contiguous() for name, tensor in learner.state_dict().items() if not _is_model(name)}
@@ -137,7 +137,7 @@ def save_checkpoint(folder: Path, run: Run, state: TrainState, tokenizer_json: s
 
 def load_checkpoint(checkpoint: StoragePath, run: Run) -> None:
     """Load the weights and the optimizer of a checkpoint. Raises ConfigError for a ddp checkpoint under fsdp."""
-    folder = fetched(checkpoint)
+    folder = local_copy(checkpoint)
     if is_sharded(folder):
         load_sharded(folder, run.learner, run.optimizer)
     elif run.strategy.is_sharded:
@@ -199,7 +199,7 @@ def consolidate(checkpoint: StoragePath) -> None:
     """
     if not is_sharded(checkpoint) or (checkpoint / "model.safetensors").is_file():
         return
-    folder = fetched(checkpoint)
+    folder = local_copy(checkpoint)
     headers = _headers(folder / WEIGHTS)
     weights = {name: torch.empty(header.size, dtype=header.properties.dtype) for name, header in headers.items()}
     _load(folder / WEIGHTS, weights, single_process=True)

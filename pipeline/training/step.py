@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.model.batch import Batch, Part
+from pipeline.model.batch import Batch, MicroBatch
 from pipeline.model.contrastive import GlobalBatch, PairVectors
 from pipeline.model.generative import TokenLoss
 from pipeline.model.learner import Learner
@@ -76,7 +76,7 @@ def micro_batch_ranges(
 def backward(
     learner: Learner,
     strategy: Strategy,
-    parts: Sequence[Part],
+    parts: Sequence[MicroBatch],
     *,
     autocast: torch.dtype | None = None,
     loss_scale: Tensor | float = 1.0,
@@ -101,7 +101,7 @@ def backward(
     metrics = cache.contrast(counts.rows, loss_scale) if learner.contrasts else {}
     with memory:
         for i in range(len(parts)):
-            with strategy.sending() if i == len(parts) - 1 else nullcontext():
+            with strategy.gradient_sync() if i == len(parts) - 1 else nullcontext():
                 cache.replay(i, counts, loss_scale, metrics)
 
     loss = metrics.get("loss", torch.zeros((), device=device))
@@ -114,7 +114,9 @@ def backward(
 class _GradCache:
     """The embeddings of a step's micro-batches and, after `contrast`, the gradients of the loss in their `.grad`."""
 
-    def __init__(self, learner: Learner, parts: Sequence[Part], precision: AbstractContextManager[object]) -> None:
+    def __init__(
+        self, learner: Learner, parts: Sequence[MicroBatch], precision: AbstractContextManager[object]
+    ) -> None:
         self.learner, self.parts, self.precision = learner, parts, precision
         self.embeddings: list[Tensor] = []
         self.rng_states: list[Tensor] = []
@@ -179,7 +181,7 @@ def _gather_batch(rows: PairVectors, counts: list[int]) -> GlobalBatch:
     return GlobalBatch(PairVectors(anchors, positives, negatives, keys), sum(counts[: rank()]), len(counts))
 
 
-def _as_many_as_others(parts: Sequence[Part]) -> list[Part]:
+def _as_many_as_others(parts: Sequence[MicroBatch]) -> list[MicroBatch]:
     """The parts, padded with empty ones to the largest number of parts on any worker."""
     counts = all_gather(torch.tensor(len(parts), device=parts[0].keys.device))
     return [*parts, *[parts[0].emptied()] * (int(counts.max()) - len(parts))]
@@ -197,7 +199,7 @@ class _Counts:
     """Number of workers that ran out of memory."""
 
     @classmethod
-    def exchange(cls, parts: Sequence[Part], ran_out: bool, device: torch.device) -> _Counts:
+    def exchange(cls, parts: Sequence[MicroBatch], ran_out: bool, device: torch.device) -> _Counts:
         names = list(parts[0].tasks)
         local = [float(sum(len(part.tasks[name].labels) for part in parts)) for name in names]
         local += [float(sum(part.rows for part in parts)), float(ran_out)]

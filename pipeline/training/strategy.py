@@ -4,7 +4,7 @@
     strategy.attach(learner)
     strategy.start()                                   # gradients are zero
     first_part.backward()                              # gradients accumulate on this worker
-    with strategy.sending():
+    with strategy.gradient_sync():
         last_part.backward()                           # a bucket is sent when its last gradient is ready
     flags = strategy.finish([False, True])             # gradients are means over workers, flags are sums
     norm = strategy.clip(max_norm=1.0)
@@ -49,7 +49,7 @@ class Strategy(Protocol):
     def start(self) -> None:
         """Begin a step with zero gradients."""
 
-    def sending(self) -> AbstractContextManager[None]:
+    def gradient_sync(self) -> AbstractContextManager[None]:
         """A context for the step's last backward pass, in which gradients are sent."""
 
     def finish(self, flags: Sequence[bool | Tensor]) -> list[float]:
@@ -68,7 +68,7 @@ class DataParallel:
         self.compression, self.bucket_bytes = compression, bucket_bytes
         self.parameters: list[nn.Parameter] = []
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self.is_sending, self.sent = False, 0
+        self.is_syncing, self.sent = False, 0
 
     def attach(self, learner: Learner) -> None:
         for hook in self.hooks:
@@ -85,16 +85,16 @@ class DataParallel:
     def start(self) -> None:
         for bucket in self.buckets:
             bucket.reset()
-        self.is_sending, self.sent = False, 0
+        self.is_syncing, self.sent = False, 0
 
     @contextmanager
-    def sending(self) -> Iterator[None]:
-        self.is_sending = True
+    def gradient_sync(self) -> Iterator[None]:
+        self.is_syncing = True
         yield
-        self.is_sending = False
+        self.is_syncing = False
 
     def finish(self, flags: Sequence[bool | Tensor]) -> list[float]:
-        self.is_sending = False
+        self.is_syncing = False
         last = self.buckets[-1]
         for i, flag in enumerate(flags):
             last.flags[i] = flag
@@ -108,7 +108,7 @@ class DataParallel:
         return nn.utils.clip_grad_norm_(self.parameters, max_norm)
 
     def _arrived(self, parameter: Tensor) -> None:
-        if not self.is_sending:
+        if not self.is_syncing:
             return
         self.bucket_of[parameter].waiting -= 1
         # All workers send buckets in the same order, whatever the order of gradients. The last one waits for the flags.

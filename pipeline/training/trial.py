@@ -26,7 +26,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.config.training import Scaling
 from pipeline.core.cluster import Capacity
 from pipeline.core.console import LogFile, log
-from pipeline.core.outcome import alone_in
+from pipeline.core.outcome import job_lock
 from pipeline.core.path import StoragePath
 from pipeline.data.manifest import Manifest
 from pipeline.training.checkpoints import TrainState
@@ -191,7 +191,7 @@ def run_trial(suggested: dict[str, Any], context: TrialContext) -> None:
     reporter = Reporter(context.criterion.metric)
     try:
         config = trial_config(context.config, context.criterion, suggested["number"], suggested["values"])
-        with _logged(config), alone_in(config.run_dir, wait=True):  # a killed driver's trial may run on for a minute
+        with _logged(config), job_lock(config.run_dir, wait=True):  # a killed driver's trial may run on for a minute
             state = _train(config, context, reporter)
     except Exception as error:
         reporter.end(failed=" ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__)
