@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from pipeline.core.session import LOCAL_ENVIRONMENT, Progress, set_environment
@@ -33,6 +34,9 @@ for name, value in FOR_RAY.items():
     os.environ.setdefault(name, value)
 os.environ |= CREDENTIALS  # in Ray's workers too, which are older than the servers of tests
 set_environment()  # before anything imports Ray
+# The same inputs in every run, without a time limit for each. A property test in the slow tier tries max_examples=1000.
+hypothesis.settings.register_profile("pipeline", deadline=None, database=None, derandomize=True)
+hypothesis.settings.load_profile("pipeline")
 
 TOPICS = ["invoice", "kernel", "violin", "glacier", "pepper", "satellite", "carpet", "enzyme", "lantern", "harbour"]
 VERBS = ["open", "merge", "count", "rotate", "compress", "validate", "sort", "translate", "archive", "measure"]
