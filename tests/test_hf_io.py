@@ -209,6 +209,16 @@ def larger_vocabulary(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
+def pooling_at(path: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / "linked").symlink_to(folder.parent)
+        modules = json.loads((folder / "modules.json").read_text())
+        modules[1]["path"] = path
+        write(folder / "modules.json", modules)
+
+    return spoil
+
+
 def emptied(folder: Path) -> None:
     for path in (folder / "modules.json", folder / "config.json"):
         path.unlink()
@@ -222,6 +232,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no pooling": (lambda f: write(f / "modules.json", []), "found no module; supported are"),
     "no list": (lambda f: write(f / "modules.json", {"a": 1}), "found no list of modules"),
+    "above": (pooling_at("1_Pooling/../.."), r"modules\.json: found a module at .*, outside the model's folder"),
+    "absolute": (pooling_at("/etc"), "found a module at /etc, outside the model's folder"),
+    "link": (pooling_at("linked"), "found a module at .*linked, outside the model's folder"),
     "broken": (lambda f: (f / "modules.json").write_text("["), r"modules\.json: found no valid JSON"),
     "max": (pooled(pooling_mode="max"), "found pooling by max; supported is one of cls, lasttoken, mean, weightedmean"),
     "max of old": (pooled(pooling_mode_max_tokens=True), "found pooling by max; supported"),

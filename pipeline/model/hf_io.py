@@ -119,6 +119,9 @@ def _parts(folder: Path) -> FolderParts:
             f"{path}: found {', '.join(names) or 'no module'}; supported are Transformer and Pooling of "
             "sentence-transformers, optionally followed by Normalize"
         )
+    for _, part in modules:
+        if not part.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{path}: found a module at {part}, outside the model's folder; give a complete model")
     return FolderParts(modules[0][1], modules[1][1], normalize=len(modules) == 3)
 
 
