@@ -22,6 +22,7 @@ from pipeline.core.outcome import JobError, Result, findings_table, job_lock, ra
 from pipeline.core.path import StoragePath, as_path
 from pipeline.core.session import Progress, ray_session, set_environment
 from pipeline.data.drift import has_moved, log_drift
+from pipeline.data.feed import warn_of_equal_positives
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import Inputs, prepare
 from pipeline.evaluation.tasks import check_tasks
@@ -155,6 +156,7 @@ def train_stage(session: Session) -> Result:
     if is_done(config, folder, manifest, state):
         log.info("train: nothing to do, the run is at its end, step %s", f"{state.step:,}")
     else:
+        warn_of_equal_positives(config, folder, manifest)
         progress = session.progress()
         with job_lock(config.run_dir):
             state = fit(config, folder, manifest, progress, known=point)
@@ -170,6 +172,7 @@ def tune_stage(session: Session) -> Result:
     _check_pairs(config, manifest)
     from pipeline.training.sweep import sweep
 
+    warn_of_equal_positives(config, folder, manifest)
     with job_lock(config.run_dir / "tune"):
         return sweep(config, folder, manifest, session.progress)
 
