@@ -28,6 +28,8 @@ from pipeline.data.prepare import Inputs, prepare
 from pipeline.evaluation.tasks import check_tasks
 from pipeline.preflight import preflight
 
+SCORES_FORMAT = 2  # raise it when scores change: earlier ones are computed again
+
 
 class Session:
     """A job's config and its Ray session, which is started and checked on first use.
@@ -209,6 +211,7 @@ def evaluate_stage(session: Session, *, again: bool) -> Result:
     model, latest, wanted = _model_of(config, manifest), config.run_dir / "evaluation.json", config.evaluation
     recipe = encoder_recipe(config, model)
     key = {
+        "format": SCORES_FORMAT,
         "model": model_fingerprint(local_copy(model)),
         "data": manifest.fingerprint,
         "evaluation": wanted.model_dump(mode="json"),

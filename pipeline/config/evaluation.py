@@ -13,8 +13,8 @@ Cosine = Annotated[float, Field(ge=-1, le=1)]
 
 class Evaluation(Section):
     beir_dir: PathStr | None = None
-    """A folder in BEIR's format to score as well: corpus.jsonl, queries.jsonl, qrels/test.tsv (or TREC's qrels under that
-    name). A document with the query's own id is left out of its ranking, unless it is judged relevant."""
+    """A folder in BEIR's format to score as well: corpus.jsonl, queries.jsonl, qrels/test.tsv (TREC's format of qrels
+    too). A document with the query's own id is left out of its ranking, unless it is judged relevant."""
     sts_file: PathStr | None = None
     """A TSV with a header and the columns score, sentence1, sentence2: Spearman's and Pearson's correlation; Spearman's
     also at each validation."""
