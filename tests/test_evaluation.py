@@ -87,25 +87,39 @@ def test_a_query_does_not_find_itself() -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_queries_that_are_documents(tmp_path: Path) -> None:
-    """As in ArguAna: each query is a document of the corpus, and its answer is the document most like it."""
+    """As in ArguAna: each query is a document of the corpus. The oracle is one matrix of scores without those pairs."""
     from pipeline.config import load
     from pipeline.evaluation.scoring import score_tasks
+    from pipeline.index.encoder import TextEncoder
     from pipeline.index.published import encoder_recipe
 
-    model, sides = small_model(tmp_path / "model"), ("supports", "refutes")
-    rows = [str(row["positive"]) for row in make_pairs(12, seed=5)]
-    corpus = [{"_id": f"{i}-{side}", "text": f"{side} {text} {text}"} for i, text in enumerate(rows) for side in sides]
-    queries = "".join(json.dumps(row) + "\n" for row in corpus if row["_id"].endswith("supports"))
-    judged = "".join(f"{i}-supports\t{i}-refutes\t1\n" for i in range(12))
-    folder = write_beir(tmp_path / "set", "".join(json.dumps(row) + "\n" for row in corpus), queries, "h\n" + judged)
+    model = small_model(tmp_path / "model")
+    texts = {
+        f"{i}-{side}": f"{side} {row['anchor']} {row['anchor']}"
+        for i, row in enumerate(make_pairs(60, seed=5))
+        for side in ("supports", "refutes")
+    }
+    asked = [name for name in texts if name.endswith("supports")]
+    corpus = "".join(json.dumps({"_id": name, "text": text}) + "\n" for name, text in texts.items())
+    queries = "".join(json.dumps({"_id": name, "text": texts[name]}) + "\n" for name in asked)
+    qrels = {name: {name.replace("supports", "refutes"): 1} for name in asked}
+    judged = "".join(f"{query}\t{document}\t1\n" for query, right in qrels.items() for document in right)
+    folder = write_beir(tmp_path / "set", corpus, queries, "h\n" + judged)
     config = load(
         Path(__file__).parents[1] / "configs" / "pairs.yaml",
         [f"embedding.model={model}", f"evaluation.beir_dir={folder}"],
     )
-    manifest = Manifest("", [], {}, [], {}, [], {})
-    scores = score_tasks(config, tmp_path, manifest, encoder_recipe(config, model), progress)["set"]
-    for system in ("model", "bm25", "hybrid"):
-        assert (scores[system]["ndcg@10"], scores[system]["recall@1"]) == (1, 1), system
+    recipe = encoder_recipe(config, model)
+    scores = score_tasks(config, tmp_path, Manifest("", [], {}, [], {}, [], {}), recipe, progress)["set"]
+    vectors = unit(TextEncoder(model, device="cpu").encode(list(texts.values())).astype(np.float64))
+    cosines = {
+        query: {name: float(vectors[i] @ vectors[j]) for j, name in enumerate(texts) if name != query}
+        for i, query in enumerate(texts)
+        if query in qrels
+    }
+    assert scores["model"] == pytest.approx(retrieval_metrics(qrels, cosines), abs=2e-3)
+    assert scores["bm25"]["recall@1"] == scores["bm25"]["ndcg@10"] == 1
+    assert scores["hybrid"]["recall@1"] > max(scores["model"]["recall@1"], 0.5)
 
 
 def test_bm25_with_nothing_to_index() -> None:
