@@ -67,7 +67,7 @@ def _row(line: bytes) -> dict[str, Any]:
 
 
 def read_qrels(path: StoragePath, queries: Container[str], key: str) -> Qrels:
-    """All judgements. `queries` are the known ids: a first line that begins with none of them is a header.
+    """All judgements. `queries` are the known ids: a first line without one of them and without a score is a header.
 
     A header may have more columns than BEIR's three, in any order. Without BEIR's names, the first three columns count.
     """
@@ -78,11 +78,11 @@ def read_qrels(path: StoragePath, queries: Container[str], key: str) -> Qrels:
             for number, line in enumerate(file, 1):
                 if cells := _cells(line):
                     rows.append((number, cells))
+        header = rows.pop(0)[1] if rows and not _is_judgement(rows[0][1], queries) else []
         columns = [0, 1, 2]
-        if rows and not _is_judgement(rows[0][1], queries):
-            header = rows.pop(0)[1]
-            columns = [header.index(name) for name in COLUMNS] if set(COLUMNS) <= set(header) else columns
-        if all(len(cells) == 4 and cells[1] in _TREC_ITERATIONS for _, cells in rows):
+        if set(COLUMNS) <= set(header):
+            columns = [header.index(name) for name in COLUMNS]
+        elif all(len(cells) == 4 and cells[1] in _TREC_ITERATIONS for _, cells in rows):
             columns = [0, 2, 3]
         for line_number, cells in rows:
             number = line_number
