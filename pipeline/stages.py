@@ -22,10 +22,13 @@ from pipeline.core.outcome import JobError, Result, findings_table, job_lock, ra
 from pipeline.core.path import StoragePath, as_path
 from pipeline.core.session import Progress, ray_session, set_environment
 from pipeline.data.drift import has_moved, log_drift
+from pipeline.data.feed import warn_of_equal_positives
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import Inputs, prepare
 from pipeline.evaluation.tasks import check_tasks
 from pipeline.preflight import preflight
+
+SCORES_FORMAT = 2  # raise it when scores change: earlier ones are computed again
 
 
 class Session:
@@ -155,6 +158,7 @@ def train_stage(session: Session) -> Result:
     if is_done(config, folder, manifest, state):
         log.info("train: nothing to do, the run is at its end, step %s", f"{state.step:,}")
     else:
+        warn_of_equal_positives(config, folder, manifest)
         progress = session.progress()
         with job_lock(config.run_dir):
             state = fit(config, folder, manifest, progress, known=point)
@@ -170,6 +174,7 @@ def tune_stage(session: Session) -> Result:
     _check_pairs(config, manifest)
     from pipeline.training.sweep import sweep
 
+    warn_of_equal_positives(config, folder, manifest)
     with job_lock(config.run_dir / "tune"):
         return sweep(config, folder, manifest, session.progress)
 
@@ -206,6 +211,7 @@ def evaluate_stage(session: Session, *, again: bool) -> Result:
     model, latest, wanted = _model_of(config, manifest), config.run_dir / "evaluation.json", config.evaluation
     recipe = encoder_recipe(config, model)
     key = {
+        "format": SCORES_FORMAT,
         "model": model_fingerprint(local_copy(model)),
         "data": manifest.fingerprint,
         "evaluation": wanted.model_dump(mode="json"),

@@ -14,13 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import pytrec_eval
 
 from pipeline.config import Config, ConfigError, Data, Embedding, Sanitize, Source
 from pipeline.data.fields import RawRecord
 from pipeline.data.filtering import Filter, normaliser
 from pipeline.data.manifest import Manifest
 from pipeline.data.partitions import content_id, is_validation
-from pipeline.evaluation.metrics import bm25_ranking, fused, neighbour_scores, retrieval_metrics
+from pipeline.evaluation.metrics import bm25_ranking, fused, neighbour_scores, retrieval_metrics, without_own_documents
 from pipeline.evaluation.report import hybrid_verdict, score_table
 from pipeline.evaluation.retrieval import FEW_TEXTS, TextVectors, best_of_block, merge_levels, merged_rows, to_table
 from pipeline.evaluation.scoring import score_classification, score_clustering, score_retrieval, score_sts
@@ -63,6 +64,62 @@ def test_fusion_by_hand() -> None:
     assert fused(vectors, lexical) == {"q": pytest.approx(expected), "r": {"a": 1 / 61}}
     assert list(fused(vectors, lexical, depth=2)["q"]) == ["d", "a"]  # b and c are not among a list's first two
     assert list(fused(vectors, lexical)["q"]) == ["b", "d", "a", "c"]
+
+
+def test_a_query_does_not_find_itself() -> None:
+    """trec_eval's measures of the rankings without the query's own document, as BEIR gives them."""
+    chance = np.random.default_rng(0)
+    names = [f"d{i}" for i in range(120)]
+    ranking = {
+        name: dict(sorted(zip(names, chance.random(120).tolist(), strict=True), key=lambda item: -item[1]))
+        for name in names
+    }
+    qrels = {name: {f"d{j}": 1 for j in chance.choice(120, 4, replace=False) if f"d{j}" != name} for name in names}
+    found = without_own_documents(ranking, qrels)
+    beir = {query: {name: score for name, score in one.items() if name != query} for query, one in ranking.items()}
+    evaluator = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "map_cut.100", "recall.1,100"})
+    own, theirs = evaluator.evaluate(found), evaluator.evaluate(beir)
+    assert own == theirs
+    assert {len(one) for one in found.values()} == {100}  # and not 99, which would lose the last document
+    qrels["d7"]["d7"] = 1  # judged relevant, so it is not the query itself
+    assert "d7" in without_own_documents({"d7": {"d7": 0.9, "d8": 0.8}}, qrels)["d7"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_queries_that_are_documents(tmp_path: Path) -> None:
+    """As in ArguAna: each query is a document of the corpus. The oracle is one matrix of scores without those pairs."""
+    from pipeline.config import load
+    from pipeline.evaluation.scoring import score_tasks
+    from pipeline.index.encoder import TextEncoder
+    from pipeline.index.published import encoder_recipe
+
+    model = small_model(tmp_path / "model")
+    texts = {
+        f"{i}-{side}": f"{side} {row['anchor']} {row['anchor']}"
+        for i, row in enumerate(make_pairs(60, seed=5))
+        for side in ("supports", "refutes")
+    }
+    asked = [name for name in texts if name.endswith("supports")]
+    corpus = "".join(json.dumps({"_id": name, "text": text}) + "\n" for name, text in texts.items())
+    queries = "".join(json.dumps({"_id": name, "text": texts[name]}) + "\n" for name in asked)
+    qrels = {name: {name.replace("supports", "refutes"): 1} for name in asked}
+    judged = "".join(f"{query}\t{document}\t1\n" for query, right in qrels.items() for document in right)
+    folder = write_beir(tmp_path / "set", corpus, queries, "h\n" + judged)
+    config = load(
+        Path(__file__).parents[1] / "configs" / "pairs.yaml",
+        [f"embedding.model={model}", f"evaluation.beir_dir={folder}"],
+    )
+    recipe = encoder_recipe(config, model)
+    scores = score_tasks(config, tmp_path, Manifest("", [], {}, [], {}, [], {}), recipe, progress)["set"]
+    vectors = unit(TextEncoder(model, device="cpu").encode(list(texts.values())).astype(np.float64))
+    cosines = {
+        query: {name: float(vectors[i] @ vectors[j]) for j, name in enumerate(texts) if name != query}
+        for i, query in enumerate(texts)
+        if query in qrels
+    }
+    assert scores["model"] == pytest.approx(retrieval_metrics(qrels, cosines), abs=2e-3)
+    assert scores["bm25"]["recall@1"] == scores["bm25"]["ndcg@10"] == 1
+    assert scores["hybrid"]["recall@1"] > max(scores["model"]["recall@1"], 0.5)
 
 
 def test_bm25_with_nothing_to_index() -> None:
@@ -113,8 +170,11 @@ def test_beir(tmp_path: Path) -> None:
     ("parts", "sentence"),
     [
         (("{", QUERIES, QRELS), "corpus.jsonl line 1"),
-        ((CORPUS, '{"_id": 1, "text": "x"}', QRELS), "queries.jsonl line 1: allowed is a JSON object"),
-        ((CORPUS, QUERIES, "h\nq 1 1\n"), "test.tsv line 2"),
+        (
+            (CORPUS, '{"_id": 1, "text": "x"}', QRELS),
+            "queries.jsonl line 1: found no _id and text; ",
+        ),
+        ((CORPUS, QUERIES, "h\nq 1\n"), "test.tsv line 2"),
         ((CORPUS, QUERIES, "h\n"), "no query with a relevant document"),
         ((CORPUS + CORPUS, QUERIES, QRELS), "documents [12] and [34] have the same _id"),
         (('{"_id": "\\ud800", "text": "x"}', QUERIES, QRELS), "corpus.jsonl line 1: .*surrogates"),
@@ -289,7 +349,7 @@ def test_partial_results_are_merged_in_tasks_as_a_tree(monkeypatch: pytest.Monke
         return in_tasks(blocks, queries)
 
     in_tasks = retrieval.merged_rows
-    for name, value in {"RANK_ROWS": 37, "MERGED_TOGETHER": 3, "DEPTH": 30, "BLOCK_ROWS": 37}.items():
+    for name, value in {"RANK_ROWS": 37, "MERGED_TOGETHER": 3, "CANDIDATES": 30, "BLOCK_ROWS": 37}.items():
         monkeypatch.setattr(retrieval, name, value)
     monkeypatch.setattr(retrieval, "merged_rows", merged_rows)
     monkeypatch.setattr("pipeline.index.pool.encoded", encoded)
@@ -450,6 +510,15 @@ def test_held_out_documents_are_distinct_texts(tmp_path: Path) -> None:
         assert answers <= set(texts)
         for row in held_out[:30]:
             assert [task.documents[key] for key in task.qrels[row["id"]]] == [row["positive"]]
+    two = [{**row, "anchor": row["anchor"].replace("question 7", "question 6")} for row in rows]
+    (tmp_path / "two" / "records").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(two), tmp_path / "two" / "records" / "0.parquet")
+    task = held_out_task(config, tmp_path / "two")
+    assert len(set(task.queries.values())) == len(task.queries) == 30
+    for query, anchor in task.queries.items():  # an anchor with two passages has two answers
+        answers = {row["positive"] for row in two if row["anchor"] == anchor} & set(task.documents.values())
+        assert {task.documents[key] for key in task.qrels[query]} == answers
+    assert max(map(len, task.qrels.values())) == 2
     for split in ("train", "validation"):  # token shards in which a text's tokens are its characters
         (tmp_path / split).mkdir()
         for file in (tmp_path / "records").iterdir():

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import ConfigError, Data, NearDuplicates
+from pipeline.config import Data, NearDuplicates
 from pipeline.core.artifact import Artifact, Output
 from pipeline.data import near_duplicates
 from pipeline.data.manifest import RECORD_SCHEMA, REJECTED_SCHEMA
 from pipeline.data.partitions import content_id, shard_of
-from pipeline.data.similarity import Contamination, Shingles, check_beir_folders, jaccard, shingles
+from pipeline.data.similarity import Shingles, jaccard, shingles
 from tests.conftest import progress
 from tests.test_similarity import likeness, variants, word_tuples
 
@@ -113,31 +113,20 @@ def test_evaluation_texts_go_first_and_take_nothing_along(tmp_path: Path) -> Non
     found = {row["source_id"]: (row["reason"], row["duplicate_of"]) for row in gone.to_pylist()}
     assert found["a:0"] == found["b:1"] == ("contaminated", "set: document d1")
     assert found["b:3"] == ("contaminated", "set: query q0")
+    with_negatives = Data(decontaminate=[str(folder)])
+    rows = [
+        {"id": f"{i:032x}", "source": "a", "source_id": f"a:{i}", "anchor": f"ask {i}", "positive": f"tell {i} {i}"}
+        | {"negatives": negatives}
+        for i, negatives in enumerate([["no words of it", base], ["no words of it"], [], None])
+    ]
+    file = tmp_path / "negatives.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, RECORD_SCHEMA), file)
+    stay, gone, _ = distinct(tmp_path / "negatives", [file], with_negatives)
+    assert stay["source_id"].to_pylist() == ["a:1", "a:2", "a:3"]
+    assert gone["duplicate_of"].to_pylist() == ["set: document d1"]
     alone = Data(decontaminate=[str(folder)])
     stay, gone, _ = distinct(tmp_path / "alone", record_files(tmp_path / "in2", texts, 1), alone)
     assert len(gone) == 3
-
-
-def test_contamination_against_every_pair() -> None:
-    texts = variants(300, 8)
-    known = Contamination([], 0.7)
-    for i, text in enumerate(texts[:150]):
-        known.add(str(i), text)
-    oracle = [word_tuples(text) for text in texts]
-    for place in range(150, 300):
-        best = max(likeness(oracle[place], other) for other in oracle[:150])
-        found = known.nearest([texts[place]])
-        assert (found[1] if found else 0.0) == (best if best >= 0.7 else 0.0)
-
-
-def test_folders_that_are_no_evaluation_sets(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no corpus\.jsonl in .*give a folder with corpus\.jsonl"):
-        check_beir_folders([str(tmp_path)])
-    folder = beir(tmp_path / "set", [], [])
-    for line in (b'{"_id": "a"}', b'{"_id": "a", "text": null}', b'{"_id": "a", "text": "caf\xe9"}', b"[]"):
-        (folder / "corpus.jsonl").write_bytes(line + b"\n")
-        with pytest.raises(ConfigError, match=r"found no _id and text in line 1 of .*corpus\.jsonl"):
-            Contamination([str(folder)], 0.8)
 
 
 def test_text_that_all_share_does_not_make_them_all_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

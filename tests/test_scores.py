@@ -25,6 +25,14 @@ def test_sts(tmp_path: Path) -> None:
     assert pearson([1, 2], [0.5, 0.5]) == pearson([1, 2], [0.5, math.inf]) == 0
 
 
+@pytest.mark.parametrize("content", ["\ufeff{}", "{}\n\n", "\ufeff{}\r\n"])
+def test_files_as_editors_leave_them(content: str, tmp_path: Path) -> None:
+    rows = content.format(f"{HEADER}1\ta\tb\n2\tc\td\n")
+    for name, text in {"unix.tsv": rows, "windows.tsv": rows.replace("\n", "\r\n")}.items():
+        (tmp_path / name).write_bytes(text.encode())
+        assert read_sts(tmp_path / name).first == ["a", "c"]
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -32,7 +40,6 @@ def test_sts(tmp_path: Path) -> None:
         ("", "the header must be score, sentence1, sentence2"),
         (f"{HEADER}x\ta\tb\n", "line 2: could not convert"),
         (f"{HEADER}1\ta\tb\n2\ta\n", "line 3: not enough values"),
-        (f"{HEADER}1\ta\tb\n\n2\ta\tb\n", "line 3: not enough values"),
         (f"{HEADER}nan\ta\tb\n", "line 2: nan is not a finite score"),
         (f"{HEADER}1\ta\tb\n1\tc\td\n", "fewer than two distinct scores"),
     ],

@@ -32,7 +32,7 @@ from pipeline.training.loop import ControlFlags, Hooks, Run, TrainingStopped, bu
 from pipeline.training.optimizer import build_optimizer
 from pipeline.training.prefetch import to_batch
 from pipeline.training.saving import load_checkpoint, load_optimizer, save_checkpoint
-from pipeline.training.validation import Validation, ranking_metrics
+from pipeline.training.validation import Validation
 
 SHAPE = EncoderShape(vocab_size=64, d_model=16, num_layers=1, num_heads=2, d_ff=24, dropout=0.2, norm_eps=1.0)
 
@@ -191,26 +191,6 @@ def test_patience_ends_a_run(tmp_path: Path) -> None:
     state = train(new_run(config_of(tmp_path, *impatient)), TrainState())
     assert state.ended_early
     assert state.step == 4
-
-
-def test_ranking_metrics_by_hand() -> None:
-    anchors = torch.eye(3)
-    positives = torch.tensor([[1.0, 0, 0], [0, 0, 1.0], [0, 0.6, 0.8]])  # ranks 1, 2.5 (a tie), 2
-    metrics = ranking_metrics(anchors, positives, scale=1.0)
-    scores = anchors @ positives.T
-    assert metrics["recall@1"] == pytest.approx(1 / 3)
-    assert metrics["ndcg@10"] == pytest.approx((1 + 1 / math.log2(3.5) + 1 / math.log2(3)) / 3)
-    assert metrics["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(scores, torch.arange(3))))
-
-
-def test_vectors_that_are_all_alike_score_badly() -> None:
-    alike = torch.ones(100, 4) / 2
-    assert ranking_metrics(alike, alike, scale=20.0)["ndcg@10"] == 0
-
-
-def test_vectors_that_are_no_numbers_score_nothing() -> None:
-    vectors = torch.full((20, 4), torch.nan)
-    assert ranking_metrics(vectors, vectors, scale=20.0)["ndcg@10"] == 0
 
 
 def test_losses_that_are_no_numbers_are_skipped_and_then_stop_the_run(tmp_path: Path) -> None:

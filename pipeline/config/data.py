@@ -161,7 +161,8 @@ class Data(Section):
     max_removed_fraction: Share = 1.0
     """Stop if exact and near-duplicates make up a larger share of the records that passed the rules."""
     decontaminate: list[PathStr] = []
-    """BEIR folders: records that are duplicates or near-duplicates of their documents or queries are removed."""
+    """BEIR folders: records that are duplicates or near-duplicates of their documents or queries are removed; so are
+    records with such a negative. The folders' texts are sanitized and redacted like the records."""
     decontaminate_threshold: float = Field(0.8, gt=0, le=1)
     """Jaccard similarity from which a record is a near-duplicate of an evaluation text."""
     validation_fraction: float = Field(0.02, gt=0, lt=0.5)

@@ -13,7 +13,8 @@ Cosine = Annotated[float, Field(ge=-1, le=1)]
 
 class Evaluation(Section):
     beir_dir: PathStr | None = None
-    """A folder in BEIR's format to score as well: corpus.jsonl, queries.jsonl, qrels/test.tsv."""
+    """A folder in BEIR's format to score as well: corpus.jsonl, queries.jsonl, qrels/test.tsv (TREC's format of qrels
+    too). A document with the query's own id is left out of its ranking, unless it is judged relevant."""
     sts_file: PathStr | None = None
     """A TSV with a header and the columns score, sentence1, sentence2: Spearman's and Pearson's correlation; Spearman's
     also at each validation."""
@@ -25,9 +26,9 @@ class Evaluation(Section):
     bm25: bool = True
     """Also rank by BM25, and by both combined. Its index is held in the driver's memory."""
     held_out_queries: int = Field(1000, ge=0)
-    """Anchors of the validation split used as queries; 0 for none."""
+    """Distinct anchors of the validation split used as queries; 0 for none."""
     held_out_documents: int = Field(10_000, ge=1)
-    """Documents that the queries rank: their own positives, and others chosen by hash."""
+    """Distinct texts that the queries rank: their own positives, and others chosen by hash."""
 
 
 class Mining(Section):

@@ -76,7 +76,7 @@ class Training(Section):
     validate_every_steps: int = Field(200, ge=1)
     """Steps between validations."""
     validation_pairs: int = Field(2048, ge=2)
-    """Maximum validation records to score; pairs are ranked against each other."""
+    """Maximum validation records to score; their distinct positives are ranked for each anchor."""
     generated_texts: int = Field(64, ge=0)
     """Maximum validation texts to generate for BLEU and ROUGE, if an objective trains a decoder."""
     log_every_steps: int = Field(10, ge=1)

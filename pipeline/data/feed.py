@@ -9,6 +9,7 @@ checkpoint's step. Each worker creates its own datasets, with one read task for 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -18,8 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import ConfigError
+from pipeline.config import Config, ConfigError
 from pipeline.core.artifact import open_parquet
+from pipeline.core.console import log
+from pipeline.core.files import sorted_glob
 from pipeline.core.path import StoragePath
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import BatchPlan, RowGroup
@@ -35,6 +38,8 @@ NOTE: while reads wait for room, Ray Data's executor polls in a thread of the tr
 lock: one dataset for a whole run halved training speed (py-spy, Ray 2.60).
 """
 MIN_VALIDATION = 2  # a single pair has no negatives
+SAMPLED_RECORDS = 10_000
+MANY_EQUAL_PAIRS = 0.5  # two labels that are equally frequent are not above it. Ours
 
 
 def training_plan(
@@ -68,6 +73,44 @@ def training_plan(
             f"{sum(manifest.splits.values())} records; raise it to hold out at least {MIN_VALIDATION}"
         )
     return plan
+
+
+def warn_of_equal_positives(config: Config, folder: StoragePath, manifest: Manifest) -> None:
+    """Warn if most records have the same positive, judged by the first records, which are a random sample.
+
+    The contrastive objective learns from the wrong answers in a batch, and equal positives are none to each other. With
+    batches `by_source`, each source is judged. Hard negatives are wrong answers too, so with them nothing is said.
+    """
+    contrastive, by_source = config.objective.contrastive, config.training.batching == "by_source"
+    if not contrastive or (contrastive.hard_negatives and "negatives" in manifest.text_fields):
+        return
+    counts: dict[str, Counter[int]] = {}
+    for source, positive in itertools.islice(_positives(folder), SAMPLED_RECORDS):
+        of = f" of source {source}" if by_source else ""
+        counts.setdefault(of, Counter())[hash(positive)] += 1
+    for of, positives in counts.items():
+        rows = positives.total()
+        equal = sum(count * (count - 1) for count in positives.values()) / max(rows * (rows - 1), 1)
+        if equal == 1:
+            log.warning(
+                "train: all positives%s are one text, so nothing can be learnt from them; check the field `positive` "
+                "in data.sources",
+                of,
+            )
+        elif equal > MANY_EQUAL_PAIRS:
+            log.warning(
+                "train: two records%s have the same positive in %.0f%% of all cases, and nothing can be learnt from "
+                "such a pair; check the field `positive` in data.sources",
+                of,
+                100 * equal,
+            )
+
+
+def _positives(folder: StoragePath) -> Iterator[tuple[str, str]]:
+    """The source and positive of each record."""
+    for path in sorted_glob(folder / "records", "*.parquet"):
+        for batch in open_parquet(path).iter_batches(1024, columns=["source", "positive"]):
+            yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from pipeline.config import ConfigError, Data, Sanitize, Source
 from pipeline.data.fields import EXCERPT_CHARS, RawRecord
 from pipeline.data.partitions import content_id
 from pipeline.data.quality import QualityRules, identify_language
-from pipeline.data.safety import load_rules
+from pipeline.data.safety import Rules, load_rules
 
 _ZERO_WIDTH = re.compile("[\u200b\u2060\ufeff\u00ad]+")  # keeps ZWJ and ZWNJ, which emoji and Persian need
 _BIDI_OVERRIDES = re.compile("[\u202a-\u202e\u2066-\u2069]+")
@@ -85,6 +85,12 @@ def normaliser(data: Data) -> Callable[[str], str]:
     return lambda text: sanitizer.clean(sanitizer.unhide(text))
 
 
+def record_normaliser(data: Data) -> Callable[[str], str]:
+    """A function that normalises other texts like `normaliser`, and also redacts them as `data.safety` says."""
+    normalise, safety = normaliser(data), _safety(data)
+    return lambda text: normalise(safety.apply(normalise(text)).text)
+
+
 def raw_text_problem(raw: str, *, max_chars: int, max_nonprintable: float) -> str | None:
     """Why a field's raw text is rejected (`too_long`, `invalid_utf8`, `nonprintable`), or None.
 
@@ -114,7 +120,7 @@ class Filter:
         self.source, self.data = source.name, data
         self.sanitizer = Sanitizer(data.sanitize, collapse=_collapses(source, data))
         try:
-            self.safety = load_rules(Path(data.safety.rules) if data.safety.rules else None, data.safety.actions)
+            self.safety = _safety(data)
             self.quality = QualityRules(source.quality or data.quality.preset, data.quality.thresholds)
         except ValueError as error:
             raise ConfigError(f"data: {error}") from None
@@ -162,6 +168,10 @@ class Filter:
             if code not in quality.languages or score < quality.min_language_score:
                 return f"language_{code}" if code not in quality.languages else "language_unsure"
         return None
+
+
+def _safety(data: Data) -> Rules:
+    return load_rules(Path(data.safety.rules) if data.safety.rules else None, data.safety.actions)
 
 
 def _collapses(source: Source, data: Data) -> bool:

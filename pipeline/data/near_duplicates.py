@@ -34,10 +34,11 @@ from pipeline.core.artifact import Artifact, Output, open_parquet
 from pipeline.core.files import file_sizes, for_each, parquet_file
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
+from pipeline.data.decontamination import contamination
 from pipeline.data.manifest import count_outcomes, rejections
 from pipeline.data.partitions import read_part, write_parts
 from pipeline.data.records import merge_outcomes
-from pipeline.data.similarity import Shingles, band_keys, bands_of, contamination, drop_similar, shingle_sets
+from pipeline.data.similarity import Shingles, band_keys, bands_of, drop_similar, shingle_sets
 
 Ints = npt.NDArray[np.int64]
 
@@ -146,21 +147,32 @@ def _texts(file: StoragePath) -> Iterator[list[list[str]]]:
         yield [[text for text in row.values() if text is not None] for row in batch.to_pylist()]
 
 
+def _hits(file: StoragePath, data: Data) -> dict[int, tuple[str, float]]:
+    """Record → the evaluation text that one of its texts, or one of its negatives, is most similar to."""
+    known, hits = contamination(data), dict[int, tuple[str, float]]()
+    negatives = (
+        texts or []
+        for batch in open_parquet(file).iter_batches(BATCH_ROWS, columns=["negatives"])
+        for texts in batch["negatives"].to_pylist()
+    )
+    for row, (texts, more) in enumerate(zip(itertools.chain.from_iterable(_texts(file)), negatives, strict=True)):
+        if hit := known.nearest([*texts, *more]):
+            hits[row] = hit
+    return hits
+
+
 def _sign(file: StoragePath, output: Output, data: Data) -> None:
     """Write a file's band keys, grouped by band, and which of its records are similar to an evaluation text."""
     near = data.near_duplicates
-    known = contamination(tuple(data.decontaminate), data.decontaminate_threshold) if data.decontaminate else None
-    hits: dict[int, tuple[str, float]] = {}
+    hits = _hits(file, data) if data.decontaminate else {}
     bands = bands_of(near.threshold, near.permutations)[0] if near.threshold else 0
     keys = [np.zeros((bands, 0), dtype=np.uint64)]
     count = 0
     for batch in _texts(file):
-        found = [known.nearest(texts) if known else None for texts in batch]
-        hits.update({count + place: hit for place, hit in enumerate(found) if hit})
-        count += len(batch)
         if near.threshold:
-            sets = shingle_sets(["" if hit else "\n".join(texts) for texts, hit in zip(batch, found, strict=True)])
+            sets = shingle_sets(["" if row in hits else "\n".join(texts) for row, texts in enumerate(batch, count)])
             keys.append(band_keys(sets, near.threshold, near.permutations).T)
+        count += len(batch)
     output.write(f"scratch/hits/{file.stem}.json", json.dumps(hits).encode())
     if bands:
         flat = pa.table({"key": np.concatenate(keys, axis=1).ravel()})

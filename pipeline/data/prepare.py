@@ -31,6 +31,7 @@ from pipeline.core.outcome import Finding, check_disk_space, raise_findings
 from pipeline.core.path import StoragePath, as_path
 from pipeline.core.session import Progress
 from pipeline.data import near_duplicates
+from pipeline.data.decontamination import check_beir_folders
 from pipeline.data.drift import TrainedOn, pinned_tokenizer
 from pipeline.data.fields import text_fields
 from pipeline.data.filtering import Filter
@@ -44,12 +45,11 @@ from pipeline.data.records import (
     warn_of_bad_input,
 )
 from pipeline.data.shards import PreparedParts, assemble, series_of, token_recipe, token_shards, tokens_of
-from pipeline.data.similarity import check_beir_folders
 from pipeline.data.sources import SourcePlan, check_fields, inputs_by_content, plan_source
 from pipeline.data.tokenizer import load_tokenizer, tokenizer_file, train_tokenizer
 from pipeline.data.tokenizing import ROW_GROUP_ROWS, Cutter
 
-FORMAT = 3  # raise it when the stages' output changes: all earlier folders become stale
+FORMAT = 4  # raise it when the stages' output changes: all earlier folders become stale
 SHARD_BYTES = 8 << 20  # text per shard: a core tokenizes it in seconds
 MAX_SHARDS = 4_096  # above 32 GB of text, shards grow instead, because each reads every part of the shuffle
 DISK_A_TEXT_BYTE = 1.7  # peak of all stages. Ours, measured: 40.0 MB for 23.5 MB of Debian's descriptions

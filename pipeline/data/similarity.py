@@ -2,38 +2,27 @@
 
     a, b = shingles("the quick brown fox jumps over"), shingles("The quick, brown fox jumps again")
     jaccard(a, b)                                                          # 1/3: they share one of three shingles
-    known = contamination(("debian/beir",), 0.8)
-    known.nearest(["apt-get", "The command line package manager of …"])         # ("beir: document 17", 1.0), or None
 
 Words are lower-case runs of letters, digits and underscores. A text of fewer than five words is one shingle; a text
 without words has none and is similar to nothing. Shingles are 64-bit hashes: two different ones collide once in 10^19
-comparisons. Cost: 10 MB/s per core for shingles; signatures add little. Contamination: about 1 KB of memory per
-document in each worker, and 0.1 ms per look-up.
+comparisons. Cost: 10 MB/s per core for shingles; signatures add little.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 from rensa import RMinHash
 
-from pipeline.config import ConfigError
-from pipeline.core.files import digest_of, local_copy
-from pipeline.core.path import StoragePath, as_path
-
 Shingles = npt.NDArray[np.uint64]  # sorted, without duplicates
 
 SHINGLE_WORDS = 5
-BEIR_FILES = {"corpus.jsonl": "document", "queries.jsonl": "query"}
 BAND_RECALL = 0.99  # probability that a pair at the threshold shares a band
 _SEED = 1
 _WORD = re.compile(r"\w+")
@@ -170,65 +159,3 @@ def drop_similar(sets: Sequence[Shingles], order: Iterable[int], threshold: floa
             index.add(sets[place])
             kept.append(place)
     return dropped
-
-
-class Contamination:
-    """Finds texts similar to the queries and documents, with and without titles, of BEIR folders."""
-
-    def __init__(self, folders: Iterable[str], threshold: float) -> None:
-        self.names: list[str] = []
-        self._index = SimilarityIndex(threshold)
-        for folder in folders:
-            for name, text in _beir_texts(as_path(folder)):
-                self.add(name, text)
-
-    def add(self, name: str, text: str) -> None:
-        self.names.append(name)
-        self._index.add(shingles(text))
-
-    def nearest(self, texts: Iterable[str]) -> tuple[str, float] | None:
-        """(name, similarity) of the evaluation text most similar to any of `texts`, or None below the threshold."""
-        matches = [match for text in texts if (match := self._index.nearest(shingles(text)))]
-        best = max(matches, key=lambda match: match[1], default=None)
-        return (self.names[best[0]], best[1]) if best else None
-
-
-@lru_cache(maxsize=1)
-def contamination(folders: tuple[str, ...], threshold: float) -> Contamination:
-    """Cached, so each worker builds it once."""
-    return Contamination(folders, threshold)
-
-
-def check_beir_folders(folders: Iterable[str], rehash: bool = False) -> list[tuple[str, int | str]]:
-    """Path and modification time (ns) of each file, or with `rehash` its path and content hash.
-
-    Raises ConfigError if a folder lacks a file.
-    """
-    found = []
-    for folder in folders:
-        for name in BEIR_FILES:
-            path = as_path(folder) / name
-            if not path.is_file():
-                files = " and ".join(BEIR_FILES)
-                raise ConfigError(f"data.decontaminate: found no {name} in {folder}; give a folder with {files}")
-            found.append((str(path), digest_of(path, hashlib.sha256()) if rehash else path.stat().st_mtime_ns))
-    return found
-
-
-def _beir_texts(folder: StoragePath) -> Iterator[tuple[str, str]]:
-    for file, kind in BEIR_FILES.items():
-        with local_copy(folder / file).open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    row = json.loads(line)
-                    name, text, title = f"{folder.name}: {kind} {row['_id']}", row["text"], row.get("title")
-                    if not isinstance(text, str):
-                        raise TypeError
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    raise ConfigError(
-                        f"data.decontaminate: found no _id and text in line {number} of {folder / file}; "
-                        "each line must be a JSON object with both"
-                    ) from None
-                yield name, text
-                if title:
-                    yield name, f"{title}\n{text}"

@@ -13,12 +13,13 @@ scores are reproducible. Cost: k-means holds all vectors of the file in memory; 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import bm25s
 import numpy as np
 import pytrec_eval
 
-from pipeline.evaluation.tasks import Qrels
+from pipeline.data.beir import Qrels
 from pipeline.index.search import reciprocal_ranks
 from pipeline.index.vectors import Floats, TopK, nearest, unit
 from pipeline.index.words import word_settings, words
@@ -27,6 +28,7 @@ Ranking = dict[str, dict[str, float]]
 """Query id → document id → score."""
 
 DEPTH = 100  # documents ranked for each query
+CANDIDATES = DEPTH + 1  # found for each query, one of which may be the query's own document
 KMEANS_BATCH, NEIGHBOURS = 500, 5
 TRAINING_ROWS = 8192  # training texts per block of scores
 METRICS = ("ndcg@10", "mrr@10", "map@100", "recall@1", "recall@10", "recall@100")
@@ -58,8 +60,22 @@ def to_ranking(query_ids: Sequence[str], found: TopK) -> Ranking:
     }
 
 
+def without_own_documents(ranking: Ranking, qrels: Qrels) -> Ranking:
+    """The DEPTH best documents of each query, without the document whose id is the query's.
+
+    As in BEIR: in ArguAna and Quora, queries are documents of the corpus. Such a document stays if it is relevant,
+    which shows that queries and documents are numbered separately. Rankings must be in falling order of score.
+    """
+    return {
+        query: dict(
+            islice(((name, score) for name, score in found.items() if name != query or query in qrels[query]), DEPTH)
+        )
+        for query, found in ranking.items()
+    }
+
+
 def bm25_ranking(
-    query_ids: list[str], queries: list[str], document_ids: list[str], documents: list[str], k: int = DEPTH
+    query_ids: list[str], queries: list[str], document_ids: list[str], documents: list[str], k: int = CANDIDATES
 ) -> Ranking:
     """BM25 by bm25s at its defaults (k1 1.5, b 0.75), with the tokenization of the vector table's full-text index."""
     settings = word_settings(documents)

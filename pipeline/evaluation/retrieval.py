@@ -4,8 +4,8 @@
     on disk       actors     tasks; the queries are sent once         tasks                     in the driver
 
 No process holds more than one block's vectors and scores, so memory does not grow with the number of documents. A
-partial result has DEPTH scores and ids for each of Q queries: 24 MB for 10,000 queries. For a million documents, 18
-tasks merge 122 partial results, and the driver merges the last two.
+partial result has 101 scores and ids for each of Q queries: 24 MB for 10,000 queries. For a million documents, 18 tasks
+merge 122 partial results, and the driver merges the last two.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core.session import Progress
-from pipeline.evaluation.metrics import DEPTH
+from pipeline.evaluation.metrics import CANDIDATES
 from pipeline.evaluation.tasks import BLOCK_ROWS, Corpus, RetrievalTask
 from pipeline.index.encoder import EncoderRecipe
 from pipeline.index.vectors import Floats, TopK, as_matrix, merged, nearest_in_block, unit
@@ -66,7 +66,7 @@ class TextVectors:
 def nearest_documents(
     task: RetrievalTask, queries: Floats, sizes: Sequence[int], recipe: EncoderRecipe, progress: Progress
 ) -> dict[int, TopK]:
-    """Size → top DEPTH documents of each of (Q, D) queries, with vectors truncated to this size; ids are UTF-8."""
+    """Size → top CANDIDATES documents of each of (Q, D) queries, with vectors truncated to this size; ids are UTF-8."""
     import ray
 
     from pipeline.index.pool import encoded
@@ -104,13 +104,15 @@ def merged_rows(partial: Iterable[pa.Table], queries: int) -> dict[int, TopK]:
     for block in partial:
         for row in block.to_pylist():
             size = row["size"]
-            results[size] = merged(results.get(size, TopK.empty(queries)), from_row(row, queries), DEPTH)
+            results[size] = merged(results.get(size, TopK.empty(queries)), from_row(row, queries), CANDIDATES)
     return results
 
 
 def best_of_block(queries: Floats, vectors: Floats, names: np.ndarray, sizes: Sequence[int]) -> dict[int, TopK]:
     """Size → top documents of a block for each query; (Q, D) and (n, D) vectors of any length."""
-    return {size: nearest_in_block(unit(queries[:, :size]), unit(vectors[:, :size]), names, DEPTH) for size in sizes}
+    return {
+        size: nearest_in_block(unit(queries[:, :size]), unit(vectors[:, :size]), names, CANDIDATES) for size in sizes
+    }
 
 
 def to_table(results: dict[int, TopK]) -> pa.Table:

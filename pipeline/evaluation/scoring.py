@@ -19,7 +19,15 @@ from pipeline.core.path import StoragePath, as_path
 from pipeline.core.session import Progress
 from pipeline.data.filtering import normaliser
 from pipeline.data.manifest import Manifest
-from pipeline.evaluation.metrics import bm25_ranking, fused, neighbour_scores, retrieval_metrics, to_ranking, v_measure
+from pipeline.evaluation.metrics import (
+    bm25_ranking,
+    fused,
+    neighbour_scores,
+    retrieval_metrics,
+    to_ranking,
+    v_measure,
+    without_own_documents,
+)
 from pipeline.evaluation.retrieval import TextVectors, nearest_documents
 from pipeline.evaluation.tasks import RetrievalTask, held_out_task, open_beir, read_classification, read_labels
 from pipeline.index.documents import tokens_fit
@@ -96,11 +104,12 @@ def _system(name: str, size: int, sizes: list[int]) -> str:
 def score_retrieval(task: RetrievalTask, found: dict[int, TopK], *, bm25: bool) -> Scores:
     """Metrics by system: the model at each size, full width first; with `bm25` also BM25, and both fused (hybrid)."""
     names, sizes = list(task.queries), list(found)
-    rankings = {size: to_ranking(names, result) for size, result in found.items()}
+    rankings = {size: without_own_documents(to_ranking(names, result), task.qrels) for size, result in found.items()}
     systems = {_system("model", size, sizes): ranking for size, ranking in rankings.items()}
     if bm25:
         ids, texts = (list(column) for column in zip(*task.documents.items(), strict=True))
-        lexical = bm25_ranking(names, list(task.queries.values()), ids, texts)
+        ranked = bm25_ranking(names, list(task.queries.values()), ids, texts)
+        lexical = without_own_documents(ranked, task.qrels)
         systems["bm25"] = lexical
         systems |= {_system("hybrid", size, sizes): fused(ranking, lexical) for size, ranking in rankings.items()}
     counts = {"queries": len(task.queries), "documents": len(task.documents)}

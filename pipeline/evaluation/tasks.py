@@ -11,31 +11,31 @@ on disk: opening it reads the file once and keeps the offset of every 1,024th do
 
 from __future__ import annotations
 
-import json
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
 from pipeline.config import Config, ConfigError
 from pipeline.config.evaluation import Evaluation
 from pipeline.core.artifact import open_parquet
-from pipeline.core.files import local_copy, sorted_glob
+from pipeline.core.console import log
+from pipeline.core.files import sorted_glob
 from pipeline.core.path import StoragePath, as_path
+from pipeline.data.beir import JUDGEMENTS, TEXTS, Qrels, beir_rows, read_qrels
 from pipeline.data.partitions import content_id, is_validation
 from pipeline.model.scores import read_sts, read_tsv
 
 BLOCK_ROWS = 1024  # documents per read
-BEIR_FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")
+KEY = "evaluation.beir_dir"
 
 Normalise = Callable[[str], str]
-Qrels = dict[str, dict[str, int]]
-"""Query id → document id → relevance, above zero where relevant."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Corpus:
 
     def items(self) -> Iterator[tuple[str, str]]:
         """Every document's id and text; the text is the title and the body."""
-        return self._documents(_rows(self.path))
+        return self._documents(beir_rows(self.path, KEY))
 
     def block(self, index: int) -> list[tuple[str, str]]:
         """The documents from `index * BLOCK_ROWS` on."""
-        return list(self._documents(islice(_rows(self.path, *self.starts[index]), BLOCK_ROWS)))
+        return list(self._documents(islice(beir_rows(self.path, KEY, *self.starts[index]), BLOCK_ROWS)))
 
     def _documents(self, rows: Iterable[tuple[int, int, dict[str, Any]]]) -> Iterator[tuple[str, str]]:
         for _, _, row in rows:
@@ -87,7 +87,7 @@ class RetrievalTask:
 
 
 def check_tasks(settings: Evaluation) -> None:
-    """Raise ConfigError for a missing or invalid file; for BEIR folders, only check that the files exist."""
+    """Raise ConfigError for a missing or invalid file, except for the content of a BEIR folder's corpus.jsonl."""
     if settings.beir_dir:
         check_beir(as_path(settings.beir_dir))
     if settings.sts_file:
@@ -99,25 +99,33 @@ def check_tasks(settings: Evaluation) -> None:
 
 
 def check_beir(folder: StoragePath) -> None:
-    """Raise ConfigError if one of the three files is missing."""
-    for name in BEIR_FILES:
+    """Raise ConfigError if one of the three files is missing, or the queries or judgements are invalid."""
+    for name in (*TEXTS, JUDGEMENTS):
         if not (folder / name).is_file():
-            raise ConfigError(f"evaluation.beir_dir: found no {name} in {folder}; allowed is a folder in BEIR's format")
+            raise ConfigError(f"{KEY}: found no {name} in {folder}; allowed is a folder in BEIR's format")
+    _judged(folder)
 
 
 def open_beir(folder: StoragePath) -> RetrievalTask:
-    """Read a BEIR folder, except for the documents' texts."""
-    documents = _corpus(folder / "corpus.jsonl")
-    queries = {row["_id"]: row["text"] for _, _, row in _rows(folder / "queries.jsonl")}
+    """Read a BEIR folder, except for the documents' texts.
+
+    Warns about judged queries and documents that are missing, and about queries without a relevant document. As in
+    trec_eval, a missing document counts as not found. Raises ConfigError if all are missing, or an id is not unique.
+    """
+    queries, judged = _judged(folder)
+    documents, ids = _corpus(folder / "corpus.jsonl")
+    _warn(folder, judged.keys() - queries.keys(), len(judged), "judged queries are missing from queries.jsonl")
     qrels: Qrels = {}
-    columns, path = ("query-id", "corpus-id", "score"), folder / "qrels" / "test.tsv"
-    judged = read_tsv(path, columns, "evaluation.beir_dir", lambda row: (row[0], row[1], int(row[2])), lenient=True)
-    for query, document, score in judged:
-        if score > 0 and query in queries:
-            qrels.setdefault(query, {})[document] = score
-    if not qrels or not documents:
-        raise ConfigError(f"evaluation.beir_dir: {folder} has no query with a relevant document")
-    return RetrievalTask(folder.name, {query: queries[query] for query in qrels}, documents, qrels)
+    for query in judged.keys() & queries.keys():
+        qrels[query] = {document: score for document, score in judged[query].items() if score > 0}
+    unanswered = [query for query, answers in qrels.items() if not answers]
+    _warn(folder, unanswered, len(qrels), "judged queries have no score above 0 and are left out")
+    relevant = sorted({document for answers in qrels.values() for document in answers})
+    known = np.isin(np.array([_id_hash(document) for document in relevant], np.uint64), ids)
+    missing = [document for document, is_known in zip(relevant, known.tolist(), strict=True) if not is_known]
+    _warn(folder, missing, len(relevant), "judged documents with a score above 0 are missing from corpus.jsonl")
+    asked = {query: text for query, text in queries.items() if qrels.get(query)}
+    return RetrievalTask(folder.name, asked, documents, {query: qrels[query] for query in asked})
 
 
 def read_beir(folder: StoragePath) -> RetrievalTask:
@@ -130,20 +138,24 @@ def held_out_task(config: Config, folder: StoragePath, *, use_tokens: bool = Fal
     """Anchors of the validation split as queries; their positives and the first other positives as documents.
 
     Records are read in the order of their hashes. Documents are distinct texts, identified by the text's hash: twenty
-    questions about one passage share one document. `use_tokens` adds the token ids of the token shards.
+    questions about one passage share one document. An anchor that several records have is one query, and each of their
+    positives is relevant. `use_tokens` adds the token ids of the token shards.
     """
     settings = config.evaluation
     queries: dict[str, str] = {}
     documents: dict[str, str] = {}
-    qrels: Qrels = {}
+    asked: dict[str, str] = {}  # anchor → id of its query
+    answers: dict[str, set[str]] = {}  # anchor → hashes of its positives
     distractors: dict[str, str] = {}
     records: dict[str, tuple[str, str]] = {}  # text's hash → file and id of a record with the text
     for file, row in _pairs(folder):
-        key = content_id([row["positive"]])
+        key, anchor = content_id([row["positive"]]), row["anchor"]
         records.setdefault(key, (file, row["id"]))
-        if is_validation(row["id"], config.data.validation_fraction) and len(queries) < settings.held_out_queries:
-            queries[row["id"]] = row["anchor"]
-            documents[key], qrels[row["id"]] = row["positive"], {key: 1}
+        answers.setdefault(anchor, set()).add(key)
+        has_room = len(queries) < settings.held_out_queries or anchor in asked
+        if has_room and is_validation(row["id"], config.data.validation_fraction):
+            queries[asked.setdefault(anchor, row["id"])] = anchor
+            documents[key] = row["positive"]
         elif len(distractors) < settings.held_out_documents:
             distractors[key] = row["positive"]
         elif len(queries) == settings.held_out_queries:
@@ -151,6 +163,7 @@ def held_out_task(config: Config, folder: StoragePath, *, use_tokens: bool = Fal
     for key, text in distractors.items():
         if len(documents) < settings.held_out_documents:
             documents[key] = text
+    qrels = {query: dict.fromkeys(answers[anchor] & documents.keys(), 1) for query, anchor in queries.items()}
     tokens = _tokens(folder, [records[key] for key in documents]) if use_tokens and documents else None
     return RetrievalTask("held-out", queries, documents, qrels, tokens)
 
@@ -170,42 +183,56 @@ def read_classification(folder: StoragePath) -> tuple[list[str], list[str], list
     return (*read_labels(folder / "train.tsv", key), *read_labels(folder / "test.tsv", key))
 
 
-def _corpus(path: StoragePath) -> Corpus:
+def _judged(folder: StoragePath) -> tuple[dict[str, str], Qrels]:
+    """All queries, and all judgements. Raises ConfigError unless a judged query has a score above zero."""
+    path, queries = folder / "queries.jsonl", dict[str, str]()
+    for _, number, row in beir_rows(path, KEY):
+        if row["_id"] in queries:
+            raise ConfigError(
+                f"{KEY}: {path} line {number}: the _id {row['_id']!r} is not unique; give each query its own"
+            )
+        queries[row["_id"]] = row["text"]
+    qrels = read_qrels(folder / JUDGEMENTS, queries, KEY)
+    if not any(score > 0 for query, scores in qrels.items() if query in queries for score in scores.values()):
+        raise ConfigError(
+            f"{KEY}: {folder} has no query with a relevant document; {JUDGEMENTS} must give a score above 0 to a query "
+            f"of queries.jsonl, and has {sum(query in queries for query in qrels):,} of its {len(queries):,} queries"
+        )
+    return queries, qrels
+
+
+def _warn(folder: StoragePath, found: Collection[str], total: int, what: str) -> None:
+    """Warn that `what` is true of the ids `found`, out of `total`. Raises ConfigError if it is true of all."""
+    if not found:
+        return
+    sentence = f"{KEY}: in {folder}, {len(found):,} of {total:,} {what}, such as {min(found)!r}"
+    if len(found) == total:
+        raise ConfigError(f"{sentence}; give a folder whose files belong together")
+    log.warning("%s", sentence)
+
+
+def _corpus(path: StoragePath) -> tuple[Corpus, npt.NDArray[np.uint64]]:
+    """The documents, and the hash of each one's id."""
     starts: list[tuple[int, int]] = []
     ids = array("Q")
-    for start, number, row in _rows(path):
+    for start, number, row in beir_rows(path, KEY):
         if len(ids) % BLOCK_ROWS == 0:
             starts.append((start, number))
-        ids.append(xxhash.xxh3_64_intdigest(row["_id"].encode()))
-    order = np.argsort(np.asarray(ids), kind="stable")
-    duplicates = np.flatnonzero(np.diff(np.asarray(ids)[order]) == 0)
+        ids.append(_id_hash(row["_id"]))
+    hashes = np.asarray(ids)
+    order = np.argsort(hashes, kind="stable")
+    duplicates = np.flatnonzero(np.diff(hashes[order]) == 0)
     if len(duplicates):
-        first, second = order[duplicates[0]] + 1, order[duplicates[0] + 1] + 1
+        first, second = order[duplicates[0]], order[duplicates[0] + 1]
+        name = next(islice(beir_rows(path, KEY), int(first), None))[2]["_id"]
         raise ConfigError(
-            f"evaluation.beir_dir: {path}: documents {first} and {second} have the same _id; allowed are unique ids"
+            f"{KEY}: {path}: documents {first + 1} and {second + 1} have the same _id {name!r}; allowed are unique ids"
         )
-    return Corpus(path, starts, len(ids))
+    return Corpus(path, starts, len(ids)), hashes
 
 
-def _rows(path: StoragePath, start: int = 0, number: int = 1) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Yield byte offset, line number and content of each line, from byte `start`, where line `number` begins."""
-    try:
-        with local_copy(path).open("rb") as file:
-            file.seek(start)
-            for line in file:
-                if line.strip():
-                    row = json.loads(line.decode("utf-8"))
-                    if not (isinstance(row, dict) and type(row.get("_id")) is str and type(row.get("text")) is str):
-                        raise ValueError("allowed is a JSON object with the text fields _id and text")
-                    f"{row['_id']}{row['text']}{row.get('title')}".encode()  # raises for a lone surrogate
-                    yield start, number, row
-                start, number = start + len(line), number + 1
-    except OSError as error:
-        raise ConfigError(
-            f"evaluation.beir_dir: {path}: {error.strerror}; allowed is a folder in BEIR's format"
-        ) from None
-    except ValueError as error:
-        raise ConfigError(f"evaluation.beir_dir: {path} line {number}: {error}") from None
+def _id_hash(name: str) -> int:
+    return xxhash.xxh3_64_intdigest(name.encode())
 
 
 def _tokens(folder: StoragePath, records: list[tuple[str, str]]) -> pa.Array:

@@ -51,20 +51,18 @@ def read_sts(path: StoragePath) -> StsTask:
     return StsTask(path.stem, first, second, scores)
 
 
-def read_tsv(
-    path: StoragePath, columns: Sequence[str], key: str, parse: Callable[[list[str]], Row], *, lenient: bool = False
-) -> list[Row]:
+def read_tsv(path: StoragePath, columns: Sequence[str], key: str, parse: Callable[[list[str]], Row]) -> list[Row]:
     """Rows of a TSV without quoting, whose header is `columns`. `parse` raises ValueError for an invalid row.
 
-    `lenient`: accept any header and skip blank lines. Raises ConfigError, naming the config `key`, file and line.
+    A byte order mark and blank lines are skipped. Raises ConfigError, naming the config `key`, file and line.
     """
     names, found = ", ".join(columns), []
     try:
-        with local_copy(path).open(encoding="utf-8", newline="") as file:
+        with local_copy(path).open(encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            if next(rows, None) != list(columns) and not lenient:
+            if next(rows, None) != list(columns):
                 raise ValueError(f"the header must be {names}")
-            for cells in filter(None, rows) if lenient else rows:
+            for cells in filter(None, rows):
                 if len(cells) != len(columns):
                     raise ValueError(f"{'not enough' if len(cells) < len(columns) else 'too many'} values")
                 found.append(parse(cells))

@@ -21,7 +21,7 @@ from pipeline.core.console import log
 from pipeline.core.files import local_copy
 from pipeline.core.lock import holder_of
 from pipeline.core.path import StoragePath, as_path
-from pipeline.data.feed import LocalFeed, training_plan, validation_rows
+from pipeline.data.feed import LocalFeed, training_plan, validation_rows, warn_of_equal_positives
 from pipeline.data.filtering import normaliser
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import BatchPlan
@@ -120,6 +120,7 @@ def train_locally(
     spec, point = RunSpec.of(config, folder, manifest), ResumePoint()
     check_model(config, Tokenizer.from_str(spec.tokenizer_json))
     if rank() == 0:
+        warn_of_equal_positives(config, folder, manifest)
         claim_run_folder(config, folder, manifest, spec.total_steps)
         point = resume_point(config.run_dir)
         prune(config.run_dir, config.checkpointing.max_checkpoints, point.folder)

@@ -1,6 +1,7 @@
 """Validation during training: scores of held-out records, the same on every worker.
 
-contrastive objectives     loss, ndcg@10, recall@1 with anchors as queries; sts_spearman on an STS file
+contrastive objectives     loss, ndcg@10, recall@1 with distinct anchors as queries and distinct positives as documents;
+                           sts_spearman on an STS file
 generative objectives      nll and perplexity per token; BLEU and ROUGE of greedily decoded texts
 """
 
@@ -8,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.model.batch import Batch
+from pipeline.model.contrastive import ANCHOR, POSITIVE
 from pipeline.model.learner import Learner
 from pipeline.model.packing import Packed
 from pipeline.model.scores import generation_metrics, spearman
@@ -53,7 +55,7 @@ def validate(
     if learner.contrasts:
         fields = validation.batch.fields
         anchors, positives = (encode_shared(learner, fields[name], device) for name in ("anchor", "positive"))
-        metrics |= ranking_metrics(anchors, positives, float(learner.scale))
+        metrics |= ranking_metrics(anchors, positives, validation.batch.keys(slots=0), float(learner.scale))
     if validation.sts and learner.contrasts:
         first, second = (encode_shared(learner, each, device) for each in (validation.sts.first, validation.sts.second))
         metrics["sts_spearman"] = spearman(
@@ -121,21 +123,50 @@ def _generated(learner: Learner, validation: Validation, device: torch.device) -
     return metrics
 
 
-def ranking_metrics(anchors: Tensor, positives: Tensor, scale: float) -> dict[str, float]:
-    """`loss`, `ndcg@10` and `recall@1` of retrieving positive i for anchor i among all positives; (N, D) each."""
+def ranking_metrics(anchors: Tensor, positives: Tensor, keys: Tensor, scale: float) -> dict[str, float]:
+    """`loss`, `ndcg@10` and `recall@1` of retrieving the positives of each anchor; (N, D) vectors, (N, 3) `keys`.
+
+    Equal texts, found by `Batch.keys`, are one query or one document, as in `evaluate`. The metrics are trec_eval's,
+    except that ties count half. The loss is the mean over the rows; in it, other positives of an anchor are masked.
+    """
     anchors, positives = (nn.functional.normalize(each, dim=-1) for each in (anchors, positives))
+    queries, first_queries = _numbered(keys[:, ANCHOR].tolist())
+    documents, first_documents = _numbered(keys[:, POSITIVE].tolist())
+    _, distinct = _numbered([*zip(queries, documents, strict=True)])
+    query_of, document_of = (torch.tensor(each, device=anchors.device) for each in (queries, documents))
+    candidates = positives[first_documents]
     losses, ranks = [], []
     for rows in torch.arange(len(anchors), device=anchors.device).split(1024):
-        scores = anchors[rows] @ positives.T
-        losses.append(nn.functional.cross_entropy(scores * scale, rows, reduction="sum"))
-        target = scores.gather(1, rows[:, None])
+        own = document_of[rows, None]
+        scores = anchors[rows] @ candidates.T
+        target = scores.gather(1, own)
         ahead = (~(scores <= target)).sum(dim=1)  # not `>`, so that NaN ranks last
         ties = ((scores == target).sum(dim=1) - 1).clamp(min=0)  # count half, or a model of equal vectors would win
         ranks.append(1 + ahead + ties / 2)
-    rank_of_positive = torch.cat(ranks).double()
+        if len(first_queries) < len(anchors):
+            same_query = (query_of[rows, None] == query_of).to(scores.dtype)
+            is_right = torch.zeros_like(scores).index_add(1, document_of, same_query) > 0
+            scores = scores.masked_fill(is_right.scatter(1, own, False), -torch.inf)
+        losses.append(nn.functional.cross_entropy(scores * scale, own[:, 0], reduction="sum"))
+    rank_of_positive, query = torch.cat(ranks).double()[distinct], query_of[distinct]
+    answers = query.bincount()
     gain = torch.where(rank_of_positive <= 10, 1 / torch.log2(rank_of_positive + 1), 0.0)
+    gains, firsts = (
+        torch.zeros(len(answers), dtype=torch.float64, device=anchors.device).index_add(0, query, each)
+        for each in (gain, (rank_of_positive == 1).double())
+    )
+    best = (1 / torch.log2(torch.arange(2, 12, dtype=torch.float64, device=anchors.device))).cumsum(dim=0)
     return {
         "loss": float(torch.stack(losses).sum()) / len(anchors),
-        "ndcg@10": float(gain.mean()),
-        "recall@1": float((rank_of_positive == 1).double().mean()),
+        "ndcg@10": float((gains / best[answers.clamp(max=10) - 1]).mean()),
+        "recall@1": float((firsts / answers).mean()),
     }
+
+
+def _numbered(keys: Sequence[Hashable]) -> tuple[list[int], list[int]]:
+    """The number of each key, in order of first occurrence, and the position of each first occurrence."""
+    first: dict[Hashable, int] = {}
+    for place, key in enumerate(keys):
+        first.setdefault(key, place)
+    numbers = {key: number for number, key in enumerate(first)}
+    return [numbers[key] for key in keys], list(first.values())
