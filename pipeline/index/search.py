@@ -13,7 +13,7 @@ with the full vectors. It needs no Ray and, for a token table, no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,9 +29,9 @@ from pipeline.data.partitions import content_id
 from pipeline.index.documents import PLACE_COLUMNS
 from pipeline.index.encoder import EncoderRecipe, TextEncoder, open_encoder
 from pipeline.index.published import open_pinecone, prompt_name, published
-from pipeline.index.table import TEXTS, StoreError, VectorTable
+from pipeline.index.table import TEXTS, StoreError, VectorTable, parse_metadata
 from pipeline.index.vectors import as_matrix, nearest_rows, unit
-from pipeline.index.where import Where, checked_where, keeps, to_sql
+from pipeline.index.where import Where, check_found, checked_where, keeps, to_sql
 from pipeline.index.words import SAMPLE_TEXTS, word_settings
 
 COLUMNS = ["id", *TEXTS]
@@ -82,10 +82,18 @@ def search(
         raise JobError(f"no vectors yet for the model in {recipe.folder}; run python jobs/embed.py first")
     vector = open_encoder(recipe, device="cpu").encode([text], "query")[0]
     rows = store.hybrid(text, vector, limit, conditions) if hybrid else store.query(vector, limit, conditions)
+    if conditions and not rows and table.exists():
+        check_found(conditions, _all_metadata(table))
     return [
         Hit(rank, row["score"], row["id"], row["source_id"], row["text"], json.loads(row["metadata"] or "{}"))
         for rank, row in enumerate(rows, 1)
     ]
+
+
+def _all_metadata(table: VectorTable) -> Iterator[dict[str, Any]]:
+    for batch in table.scan(["metadata", "places"]):
+        for row in batch.to_pylist():
+            yield from (parse_metadata(place["metadata"]) for place in (row, *(row["places"] or ())))
 
 
 class TableSearch:
