@@ -41,7 +41,7 @@ class LogFile(logging.FileHandler):
 
     def __init__(self, folder: StoragePath, line_format: str) -> None:
         self.mirror, path = Mirror.of_log(folder, LOG_NAME)
-        super().__init__(path, encoding="utf-8", delay=True)
+        super().__init__(path, encoding="utf-8", delay=True, errors="backslashreplace")
         self.setFormatter(logging.Formatter(line_format))
         self._read_only = False
 
@@ -101,7 +101,12 @@ def other_output_to_log() -> Iterator[None]:
     if file is None or console is None:
         yield
         return
-    with file.open_raw() as raw, os.fdopen(os.dup(2), "w", buffering=1) as terminal, redirect_stdout(sys.stderr):
+    errors = "backslashreplace"  # as sys.stderr does
+    with (
+        file.open_raw() as raw,
+        os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors=errors) as terminal,
+        redirect_stdout(sys.stderr),
+    ):
         stderr = console.setStream(terminal) or terminal
         os.dup2(raw.fileno(), 2)
         try:
