@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from jobs.search import arguments
 from pipeline.config import Config, ConfigError, load
 from pipeline.config.reading import OTHER_NAMES
-from pipeline.job import load_config, parse, parser
+from pipeline.core.console import log
+from pipeline.core.outcome import Result
+from pipeline.job import load_config, parse, parser, run_job
 
 ROOT = Path(__file__).parents[1]
 SAID = [  # arguments of train.py, and what the message must name
@@ -125,6 +127,40 @@ sys.exit(run_job("search", "", lambda config, args: print("café") or Result(), 
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == "caf?"
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "s3://KEY:SECRET@b/x",
+        "--lr=s3://KEY:SECRET@b/x",
+        "x=[s3://KEY:SECRET/SECRET@b/x",
+        "embedding.model=https://user:SECRET@host/x",
+        "data.sources=[{path: 's3://KEY:SECRET@b/x', name: s, type: json}]",
+        "storage.root=s3://b/x?my_token=SECRET",
+        "https://h/x?a=b&signature=SECRET",
+        "--local-data-dir=s3://KEY:SECRET@b/x",
+        "--config=s3://KEY:SECRET@b/x",
+    ],
+)
+def test_credentials_in_an_argument_are_not_shown(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_job("prepare", "", lambda config, args: Result(), argv=[argument]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("prepare: ")
+    assert "SECRET" not in said.out + said.err
+
+
+def test_credentials_are_not_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def main(config: Config, args: object) -> Result:
+        log.warning("reading %s", "s3://KEY:SECRET@b/x?region=r")
+        raise OSError("no s3://KEY:SECRET@b/x")
+
+    assert run_job("prepare", "", main, argv=[f"storage.root={tmp_path}"]) == 1
+    (file,) = tmp_path.rglob("training.log")
+    said = capsys.readouterr().err + file.read_text()
+    assert said.count("reading s3://…@b/x?region=r") == 2
+    assert "Traceback" in file.read_text()
+    assert "SECRET" not in said
 
 
 WORDS = st.one_of(
