@@ -221,7 +221,7 @@ def evaluate_stage(session: Session, *, again: bool) -> Result:
     def fill() -> dict[str, Any]:
         from pipeline.evaluation.scoring import score_tasks
 
-        scores = score_tasks(config, folder, manifest, recipe, session.progress)
+        scores = score_tasks(_as_held_out(config, manifest), folder, manifest, recipe, session.progress)
         scored.output.write("scores.json", json.dumps({"of": key, "scores": scores}, indent=2).encode())
         return {"scores": scores}
 
@@ -241,7 +241,7 @@ def mine_stage(session: Session) -> Result:
     from pipeline.index.published import encoder_recipe
 
     recipe = encoder_recipe(config, _model_of(config, manifest))
-    target, mined = mine(config, folder, manifest, recipe, session.progress)
+    target, mined = mine(_as_held_out(config, manifest), folder, manifest, recipe, session.progress)
     name = f"{target.parent.name}/{target.name}"
     log.info("mine: to train on the mined negatives, set data.prepared=%s and another storage.run", name)
     metrics = {
@@ -250,6 +250,14 @@ def mine_stage(session: Session) -> Result:
         "negatives": mined.lengths["negatives"]["rows"],
     }
     return Result(metrics, {"prepared": str(target), "manifest": str(target / "manifest.json")})
+
+
+def _as_held_out(config: Config, manifest: Manifest) -> Config:
+    """The config with the share of records that prepare held out, which is larger on small data."""
+    if manifest.validation_fraction is None:
+        return config
+    data = config.data.model_copy(update={"validation_fraction": manifest.validation_fraction})
+    return config.model_copy(update={"data": data})
 
 
 def _changes(path: str | None) -> list[list[str | int]]:
