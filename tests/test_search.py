@@ -122,6 +122,9 @@ def test_from_pinecone(search: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         code, _, said = search("merge lists", "--where", "nosuch=1", *settings)
         assert code == 2
         assert "no record with the key 'nosuch'; the keys are source, source_id, file, line, name" in said
+        code, _, said = search("merge lists", "--where", "line>100", "pinecone.metadata=[name]", *settings)
+        assert code == 2
+        assert "found line, which Pinecone does not hold; allowed are source, source_id, name (pinecone" in said
 
 
 def test_conditions_that_are_none(search: Any) -> None:

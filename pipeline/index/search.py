@@ -31,6 +31,7 @@ from pipeline.index.encoder import EncoderRecipe, TextEncoder, open_encoder
 from pipeline.index.published import open_pinecone, prompt_name, published
 from pipeline.index.table import TEXTS, StoreError, VectorTable, parse_metadata
 from pipeline.index.vectors import as_matrix, nearest_rows, unit
+from pipeline.index.where import COLUMNS as FILTER_COLUMNS
 from pipeline.index.where import Where, check_found, checked_where, keeps, to_sql
 from pipeline.index.words import SAMPLE_TEXTS, word_settings
 
@@ -75,6 +76,12 @@ def search(
     if config.embedding.store == "pinecone":
         if hybrid:
             raise ConfigError("--hybrid: found embedding.store=pinecone; allowed with it are lancedb and parquet")
+        kept = config.pinecone.metadata
+        if unsent := [key for key in conditions if kept is not None and key not in (*FILTER_COLUMNS, *kept)]:
+            raise ConfigError(
+                f"where: found {unsent[0]}, which Pinecone does not hold; allowed are "
+                f"{', '.join([*FILTER_COLUMNS, *kept])} (pinecone.metadata)"
+            )
         store: Any = open_pinecone(config, table)
     elif table.exists():
         store = TableSearch(table)
