@@ -168,9 +168,18 @@ class TestWholeJob:
         for path, mode in modes.items():
             path.chmod(mode & 0o555)
         try:
-            for arguments in (["search", "merge the invoice"], ["run"], ["evaluate"], ["clean", "--dry-run"]):
+            for arguments in (
+                ["search", "merge the invoice"],
+                ["prepare"],
+                ["run"],
+                ["evaluate"],
+                ["clean", "--dry-run"],
+            ):
                 done = run(*arguments)
                 assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+            hybrid = run("search", "merge the invoice", "--hybrid")
+            assert (hybrid.returncode, json.loads(hybrid.stdout.splitlines()[-1])["status"]) == (1, "failed")
+            assert re.search(r"^search: \S+ has no index of words yet, and cannot be written; ", hybrid.stderr, re.M)
             refused = run("prepare", "tokenizer.max_length=12")
             assert refused.returncode == 1
             assert re.search(

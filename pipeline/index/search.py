@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from pipeline.config import Config, ConfigError
 from pipeline.core.console import log
+from pipeline.core.files import may_write
 from pipeline.core.outcome import JobError
 from pipeline.data.filtering import normaliser
 from pipeline.data.partitions import content_id
@@ -150,6 +151,11 @@ class TableSearch:
         `score` is the sum of 1 / (60 + rank). The first hybrid query builds the full-text index: 2 s for 100,000 rows.
         """
         if not self._has_words():
+            if not may_write(self.table.path):
+                raise JobError(
+                    f"{self.table.path} has no index of words yet, and cannot be written; run one search with --hybrid "
+                    "as a user who may write there, or search without --hybrid"
+                )
             log.info("%s: building a full-text index of %s texts", self.table.name, f"{self.dataset.count_rows():,}")
             sample = self.dataset.sample(min(SAMPLE_TEXTS, self.dataset.count_rows()), ["text"])["text"].to_pylist()
             with self.table.writing() as writer:
