@@ -241,7 +241,7 @@ def mine_stage(session: Session) -> Result:
     from pipeline.index.published import encoder_recipe
 
     recipe = encoder_recipe(config, _model_of(config, manifest))
-    target, mined = mine(_as_held_out(config, manifest), folder, manifest, recipe, session.progress)
+    target, mined = mine(config, folder, manifest, recipe, session.progress)
     name = f"{target.parent.name}/{target.name}"
     log.info("mine: to train on the mined negatives, set data.prepared=%s and another storage.run", name)
     metrics = {
@@ -254,9 +254,9 @@ def mine_stage(session: Session) -> Result:
 
 def _as_held_out(config: Config, manifest: Manifest) -> Config:
     """The config with the share of records that prepare held out, which is larger on small data."""
-    if manifest.validation_fraction is None:
+    if manifest.held_out_fraction is None:
         return config
-    data = config.data.model_copy(update={"validation_fraction": manifest.validation_fraction})
+    data = config.data.model_copy(update={"validation_fraction": manifest.held_out_fraction})
     return config.model_copy(update={"data": data})
 
 

@@ -217,11 +217,9 @@ class _StageRunner:
             for stage in filter(None, (inputs.records, inputs.distinct))
             for path in sorted_glob(stage.folder / "rejected", "*.parquet")
         }
-        parts = PreparedParts(files, tokenizer_json, recipe, sources, clusters, rejected)
+        fraction = config.data.validation_fraction
+        parts = PreparedParts(files, tokenizer_json, recipe, sources, clusters, fraction, rejected)
         manifest = assemble(inputs.prepared, inputs.tokens, described, parts)
-        if recipe != inputs.recipe:
-            settings = manifest.settings | {"data.validation_fraction": config.data.validation_fraction}
-            manifest = replace(manifest, settings=settings, validation_fraction=recipe.validation_fraction)
         if clusters:
             listed = ", ".join(f"{cluster['source_id']} ({cluster['removed']:,})" for cluster in clusters)
             log.info("prepare: records with the most near-duplicates removed: %s", listed)

@@ -78,7 +78,7 @@ def search(
         if hybrid:
             raise ConfigError("--hybrid: found embedding.store=pinecone; allowed with it are lancedb and parquet")
         kept = config.pinecone.metadata
-        if unsent := [key for key in conditions if kept is not None and key not in (*FILTER_COLUMNS, *kept)]:
+        if kept is not None and (unsent := [key for key in conditions if key not in (*FILTER_COLUMNS, *kept)]):
             raise ConfigError(
                 f"where: found {unsent[0]}, which Pinecone does not hold; allowed are "
                 f"{', '.join([*FILTER_COLUMNS, *kept])} (pinecone.metadata)"
