@@ -2,7 +2,7 @@
 
 examples:
   python jobs/from_deepspeed.py ds.json > config.yaml
-  python jobs/train.py --config config.yaml --local_data_dir notes/
+  python jobs/train.py --config config.yaml --local-data-dir notes/
 """
 
 import argparse

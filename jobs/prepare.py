@@ -3,7 +3,7 @@
 examples:
   python jobs/prepare.py                                     # the packages installed here (configs/quickstart.yaml)
   python jobs/prepare.py --config configs/pairs.yaml         # a JSON Lines file of your own
-  python jobs/prepare.py --local_data_dir notes/ data.min_chars=20
+  python jobs/prepare.py --local-data-dir notes/ data.min_chars=20
 """
 
 import sys

@@ -3,7 +3,7 @@
 examples:
   python jobs/run.py                                         # the packages installed here (configs/quickstart.yaml)
   python jobs/run.py --config configs/pairs.yaml training.max_epochs=10
-  python jobs/run.py --local_data_dir notes/ storage.run=notes
+  python jobs/run.py --local-data-dir notes/ storage.run=notes
 """
 
 import sys

@@ -3,7 +3,7 @@
 examples:
   python jobs/train.py                                       # the packages installed here (configs/quickstart.yaml)
   python jobs/train.py --config configs/pairs.yaml training.max_steps=2000
-  python jobs/train.py --local_data_dir notes/ storage.run=notes
+  python jobs/train.py --local-data-dir notes/ storage.run=notes
   ray job submit --working-dir . -- python jobs/train.py     # on a cluster, with the same config
 """
 

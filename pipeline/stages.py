@@ -227,7 +227,7 @@ def evaluate_stage(session: Session, *, again: bool) -> Result:
     def fill() -> dict[str, Any]:
         from pipeline.evaluation.scoring import score_tasks
 
-        scores = score_tasks(config, folder, manifest, recipe, session.progress)
+        scores = score_tasks(_as_held_out(config, manifest), folder, manifest, recipe, session.progress)
         scored.output.write("scores.json", json.dumps({"of": key, "scores": scores}, indent=2).encode())
         return {"scores": scores}
 
@@ -256,6 +256,14 @@ def mine_stage(session: Session) -> Result:
         "negatives": mined.lengths["negatives"]["rows"],
     }
     return Result(metrics, {"prepared": str(target), "manifest": str(target / "manifest.json")})
+
+
+def _as_held_out(config: Config, manifest: Manifest) -> Config:
+    """The config with the share of records that prepare held out, which is larger on small data."""
+    if manifest.held_out_fraction is None:
+        return config
+    data = config.data.model_copy(update={"validation_fraction": manifest.held_out_fraction})
+    return config.model_copy(update={"data": data})
 
 
 def _changes(path: str | None) -> list[list[str | int]]:

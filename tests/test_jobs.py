@@ -168,9 +168,18 @@ class TestWholeJob:
         for path, mode in modes.items():
             path.chmod(mode & 0o555)
         try:
-            for arguments in (["search", "merge the invoice"], ["run"], ["evaluate"], ["clean", "--dry-run"]):
+            for arguments in (
+                ["search", "merge the invoice"],
+                ["prepare"],
+                ["run"],
+                ["evaluate"],
+                ["clean", "--dry-run"],
+            ):
                 done = run(*arguments)
                 assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+            hybrid = run("search", "merge the invoice", "--hybrid")
+            assert (hybrid.returncode, json.loads(hybrid.stdout.splitlines()[-1])["status"]) == (1, "failed")
+            assert re.search(r"^search: \S+ has no index of words yet, and cannot be written; ", hybrid.stderr, re.M)
             refused = run("prepare", "tokenizer.max_length=12")
             assert refused.returncode == 1
             assert re.search(
@@ -263,15 +272,39 @@ class TestWholeJob:
         assert code == 0, err
         assert last["metrics"]["rows_in"] == 30
 
-    def test_advice_on_small_data(self, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_small_data_work_at_once_and_grow(
+        self, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         folder = tmp_path / "nötes 📝"
         folder.mkdir()
-        for row in make_pairs(40):
+        rows = make_pairs(41)
+        for row in rows[:40]:
             (folder / f"{row['id']}.txt").write_text(f"{row['anchor']}\n\n{row['positive']}\n")
-        small = ["--local_data_dir", str(folder), "storage.run=notes"]
-        code, _, _, err = job(capsys, "train", *small)
+        small = ["--local-data-dir", str(folder), "storage.run=notes", "data.validation_fraction=1e-6"]
+        small += ["training.max_steps=4", "evaluation.held_out_queries=3"]
+        code, last, _, err = job(capsys, "run", *small)
+        assert code == 0, err
+        assert last["metrics"]["prepare"]["splits"] == {"train": 36, "validation": 4}
+        assert last["metrics"]["embed"]["rows"] == 40
+        assert last["metrics"]["evaluate"]["held-out"]["queries"] == 3
+        assert "holding out 4 of 40 records" in err
+        assert "train: batches of 9, because the training split has only 36 records" in err
+        assert "configs/fine_tune.yaml" in err
+        (folder / "new.txt").write_text(f"{rows[40]['anchor']}\n\n{rows[40]['positive']}\n")
+        code, last, _, err = job(capsys, "run", *small)
+        assert code == 0, err
+        assert last["metrics"]["embed"]["rows"] == 41
+        assert "1 records new, 0 changed, 0 removed" in err
+        code, found, _, _ = job(
+            capsys, "search", "storage.run=notes", str(rows[40]["positive"]), "--json", "--limit", "1"
+        )
+        assert (code, found[0]["text"]) == (0, rows[40]["positive"])
+
+    def test_too_few_records_are_refused_in_one_sentence(
+        self, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for row in make_pairs(3):
+            (tmp_path / f"{row['id']}.txt").write_text(f"{row['anchor']}\n\n{row['positive']}\n")
+        code, _, _, err = job(capsys, "train", "--local-data-dir", str(tmp_path), "storage.run=few")
         assert code == 2
-        assert "training.global_batch_size: found 64; use at most " in err
-        code, _, _, err = job(capsys, "train", *small, "training.global_batch_size=8", "data.validation_fraction=1e-6")
-        assert code == 2
-        assert "data.validation_fraction: holds out 0 of 40 records" in err
+        assert "data.sources: found 3 records; training needs 4 or more" in err

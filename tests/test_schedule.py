@@ -16,7 +16,7 @@ from pipeline.config.training import Training
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.learner import Learner
 from pipeline.model.transformer import Encoder, EncoderShape
-from pipeline.training.optimizer import Schedule, build_optimizer
+from pipeline.training.optimizer import Schedule, autocast_type, build_optimizer, slow_precision
 
 PEAK = 0.5
 
@@ -144,3 +144,20 @@ def test_parameters_that_do_not_train_are_left_out() -> None:
     model.model.token_table.weight.requires_grad_(True)
     optimizer = build_optimizer(model, Training())
     assert [len(group["params"]) for group in optimizer.param_groups] == [1]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "slow"),
+    [({}, {"bf16", "fp16"}), ({"avx512_bf16": True}, {"fp16"}), ({"amx_bf16": True, "amx_fp16": True}, set())],
+)
+def test_precisions_that_the_processor_lacks(
+    capabilities: dict[str, bool], slow: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = dict.fromkeys(("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16"), False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "cpu_name": "x", **known, **capabilities})
+    for precision in ("auto", "fp32", "bf16", "fp16"):
+        said = slow_precision(precision, torch.device("cpu"))
+        assert (said is not None) == (precision in slow)
+        assert said is None or "use training.precision=fp32" in said
+        assert slow_precision(precision, torch.device("meta")) is None
+    assert autocast_type("auto", torch.device("cpu")) is None

@@ -119,9 +119,21 @@ def test_from_pinecone(search: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (code, [one["id"] for one in found]) == (0, ["a", "b", "c"])
         code, found, _ = search("merge lists", "--json", "--where", "line>100", *settings)
         assert (code, [one["id"] for one in found]) == (0, ["c"])
+        code, _, said = search("merge lists", "--where", "nosuch=1", *settings)
+        assert code == 2
+        assert "no record with the key 'nosuch'; the keys are source, source_id, file, line, name" in said
+        code, _, said = search("merge lists", "--where", "line>100", "pinecone.metadata=[name]", *settings)
+        assert code == 2
+        assert "found line, which Pinecone does not hold; allowed are source, source_id, name (pinecone" in said
 
 
 def test_conditions_that_are_none(search: Any) -> None:
-    code, _, said = search("words", "--where", "source")
-    assert code == 2
-    assert "--where 'source': allowed are key=value" in said
+    search.fill()
+    for condition, sentence in (
+        ("source", "--where 'source': allowed are key=value"),
+        ("nosuch=1", "no record with the key 'nosuch'; the keys are source, source_id, file, line, name"),
+        ("name>5", "bounds on name, which has no numbers, but values such as"),
+    ):
+        code, _, said = search("words", "--where", condition)
+        assert code == 2
+        assert sentence in said

@@ -1,7 +1,12 @@
 """What a task raises on its node is what the job says, in one sentence; and so is a signal, whenever it comes."""
 
+import json
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,3 +88,23 @@ def test_a_signal_stops_a_job_that_is_importing(tmp_path: Any, capsys: pytest.Ca
 
     assert run_job("prepare", "", main, None, [f"storage.root={tmp_path}"]) == 130
     assert "prepare: stopped by SIGINT; run the same command to continue" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_path_too_long_for_sockets_is_one_sentence(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 130)
+    folder.mkdir()
+    job = Path(__file__).parents[1] / "jobs" / "prepare.py"
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+    done = subprocess.run(
+        [sys.executable, str(job), f"storage.root={tmp_path}", "--local-data-dir", str(job.parent), "--check"],
+        env=environment | {"TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert json.loads(done.stdout.splitlines()[-1])["status"] == "failed"
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("prepare: ")]
+    assert f"TMPDIR: found a path of {len(str(folder))} bytes" in said
+    assert "at most 107 bytes; set RAY_TMPDIR=/tmp" in said
+    assert "Traceback" not in done.stderr

@@ -30,7 +30,6 @@ from pipeline.index.indexing import describe, finish, recall, unreadable_indexes
 from pipeline.index.search import TableSearch
 from pipeline.index.table import PLACE, ZONE_ROWS, Fragment, StoreError, VectorTable
 from pipeline.index.vectors import as_column, as_matrix
-from pipeline.index.where import parse
 from tests.bucket_servers import serving
 
 WIDTH = 16
@@ -381,16 +380,6 @@ def test_in_a_bucket(scheme: str, tmp_path: Path) -> None:
         assert held(table) == {i: expected(one) for i, one in model.items()}
         assert found["recall@10"] > 0.9
         assert TableSearch(table).query(np.array(model["123"]["vector"]), 1)[0]["id"] == "123"
-
-
-def test_conditions_as_they_are_written() -> None:
-    written = ["source=debian", "a = [x, 2]", "n>=10", "n<20.5", 't="1"', "b=true", "u=a=b"]
-    meant = {"source": "debian", "a": ["x", 2], "n": {"gte": 10, "lt": 20.5}, "t": "1", "b": True, "u": "a=b"}
-    assert parse(written) == meant
-    assert parse([]) == {}
-    for wrong in ("source", "=x", "a=", "n>=x", "a=[", "a={b: 1}", "a=null", "$a=1"):
-        with pytest.raises(ConfigError, match="where"):
-            parse([wrong])
 
 
 def test_a_table_without_its_index_files_is_still_searched(table: VectorTable) -> None:

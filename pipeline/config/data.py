@@ -166,7 +166,8 @@ class Data(Section):
     decontaminate_threshold: float = Field(0.8, gt=0, le=1)
     """Jaccard similarity from which a record is a near-duplicate of an evaluation text."""
     validation_fraction: float = Field(0.02, gt=0, lt=0.5)
-    """Share of records held out, chosen by the hash of their id."""
+    """Share of records held out, chosen by the hash of their id. On small data, where that is fewer than two records,
+    a tenth of them, two or more."""
     augment: Augment = Augment()
     """Augmentation of training anchors, the same in every run."""
     seed: int = Field(0, ge=0, lt=2**32)

@@ -66,7 +66,7 @@ def convert(file: Path) -> tuple[dict[str, Any], list[Row]]:
         ours = ".".join(map(str, error.errors()[0]["loc"][:2]))
         theirs = [row.key for row in rows if row.became.startswith(f"{ours}=")]
         where = Path(f"{file} ({theirs[-1]})") if theirs else file
-        raise ConfigError(explain(error, where, [], Config)) from None
+        raise ConfigError(explain(error, where, Config)) from None
     return conversion.tree, rows
 
 

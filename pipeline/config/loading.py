@@ -31,29 +31,30 @@ def load(
     path: str | os.PathLike[str],
     overrides: Sequence[str] = (),
     environ: dict[str, str] | None = None,
-    sources: list[dict[str, Any]] | None = None,
+    local_data_dir: Path | None = None,
 ) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, and validate. Raises ConfigError.
 
-    `sources` replaces `data.sources`.
+    `local_data_dir` is a folder to read instead of the path of `data.sources`.
     """
     environ = dict(os.environ) if environ is None else environ
     file = Path(path)
     tree = read_yaml(file)
-    from_arguments = {}
+    from_arguments, changed = set[str](), dict[str, str]()
     for override in overrides:
-        key, value = parse_override(override)
+        key, value = parse_override(override, Config)
+        changed[_new_part(tree, key)] = key
         assign(tree, key.split("."), value, f"argument {override!r}")
-        from_arguments[key] = override
-    if sources is not None:
-        assign(tree, ["data", "sources"], sources, "sources")
+        from_arguments.add(key)
+    if local_data_dir is not None:
+        _read_from(local_data_dir, tree)
     _apply_environment(tree, from_arguments, environ)
     _refuse_credentials(tree)
     _default_to_pretrained_tokenizer(tree)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(explain(error, file, list(from_arguments), Config)) from None
+        raise ConfigError(explain(error, file, Config, changed)) from None
     _check_uris(config)
     config._folder = file.absolute().parent
     swept = any(key == "tune" or key.startswith("tune.space") for key in from_arguments)
@@ -61,7 +62,34 @@ def load(
     return config
 
 
-def _apply_environment(tree: dict[str, Any], from_arguments: dict[str, str], environ: dict[str, str]) -> None:
+def _new_part(tree: Any, key: str) -> str:
+    """The shortest part of a dotted key that the tree lacks, else the key."""
+    parts = key.split(".")
+    for depth, part in enumerate(parts, 1):
+        if not isinstance(tree, dict) or part not in tree:
+            return ".".join(parts[:depth])
+        tree = tree[part]
+    return key
+
+
+def _read_from(folder: Path, tree: dict[str, Any]) -> None:
+    """Make the source read a folder. A source that reads no text files becomes one that does: title → the rest."""
+    data = tree.setdefault("data", {})
+    if not isinstance(data, dict):
+        return  # validation reports it
+    sources = data.get("sources")
+    texts = [each for each in sources or () if isinstance(each, dict) and each.get("type") == "text"]
+    if len(texts) > 1:
+        names = ", ".join(str(each.get("name")) for each in texts)
+        raise ConfigError(
+            f"--local-data-dir: found {len(texts)} text sources, {names}; allowed is one; set the path of each with "
+            "data.sources.0.path=DIR"
+        )
+    source = texts[0] if texts else {"name": "local", "type": "text"}
+    data["sources"] = [{**source, "path": str(folder.resolve())}]
+
+
+def _apply_environment(tree: dict[str, Any], from_arguments: set[str], environ: dict[str, str]) -> None:
     """Set `storage.root` from an argument, else PIPELINE_STORAGE, else the file, else the default."""
     if "storage" in tree and not isinstance(tree["storage"], dict):
         return  # validation reports it

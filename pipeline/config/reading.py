@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -14,18 +14,41 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.core.outcome import ConfigError
 
-OLDER_NAMES = {
+OTHER_NAMES = {
     "mixed_precision": "training.precision",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
     "batch_size": "training.global_batch_size",
+    "train_batch_size": "training.global_batch_size",
+    "per_device_train_batch_size": "training.global_batch_size",
     "epochs": "training.max_epochs",
     "num_epochs": "training.max_epochs",
+    "num_train_epochs": "training.max_epochs",
+    "steps": "training.max_steps",
+    "num_steps": "training.max_steps",
     "lr": "training.learning_rate",
+    "lr_scheduler_type": "training.schedule",
+    "warmup_ratio": "training.warmup_fraction",
+    "gradient_clipping": "training.max_grad_norm",
+    "torch_compile": "training.compile",
     "max_seq_length": "tokenizer.max_length",
+    "model_name_or_path": "model.pretrained",
+    "base_model": "model.pretrained",
+    "embedding_dim": "model.d_model",
+    "hidden_size": "model.d_model",
     "save_total_limit": "checkpointing.max_checkpoints",
     "save_steps": "checkpointing.every_steps",
+    "eval_steps": "training.validate_every_steps",
+    "logging_steps": "training.log_every_steps",
+    "report_to": "logging.trackers",
     "output_dir": "storage.root",
+    "run_name": "storage.run",
+    "workers": "scaling.num_workers",
 }
-"""Names in other libraries → our key, for the error message."""
+"""Names in other libraries → our key, for error messages."""
+
+
+ALLOWED_ARGUMENTS = "allowed are section.key=value and the options that --help lists"
 
 
 class _Loader(yaml.SafeLoader):
@@ -78,25 +101,50 @@ def _yaml_problem(error: Exception) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else f"not YAML: {problem}"
 
 
-def parse_override(override: str) -> tuple[str, Any]:
+def parse_override(override: str, root: type[BaseModel]) -> tuple[str, Any]:
+    """Parse `section.key=value`; the value is YAML. Raises ConfigError, with the key that was probably meant."""
     key, equals, text = override.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)+", key):
-        raise ConfigError(f"argument {override!r}: allowed are section.key=value and the options that --help lists")
+        raise ConfigError(f"argument {override!r}: {meant_override(key, text, root) or ALLOWED_ARGUMENTS}")
     try:
         return key, yaml.load(text, _Loader)
     except Exception as error:
         raise ConfigError(f"argument {override!r}: {_yaml_problem(error)}; allowed is a YAML value") from None
 
 
-def explain(error: ValidationError, file: Path | str, arguments: list[str], root: type[BaseModel]) -> str:
-    """The first error as one sentence, and the number of others. `root` is the class of the whole tree."""
+def meant_override(name: str, value: str, root: type[BaseModel]) -> str:
+    """Suggest `section.key=value` for a name such as `lr`, `--max-steps` or `--training.max_steps`; "" if none fits."""
+    named = name.lstrip("-").replace("-", "_")
+    leaf = named.rpartition(".")[2].lower()
+    keys = [path.replace("[]", ".0") for path in _paths(root)]
+    leaves = {key.rpartition(".")[2] for key in keys if "." in key}
+    if named in keys and "." in named:
+        found = [named]
+    elif leaf in OTHER_NAMES:
+        found = [OTHER_NAMES[leaf]]
+    else:
+        near = [leaf] if leaf in leaves else difflib.get_close_matches(leaf, sorted(leaves), 1, 0.8)
+        found = [key for key in keys if "." in key and key.rpartition(".")[2] in near]
+    return "use " + " or ".join(f"{key}={value or 'VALUE'}" for key in found) if found else ""
+
+
+def explain(
+    error: ValidationError, file: Path | str, root: type[BaseModel], arguments: Mapping[str, str] | None = None
+) -> str:
+    """The first error as one sentence, and the number of others. `root` is the class of the whole tree.
+
+    `arguments`: the part of the tree that an argument has added or changed → the argument's key.
+    """
     details = error.errors(include_url=False)
     first = details[0]
     location = [part for part in first["loc"][:-1] if not _is_union_tag(part)]
     if first["type"] == "extra_forbidden" or not _is_union_tag(first["loc"][-1]):
         location.append(first["loc"][-1])
     key = ".".join(str(part) for part in location)
-    where = f"argument {key}" if any(key == a or key.startswith(a + ".") for a in arguments) else f"{file}: {key}"
+    where = f"{file}: {key}"
+    for part, argument in (arguments or {}).items():
+        if f"{key}.".startswith(f"{part}."):
+            where = f"argument {key}" if f"{key}.".startswith(f"{argument}.") else f"argument {argument}: {key}"
     places = {tuple(p for p in d["loc"] if not _is_union_tag(p)) for d in details}
     more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
     if first["type"] == "extra_forbidden":
@@ -147,8 +195,8 @@ def _suggest(location: Sequence[Any], root: type[BaseModel]) -> str:
     """The nearest key: another library's name for it, the same name in another section, or a similar spelling."""
     unknown, parent = str(location[-1]), [p for p in location[:-1] if not isinstance(p, int)]
     elsewhere = [p for p in _paths(root) if "." in p and p.split(".")[-1].removesuffix("[]") == unknown]
-    if unknown in OLDER_NAMES:
-        return f"use {OLDER_NAMES[unknown]}"
+    if unknown in OTHER_NAMES:
+        return f"use {OTHER_NAMES[unknown]}"
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
     section: Any = root

@@ -18,7 +18,7 @@ class EarlyStopping(Section):
 
 class Training(Section):
     global_batch_size: int = Field(256, ge=2)
-    """Pairs per optimizer step, over all workers."""
+    """Pairs per optimizer step, over all workers. With fewer training records than that, a quarter of them."""
     batching: Literal["mixed", "by_source"] = "mixed"
     """mixed: a global batch has records of all sources. by_source: of one source, sampled by the sources' weights, so
     that in-batch negatives come from the same source (Nomic Embed, section 3.2.2)."""
@@ -65,7 +65,8 @@ class Training(Section):
     compile: bool = False
     """Compile the model with torch.compile: minutes before the first step, then faster steps."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 autocast if the GPU supports it, else fp32. fp16: autocast with a scaled loss."""
+    """auto: bf16 autocast if the GPU supports it, else fp32. fp16: autocast with a scaled loss. A processor without
+    instructions for bf16 or fp16 emulates them, many times slower than fp32; a warning says so."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """ddp: each worker holds a copy of the model. fsdp: each worker holds a shard of the weights, gradients and
     optimizer state (torch's fully_shard)."""

@@ -125,6 +125,6 @@ class Config(Section):
         try:
             config = Config.model_validate(tree)
         except ValidationError as error:
-            raise ConfigError(explain(error, where, [], Config)) from None
+            raise ConfigError(explain(error, where, Config)) from None
         config._folder = self._folder
         return config

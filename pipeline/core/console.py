@@ -21,12 +21,20 @@ from typing import Any, BinaryIO, TextIO
 from tqdm import tqdm
 
 from pipeline.core.mirror import Mirror
+from pipeline.core.object_store import redacted
 from pipeline.core.path import StoragePath
 
 log = logging.getLogger("pipeline")
 
 LINE_EVERY_S = 30.0
 LOG_NAME = "training.log"
+
+
+class _Formatter(logging.Formatter):
+    """Formats lines without the credentials of URIs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
 
 
 class Console(logging.StreamHandler[TextIO]):
@@ -41,8 +49,8 @@ class LogFile(logging.FileHandler):
 
     def __init__(self, folder: StoragePath, line_format: str) -> None:
         self.mirror, path = Mirror.of_log(folder, LOG_NAME)
-        super().__init__(path, encoding="utf-8", delay=True)
-        self.setFormatter(logging.Formatter(line_format))
+        super().__init__(path, encoding="utf-8", delay=True, errors="backslashreplace")
+        self.setFormatter(_Formatter(line_format))
         self._read_only = False
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -76,7 +84,7 @@ class LogFile(logging.FileHandler):
 def start_logging(folder: StoragePath, level: str, line_format: str) -> LogFile:
     """Log to the console and to `folder/training.log`. Returns the file's handler."""
     file, console = LogFile(folder, line_format), Console()
-    console.setFormatter(logging.Formatter("%(message)s"))
+    console.setFormatter(_Formatter("%(message)s"))
     stop_logging()
     log.handlers[:] = [console, file]
     log.setLevel(level)
@@ -101,7 +109,12 @@ def other_output_to_log() -> Iterator[None]:
     if file is None or console is None:
         yield
         return
-    with file.open_raw() as raw, os.fdopen(os.dup(2), "w", buffering=1) as terminal, redirect_stdout(sys.stderr):
+    errors = "backslashreplace"  # as sys.stderr does
+    with (
+        file.open_raw() as raw,
+        os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors=errors) as terminal,
+        redirect_stdout(sys.stderr),
+    ):
         stderr = console.setStream(terminal) or terminal
         os.dup2(raw.fileno(), 2)
         try:

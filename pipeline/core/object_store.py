@@ -26,6 +26,8 @@ OPTIONS = ("region", "scheme", "endpoint_override", "anonymous", "account_name")
 MAX_RETRIES = 6  # waits start at 0.1 s and double: about 6 s in total
 RETRY_S = 30.0
 _SECRET = re.compile(r"key|secret|token|password|signature|\bsig\b", re.IGNORECASE)
+_USER = re.compile(r"(\w:/{1,2})[^\s'\"]*@")
+_SECRET_OPTION = re.compile(r"([?&][^=&\s]*(?:key|secret|token|password|sig)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE)
 _URI = re.compile(r"\b(https?|s3|gs|az)://\S+")
 
 
@@ -168,3 +170,8 @@ def holds_credentials(uri: str) -> bool:
     location, _, query = rest.partition("?")
     names = [name for name, _ in parse_qsl(query, keep_blank_values=True)]
     return bool(mark) and ("@" in location or any(map(_SECRET.search, names)))
+
+
+def redacted(text: str) -> str:
+    """A text without the credentials of the URIs in it: `s3://KEY:SECRET@bucket/a` becomes `s3://…@bucket/a`."""
+    return _SECRET_OPTION.sub(r"\1…", _USER.sub(r"\1…@", text)) if ":/" in text else text

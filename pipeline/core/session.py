@@ -31,6 +31,7 @@ from pipeline.core.signals import signals
 POLL_S = 0.5
 POLL_TIMEOUT_S = 60  # an overloaded machine may respond late
 REACH_S, CONNECT_S = 10.0, 5.0
+SOCKET_PATH_BYTES = 107  # Linux: sun_path of a Unix socket, without its last NUL
 BLOCK_BYTES = 1 << 24  # of Ray Data, about one write. A task holds several blocks, and Ray's default is 128 MB
 RETRY_ADVICE = "\nFailed to "  # start of the text that Ray Data appends to error messages
 
@@ -230,7 +231,10 @@ def _own_session(address: str | None) -> Iterator[None]:
 
 
 def _init(cluster: str | None, **options: Any) -> None:
-    """Call `ray.init`. Raises JobError if the `cluster` cannot be reached or rejects the token."""
+    """Call `ray.init`. Raises JobError if the `cluster` cannot be reached or rejects the token.
+
+    Also raises JobError if the path of the temporary folder is too long for Ray's sockets.
+    """
     import ray
 
     if cluster:
@@ -244,6 +248,15 @@ def _init(cluster: str | None, **options: Any) -> None:
         raise JobError(
             f"RAY_ADDRESS: cannot connect to the cluster at {cluster} ({words}); the token is read from "
             "RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+        ) from error
+    except OSError as error:
+        if "AF_UNIX" not in str(error):
+            raise
+        name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+        length = len(os.fsencode(os.environ.get(name, "")))
+        raise JobError(
+            f"{name}: found a path of {length} bytes, too long for the sockets that Ray creates below it, whose paths "
+            f"have at most {SOCKET_PATH_BYTES} bytes; set RAY_TMPDIR=/tmp, or {name} to another short path"
         ) from error
 
 

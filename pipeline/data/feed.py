@@ -24,7 +24,8 @@ from pipeline.core.artifact import open_parquet
 from pipeline.core.console import log
 from pipeline.core.files import sorted_glob
 from pipeline.core.path import StoragePath
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import SPLITS, Manifest
+from pipeline.data.partitions import MIN_VALIDATION
 from pipeline.data.plan import BatchPlan, RowGroup
 
 if TYPE_CHECKING:
@@ -37,9 +38,10 @@ CHUNKS_A_DATASET = 4
 NOTE: while reads wait for room, Ray Data's executor polls in a thread of the training worker and holds the interpreter
 lock: one dataset for a whole run halved training speed (py-spy, Ray 2.60).
 """
-MIN_VALIDATION = 2  # a single pair has no negatives
 SAMPLED_RECORDS = 10_000
 MANY_EQUAL_PAIRS = 0.5  # two labels that are equally frequent are not above it. Ours
+MIN_BATCH = 2  # a single pair has no negatives
+MIN_EPOCH_BATCHES = 4  # of records that are fewer than a batch: smaller batches, but several steps an epoch. Ours
 
 
 def training_plan(
@@ -51,7 +53,8 @@ def training_plan(
 ) -> BatchPlan:
     """The batch plan of a prepared data set's training split, with its sources' weights.
 
-    Raises ConfigError if a split, or a source for its share, is too small.
+    A batch of more records than the split has is made smaller. Raises ConfigError if a split, or a source for its
+    share, is too small.
     """
     groups = tuple(
         RowGroup(shard.path, index, rows, source)
@@ -60,18 +63,22 @@ def training_plan(
         if rows
     )
     weights = tuple((source.name, source.weight) for source in manifest.sources if source.weight is not None)
-    plan = BatchPlan(str(folder), groups, global_batch_size, seed, batching, weights)
-    if plan.batches_per_epoch == 0:
+    rows, held_out = (manifest.splits[split] for split in SPLITS)
+    if rows + held_out < 2 * MIN_VALIDATION:
+        raise ConfigError(f"data.sources: found {rows + held_out} records; training needs {2 * MIN_VALIDATION} or more")
+    if held_out < MIN_VALIDATION:
         raise ConfigError(
-            f"training.global_batch_size: found {global_batch_size}; "
-            f"use at most {plan.rows}, the number of records in the training split"
+            f"data.validation_fraction: holds out {held_out} of {rows + held_out} records; raise it to hold out at "
+            f"least {MIN_VALIDATION}, as in data.validation_fraction={min(0.4, 10 / (rows + held_out)):.1g}"
         )
+    if rows < MIN_BATCH:
+        raise ConfigError(
+            f"data.validation_fraction: leaves {rows} of {rows + held_out} records to train on; lower it, as in "
+            "data.validation_fraction=0.1"
+        )
+    size = global_batch_size if rows >= global_batch_size else max(MIN_BATCH, rows // MIN_EPOCH_BATCHES)
+    plan = BatchPlan(str(folder), groups, size, seed, batching, weights)
     plan.check_sources()
-    if manifest.splits["validation"] < MIN_VALIDATION:
-        raise ConfigError(
-            f"data.validation_fraction: holds out {manifest.splits['validation']} of "
-            f"{sum(manifest.splits.values())} records; raise it to hold out at least {MIN_VALIDATION}"
-        )
     return plan
 
 

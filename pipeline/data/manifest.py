@@ -88,6 +88,7 @@ class Manifest:
     versions: dict[str, str]
     settings: dict[str, Any] = field(default_factory=dict)  # config keys that the shards depend on
     files: Files = field(default_factory=dict)
+    held_out_fraction: float | None = None  # None in data sets of earlier versions: as in `settings`
 
     def of_split(self, split: str) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]

@@ -29,6 +29,7 @@ from pipeline.core.path import StoragePath
 
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 _OFFSET = np.dtype("<u8")
+MIN_VALIDATION = 2  # a single pair has no negatives
 
 
 def content_id(fields: Sequence[str]) -> str:
@@ -60,6 +61,18 @@ def id_bounds(shard: int, shards: int) -> tuple[str, str]:
 def is_validation(record_id: str, fraction: float) -> bool:
     """Whether a record belongs to the validation split."""
     return int(record_id[8:16], 16) < fraction * 2**32
+
+
+def held_out_fraction(ids: Sequence[str], fraction: float) -> float:
+    """The share of records to hold out: `fraction`, unless that holds out fewer than MIN_VALIDATION of them.
+
+    Then it is a share that holds out a tenth of the records, or MIN_VALIDATION if that is more. With fewer than twice
+    MIN_VALIDATION records, nothing changes.
+    """
+    if len(ids) < 2 * MIN_VALIDATION or sum(is_validation(each, fraction) for each in ids) >= MIN_VALIDATION:
+        return fraction
+    places = sorted(int(each[8:16], 16) for each in ids)
+    return (places[max(MIN_VALIDATION, len(ids) // 10) - 1] + 1) / 2**32
 
 
 def write_parts(table: pa.Table, partition: Sequence[int] | npt.NDArray[np.int64], parts: int, path: Path) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, ConfigError, Source
-from pipeline.core.artifact import Artifact, Output
+from pipeline.core.artifact import Artifact, Output, open_parquet
 from pipeline.core.console import log, table
 from pipeline.core.files import file_sizes, sorted_glob
 from pipeline.core.outcome import Finding, check_disk_space, raise_findings
@@ -36,6 +36,7 @@ from pipeline.data.drift import TrainedOn, pinned_tokenizer
 from pipeline.data.fields import text_fields
 from pipeline.data.filtering import Filter
 from pipeline.data.manifest import Manifest, SourceCount, read_prepared, sha256
+from pipeline.data.partitions import held_out_fraction, is_validation
 from pipeline.data.records import (
     after_stage,
     check_duplicates,
@@ -53,6 +54,7 @@ FORMAT = 4  # raise it when the stages' output changes: all earlier folders beco
 SHARD_BYTES = 8 << 20  # text per shard: a core tokenizes it in seconds
 MAX_SHARDS = 4_096  # above 32 GB of text, shards grow instead, because each reads every part of the shuffle
 DISK_A_TEXT_BYTE = 1.7  # peak of all stages. Ours, measured: 40.0 MB for 23.5 MB of Debian's descriptions
+SMALL_ROWS = 10_000  # with more records, even 0.001 of them is enough to hold out
 _RECORD_KEYS = {"min_chars", "max_chars", "max_nonprintable", "sanitize", "safety", "quality"}
 
 
@@ -197,7 +199,8 @@ class _StageRunner:
         inputs, config = self.inputs, self.inputs.config
         sources, clusters = self.distinct(self.records())
         self.tokenizer()
-        files, recipe, tokenizer_json = inputs.record_files(inputs.texts), inputs.recipe, inputs.tokenizer_json
+        files, tokenizer_json = inputs.record_files(inputs.texts), inputs.tokenizer_json
+        recipe = replace(inputs.recipe, validation_fraction=_held_out_fraction(config, files, sources))
 
         def tokenize() -> dict[str, Any]:
             series = series_of(config, recipe, tokenizer_json)
@@ -214,7 +217,8 @@ class _StageRunner:
             for stage in filter(None, (inputs.records, inputs.distinct))
             for path in sorted_glob(stage.folder / "rejected", "*.parquet")
         }
-        parts = PreparedParts(files, tokenizer_json, recipe, sources, clusters, rejected)
+        fraction = config.data.validation_fraction
+        parts = PreparedParts(files, tokenizer_json, recipe, sources, clusters, fraction, rejected)
         manifest = assemble(inputs.prepared, inputs.tokens, described, parts)
         if clusters:
             listed = ", ".join(f"{cluster['source_id']} ({cluster['removed']:,})" for cluster in clusters)
@@ -276,6 +280,22 @@ class _StageRunner:
             return {}
 
         _make(stage, fill)
+
+
+def _held_out_fraction(config: Config, files: list[StoragePath], sources: list[SourceCount]) -> float:
+    """The share of records to hold out; on small data, more than the config says if it says too little."""
+    fraction, rows = config.data.validation_fraction, sum(source.rows_kept for source in sources)
+    if rows > SMALL_ROWS:
+        return fraction
+    ids = [each for file in files for each in open_parquet(file).read(columns=["id"])["id"].to_pylist()]
+    found = held_out_fraction(ids, fraction)
+    if found != fraction:
+        held_out, few = (sum(is_validation(each, share) for each in ids) for share in (found, fraction))
+        log.info(
+            "prepare: holding out %d of %d records for validation, because data.validation_fraction=%g holds out %d",
+            *(held_out, rows, fraction, few),
+        )
+    return found
 
 
 def _make(stage: Artifact, fill: Callable[[], dict[str, Any]]) -> dict[str, Any]:

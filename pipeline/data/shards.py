@@ -1,7 +1,7 @@
 """Runs the last two stages of prepare: token shards, and the prepared data set with its manifest.
 
     described = tokens.make(lambda: token_shards(tokens, progress, files, recipe, tokenizer_json))
-    parts = PreparedParts(files, tokenizer_json, recipe, sources, clusters, rejected)
+    parts = PreparedParts(files, tokenizer_json, recipe, sources, clusters, 0.02, rejected)
     prepared.make(lambda: asdict(assemble(prepared, tokens, described, parts)))
 
 Known records are not tokenized again: their tokens are copied from the newest earlier token shards of the same series.
@@ -153,6 +153,8 @@ class PreparedParts:
     recipe: TokenRecipe
     sources: list[SourceCount]
     clusters: list[dict[str, Any]]
+    validation_fraction: float
+    """The config's; `recipe` has the share that is held out, which is larger on small data."""
     rejected: Mapping[str, StoragePath] = field(default_factory=dict)
 
 
@@ -176,5 +178,6 @@ def assemble(prepared: Artifact, tokens: Artifact, described: dict[str, Any], pa
         lengths=described["lengths"],
         clusters=parts.clusters,
         versions={name: version(name) for name in ("ray", "tokenizers", "pyarrow", "rensa")},
-        settings={"data.validation_fraction": recipe.validation_fraction, "tokenizer.max_length": recipe.max_length},
+        settings={"data.validation_fraction": parts.validation_fraction, "tokenizer.max_length": recipe.max_length},
+        held_out_fraction=recipe.validation_fraction,
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,8 @@ def mine(
         records = [mined.folder / "records" / file.name for file in files]
         described = tokens.make(lambda: token_shards(tokens, progress(), records, recipe, tokenizer))
         rejected = {path.name: path for path in sorted_glob(folder / "rejected", "*.parquet")}
-        parts = PreparedParts(records, tokenizer, recipe, manifest.sources, manifest.clusters, rejected)
+        fraction = config.data.validation_fraction
+        parts = PreparedParts(records, tokenizer, recipe, manifest.sources, manifest.clusters, fraction, rejected)
         return asdict(assemble(target, tokens, described, parts))
 
     if target.read():
@@ -89,6 +90,7 @@ def _recipe(config: Config, manifest: Manifest) -> TokenRecipe:
     """The data set's token recipe, with negatives; their prompt defaults to the positives'."""
     fields = [name for name in manifest.text_fields if name != "negatives"]
     recipe = token_recipe(config, [*fields, "negatives"])
+    recipe = replace(recipe, validation_fraction=manifest.held_out_fraction or recipe.validation_fraction)
     for prompts in recipe.prompts.values():
         if "positive" in prompts:
             prompts.setdefault("negatives", prompts["positive"])
@@ -106,7 +108,7 @@ def _fill(
     """Write the record files. Returns the counts of `_write_records`."""
     scratch = on_disk(mined.scratch)
     assert scratch  # checked in `mine`
-    keys = text_keys(mined, files, config.data.validation_fraction, progress)
+    keys = text_keys(mined, files, _recipe(config, manifest).validation_fraction, progress)
     encoding = _Encoding(config, manifest, files, keys, model, progress)
     mined.once("candidates", lambda: _candidates(scratch / "candidates", encoding))
     blocks = sorted((scratch / "candidates").glob("*.arrow"))

@@ -193,9 +193,16 @@ def to_filter(where: Mapping[str, Any]) -> dict[str, Any]:
     """
     parts = []
     for key, value in where.items():
-        if isinstance(value, Mapping):
-            condition = {key: {f"${bound}": limit for bound, limit in value.items()}}
+        bounds = isinstance(value, Mapping)
+        values = list(value.values()) if bounds else value if isinstance(value, list) else [value]
+        if key not in COLUMNS and not all(_fits(key, each) for each in values):
+            continue  # such values are in metadata_json
+        if bounds:
+            conditions = [{key: {f"${bound}": limit for bound, limit in value.items()}}]
         else:
-            condition = {key: {"$in": value} if isinstance(value, list) else {"$eq": value}}
-        parts.append(condition if key in COLUMNS else {"$or": [condition, {"mixed_keys": {"$eq": key}}]})
+            conditions = [{key: {"$eq": each}} for each in values if isinstance(each, bool)]
+            for kind in (str, int | float):  # a list of Pinecone's holds one type
+                if alike := [each for each in values if isinstance(each, kind) and not isinstance(each, bool)]:
+                    conditions.append({key: {"$in": alike}})
+        parts.append({"$or": conditions if key in COLUMNS else [*conditions, {"mixed_keys": {"$eq": key}}]})
     return {"$and": parts} if parts else {}

@@ -13,7 +13,7 @@ with the full vectors. It needs no Ray and, for a token table, no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,15 +23,17 @@ import pyarrow as pa
 
 from pipeline.config import Config, ConfigError
 from pipeline.core.console import log
+from pipeline.core.files import may_write
 from pipeline.core.outcome import JobError
 from pipeline.data.filtering import normaliser
 from pipeline.data.partitions import content_id
 from pipeline.index.documents import PLACE_COLUMNS
 from pipeline.index.encoder import EncoderRecipe, TextEncoder, open_encoder
 from pipeline.index.published import open_pinecone, prompt_name, published
-from pipeline.index.table import TEXTS, StoreError, VectorTable
+from pipeline.index.table import TEXTS, StoreError, VectorTable, parse_metadata
 from pipeline.index.vectors import as_matrix, nearest_rows, unit
-from pipeline.index.where import Where, checked_where, keeps, to_sql
+from pipeline.index.where import COLUMNS as FILTER_COLUMNS
+from pipeline.index.where import Where, check_found, checked_where, keeps, to_sql
 from pipeline.index.words import SAMPLE_TEXTS, word_settings
 
 COLUMNS = ["id", *TEXTS]
@@ -75,6 +77,12 @@ def search(
     if config.embedding.store == "pinecone":
         if hybrid:
             raise ConfigError("--hybrid: found embedding.store=pinecone; allowed with it are lancedb and parquet")
+        kept = config.pinecone.metadata
+        if kept is not None and (unsent := [key for key in conditions if key not in (*FILTER_COLUMNS, *kept)]):
+            raise ConfigError(
+                f"where: found {unsent[0]}, which Pinecone does not hold; allowed are "
+                f"{', '.join([*FILTER_COLUMNS, *kept])} (pinecone.metadata)"
+            )
         store: Any = open_pinecone(config, table)
     elif table.exists():
         store = TableSearch(table)
@@ -82,10 +90,18 @@ def search(
         raise JobError(f"no vectors yet for the model in {recipe.folder}; run python jobs/embed.py first")
     vector = open_encoder(recipe, device="cpu").encode([text], "query")[0]
     rows = store.hybrid(text, vector, limit, conditions) if hybrid else store.query(vector, limit, conditions)
+    if conditions and not rows and table.exists():
+        check_found(conditions, _all_metadata(table))
     return [
         Hit(rank, row["score"], row["id"], row["source_id"], row["text"], json.loads(row["metadata"] or "{}"))
         for rank, row in enumerate(rows, 1)
     ]
+
+
+def _all_metadata(table: VectorTable) -> Iterator[dict[str, Any]]:
+    for batch in table.scan(["metadata", "places"]):
+        for row in batch.to_pylist():
+            yield from (parse_metadata(place["metadata"]) for place in (row, *(row["places"] or ())))
 
 
 class TableSearch:
@@ -135,6 +151,11 @@ class TableSearch:
         `score` is the sum of 1 / (60 + rank). The first hybrid query builds the full-text index: 2 s for 100,000 rows.
         """
         if not self._has_words():
+            if not may_write(self.table.path):
+                raise JobError(
+                    f"{self.table.path} has no index of words yet, and cannot be written; run one search with --hybrid "
+                    "as a user who may write there, or search without --hybrid"
+                )
             log.info("%s: building a full-text index of %s texts", self.table.name, f"{self.dataset.count_rows():,}")
             sample = self.dataset.sample(min(SAMPLE_TEXTS, self.dataset.count_rows()), ["text"])["text"].to_pylist()
             with self.table.writing() as writer:

@@ -1,17 +1,21 @@
 """Filter conditions for search.
 
-    parse(["source=debian", "section=[admin, net]", "size>=10"])
-    # {"source": "debian", "section": ["admin", "net"], "size": {"gte": 10}}
+    parse(["source=debian", "section=[admin, net]", "year=2021", "size>=10"])
+    # {"source": ["debian"], "section": ["admin", "net"], "year": ["2021", 2021], "size": {"gte": 10}}
 
 Each condition filters `source`, `source_id` or a metadata key by a value, a list of allowed values, or numeric bounds.
 A list of texts in the metadata matches if one of them does; a missing key never matches. Pinecone's filters work the
 same way, so all stores return the same results.
+
+On the command line a value is the stored text as it is written, so `02143`, `NO`, `1.10` and `12:30` find those texts.
+What is written like a number or a truth value also finds the stored number or truth value.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -24,30 +28,63 @@ COLUMNS = ("source", "source_id")
 SIGNS = {">=": "gte", "<=": "lte", ">": "gt", "<": "lt"}
 BOUNDS = tuple(SIGNS.values())
 ALLOWED = "allowed are a value, a list of values, and gt, gte, lt and lte with numbers"
+_CONDITION = re.compile(r"([^<>=]+?)(>=|<=|!=|=|<|>)(.*)", re.DOTALL)
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
 
 Where = Mapping[str, Any]
 
 
 def parse(conditions: Sequence[str]) -> dict[str, Any]:
-    """Parse conditions from the command line; values are YAML. Raises ConfigError."""
+    """Parse conditions from the command line: key=value, key=[value, value], key>=number. Raises ConfigError."""
     where: dict[str, Any] = {}
     for text in conditions:
-        match = re.fullmatch(r"([^<>=]+)(>=|<=|=|<|>)(.+)", text, re.DOTALL)
-        if match is None:
-            raise ConfigError(f"--where {text!r}: allowed are key=value, key=[value, value] and key>=number")
-        key, sign, value = match[1].strip(), match[2], _yaml(match[3], text)
-        if sign == "=":
-            where[key] = value
-        else:
-            where[key] = {**(where[key] if isinstance(where.get(key), dict) else {}), SIGNS[sign]: value}
+        match = _CONDITION.fullmatch(text)
+        if match is None or match[2] == "!=":
+            raise ConfigError(
+                f"--where {text!r}: allowed are key=value, key=[value, value], and key>=number with >=, >, <= or <"
+            )
+        key, sign, value = match[1].strip(), match[2], match[3]
+        condition = _values(value) if sign == "=" else {SIGNS[sign]: _bound(value, text)}
+        if key in where:
+            if not isinstance(where[key], dict) or not isinstance(condition, dict):
+                raise ConfigError(f"--where {text!r}: found two conditions on {key}; for either value, {key}=[a, b]")
+            condition = {**where[key], **condition}
+        where[key] = condition
     return checked_where(where)
 
 
-def _yaml(value: str, text: str) -> Any:
+def _values(written: str) -> list[str | int | float | bool]:
+    """The stored values that a written value, or one of a written list, may mean.
+
+    `==` means `=`, and blanks around a value are not part of it. A stored text may also begin with `=`, `[` or a blank.
+    """
+    texts = {written: None, written.removeprefix("=").strip(): None}
+    texts |= dict.fromkeys(_items(written.strip()))
+    values = list[str | int | float | bool](texts)
+    values += [number for text in texts if (number := _number(text)) is not None]
+    return values + [text.lower() == "true" for text in texts if text.lower() in ("true", "false")]
+
+
+def _items(text: str) -> list[str]:
+    """The texts of a list such as `[a, 'b, c']`; none if it is not a list."""
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"--where {text!r}: the value is not YAML; allowed is a value such as 3 or 'text'") from None
+        items = yaml.load(text, yaml.BaseLoader) if text.startswith("[") else []
+    except (yaml.YAMLError, RecursionError):
+        return []
+    return items if all(isinstance(item, str) for item in items) else []
+
+
+def _number(text: str) -> int | float | None:
+    if not _NUMBER.fullmatch(text) or not math.isfinite(float(text)):
+        return None
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
+
+
+def _bound(written: str, text: str) -> int | float:
+    number = _number(written.strip())
+    if number is None:
+        raise ConfigError(f"--where {text!r}: >=, >, <= and < compare numbers; found {written!r}; for text, key=value")
+    return number
 
 
 def checked_where(where: Where | None) -> dict[str, Any]:
@@ -60,6 +97,8 @@ def checked_where(where: Where | None) -> dict[str, Any]:
             raise ConfigError(f"where: found the key {key!r}; allowed are source, source_id and keys of the metadata")
         if not values or not all(map(is_allowed, values)) or (bounds and not set(condition) <= set(BOUNDS)):
             raise ConfigError(f"where: found {key} {condition!r}; {ALLOWED}")
+        if bounds and key in COLUMNS:
+            raise ConfigError(f"where: found {key} {condition!r}; {key} is text, which only equality can filter")
     return dict(where or {})
 
 
@@ -109,16 +148,42 @@ def _in_bound(value: float, bound: str, limit: float) -> bool:
     return value < limit or (bound == "lte" and value == limit)
 
 
+def check_found(where: Where, records: Iterable[Mapping[str, Any]]) -> None:
+    """Explain why no record meets the conditions, from the metadata of the records.
+
+    Raises ConfigError for a key that no record has, and for bounds on a key that has no numbers.
+    """
+    samples = dict[str, Any]()
+    """Key → one of its values, a number if it has one."""
+    for metadata in records:
+        for key, value in metadata.items():
+            if samples.get(key) is None or (_is_number(value) and not _is_number(samples[key])):
+                samples[key] = value
+    for key, condition in where.items():
+        if key in COLUMNS:
+            continue
+        if key not in samples:
+            keys = ", ".join(map(str, [*COLUMNS, *sorted(samples)]))
+            raise ConfigError(f"where: found no record with the key {key!r}; the keys are {keys}")
+        if isinstance(condition, Mapping) and not _is_number(samples[key]):
+            raise ConfigError(
+                f"where: found bounds on {key}, which has no numbers, but values such as {samples[key]!r}; use "
+                f"{key}=VALUE, or give the source numbers"
+            )
+
+
 def to_sql(where: Where) -> tuple[str, bool]:
     """SQL that selects all rows whose first place meets the conditions, and whether it selects no others."""
     parts, exact = [], True
     for key, condition in where.items():
-        texts = condition if isinstance(condition, list) else [condition]
-        if key in COLUMNS and all(isinstance(text, str) for text in texts):
+        if key in COLUMNS:
+            values = condition if isinstance(condition, list) else [condition]
+            texts = [value for value in values if isinstance(value, str)]
             parts += list(among(key, texts)) if len(texts) <= SQL_TEXTS else []
+            parts += [] if texts else ["false"]
             exact &= len(texts) <= SQL_TEXTS
             continue
         exact = False
-        if re.fullmatch(r"[A-Za-z0-9_ -]+", key) and key not in COLUMNS:  # JSON does not escape such a key
+        if re.fullmatch(r"[A-Za-z0-9_ -]+", key):  # JSON does not escape such a key
             parts.append(f"metadata LIKE '%\"{key}\"%'")
     return " AND ".join(parts) or "true", exact

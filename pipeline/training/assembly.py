@@ -38,6 +38,7 @@ from pipeline.training.checkpoints import ResumePoint, TrainState, noted_oom_spl
 from pipeline.training.collectives import broadcast, rank, world_size
 from pipeline.training.history import Metrics
 from pipeline.training.loop import Batches, Hooks, Run, build_run, train
+from pipeline.training.optimizer import slow_precision
 from pipeline.training.prefetch import to_batch
 from pipeline.training.run_folder import claim_run_folder
 from pipeline.training.saving import LocalSaver, load_checkpoint
@@ -89,6 +90,8 @@ def train_or_resume(
     state = resume(run, known)
     if rank() == 0:
         log.info("train: %s", describe(run.learner))
+        if slow := slow_precision(config.training.precision, device):
+            log.warning("train: %s", slow)
         log.info("train: training on %d workers from step %d", world_size(), state.step)
     return state if is_finished(config, spec.total_steps, state) else train(run, state)
 

@@ -33,6 +33,8 @@ from pipeline.training.stopping import is_finished
 from pipeline.training.trackers import Trackers
 from pipeline.training.workers import Workers, shortfalls, size_workers
 
+FEW_PAIRS = 3_000  # below, fine-tuned MiniLM beats a token table. Ours, measured (README)
+
 if TYPE_CHECKING:  # imports torch, which takes a second; a finished run does not need it
     from pipeline.training.worker import WorkerInput
 
@@ -78,10 +80,11 @@ def fit(
     workers = _checked_workers(config, spec.plan, concurrent_runs)
     claim_run_folder(config, folder, manifest, spec.total_steps)
     point = resume_point(config.run_dir, known)
+    _log_small_data(config, spec.plan, manifest)
     log.info(
         "train: %s steps of %s pairs on %s%s",
         f"{spec.total_steps:,}",
-        config.training.global_batch_size,
+        spec.plan.global_batch_size,
         workers,
         f", from step {point.state.step:,}" if point.state.step else "",
     )
@@ -109,6 +112,21 @@ def fit(
     prune(config.run_dir, config.checkpointing.max_checkpoints, point.folder)
     _summarise(config)
     return point.state
+
+
+def _log_small_data(config: Config, plan: BatchPlan, manifest: Manifest) -> None:
+    """Log what small data change, and what serves them better."""
+    if plan.global_batch_size < config.training.global_batch_size:
+        log.info(
+            "train: batches of %d, because the training split has only %d records (training.global_batch_size=%d)",
+            *(plan.global_batch_size, plan.rows, config.training.global_batch_size),
+        )
+    if plan.rows < FEW_PAIRS and manifest.holds_pairs and not config.model.pretrained:
+        log.info(
+            "train: %s pairs are few for a model from scratch; with fewer than about %s, a pretrained model finds more "
+            "(python jobs/run.py --config configs/fine_tune.yaml, with your data.sources)",
+            *(f"{plan.rows:,}", f"{FEW_PAIRS:,}"),
+        )
 
 
 def _deferred_signals(config: Config, progress: Progress) -> AbstractContextManager[None]:
@@ -218,7 +236,7 @@ def _summarise(config: Config) -> None:
 def _checked_workers(config: Config, plan: BatchPlan, concurrent_runs: int) -> Workers:
     """The run's workers. Raises ConfigError, with what would fit, if they do not fit the cluster."""
     cluster = connected_cluster()
-    workers = size_workers(config, cluster, concurrent_runs)
+    workers = size_workers(config, cluster, concurrent_runs, plan.global_batch_size)
     raise_findings(
         Finding("training", str(workers), ConfigError(each)) for each in shortfalls(config, workers, cluster)
     )

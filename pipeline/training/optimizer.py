@@ -169,3 +169,15 @@ def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def slow_precision(precision: str, device: torch.device) -> str | None:
+    """A warning if `training.precision` needs instructions that the processor lacks, and torch emulates them."""
+    if device.type != "cpu" or precision not in ("bf16", "fp16"):
+        return None
+    if any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith(precision)):
+        return None
+    return (
+        f"training.precision: this processor has no {precision} instructions, so {precision} trains many times slower "
+        "than fp32; use training.precision=fp32"
+    )

@@ -36,13 +36,16 @@ class Workers:
         return f"{number} workers of {self.cpus:g} CPUs and {self.gpus:g} GPUs"
 
 
-def size_workers(config: Config, cluster: Cluster, concurrent_runs: int = 1) -> Workers:
-    """The workers that the config asks for, whether or not they fit; `concurrent_runs` share the CPUs for threads."""
+def size_workers(config: Config, cluster: Cluster, concurrent_runs: int = 1, batch_size: int | None = None) -> Workers:
+    """The workers that the config asks for, whether or not they fit; `concurrent_runs` share the CPUs for threads.
+
+    `batch_size` is the number of pairs per step, if not the config's; each worker needs one.
+    """
     capacity, scaling = cluster.with_labels(config.scaling.labels.train).capacity(), config.scaling
     gpu_share = (1.0 if capacity.gpus else 0.0) if scaling.gpus_per_worker == "auto" else scaling.gpus_per_worker
     if scaling.num_workers == "auto":
         max_workers = max(1, int(capacity.gpus / gpu_share)) if gpu_share else DEFAULT_CPU_WORKERS
-        min_workers = max_workers = min(max_workers, config.training.global_batch_size)
+        min_workers = max_workers = min(max_workers, batch_size or config.training.global_batch_size)
     else:
         numbers = scaling.num_workers if isinstance(scaling.num_workers, list) else [scaling.num_workers]
         min_workers, max_workers = numbers[0], numbers[-1]
