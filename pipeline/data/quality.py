@@ -12,8 +12,8 @@ reject here as in C4. Its line rules become: a limit on the share of lines about
 longest word, and FineWeb's `min_punctuated_lines` for terminal punctuation.
 
 Words are those of words.py. Scripts without blanks between words are cut into pieces near their mean word length:
-Chinese and Japanese into 2 letters, Thai, Lao, Khmer, Burmese and others into 3 letters with their marks. Lines are stripped, and empty
-lines ignored.
+Chinese and Japanese into 2 letters, Thai, Lao, Khmer, Burmese and others into 3 letters with their marks. Lines are
+stripped, and empty lines ignored.
 
 Cost per core, on a busy two-core machine: web 5 to 8 MB/s if every rule runs, 16 to 24 on Linux's documentation, where
 most texts fail early; code 15 to 20; short 3 to 10, or 50,000 sentences per second. Language: 20,000 sentences or 1,800

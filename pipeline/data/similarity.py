@@ -7,8 +7,8 @@
 
 Words are those of words.py, in lower case; in Chinese or Thai each letter is one. A text of fewer than five words is
 one shingle; a text without words has none and is similar to nothing. Shingles are 64-bit hashes: two different ones
-collide once in 10^19 comparisons. Cost: 10 MB/s per core for shingles; signatures add little. Contamination: about 1 KB of memory per
-document in each worker, and 0.1 ms per look-up.
+collide once in 10^19 comparisons. Cost: 10 MB/s per core for shingles; signatures add little. Contamination: about 1 KB
+of memory per document in each worker, and 0.1 ms per look-up.
 """
 
 from __future__ import annotations

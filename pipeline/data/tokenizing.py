@@ -257,7 +257,7 @@ def _words_in(chunk: str) -> list[str]:
     """Text between blanks; cut before each word if it has scripts without blanks."""
     if not dense_chars(chunk):
         return [chunk]
-    starts = [start for start, _ in word_spans(chunk)]
+    starts = [start for start, _, _ in word_spans(chunk)]
     return [chunk[start:stop] for start, stop in itertools.pairwise([0, *starts[1:], len(chunk)])]
 
 

@@ -54,7 +54,7 @@ _KINDS = [
 _MARKS = r"(?:[em]|le*+[ck]?)*+"
 _SPACED = r"p*+[kw](?:[emkw]|le*+c?)*+"
 _kinds = np.zeros(sys.maxunicode + 1, np.uint8)  # of each character that was seen, because properties are slow
-_WORD = re.compile(rf"{_SPACED}|p*+[cid]{_MARKS}".encode())
+_WORD = re.compile(rf"{_SPACED}|(p*+[cid]{_MARKS})".encode())
 _PIECE = re.compile(rf"{_SPACED}|(?:p*+i{_MARKS}){{1,2}}+|(?:p*+[cd]{_MARKS}){{1,3}}+".encode())
 _ORPHANS = re.compile(rb"(?:\A|[.p])(?:(?:[em]*+le*+)++[ck])++")  # consonants that a linker joins to a sign: no words
 _DENSE_RUN = re.compile(rf"(?:p*+[cid]{_MARKS})++".encode())
@@ -73,22 +73,27 @@ def pieces(text: str) -> list[str]:
     return _found(text, _PIECE)
 
 
+def is_plain(text: str) -> bool:
+    """Whether the text has neither marks nor letters of dense scripts."""
+    return text.isascii() or not _BEYOND_PLAIN.search(text)
+
+
 def _found(text: str, pattern: re.Pattern[bytes]) -> list[str]:
     if text.isascii():
         return text.translate(_ASCII_WORDS).split()  # three times as fast as a pattern
-    if not _BEYOND_PLAIN.search(text):
+    if is_plain(text):
         return _PLAIN_WORD.findall(text)
     return [text[match.start() : match.end()] for match in pattern.finditer(_kinds_of(text))]
 
 
-def word_spans(text: str) -> Iterator[tuple[int, int]]:
-    """Start and end of each of the `words`."""
-    return (match.span() for match in _WORD.finditer(_kinds_of(text)))
+def word_spans(text: str) -> Iterator[tuple[int, int, bool]]:
+    """Start and end of each of the `words`, and whether it is in a dense script."""
+    return ((match.start(), match.end(), match.lastindex is not None) for match in _WORD.finditer(_kinds_of(text)))
 
 
 def dense_chars(text: str) -> int:
     """Number of characters in the words of dense scripts."""
-    return sum(map(len, _DENSE_RUN.findall(_kinds_of(text)))) if _BEYOND_PLAIN.search(text) else 0
+    return 0 if is_plain(text) else sum(map(len, _DENSE_RUN.findall(_kinds_of(text))))
 
 
 def _kinds_of(text: str) -> bytes:
