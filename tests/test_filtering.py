@@ -91,7 +91,7 @@ def test_normalise_is_idempotent_on_real_text(sanitizer: Sanitizer) -> None:
 
 def test_nonprintable_share_against_the_definition() -> None:
     for text in ("", "abc", "\x00", "a\x00\n", "ab\ufffd", "\n\n\t", "é\u0378"):
-        bad = sum(unicodedata.category(c) in ("Cc", "Cn") and not c.isspace() or c == "\ufffd" for c in text)
+        bad = sum((unicodedata.category(c) in ("Cc", "Cn") and not c.isspace()) or c == "\ufffd" for c in text)
         assert nonprintable_share(text) == (bad / len(text) if text else 0)
 
 
