@@ -33,7 +33,7 @@ WITHOUT_RAY = {"config", "model"}
 WITHOUT_TORCH = {"config", "core", "data"}
 PATHS = {"arrow", "files", "lock", "mirror", "object_store", "path"}
 """The modules of core that ask where a path lies; they know no Ray."""
-RULES = {"fields", "filtering", "measures", "partitions", "quality", "safety", "similarity"}
+RULES = {"fields", "filtering", "measures", "partitions", "quality", "safety", "similarity", "words"}
 """Rules over text: they import each other, the config and core, and nothing else of the pipeline."""
 RAYLESS_MODULES = {
     f"{folder}/{name}.py"

@@ -8,6 +8,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import pytest
 
 from pipeline.config import Data, Sanitize, Source
@@ -27,16 +28,20 @@ def test_unreadable_at_its_thresholds() -> None:
         ("x" * 20, None),
         ("x" * 21, "too_long"),
         ("abc\ud800", "invalid_utf8"),
+    ):
+        assert raw_text_problem(raw, max_chars=20) == expected, raw
+    for raw, reason in (
         ("abc\x00", None),  # one in four is the limit
         ("ab\x00", "nonprintable"),
         ("a\ufffd\ufffdb", "nonprintable"),
         ("def f():\n\treturn 1", None),  # newlines and tabs are no fault of code's
+        ("\x93quoted\x94 — \x93quoted\x94", None),  # Windows' quotation marks, once it is repaired
     ):
-        assert raw_text_problem(raw, max_chars=20, max_nonprintable=0.25) == expected, raw
+        assert filtered(raw, max_nonprintable=0.25, min_chars=1).get("reason") == reason, raw
 
 
 def normalise(text: str, sanitizer: Sanitizer) -> str:
-    return sanitizer.clean(sanitizer.unhide(text))
+    return sanitizer.clean(sanitizer.unhide(sanitizer.repair(text) or ""))
 
 
 NORMALISED: list[tuple[str, str | None, str | None]] = [  # raw, as code and as prose; None: as it was
@@ -86,8 +91,45 @@ def test_normalise_is_idempotent_on_real_text(sanitizer: Sanitizer) -> None:
 
 def test_nonprintable_share_against_the_definition() -> None:
     for text in ("", "abc", "\x00", "a\x00\n", "ab\ufffd", "\n\n\t", "é\u0378"):
-        bad = sum((not c.isprintable() and not c.isspace()) or c == "\ufffd" for c in text)
+        bad = sum((unicodedata.category(c) in ("Cc", "Cn") and not c.isspace()) or c == "\ufffd" for c in text)
         assert nonprintable_share(text) == (bad / len(text) if text else 0)
+
+
+FORMATTED = {
+    "Khmer": "ត្រី\u200bបាយ\u200bព្រឹក\u200bភ្លៀង",
+    "Persian": "می\u200cخورد نمی\u200cدانم",
+    "Sinhala": "ශ්\u200dරී ලංකාව",
+    "German": "Was\u00adser\u00adver\u00adsor\u00adgung",
+    "Hebrew": "\u200fשלום\u200f, \u2068world\u2069",
+    "word joiner": "12\u2060%\u2060of\u2060it",
+    "family": "\U0001f468\u200d\U0001f469\u200d\U0001f467" * 3,
+    "heart": "\u2764\ufe0f" * 9,
+    "Scotland": "\U0001f3f4\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f",
+}
+
+
+@pytest.mark.parametrize("text", FORMATTED.values(), ids=FORMATTED)
+def test_format_characters_are_readable(text: str) -> None:
+    assert nonprintable_share(text) == 0
+    assert filtered(text, max_nonprintable=0, min_chars=1).get("reason") is None
+
+
+def test_mojibake_is_repaired_in_pieces_as_in_one() -> None:
+    long = " ".join(f"{number} schön “quoted” été à Łódź" for number in range(3000))
+    broken = long.encode().decode("latin-1")
+    assert len(broken) > 10 * 10_000
+    assert PROSE.repair(broken) == long == ftfy.fix_encoding(broken)
+    assert PROSE.repair(broken[:9_999]) == ftfy.fix_encoding(broken[:9_999])
+    assert PROSE.repair("plain text 你好. " * 50_000 + "Ã© ") == "plain text 你好. " * 50_000 + "é "
+
+
+def test_much_mixed_mojibake_is_set_aside() -> None:
+    mixed = "Ã© 你 "  # no encoding has the Chinese letter
+    assert PROSE.repair(mixed * 1000) == "é 你 " * 1000
+    assert PROSE.repair(mixed * 12_500) == "é 你 " * 12_500
+    assert PROSE.repair(mixed * 12_501) is None
+    assert filtered(mixed * 12_501)["reason"] == "mojibake"
+    assert filtered(mixed * 12_501, sanitize={"repair_mojibake": False}).get("reason") is None
 
 
 def filtered(text: str, metadata: dict[str, Any] | None = None, native_id: str = "0", **data: Any) -> dict[str, Any]:

@@ -145,7 +145,12 @@ def test_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = load(tmp_path / "c.yaml", environ={})
     table = table_of(config, encoder_recipe(config, model))
     rows = pa.Table.from_batches([batch([f"{i:032x}" for i in range(50)], np.random.default_rng(0), 16)])
-    for name, kind in (("metadata", pa.string()), ("digest", pa.string()), ("places", pa.list_(PLACE))):
+    for name, kind in (
+        ("metadata", pa.string()),
+        ("digest", pa.string()),
+        ("places", pa.list_(PLACE)),
+        ("words", pa.string()),
+    ):
         rows = rows.append_column(name, pa.nulls(50, kind))
     with table.writing() as writer:
         writer.append(table.write(rows.select(table.schema.names)))

@@ -186,7 +186,7 @@ def test_words_of_scripts_with_marks_are_whole() -> None:
     assert verdict("हिन्दी भाषा", min_mean_word_chars=4) is None  # 6 and 4 characters, of which 3 and 2 are marks
     assert verdict("漢字" * 3, max_words=3) is None
     assert verdict("漢字" * 3 + "か", max_words=3) == "quality_many_words"
-    assert verdict("ภาษาไทย1", max_words=2) == "quality_many_words"  # 4, 3 and the digit
+    assert verdict("ภาษาไทย1", max_words=3) == "quality_many_words"  # 3, 3 and 1 letters, and the digit
     half_is_too_little = verdict("漢字 ab", min_mean_word_chars=3)
     assert half_is_too_little == "quality_short_words"
     assert verdict("漢字か ab", min_mean_word_chars=3) is None

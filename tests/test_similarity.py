@@ -16,7 +16,7 @@ from pipeline.data.similarity import SimilarityIndex, band_keys, bands_of, drop_
 
 
 def word_tuples(text: str) -> set[tuple[str, ...]]:
-    words = re.findall(r"\w+", text.lower())
+    words = re.findall(r"[^\W_]+", text.lower())
     return {tuple(words[i : i + 5]) for i in range(max(len(words) - 4, min(len(words), 1)))}
 
 

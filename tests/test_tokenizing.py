@@ -316,3 +316,41 @@ def test_who_reads_a_partition_reads_no_more_of_a_file_than_that(tmp_path: Path)
     assert read_part([path], 4999)["value"].to_pylist() == [4999, 9999, 14_999, 19_999]
     assert sum(read) < path.stat().st_size / 1000
     assert min(read) >= 0
+
+
+LANGUAGES = {
+    "Hindi": "नीली नदी के पास पुरानी चक्की",
+    "Tamil": "மொழி அழகான நீலம்",
+    "Persian": "می\u200cخواهم نمی\u200cدانم",
+    "Arabic": "كَتَبَ الوَلَدُ رِسالةً",
+    "English": "It's the old mill, isn't it? 3.5 km",
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_byte_level_words_keep_their_marks(language: str, tmp_path: Path) -> None:
+    """A vocabulary that has seen each word often has one token for each, in transformers too."""
+    import transformers
+    from tokenizers import pre_tokenizers
+
+    text = LANGUAGES[language]
+    tokenizer = train_tokenizer([text] * 50, kind="bpe", vocab_size=1000, lowercase=False)
+    tokens = tokenizer.encode(text).tokens
+    if language == "English":  # as GPT-2 splits it
+        split = pre_tokenizers.ByteLevel(add_prefix_space=True).pre_tokenize_str(text)
+        assert tokens == [token for token, _ in split]
+    else:
+        assert len(tokens) == len(text.split())
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert loaded(text)["input_ids"] == tokenizer.encode(text).ids
+
+
+def test_augmentation_changes_text_without_blanks() -> None:
+    for text in ("磨坊那边的蓝色大桥很有名", "สะพานสีฟ้าหลังโรงสีเก่า", "བོད་ཡིག་གི་ཡི་གེ", "水車小屋の青い橋"):
+        for shares in (Augment(word_dropout=0.5), Augment(truncation=0.8), Augment(span_masking=0.3)):
+            found = [augment(text, shares, str(record), 0) for record in range(50)]
+            assert sum(one != text for one in found) >= 45, text
+            assert all(found)
+            assert not any(" " in one for one in found)
+    assert augment("蓝 桥", Augment(), "0", 0) == "蓝 桥"

@@ -73,7 +73,8 @@ class Sanitize(Section):
     nfc: bool = True
     """Compose characters (Unicode NFC)."""
     repair_mojibake: bool = True
-    """Undo text that was decoded with the wrong encoding: "schÃ¶n" becomes "schön" (ftfy)."""
+    """Undo text that was decoded with the wrong encoding: "schÃ¶n" becomes "schön" (ftfy). Fields with more than 25,000
+    characters of mojibake in several encodings are rejected."""
     remove_controls: bool = True
     """Remove control characters other than newline and tab."""
     remove_zero_width: bool = True
@@ -149,7 +150,8 @@ class Data(Section):
     max_chars: int = Field(1_000_000, ge=1)
     """Records with a longer field, in characters, are rejected."""
     max_nonprintable: Share = 0.1
-    """Records with a field that has a larger share of non-printable characters are rejected (ours: binary is > 0.3)."""
+    """Records with a field that has a larger share of control and replacement characters, after repair, are rejected
+    (ours: binary is > 0.3)."""
     sanitize: Sanitize = Sanitize()
     """How texts are normalised."""
     safety: Safety = Safety()

@@ -21,20 +21,13 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-import regex
+
+from pipeline.data.words import dense_chars, pieces
 
 TOP_N = range(2, 5)
 DUPLICATE_N = range(5, 11)
 Ints = npt.NDArray[np.int64]
 
-_ASCII_WORDS = "".join(chr(c) if chr(c).isalnum() else " " for c in range(128))
-_PAIRED = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff"  # kana, Chinese characters
-_FOURED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai and Lao, Burmese, Khmer
-_NO_BLANKS = re.compile(f"[{_PAIRED}{_FOURED}]")
-_WORDS = regex.compile(r"[^\W_]+")  # regex counts marks as \w, re does not and cuts Hindi words
-_WORDS_AND_PIECES = regex.compile(
-    rf"(?V1)[\w&&[{_PAIRED}]]{{1,2}}|[\w&&[{_FOURED}]]{{1,4}}|[\w--[_{_PAIRED}{_FOURED}]]+"
-)
 _NOT_LATIN = re.compile("[\u0370-\u1dff\u2c80-\ufaff\U00010000-\U0003ffff]")
 _THAI_OR_LAO = re.compile("[\u0e00-\u0eff]")
 _MARKS = "\u3002\uff01\uff1f\uff61\u0964\u0965\u061f\u06d4\u1362\u0589\u0f0d\u104b\u17d4"  # non-Latin sentence ends
@@ -100,9 +93,7 @@ class Counted:
 
     @cached_property
     def words(self) -> list[str]:
-        if self.text.isascii():
-            return self.text.translate(_ASCII_WORDS).split()  # three times as fast as a pattern
-        return (_WORDS_AND_PIECES if self.no_blanks_chars else _WORDS).findall(self.text)
+        return pieces(self.text)
 
     @cached_property
     def distinct_words(self) -> set[str]:
@@ -113,9 +104,8 @@ class Counted:
         return sum(map(len, self.words))
 
     @cached_property
-    def no_blanks_chars(self) -> int:
-        """Number of characters of scripts without blanks between words."""
-        return 0 if self.text.isascii() else len(_NO_BLANKS.findall(self.text))
+    def dense_chars(self) -> int:
+        return dense_chars(self.text)
 
     @cached_property
     def longest_chunk(self) -> int:
@@ -181,7 +171,7 @@ def letter_run(text: Counted) -> float:
 
 
 def mean_word(text: Counted) -> float | None:
-    return None if 2 * text.no_blanks_chars > text.word_chars else share(text.word_chars, len(text.words))
+    return None if 2 * text.dense_chars > text.word_chars else share(text.word_chars, len(text.words))
 
 
 def hashes_or_ellipses(text: Counted) -> float:
@@ -221,7 +211,7 @@ def ellipsis_lines(text: Counted) -> float:
 
 def _is_unpunctuated(text: Counted) -> bool:
     """Whether most of the text is Thai or Lao, where a blank ends a sentence."""
-    return text.no_blanks_chars > 0 and 2 * len(_THAI_OR_LAO.findall(text.text)) > text.word_chars
+    return text.dense_chars > 0 and 2 * len(_THAI_OR_LAO.findall(text.text)) > text.word_chars
 
 
 def punctuated_lines(text: Counted) -> float | None:

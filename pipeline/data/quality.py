@@ -11,9 +11,9 @@ The rules keep or reject whole records; they never drop lines. C4's page rules (
 reject here as in C4. Its line rules become: a limit on the share of lines about JavaScript or policies, a limit on the
 longest word, and FineWeb's `min_punctuated_lines` for terminal punctuation.
 
-A word is a run of letters, marks and digits. Scripts without blanks between words are cut into pieces near their mean
-word length: Chinese and Japanese into 2 characters, Thai, Lao, Khmer and Burmese into 4. Lines are stripped, and empty
-lines ignored.
+Words are those of words.py. Scripts without blanks between words are cut into pieces near their mean word length:
+Chinese and Japanese into 2 letters, Thai, Lao, Khmer, Burmese and others into 3 letters with their marks. Lines are
+stripped, and empty lines ignored.
 
 Cost per core, on a busy two-core machine: web 5 to 8 MB/s if every rule runs, 16 to 24 on Linux's documentation, where
 most texts fail early; code 15 to 20; short 3 to 10, or 50,000 sentences per second. Language: 20,000 sentences or 1,800

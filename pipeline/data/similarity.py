@@ -3,15 +3,14 @@
     a, b = shingles("the quick brown fox jumps over"), shingles("The quick, brown fox jumps again")
     jaccard(a, b)                                                          # 1/3: they share one of three shingles
 
-Words are lower-case runs of letters, digits and underscores. A text of fewer than five words is one shingle; a text
-without words has none and is similar to nothing. Shingles are 64-bit hashes: two different ones collide once in 10^19
-comparisons. Cost: 10 MB/s per core for shingles; signatures add little.
+Words are those of words.py, in lower case; in Chinese or Thai each letter is one. A text of fewer than five words is
+one shingle; a text without words has none and is similar to nothing. Shingles are 64-bit hashes: two different ones
+collide once in 10^19 comparisons. Cost: 10 MB/s per core for shingles; signatures add little.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -20,12 +19,13 @@ import numpy.typing as npt
 import xxhash
 from rensa import RMinHash
 
+from pipeline.data.words import words
+
 Shingles = npt.NDArray[np.uint64]  # sorted, without duplicates
 
 SHINGLE_WORDS = 5
 BAND_RECALL = 0.99  # probability that a pair at the threshold shares a band
 _SEED = 1
-_WORD = re.compile(r"\w+")
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio; odd, so multiplying by it loses no information
 _WORD_HASHES_KEPT = 200_000  # 25 MB
 _LONGEST_WORD_KEPT = 32  # characters; longer words rarely occur again
@@ -49,9 +49,9 @@ def shingle_sets(texts: Sequence[str]) -> list[Shingles]:
     hashes: list[int] = []
     bounds = [0]
     for text in texts:
-        words = [_word_hashes[word] for word in _WORD.findall(text.lower())]
-        hashes += [0] * (SHINGLE_WORDS - len(words)) if 0 < len(words) < SHINGLE_WORDS else []
-        hashes += words
+        found = [_word_hashes[word] for word in words(text.lower())]
+        hashes += [0] * (SHINGLE_WORDS - len(found)) if 0 < len(found) < SHINGLE_WORDS else []
+        hashes += found
         bounds.append(len(hashes))
     owner = np.repeat(np.arange(len(texts)), np.diff(bounds))
     count = max(len(hashes) - SHINGLE_WORDS + 1, 0)

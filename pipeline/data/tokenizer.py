@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from pipeline.config import ConfigError
 from pipeline.core.object_store import BucketError
@@ -27,6 +27,11 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 START_NAMES = ("[CLS]", "<s>", "<|begin_of_text|>", "<bos>")
 END_NAMES = ("[SEP]", "</s>", "<|end_of_text|>", "<eos>")
 MASK_NAMES = ("[MASK]", "<mask>", "<|mask|>")
+# GPT-2's pattern, which cuts words at combining marks, with marks and joiners as part of words and signs.
+BYTE_LEVEL_SPLIT = (
+    r"'s|'t|'re|'ve|'m|'ll|'d"
+    r"| ?\p{L}[\p{L}\p{M}\x{200C}\x{200D}]*| ?\p{N}[\p{N}\p{M}]*| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)
 
 
 def tokenizer_file(path: StoragePath) -> StoragePath:
@@ -106,12 +111,21 @@ def framing(tokenizer: Tokenizer) -> Framing:
     )
 
 
+def _byte_level() -> pre_tokenizers.PreTokenizer:
+    """ByteLevel(add_prefix_space=True) with the pattern BYTE_LEVEL_SPLIT."""
+    prefix_space = pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="always", split=False)
+    split = pre_tokenizers.Split(Regex(BYTE_LEVEL_SPLIT), "isolated")
+    return pre_tokenizers.Sequence(
+        [prefix_space, split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+
+
 def train_tokenizer(texts: Iterable[str], *, kind: str, vocab_size: int, lowercase: bool) -> Tokenizer:
     """Train a `bpe`, `wordpiece` or `unigram` vocabulary."""
     kinds: dict[str, tuple[Any, Any, Any, Any, dict[str, Any]]] = {
         "bpe": (
             models.BPE(),
-            pre_tokenizers.ByteLevel(add_prefix_space=True),
+            _byte_level(),
             decoders.ByteLevel(),
             trainers.BpeTrainer,
             {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()},

@@ -19,6 +19,7 @@ Anchors of the training split can be augmented, in the same way on every run:
 from __future__ import annotations
 
 import itertools
+import operator
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from pipeline.core.path import StoragePath
 from pipeline.data.manifest import SPLITS, LengthCounts, Shard, sha256
 from pipeline.data.partitions import is_validation
 from pipeline.data.tokenizer import unknown_token_id
+from pipeline.data.words import dense_chars, word_spans
 
 ROW_GROUP_ROWS = 1024  # about 0.5 MB of token ids: small enough to shuffle by, large enough to read fast
 ENCODE_ROWS = 1024
@@ -239,19 +241,28 @@ def _encode_texts(texts: list[str], name: str, sources: list[str], cutter: Cutte
 
 def augment(text: str, shares: Augment, record_id: str, seed: int) -> str:
     """Augment a text, deterministically for the text, the record's id and the seed. Keeps at least one word."""
-    words = text.split()
-    if not words:
+    parts = [(chunk, word) for chunk, joined in enumerate(text.split()) for word in _words_in(joined)]
+    if not parts:
         return text
     chance = random.Random(f"{seed}:{record_id}")
-    words = words[: max(1, round(len(words) * (1 - shares.truncation * chance.random())))]
-    words = _with_spans_masked(words, shares.span_masking, chance)
-    kept = [word for word in words if chance.random() >= shares.word_dropout]
-    return " ".join(kept or words[:1])
+    parts = parts[: max(1, round(len(parts) * (1 - shares.truncation * chance.random())))]
+    chunks, words = zip(*parts, strict=True)
+    parts = list(zip(chunks, _with_spans_masked(list(words), shares.span_masking, chance), strict=True))
+    kept = [part for part in parts if chance.random() >= shares.word_dropout] or parts[:1]
+    by_chunk = itertools.groupby(kept, key=operator.itemgetter(0))
+    return " ".join("".join(word for _, word in chunk) for _, chunk in by_chunk)
+
+
+def _words_in(chunk: str) -> list[str]:
+    """Text between blanks; cut before each word if it has scripts without blanks."""
+    if not dense_chars(chunk):
+        return [chunk]
+    starts = [start for start, _, _ in word_spans(chunk)]
+    return [chunk[start:stop] for start, stop in itertools.pairwise([0, *starts[1:], len(chunk)])]
 
 
 def _with_spans_masked(words: list[str], share: float, chance: random.Random) -> list[str]:
     """Mask `share` of the words, one mask per word, in spans of geometric length."""
-    words = list(words)
     left = min(round(len(words) * share), sum(word != MASK for word in words))
     while left > 0:
         length = 1

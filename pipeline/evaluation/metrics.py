@@ -22,7 +22,7 @@ import pytrec_eval
 from pipeline.data.beir import Qrels
 from pipeline.index.search import reciprocal_ranks
 from pipeline.index.vectors import Floats, TopK, nearest, unit
-from pipeline.index.words import word_settings, words
+from pipeline.index.words import index_words
 
 Ranking = dict[str, dict[str, float]]
 """Query id → document id → score."""
@@ -77,14 +77,13 @@ def without_own_documents(ranking: Ranking, qrels: Qrels) -> Ranking:
 def bm25_ranking(
     query_ids: list[str], queries: list[str], document_ids: list[str], documents: list[str], k: int = CANDIDATES
 ) -> Ranking:
-    """BM25 by bm25s at its defaults (k1 1.5, b 0.75), with the tokenization of the vector table's full-text index."""
-    settings = word_settings(documents)
-    document_words = words(documents, settings)
+    """BM25 by bm25s at its defaults (k1 1.5, b 0.75), with the words of the vector table's full-text index."""
+    document_words = index_words(documents)
     if not any(document_words):
         return {query_id: {} for query_id in query_ids}
     index = bm25s.BM25()
     index.index(document_words, show_progress=False)
-    rows, scores = index.retrieve(words(queries, settings), k=min(k, len(documents)), show_progress=False)
+    rows, scores = index.retrieve(index_words(queries), k=min(k, len(documents)), show_progress=False)
     return {
         query_id: {document_ids[i]: float(score) for i, score in zip(rows[row], scores[row], strict=True) if score > 0}
         for row, query_id in enumerate(query_ids)

@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 from pipeline.config import Embedding
 from pipeline.core.files import local_copy
 from pipeline.core.path import StoragePath
+from pipeline.data.tokenizer import BYTE_LEVEL_SPLIT
 from pipeline.index.backends import Backend, model_backend, open_backend
 from pipeline.index.vectors import Column, as_groups, as_numbers, as_ragged, as_tokens, unit
 from pipeline.model.folder import is_table, load_tokenizer, model_fingerprint, read_model_spec
@@ -52,6 +53,7 @@ NORMALIZERS = (
 REPLACED = ({"Regex": " {2,}"}, {"String": "``"}, {"String": "''"})  # patterns of Replace in Unigram tokenizers
 WORD_SPLITS = ("BertPreTokenizer", "ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit")
 SPLITS = ("Digits", "Punctuation")
+BYTE_LEVEL = {"Regex": BYTE_LEVEL_SPLIT}  # splits at spaces as GPT-2's pattern does
 
 
 @dataclass(frozen=True)
@@ -236,10 +238,15 @@ def _splits_at_spaces(tokenizer: Tokenizer) -> bool:
     added = (token.content for token in tokenizer.get_added_tokens_decoder().values())
     return (
         all(step["type"] in NORMALIZERS or step.get("pattern") in REPLACED for step in normalizers)
-        and all(step["type"] in (*SPLITS, *WORD_SPLITS) for step in splits)
-        and any(step["type"] in WORD_SPLITS and step.get("use_regex", step.get("split", True)) for step in splits)
+        and all(step["type"] in (*SPLITS, *WORD_SPLITS) or step.get("pattern") == BYTE_LEVEL for step in splits)
+        and any(_splits_words(step) for step in splits)
         and not any(" " in content.lstrip(" ") for content in added)
     )
+
+
+def _splits_words(step: dict[str, Any]) -> bool:
+    options = step.get("use_regex", step.get("split", True))
+    return step.get("pattern") == BYTE_LEVEL or (step["type"] in WORD_SPLITS and options)
 
 
 def _described(part: Any) -> dict[str, Any]:

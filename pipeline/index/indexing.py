@@ -76,7 +76,7 @@ def unreadable_indexes(table: VectorTable) -> list[str]:
     near = {"k": 1, "column": "vector", "q": np.ones(width, np.float32)}
     probes: dict[str, dict[str, Any]] = {
         "id": {"filter": "id = ''"},
-        "text": {"full_text_query": {"query": "a", "columns": ["text"]}},
+        "words": {"full_text_query": {"query": "a", "columns": ["words"]}},
         "vector": {"nearest": near},
         "bits": {"nearest": {**near, "column": "bits", "q": np.ones(-(-width // 8), np.uint8)}},
     }

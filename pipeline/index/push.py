@@ -42,7 +42,7 @@ from pipeline.index.dead_letters import DeadLetters
 from pipeline.index.pinecone_records import batched
 from pipeline.index.pool import over_cluster
 from pipeline.index.published import open_pinecone
-from pipeline.index.table import IdRange, StoreError, VectorTable, tags_of
+from pipeline.index.table import DERIVED, IdRange, StoreError, VectorTable, tags_of
 from pipeline.index.writer import Writer
 
 if TYPE_CHECKING:
@@ -300,7 +300,7 @@ class _RangePush:
 
     def _rows(self, due: pa.Table) -> Iterator[pa.Table]:
         """Yield all columns of the rows, sorted by id, ROWS_AT_ONCE at a time."""
-        columns = [name for name in self.table.schema.names if name != "bits"]
+        columns = [name for name in self.table.schema.names if name not in DERIVED]
         row_ids = due.sort_by("id")["_rowid"].to_numpy()
         for start in range(0, len(row_ids), ROWS_AT_ONCE):
             yield (

@@ -27,6 +27,7 @@ from pipeline.core.files import may_write
 from pipeline.core.outcome import JobError
 from pipeline.data.filtering import normaliser
 from pipeline.data.partitions import content_id
+from pipeline.data.words import dense_chars
 from pipeline.index.documents import PLACE_COLUMNS
 from pipeline.index.encoder import EncoderRecipe, TextEncoder, open_encoder
 from pipeline.index.published import open_pinecone, prompt_name, published
@@ -34,7 +35,7 @@ from pipeline.index.table import TEXTS, StoreError, VectorTable, parse_metadata
 from pipeline.index.vectors import as_matrix, nearest_rows, unit
 from pipeline.index.where import COLUMNS as FILTER_COLUMNS
 from pipeline.index.where import Where, check_found, checked_where, keeps, to_sql
-from pipeline.index.words import SAMPLE_TEXTS, word_settings
+from pipeline.index.words import search_words
 
 COLUMNS = ["id", *TEXTS]
 REFINE = 10  # index candidates per result, rescored with full vectors
@@ -157,29 +158,41 @@ class TableSearch:
                     "as a user who may write there, or search without --hybrid"
                 )
             log.info("%s: building a full-text index of %s texts", self.table.name, f"{self.dataset.count_rows():,}")
-            sample = self.dataset.sample(min(SAMPLE_TEXTS, self.dataset.count_rows()), ["text"])["text"].to_pylist()
             with self.table.writing() as writer:
-                writer.index_words(word_settings(sample))
+                writer.index_words()
             self.dataset = self.table.open_verified()
             if not self._has_words():
                 raise JobError(f"the last job did not complete {self.table.path}; run python jobs/embed.py first")
         conditions, depth = checked_where(where), max(k, FUSED)
         condition, exact = self._condition(conditions)
-        rows = self.dataset.to_table(
-            [*COLUMNS, "places", "_score"],
-            full_text_query={"query": text, "columns": ["text"]},
-            filter=condition,
-            prefilter=condition is not None,
-            limit=depth if exact else 10 * depth,
-        )
+        rows = self._with_words(text, condition, depth if exact else 10 * depth)
         by_words = [row for row in rows.drop_columns(["_score"]).to_pylist() if exact or keeps(conditions, row)][:depth]
         by_vector = self.query(vector, depth, conditions)
         scores = reciprocal_ranks(*([row["id"] for row in ranking] for ranking in (by_vector, by_words)))
         fused = {row["id"]: {**row, "score": scores[row["id"]]} for row in (*by_words, *by_vector)}
         return sorted(fused.values(), key=lambda row: (-row["score"], row["id"]))[:k]
 
+    def _with_words(self, text: str, condition: str | None, limit: int) -> pa.Table:
+        """The best rows by BM25.
+
+        In scripts without blanks a query is a phrase: rows that hold all of its pairs of letters, or else any of them.
+        """
+        from lance.query import FullTextOperator, MatchQuery
+
+        for operator in [FullTextOperator.AND] * bool(dense_chars(text)) + [FullTextOperator.OR]:
+            rows = self.dataset.to_table(
+                [*COLUMNS, "places", "_score"],
+                full_text_query=MatchQuery(search_words(text), "words", operator=operator),
+                filter=condition,
+                prefilter=condition is not None,
+                limit=limit,
+            )
+            if len(rows):
+                break
+        return rows
+
     def _has_words(self) -> bool:
-        return any(index.field_names == ["text"] for index in self.dataset.describe_indices())
+        return any(index.field_names == ["words"] for index in self.dataset.describe_indices())
 
     def _condition(self, where: Where) -> tuple[str | None, bool]:
         """SQL that selects the rows with a place that meets the conditions, and whether it selects no others."""

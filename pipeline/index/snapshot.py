@@ -20,7 +20,7 @@ from pipeline.core.artifact import Artifact, Output
 from pipeline.core.files import remove_folder
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
-from pipeline.index.table import VectorTable
+from pipeline.index.table import DERIVED, VectorTable
 
 
 def write_snapshot(table: VectorTable, home: StoragePath, progress: Callable[[], Progress]) -> StoragePath:
@@ -32,7 +32,7 @@ def write_snapshot(table: VectorTable, home: StoragePath, progress: Callable[[],
     parts, count = table.ranges(version), table.count()
 
     def work(index: int, output: Output) -> int:
-        rows = table.read([each for each in table.schema.names if each != "bits"], parts[index], version)
+        rows = table.read([each for each in table.schema.names if each not in DERIVED], parts[index], version)
         output.write_table(f"rows/{index:05d}.parquet", _plain(rows.sort_by("id")))
         return len(rows)
 

@@ -14,6 +14,7 @@ A row is a distinct text, or one chunk of a long text:
     digest      32 hex digits that hash `places`, then 16 that hash `text` and `vector`
     vector      `width` numbers in float32 or float16; with vector_type binary, `bits` has their signs
     parent_id   with chunks: the hash of the text
+    words       the text's words between blanks, for the full-text index
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from pipeline.core.outcome import JobError, job_lock
 from pipeline.core.path import StoragePath
 from pipeline.data.partitions import id_bounds
 from pipeline.index.vectors import as_matrix
+from pipeline.index.words import search_words
 
 if TYPE_CHECKING:
     from pipeline.index.writer import Writer
@@ -51,6 +53,7 @@ os.environ.setdefault("LANCE_LOG", "error")
 
 PLACE = pa.struct([("source", pa.string()), ("source_id", pa.string()), ("metadata", pa.string())])
 TEXTS = ("source", "source_id", "text", "metadata")
+DERIVED = ("bits", "words")  # columns that follow from others
 DIGEST_CHARS = 32  # hash of `places`; the hash of text and vector follows
 ZONE_ROWS, ZONES = 1_024, 131_072  # minimum rows per zone, maximum zones; a range of ids reads two zones too many
 RANGE_ROWS = 100_000  # ids per task of a push or a snapshot
@@ -102,6 +105,7 @@ class VectorTable:
         ]
         fields += [("bits", pa.list_(pa.uint8(), -(-self.width // 8)))] if self.vector_type == "binary" else []
         fields += [("parent_id", pa.string())] if self.chunks else []
+        fields += [("words", pa.string())]
         return pa.schema(fields)
 
     def exists(self) -> bool:
@@ -130,8 +134,8 @@ class VectorTable:
         missing = [name for name in self.schema.names if name not in existing.names]
         if missing:
             raise StoreError(
-                f"table {self.path} has no column {missing[0]}: another program made it; choose another folder with "
-                "embedding.uri=DIR"
+                f"table {self.path} has no column {missing[0]}: another program or an older version made it; choose "
+                "another folder with embedding.uri=DIR"
             )
         found, expected = existing.field("vector").type, self.schema.field("vector").type
         if found != expected:
@@ -231,13 +235,14 @@ class VectorTable:
         return rows.cast(pa.schema([self.schema.field(name) for name in rows.column_names]))
 
     def stored(self, rows: pa.Table) -> pa.Table:
-        """Convert rows with a float32 `vector` to `schema`, and append the hash of text and vector to the digest."""
+        """Convert rows with a float32 `vector` to `schema`: append the hash of text and vector to the digest."""
         vectors = as_matrix(rows["vector"]).astype(DTYPES[self.vector_type].to_pandas_dtype())
         columns: dict[str, Any] = {name: rows[name] for name in rows.column_names}
         columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), self.width)
         if self.vector_type == "binary":
             bits = np.packbits(vectors > 0, axis=1)
             columns["bits"] = pa.FixedSizeListArray.from_arrays(pa.array(bits.ravel()), bits.shape[1])
+        columns["words"] = pa.array([text and search_words(text) for text in rows["text"].to_pylist()], pa.string())
         columns["digest"] = pc.binary_join_element_wise(rows["digest"], content_digests(rows["text"], vectors), "")
         return self.typed(pa.table({name: columns[name] for name in self.schema.names}))
 

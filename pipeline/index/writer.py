@@ -24,6 +24,7 @@ from pipeline.core.console import log
 from pipeline.core.files import lance_location
 from pipeline.core.path import check_guards
 from pipeline.index.table import READ_FOR, VERIFIED, Fragment, StoreError, VectorTable, tags_of
+from pipeline.index.words import SETTINGS
 
 TAKEN_OVER = "another job has started to write to {}; run the same command again to continue"
 COMMIT_ATTEMPTS = 5
@@ -78,9 +79,9 @@ class Writer:
             batch = ", ".join(map(str, row_ids[start : start + DELETED_AT_ONCE].tolist()))
             self._commit(methodcaller("delete", f"_rowid IN ({batch})"))
 
-    def index_words(self, settings: dict[str, Any]) -> None:
+    def index_words(self) -> None:
         """Build the full-text index; a verified table stays verified."""
-        self._commit(methodcaller("create_scalar_index", "text", "INVERTED", **settings))
+        self._commit(methodcaller("create_scalar_index", "words", "INVERTED", **SETTINGS))
         if self.was_verified:
             for name in tags_of(self.dataset, VERIFIED):
                 self.dataset.tags.update(name, self.dataset.version)
