@@ -1,7 +1,7 @@
 """Run or resume a hyperparameter sweep, and write its results to `<run>/tune`.
 
 best.yaml            the config with the best trial's values, for `train.py --config`; its run is `<run>-best`
-trials.csv           one row per trial: how it ended, its metric, steps, values, and why it failed
+trials.csv           one row per trial: how it ended, its metric, steps, values, why it failed, and what it copied
 *.png                parallel coordinates, importance of each key, learning curves
 metrics.jsonl        one row per trial, by number; the other logging.trackers get the same rows
 
@@ -62,6 +62,10 @@ def _run(study: SweepStudy, config: Config, folder: StoragePath, manifest: Manif
         connected_cluster().with_labels(config.scaling.labels.train).capacity(),
         remaining if limit == "auto" else min(remaining, limit),
     )
+    every = f"{criterion.grace_steps:,}"
+    comparison = {"none": "", "pbt": f", the worst copy the best every {every}"}.get(
+        config.tune.scheduler, f", a stopped one at least {every}"
+    )
     log.info(
         "tune: running %d of %d trials, %d at a time, with %d workers each%s; a full trial takes %s steps%s",
         remaining,
@@ -70,7 +74,7 @@ def _run(study: SweepStudy, config: Config, folder: StoragePath, manifest: Manif
         trial_slots.workers,
         " (in the trial's own process)" if trial_slots.in_process else "",
         f"{criterion.total_steps:,}",
-        "" if config.tune.scheduler == "none" else f", a stopped one at least {criterion.grace_steps:,}",
+        comparison,
     )
     with Stage("tune", study.goal, "trials", study.goal - remaining) as stage:
 

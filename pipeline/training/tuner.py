@@ -5,7 +5,7 @@
 A sweep that was killed continues with a new Tuner. It never restores the old one, whose stored state is a pickle;
 `<run>/tune/ray` is deleted. The validations of ended trials, from the journal, are passed to the new scheduler, so that
 its rungs and medians include them. A trial that was running reports its earlier validations again, so the scheduler
-may stop it at a rung that it had passed.
+may stop it at a rung that it had passed. With pbt, the trials that were running start again from step 0.
 """
 
 from __future__ import annotations
