@@ -49,11 +49,6 @@ class Space:
     def values(self, drawn: dict[str, Any]) -> dict[str, Any]:
         return {key: _from_label(self.dimensions[key], value) for key, value in drawn.items()}
 
-    @property
-    def mutations(self) -> dict[str, Any]:
-        """What pbt draws from: a list of values, of which it may also take the next, or Tune's distribution."""
-        return {key: each.values or _domain(each) for key, each in self.dimensions.items()}
-
     def clamp(self, values: dict[str, Any]) -> dict[str, Any]:
         """Values moved into their ranges: pbt multiplies them without limits."""
         ranges = {key: each.ends for key, each in self.dimensions.items() if each.values is None}
@@ -88,12 +83,6 @@ def default_space(config: Config) -> dict[str, Dimension]:
     if contrastive and not (config.tune.scheduler == "pbt" and contrastive.learn_temperature):
         space["objective.contrastive.temperature"] = Dimension(loguniform=list(TEMPERATURES))
     return space
-
-
-def _domain(dimension: Dimension) -> Any:
-    from ray import tune
-
-    return (tune.loguniform if dimension.loguniform else tune.uniform)(*dimension.ends)
 
 
 def _distribution(dimension: Dimension) -> BaseDistribution:

@@ -31,6 +31,7 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search.optuna import OptunaSearch
 
+from pipeline.config import Dimension
 from pipeline.core.arrow import arrow_location
 from pipeline.core.console import log
 from pipeline.core.files import remove_folder
@@ -142,7 +143,7 @@ class Population(PopulationBasedTraining):
             metric=VALUE,
             mode=study.criterion.mode,
             perturbation_interval=study.criterion.grace_steps,
-            hyperparam_mutations={"values": study.space.mutations},
+            hyperparam_mutations={"values": {k: _mutations(each) for k, each in study.space.dimensions.items()}},
             custom_explore_fn=self._clamp,
             log_config=False,
             synch=True,
@@ -188,6 +189,11 @@ class Population(PopulationBasedTraining):
             return chosen
         self._compare(controller, waiting[0], waiting[0].last_result)
         return super().choose_trial_to_run(controller)
+
+
+def _mutations(dimension: Dimension) -> Any:
+    """What Tune draws a value from: a list, of which it may also take the next, or a distribution."""
+    return dimension.values or (tune.loguniform if dimension.loguniform else tune.uniform)(*dimension.ends)
 
 
 def build_scheduler(search: Search) -> TrialScheduler:
