@@ -149,8 +149,6 @@ class Population(PopulationBasedTraining):
             synch=True,
         )
         self.search = search
-        random.seed(study.settings.seed)  # Tune draws from the global generators
-        np.random.seed(study.settings.seed)
 
     def _clamp(self, suggested: dict[str, Any]) -> dict[str, Any]:
         return suggested | {"values": self.search.sweep.space.clamp(suggested["values"])}
@@ -167,6 +165,9 @@ class Population(PopulationBasedTraining):
 
     def _compare(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Record the copies of a round, if this result ends one. Tune gives a copy its source's config and number."""
+        seed = np.random.SeedSequence([self.search.sweep.settings.seed, result[SAVED_STEP]]).generate_state(1)[0]
+        random.seed(int(seed))  # Tune draws from the global generators
+        np.random.seed(seed)
         decision: str = super().on_trial_result(controller, trial, result)
         for each in controller.get_live_trials():
             number, source = self.search.number(each.trial_id), each.config["number"]
