@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pipeline.training.checkpoints import (
     next_attempt,
     prune,
     read_state,
+    start_from,
     step_folder,
 )
 from pipeline.training.loop import ControlFlags, Hooks, Run, TrainingStopped, build_run, train
@@ -263,6 +265,45 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(damage: str, run_dir: Path)
     assert str(newest) in point.skipped[0]
     prune(run_dir, keep=1, newest=point.folder)
     assert [folder.name for folder in (run_dir / "attempt-001").iterdir()] == [step_folder(8)]
+
+
+def test_a_checkpoint_is_resumed_with_the_rates_and_the_decay_of_the_config(run_dir: Path, tmp_path: Path) -> None:
+    """Also where they make groups of the optimizer equal. The moments stay those of each parameter."""
+    checkpoint = run_dir / "attempt-001" / step_folder(8)
+    options = ["training.learning_rate=3e-3", "training.table_learning_rate=5e-3", "training.betas=[0.8, 0.9]"]
+    same, other = new_run(config_of(tmp_path)), new_run(config_of(tmp_path, "training.weight_decay=0", *options))
+    for run in (same, other):
+        load_checkpoint(checkpoint, run)
+    pairs = zip(same.learner.named_parameters(), other.learner.named_parameters(), strict=True)
+    for (name, kept), (_, resumed) in pairs:
+        assert torch.equal(kept, resumed)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(same.optimizer.state[kept][moment], other.optimizer.state[resumed][moment]), name
+    table = other.learner.model.token_table.weight
+    for group in other.optimizer.param_groups:
+        is_table = any(parameter is table for parameter in group["params"])
+        assert (group["peak"], group["weight_decay"], group["betas"]) == (5e-3 if is_table else 3e-3, 0, (0.8, 0.9))
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_run_starts_from_the_checkpoint_of_another(broken: bool, run_dir: Path, tmp_path: Path) -> None:
+    """Its best score stays its own, like its best model."""
+    other = tmp_path / "other"
+    train(new_run(config_of(tmp_path, "checkpointing.every_steps=4"), saver(other), stop=8), TrainState())
+    own, source = newest_valid(other).state, run_dir / "attempt-001" / step_folder(12)
+    if broken:
+        (source / "model.safetensors").write_bytes(b"")
+        with pytest.raises(ValueError, match=r"its model\.safetensors is missing"):
+            start_from(other, source)
+        assert newest_valid(other).state == own
+        return
+    start_from(other, source)
+    (copied,) = other.glob("attempt-*/step-*")
+    assert newest_valid(other).state == replace(read_state(source), best_metric=own.best_metric)
+    for file in source.iterdir():
+        assert file.name == "state.json" or (copied / file.name).read_bytes() == file.read_bytes()
+    start_from(other, None)
+    assert newest_valid(other).folder is None
 
 
 def test_a_planted_pickle_is_not_run(run_dir: Path) -> None:

@@ -155,7 +155,8 @@ class Controller:
 
     def __init__(self, study: SweepStudy, score: Score = by_rate) -> None:
         self.study, self.score = study, score
-        self.search, self.scheduler = Search(study, lambda row: None), build_scheduler(study)
+        self.search = Search(study, lambda row: None)
+        self.scheduler = build_scheduler(self.search)
 
     def begin(self) -> tuple[Trial, int, dict[str, Any]]:
         trial = Trial("stub", stub=True)

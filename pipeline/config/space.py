@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.config.objective import Objective
 from pipeline.config.tree import Config
 from pipeline.core.outcome import ConfigError
 
@@ -28,11 +29,35 @@ FIXED = {
     "training.best_metric": "trials are compared by one metric, tune.metric",
 }
 """Key or section → why it cannot differ between trials."""
+MUTABLE = (
+    "model.dropout",
+    "objective.contrastive.temperature",
+    "objective.contrastive.false_negative_margin",
+    *(f"objective.{name}.weight" for name in Objective.model_fields),
+    *(f"objective.{name}.label_smoothing" for name in ("seq2seq", "denoising", "causal")),
+    "objective.denoising.ratio",
+    "objective.denoising.mean_span",
+    "objective.mlm.ratio",
+    "training.learning_rate",
+    "training.table_learning_rate",
+    "training.weight_decay",
+    "training.betas",
+    "training.adam_eps",
+    "training.schedule",
+    "training.warmup_fraction",
+    "training.warmup_steps",
+    "training.decay_fraction",
+    "training.final_rate_fraction",
+    "training.max_grad_norm",
+)
+"""Keys that may change while a model is trained: they change neither a shape nor the order of the data."""
 
 
 def check_space(config: Config, where: str) -> None:
     """Raise ConfigError for the first key or value of `tune.space` that is invalid in every trial."""
     space = config.tune.space
+    if config.tune.scheduler == "pbt":
+        _check_population(config, where)
     for key, dimension in space.items():
         _check_key(key, where)
         for value in dimension.candidates:
@@ -50,6 +75,25 @@ def _check_key(key: str, where: str) -> None:
     if section not in SECTIONS or "." not in key:
         raise ConfigError(
             f"{where}: {key} cannot be tuned; allowed are keys of {', '.join(SECTIONS)}, such as training.learning_rate"
+        )
+
+
+def _check_population(config: Config, where: str) -> None:
+    """Raise ConfigError if pbt cannot change a key of the space while it trains, or cannot pause the trials."""
+    fixed = [key for key in config.tune.space if key not in MUTABLE]
+    if fixed:
+        raise ConfigError(
+            f"{where}: {', '.join(fixed)} cannot change while a model is trained, as scheduler=pbt does; use "
+            f"scheduler=asha, or only {', '.join(MUTABLE)}"
+        )
+    contrastive, temperature = config.objective.contrastive, "objective.contrastive.temperature"
+    if temperature in config.tune.space and contrastive and contrastive.learn_temperature:
+        raise ConfigError(f"{where}: {temperature} is trained (learn_temperature=true), so scheduler=pbt cannot set it")
+    workers, strategy = config.scaling.num_workers, config.training.strategy
+    if workers not in ("auto", 1) or strategy != "ddp":
+        raise ConfigError(
+            f"tune.scheduler: found pbt with scaling.num_workers={workers} and training.strategy={strategy}; allowed "
+            "are trials of one worker, num_workers=1 with ddp, or another scheduler"
         )
 
 

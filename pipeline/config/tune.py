@@ -74,10 +74,13 @@ class Tune(Section):
     searcher: Literal["optuna", "random", "grid"] = "optuna"
     """optuna: TPE, which learns from earlier trials (Bergstra et al. 2011). grid: every combination; allows no
     continuous dimensions."""
-    scheduler: Literal["asha", "median", "none"] = "asha"
+    scheduler: Literal["asha", "median", "pbt", "none"] = "asha"
     """When to stop a trial early. asha: if it is not among the best 1/`reduction_factor` of the trials that reached the
     same rung (`grace_steps`, `reduction_factor` times as many, and so on; Li et al. 2020). median: if its best is worse
-    than the median of the other trials' running means, once there are three (Golovin et al. 2017, Vizier)."""
+    than the median of the other trials' running means, once there are three (Golovin et al. 2017, Vizier). pbt: none is
+    stopped. Every `grace_steps`, the worst quarter of the trials copy weights and values from the best quarter, and
+    multiply each value by 0.8 or 1.2, or draw it again with probability 0.25 (Population Based Training, Jaderberg et
+    al. 2017, section 4.1.1; shares and probability are Ray Tune's defaults). The first values are random, or a grid."""
     trials: int | None = Field(None, ge=1)
     """Total number of trials; by default 16, or all combinations of a grid. Raise it to continue a sweep."""
     metric: str | None = Field(None, min_length=1)
@@ -88,7 +91,7 @@ class Tune(Section):
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps of a full trial, over which its schedule runs; by default the config's own length."""
     grace_steps: int | None = Field(None, ge=1)
-    """Minimum steps of a trial, and with asha and median the steps between validations; by default
+    """Minimum steps of a trial, and with asha, median and pbt the steps between validations; by default
     1/`reduction_factor`² of a full trial."""
     reduction_factor: int = Field(3, ge=2)
     """One in this many trials continues after each asha rung (3: Hyperband, Li et al. 2018, section 2)."""
@@ -104,4 +107,15 @@ class Tune(Section):
             raise ValueError(f"searcher=grid with only choice, quniform and integer, unlike {continuous[0]}")
         if self.searcher == "grid" and not self.space:
             raise ValueError("searcher=grid with a `space`")
+        return self
+
+    @model_validator(mode="after")
+    def _population_takes_turns(self) -> Tune:
+        if self.scheduler == "pbt" and self.trials == 1:
+            raise ValueError("scheduler=pbt with trials of at least 2, which copy each other")
+        if self.scheduler == "pbt" and self.max_concurrent_trials != "auto":
+            raise ValueError(
+                "scheduler=pbt with max_concurrent_trials=auto, because all trials take turns; raise "
+                "scaling.cpus_per_worker to run fewer at a time"
+            )
         return self

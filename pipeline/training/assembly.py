@@ -41,7 +41,7 @@ from pipeline.training.loop import Batches, Hooks, Run, build_run, train
 from pipeline.training.optimizer import slow_precision
 from pipeline.training.prefetch import to_batch
 from pipeline.training.run_folder import claim_run_folder
-from pipeline.training.saving import LocalSaver, load_checkpoint
+from pipeline.training.saving import LocalSaver, OnSaved, load_checkpoint
 from pipeline.training.stopping import is_finished, steps_of
 from pipeline.training.trackers import Trackers
 from pipeline.training.validation import StsPairs, Validation
@@ -115,10 +115,11 @@ def train_locally(
     folder: StoragePath,
     manifest: Manifest,
     on_metrics: Callable[[Metrics], None] = lambda metrics: None,
+    on_saved: OnSaved = lambda folder, state: None,
 ) -> TrainState:
     """Train without Ray, in this process or in a torch.distributed process group. Returns the final state.
 
-    `on_metrics` is called on rank 0 with each row of metrics, after the trackers.
+    `on_metrics` is called on rank 0 with each row of metrics, after the trackers, and `on_saved` with each checkpoint.
     """
     spec, point = RunSpec.of(config, folder, manifest), ResumePoint()
     check_model(config, Tokenizer.from_str(spec.tokenizer_json))
@@ -133,7 +134,7 @@ def train_locally(
         on_metrics(metrics)
 
     with Trackers.open(config, point.state.step, leader=rank() == 0) as trackers:
-        saver = LocalSaver(config, spec.tokenizer_json, spec.holder, trackers)
+        saver = LocalSaver(config, spec.tokenizer_json, spec.holder, trackers, on_saved)
         feed = LocalFeed(spec.plan, rank(), world_size())
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         return train_or_resume(spec, feed.batches, Hooks(saver.save, report, trackers.alert), device, point)

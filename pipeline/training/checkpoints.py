@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from pipeline.core.console import log
@@ -104,7 +104,11 @@ def noted_oom_splits(run_dir: StoragePath) -> int:
 def seal(folder: Path, state: TrainState) -> None:
     """Write `state.json` with the hashes of all files in the folder."""
     hashes = {name: xxh3_of(folder / name) for name in files_below(folder)}
-    write_atomically(folder / "state.json", json.dumps({**asdict(state), "files": hashes}, indent=2).encode())
+    write_atomically(folder / "state.json", _sealed(state, hashes))
+
+
+def _sealed(state: TrainState, hashes: dict[str, str]) -> bytes:
+    return json.dumps({**asdict(state), "files": hashes}, indent=2).encode()
 
 
 def read_state(folder: StoragePath) -> TrainState:
@@ -155,6 +159,22 @@ def best_checkpoint(run_dir: StoragePath) -> StoragePath | None:
         except ValueError:
             continue
     return newest_valid(run_dir).folder
+
+
+def start_from(run_dir: StoragePath, source: Path | None) -> None:
+    """Make a copy of the checkpoint `source` the only one of a run; with None, leave the run no checkpoint.
+
+    The best score stays the run's own, like the model in `best/`. Raises ValueError if a file of `source` is broken.
+    """
+    best_metric, earlier = newest_valid(run_dir).state.best_metric, sorted_glob(run_dir, "attempt-[0-9]*")
+    if source:
+        state = replace(read_state(source), best_metric=best_metric)
+        target = run_dir / next_attempt(run_dir) / step_folder(state.step)
+        hashes = json.loads((source / "state.json").read_text())["files"]
+        for_each(target, lambda name: link_or_copy(source / name, target / name), list(hashes))
+        write_atomically(target / "state.json", _sealed(state, hashes))
+    for attempt in earlier:
+        remove_folder(attempt)
 
 
 def prune(run_dir: StoragePath, keep: int, newest: StoragePath | None = None) -> None:

@@ -40,27 +40,33 @@ def build_optimizer(learner: Learner, settings: Training) -> torch.optim.AdamW:
     """AdamW with decoupled weight decay on weight matrices only: not on norms, biases and embedding tables.
 
     Rows of a table would decay at every step, even if their token does not occur. Each group has `peak`, its highest
-    rate, and `layers`: whether it starts to train after the token table's warm-up.
+    rate, and `layers`: whether it starts to train after the token table's warm-up. The order of the parameters does not
+    depend on the settings, so a checkpoint's optimizer can be loaded under another rate or decay.
     """
     backbone, layer_parameters = learner.model.backbone, set[nn.Parameter]()
     if isinstance(backbone, Encoder):
         layer_parameters = set(backbone.layers.parameters())
     token_table, tables = learner.model.token_table.weight, _tables(learner)
-    groups: dict[tuple[float, float, bool, type], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, bool, type], list[nn.Parameter]] = {}
     # fsdp's parameters are DTensors, except scalars. A fused optimizer needs groups of one type, and torch's GradScaler
     # expects DTensors if the first gradient is one.
     trained = sorted((p for p in learner.parameters() if p.requires_grad), key=lambda p: type(p) is nn.Parameter)
     for parameter in trained:
-        peak = settings.learning_rate
-        if parameter is token_table:
-            peak = settings.table_learning_rate or peak
-        decay = settings.weight_decay if parameter.ndim > 1 and parameter not in tables else 0.0
-        groups.setdefault((peak, decay, parameter in layer_parameters, type(parameter)), []).append(parameter)
+        decays, in_layers = parameter.ndim > 1 and parameter not in tables, parameter in layer_parameters
+        groups.setdefault((parameter is token_table, decays, in_layers, type(parameter)), []).append(parameter)
+    peak = settings.learning_rate
+    table_peak = settings.table_learning_rate or peak
     return torch.optim.AdamW(
         [
-            {"params": members, "lr": peak, "peak": peak, "weight_decay": decay, "layers": layers}
-            for (peak, decay, layers, _), members in groups.items()
+            {
+                "params": members,
+                "peak": table_peak if is_table else peak,
+                "weight_decay": settings.weight_decay if decays else 0.0,
+                "layers": in_layers,
+            }
+            for (is_table, decays, in_layers, _), members in groups.items()
         ],
+        lr=peak,  # `Schedule.apply` sets it for each group, before every update
         betas=(settings.betas[0], settings.betas[1]),
         eps=settings.adam_eps,
         fused=True,

@@ -21,7 +21,7 @@ import shutil
 import uuid
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +53,8 @@ from pipeline.training.trackers import Trackers
 if TYPE_CHECKING:  # takes a second to import, so imported only when a sharded checkpoint is written or read
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+OnSaved = Callable[[StoragePath, TrainState], None]
+"""Called on rank 0 with each new checkpoint and its state."""
 HEADS = "heads.safetensors"  # a decoder, a prediction head, a learned temperature
 OPTIMIZER = "optimizer"
 BACKBONE = "model.backbone."  # prefix of a learner's parameters that go to model.safetensors
@@ -107,16 +109,25 @@ class Saver(ABC):
 class LocalSaver(Saver):
     """Saves without Ray. Uploads the metrics before each checkpoint, and deletes old checkpoints after it."""
 
-    def __init__(self, config: Config, tokenizer_json: str, holder: str, trackers: Trackers) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tokenizer_json: str,
+        holder: str,
+        trackers: Trackers,
+        on_saved: OnSaved = lambda folder, state: None,
+    ) -> None:
         super().__init__(config, tokenizer_json, holder)
-        self.trackers, self.attempt = trackers, broadcast(next_attempt(config.run_dir))
+        self.trackers, self.attempt, self.on_saved = trackers, broadcast(next_attempt(config.run_dir)), on_saved
 
     def commit(self, folder: Path, state: TrainState, is_best: bool) -> None:
         self.trackers.send()
+        target = self.config.run_dir / self.attempt / folder.name
         if self.writes:
-            self.committer.commit(folder, self.config.run_dir / self.attempt / folder.name, is_best)
+            self.committer.commit(folder, target, is_best)
         if rank() == 0:
             prune(self.config.run_dir, self.config.checkpointing.max_checkpoints)
+            self.on_saved(target, state)
 
 
 def save_checkpoint(folder: Path, run: Run, state: TrainState, tokenizer_json: str) -> None:
@@ -159,7 +170,9 @@ def load_weights(folder: Path, learner: Learner) -> None:
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
+    """Load the moments. Rates, decay and betas follow from the config, which may have changed, as under fsdp."""
+    saved = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
 
 
 def _is_model(name: str) -> bool:

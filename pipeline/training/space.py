@@ -49,14 +49,23 @@ class Space:
     def values(self, drawn: dict[str, Any]) -> dict[str, Any]:
         return {key: _from_label(self.dimensions[key], value) for key, value in drawn.items()}
 
+    def clamp(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Values moved into their ranges: pbt multiplies them without limits."""
+        ranges = {key: each.ends for key, each in self.dimensions.items() if each.values is None}
+        return values | {key: min(max(values[key], low), high) for key, (low, high) in ranges.items()}
+
     def grid(self) -> Iterator[dict[str, Any]]:
         """All points as Optuna represents them; the last key varies fastest."""
         axes = [[_label(each, value) for value in each.values or []] for each in self.dimensions.values()]
         return (dict(zip(self.dimensions, values, strict=True)) for values in itertools.product(*axes))
 
+    def labels(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Values as Optuna represents them."""
+        return {key: _label(each, values[key]) for key, each in self.dimensions.items()}
+
     def point(self, config: Config) -> dict[str, Any] | None:
         """The config's own values as Optuna represents them; None if one is outside the space."""
-        values = {key: _label(each, config.get(key)) for key, each in self.dimensions.items()}
+        values = self.labels({key: config.get(key) for key in self.dimensions})
         inside = all(_contains(each, values[key]) for key, each in self.dimensions.items())
         return values if inside else None
 
@@ -70,7 +79,8 @@ def default_space(config: Config) -> dict[str, Dimension]:
         f"training.{key}": Dimension(loguniform=[rate / RATE_FACTOR, min(rate * RATE_FACTOR, 10.0)]),
         "training.warmup_fraction": Dimension(uniform=list(WARMUPS)),
     }
-    if config.objective.contrastive:
+    contrastive = config.objective.contrastive
+    if contrastive and not (config.tune.scheduler == "pbt" and contrastive.learn_temperature):
         space["objective.contrastive.temperature"] = Dimension(loguniform=list(TEMPERATURES))
     return space
 

@@ -77,12 +77,22 @@ class Journal(BaseJournalBackend):
 
 
 @dataclass(frozen=True)
+class Segment:
+    """The values that a trial trained with after `step`. With pbt, it copied the weights of trial `copied` there."""
+
+    step: int
+    trial: int
+    values: dict[str, Any]
+    copied: int | None = None
+
+
+@dataclass(frozen=True)
 class TrialRow:
     """The state of a trial. `curve` has the metric of each validation by step; `value` is the best, at `at_step`."""
 
     number: int
     state: str
-    values: dict[str, Any]
+    segments: tuple[Segment, ...]
     curve: dict[int, float]
     value: float | None
     at_step: int | None
@@ -91,6 +101,19 @@ class TrialRow:
     """Steps to its end, had it not been stopped; if it failed, the steps it took."""
     seconds: float = 0.0
     reason: str = ""
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The values of the best validation, or those that it started with."""
+        return self.segment(self.at_step or 0).values
+
+    @property
+    def copies(self) -> tuple[Segment, ...]:
+        return self.segments[1:]
+
+    def segment(self, step: int) -> Segment:
+        """What the trial trained with up to `step`."""
+        return next((each for each in reversed(self.segments) if each.step < step), self.segments[0])
 
 
 class SweepStudy:
@@ -109,11 +132,11 @@ class SweepStudy:
         searcher, trials = self.settings.searcher, self.settings.trials
         self.goal = trials or DEFAULT_TRIALS
         self.points = [self.config_point] if self.config_point else []
-        """Values of the first trials, by number: the grid's; or the config's own, then random ones for "random"."""
+        """Values of the first trials, by number: the grid's; or the config's own, then random ones unless TPE draws."""
         if searcher == "grid":
             self.points = list(self.space.grid())
             self.goal = min(trials or len(self.points), len(self.points))
-        if searcher == "random":
+        elif searcher == "random" or self.settings.scheduler == "pbt":
             draws = optuna.create_study(sampler=RandomSampler(seed=self.settings.seed))
             count = self.goal - len(self.points)
             self.points += [draws.ask(self.space.distributions).params for _ in range(count)]
@@ -202,37 +225,46 @@ class SweepStudy:
         values = self.space.values(self.config_point) if self.config_point else None
         return next((row for row in self.rows if row.values == values), None)
 
+    def history(self, row: TrialRow) -> list[Segment]:
+        """The values by step that the best weights of a trial were trained with, by it and by those that it copied."""
+        rows, segment = {each.number: each for each in self.rows}, row.segment(row.at_step or 0)
+        history = [segment]
+        while segment.copied is not None:
+            segment = rows[segment.copied].segment(segment.step)
+            history.append(segment)
+        return history[::-1]
+
     @property
     def common_step(self) -> int:
-        """The last step at which every trial that validated has a value; 0 if there is none."""
-        curves = [set(row.curve) for row in self.rows if row.curve]
-        return max(set.intersection(*curves), default=0) if curves else 0
+        """The last step at which every trial that validated has a value, before any copies another; 0 if none."""
+        rows = [row for row in self.rows if row.curve]
+        until = min((copy.step for row in rows for copy in row.copies), default=math.inf)
+        common = set.intersection(*(set(row.curve) for row in rows)) if rows else set()
+        return max((step for step in common if step <= until), default=0)
 
     def importance(self) -> dict[str, float]:
         """Each key's share of the variance of the metric, by fANOVA (Hutter et al. 2014); {} with too few trials.
 
         It compares values at `common_step`, so trials that were stopped early count too.
         """
-        values = self.values_at(self.common_step)
-        if len(values) < MIN_TRIALS_FOR_IMPORTANCE or len(set(values.values())) < 2:
+        values = [row.curve[self.common_step] for row in self.rows if self.common_step in row.curve]
+        if len(values) < MIN_TRIALS_FOR_IMPORTANCE or len(set(values)) < 2:
             return {}
-        shares = get_param_importances(self.view(values), evaluator=fanova())
+        shares = get_param_importances(self.view(self.common_step), evaluator=fanova())
         return {key: round(float(share), 4) for key, share in shares.items()}
 
-    def values_at(self, step: int) -> dict[int, float]:
-        return {row.number: row.curve[step] for row in self.rows if step in row.curve}
-
-    def view(self, values: Mapping[int, float]) -> optuna.Study:
-        """An in-memory study of the trials under their own numbers; those in `values` count as complete."""
+    def view(self, step: int | None = None) -> optuna.Study:
+        """An in-memory study of the trials under their own numbers, with the metric at `step`, or the best."""
         view = optuna.create_study(direction=self.study.direction)
         for row in self.rows:
-            trial = self._newest[row.number]
+            value = row.value if step is None else row.curve.get(step)
+            values = row.values if step is None else row.segment(step).values
             view.add_trial(
                 create_trial(
-                    state=TrialState.COMPLETE if row.number in values else TrialState.FAIL,
-                    value=values.get(row.number),
-                    params=trial.params,
-                    distributions=trial.distributions,
+                    state=TrialState.FAIL if value is None else TrialState.COMPLETE,
+                    value=value,
+                    params=self.space.labels(values),
+                    distributions=self.space.distributions,
                     intermediate_values=row.curve,
                 )
             )
@@ -250,8 +282,19 @@ class SweepStudy:
     def _row(self, number: int, trial: FrozenTrial) -> TrialRow:
         curve = {step: value for step, value in sorted(trial.intermediate_values.items()) if math.isfinite(value)}
         best = max(curve.items(), key=lambda point: self.criterion.sign * point[1], default=(None, None))
-        state, values = STATES[trial.state], self.space.values(trial.params)
-        return TrialRow(number, state, values, curve, best[1], best[0], **trial.user_attrs.get("ended", {}))
+        first, copies = Segment(0, number, self.space.values(trial.params)), trial.user_attrs.get("copies", [])
+        segments = (first, *(Segment(**copy) for copy in copies))
+        ended = trial.user_attrs.get("ended", {})
+        return TrialRow(number, STATES[trial.state], segments, curve, best[1], best[0], **ended)
+
+
+def shown(values: Mapping[str, Any]) -> str:
+    """Values as a log line has them."""
+    return ", ".join(f"{key}={shown_value(value)}" for key, value in values.items())
+
+
+def shown_value(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def fanova() -> FanovaImportanceEvaluator:

@@ -1,7 +1,7 @@
 """Run or resume a hyperparameter sweep, and write its results to `<run>/tune`.
 
 best.yaml            the config with the best trial's values, for `train.py --config`; its run is `<run>-best`
-trials.csv           one row per trial: how it ended, its metric, steps, values, and why it failed
+trials.csv           one row per trial: how it ended, its metric, steps, values, why it failed, and what it copied
 *.png                parallel coordinates, importance of each key, learning curves
 metrics.jsonl        one row per trial, by number; the other logging.trackers get the same rows
 
@@ -16,6 +16,7 @@ import io
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import yaml
@@ -31,7 +32,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.training.assembly import RunSpec
 from pipeline.training.checkpoints import best_checkpoint
 from pipeline.training.history import VALIDATION
-from pipeline.training.study import SweepStudy, TrialRow, fanova
+from pipeline.training.study import SweepStudy, TrialRow, fanova, shown, shown_value
 from pipeline.training.trackers import Trackers
 from pipeline.training.trial import Criterion, TrialContext, plan_slots, trial_config
 
@@ -61,6 +62,10 @@ def _run(study: SweepStudy, config: Config, folder: StoragePath, manifest: Manif
         connected_cluster().with_labels(config.scaling.labels.train).capacity(),
         remaining if limit == "auto" else min(remaining, limit),
     )
+    every = f"{criterion.grace_steps:,}"
+    comparison = {"none": "", "pbt": f", the worst copy the best every {every}"}.get(
+        config.tune.scheduler, f", a stopped one at least {every}"
+    )
     log.info(
         "tune: running %d of %d trials, %d at a time, with %d workers each%s; a full trial takes %s steps%s",
         remaining,
@@ -69,7 +74,7 @@ def _run(study: SweepStudy, config: Config, folder: StoragePath, manifest: Manif
         trial_slots.workers,
         " (in the trial's own process)" if trial_slots.in_process else "",
         f"{criterion.total_steps:,}",
-        "" if config.tune.scheduler == "none" else f", a stopped one at least {criterion.grace_steps:,}",
+        comparison,
     )
     with Stage("tune", study.goal, "trials", study.goal - remaining) as stage:
 
@@ -84,9 +89,8 @@ def _run(study: SweepStudy, config: Config, folder: StoragePath, manifest: Manif
 def describe(row: TrialRow, study: SweepStudy) -> str:
     """A log line about a trial that has ended."""
     value = "" if row.value is None else f": {study.criterion.metric} {row.value:.4f} at step {row.at_step:,}"
-    values = ", ".join(f"{key}={_shown(value)}" for key, value in row.values.items())
     reason = f" ({row.reason})" if row.reason else ""
-    return f"tune: trial {row.number} {row.state} after {row.steps:,} steps{value}{reason}; {values}"
+    return f"tune: trial {row.number} {row.state} after {row.steps:,} steps{value}{reason}; {shown(row.values)}"
 
 
 def remove_checkpoints(config: Config, study: SweepStudy, spared: int | None = None) -> None:
@@ -118,6 +122,12 @@ def report(config: Config, study: SweepStudy, *, track: bool) -> Result:
             "reasons; to start a new sweep, use another storage.run or delete that folder"
         )
     text = f"# The best of {len(rows)} trials: trial {best.number}, {study.criterion.metric} {best.value:.4f}\n"
+    if best.copies:
+        text += "# With pbt, the values that its weights were trained with, step by step:\n"
+        text += "".join(
+            f"#   after step {each.step:,}, in trial {each.trial}: {shown(each.values)}\n"
+            for each in study.history(best)
+        )
     best_config = config.changed({**best.values, "storage.run": f"{config.storage.run}-best"}, "best.yaml")
     text += yaml.safe_dump(best_config.dump(), sort_keys=False, allow_unicode=True)
     write_atomically(folder / "best.yaml", text.encode())
@@ -158,7 +168,14 @@ def _metrics(study: SweepStudy, rows: list[TrialRow], best: TrialRow) -> dict[st
         "steps": steps,
         "whole_steps": whole_steps,
         "importance": study.importance(),
+        **_lineage(study, rows, best),
     }
+
+
+def _lineage(study: SweepStudy, rows: list[TrialRow], best: TrialRow) -> dict[str, Any]:
+    """With pbt: which trial copied which, after which step, and how the best weights came about."""
+    copies = [asdict(copy) for row in rows for copy in row.copies]
+    return {"copies": copies, "history": [asdict(each) for each in study.history(best)]} if copies else {}
 
 
 def _summary(row: TrialRow) -> dict[str, Any]:
@@ -172,16 +189,22 @@ def _trial_table(rows: list[TrialRow], study: SweepStudy) -> str:
     header = ["trial", "state", study.criterion.metric, "steps", *(key.rpartition(".")[2] for key in keys)]
     lines = [
         [row.number, row.state, "–" if row.value is None else f"{row.value:.4f}", row.steps]
-        + [_shown(row.values[key]) for key in keys]
+        + [shown_value(row.values[key]) for key in keys]
         for row in ranked
     ]
-    return "\n".join([table(lines, header), *(f"trial {row.number}: {row.reason}" for row in ranked if row.reason)])
+    notes = [f"trial {row.number}: {note}" for row in ranked for note in (row.reason, _copies(row)) if note]
+    return "\n".join([table(lines, header), *notes])
+
+
+def _copies(row: TrialRow) -> str:
+    return "; ".join(f"copied trial {copy.copied} at step {copy.step}" for copy in row.copies)
 
 
 def _csv(rows: list[TrialRow], metric: str) -> str:
     lines = [
         {"trial": row.number, "state": row.state, metric: row.value, "at_step": row.at_step, "steps": row.steps}
         | {"whole_steps": row.whole_steps, "seconds": row.seconds, **row.values, "reason": row.reason}
+        | ({"copies": _copies(row)} if any(each.copies for each in rows) else {})
         for row in rows
     ]
     writer = csv.DictWriter(text := io.StringIO(), list(lines[0]))
@@ -196,16 +219,16 @@ def _draw(study: SweepStudy, folder: StoragePath) -> dict[str, str]:
     from optuna.visualization import matplotlib as pictures
 
     metric, step = study.criterion.metric, study.common_step
-    best = {row.number: row.value for row in study.rows if row.value is not None}
+    count = sum(row.value is not None for row in study.rows)
     drawn: dict[str, Any] = {}
     paths = {}
     with warnings.catch_warnings(action="ignore"), matplotlib.rc_context({"backend": "agg", "figure.figsize": (9, 5)}):
-        drawn["coordinates"] = pictures.plot_parallel_coordinate(study.view(best), target_name=metric)
-        drawn["coordinates"].set_title(f"{len(best)} trials by best {metric}, including those stopped early")
-        drawn["curves"] = pictures.plot_intermediate_values(study.view(best))
+        drawn["coordinates"] = pictures.plot_parallel_coordinate(study.view(), target_name=metric)
+        drawn["coordinates"].set_title(f"{count} trials by best {metric}, including those stopped early")
+        drawn["curves"] = pictures.plot_intermediate_values(study.view())
         drawn["curves"].set(title=f"{metric} by step", ylabel=metric)
         if study.importance():
-            view = study.view(study.values_at(step))
+            view = study.view(step)
             drawn["importance"] = pictures.plot_param_importances(view, evaluator=fanova(), target_name=metric)
             drawn["importance"].set_title(f"Share of the variance of {metric} at step {step:,}, by fANOVA", loc="left")
         for name, axes in drawn.items():
@@ -228,7 +251,3 @@ def _track(config: Config, study: SweepStudy) -> None:
                 key = f"{VALIDATION}{study.criterion.metric}"
                 metrics = {key: row.value, f"{VALIDATION}best": best, "steps": row.steps}
                 trackers.log({"step": row.number + 1, **metrics, **numbers})
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -9,6 +9,9 @@ of several workers starts them with Ray Train, which takes half a minute.
 
 A trial that fails reports the reason and is not retried. If it loses its process or node, Tune restarts it, and it
 resumes from its newest checkpoint.
+
+With pbt, Tune pauses trials and lets some continue from another's checkpoint. So a trial then hands Tune a checkpoint
+with each validation, and starts from the one that Tune hands back.
 """
 
 from __future__ import annotations
@@ -16,25 +19,27 @@ from __future__ import annotations
 import gc
 import math
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, ConfigError
 from pipeline.config.training import Scaling
+from pipeline.core.arrow import arrow_location
 from pipeline.core.cluster import Capacity
 from pipeline.core.console import LogFile, log
 from pipeline.core.outcome import job_lock
 from pipeline.core.path import StoragePath
 from pipeline.data.manifest import Manifest
-from pipeline.training.checkpoints import TrainState
+from pipeline.training.checkpoints import TrainState, start_from
 from pipeline.training.history import VALIDATION, Metrics, read_rows
 from pipeline.training.stopping import lower_is_better
 
 VALUE = "value"
 STEP = "training_iteration"  # Tune's name for a trial's progress; we report optimizer steps
+SAVED_STEP = "saved_step"  # of the checkpoint that comes with a report
 LONGEST_REASON = 500
 
 
@@ -77,8 +82,9 @@ def _metric_of(config: Config) -> str:
 
 def trial_config(config: Config, criterion: Criterion, number: int, values: dict[str, Any]) -> Config:
     """The config of a trial, whose run folder is inside the sweep's. Raises ConfigError for incompatible values."""
-    every = config.training.validate_every_steps if config.tune.scheduler == "none" else criterion.grace_steps
-    workers, steps = config.scaling.num_workers, config.tune.max_steps
+    scheduler, workers, steps = config.tune.scheduler, config.scaling.num_workers, config.tune.max_steps
+    every = config.training.validate_every_steps if scheduler == "none" else criterion.grace_steps
+    save_every = every if scheduler == "pbt" else min(config.checkpointing.every_steps, every)
     overrides = {
         "storage.run": f"{config.storage.run}/tune/trials/{number:04d}",
         "logging.save_dir": None,
@@ -86,8 +92,9 @@ def trial_config(config: Config, criterion: Criterion, number: int, values: dict
         "training.max_epochs": None if steps else config.training.max_epochs,
         "training.best_metric": criterion.metric,
         "training.validate_every_steps": every,
-        "checkpointing.every_steps": min(config.checkpointing.every_steps, every),
+        "checkpointing.every_steps": save_every,
         "checkpointing.max_checkpoints": 1,
+        "checkpointing.accept_changes": [*config.checkpointing.accept_changes, *values],  # of a copied checkpoint
         "scaling.num_workers": 1 if workers == "auto" else workers,
     }
     return config.changed(values | overrides, f"trial {number}")
@@ -153,8 +160,8 @@ class Reporter:
     A resumed trial first reports its earlier validations from metrics.jsonl, because a new Tuner does not know them.
     """
 
-    def __init__(self, metric: str) -> None:
-        self.key, self.started = VALIDATION + metric, time.monotonic()
+    def __init__(self, criterion: Criterion) -> None:
+        self.key, self.every = VALIDATION + criterion.metric, criterion.grace_steps
         self.history: StoragePath | None = None
         self.whole_steps, self.step, self.validated, self.stopped = 0, 0, 0, False
 
@@ -168,19 +175,29 @@ class Reporter:
                 self.validated = self.step
                 self._report(row[self.key])
 
+    def on_saved(self, folder: StoragePath, state: TrainState) -> None:
+        """Report a validation with its checkpoint. Tune raises SystemExit to pause the trial."""
+        from ray import tune
+
+        if state.step % self.every == 0 and state.step < self.whole_steps:  # `end` reports the last validation
+            self.step = state.step
+            path, filesystem = arrow_location(folder)
+            self._report(state.metrics.get(self.key, math.nan), checkpoint=tune.Checkpoint(path, filesystem))
+
     def end(self, metrics: Metrics | None = None, failed: str = "") -> None:
         """Report the last validation, or why the trial failed."""
         if metrics:
             self.on_metrics(metrics)
         self._report((metrics or {}).get(self.key, math.nan), ended=True, failed=failed)
 
-    def _report(self, value: float, *, ended: bool = False, failed: str = "") -> None:
+    def _report(self, value: float, *, ended: bool = False, failed: str = "", checkpoint: Any = None) -> None:
         from ray import tune
 
         compared_at = self.step if math.isfinite(value) else 0  # schedulers ignore step 0
-        spent = {"steps": self.step, "whole_steps": self.whole_steps, "seconds": time.monotonic() - self.started}
+        spent = {"steps": self.step, "whole_steps": self.whole_steps, SAVED_STEP: self.step if checkpoint else 0}
+        metrics = {VALUE: float(value), STEP: compared_at, "ended": ended, "failed": failed, **spent}
         try:
-            tune.report({VALUE: float(value), STEP: compared_at, "ended": ended, "failed": failed, **spent})
+            tune.report(metrics, checkpoint=checkpoint)
         except SystemExit:
             self.stopped = True
             raise
@@ -188,7 +205,7 @@ class Reporter:
 
 def run_trial(suggested: dict[str, Any], context: TrialContext) -> None:
     """Run one trial; Ray Tune calls this in a thread. `suggested` has the trial's number and values."""
-    reporter = Reporter(context.criterion.metric)
+    reporter = Reporter(context.criterion)
     try:
         config = trial_config(context.config, context.criterion, suggested["number"], suggested["values"])
         with _logged(config), job_lock(config.run_dir, wait=True):  # a killed driver's trial may run on for a minute
@@ -205,18 +222,21 @@ def _train(config: Config, context: TrialContext, reporter: Reporter) -> TrainSt
     from pipeline.training.assembly import RunSpec, train_locally
 
     reporter.whole_steps = RunSpec.of(config, context.folder, context.manifest).total_steps
-    reporter.history = config.run_dir / "metrics.jsonl"
     if context.slots.in_process:
         import torch
 
         gc.collect()
         torch.cuda.empty_cache()  # of this process's previous trial; others may share the GPU
         torch.set_num_threads(context.slots.threads)
+        if config.tune.scheduler == "pbt":
+            _start_from_tune(config.run_dir)
+            return train_locally(config, context.folder, context.manifest, on_saved=reporter.on_saved)
+        reporter.history = config.run_dir / "metrics.jsonl"
         return train_locally(config, context.folder, context.manifest, reporter.on_metrics)
     from pipeline.core.session import Progress
     from pipeline.training.fit import fit
 
-    progress = Progress()
+    progress, reporter.history = Progress(), config.run_dir / "metrics.jsonl"
 
     def on_metrics(metrics: Metrics) -> None:
         """Called in the progress thread, so it cannot raise; it asks the workers to checkpoint and stop."""
@@ -227,6 +247,15 @@ def _train(config: Config, context: TrialContext, reporter: Reporter) -> TrainSt
             progress.ask_to_stop()
 
     return fit(config, context.folder, context.manifest, progress, on_metrics, context.slots.trials)
+
+
+def _start_from_tune(run_dir: StoragePath) -> None:
+    """Replace a trial's checkpoints by the one that Tune hands it: its own, or that of the trial that it copies."""
+    from ray import tune
+
+    checkpoint = tune.get_checkpoint()
+    with checkpoint.as_directory() if checkpoint else nullcontext() as source:
+        start_from(run_dir, Path(source) if source else None)
 
 
 @contextmanager

@@ -5,14 +5,16 @@
 A sweep that was killed continues with a new Tuner. It never restores the old one, whose stored state is a pickle;
 `<run>/tune/ray` is deleted. The validations of ended trials, from the journal, are passed to the new scheduler, so that
 its rungs and medians include them. A trial that was running reports its earlier validations again, so the scheduler
-may stop it at a rung that it had passed.
+may stop it at a rung that it had passed. With pbt, the trials that were running start again from step 0.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,24 @@ import numpy as np
 from optuna.samplers import TPESampler
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
 from ray.tune.search.optuna import OptunaSearch
 
+from pipeline.config import Dimension
 from pipeline.core.arrow import arrow_location
+from pipeline.core.console import log
 from pipeline.core.files import remove_folder
-from pipeline.training.study import NAME, SweepStudy, TrialRow
-from pipeline.training.trial import STEP, VALUE, TrialContext, run_trial
+from pipeline.training.study import NAME, Segment, SweepStudy, TrialRow, shown
+from pipeline.training.trial import SAVED_STEP, STEP, VALUE, TrialContext, run_trial
 
+KEPT_CHECKPOINTS = 4
+"""Of a trial of pbt, in Tune's folder: of two rounds, as Tune lists a checkpoint twice when it pauses the trial."""
 OnEnd = Callable[[TrialRow], None]
 
 
@@ -65,7 +77,7 @@ class Search(OptunaSearch):
         return suggested
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if not result["ended"]:
+        if not result["ended"] and math.isfinite(result[VALUE]):
             super().on_trial_result(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -83,12 +95,20 @@ class Search(OptunaSearch):
             failed = f"it reported no {self.sweep.criterion.metric}"
         steps = max(result.get("steps", 0), *row.curve, 0)
         whole_steps = steps if failed else max(result.get("whole_steps", 0), steps)
-        seconds = round(result.get("seconds", 0.0), 1)
+        seconds = round(result.get("time_total_s", 0.0), 1)  # Tune's own, over all pauses
         ended = {"steps": steps, "whole_steps": whole_steps, "seconds": seconds, "reason": failed}
         trial.set_user_attr("ended", ended)
         done = not failed and result.get("ended", False)
         super().on_trial_complete(trial_id, {VALUE: row.value} if done else None, error=bool(failed))
         self.on_end(self.sweep.row(number))
+
+    def number(self, trial_id: str) -> int:
+        return int(self.running[trial_id].user_attrs["number"])
+
+    def copy(self, trial_id: str, copy: Segment) -> None:
+        """Record in the study that a trial goes on from another's checkpoint, with other values."""
+        trial = self.running[trial_id]
+        trial.set_user_attr("copies", [*trial.user_attrs.get("copies", []), asdict(copy)])
 
     def save(self, checkpoint_path: str) -> None:
         """Does nothing: the journal has everything."""
@@ -109,12 +129,82 @@ class CrashRecorder(tune.Callback):
         self.search.end(trial.trial_id, trial.last_result, f"its process died: {reason}")
 
 
-def build_scheduler(study: SweepStudy) -> TrialScheduler:
+class Population(PopulationBasedTraining):
+    """Tune's Population Based Training in rounds of `grace_steps`, with the study in place of a searcher.
+
+    Tune allows no searcher beside it. So it takes the values of new trials from the study and records their results. In
+    each round, all trials wait for the slowest, so what is copied does not depend on their order.
+    """
+
+    def __init__(self, search: Search) -> None:
+        study = search.sweep
+        super().__init__(
+            time_attr=SAVED_STEP,
+            metric=VALUE,
+            mode=study.criterion.mode,
+            perturbation_interval=study.criterion.grace_steps,
+            hyperparam_mutations={"values": {k: _mutations(each) for k, each in study.space.dimensions.items()}},
+            custom_explore_fn=self._clamp,
+            log_config=False,
+            synch=True,
+        )
+        self.search = search
+
+    def _clamp(self, suggested: dict[str, Any]) -> dict[str, Any]:
+        return suggested | {"values": self.search.sweep.space.clamp(suggested["values"])}
+
+    def on_trial_add(self, controller: Any, trial: Trial) -> None:
+        trial.set_config(self.search.suggest(trial.trial_id))
+        super().on_trial_add(controller, trial)
+
+    def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        self.search.on_trial_result(trial.trial_id, result)
+        if not math.isfinite(result[VALUE]):
+            result = result | {VALUE: -self.search.sweep.criterion.sign * math.inf}  # the worst: Tune skips NaN
+        return self._compare(controller, trial, result)
+
+    def _compare(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Record the copies of a round, if this result ends one. Tune gives a copy its source's config and number."""
+        seed = np.random.SeedSequence([self.search.sweep.settings.seed, result[SAVED_STEP]]).generate_state(1)[0]
+        random.seed(int(seed))  # Tune draws from the global generators
+        np.random.seed(seed)
+        decision: str = super().on_trial_result(controller, trial, result)
+        for each in controller.get_live_trials():
+            number, source = self.search.number(each.trial_id), each.config["number"]
+            if number != source:
+                copy = Segment(result[SAVED_STEP], number, each.config["values"], source)
+                self.search.copy(each.trial_id, copy)
+                each.set_config(each.config | {"number": number})
+                log.info("tune: trial %d copies trial %d at step %d; %s", number, source, copy.step, shown(copy.values))
+        return decision
+
+    def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        super().on_trial_complete(controller, trial, result)
+        self.search.on_trial_complete(trial.trial_id, result)
+
+    def choose_trial_to_run(self, controller: Any) -> Trial | None:
+        """Also ends a round whose last trial failed: Tune compares trials only when one reports."""
+        chosen: Trial | None = super().choose_trial_to_run(controller)
+        waiting = [*controller.get_live_trials()]
+        if chosen or not waiting or any(trial.status != Trial.PAUSED for trial in waiting):
+            return chosen
+        self._compare(controller, waiting[0], waiting[0].last_result)
+        return super().choose_trial_to_run(controller)
+
+
+def _mutations(dimension: Dimension) -> Any:
+    """What Tune draws a value from: a list, of which it may also take the next, or a distribution."""
+    return dimension.values or (tune.loguniform if dimension.loguniform else tune.uniform)(*dimension.ends)
+
+
+def build_scheduler(search: Search) -> TrialScheduler:
     """Tune's scheduler, which has already received the validations of the ended trials."""
-    settings, criterion = study.settings, study.criterion
+    study, settings, criterion = search.sweep, search.sweep.settings, search.sweep.criterion
     shared = {"time_attr": STEP, "metric": VALUE, "mode": criterion.mode, "grace_period": criterion.grace_steps}
     if settings.scheduler == "none":
         return FIFOScheduler()
+    if settings.scheduler == "pbt":
+        return Population(search)
     if settings.scheduler == "median":
         scheduler = MedianStoppingRule(min_time_slice=math.inf, **shared)  # never pauses one for another
     else:
@@ -141,16 +231,18 @@ def run_trials(study: SweepStudy, context: TrialContext, on_end: OnEnd) -> None:
     folder = config.run_dir / "tune" / "ray"
     remove_folder(folder)
     search = Search(study, on_end)
+    takes_turns = config.tune.scheduler == "pbt"
     reserved = {"CPU": slots.cpus, "GPU": slots.gpus} if slots.in_process else {"memory": 1}  # Tune rejects empty ones
     resources = tune.PlacementGroupFactory([reserved], bundle_label_selector=[config.scaling.labels.train])
     storage_path, filesystem = arrow_location(folder)
     tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, context=context), resources),
         tune_config=tune.TuneConfig(
-            search_alg=search,
-            scheduler=build_scheduler(study),
+            search_alg=None if takes_turns else search,
+            scheduler=build_scheduler(search),
             num_samples=study.remaining,
-            max_concurrent_trials=slots.trials,
+            # Tune counts paused trials too, so with pbt the trials' resources alone limit how many run at a time
+            max_concurrent_trials=None if takes_turns else slots.trials,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
@@ -158,6 +250,7 @@ def run_trials(study: SweepStudy, context: TrialContext, on_end: OnEnd) -> None:
             name="trials",
             storage_path=storage_path,
             storage_filesystem=filesystem,
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS if takes_turns else None),
             failure_config=tune.FailureConfig(max_failures=config.scaling.max_failures),
             callbacks=[CrashRecorder(search)],
             verbose=0,
