@@ -14,12 +14,12 @@ import math
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import xxhash
@@ -28,8 +28,8 @@ from pipeline.config import ConfigError, Source
 from pipeline.core.object_store import BucketError, cause
 from pipeline.core.outcome import JobError
 from pipeline.data import hub, read_json, read_tables, read_text
-from pipeline.data.fields import FieldMap, RawRecord, Row, broken, has, own_fields, required_fields
-from pipeline.data.input_files import File, is_compressed, list_files, may_pass, open_random, open_stream, refusal
+from pipeline.data.fields import UNREADABLE_FILE, FieldMap, RawRecord, Row, broken, has, own_fields, required_fields
+from pipeline.data.input_files import File, is_compressed, list_files, may_pass, open_random, open_stream, open_text, refusal, wide_encoding
 
 TASK_BYTES = 4 << 20  # input per task: about a second of work, so a lost task is cheap to repeat
 MAX_TASKS = 2_000  # per source: keeps Ray's scheduler and the driver's task list small at 10 TB
@@ -44,6 +44,7 @@ SUFFIXES = {
     "text": read_text.TEXT_SUFFIXES,
     "python_packages": read_text.PYTHON_SUFFIXES,
 }
+_OPEN: dict[str, Callable[[str, str], IO[bytes]]] = {"parquet": open_random, "arrow": open_stream}
 _WITH_COLUMNS = ("csv", "parquet", "arrow", "huggingface")
 _DAMAGED = (pa.ArrowException, MemoryError, UnicodeDecodeError)  # damaged lengths and column names raise the last two
 _UNREADABLE = (OSError, EOFError, zlib.error, BucketError, *_DAMAGED)
@@ -200,10 +201,13 @@ def _pieces(source: Source, base: str, file: File, task_bytes: int) -> list[Read
 
 
 def _is_lines(source: Source, base: str, name: str) -> bool:
-    if source.type == "json" and not name.lower().endswith(read_json.LINE_SUFFIXES):
-        with open_stream(base, name) as opened:
-            return read_json.json_shape(opened, name) == "lines"
-    return source.type == "json" or (source.type == "text" and source.record == "line")
+    """Whether a file is read line by line, and its offsets are those of the lines that a reader sees."""
+    if source.type != "json" and (source.type, source.record) != ("text", "line"):
+        return False
+    with open_stream(base, name) as opened:
+        if wide_encoding(opened):
+            return False
+        return source.type == "text" or read_json.json_shape(opened, name) == "lines"
 
 
 def _runs(base: str, name: str, group_bytes: list[int], task_bytes: int) -> Iterator[ReadTask]:
@@ -225,12 +229,12 @@ def _rows(task: ReadTask, source: Source) -> Iterator[Row]:
         return
     for name in task.paths:
         try:
-            with (open_random if source.type == "parquet" else open_stream)(task.base, name) as file:
+            with _OPEN.get(source.type, open_text)(task.base, name) as file:
                 yield from _rows_of(file, name, task, source, columns)
         except _UNREADABLE as error:
             if may_pass(error):
                 raise JobError(f"source {source.name}: cannot read {name}: {cause(error)}; run the job again") from None
-            yield broken(f"{name}:{task.start}" if task.start else name, "unreadable_file", cause(error))
+            yield broken(name, UNREADABLE_FILE, cause(error))
 
 
 def _rows_of(file: Any, name: str, task: ReadTask, source: Source, columns: list[str]) -> Iterator[Row]:
