@@ -49,7 +49,7 @@ from pipeline.data.sources import SourcePlan, check_fields, inputs_by_content, p
 from pipeline.data.tokenizer import load_tokenizer, tokenizer_file, train_tokenizer
 from pipeline.data.tokenizing import ROW_GROUP_ROWS, Cutter
 
-FORMAT = 3  # raise it when the stages' output changes: all earlier folders become stale
+FORMAT = 4  # raise it when the stages' output changes: all earlier folders become stale
 SHARD_BYTES = 8 << 20  # text per shard: a core tokenizes it in seconds
 MAX_SHARDS = 4_096  # above 32 GB of text, shards grow instead, because each reads every part of the shuffle
 DISK_A_TEXT_BYTE = 1.7  # peak of all stages. Ours, measured: 40.0 MB for 23.5 MB of Debian's descriptions
@@ -70,10 +70,7 @@ class Inputs:
         self.recipe = token_recipe(config, self.fields)
         if config.tokenizer.load_path is not None:
             Cutter(load_tokenizer(as_path(config.tokenizer.load_path)), self.recipe)
-        self.plans: list[tuple[Source, SourcePlan]] = [(source, plan_source(source)) for source in config.data.sources]
-        for source in config.data.sources:
-            check_fields(source)
-            Filter(source, config.data)
+        self.plans: list[tuple[Source, SourcePlan]] = _plans(config)
         self.work = [(source, task) for source, plan in self.plans for task in plan.tasks]
         self.shards = max(1, min(MAX_SHARDS, sum(_shards(source, plan) for source, plan in self.plans)))
         self._name_stages(rehash)
@@ -228,7 +225,7 @@ class _StageRunner:
         stage, data = self.inputs.records, self.inputs.config.data
 
         def fill() -> dict[str, Any]:
-            found = make_records(stage, self.progress(), self.inputs.work, data, self.inputs.shards)
+            found = make_records(stage, self.progress(), self.inputs.plans, data, self.inputs.shards)
             check_sources(found, data, stage.folder)
             return {"sources": [vars(source) for source in found]}
 
@@ -288,6 +285,21 @@ def _make(stage: Artifact, fill: Callable[[], dict[str, Any]]) -> dict[str, Any]
     if stage.read():
         log.info("prepare: %s is up to date, from an earlier job", stage.name)
     return stage.make(timed)
+
+
+def _plans(config: Config) -> list[tuple[Source, SourcePlan]]:
+    """Each source with its plan. Raises one ConfigError for all sources that cannot be read as the config says."""
+    plans, errors = [], dict[str, None]()  # what is wrong with the rules is the same for all sources
+    for source in config.data.sources:
+        try:
+            plans.append((source, plan_source(source)))
+            check_fields(source)
+            Filter(source, config.data)
+        except ConfigError as error:
+            errors[str(error)] = None
+    if errors:
+        raise ConfigError("; ".join(errors))
+    return plans
 
 
 def _common_fields(config: Config) -> list[str]:
