@@ -134,7 +134,7 @@ def _skipped(lines: list[str], i: int, line: str, suffix: str) -> int:
         suffix,
         line.startswith(("![", "[![")),  # images, such as badges
     )
-    is_date = len(line) <= MAX_DATE_CHARS and _DATE.fullmatch(line)
+    is_date = len(line) <= MAX_DATE_CHARS and _DATE.fullmatch(line) and not _HEADING.match(line)
     return i + 1 if is_markup or is_date or _PROPERTY.match(line) else i
 
 
