@@ -27,8 +27,8 @@ class Source(Section):
     `?anonymous=true`). huggingface: the data set's name. python_packages: a folder of packages, by default this
     Python's site-packages."""
     record: Literal["file", "paragraph", "line"] = "file"
-    """Text sources: the unit that becomes a record. A file has the fields `title` (from its front matter, a title keyword
-    or its first line), `body` (the rest) and `text` (all but front matter); a paragraph or a line has `text`."""
+    """Text sources: the unit that becomes a record. A file has the fields `title` (from its front matter, a title
+    keyword or its first line), `body` (the rest) and `text` (all but front matter); a paragraph or a line has `text`."""
     delimiter: str | None = Field(None, min_length=1, max_length=1)
     """Character between the cells of a csv source; by default a tab in .tsv files, else a comma."""
     config: str | None = None
@@ -143,8 +143,8 @@ class Data(Section):
     """Use this prepared data set instead of preparing one, for example the output of jobs/mine.py. It must come from
     the same sources. Relative to storage.root."""
     max_bad_fraction: Share = 0.05
-    """Stop if a larger share of a source's records cannot be read (broken lines, missing fields, bad bytes). A file that
-    cannot be read to its end counts by its share of the source's files or bytes. 1 accepts every loss."""
+    """Stop if a larger share of a source's records cannot be read (broken lines, missing fields, bad bytes). A file
+    that cannot be read to its end counts by its share of the source's files or bytes. 1 accepts every loss."""
     min_chars: int = Field(10, ge=1)
     """Records with a shorter field, in characters, are rejected: 10 drops docstrings such as "See base." (ours)."""
     max_chars: int = Field(1_000_000, ge=1)
