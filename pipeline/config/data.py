@@ -28,7 +28,8 @@ class Source(Section):
     Python's site-packages."""
     record: Literal["file", "paragraph", "line"] = "file"
     """Text sources: the unit that becomes a record. A file has the fields `title` (from its front matter, a title
-    keyword or its first line), `body` (the rest) and `text` (all but front matter); a paragraph or a line has `text`."""
+    keyword or its first line), `body` (the rest) and `text` (without front matter); a paragraph or a line has
+    `text`."""
     delimiter: str | None = Field(None, min_length=1, max_length=1)
     """Character between the cells of a csv source; by default a tab in .tsv files, else a comma."""
     config: str | None = None
