@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import io
@@ -20,7 +21,8 @@ import pytest
 
 from pipeline.config import Source
 from pipeline.data import input_files, read_json, read_tables, read_text, sources
-from tests.test_sources import ROWS, all_records, as_arrow, as_csv, as_lines, as_parquet, compressed
+from pipeline.data.sources import plan_source
+from tests.test_sources import FORMATS, ROWS, all_records, as_arrow, as_csv, as_lines, as_parquet, compressed
 
 OUTCOMES = dict[str | None, int]
 
@@ -79,7 +81,7 @@ ZEROS: list[tuple[str, str, dict[str, str], str | None, str | None]] = [
     # file, type and settings; the reason of 100,000 zeros, and the one where a line of so many is too long
     ("a.jsonl", "json", {}, "broken_json", "line_too_long"),
     ("a.json", "json", {}, "broken_json", None),
-    ("a.csv", "csv", {}, "broken_csv", "line_too_long"),
+    ("a.csv", "csv", {}, "unreadable_file", "line_too_long"),
     ("a.parquet", "parquet", {}, "unreadable_file", None),
     ("a.arrow", "arrow", {}, "unreadable_file", None),
     ("a.jsonl.gz", "json", {}, "unreadable_file", None),
@@ -136,7 +138,9 @@ def test_a_long_row_of_csv_and_a_long_value_of_an_array(
     (tmp_path / "a.csv").write_bytes(as_csv([*ROWS[:3], long, *ROWS[:3]]))
     assert outcomes("csv", tmp_path)["line_too_long"] == 1
     (tmp_path / "a.json").write_text(json.dumps([*ROWS[:3], long, *ROWS[:3]]))
-    assert outcomes("json", tmp_path) == {None: 3, "line_too_long": 1}
+    assert outcomes("json", tmp_path) == {None: 3, "line_too_long": 1, "unreadable_file": 1}
+    (tmp_path / "a.json").write_text(json.dumps([*ROWS[:3], long, *ROWS[:3]], indent=1))
+    assert outcomes("json", tmp_path) == {None: 6, "line_too_long": 1}
 
 
 def read_apart(kind: str, path: Path) -> tuple[OUTCOMES, int]:
@@ -196,12 +200,12 @@ def test_wrong_encodings(tmp_path: Path) -> None:
     (latin / "c.txt").write_bytes("caf\xe9\n\nall right".encode("latin-1"))
     assert outcomes("text", latin, record="paragraph") == {None: 1, "invalid_utf8": 1}
     assert outcomes("text", latin) == {"invalid_utf8": 1}
-    utf16.mkdir()
+    utf16.mkdir()  # without a mark
     for kind, name, data in (("json", "a.jsonl", as_lines(ROWS)), ("csv", "b.csv", as_csv(ROWS))):
-        (utf16 / name).write_bytes(data.decode().encode("utf-16"))
+        (utf16 / name).write_bytes(data.decode().encode("utf-16-le"))
         found = outcomes(kind, utf16)
         assert found
-        assert set(found) <= {"invalid_utf8", f"broken_{kind}"}
+        assert set(found) <= {"invalid_utf8", f"broken_{kind}", "unreadable_file"}
 
 
 def test_csv_rows_with_too_many_or_too_few_cells_and_a_delimiter(tmp_path: Path) -> None:
@@ -216,17 +220,104 @@ def test_csv_rows_with_too_many_or_too_few_cells_and_a_delimiter(tmp_path: Path)
     assert outcomes("csv", tmp_path, delimiter=";") == {None: 1}
 
 
-def test_a_quote_that_is_never_closed_takes_a_bounded_part_with_it(
+WORDS = ["amber", "basil", "cedar", "dune", "ember", "fjord"]
+
+
+def table_of(separator: str, quoted: dict[int, str], rows: int = 200) -> str:
+    """A table of three columns; `quoted` replaces the last cell of some rows."""
+    cells = [["key", "anchor", "positive"]]
+    cells += [[f"k{i}", WORDS[i % 6], quoted.get(i, f"{WORDS[i % 5]} {i}")] for i in range(rows)]
+    return "".join(separator.join(row) + "\n" for row in cells)
+
+
+OPEN_QUOTES: list[dict[int, str]] = [
+    {30: '"never closed'},
+    {30: '"opened', 170: '"and again'},
+    {30: '"opened', 170: 'closed"'},
+    {30: '"opened', 31: 'closed"'},
+    {199: '"on the last row'},
+    dict.fromkeys(range(200), '"on every row'),
+]
+
+
+@pytest.mark.parametrize("quoted", OPEN_QUOTES)
+def test_between_tabs_an_open_quote_is_a_character(quoted: dict[int, str], tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text(table_of("\t", quoted))
+    found = all_records(Source(name="s", type="csv", path=str(tmp_path)))
+    expected = [line.split("\t")[1:] for line in table_of("\t", quoted).splitlines()[1:]]
+    assert [[*record.fields.values()] for record in found] == expected
+
+
+@pytest.mark.parametrize("quoted", [*OPEN_QUOTES[:3], *OPEN_QUOTES[4:]])
+def test_between_commas_an_open_quote_costs_its_own_row(quoted: dict[int, str], tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(table_of(",", quoted))
+    found = all_records(Source(name="s", type="csv", path=str(tmp_path)))
+    assert len(found) == 200
+    damaged = {f"a.csv:{i + 2}" for i, cell in quoted.items() if cell.startswith('"')}
+    assert {record.native_id for record in found if record.reason == "broken_csv"} == damaged
+    assert {record.reason for record in found} <= {None, "broken_csv"}
+
+
+def test_quoted_cells_with_lines_and_delimiters_are_whole(tmp_path: Path) -> None:
+    """As RFC 4180 says, also for a cell that holds a table of other width, and a quote that takes cells along."""
+    inner = "".join(f"{word},{i}\n" for i, word in enumerate(WORDS * 5))
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["key", "anchor", "positive"], *([i, 'say ""hi""', inner] for i in range(5))])
+    found = all_records(Source(name="s", type="csv", path=str(tmp_path)))
+    assert [record.fields["positive"] for record in found] == [inner] * 5
+    (tmp_path / "a.csv").write_text('key,anchor,positive\n1,"open,x\n2,a,b\n3,"c",d\n4,e,f\n')
+    assert outcomes("csv", tmp_path) == {None: 3, "broken_csv": 1}
+
+
+def test_a_header_with_an_open_quote_and_quotes_that_match_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read_tables, "MAX_CELL_CHARS", 500)
+    (tmp_path / "a.csv").write_text('key,"anchor,positive\n' + "a,b,c\n" * 50)
+    (found,) = all_records(Source(name="s", type="csv", path=str(tmp_path)))
+    assert (found.native_id, found.reason) == ("a.csv", "unreadable_file")
+    assert found.excerpt.startswith("line 1: ")
+    monkeypatch.setattr(read_tables, "MAX_LINES_AGAIN", 100)
+    (tmp_path / "a.csv").write_text("anchor,positive\n" + 'a","b\n' * 2_000)  # each line closes a quote and opens one
+    found = outcomes("csv", tmp_path)
+    assert found["unreadable_file"] == 1
+    assert found["broken_csv"] < 10
+
+
+def test_a_row_of_many_cells_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_tables, "MAX_LINE_BYTES", 500)
     row = "some words,some more words\n"
     (tmp_path / "a.csv").write_text(f'anchor,positive\n{row}"never closed,x\n{row * 1000}')
-    found = outcomes("csv", tmp_path)
-    assert found["broken_csv"] == 1
-    assert found[None] >= 980
-    (tmp_path / "a.csv").write_text(f'anchor,positive\n{row}a,"never closed\n')
-    assert outcomes("csv", tmp_path) == {None: 1, "broken_csv": 1}
+    assert outcomes("csv", tmp_path) == {None: 1001, "broken_csv": 1}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_tells_the_encoding(encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = {name: FORMATS[name] for name in ("a.jsonl", "array.json", "pretty_objects.json", "a.csv", "a.tsv")}
+    for name, (kind, data) in text.items():
+        for suffix, task_bytes in (("", 4 << 20), ("", 100), (".gz", 4 << 20), (".zst", 4 << 20)):
+            monkeypatch.setattr(sources, "TASK_BYTES", task_bytes)
+            (tmp_path / f"{name}{suffix}").write_bytes(compressed(data.decode().encode(encoding), suffix))
+            found = all_records(Source(name="s", type=kind, path=str(tmp_path / f"{name}{suffix}")))
+            assert [{"id": record.native_id, **record.fields} for record in found] == ROWS, (name, suffix)
+    lines = "Erste Zeile\nzweite Zeile 🦊\n" * 100
+    (tmp_path / "a.txt").write_bytes(lines.encode(encoding))
+    for record, expected in (("line", lines.splitlines()), ("paragraph", [lines.rstrip("\n")])):
+        found = all_records(Source(name="s", type="text", path=str(tmp_path / "a.txt"), record=record))
+        assert [each.fields["text"] for each in found] == expected
+    wide = '{"anchor": "x", "positive": "y"}\n'.encode("utf-16-le")
+    (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe" + wide + b"\x00\xd8" + wide + wide[:-1])  # an unpaired surrogate
+    assert outcomes("json", tmp_path / "a.jsonl") == {None: 1, "invalid_utf8": 1, "unreadable_file": 1}
+
+
+def test_the_loss_behind_a_cut_is_estimated(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(as_lines(ROWS)))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(as_lines(ROWS))[:50])
+    (tmp_path / "c.jsonl").write_bytes(as_lines(ROWS * 100))
+    plan = plan_source(Source(name="s", type="json", path=str(tmp_path)))
+    assert plan.lost_fraction([]) == 0
+    assert plan.lost_fraction({"b.jsonl.gz"}) == 1 / 3  # a file like the others
+    assert 0.9 < plan.lost_fraction({"c.jsonl"}) < 1  # nearly all bytes
+    assert plan.lost_fraction(plan.sizes) == 1
 
 
 def test_a_parquet_file_that_cannot_be_opened_is_one_record(tmp_path: Path) -> None:
@@ -288,16 +379,27 @@ def test_lone_surrogates_are_json_and_are_kept(tmp_path: Path) -> None:
     assert found.fields == {"anchor": "\ud800 x", "positive": "\U0001f600"}
 
 
+BROKEN = '{"anchor": "a "quoted" word", "positive": "b"}'
 ONE, PRETTY = '{"anchor": "a", "positive": "b"}', '{\n  "anchor": "a",\n  "positive": "b"\n'
 ONE_VALUE: dict[str, OUTCOMES] = {
-    f'[{ONE}, {{"anchor": "a"': {None: 1, "broken_json": 1},
+    f'[{ONE}, {{"anchor": "a"': {None: 1, "broken_json": 1, "unreadable_file": 1},
+    f'[\n{ONE},\n{{"anchor": "a"': {None: 1, "broken_json": 1, "unreadable_file": 1},
+    f"[{ONE}, {ONE}": {None: 2, "unreadable_file": 1},
     f"[{ONE}, 7, [], {ONE}]": {None: 2, "broken_json": 2},
-    f"[{ONE}] trailing": {None: 1, "broken_json": 1},
+    f"[{ONE}] trailing": {None: 1, "unreadable_file": 1},
+    f"[{ONE}]\n[{ONE}, {ONE}]\n": {None: 3},
+    f"{ONE}{ONE} {ONE}\n{ONE}": {None: 4},
+    f"[{ONE}, {BROKEN}, {ONE}]": {None: 1, "broken_json": 1, "unreadable_file": 1},
+    f"[\n{ONE},\n{BROKEN},\n{ONE}\n]": {None: 2, "broken_json": 1},
+    f"[\r\n  {ONE},\r\n  {BROKEN}\r\n]": {None: 1, "broken_json": 1},
+    f"[\n{BROKEN},\n{ONE}\n, {ONE}]": {None: 2, "broken_json": 1},
+    f'[\n  {{\n    "anchor": [\n      {ONE},\n      x\n    ]\n  }},\n  {ONE}\n]': {None: 1, "broken_json": 1},
+    f"{PRETTY}}}\n{BROKEN}\n{PRETTY}}}": {None: 2, "broken_json": 1},
     "[]": {},
     PRETTY: {"broken_json": 1},
     PRETTY + "}": {None: 1},
     ONE: {None: 1},
-    "[" * 100_000: {"broken_json": 1},
+    "[" * 100_000: {"broken_json": 1, "unreadable_file": 1},
     "   \n": {},
 }
 
@@ -307,5 +409,5 @@ def test_json_files_that_hold_one_value_and_lines_too_deep_to_parse(tmp_path: Pa
         for mark in ("", "\ufeff"):
             (tmp_path / "a.json").write_text(mark + data)
             assert outcomes("json", tmp_path) == expected, data[:100]
-    (tmp_path / "a.jsonl").write_text("[" * 100_000 + "\n" + '{"anchor": ' + "1" * 10_000 + "}\n")
+    (tmp_path / "a.jsonl").write_text('{"a":' * 100_000 + "\n" + '{"anchor": ' + "1" * 10_000 + "}\n")
     assert outcomes("json", tmp_path / "a.jsonl") == {"broken_json": 2}

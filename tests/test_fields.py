@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import json
+import uuid
+from decimal import Decimal
 from typing import Any
 
 from pipeline.config import Source
@@ -73,9 +77,38 @@ def test_nested_fields() -> None:
         assert bool(found.excerpt) == bool(reason)
 
 
+UTC, DAY = datetime.UTC, datetime.datetime(2024, 3, 5, 12, 30)
+IDS: list[tuple[Any, str]] = [
+    (Decimal("5001"), "5001"), (Decimal("5001.00"), "5001"), (Decimal("12.50"), "12.5"), (70.0, "70"), (-0.0, "0"),
+    (b"caf\xc3\xa9", "café"), (b"\xff\x00", "ff00"), (DAY.date(), "2024-03-05"),
+    (uuid.UUID(int=5), "00000000-0000-0000-0000-000000000005"),
+    (float("nan"), "a.jsonl:7"), (float("inf"), "a.jsonl:7"), (None, "a.jsonl:7"), (["x"], "a.jsonl:7"),
+    ({"x": 1}, "a.jsonl:7"),
+]  # fmt: skip
+NAN, INFINITY = float("nan"), float("inf")
+VALUES: list[tuple[Any, str]] = [  # value and its JSON
+    ("NaN", '"NaN"'), (True, "true"), (NAN, "null"), (-INFINITY, "null"), (2.0, "2.0"), (0.5, "0.5"),
+    (Decimal(7), "7"), (Decimal("12.50"), "12.5"), (Decimal("NaN"), "null"), (b"fi", '"fi"'), (b"\xff", '"ff"'),
+    (DAY.date(), '"2024-03-05"'), (DAY.time(), '"12:30:00"'), (DAY, '"2024-03-05T12:30:00"'),
+    (DAY.replace(tzinfo=UTC), '"2024-03-05T12:30:00+00:00"'), (datetime.timedelta(minutes=1.5), "90.0"),
+    ({"deep": [1.5, -INFINITY, {"x": NAN, 7: b"y"}]}, '{"deep": [1.5, null, {"x": null, "7": "y"}]}'),
+    ([("key", NAN)], '[["key", null]]'),
+]  # fmt: skip
+
+
+def test_values_of_all_types_have_one_form_in_metadata() -> None:
+    for value, expected in VALUES:
+        found = record({"text": "x", "a": value}, fields={"text": "text"}, metadata=["a"])
+        assert json.dumps(found.metadata["a"], allow_nan=False) == expected, value
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert record({"text": "x", "a": deep}, fields={"text": "text"}, metadata=["a"]).reason == "unreadable_value"
+
+
 def test_ids_are_the_rows_own_else_its_position() -> None:
     assert record({"text": "x"}, fields={"text": "text"}).native_id == "a.jsonl:7"
-    for value, expected in (("k", "k"), (12, "12"), (True, "a.jsonl:7"), (1.5, "a.jsonl:7")):
+    for value, expected in (("k", "k"), (12, "12"), (True, "a.jsonl:7"), (1.5, "1.5"), *IDS):
         assert record({"text": "x", "id": value}, fields={"text": "text"}).native_id == expected
         assert record({"text": "x", "n": {"k": value}}, fields={"text": "text", "id": "n.k"}).native_id == expected
 

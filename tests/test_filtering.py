@@ -161,17 +161,6 @@ def test_a_hidden_character_hides_nothing_from_a_redaction() -> None:
 def test_ids_and_metadata_are_valid_utf8_and_json() -> None:
     found = filtered("Here, of course.", {"line": "\udfff"}, "\ud800")
     assert (found["source_id"], found["metadata"]) == ("s:?", '{"line": "?"}')
-    nan, infinity = float("nan"), float("inf")
-    for value, expected in (
-        (nan, "null"),
-        ({"deep": [1.5, -infinity, {"x": nan}], "y": "NaN"}, '{"deep": [1.5, null, {"x": null}], "y": "NaN"}'),
-        (0.5, "0.5"),
-    ):
-        assert filtered("Here, of course.", {"line": value})["metadata"] == f'{{"line": {expected}}}'
-    deep: list[object] = []
-    for _ in range(100_000):
-        deep = [deep]
-    assert filtered("Here, of course.", {"deep": deep})["reason"] == "unreadable_value"
 
 
 def test_content_id_tells_fields_apart() -> None:

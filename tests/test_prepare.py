@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from pipeline.data import prepare as prepare_module
 from pipeline.data import sources
 from pipeline.data.manifest import Manifest
 from pipeline.data.partitions import content_id, is_validation
-from pipeline.data.prepare import prepare
+from pipeline.data.prepare import Inputs, prepare
 from tests.conftest import make_pairs, no_progress, progress, write_jsonl
 from tests.test_similarity import likeness, variants, word_tuples
 
@@ -347,3 +348,28 @@ def test_everything_rejected_is_an_error(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"anchor": "a", "positive": "b"}])
     with pytest.raises(JobError, match=r"all 1 records were rejected \(1 too_short\)"):
         prepare(config_of(tmp_path, path), progress)
+
+
+def test_what_a_cut_file_may_have_cost_is_compared_with_the_limit(tmp_path: Path) -> None:
+    """And one message names all sources that fail."""
+    cut = tmp_path / "cut"
+    write_jsonl(cut / "a.jsonl", make_pairs(30))
+    data = gzip.compress(write_jsonl(tmp_path / "b.jsonl", make_pairs(30, seed=1)).read_bytes())
+    (cut / "b.jsonl.gz").write_bytes(data[:20])
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{broken\n" * 5)
+    sources = [{"name": "c", "type": "json", "path": str(cut)}, {"name": "d", "type": "json", "path": str(broken)}]
+    named = r"^source c: cannot read 1 file to the end \(b\.jsonl\.gz: .* 50% of the records.*; source d: 5 broken_json"
+    with pytest.raises(JobError, match=named):
+        prepare(config_of(tmp_path, broken, f"data.sources={json.dumps(sources)}"), progress)
+    alone = f"data.sources={json.dumps(sources[:1])}"
+    (count,) = prepare(config_of(tmp_path, broken, alone, "data.max_bad_fraction=1"), progress)[1].sources
+    assert (count.rows_in, count.rows_kept, count.rejected) == (31, 30, {"unreadable_file": 1})
+    assert count.lost_fraction == 0.5
+
+
+def test_all_sources_that_cannot_be_read_are_named_at_once(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"text": "no pair"}\n')
+    sources = [{"name": name, "type": "json", "path": str(tmp_path / f"{name}.jsonl")} for name in ("a", "b", "c")]
+    with pytest.raises(ConfigError, match=r"sources a: found nothing .*; data\.sources b: .*sources c: found no field"):
+        Inputs(config_of(tmp_path, tmp_path, f"data.sources={json.dumps(sources)}"))

@@ -236,6 +236,15 @@ def test_folders_and_globs_are_read_in_order_of_name(tmp_path: Path) -> None:
         assert [record.fields["anchor"] for record in found] == expected
 
 
+def test_a_path_that_exists_is_taken_literally(tmp_path: Path) -> None:
+    for name in ("[2024]/a.jsonl", "two words/[b] ü?.jsonl", "st*r/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(json.dumps({"anchor": name, "positive": name}).encode())
+    for path in ("[2024]/a.jsonl", "[2024]", "[2024]/", "[2024]/*.jsonl", "two words/[b] ü?.jsonl", "st*r/?.jsonl"):
+        (record,) = all_records(Source(name="s", type="json", path=f"{tmp_path}/{path}"))
+        assert record.fields["anchor"].startswith(path.partition("/")[0])
+
+
 def test_max_samples_takes_the_first(json_source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "TASK_BYTES", 10)
     capped = json_source.model_copy(update={"max_samples": 3})
@@ -303,7 +312,7 @@ RST = ".. SPDX-License-Identifier: GPL-2.0\n\n=====\nTitle here\n=====\n\nbody"
 TEXTS = {  # name → content, title and rest
     "plain.txt": ("A title\n\nThe rest\nof it", "A title", "\nThe rest\nof it"),
     "heading.md": ("# Heading\nbody", "Heading", "body"),
-    "doc.rst": (RST, "Title here", "=====\n\nbody"),
+    "doc.rst": (RST, "Title here", "\nbody"),
     "note.txt": ("Title: Shopping\nmilk", "Shopping", "milk"),
 }
 
@@ -312,7 +321,7 @@ def test_text_files_are_title_and_rest(tmp_path: Path) -> None:
     for name, (content, _, _) in TEXTS.items():
         (tmp_path / name).write_text(content)
     (tmp_path / "empty.txt").write_text("\n \n")
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xff\x00")
     found = {r.native_id: r for r in all_records(Source(name="s", type="text", path=str(tmp_path)))}
     for name, (_, title, rest) in TEXTS.items():
         assert found[name].fields == {"anchor": title, "positive": rest}

@@ -21,14 +21,15 @@ class Source(Section):
     """text: see `record`. json: JSON Lines, or one JSON array of objects per file. csv: with a header line; .tsv files
     are tab-separated. arrow: Arrow files, streams and Feather. huggingface: a data set of the hub, or its folder.
     python_packages: the functions and classes of the installed packages. Files ending in .gz or .zst are
-    decompressed."""
+    decompressed. Text, json and csv are UTF-8, or UTF-16 or UTF-32 with a byte order mark."""
     path: PathStr | None = None
     """A file, a folder or a glob, on local disk, s3://, gs:// or az:// (with options such as `?region=eu-west-1` or
     `?anonymous=true`). huggingface: the data set's name. python_packages: a folder of packages, by default this
     Python's site-packages."""
     record: Literal["file", "paragraph", "line"] = "file"
-    """Text sources: the unit that becomes a record. A file has the fields `title` (its title or first line), `body`
-    (the rest) and `text` (all); a paragraph or a line has `text`."""
+    """Text sources: the unit that becomes a record. A file has the fields `title` (from its front matter, a title
+    keyword or its first line), `body` (the rest) and `text` (without front matter); a paragraph or a line has
+    `text`."""
     delimiter: str | None = Field(None, min_length=1, max_length=1)
     """Character between the cells of a csv source; by default a tab in .tsv files, else a comma."""
     config: str | None = None
@@ -41,7 +42,7 @@ class Source(Section):
     """Record field → the source's field, with dots for nested fields. Default: fields of the same name; for text files
     `title` → `body`, for python_packages `docstring` → `code`. A list of texts is joined by blank lines."""
     metadata: list[str] = []
-    """Other fields of the source to keep with each record."""
+    """Other fields of the source to keep with each record. pipeline/data/fields.py lists how types are converted."""
     prompts: dict[TextField, str] = {}
     """Record field → prompt that is prepended before tokenizing, such as {anchor: "query: "}. Not part of the id.
     Search and evaluation prepend the anchor's prompt to queries if it is the same for all sources."""
@@ -144,7 +145,8 @@ class Data(Section):
     """Use this prepared data set instead of preparing one, for example the output of jobs/mine.py. It must come from
     the same sources. Relative to storage.root."""
     max_bad_fraction: Share = 0.05
-    """Stop if a larger share of a source's records cannot be read (broken lines, missing fields, bad bytes)."""
+    """Stop if a larger share of a source's records cannot be read (broken lines, missing fields, bad bytes). A file
+    that cannot be read to its end counts by its share of the source's files or bytes. 1 accepts every loss."""
     min_chars: int = Field(10, ge=1)
     """Records with a shorter field, in characters, are rejected: 10 drops docstrings such as "See base." (ours)."""
     max_chars: int = Field(1_000_000, ge=1)

@@ -184,19 +184,22 @@ def files_below(folder: StoragePath, *, hidden: bool = True) -> dict[str, Stat]:
 def find(path: StoragePath, keep: Callable[[str], bool]) -> tuple[StoragePath, dict[str, Stat]]:
     """The files of a path: a file itself, the files below a folder that `keep` accepts, or the matches of a glob.
 
-    Returns their common folder and their names relative to it, sorted. Hidden files are skipped.
+    A folder that exists is taken literally, also if its name holds brackets or other wildcards. Returns their common
+    folder and their names relative to it, sorted. Hidden files are skipped.
     """
     if path.is_file():
         return path.parent, {path.name: _disk_stat(path) if isinstance(path, Path) else path.stat()}
     if path.is_dir():
         return path, {name: stat for name, stat in files_below(path, hidden=False).items() if keep(name)}
     parts = list(path.parts) if isinstance(path, Path) else path.key.split("/")
-    first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), None)
+    prefixes = [path]  # of 0, 1, … parts
+    for _ in parts:
+        prefixes.insert(0, prefixes[0].parent)
+    wild = (i for i, part in enumerate(parts) if glob.has_magic(part) and not prefixes[i + 1].is_dir())
+    first = next(wild, None)
     if first is None:
         return path.parent, {}
-    folder, pattern = path, "/".join(parts[first:])
-    for _ in parts[first:]:
-        folder = folder.parent
+    folder, pattern = prefixes[first], "/".join(parts[first:])
     if isinstance(folder, Path):
         names = glob.glob(pattern, root_dir=folder, recursive=True)
         return folder, {name: _disk_stat(folder / name) for name in sorted(names) if (folder / name).is_file()}

@@ -13,7 +13,6 @@ and every step is linear in the text's length.
 from __future__ import annotations
 
 import json
-import math
 import re
 import textwrap
 import unicodedata
@@ -151,11 +150,8 @@ class Filter:
         reason = reason or self._low_quality(fields)
         origin = {"source": self.source, "source_id": _writable(f"{self.source}:{raw.native_id}")}
         if reason is None:
-            try:
-                metadata = _writable(_as_json(raw.metadata))
-                return {"id": _id(fields), **origin, **fields, "metadata": metadata}
-            except RecursionError:  # metadata nested deeper than Python's stack
-                reason = "unreadable_value"
+            metadata = _writable(json.dumps(raw.metadata, ensure_ascii=False, allow_nan=False))
+            return {"id": _id(fields), **origin, **fields, "metadata": metadata}
         excerpt = raw.excerpt or " | ".join(text[:EXCERPT_CHARS] for text in raw.fields.values() if type(text) is str)
         excerpt = _writable(excerpt[:EXCERPT_CHARS])
         return {"id": content_id([origin["source_id"], excerpt]), **origin, "reason": reason, "excerpt": excerpt}
@@ -207,19 +203,3 @@ def _id(fields: dict[str, Any]) -> str:
 
 def _writable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _as_json(value: Any) -> str:
-    """JSON with NaN and infinities as null."""
-    try:
-        return json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
-    except ValueError:
-        return json.dumps(_without_nan(value), ensure_ascii=False, default=str)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return [*map(_without_nan, value)] if isinstance(value, list | tuple) else value

@@ -21,7 +21,7 @@ import pyarrow as pa
 from pipeline.config import ConfigError, Source
 from pipeline.core.object_store import cause
 from pipeline.core.outcome import JobError
-from pipeline.data.fields import Row, broken
+from pipeline.data.fields import UNREADABLE_FILE, Row, broken
 from pipeline.data.input_files import list_files
 from pipeline.data.read_tables import BATCH_ROWS, batch_rows, column_indices
 
@@ -30,11 +30,12 @@ LOOKUP_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A data set's name or folder, its commit ("" for a folder), number of shards, and the identity of its content."""
+    """A data set's name or folder, its commit ("" for a folder), its shards, and the identity of its content."""
 
     path: str
     revision: str
-    shards: int
+    shards: list[str]
+    """Name of each: the path of its file, or its split and number if a shard is not a file."""
     inputs: list[tuple[str, int, int]]
     sizes: dict[str, int]
     """Bytes of each of its files."""
@@ -54,7 +55,7 @@ def find_dataset(source: Source) -> HubDataset:
         else:
             commit, sizes = _commit(source)
             inputs = [(f"{path}@{commit}:{source.config or ''}:{source.split}", sum(sizes.values()), 0)]
-        shards = _dataset(path, source.config, source.split, commit).num_shards
+        shards = _shard_names(source.split, *_dataset(path, source.config, source.split, commit))
     except _errors() as error:
         raise ConfigError(_refusal(source, error)) from None
     return HubDataset(path, commit, shards, inputs, sizes)
@@ -65,17 +66,18 @@ def dataset_rows(
 ) -> Iterator[Row]:
     """Rows of the shards `start` to `stop`. Raises JobError if the hub is unreachable."""
     try:
-        data = _dataset(path, source.config, source.split, revision)
+        data, files = _dataset(path, source.config, source.split, revision)
     except _errors() as error:
         raise JobError(f"source {source.name}: cannot fetch {path}: {cause(error)}; run the job again") from None
+    names = _shard_names(source.split, data, files)
     for shard in range(start, stop):
-        name = f"{source.split}:{shard}"
         try:
-            yield from _shard_rows(data.shard(num_shards=data.num_shards, index=shard), name, columns)
+            rows = data.shard(num_shards=data.num_shards, index=shard)
+            yield from _shard_rows(rows, f"{source.split}:{shard}", columns)
         except _errors() as error:
             if _is_network(error):
                 raise JobError(f"source {source.name}: cannot fetch shard {shard}: {cause(error)}; retry") from None
-            yield broken(name, "unreadable_file", cause(error))
+            yield broken(names[shard], UNREADABLE_FILE, cause(error))
 
 
 def _shard_rows(shard: Any, name: str, columns: Sequence[str]) -> Iterator[Row]:
@@ -98,12 +100,19 @@ def _commit(source: Source) -> tuple[str, dict[str, int]]:
 
 
 @lru_cache(maxsize=8)
-def _dataset(path: str, config: str | None, split: str, revision: str) -> Any:
-    """The streamed data set. Cached, because opening it takes ten small requests."""
+def _dataset(path: str, config: str | None, split: str, revision: str) -> tuple[Any, list[str]]:
+    """The streamed data set and the files of its split. Cached, because opening it takes ten small requests."""
     import datasets
 
     datasets.disable_progress_bars()
-    return datasets.load_dataset(path, config, split=split, revision=revision or None, streaming=True)
+    builder = datasets.load_dataset_builder(path, config, revision=revision or None)
+    files = (builder.config.data_files or {}).get(split, [])
+    base = f"{builder.base_path}/"
+    return builder.as_streaming_dataset(split), [str(file).removeprefix(base) for file in files]
+
+
+def _shard_names(split: str, data: Any, files: list[str]) -> list[str]:
+    return files if len(files) == data.num_shards else [f"{split}:{shard}" for shard in range(data.num_shards)]
 
 
 def _errors() -> tuple[type[Exception], ...]:

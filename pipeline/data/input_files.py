@@ -2,7 +2,7 @@
 
     base, files = list_files("pages", "s3://corpus/2024/*.jsonl.gz?region=eu-west-1", suffixes=(".jsonl",))
     files[0]                                              # File(name='a.jsonl.gz', size=1048576, mtime_ns=17…)
-    with open_stream(base, files[0].name) as file:        # decompressed according to the suffix
+    with open_text(base, files[0].name) as file:          # decompressed by suffix; UTF-16 becomes UTF-8
         for offset, line in lines(file, 4096, 8192): ...  # line ends with b"\\n", except the last
 
 The base is an absolute folder, or a bucket's URI with its options. Names are relative to it, so they do not depend on
@@ -34,6 +34,12 @@ COMPRESSED_SUFFIXES = (".gz", ".zst")
 BUFFER_BYTES = 1 << 20  # per read from disk or request to a bucket
 ZSTD_READ_BYTES = 4096  # Arrow drops the read in which it hits a truncated end, so at most this much is lost
 MAX_LINE_BYTES = 64 << 20  # 64 times the default of data.max_chars: a longer line is not text
+_MARKS = {  # UTF-32 first, because its mark begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 @dataclass(frozen=True)
@@ -73,12 +79,39 @@ def open_stream(base: str, name: str) -> io.BufferedReader:
     file = io.BufferedReader(_open(base, name), BUFFER_BYTES)
     match os.path.splitext(name)[1].lower():
         case ".gz":
-            return io.BufferedReader(_Decompressed(gzip.GzipFile(fileobj=file).read1, file), BUFFER_BYTES)
+            return io.BufferedReader(_Decoded(gzip.GzipFile(fileobj=file).read1, file), BUFFER_BYTES)
         case ".zst":
             stream = pa.CompressedInputStream(file, "zstd")
-            return io.BufferedReader(_Decompressed(lambda size: stream.read(min(size, ZSTD_READ_BYTES)), file))
+            return io.BufferedReader(_Decoded(lambda size: stream.read(min(size, ZSTD_READ_BYTES)), file))
         case _:
             return file
+
+
+def open_text(base: str, name: str) -> io.BufferedReader:
+    """`open_stream` for text. A file that begins with the byte order mark of UTF-16 or UTF-32 is read as UTF-8.
+
+    An unpaired surrogate becomes bytes that are not UTF-8, so it breaks its own record only.
+    """
+    file = open_stream(base, name)
+    encoding = wide_encoding(file)
+    if encoding is None:
+        return file
+    decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+
+    def read(max_bytes: int) -> bytes:
+        while True:
+            data = file.read1(max_bytes)
+            text = decoder.decode(data, not data)
+            if text or not data:
+                return text.encode("utf-8", "surrogatepass")
+
+    return io.BufferedReader(_Decoded(read, file), BUFFER_BYTES)
+
+
+def wide_encoding(file: io.BufferedReader) -> str | None:
+    """`utf-16` or `utf-32` if a file begins with its byte order mark."""
+    beginning = file.peek(4)
+    return next((encoding for mark, encoding in _MARKS.items() if beginning.startswith(mark)), None)
 
 
 def open_random(base: str, name: str) -> IO[bytes]:
@@ -154,21 +187,26 @@ def _open(base: str, name: str) -> Any:
     return (as_path(base) / name).open("rb", buffering=0)
 
 
-class _Decompressed(io.RawIOBase):
-    """A stream of what `read(max_bytes)` returns. For a truncated file, `read` first returns the rest, then raises."""
+class _Decoded(io.RawIOBase):
+    """A stream of what `read(max_bytes)` returns; what exceeds `max_bytes` is kept for the next call.
 
-    def __init__(self, read: Callable[[int], bytes], compressed: io.BufferedReader) -> None:
+    For a truncated file, `read` first returns the rest, then raises.
+    """
+
+    def __init__(self, read: Callable[[int], bytes], encoded: io.BufferedReader) -> None:
         self._read = read
-        self._compressed = compressed
+        self._encoded = encoded
+        self._kept = b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+        data = self._kept or self._read(len(buffer))
+        count = min(len(data), len(buffer))
+        buffer[:count], self._kept = data[:count], data[count:]
+        return count
 
     def close(self) -> None:
-        self._compressed.close()
+        self._encoded.close()
         super().close()

@@ -63,6 +63,7 @@ class SourceCount:
     rejected: dict[str, int]
     weight: float | None = None  # share of training batches, relative to the other sources' weights
     prompts: dict[str, str] = field(default_factory=dict)  # by text field; the token shards include them
+    lost_fraction: float = 0.0  # estimated share of its rows in files that could not be read to their end
 
 
 @dataclass(frozen=True)

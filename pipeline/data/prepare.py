@@ -72,10 +72,7 @@ class Inputs:
         self.recipe = token_recipe(config, self.fields)
         if config.tokenizer.load_path is not None:
             Cutter(load_tokenizer(as_path(config.tokenizer.load_path)), self.recipe)
-        self.plans: list[tuple[Source, SourcePlan]] = [(source, plan_source(source)) for source in config.data.sources]
-        for source in config.data.sources:
-            check_fields(source)
-            Filter(source, config.data)
+        self.plans: list[tuple[Source, SourcePlan]] = _plans(config)
         self.work = [(source, task) for source, plan in self.plans for task in plan.tasks]
         self.shards = max(1, min(MAX_SHARDS, sum(_shards(source, plan) for source, plan in self.plans)))
         self._name_stages(rehash)
@@ -232,7 +229,7 @@ class _StageRunner:
         stage, data = self.inputs.records, self.inputs.config.data
 
         def fill() -> dict[str, Any]:
-            found = make_records(stage, self.progress(), self.inputs.work, data, self.inputs.shards)
+            found = make_records(stage, self.progress(), self.inputs.plans, data, self.inputs.shards)
             check_sources(found, data, stage.folder)
             return {"sources": [vars(source) for source in found]}
 
@@ -308,6 +305,21 @@ def _make(stage: Artifact, fill: Callable[[], dict[str, Any]]) -> dict[str, Any]
     if stage.read():
         log.info("prepare: %s is up to date, from an earlier job", stage.name)
     return stage.make(timed)
+
+
+def _plans(config: Config) -> list[tuple[Source, SourcePlan]]:
+    """Each source with its plan. Raises one ConfigError for all sources that cannot be read as the config says."""
+    plans, errors = [], dict[str, None]()  # what is wrong with the rules is the same for all sources
+    for source in config.data.sources:
+        try:
+            plans.append((source, plan_source(source)))
+            check_fields(source)
+            Filter(source, config.data)
+        except ConfigError as error:
+            errors[str(error)] = None
+    if errors:
+        raise ConfigError("; ".join(errors))
+    return plans
 
 
 def _common_fields(config: Config) -> list[str]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import ast
 import gc
 import io
-import re
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 
 from pipeline.data.fields import Row, broken
 from pipeline.data.input_files import MAX_LINE_BYTES, is_too_long, lines
+from pipeline.data.titles import read_note
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org")
 PYTHON_SUFFIXES = (".py",)
@@ -34,7 +34,6 @@ TEXT_FIELDS = {  # by kind of record
 PYTHON_FIELDS = ("docstring", "code", "file", "line", "name")
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-_MARKUP_LINE = re.compile(r"^\s*(\.\. .*|:\w+:.*|<!--.*|[^\w\s]*)\s*$")
 
 
 def text_rows(
@@ -69,18 +68,7 @@ def _whole(file: io.BufferedReader, name: str) -> Iterator[Row]:
     elif not text or text.isspace():
         yield broken(name, "empty", text)
     else:
-        title, body, line = title_and_body(text)
-        yield Row(name, {"title": title, "body": body, "text": text, "file": name, "line": line})
-
-
-def title_and_body(text: str) -> tuple[str, str, int]:
-    """The title ("" if there is none), the lines after it, and its line number. Skips comments and underlines."""
-    all_lines = text.splitlines()
-    first = next((i for i, line in enumerate(all_lines) if not _MARKUP_LINE.match(line)), None)
-    if first is None:
-        return "", text, 1
-    title = re.sub(r"^(#+|=+|\*+|title:)\s*", "", all_lines[first].strip(), flags=re.IGNORECASE)
-    return title, "\n".join(all_lines[first + 1 :]), first + 1
+        yield Row(name, {**vars(read_note(text, name)), "file": name})
 
 
 def _paragraphs(file: io.BufferedReader, name: str) -> Iterator[Row]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import socket
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,10 +28,11 @@ from pipeline.core.files import file_sizes, sorted_glob
 from pipeline.core.outcome import JobError
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
+from pipeline.data.fields import UNREADABLE_FILE
 from pipeline.data.filtering import Filter
 from pipeline.data.manifest import RECORD_SCHEMA, SourceCount, count_outcomes, rejections
 from pipeline.data.partitions import read_part, shard_of, write_parts
-from pipeline.data.sources import ReadTask, read
+from pipeline.data.sources import ReadTask, SourcePlan, read
 
 FILTERED_SCHEMA = pa.schema([*RECORD_SCHEMA, ("reason", pa.string()), ("excerpt", pa.string())])
 PART_CHARS = 8 << 20  # text that a read task buffers before writing it
@@ -43,29 +44,33 @@ EXAMPLES = 3
 
 
 def make_records(
-    records: Artifact, progress: Progress, work: Sequence[tuple[Source, ReadTask]], data: Data, shards: int
+    records: Artifact, progress: Progress, plans: Sequence[tuple[Source, SourcePlan]], data: Data, shards: int
 ) -> list[SourceCount]:
     """Write the artifact's `records/` and `rejected/`. Returns the counts of each source, not yet checked."""
+    work = [(source, task) for source, plan in plans for task in plan.tasks]
     task_bytes = [task.bytes for _, task in work]
     part_chars = _part_chars(sum(task_bytes))
 
     def filter_task(index: int, output: Output) -> dict[str, Any]:
-        """Write a task's rows in parts. Returns the number of rows read and the names of the parts."""
+        """Write a task's rows in parts. Returns their number, the names of the parts and of unreadable files."""
         source, task = work[index]
-        count, parts = 0, list[str]()
+        count, parts, unreadable = 0, list[str](), list[str]()
         for rows in _in_parts(map(Filter(source, data), read(task, source)), part_chars):
             parts.append(f"scratch/filtered/{index:06d}-{len(parts)}.parts")
             table = pa.Table.from_pylist(rows, FILTERED_SCHEMA)
             with output.writing(parts[-1]) as file:
                 write_parts(table, [shard_of(row["id"], shards) for row in rows], shards, file)
             count += len(rows)
+            found = [row["source_id"] for row in rows if row.get("reason") == UNREADABLE_FILE]
+            unreadable += [source_id.removeprefix(f"{source.name}:") for source_id in found]
             output.report(records=len(rows), rejected=sum("reason" in row for row in rows))
-        return {"rows_in": count, "parts": parts}
+        return {"rows_in": count, "parts": parts, "unreadable": unreadable}
 
     done = records.tasks(progress, "prepare: read and filter", task_bytes, filter_task, _only_here(work))
-    read_in: Counter[str] = Counter(dict.fromkeys((source.name for source, _ in work), 0))
+    rows_in, unreadable = Counter[str](), defaultdict[str, set[str]](set)
     for (source, _), task in zip(work, done, strict=True):
-        read_in[source.name] += task["rows_in"]
+        rows_in[source.name] += task["rows_in"]
+        unreadable[source.name].update(task["unreadable"])
     parts = [records.folder / name for task in done for name in task["parts"]]
     size = sum(filter(None, file_sizes(parts))) // shards
 
@@ -73,7 +78,11 @@ def make_records(
         return _write_shard(read_part(parts, shard), output, shard) if parts else {}
 
     outcomes = merge_outcomes(records.tasks(progress, "prepare: remove exact duplicates", [size] * shards, write))
-    return [after_stage(SourceCount(name, rows, 0, {}), outcomes) for name, rows in read_in.items()]
+    counts = [
+        SourceCount(source.name, rows_in[source.name], 0, {}, lost_fraction=plan.lost_fraction(unreadable[source.name]))
+        for source, plan in plans
+    ]
+    return [after_stage(count, outcomes) for count in counts]
 
 
 def _part_chars(total_bytes: int) -> int:
@@ -146,26 +155,39 @@ def after_stage(source: SourceCount, outcomes: Mapping[str, Mapping[str, int]]) 
 
 
 def check_sources(sources: Sequence[SourceCount], data: Data, folder: StoragePath) -> None:
-    """Raise JobError if records got lost, too many are unreadable, or a source, or all of them, lost every record."""
-    for source in sources:
-        found = source.rows_kept + sum(source.rejected.values())
-        if source.rows_in != found:
-            raise JobError(f"source {source.name}: read {source.rows_in} records but wrote {found}; report this bug")
-        bad = {reason: rows for reason, rows in source.rejected.items() if reason.startswith(BAD)}
-        if sum(bad.values()) > data.max_bad_fraction * source.rows_in:
-            raise JobError(
-                f"source {source.name}: {_listed(bad)} of {source.rows_in} records, more than "
-                f"data.max_bad_fraction={data.max_bad_fraction} allows; see {folder / 'rejected'}"
-            )
-        duplicates = sum(source.rejected.get(reason, 0) for reason in (*DUPLICATES, "contaminated"))
-        if source.rows_in and source.rows_kept + duplicates == 0:  # a source may lose all its records to duplicates
-            raise JobError(
-                f"source {source.name}: all {source.rows_in} records were rejected ({_listed(source.rejected)}); "
-                f"see {folder / 'rejected'}"
-            )
+    """Raise JobError if records got lost, too many are unreadable, or a source, or all of them, lost every record.
+
+    One message names all sources that fail.
+    """
+    problems = [problem for source in sources if (problem := _problem(source, data.max_bad_fraction, folder))]
+    if problems:
+        raise JobError(f"{'; '.join(problems)}; see {folder / 'rejected'}")
     if not any(source.rows_kept for source in sources):
         what = "; ".join(f"{source.name}: {_listed(source.rejected) or 'empty'}" for source in sources)
         raise JobError(f"data.sources: all records were rejected ({what})")
+
+
+def _problem(source: SourceCount, allowed: float, folder: StoragePath) -> str | None:
+    """Why the job must stop because of this source, or None."""
+    found = source.rows_kept + sum(source.rejected.values())
+    if source.rows_in != found:
+        return f"source {source.name}: read {source.rows_in} records but wrote {found}; report this bug"
+    bad = {reason: rows for reason, rows in source.rejected.items() if reason.startswith(BAD)}
+    files = bad.pop(UNREADABLE_FILE, 0)  # nobody knows how many records each of them stands for
+    limit = f"more than data.max_bad_fraction={allowed} allows"
+    if files and min(1.0, source.lost_fraction + sum(bad.values()) / source.rows_in) > allowed:
+        also = f", and {_listed(bad)} of {source.rows_in} records" if bad else ""
+        return (
+            f"source {source.name}: cannot read {files} file{'s' * (files > 1)} to the end "
+            f"({_examples(folder, source.name)}), which may lose {source.lost_fraction:.0%} of the records{also}, "
+            f"{limit}; repair or remove what is named, or accept the loss with data.max_bad_fraction=1"
+        )
+    if sum(bad.values()) > allowed * source.rows_in:
+        return f"source {source.name}: {_listed(bad)} of {source.rows_in} records, {limit}"
+    duplicates = sum(source.rejected.get(reason, 0) for reason in (*DUPLICATES, "contaminated"))
+    if source.rows_in and source.rows_kept + duplicates == 0:  # a source may lose all its records to duplicates
+        return f"source {source.name}: all {source.rows_in} records were rejected ({_listed(source.rejected)})"
+    return None
 
 
 def check_duplicates(sources: Sequence[SourceCount], allowed: float, more: int = 0) -> None:
@@ -186,17 +208,25 @@ def warn_of_bad_input(sources: Sequence[SourceCount], folder: StoragePath) -> No
             log.warning("source %s: empty", source.name)
         for reason, rows in source.rejected.items():
             if reason.startswith(BAD):
-                examples = ", ".join(itertools.islice(_rejected(folder, source.name, reason), EXAMPLES))
+                found = itertools.islice(_rejected(folder, source.name, reason), EXAMPLES)
+                examples = ", ".join(source_id for source_id, _ in found)
                 log.warning(
                     "source %s: %s records rejected as %s, such as %s", source.name, f"{rows:,}", reason, examples
                 )
 
 
-def _rejected(folder: StoragePath, source: str, reason: str) -> Iterator[str]:
-    """The source_id of each record that was rejected for a reason."""
+def _examples(folder: StoragePath, source: str) -> str:
+    """Some of a source's unreadable files, and why they are."""
+    found = itertools.islice(_rejected(folder, source, UNREADABLE_FILE), EXAMPLES)
+    return "; ".join(f"{source_id.removeprefix(f'{source}:')}: {excerpt}" for source_id, excerpt in found)
+
+
+def _rejected(folder: StoragePath, source: str, reason: str) -> Iterator[tuple[str, str]]:
+    """The source_id and excerpt of each record that was rejected for a reason."""
     for path in sorted_glob(folder / "rejected", "*.parquet"):
-        rows = open_parquet(path).read(columns=["source", "reason", "source_id"])
-        yield from rows.filter((pc.field("source") == source) & (pc.field("reason") == reason))["source_id"].to_pylist()
+        rows = open_parquet(path).read(columns=["source", "reason", "source_id", "excerpt"])
+        rows = rows.filter((pc.field("source") == source) & (pc.field("reason") == reason))
+        yield from zip(rows["source_id"].to_pylist(), rows["excerpt"].to_pylist(), strict=True)
 
 
 def _listed(reasons: dict[str, int]) -> str:

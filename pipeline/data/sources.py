@@ -4,8 +4,10 @@
     plan.tasks[0]                                 # ReadTask(base='/data', paths=('a.jsonl',), start=0, stop=4194304, …)
     for raw in read(plan.tasks[0], source): ...   # RawRecord; `reason` is set if it could not be read
 
-Damaged input becomes a record with a reason, not an exception. A failing bucket or hub raises JobError, because a retry
-may succeed. Task size does not affect the records. Cost: planning lists the files; reading costs what the readers say.
+Damaged input becomes a record with a reason, not an exception. A file that cannot be read to its end becomes one record
+with the reason UNREADABLE_FILE and the file's name as its id; `lost_fraction` estimates what it cost. A failing bucket
+or hub raises JobError, because a retry may succeed. Task size does not affect the records. Cost: planning lists the
+files; reading costs what the readers say.
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ import math
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import xxhash
@@ -28,8 +30,18 @@ from pipeline.config import ConfigError, Source
 from pipeline.core.object_store import BucketError, cause
 from pipeline.core.outcome import JobError
 from pipeline.data import hub, read_json, read_tables, read_text
-from pipeline.data.fields import FieldMap, RawRecord, Row, broken, has, own_fields, required_fields
-from pipeline.data.input_files import File, is_compressed, list_files, may_pass, open_random, open_stream, refusal
+from pipeline.data.fields import UNREADABLE_FILE, FieldMap, RawRecord, Row, broken, has, own_fields, required_fields
+from pipeline.data.input_files import (
+    File,
+    is_compressed,
+    list_files,
+    may_pass,
+    open_random,
+    open_stream,
+    open_text,
+    refusal,
+    wide_encoding,
+)
 
 TASK_BYTES = 4 << 20  # input per task: about a second of work, so a lost task is cheap to repeat
 MAX_TASKS = 2_000  # per source: keeps Ray's scheduler and the driver's task list small at 10 TB
@@ -44,6 +56,7 @@ SUFFIXES = {
     "text": read_text.TEXT_SUFFIXES,
     "python_packages": read_text.PYTHON_SUFFIXES,
 }
+_OPEN: dict[str, Callable[[str, str], IO[bytes]]] = {"parquet": open_random, "arrow": open_stream}
 _WITH_COLUMNS = ("csv", "parquet", "arrow", "huggingface")
 _DAMAGED = (pa.ArrowException, MemoryError, UnicodeDecodeError)  # damaged lengths and column names raise the last two
 _UNREADABLE = (OSError, EOFError, zlib.error, BucketError, *_DAMAGED)
@@ -71,8 +84,18 @@ class SourcePlan:
     tasks: list[ReadTask]
     inputs: list[tuple[str, int, int]]
     """Relative path, size and modification time (ns) of each file."""
+    sizes: dict[str, int]
+    """Bytes of each file, or of each shard of a Hugging Face data set."""
     text_bytes: int
     """Estimated size of the text, decompressed."""
+
+    def lost_fraction(self, unreadable: Collection[str]) -> float:
+        """Estimated share of the rows in unreadable files: their share of the files or of the bytes, if that is larger.
+
+        Bytes alone would not do, because a file that was cut is small.
+        """
+        sizes = [self.sizes[name] for name in unreadable]
+        return max(len(sizes) / len(self.sizes), sum(sizes) / max(1, sum(self.sizes.values()))) if sizes else 0.0
 
 
 def plan_source(source: Source) -> SourcePlan:
@@ -86,19 +109,21 @@ def plan_source(source: Source) -> SourcePlan:
     else:
         tasks = list(_tasks(source, base, files, max(TASK_BYTES, total // MAX_TASKS)))
     inputs = [(file.name, file.size, file.mtime_ns) for file in files]
-    return SourcePlan(tasks, inputs, sum(text_bytes(file.name, file.size) for file in files))
+    sizes = {file.name: file.size for file in files}
+    return SourcePlan(tasks, inputs, sizes, sum(text_bytes(name, size) for name, size in sizes.items()))
 
 
 def _plan_hub(source: Source) -> SourcePlan:
     found = hub.find_dataset(source)
-    total = sum(found.sizes.values())
-    step = found.shards if source.max_samples is not None else math.ceil(found.shards / MAX_TASKS)
+    total, shards = sum(found.sizes.values()), len(found.shards)
+    step = shards if source.max_samples is not None else math.ceil(shards / MAX_TASKS)
     tasks = [
-        ReadTask(found.path, (found.revision,), start, stop, total * (stop - start) // found.shards)
-        for start in range(0, found.shards, step)
-        for stop in [min(start + step, found.shards)]
+        ReadTask(found.path, (found.revision,), start, stop, total * (stop - start) // shards)
+        for start in range(0, shards, step)
+        for stop in [min(start + step, shards)]
     ]
-    return SourcePlan(tasks, found.inputs, sum(text_bytes(name, size) for name, size in found.sizes.items()))
+    sizes = {name: found.sizes.get(name, total // shards) for name in found.shards}
+    return SourcePlan(tasks, found.inputs, sizes, sum(text_bytes(name, size) for name, size in found.sizes.items()))
 
 
 def inputs_by_content(source: Source, plan: SourcePlan) -> list[tuple[str, int, int | str]]:
@@ -200,10 +225,13 @@ def _pieces(source: Source, base: str, file: File, task_bytes: int) -> list[Read
 
 
 def _is_lines(source: Source, base: str, name: str) -> bool:
-    if source.type == "json" and not name.lower().endswith(read_json.LINE_SUFFIXES):
-        with open_stream(base, name) as opened:
-            return read_json.json_shape(opened, name) == "lines"
-    return source.type == "json" or (source.type == "text" and source.record == "line")
+    """Whether a file is read line by line, and its offsets are those of the lines that a reader sees."""
+    if source.type != "json" and (source.type, source.record) != ("text", "line"):
+        return False
+    with open_stream(base, name) as opened:
+        if wide_encoding(opened):
+            return False
+        return source.type == "text" or read_json.json_shape(opened, name) == "lines"
 
 
 def _runs(base: str, name: str, group_bytes: list[int], task_bytes: int) -> Iterator[ReadTask]:
@@ -225,12 +253,12 @@ def _rows(task: ReadTask, source: Source) -> Iterator[Row]:
         return
     for name in task.paths:
         try:
-            with (open_random if source.type == "parquet" else open_stream)(task.base, name) as file:
+            with _OPEN.get(source.type, open_text)(task.base, name) as file:
                 yield from _rows_of(file, name, task, source, columns)
         except _UNREADABLE as error:
             if may_pass(error):
                 raise JobError(f"source {source.name}: cannot read {name}: {cause(error)}; run the job again") from None
-            yield broken(f"{name}:{task.start}" if task.start else name, "unreadable_file", cause(error))
+            yield broken(name, UNREADABLE_FILE, cause(error))
 
 
 def _rows_of(file: Any, name: str, task: ReadTask, source: Source, columns: list[str]) -> Iterator[Row]:
