@@ -120,8 +120,18 @@ Served = S3 | Gcs | Azure
 def s3(bucket: str) -> Iterator[S3]:
     """A server with one bucket that all may read. Credentials for it are in the environment: conftest sets them."""
     import boto3
+    from moto.s3.responses import S3Response
     from moto.server import ThreadedMotoServer
 
+    # moto checks a condition and writes in two steps, between which another thread may write
+    one_at_a_time, put_object = threading.Lock(), S3Response.put_object
+
+    def atomic(self: Any) -> Any:
+        with one_at_a_time:
+            return put_object(self)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(S3Response, "put_object", atomic)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -131,6 +141,7 @@ def s3(bucket: str) -> Iterator[S3]:
         yield S3(bucket, f"?region=us-east-1&scheme=http&endpoint_override={host}:{port}", client)
     finally:
         server.stop()
+        patch.undo()
 
 
 @contextmanager

@@ -282,8 +282,7 @@ def test_a_manifest_s_plan(plan: BatchPlan) -> None:
     )
     with pytest.raises(ConfigError, match="but each batch takes 16"):
         training_plan(folder, manifest_of(plan, dict(WEIGHTS)), 16, 3, "by_source")
-    with pytest.raises(ConfigError, match="use at most 180, the number of records"):
-        training_plan(folder, manifest_of(plan, {}), 181, 3)
+    assert training_plan(folder, manifest_of(plan, {}), 181, 3).global_batch_size == 45  # four batches of 180 records
 
 
 @pytest.mark.usefixtures("ray_cluster")
