@@ -25,7 +25,7 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError, Source
 from pipeline.core.artifact import Artifact, Output, open_parquet
-from pipeline.core.console import log, table
+from pipeline.core.console import log, log_lines, table
 from pipeline.core.files import file_sizes, sorted_glob
 from pipeline.core.outcome import Finding, check_disk_space, raise_findings
 from pipeline.core.path import StoragePath, as_path
@@ -224,7 +224,7 @@ class _StageRunner:
             listed = ", ".join(f"{cluster['source_id']} ({cluster['removed']:,})" for cluster in clusters)
             log.info("prepare: records with the most near-duplicates removed: %s", listed)
         seconds = {stage.name: (stage.read() or {}).get("seconds", 0.0) for stage in inputs.stages}
-        log.info("%s", _summary(manifest, seconds))
+        log_lines(_summary(manifest, seconds))
         return asdict(manifest)
 
     def records(self) -> list[SourceCount]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import Config, ConfigError
 from pipeline.core.arrow import arrow_location
 from pipeline.core.cluster import connected_cluster
-from pipeline.core.console import log, log_timeline, process_start_s
+from pipeline.core.console import log, log_lines, log_timeline, process_start_s
 from pipeline.core.outcome import Finding, JobError, raise_findings
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
@@ -228,7 +228,8 @@ def _summarise(config: Config) -> None:
     history = config.run_dir / "metrics.jsonl"
     try:
         plot_history(history, config.run_dir / "history.png")
-        log.info("train: plotted %s\n%s", config.run_dir / "history.png", final_table(read_rows(history)))
+        log.info("train: plotted %s", config.run_dir / "history.png")
+        log_lines(final_table(read_rows(history)))
     except Exception as error:
         log.warning("train: cannot plot the history: %s", error)
 

@@ -22,7 +22,8 @@ import yaml
 
 from pipeline.config import Config
 from pipeline.core.cluster import connected_cluster
-from pipeline.core.console import Stage, log, table
+from pipeline.core.console import Stage, log, log_lines, table
+from pipeline.core.escaping import printable
 from pipeline.core.files import remove_folder, replacing, write_atomically
 from pipeline.core.outcome import JobError, Result
 from pipeline.core.path import StoragePath
@@ -110,7 +111,7 @@ def report(config: Config, study: SweepStudy, *, track: bool) -> Result:
     """Write the sweep's files, and with `track` its tracker rows. Raises JobError if all trials failed."""
     folder, rows, best = config.run_dir / "tune", study.rows, study.best
     write_atomically(folder / "trials.csv", _csv(rows, study.criterion.metric).encode())
-    log.info("tune: the trials\n%s", _trial_table(rows, study))
+    log_lines(f"tune: the trials\n{_trial_table(rows, study)}")
     if best is None or best.value is None:
         reason, count = Counter(row.reason for row in rows).most_common(1)[0]
         raise JobError(
@@ -175,7 +176,9 @@ def _trial_table(rows: list[TrialRow], study: SweepStudy) -> str:
         + [_shown(row.values[key]) for key in keys]
         for row in ranked
     ]
-    return "\n".join([table(lines, header), *(f"trial {row.number}: {row.reason}" for row in ranked if row.reason)])
+    return "\n".join(
+        [table(lines, header), *(printable(f"trial {row.number}: {row.reason}") for row in ranked if row.reason)]
+    )
 
 
 def _csv(rows: list[TrialRow], metric: str) -> str:
