@@ -34,7 +34,7 @@ def printable(text: str) -> str:
 
 def _escape_lines() -> None:
     while line := sys.stdin.buffer.readline(LINE_BYTES):
-        text = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
+        text = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace").expandtabs()  # Ray's lines have tabs
         sys.stdout.buffer.write(f"{INDENT}{printable(text)}\n".encode())
         sys.stdout.buffer.flush()
 

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.data.fields import EXCERPT_CHARS, Row, broken
+from pipeline.data.fields import RAW_EXCERPT_CHARS, Row, broken
 from pipeline.data.input_files import BUFFER_BYTES, MAX_LINE_BYTES, is_too_long, lines, without_compression
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
@@ -141,4 +141,4 @@ class _Buffer:
         return not self.text.isascii() and bool(_ESCAPED_BYTE.search(self.text, self.at, end))
 
     def excerpt(self) -> bytes:
-        return self.text[self.at : self.at + EXCERPT_CHARS].encode("utf-8", "surrogateescape")
+        return self.text[self.at : self.at + RAW_EXCERPT_CHARS].encode("utf-8", "surrogateescape")

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.object_store import cause
-from pipeline.data.fields import EXCERPT_CHARS, Row, broken
+from pipeline.data.fields import RAW_EXCERPT_CHARS, Row, broken
 from pipeline.data.input_files import BUFFER_BYTES, is_too_long, lines, may_pass, without_compression
 
 CSV_SUFFIXES = (".csv", ".tsv", ".tab")
@@ -47,7 +47,7 @@ def csv_rows(file: io.BufferedReader, name: str, delimiter: str | None = None) -
             problem = "a header with NUL characters"
         yield from text.pop_too_long()
         if problem:
-            yield broken(position, "broken_csv", f"{problem}: {text.last[:EXCERPT_CHARS]}")
+            yield broken(position, "broken_csv", f"{problem}: {text.last[:RAW_EXCERPT_CHARS]}")
             if not header:
                 return
         elif cells is None:
