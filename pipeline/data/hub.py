@@ -14,9 +14,11 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import yaml
 
 from pipeline.config import ConfigError, Source
 from pipeline.core.object_store import cause
@@ -42,11 +44,11 @@ class HubDataset:
 
 def find_dataset(source: Source) -> HubDataset:
     """Resolve the data set's current commit and files. Raises ConfigError if it does not exist or is unreachable."""
-    _dataset.cache_clear()
+    _opened.cache_clear()
     path, commit = source.path or "", ""
     try:
         if os.path.isdir(path):
-            path, files = list_files(source.name, path, suffixes=("",))
+            path, files = list_files(source, suffixes=("",))
             inputs = [(file.name, file.size, file.mtime_ns) for file in files]
             sizes = {file.name: file.size for file in files}
         elif path.startswith(("/", ".")):
@@ -54,7 +56,7 @@ def find_dataset(source: Source) -> HubDataset:
         else:
             commit, sizes = _commit(source)
             inputs = [(f"{path}@{commit}:{source.config or ''}:{source.split}", sum(sizes.values()), 0)]
-        shards = _dataset(path, source.config, source.split, commit).num_shards
+        shards = _dataset(source, path, commit).num_shards
     except _errors() as error:
         raise ConfigError(_refusal(source, error)) from None
     return HubDataset(path, commit, shards, inputs, sizes)
@@ -65,7 +67,7 @@ def dataset_rows(
 ) -> Iterator[Row]:
     """Rows of the shards `start` to `stop`. Raises JobError if the hub is unreachable."""
     try:
-        data = _dataset(path, source.config, source.split, revision)
+        data = _dataset(source, path, revision)
     except _errors() as error:
         raise JobError(f"source {source.name}: cannot fetch {path}: {cause(error)}; run the job again") from None
     for shard in range(start, stop):
@@ -97,13 +99,52 @@ def _commit(source: Source) -> tuple[str, dict[str, int]]:
     return str(info.sha), {name: size for name, size in sizes.items() if source.config in name.split("/")} or sizes
 
 
+def _dataset(source: Source, path: str, revision: str) -> Any:
+    return _opened(path, source.config, source.split, revision, source.follow_symlinks)
+
+
 @lru_cache(maxsize=8)
-def _dataset(path: str, config: str | None, split: str, revision: str) -> Any:
-    """The streamed data set. Cached, because opening it takes ten small requests."""
+def _opened(path: str, config: str | None, split: str, revision: str, follow_symlinks: bool) -> Any:
+    """The streamed data set. Cached, because opening it takes ten small requests.
+
+    Raises ValueError if its card names files outside the data set.
+    """
     import datasets
 
+    if not revision:
+        _check_card(path)
     datasets.disable_progress_bars()
-    return datasets.load_dataset(path, config, split=split, revision=revision or None, streaming=True)
+    builder = datasets.load_dataset_builder(path, config, revision=revision or None)
+    files = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
+    if revision:
+        outside = [file for file in files if not file.startswith(f"hf://datasets/{path}@")]
+    else:
+        real = os.path.normpath if follow_symlinks else os.path.realpath
+        outside = [file for file in files if not Path(real(file)).is_relative_to(real(path))]
+    if outside:
+        raise ValueError(f"the file {outside[0]} of its data_files outside the data set")
+    return builder.as_streaming_dataset(split=split)
+
+
+def _check_card(folder: str) -> None:
+    """Raise ValueError if the card of a local data set names a URI, which `datasets` would open to list its files."""
+    from huggingface_hub import metadata_load
+
+    card, standalone = Path(folder) / "README.md", Path(folder) / ".huggingface.yaml"
+    contents = [metadata_load(card) if card.is_file() else None]
+    contents += [yaml.safe_load(standalone.read_text("utf-8")) if standalone.is_file() else None]
+    configs = [content.get("configs") for content in contents if isinstance(content, dict)]
+    if uri := next((text for text in _strings(configs) if "://" in text), None):
+        raise ValueError(f"{uri} in its card, but a folder's data_files are names of files in it")
+
+
+def _strings(content: Any) -> Iterator[str]:
+    """All strings in a YAML document."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict | list):
+        for each in content.values() if isinstance(content, dict) else content:
+            yield from _strings(each)
 
 
 def _errors() -> tuple[type[Exception], ...]:
@@ -111,7 +152,7 @@ def _errors() -> tuple[type[Exception], ...]:
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
 
-    return (OSError, ValueError, RuntimeError, DatasetsError, HTTPError, pa.ArrowException)
+    return (OSError, ValueError, RuntimeError, yaml.YAMLError, DatasetsError, HTTPError, pa.ArrowException)
 
 
 def _is_network(error: Exception) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import sysconfig
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -155,7 +154,7 @@ def text_bytes(name: str, size: int) -> int:
 
 
 def _files(source: Source) -> tuple[str, list[File]]:
-    return list_files(source.name, source.path or sysconfig.get_path("purelib"), SUFFIXES[source.type])
+    return list_files(source, SUFFIXES[source.type])
 
 
 def _tasks(source: Source, base: str, files: list[File], task_bytes: int) -> Iterator[ReadTask]:

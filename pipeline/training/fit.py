@@ -70,13 +70,12 @@ def fit(
     `concurrent_runs` is the number of runs that share the cluster, including this one. `known` is the newest checkpoint
     if you have verified it already.
     """
-    from tokenizers import Tokenizer
-
+    from pipeline.core.tokenizer_files import parse_tokenizer
     from pipeline.training.assembly import RunSpec, check_model
     from pipeline.training.worker import WorkerInput
 
     spec = RunSpec.of(config, folder, manifest)
-    check_model(config, Tokenizer.from_str(spec.tokenizer_json))
+    check_model(config, parse_tokenizer(spec.tokenizer_json, folder / "tokenizer.json"))
     workers = _checked_workers(config, spec.plan, concurrent_runs)
     claim_run_folder(config, folder, manifest, spec.total_steps)
     point = resume_point(config.run_dir, known)
