@@ -241,7 +241,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "link": (pooling_at("linked"), "found a module at .*linked, outside the model's folder"),
     "back through its own name": (pooling_at("../st/1_Pooling"), "outside the model's folder"),
     "weights above": (weights_at("../other/model.safetensors"), r"index\.json: found weights in \.\./other"),
-    "weights elsewhere": (weights_at("/etc/model.safetensors"), "found weights in /etc/model.safetensors, outside of"),
+    "weights elsewhere": (weights_at("/etc/model.safetensors"), "found weights in /etc/model.safetensors, outside"),
     "no map of weights": (lambda f: write(f / "model.safetensors.index.json", []), "found no weight_map"),
     "broken": (lambda f: (f / "modules.json").write_text("["), r"modules\.json: found no valid JSON"),
     "max": (pooled(pooling_mode="max"), "found pooling by max; supported is one of cls, lasttoken, mean, weightedmean"),

@@ -22,16 +22,15 @@ import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, cast
 
 import pyarrow as pa
 
 from pipeline.config import ConfigError, Source
 from pipeline.core.console import log
-from pipeline.core.files import find
+from pipeline.core.files import find, links_out
 from pipeline.core.object_store import BucketError, cause
-from pipeline.core.path import Stat, StoragePath, absolute, as_path, without_options
+from pipeline.core.path import absolute, as_path, without_options
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 BUFFER_BYTES = 1 << 20  # per read from disk or request to a bucket
@@ -63,7 +62,7 @@ def list_files(source: Source, suffixes: tuple[str, ...]) -> tuple[str, list[Fil
     try:
         place = absolute(as_path(path))
         folder, found = find(place, keep)
-        skipped = set() if source.follow_symlinks or source.path is None else _links_out(place, folder, found)
+        skipped = set() if source.follow_symlinks or source.path is None else links_out(place, folder, found)
     except (OSError, ValueError, BucketError) as error:
         raise ConfigError(refusal(source.name, path, error)) from None
     if skipped:
@@ -80,20 +79,6 @@ def list_files(source: Source, suffixes: tuple[str, ...]) -> tuple[str, list[Fil
             f"files in it{kinds} or a glob that matches some"
         )
     return str(folder), [File(name, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()]
-
-
-def _links_out(place: StoragePath, folder: StoragePath, found: dict[str, Stat]) -> set[str]:
-    """The files that a link leads to outside of the folder. A `place` that is one file may be a link."""
-    if not isinstance(folder, Path) or place.is_file():
-        return set()
-    home, parents = folder.resolve(), {(folder / name).parent for name in found}
-    outside = {parent for parent in parents if not parent.resolve().is_relative_to(home)}
-    paths = {name: folder / name for name in found}
-    return {
-        name
-        for name, path in paths.items()
-        if path.parent in outside or (path.is_symlink() and not path.resolve().is_relative_to(home))
-    }
 
 
 def open_stream(base: str, name: str) -> io.BufferedReader:
