@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.config import Config, ConfigError
 from pipeline.core.console import table
+from pipeline.core.escaping import printable
 from pipeline.core.outcome import Result
 from pipeline.core.path import without_options
 from pipeline.job import parser, run_job
@@ -56,7 +57,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
         if remove(each):
             removed.append(each)
         else:
-            print(f"kept {each.path}: another job is at work there")
+            print(printable(f"kept {each.path}: another job is at work there"))
     freed = sum(each.bytes for each in removed)
     unused = {each.path for each in found}
     freed += sum(forget_versions(folder, age) for folder in tables(config.root) if folder not in unused)

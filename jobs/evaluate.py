@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.config import Config
-from pipeline.core.console import log
+from pipeline.core.console import log_lines
 from pipeline.core.outcome import Result
 from pipeline.job import run_job
 
@@ -26,7 +26,7 @@ def main(config: Config, args: Namespace) -> Result:
 
     result = evaluate(config, again=True, check=args.check, rehash=args.rehash)
     if not args.check:
-        log.info("%s", score_table(result.metrics))
+        log_lines(score_table(result.metrics))
     return result
 
 

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.config import ConfigError
 from pipeline.config.deepspeed import to_yaml
+from pipeline.core.escaping import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(to_yaml(parser.parse_args(argv).file), end="")
     except ConfigError as error:
-        print(f"from_deepspeed: {error}", file=sys.stderr)
+        print(printable(f"from_deepspeed: {error}"), file=sys.stderr)
         return 2
     return 0
 

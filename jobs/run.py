@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.config import Config
-from pipeline.core.console import log, table
+from pipeline.core.console import log_lines, table
 from pipeline.core.outcome import Result
 from pipeline.job import run_job
 
@@ -25,7 +25,7 @@ def main(config: Config, args: Namespace) -> Result:
     result = run(config, check=args.check, rehash=args.rehash)
     if not args.check:
         scores, paths = score_table(result.metrics["evaluate"]), table(result.paths.items(), ("what", "where"))
-        log.info("\n%s\n\n%s", scores, paths)
+        log_lines(f"\n{scores}\n\n{paths}")
     return result
 
 

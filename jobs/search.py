@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.config import Config
 from pipeline.core.console import log
+from pipeline.core.escaping import printable
 from pipeline.core.outcome import Result
 from pipeline.job import parser, run_job
 
@@ -61,12 +62,13 @@ def main(config: Config, args: argparse.Namespace) -> Result:
 
 
 def line(hit: Hit) -> str:
-    """Rank, score, where it stands, and how it begins."""
+    """Rank, score, where it stands, and how it begins: two lines of printable characters."""
     metadata = hit.metadata
     place = f"{metadata['file']}:{metadata['line']}" if {"file", "line"} <= metadata.keys() else hit.source_id
-    begins = " ".join(hit.text.split())
+    begins = printable(" ".join(hit.text.split()))
     width = shutil.get_terminal_size((120, 24)).columns
-    return f"{hit.rank:>2}  {hit.score:.3f}  {place}  {metadata.get('name', '')}\n    {begins[: width - 4]}"
+    first = printable(f"{hit.rank:>2}  {hit.score:.3f}  {place}  {metadata.get('name', '')}")
+    return f"{first}\n    {begins[: width - 4]}"
 
 
 if __name__ == "__main__":

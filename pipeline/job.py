@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 from pipeline.config import Config, ConfigError, load
 from pipeline.config.reading import ALLOWED_ARGUMENTS, meant_override
 from pipeline.core.console import log, start_logging, stop_logging
+from pipeline.core.escaping import printable
 from pipeline.core.object_store import BucketError, redacted
 from pipeline.core.outcome import EXPECTED_ERRORS, Result, error_sentence
 from pipeline.core.signals import signals
@@ -218,4 +219,4 @@ def _say(sentence: str) -> None:
     if log.handlers:
         log.error("%s", one_line)
     else:
-        print(redacted(one_line), file=sys.stderr, flush=True)
+        print(redacted(printable(one_line)), file=sys.stderr, flush=True)

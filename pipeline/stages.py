@@ -6,6 +6,7 @@ A stage takes a `Session`, which starts Ray when a stage first has work to do. A
 from __future__ import annotations
 
 import json
+import logging
 import uuid
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from typing import Any
 from pipeline.config import Config, ConfigError
 from pipeline.core.artifact import Artifact
 from pipeline.core.cluster import restrict_data_to
-from pipeline.core.console import log, log_timeline
+from pipeline.core.console import log, log_lines, log_timeline
 from pipeline.core.files import files_below, link_or_copy, local_copy, may_write, write_atomically
 from pipeline.core.object_store import BucketError
 from pipeline.core.outcome import JobError, Result, findings_table, job_lock, raise_findings
@@ -59,7 +60,7 @@ class Session:
             self._progress = self._stack.enter_context(ray_session())
             restrict_data_to(self.config.scaling.labels.data)
             findings = preflight(self.config, self.needs)
-            log.debug("%s", findings_table(findings))
+            log_lines(findings_table(findings), logging.DEBUG)
             raise_findings(findings)
             log_timeline("preflight is done")
         return self._progress
@@ -94,7 +95,7 @@ def check_stage(session: Session) -> Result:
         findings = preflight(session.config, session.needs)
         if "prepare" in session.needs and session.config.data.prepared is None:
             findings.append(Inputs(session.config, session.rehash).room)
-    log.info("%s", findings_table(findings))
+    log_lines(findings_table(findings))
     raise_findings(findings)
     return Result({each.what: each.found for each in findings})
 

@@ -21,6 +21,7 @@ import pytest
 
 from pipeline.config import Source
 from pipeline.data import input_files, read_json, read_tables, read_text, sources
+from pipeline.data.fields import RAW_EXCERPT_CHARS
 from pipeline.data.sources import plan_source
 from tests.test_sources import FORMATS, ROWS, all_records, as_arrow, as_csv, as_lines, as_parquet, compressed
 
@@ -120,7 +121,7 @@ def test_a_line_that_is_too_long_is_passed_over(
         file.write_bytes(compressed(good + long + good + long[:-1], suffix))
         found = all_records(Source(name="s", type="json", path=str(file)))
         assert [record.reason for record in found] == ([None] * 3 + ["line_too_long"]) * 2
-        assert all(len(record.excerpt) <= 200 for record in found)
+        assert all(len(record.excerpt) <= RAW_EXCERPT_CHARS for record in found)
 
 
 def test_lines_and_paragraphs_of_text_that_are_too_long(short_lines: int, tmp_path: Path) -> None:

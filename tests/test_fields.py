@@ -124,6 +124,6 @@ def test_metadata_rides_along() -> None:
 def test_a_broken_row_and_one_that_lacks_a_field_say_why() -> None:
     found = FieldMap(source())(broken("a.jsonl:0", "broken_json", b"\xff" + b"x" * 5_000))
     assert (found.native_id, found.fields, found.reason) == ("a.jsonl:0", {}, "broken_json")
-    assert found.excerpt == "\ufffd" + "x" * 199
+    assert found.excerpt == "\ufffd" + "x" * 5_000
     row = Row("a.parquet:0", {"id": 1}, names=("id", "title", "words"))
     assert FieldMap(source("parquet"))(row).excerpt == "no field 'anchor'; the row has id, title, words"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import sysconfig
 import unicodedata
 from pathlib import Path
@@ -237,3 +238,37 @@ def test_source_that_does_not_parse_says_so() -> None:
     for source in ("def f(:\n", "def f():\n  x\n y\n", "a = '\\x'", "\x00"):
         with pytest.raises((SyntaxError, ValueError)):
             list(docstring_pairs(source))
+
+
+SECRETS = ("ann@example.org", "ghp_" + "aB3dE6gH9j" * 4, "ann\u200b@example.org")
+REDACTING = {"email": "redact", "secret": "reject"}
+
+
+def redacting(**data: Any) -> Filter:
+    source = Source(name="s", type="json", path="a.jsonl", fields={"text": "text"}, metadata=["m"])
+    return Filter(source, Data(sources=[source], safety={"actions": REDACTING}, **data))
+
+
+def test_metadata_are_redacted_like_texts() -> None:
+    for secret in SECRETS:
+        metadata = {"m": {"nested": [f"by {secret}"], f"key {secret}": 1.5}, "n": None, "plain": "e\u0301\x1b"}
+        row = redacting(min_chars=1)(RawRecord("1", {"text": "a text"}, metadata))
+        assert secret not in row["metadata"]
+        assert "example.org" not in row["metadata"]
+        kept = json.loads(row["metadata"])
+        assert (kept["n"], kept["plain"]) == (None, "e\u0301\x1b")  # nothing else changes
+        assert kept["m"]["nested"][0].startswith("by [")
+
+
+def test_excerpts_are_redacted_before_they_are_cut() -> None:
+    for secret in SECRETS:
+        for start in (0, 150, 195):  # whole, and cut by the excerpt's end
+            text = "x" * start + " " + secret + " and more " * 50
+            broken = RawRecord("1", reason="broken_json", excerpt=text)
+            too_long = RawRecord("1", {"text": text})
+            for raw, keep in ((broken, redacting()), (too_long, redacting(max_chars=100))):
+                excerpt = keep(raw)["excerpt"]
+                assert len(excerpt) <= 200
+                assert secret[:4] not in excerpt, (secret, start, raw)
+    with_secret = redacting(min_chars=1)(RawRecord("1", {"text": f"a token {SECRETS[1]}"}))
+    assert (with_secret["reason"], SECRETS[1] in with_secret["excerpt"]) == ("unsafe_secret", False)

@@ -219,6 +219,10 @@ def pooling_at(path: str) -> Callable[[Path], None]:
     return spoil
 
 
+def weights_at(path: str) -> Callable[[Path], None]:
+    return lambda folder: write(folder / "model.safetensors.index.json", {"weight_map": {"a": path}})
+
+
 def emptied(folder: Path) -> None:
     for path in (folder / "modules.json", folder / "config.json"):
         path.unlink()
@@ -235,6 +239,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "above": (pooling_at("1_Pooling/../.."), r"modules\.json: found a module at .*, outside the model's folder"),
     "absolute": (pooling_at("/etc"), "found a module at /etc, outside the model's folder"),
     "link": (pooling_at("linked"), "found a module at .*linked, outside the model's folder"),
+    "back through its own name": (pooling_at("../st/1_Pooling"), "outside the model's folder"),
+    "weights above": (weights_at("../other/model.safetensors"), r"index\.json: found weights in \.\./other"),
+    "weights elsewhere": (weights_at("/etc/model.safetensors"), "found weights in /etc/model.safetensors, outside"),
+    "no map of weights": (lambda f: write(f / "model.safetensors.index.json", []), "found no weight_map"),
     "broken": (lambda f: (f / "modules.json").write_text("["), r"modules\.json: found no valid JSON"),
     "max": (pooled(pooling_mode="max"), "found pooling by max; supported is one of cls, lasttoken, mean, weightedmean"),
     "max of old": (pooled(pooling_mode_max_tokens=True), "found pooling by max; supported"),

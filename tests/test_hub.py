@@ -238,3 +238,36 @@ def test_a_folder_is_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert plan_source(drift).lost_fraction({"train-b.parquet"}) >= 0.5
     with pytest.raises(ConfigError, match=r"data.sources s: found nothing to read"):
         plan_source(source.model_copy(update={"path": str(tmp_path / "none")}))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["../out/*.jsonl", "{root}/out/s.jsonl", "http://127.0.0.1:9/s.jsonl", "zip://s.jsonl::http://127.0.0.1:9/s.zip"],
+)
+@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
+def test_a_card_names_files_of_its_folder_only(
+    pattern: str, card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    for name in ("out", "set"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "s.jsonl").write_bytes(as_lines(pairs(0, 5)))
+    source = Source(name="s", type="huggingface", path=str(tmp_path / "set"), fields=MAPPED)
+    fence = "---\n" if card == "README.md" else ""
+    files = [{"split": "train", "path": [pattern.format(root=tmp_path)]}]
+    content = json.dumps({"configs": [{"config_name": "default", "data_files": files}]})
+    (tmp_path / "set" / card).write_text(f"{fence}{content}\n{fence}")
+    with pytest.raises(ConfigError, match=r"data\.sources s: .*found .*(outside the data set|in its card)"):
+        plan_source(source)
+
+
+def test_a_link_out_of_a_folder_needs_the_sources_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "out.jsonl").write_bytes(as_lines(pairs(0, 5)))
+    (tmp_path / "set" / "a.jsonl").write_bytes(as_lines(pairs(5, 7)))
+    (tmp_path / "set" / "b.jsonl").symlink_to(tmp_path / "out.jsonl")
+    source = Source(name="s", type="huggingface", path=str(tmp_path / "set"), fields=MAPPED)
+    with pytest.raises(ConfigError, match="outside the data set"):
+        plan_source(source)
+    assert len(all_records(source.model_copy(update={"follow_symlinks": True}))) == 7

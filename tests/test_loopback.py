@@ -15,6 +15,7 @@ import pytest
 from pipeline.core import session
 from pipeline.core.outcome import JobError
 from pipeline.core.session import keep_token_private
+from pipeline.training.process_group import interface_of
 
 
 def outside(processes: list[psutil.Process]) -> tuple[int, set[str]]:
@@ -83,3 +84,8 @@ def test_an_address_at_which_nobody_answers_is_said(monkeypatch: pytest.MonkeyPa
     for nobody in (address, f"ray://{address}", "127.0.0.1:port"):
         with pytest.raises(JobError, match=f"RAY_ADDRESS: nothing answers at {nobody} "):
             session._reach(nobody)
+
+
+def test_the_interface_of_an_address() -> None:
+    assert interface_of("127.0.0.1") in {name for _, name in socket.if_nameindex() if name.startswith("lo")}
+    assert interface_of("192.0.2.1") is None  # of documentation, RFC 5737

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,24 @@ def test_a_path_too_long_for_sockets_is_one_sentence(tmp_path: Path) -> None:
     assert f"TMPDIR: found a path of {len(str(folder))} bytes" in said
     assert "at most 107 bytes; set RAY_TMPDIR=/tmp" in said
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_folder_of_a_local_session_is_private() -> None:
+    program = (
+        "import os, stat, ray\n"
+        "from pipeline.core.session import ray_session\n"
+        "with ray_session():\n"
+        "    folder = os.path.realpath(os.path.join(os.environ['RAY_TMPDIR'], 'ray', 'session_latest'))\n"
+        "    print(oct(stat.S_IMODE(os.stat(folder).st_mode)))"
+    )
+    with tempfile.TemporaryDirectory(prefix="r") as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, "RAY_TMPDIR": folder},
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert done.stdout.splitlines()[-1] == "0o700"

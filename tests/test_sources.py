@@ -351,3 +351,42 @@ def test_python_packages_are_parsed_and_never_run(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sysconfig, "get_path", {"purelib": str(tmp_path)}.get)
     installed = all_records(Source(name="p", type="python_packages"))  # without a path
     assert {r.native_id: r for r in installed} == found
+
+
+@pytest.mark.parametrize("pattern", ["", "/*", "/**/*.jsonl"])
+def test_links_out_of_a_folder_are_skipped_and_counted(
+    pattern: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("in/a.jsonl", "in/sub/b.jsonl", "out/secret.jsonl", "out/other.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
+    (tmp_path / "in" / "inside.jsonl").symlink_to("sub/b.jsonl")
+    (tmp_path / "in" / "link.jsonl").symlink_to(tmp_path / "out" / "secret.jsonl")
+    (tmp_path / "in" / "up.jsonl").symlink_to("../out/other.jsonl")
+    (tmp_path / "way").symlink_to("in")  # the path itself may be a link
+    source = Source(name="s", type="json", path=f"{tmp_path}/way{pattern}", fields={"text": "text"})
+
+    def texts(of: Source) -> set[str]:
+        return {str(record.fields["text"]) for record in all_records(of)}
+
+    assert not any("out" in text for text in texts(source))
+    assert {"in/a.jsonl", "in/sub/b.jsonl"} >= texts(source) >= {"in/a.jsonl"}
+    assert "source s: skipped 2 files that links lead to outside of" in caplog.text
+    assert {"out/secret.jsonl", "out/other.jsonl"} <= texts(source.model_copy(update={"follow_symlinks": True}))
+
+
+def test_a_folder_that_a_glob_reaches_by_a_link_is_skipped(tmp_path: Path) -> None:
+    for name in ("in/a/a.jsonl", "out/secret.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    (tmp_path / "in" / "b").symlink_to(tmp_path / "out")
+    source = Source(name="s", type="json", path=f"{tmp_path}/in/*/*.jsonl", fields={"text": "text"})
+    assert [name for name, _, _ in plan_source(source).inputs] == ["a/a.jsonl"]
+
+
+def test_a_path_that_is_a_link_to_a_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "in" / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    source = Source(name="s", type="json", path=str(tmp_path / "in" / "link.jsonl"), fields={"text": "text"})
+    assert len(all_records(source)) == 1

@@ -26,6 +26,8 @@ class Source(Section):
     """A file, a folder or a glob, on local disk, s3://, gs:// or az:// (with options such as `?region=eu-west-1` or
     `?anonymous=true`). huggingface: the data set's name. python_packages: a folder of packages, by default this
     Python's site-packages."""
+    follow_symlinks: bool = False
+    """Whether to read files that links in `path` lead to outside of it. `path` may itself be a link."""
     record: Literal["file", "paragraph", "line"] = "file"
     """Text sources: the unit that becomes a record. A file has the fields `title` (from its front matter, a title
     keyword or its first line), `body` (the rest) and `text` (without front matter); a paragraph or a line has

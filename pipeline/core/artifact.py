@@ -50,7 +50,7 @@ from pipeline.core.files import (
     xxh3_of,
 )
 from pipeline.core.outcome import JobError, error_sentence, job_lock
-from pipeline.core.path import StoragePath
+from pipeline.core.path import StoragePath, stays_below
 from pipeline.core.session import Progress
 
 MANIFEST = "manifest.json"
@@ -215,7 +215,8 @@ def read_manifest(folder: StoragePath) -> dict[str, Any] | None:
     """The manifest of a finished artifact; None if it is missing or cannot be read."""
     try:
         found = json.loads((folder / MANIFEST).read_text())
-        return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else None
+        files = found.get("files") if isinstance(found, dict) else None
+        return found if isinstance(files, dict) and all(map(stays_below, files)) else None
     except (OSError, ValueError):
         return None
 

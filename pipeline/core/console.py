@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TextIO
 
 from tqdm import tqdm
 
+from pipeline.core import escaping
+from pipeline.core.escaping import INDENT, printable
 from pipeline.core.mirror import Mirror
 from pipeline.core.object_store import redacted
 from pipeline.core.path import StoragePath
@@ -28,13 +32,25 @@ log = logging.getLogger("pipeline")
 
 LINE_EVERY_S = 30.0
 LOG_NAME = "training.log"
+DRAIN_S = 5.0  # for a process that outlives the Ray session and still has our stderr
 
 
 class _Formatter(logging.Formatter):
-    """Formats lines without the credentials of URIs."""
+    """Formats a record as one line of printable characters, without the credentials of URIs.
+
+    The lines of a traceback follow, indented.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         return redacted(super().format(record))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        lines = super().formatException(ei).split("\n")
+        return textwrap.indent("\n".join(map(printable, lines)), INDENT)
 
 
 class Console(logging.StreamHandler[TextIO]):
@@ -92,6 +108,12 @@ def start_logging(folder: StoragePath, level: str, line_format: str) -> LogFile:
     return file
 
 
+def log_lines(text: str, level: int = logging.INFO) -> None:
+    """Log a text of several lines, such as a table, as one record per line."""
+    for line in text.split("\n"):
+        log.log(level, "%s", line)
+
+
 def stop_logging() -> None:
     for handler in log.handlers:
         handler.close()
@@ -101,7 +123,7 @@ def stop_logging() -> None:
 
 @contextmanager
 def other_output_to_log() -> Iterator[None]:
-    """Redirect stdout and stderr of libraries to training.log; our log lines still go to the console.
+    """Redirect stdout and stderr of libraries to training.log, escaped; our log lines still go to the console.
 
     It redirects file descriptor 2, because Ray's C++ core writes to it. Does nothing before `start_logging`.
     """
@@ -113,15 +135,33 @@ def other_output_to_log() -> Iterator[None]:
     with (
         file.open_raw() as raw,
         os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors=errors) as terminal,
+        _escaped(raw) as descriptor,
         redirect_stdout(sys.stderr),
     ):
         stderr = console.setStream(terminal) or terminal
-        os.dup2(raw.fileno(), 2)
+        os.dup2(descriptor, 2)
         try:
             yield
         finally:
             os.dup2(terminal.fileno(), 2)
             console.setStream(stderr)
+
+
+@contextmanager
+def _escaped(file: BinaryIO) -> Iterator[int]:
+    """A descriptor whose lines are escaped and appended to `file`.
+
+    By another process, because a crash of this one must not lose its last lines.
+    """
+    command = [sys.executable, "-I", "-S", escaping.__file__]
+    writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, start_new_session=True)
+    assert writer.stdin is not None
+    try:
+        yield writer.stdin.fileno()
+    finally:
+        writer.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            writer.wait(DRAIN_S)
 
 
 def _handler(kind: type[Any]) -> Any:
@@ -149,7 +189,7 @@ class Stage:
         self.bar = tqdm(
             total=total,
             initial=start,
-            desc=name,
+            desc=printable(name),
             unit=unit if unit == "B" else f" {unit}",
             unit_scale=unit == "B",
             file=stream,
@@ -167,7 +207,7 @@ class Stage:
     def advance(self, amount: int, shown: str = "") -> None:
         """Count `amount` more units. `shown` is printed after the rate."""
         self.done += amount
-        self.shown = shown or self.shown
+        self.shown = printable(shown) or self.shown
         if not self.bar.disable:
             self.bar.set_postfix_str(self.shown, refresh=False)
             self.bar.update(amount)
@@ -201,8 +241,8 @@ class Stage:
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
-    """Format rows in aligned columns; numbers are right-aligned."""
-    columns = [[title, *map(str, cells)] for title, *cells in zip(header, *rows, strict=True)]
+    """Format rows in aligned columns, a line each; numbers are right-aligned."""
+    columns = [[printable(str(cell)) for cell in column] for column in zip(header, *rows, strict=True)]
     aligned = []
     for cells in columns:
         width = max(map(len, cells))

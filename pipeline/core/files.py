@@ -209,6 +209,20 @@ def find(path: StoragePath, keep: Callable[[str], bool]) -> tuple[StoragePath, d
     return folder, {name: stat for name, stat in files_below(folder, hidden=False).items() if match(name)}
 
 
+def links_out(place: StoragePath, folder: StoragePath, found: dict[str, Stat]) -> set[str]:
+    """The files of `find` that a link leads to outside of the folder. A `place` that is one file may be a link."""
+    if not isinstance(folder, Path) or place.is_file():
+        return set()
+    home, parents = folder.resolve(), {(folder / name).parent for name in found}
+    outside = {parent for parent in parents if not parent.resolve().is_relative_to(home)}
+    paths = {name: folder / name for name in found}
+    return {
+        name
+        for name, path in paths.items()
+        if path.parent in outside or (path.is_symlink() and not path.resolve().is_relative_to(home))
+    }
+
+
 def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 

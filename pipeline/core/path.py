@@ -282,6 +282,14 @@ def public_uri(path: StoragePath) -> str:
     return f"https://{account}.blob.core.windows.net/{path.store.bucket}/{path.key}" if account else path.uri
 
 
+def stays_below(name: str) -> bool:
+    """Whether joining a name to a folder cannot leave the folder: it is relative and has no `..`.
+
+    For names that come from files. Links in the folder are not followed.
+    """
+    return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+
+
 def absolute(path: StoragePath) -> StoragePath:
     return Path(os.path.abspath(path)) if isinstance(path, Path) else path
 

@@ -240,7 +240,9 @@ def _init(cluster: str | None, **options: Any) -> None:
     if cluster:
         _reach(cluster)
     try:
-        ray.init(**options)
+        started = ray.init(**options)
+        if not cluster:  # Ray's logs and sockets there are readable by all users
+            os.chmod(started.address_info["session_dir"], 0o700)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         if not cluster:
             raise

@@ -31,6 +31,7 @@ from typing import Any
 from pipeline.config import Source
 
 EXCERPT_CHARS = 200
+RAW_EXCERPT_CHARS = 100 * EXCERPT_CHARS  # before redaction: a secret that is cut is no longer recognised
 TEXT_FIELDS = ("anchor", "positive", "negatives", "text")
 UNREADABLE_FILE = "unreadable_file"
 """Reason of the record that stands for all rows of a file that could not be read; nobody knows how many."""
@@ -55,13 +56,16 @@ class Row:
 
 def broken(position: str, reason: str, excerpt: str | bytes) -> Row:
     """A row that could not be read."""
-    text = excerpt[: EXCERPT_CHARS * 4].decode("utf-8", "replace") if isinstance(excerpt, bytes) else excerpt
-    return Row(position, reason=reason, excerpt=text[:EXCERPT_CHARS])
+    text = excerpt[: RAW_EXCERPT_CHARS * 4].decode("utf-8", "replace") if isinstance(excerpt, bytes) else excerpt
+    return Row(position, reason=reason, excerpt=text[:RAW_EXCERPT_CHARS])
 
 
 @dataclass(slots=True)
 class RawRecord:
-    """A record with unnormalised texts; negatives are a list. `reason` is set if it could not be read."""
+    """A record with unnormalised texts; negatives are a list. `reason` is set if it could not be read.
+
+    The excerpt is not redacted yet, and at most RAW_EXCERPT_CHARS characters long.
+    """
 
     native_id: str
     fields: dict[str, str | list[str]] = field(default_factory=dict)
@@ -189,7 +193,7 @@ def json_value(value: Any) -> Any:
 
 class _NoTextError(Exception):
     def __init__(self, reason: str, excerpt: str) -> None:
-        self.reason, self.excerpt = reason, excerpt[:EXCERPT_CHARS]
+        self.reason, self.excerpt = reason, excerpt[:RAW_EXCERPT_CHARS]
 
 
 def _text(row: Row, own: str) -> str:
@@ -215,5 +219,5 @@ def _one_text(own: str, value: Any) -> str:
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError:
-            raise _NoTextError("invalid_utf8", f"{own} is {value[:EXCERPT_CHARS]!r}") from None
+            raise _NoTextError("invalid_utf8", f"{own} is {value[:RAW_EXCERPT_CHARS]!r}") from None
     raise _NoTextError("null_field" if value is None else "wrong_type", f"{own} is {value!r}")

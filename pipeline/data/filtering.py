@@ -25,7 +25,7 @@ import regex
 from ftfy.chardata import UTF8_DETECTOR_RE
 
 from pipeline.config import ConfigError, Data, Sanitize, Source
-from pipeline.data.fields import EXCERPT_CHARS, RawRecord
+from pipeline.data.fields import EXCERPT_CHARS, RAW_EXCERPT_CHARS, RawRecord
 from pipeline.data.partitions import content_id
 from pipeline.data.quality import QualityRules, identify_language
 from pipeline.data.safety import Rules, load_rules
@@ -150,10 +150,13 @@ class Filter:
         reason = reason or self._low_quality(fields)
         origin = {"source": self.source, "source_id": _writable(f"{self.source}:{raw.native_id}")}
         if reason is None:
-            metadata = _writable(json.dumps(raw.metadata, ensure_ascii=False, allow_nan=False))
-            return {"id": _id(fields), **origin, **fields, "metadata": metadata}
-        excerpt = raw.excerpt or " | ".join(text[:EXCERPT_CHARS] for text in raw.fields.values() if type(text) is str)
-        excerpt = _writable(excerpt[:EXCERPT_CHARS])
+            try:
+                metadata = _writable(json.dumps(self._redacted(raw.metadata), ensure_ascii=False, allow_nan=False))
+                return {"id": _id(fields), **origin, **fields, "metadata": metadata}
+            except RecursionError:  # metadata nested deeper than Python's stack
+                reason = "unreadable_value"
+        texts = (text[:RAW_EXCERPT_CHARS] for text in raw.fields.values() if type(text) is str)
+        excerpt = _writable(self._redacted(raw.excerpt or " | ".join(texts))[:EXCERPT_CHARS])
         return {"id": content_id([origin["source_id"], excerpt]), **origin, "reason": reason, "excerpt": excerpt}
 
     def _text(self, raw: str) -> tuple[str, str | None]:
@@ -172,6 +175,21 @@ class Filter:
             verdict = self.safety.apply(text)
             text = self.sanitizer.clean(verdict.text)
         return text, verdict.reason or ("too_short" if len(text) < data.min_chars else None)
+
+    def _redacted(self, value: Any) -> Any:
+        """A value as JSON has them, with all its strings redacted. They are not normalised otherwise."""
+        if value is None or isinstance(value, int | float):
+            return value
+        if isinstance(value, dict):
+            return {self._redacted(key): self._redacted(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [*map(self._redacted, value)]
+        text = self.safety.redact(str(value))
+        if text.isascii() and not _CONTROLS.search(text):
+            return text
+        plain = self.sanitizer.clean(self.sanitizer.unhide(text))  # hidden characters may have split a match
+        redacted = self.safety.redact(plain)
+        return text if redacted == plain else redacted
 
     def _low_quality(self, fields: dict[str, Any]) -> str | None:
         """Why the document (`positive`, else `text`) is rejected, or None."""

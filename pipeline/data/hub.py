@@ -14,9 +14,11 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import yaml
 
 from pipeline.config import ConfigError, Source
 from pipeline.core.object_store import cause
@@ -43,11 +45,11 @@ class HubDataset:
 
 def find_dataset(source: Source) -> HubDataset:
     """Resolve the data set's current commit and files. Raises ConfigError if it does not exist or is unreachable."""
-    _dataset.cache_clear()
+    _opened.cache_clear()
     path, commit = source.path or "", ""
     try:
         if os.path.isdir(path):
-            path, files = list_files(source.name, path, suffixes=("",))
+            path, files = list_files(source, suffixes=("",))
             inputs = [(file.name, file.size, file.mtime_ns) for file in files]
             sizes = {file.name: file.size for file in files}
         elif path.startswith(("/", ".")):
@@ -55,7 +57,7 @@ def find_dataset(source: Source) -> HubDataset:
         else:
             commit, sizes = _commit(source)
             inputs = [(f"{path}@{commit}:{source.config or ''}:{source.split}", sum(sizes.values()), 0)]
-        shards = _shard_names(source.split, *_dataset(path, source.config, source.split, commit))
+        shards = _shard_names(source.split, *_dataset(source, path, commit))
     except _errors() as error:
         raise ConfigError(_refusal(source, error)) from None
     return HubDataset(path, commit, shards, inputs, sizes)
@@ -66,7 +68,7 @@ def dataset_rows(
 ) -> Iterator[Row]:
     """Rows of the shards `start` to `stop`. Raises JobError if the hub is unreachable."""
     try:
-        data, files = _dataset(path, source.config, source.split, revision)
+        data, files = _dataset(source, path, revision)
     except _errors() as error:
         raise JobError(f"source {source.name}: cannot fetch {path}: {cause(error)}; run the job again") from None
     names = _shard_names(source.split, data, files)
@@ -99,20 +101,58 @@ def _commit(source: Source) -> tuple[str, dict[str, int]]:
     return str(info.sha), {name: size for name, size in sizes.items() if source.config in name.split("/")} or sizes
 
 
+def _dataset(source: Source, path: str, revision: str) -> tuple[Any, list[str]]:
+    return _opened(path, source.config, source.split, revision, source.follow_symlinks)
+
+
 @lru_cache(maxsize=8)
-def _dataset(path: str, config: str | None, split: str, revision: str) -> tuple[Any, list[str]]:
-    """The streamed data set and the files of its split. Cached, because opening it takes ten small requests."""
+def _opened(path: str, config: str | None, split: str, revision: str, follow_symlinks: bool) -> tuple[Any, list[str]]:
+    """The streamed data set and the files of its split. Cached, because opening it takes ten small requests.
+
+    Raises ValueError if its card names files outside the data set.
+    """
     import datasets
 
+    if not revision:
+        _check_card(path)
     datasets.disable_progress_bars()
     builder = datasets.load_dataset_builder(path, config, revision=revision or None)
-    files = (builder.config.data_files or {}).get(split, [])
+    data_files = builder.config.data_files or {}
+    files = [str(file) for of_split in data_files.values() for file in of_split]
+    if revision:
+        outside = [file for file in files if not file.startswith(f"hf://datasets/{path}@")]
+    else:
+        real = os.path.normpath if follow_symlinks else os.path.realpath
+        outside = [file for file in files if not Path(real(file)).is_relative_to(real(path))]
+    if outside:
+        raise ValueError(f"the file {outside[0]} of its data_files outside the data set")
     base = f"{builder.base_path}/"
-    return builder.as_streaming_dataset(split), [str(file).removeprefix(base) for file in files]
+    return builder.as_streaming_dataset(split), [str(file).removeprefix(base) for file in data_files.get(split, [])]
 
 
 def _shard_names(split: str, data: Any, files: list[str]) -> list[str]:
     return files if len(files) == data.num_shards else [f"{split}:{shard}" for shard in range(data.num_shards)]
+
+
+def _check_card(folder: str) -> None:
+    """Raise ValueError if the card of a local data set names a URI, which `datasets` would open to list its files."""
+    from huggingface_hub import metadata_load
+
+    card, standalone = Path(folder) / "README.md", Path(folder) / ".huggingface.yaml"
+    contents = [metadata_load(card) if card.is_file() else None]
+    contents += [yaml.safe_load(standalone.read_text("utf-8")) if standalone.is_file() else None]
+    configs = [content.get("configs") for content in contents if isinstance(content, dict)]
+    if uri := next((text for text in _strings(configs) if "://" in text), None):
+        raise ValueError(f"{uri} in its card, but a folder's data_files are names of files in it")
+
+
+def _strings(content: Any) -> Iterator[str]:
+    """All strings in a YAML document."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict | list):
+        for each in content.values() if isinstance(content, dict) else content:
+            yield from _strings(each)
 
 
 def _errors() -> tuple[type[Exception], ...]:
@@ -120,7 +160,7 @@ def _errors() -> tuple[type[Exception], ...]:
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
 
-    return (OSError, ValueError, RuntimeError, DatasetsError, HTTPError, pa.ArrowException)
+    return (OSError, ValueError, RuntimeError, yaml.YAMLError, DatasetsError, HTTPError, pa.ArrowException)
 
 
 def _is_network(error: Exception) -> bool:

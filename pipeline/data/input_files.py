@@ -1,6 +1,6 @@
 """Lists and opens a source's input files, on local disk and in buckets, by path, folder or glob.
 
-    base, files = list_files("pages", "s3://corpus/2024/*.jsonl.gz?region=eu-west-1", suffixes=(".jsonl",))
+    base, files = list_files(source, suffixes=(".jsonl",))  # path: s3://corpus/2024/*.jsonl.gz?region=eu-west-1
     files[0]                                              # File(name='a.jsonl.gz', size=1048576, mtime_ns=17…)
     with open_text(base, files[0].name) as file:          # decompressed by suffix; UTF-16 becomes UTF-8
         for offset, line in lines(file, 4096, 8192): ...  # line ends with b"\\n", except the last
@@ -18,6 +18,7 @@ import gzip
 import io
 import os
 import shutil
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ from typing import IO, Any, cast
 
 import pyarrow as pa
 
-from pipeline.config import ConfigError
-from pipeline.core.files import find
+from pipeline.config import ConfigError, Source
+from pipeline.core.console import log
+from pipeline.core.files import find, links_out
 from pipeline.core.object_store import BucketError, cause
 from pipeline.core.path import absolute, as_path, without_options
 
@@ -51,24 +53,35 @@ class File:
     mtime_ns: int
 
 
-def list_files(source: str, path: str, suffixes: tuple[str, ...]) -> tuple[str, list[File]]:
-    """The base, and the files that a path, folder or glob matches, sorted by name, without hidden files.
+def list_files(source: Source, suffixes: tuple[str, ...]) -> tuple[str, list[File]]:
+    """The base, and the files that a source's path, folder or glob matches, sorted by name, without hidden files.
 
-    A folder yields only files with one of the `suffixes`, compressed or not; a path or glob is not filtered. Raises
-    ConfigError, naming the source, if there are no files or they cannot be listed.
+    A folder yields only files with one of the `suffixes`, compressed or not; a path or glob is not filtered. Links out
+    of the folder are skipped, with a warning, unless the source follows them. Raises ConfigError, naming the source, if
+    there are no files or they cannot be listed.
     """
+    path = source.path or sysconfig.get_path("purelib")
 
     def keep(name: str) -> bool:
         return without_compression(name).lower().endswith(suffixes)
 
     try:
-        folder, found = find(absolute(as_path(path)), keep)
+        place = absolute(as_path(path))
+        folder, found = find(place, keep)
+        skipped = set() if source.follow_symlinks or source.path is None else links_out(place, folder, found)
     except (OSError, ValueError, BucketError) as error:
-        raise ConfigError(refusal(source, path, error)) from None
+        raise ConfigError(refusal(source.name, path, error)) from None
+    if skipped:
+        found = {name: stat for name, stat in found.items() if name not in skipped}
+        log.warning(
+            "source %s: skipped %s files that links lead to outside of %s, such as %s; to read them, set "
+            "`follow_symlinks: true` on the source",
+            *(source.name, f"{len(skipped):,}", folder, min(skipped)),
+        )
     if not found:
         kinds = f" ({', '.join(suffixes)}, or these with .gz or .zst)" if any(suffixes) else ""
         raise ConfigError(
-            f"data.sources {source}: found nothing to read at {without_options(path)}; give a file, a folder with "
+            f"data.sources {source.name}: found nothing to read at {without_options(path)}; give a file, a folder with "
             f"files in it{kinds} or a glob that matches some"
         )
     return str(folder), [File(name, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()]

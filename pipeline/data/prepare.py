@@ -25,7 +25,7 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError, Source
 from pipeline.core.artifact import Artifact, Output, open_parquet
-from pipeline.core.console import log, table
+from pipeline.core.console import log, log_lines, table
 from pipeline.core.files import file_sizes, sorted_glob
 from pipeline.core.outcome import Finding, check_disk_space, raise_findings
 from pipeline.core.path import StoragePath, as_path
@@ -50,7 +50,7 @@ from pipeline.data.sources import SourcePlan, check_fields, inputs_by_content, p
 from pipeline.data.tokenizer import load_tokenizer, tokenizer_file, train_tokenizer
 from pipeline.data.tokenizing import ROW_GROUP_ROWS, Cutter
 
-FORMAT = 4  # raise it when the stages' output changes: all earlier folders become stale
+FORMAT = 5  # raise it when the stages' output changes: all earlier folders become stale
 SHARD_BYTES = 8 << 20  # text per shard: a core tokenizes it in seconds
 MAX_SHARDS = 4_096  # above 32 GB of text, shards grow instead, because each reads every part of the shuffle
 DISK_A_TEXT_BYTE = 1.7  # peak of all stages. Ours, measured: 40.0 MB for 23.5 MB of Debian's descriptions
@@ -221,7 +221,7 @@ class _StageRunner:
             listed = ", ".join(f"{cluster['source_id']} ({cluster['removed']:,})" for cluster in clusters)
             log.info("prepare: records with the most near-duplicates removed: %s", listed)
         seconds = {stage.name: (stage.read() or {}).get("seconds", 0.0) for stage in inputs.stages}
-        log.info("%s", _summary(manifest, seconds))
+        log_lines(_summary(manifest, seconds))
         return asdict(manifest)
 
     def records(self) -> list[SourceCount]:

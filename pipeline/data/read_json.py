@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.data.fields import EXCERPT_CHARS, UNREADABLE_FILE, Row, broken
+from pipeline.data.fields import RAW_EXCERPT_CHARS, UNREADABLE_FILE, Row, broken
 from pipeline.data.input_files import BUFFER_BYTES, MAX_LINE_BYTES, is_too_long, lines, without_compression
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
@@ -175,7 +175,7 @@ class _Buffer:
         """Skip to the next `mark` after the current character. False if there is none; the file's end is kept."""
         self.at += 1
         while (found := self.text.find(mark, self.at)) < 0:
-            self.at = max(self.at, len(self.text) - len(mark) - EXCERPT_CHARS)
+            self.at = max(self.at, len(self.text) - len(mark) - RAW_EXCERPT_CHARS)
             if not self.grow():
                 return False
         self.at = found
@@ -191,4 +191,4 @@ class _Buffer:
         return not self.text.isascii() and bool(_ESCAPED_BYTE.search(self.text, self.at, end))
 
     def excerpt(self) -> bytes:
-        return self.text[self.at : self.at + EXCERPT_CHARS].encode("utf-8", "surrogateescape")
+        return self.text[self.at : self.at + RAW_EXCERPT_CHARS].encode("utf-8", "surrogateescape")

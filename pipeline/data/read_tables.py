@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.object_store import cause
-from pipeline.data.fields import EXCERPT_CHARS, UNREADABLE_FILE, Row, broken
+from pipeline.data.fields import RAW_EXCERPT_CHARS, UNREADABLE_FILE, Row, broken
 from pipeline.data.input_files import BUFFER_BYTES, MAX_LINE_BYTES, is_too_long, lines, may_pass, without_compression
 
 CSV_SUFFIXES = (".csv", ".tsv", ".tab")
@@ -59,7 +59,7 @@ def csv_rows(file: io.BufferedReader, name: str, delimiter: str | None = None) -
             problem = "a quote that is not closed on its line"
         if problem:
             first_line, can_go_on = text.go_back()
-            problem = f"{problem}: {first_line[:EXCERPT_CHARS]}"
+            problem = f"{problem}: {first_line[:RAW_EXCERPT_CHARS]}"
             if can_go_on and delimiter == "\t":
                 cells, problem = first_line.rstrip("\r\n").split("\t"), None
             elif can_go_on and header:

@@ -88,6 +88,22 @@ class Rules:
         reason = None if rejecting is None else f"unsafe_{self._active[rejecting].category}"
         return Verdict(data.decode("utf-8", "surrogatepass"), reason, tuple(found))
 
+    def redact(self, text: str) -> str:
+        """Replace every match, also of rules that reject. For what is kept beside a record's texts.
+
+        A text that still matches after four rounds is replaced as a whole.
+        """
+        data = text.encode("utf-8", "surrogatepass")
+        hits = self._hits(data)
+        if not hits:
+            return text
+        for _ in range(_ROUNDS):
+            for i in hits:
+                data = b"".join(_redacted(self._patterns[i], data, self._active[i].replacement.encode()))
+            if not (hits := self._hits(data)):
+                return data.decode("utf-8", "surrogatepass")
+        return self._active[hits[0]].replacement
+
     def _hits(self, data: bytes) -> list[int]:
         """Indices of the active rules that match, in the file's order."""
         return sorted(self._set.Match(data) or ()) if self._active else []

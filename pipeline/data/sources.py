@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import os
-import sysconfig
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ import pyarrow as pa
 import xxhash
 
 from pipeline.config import ConfigError, Source
+from pipeline.core.escaping import printable
 from pipeline.core.object_store import BucketError, cause
 from pipeline.core.outcome import JobError
 from pipeline.data import hub, read_json, read_tables, read_text
@@ -165,7 +165,8 @@ def check_fields(source: Source) -> None:
         raise ConfigError(f"data.sources {source.name}: found {problem} in the CSV header; make all names distinct")
     missing = [path for path in required if rows and not any(has(row.values, path) for row in rows)]
     if missing:
-        available = ", ".join(dict.fromkeys(name for row in rows for name in _names(row))) or "none"
+        names = dict.fromkeys(name for row in rows for name in _names(row))
+        available = ", ".join(map(printable, names)) or "none"  # escaped here, because an error's blanks are collapsed
         raise ConfigError(
             f"data.sources {source.name}: found no field {', '.join(map(repr, missing))} in the first {len(rows)} "
             f"records; set `fields` to map onto the available ones: {available[:1000]}"
@@ -178,7 +179,7 @@ def text_bytes(name: str, size: int) -> int:
 
 
 def _files(source: Source) -> tuple[str, list[File]]:
-    return list_files(source.name, source.path or sysconfig.get_path("purelib"), SUFFIXES[source.type])
+    return list_files(source, SUFFIXES[source.type])
 
 
 def _tasks(source: Source, base: str, files: list[File], task_bytes: int) -> Iterator[ReadTask]:

@@ -20,8 +20,8 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from pipeline.config import ConfigError
-from pipeline.core.object_store import BucketError
 from pipeline.core.path import StoragePath
+from pipeline.core.tokenizer_files import encoding, parse_tokenizer
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 START_NAMES = ("[CLS]", "<s>", "<|begin_of_text|>", "<bos>")
@@ -61,10 +61,8 @@ def load_tokenizer(path: StoragePath) -> Tokenizer:
     """Read the tokenizer.json that `tokenizer_file` finds. Raises ConfigError if it is missing or broken."""
     file = tokenizer_file(path)
     try:
-        tokenizer = Tokenizer.from_str(file.read_text("utf-8"))
-    except BucketError:
-        raise
-    except Exception as error:  # tokenizers raises a bare Exception
+        tokenizer = parse_tokenizer(file.read_text("utf-8"), file)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"tokenizer.load_path: found no valid tokenizer at {file}: {error}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -98,7 +96,8 @@ class Framing:
 def framing(tokenizer: Tokenizer) -> Framing:
     """Find a tokenizer's special tokens by what it adds to a text, else by their usual names."""
     special = frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
-    framed = tokenizer.encode("a").ids
+    with encoding(tokenizer):
+        framed = tokenizer.encode("a").ids
 
     def named(names: tuple[str, ...]) -> int | None:
         return next((id for name in names if (id := tokenizer.token_to_id(name)) is not None), None)

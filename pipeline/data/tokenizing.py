@@ -36,6 +36,7 @@ from tokenizers import Tokenizer
 from pipeline.config import Augment, ConfigError
 from pipeline.core.artifact import Output, open_parquet
 from pipeline.core.path import StoragePath
+from pipeline.core.tokenizer_files import encoding
 from pipeline.data.manifest import SPLITS, LengthCounts, Shard, sha256
 from pipeline.data.partitions import is_validation
 from pipeline.data.tokenizer import unknown_token_id
@@ -68,7 +69,8 @@ class Cutter:
 
     def __init__(self, tokenizer: Tokenizer, recipe: TokenRecipe) -> None:
         self.tokenizer, self.recipe = tokenizer, recipe
-        bare, whole = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
+        with encoding(tokenizer):
+            bare, whole = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
         before = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
         self.prefix, self.suffix = whole[:before], whole[before + len(bare) :] if bare else []
         self.room = recipe.max_length - len(self.prefix) - len(self.suffix)
@@ -228,7 +230,8 @@ def _encode_texts(texts: list[str], name: str, sources: list[str], cutter: Cutte
     if cutter.recipe.prompts:
         prompts = [cutter.recipe.prompts.get(source, {}).get(name, "") for source in sources]
         texts = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-    encodings = cutter.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    with encoding(cutter.tokenizer):
+        encodings = cutter.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     lists = pa.array([encoding.ids for encoding in encodings], pa.list_(pa.int32()))
     tokens, bounds = lists.values.to_numpy(), lists.offsets.to_numpy().astype(np.int64)
     lengths = np.diff(bounds)

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
+from pipeline.core.tokenizer_files import encoding
 from pipeline.index.table import parse_metadata
 
 CHUNK_KEYS = ("parent_id", "part", "parts")
@@ -29,8 +30,10 @@ def split_into_chunks(documents: pa.Table, prompts: Sequence[str], tokenizer: To
     texts = [prompt + text for prompt, text in zip(prompts, documents["text"].to_pylist(), strict=True)]
     tokens: list[list[list[int]]] = []
     spans: list[list[tuple[int, int]]] = []
-    for prompt, encoding in zip(prompts, tokenizer.encode_batch(texts), strict=True):
-        windows = [encoding, *encoding.overflowing]
+    with encoding(tokenizer):
+        encodings = tokenizer.encode_batch(texts)
+    for prompt, encoded in zip(prompts, encodings, strict=True):
+        windows = [encoded, *encoded.overflowing]
         tokens.append([window.ids for window in windows])
         spans.append([_span(window.offsets, len(prompt)) for window in windows])
     return documents.append_column("tokens", pa.array(tokens, pa.list_(pa.list_(pa.int32())))).append_column(

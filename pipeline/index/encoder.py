@@ -13,7 +13,6 @@ lists from the tokenizer, or a file, to the backend. Does not import torch, so t
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from tokenizers import Tokenizer
 from pipeline.config import Embedding
 from pipeline.core.files import local_copy
 from pipeline.core.path import StoragePath
+from pipeline.core.tokenizer_files import described, encoding
 from pipeline.data.tokenizer import BYTE_LEVEL_SPLIT
 from pipeline.index.backends import Backend, model_backend, open_backend
 from pipeline.index.vectors import Column, as_groups, as_numbers, as_ragged, as_tokens, unit
@@ -206,10 +206,14 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str] | Column) -> pa.Array:
 
     Long texts are shortened before tokenizing if that cannot change their tokens.
     """
-    texts = texts.to_pylist() if isinstance(texts, pa.Array | pa.ChunkedArray) else list(texts)
+    with encoding(tokenizer):
+        return _tokenize(tokenizer, texts.to_pylist() if isinstance(texts, pa.Array | pa.ChunkedArray) else list(texts))
+
+
+def _tokenize(tokenizer: Tokenizer, texts: list[str]) -> pa.Array:
     truncation = tokenizer.truncation
     if truncation and truncation["stride"]:
-        windows = [[encoding, *encoding.overflowing] for encoding in tokenizer.encode_batch(texts)]
+        windows = [[encoded, *encoded.overflowing] for encoded in tokenizer.encode_batch(texts)]
         ids = [window.ids for each in windows for window in each]
         return as_groups(as_tokens(ids), [len(each) for each in windows])
     from_right = truncation and truncation["direction"] == "right"
@@ -217,9 +221,9 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str] | Column) -> pa.Array:
     shortened = _shortened(texts, most * CHARS_PER_TOKEN) if most else texts
     encodings = tokenizer.encode_batch_fast(shortened)
     again = [i for i, each in enumerate(encodings) if len(each) < most and shortened[i] is not texts[i]]
-    for i, encoding in zip(again, tokenizer.encode_batch_fast([texts[i] for i in again]), strict=True):
-        encodings[i] = encoding
-    return as_tokens([encoding.ids for encoding in encodings])
+    for i, encoded in zip(again, tokenizer.encode_batch_fast([texts[i] for i in again]), strict=True):
+        encodings[i] = encoded
+    return as_tokens([encoded.ids for encoded in encodings])
 
 
 def _shortened(texts: list[str], chars: int) -> list[str]:
@@ -234,7 +238,7 @@ def _splits_at_spaces(tokenizer: Tokenizer) -> bool:
     True if no step looks across such a space and one step splits there, as the model tokenizes each piece separately.
     Unknown steps count as looking across.
     """
-    normalizers, splits = (_steps(_described(part)) for part in (tokenizer.normalizer, tokenizer.pre_tokenizer))
+    normalizers, splits = (_steps(described(part)) for part in (tokenizer.normalizer, tokenizer.pre_tokenizer))
     added = (token.content for token in tokenizer.get_added_tokens_decoder().values())
     return (
         all(step["type"] in NORMALIZERS or step.get("pattern") in REPLACED for step in normalizers)
@@ -247,11 +251,6 @@ def _splits_at_spaces(tokenizer: Tokenizer) -> bool:
 def _splits_words(step: dict[str, Any]) -> bool:
     options = step.get("use_regex", step.get("split", True))
     return step.get("pattern") == BYTE_LEVEL or (step["type"] in WORD_SPLITS and options)
-
-
-def _described(part: Any) -> dict[str, Any]:
-    """A normalizer or pre-tokenizer as JSON, as in tokenizer.json."""
-    return json.loads(part.__getstate__()) if part else {"type": "Sequence"}  # type: ignore[no-any-return]
 
 
 def _steps(part: dict[str, Any]) -> list[dict[str, Any]]:

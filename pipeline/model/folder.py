@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import xxhash
 from tokenizers import Tokenizer
 
+from pipeline.core.tokenizer_files import parse_tokenizer
+
 if TYPE_CHECKING:
     from pipeline.model.embedding_model import EmbeddingModel
 
@@ -123,7 +125,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         from pipeline.model.hf_io import open_hf_folder
 
         return open_hf_folder(folder, weights=False)[2]
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    file = folder / "tokenizer.json"
+    try:
+        tokenizer = parse_tokenizer(file.read_text(encoding="utf-8"), file)
+    except ValueError as error:
+        raise ValueError(f"{file}: found no valid tokenizer ({error}); give a complete model") from None
     tokenizer.no_padding()
     tokenizer.enable_truncation(read_model_spec(folder).max_length)
     return tokenizer

@@ -32,6 +32,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, normalizers
 
 from pipeline.config import ConfigError
+from pipeline.core.path import stays_below
+from pipeline.core.tokenizer_files import encoding, parse_tokenizer
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import Head, ModelSpec, Pooling, load_model, read_model_spec
 from pipeline.model.packing import Layout, pack
@@ -120,7 +122,8 @@ def _parts(folder: Path) -> FolderParts:
             "sentence-transformers, optionally followed by Normalize"
         )
     for _, part in modules:
-        if not part.resolve().is_relative_to(folder.resolve()):
+        is_below = part.is_relative_to(folder) and stays_below(str(part.relative_to(folder)))
+        if not is_below or not part.resolve().is_relative_to(folder.resolve()):  # a link may lead out
             raise ValueError(f"{path}: found a module at {part}, outside the model's folder; give a complete model")
     return FolderParts(modules[0][1], modules[1][1], normalize=len(modules) == 3)
 
@@ -163,8 +166,8 @@ def _tokenizer(encoder: Path) -> Tokenizer:
     if not path.is_file():
         raise OSError(f"{encoder}: found no tokenizer.json; give a model saved with a fast tokenizer")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
+        tokenizer = parse_tokenizer(path.read_text(encoding="utf-8"), path)
+    except ValueError as error:
         raise ValueError(f"{path}: found no valid tokenizer ({error}); give a complete model") from None
     tokenizer.no_padding()
     if any(_settings(path).get("do_lower_case") for path in encoder.glob("sentence_*_config.json")):
@@ -205,7 +208,8 @@ def export_model(checkpoint: Path, folder: Path) -> float:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     # NOTE: safetensors makes the file readable only by its owner, but exports are for others.
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
-    whole = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    file = checkpoint / "tokenizer.json"
+    whole = parse_tokenizer(file.read_text(encoding="utf-8"), file)
     whole.no_padding()
     whole.no_truncation()  # tokenizer_config.json has the limit
     whole.save(str(folder / "tokenizer.json"))
@@ -315,7 +319,8 @@ def _smallest_cosine(model: EmbeddingModel, tokenizer: Tokenizer, folder: Path) 
     from pipeline.model.pretrained import quiet_transformers
 
     texts = _random_texts(tokenizer)
-    sequences = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    with encoding(tokenizer):
+        sequences = [encoded.ids for encoded in tokenizer.encode_batch(texts)]
     their_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if their_tokenizer(texts, truncation=True)["input_ids"] != sequences:
         raise RuntimeError("the exported tokenizer gives different ids than the model's own; please report this bug")
@@ -338,4 +343,5 @@ def _random_texts(tokenizer: Tokenizer) -> list[str]:
     lengths = torch.randint(1, CHECKED_TOKENS, (CHECKED_TEXTS,), generator=chance).tolist()
     size = tokenizer.get_vocab_size()
     texts = tokenizer.decode_batch([torch.randint(size, (n,), generator=chance).tolist() for n in lengths])
-    return [text for text, encoding in zip(texts, tokenizer.encode_batch(texts), strict=True) if encoding.ids]
+    with encoding(tokenizer):
+        return [text for text, encoded in zip(texts, tokenizer.encode_batch(texts), strict=True) if encoded.ids]

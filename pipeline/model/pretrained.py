@@ -29,6 +29,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
+from pipeline.core.path import stays_below
 from pipeline.model.attention import AttentionOptions, attend
 from pipeline.model.linear import use_onednn
 from pipeline.model.packing import Layout, Packed, scatter_rows
@@ -234,7 +235,21 @@ def _opened(name_or_dir: str | Path) -> tuple[Path, PretrainedConfig]:
             f"{name_or_dir}: found {found}, but no model.safetensors; other formats can run code when loaded, so give "
             "a model with safetensors, or convert it if you trust it"
         )
+    _check_shards(folder)
     return folder, config
+
+
+def _check_shards(folder: Path) -> None:
+    """Raise ValueError if an index of weights names a file outside the folder."""
+    for path in folder.glob("*.safetensors.index.json"):
+        try:
+            shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path}: found no weight_map from weights to files; give a complete model") from None
+        if outside := [shard for shard in shards if not isinstance(shard, str) or not stays_below(shard)]:
+            raise ValueError(
+                f"{path}: found weights in {outside[0]}, outside the model's folder; give a complete model"
+            )
 
 
 def _config(described: dict[str, Any], name: str | Path) -> PretrainedConfig:

@@ -21,6 +21,7 @@ from pipeline.core.console import log
 from pipeline.core.files import local_copy
 from pipeline.core.lock import holder_of
 from pipeline.core.path import StoragePath, as_path
+from pipeline.core.tokenizer_files import encoding, parse_tokenizer
 from pipeline.data.feed import LocalFeed, training_plan, validation_rows, warn_of_equal_positives
 from pipeline.data.filtering import normaliser
 from pipeline.data.manifest import Manifest
@@ -84,7 +85,7 @@ def train_or_resume(
     config = spec.config
     spec.plan.check_workers(world_size())
     torch.manual_seed(config.training.seed)
-    tokenizer = Tokenizer.from_str(spec.tokenizer_json)
+    tokenizer = parse_tokenizer(spec.tokenizer_json, spec.folder / "tokenizer.json")
     learner = build_learner(config, tokenizer, negatives="negatives" in spec.manifest.text_fields)
     run = build_run(config, learner, batches, _validation(spec, tokenizer), spec.total_steps, hooks, device)
     state = resume(run, known)
@@ -122,7 +123,7 @@ def train_locally(
     `on_metrics` is called on rank 0 with each row of metrics, after the trackers, and `on_saved` with each checkpoint.
     """
     spec, point = RunSpec.of(config, folder, manifest), ResumePoint()
-    check_model(config, Tokenizer.from_str(spec.tokenizer_json))
+    check_model(config, parse_tokenizer(spec.tokenizer_json, folder / "tokenizer.json"))
     if rank() == 0:
         warn_of_equal_positives(config, folder, manifest)
         claim_run_folder(config, folder, manifest, spec.total_steps)
@@ -147,10 +148,11 @@ def _validation(spec: RunSpec, tokenizer: Tokenizer) -> Validation:
     if config.evaluation.sts_file:
         pairs, normalise = read_sts(as_path(config.evaluation.sts_file)), normaliser(config.data)
         tokenizer.enable_truncation(config.tokenizer.max_length)
-        first, second = (
-            pack([encoding.ids for encoding in tokenizer.encode_batch_fast([normalise(text) for text in texts])])
-            for texts in (pairs.first, pairs.second)
-        )
+        with encoding(tokenizer):
+            first, second = (
+                pack([encoded.ids for encoded in tokenizer.encode_batch_fast([normalise(text) for text in texts])])
+                for texts in (pairs.first, pairs.second)
+            )
         sts = StsPairs(first, second, pairs.scores)
     return Validation(to_batch(rows), tokenizer.decode_batch, config.training.generated_texts, sts)
 

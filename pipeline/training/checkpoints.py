@@ -37,7 +37,7 @@ from pipeline.core.files import (
 )
 from pipeline.core.lock import LockLost, holder_of
 from pipeline.core.object_store import BucketError
-from pipeline.core.path import StoragePath
+from pipeline.core.path import StoragePath, stays_below
 
 OOM_SPLITS = "oom_splits"
 POLL_S = 0.5
@@ -124,7 +124,7 @@ def read_state(folder: StoragePath) -> TrainState:
         raise ValueError("its state.json is missing or broken") from None
     for name, expected in hashes.items():
         path = local / name
-        if not path.is_file() or xxh3_of(path) != expected:
+        if not stays_below(name) or not path.is_file() or xxh3_of(path) != expected:
             raise ValueError(f"its {name} is missing or broken")
     return state
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import Config, ConfigError
 from pipeline.core.arrow import arrow_location
 from pipeline.core.cluster import connected_cluster
-from pipeline.core.console import log, log_timeline, process_start_s
+from pipeline.core.console import log, log_lines, log_timeline, process_start_s
 from pipeline.core.outcome import Finding, JobError, raise_findings
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
@@ -70,13 +70,12 @@ def fit(
     `concurrent_runs` is the number of runs that share the cluster, including this one. `known` is the newest checkpoint
     if you have verified it already.
     """
-    from tokenizers import Tokenizer
-
+    from pipeline.core.tokenizer_files import parse_tokenizer
     from pipeline.training.assembly import RunSpec, check_model
     from pipeline.training.worker import WorkerInput
 
     spec = RunSpec.of(config, folder, manifest)
-    check_model(config, Tokenizer.from_str(spec.tokenizer_json))
+    check_model(config, parse_tokenizer(spec.tokenizer_json, folder / "tokenizer.json"))
     workers = _checked_workers(config, spec.plan, concurrent_runs)
     claim_run_folder(config, folder, manifest, spec.total_steps)
     point = resume_point(config.run_dir, known)
@@ -228,7 +227,8 @@ def _summarise(config: Config) -> None:
     history = config.run_dir / "metrics.jsonl"
     try:
         plot_history(history, config.run_dir / "history.png")
-        log.info("train: plotted %s\n%s", config.run_dir / "history.png", final_table(read_rows(history)))
+        log.info("train: plotted %s", config.run_dir / "history.png")
+        log_lines(final_table(read_rows(history)))
     except Exception as error:
         log.warning("train: cannot plot the history: %s", error)
 

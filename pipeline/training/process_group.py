@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import ray
 import ray.train
 import torch.distributed as dist
@@ -70,12 +71,21 @@ def _serve(timeout: timedelta) -> tuple[str, int]:
 
 def _join(backend: str, rank: int, world_size: int, address: str, port: int, timeout: timedelta) -> None:
     os.environ["LOCAL_RANK"] = str(ray.train.get_context().get_local_rank())  # read by device meshes
-    if ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:
-        loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-        for library in ("GLOO", "NCCL"):
-            os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback)
+    own = ray.util.get_node_ip_address()
+    if (name := interface_of(own)) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        if ipaddress.ip_address(own).is_loopback:  # elsewhere nccl may use several interfaces
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
     store = _store[0] if rank == 0 else TCPStore(address, port, None, False, timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface of this machine that has an IP address, None if none has."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address.partition("%")[0] == address for each in addresses):
+            return name
+    return None
 
 
 def _leave() -> None:

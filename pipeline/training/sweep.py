@@ -23,7 +23,8 @@ import yaml
 
 from pipeline.config import Config
 from pipeline.core.cluster import connected_cluster
-from pipeline.core.console import Stage, log, table
+from pipeline.core.console import Stage, log, log_lines, table
+from pipeline.core.escaping import printable
 from pipeline.core.files import remove_folder, replacing, write_atomically
 from pipeline.core.outcome import JobError, Result
 from pipeline.core.path import StoragePath
@@ -114,7 +115,7 @@ def report(config: Config, study: SweepStudy, *, track: bool) -> Result:
     """Write the sweep's files, and with `track` its tracker rows. Raises JobError if all trials failed."""
     folder, rows, best = config.run_dir / "tune", study.rows, study.best
     write_atomically(folder / "trials.csv", _csv(rows, study.criterion.metric).encode())
-    log.info("tune: the trials\n%s", _trial_table(rows, study))
+    log_lines(f"tune: the trials\n{_trial_table(rows, study)}")
     if best is None or best.value is None:
         reason, count = Counter(row.reason for row in rows).most_common(1)[0]
         raise JobError(
@@ -193,7 +194,7 @@ def _trial_table(rows: list[TrialRow], study: SweepStudy) -> str:
         for row in ranked
     ]
     notes = [f"trial {row.number}: {note}" for row in ranked for note in (row.reason, _copies(row)) if note]
-    return "\n".join([table(lines, header), *notes])
+    return "\n".join([table(lines, header), *map(printable, notes)])
 
 
 def _copies(row: TrialRow) -> str:
