@@ -21,9 +21,9 @@ import pyarrow as pa
 from pipeline.config import ConfigError, Source
 from pipeline.core.object_store import cause
 from pipeline.core.outcome import JobError
+from pipeline.data.batches import BATCH_ROWS, column_indices, rows_of_batch
 from pipeline.data.fields import UNREADABLE_FILE, Row, broken
 from pipeline.data.input_files import list_files
-from pipeline.data.read_tables import BATCH_ROWS, batch_rows, column_indices
 
 LOOKUP_TIMEOUT_S = 30.0
 
@@ -85,7 +85,7 @@ def _shard_rows(shard: Any, name: str, columns: Sequence[str]) -> Iterator[Row]:
     for table in shard.with_format("arrow").iter(BATCH_ROWS):
         names = table.column_names
         for batch in table.select(column_indices(columns, names)).to_batches():
-            yield from batch_rows(batch, name, first, names)
+            yield from rows_of_batch(batch, name, first, names)
             first += batch.num_rows
 
 
