@@ -16,14 +16,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 
 from pipeline.config import ConfigError, Source
 from pipeline.core.object_store import cause
 from pipeline.core.outcome import JobError
 from pipeline.data.batches import BATCH_ROWS, column_indices, rows_of_batch
-from pipeline.data.fields import UNREADABLE_FILE, Row, broken
-from pipeline.data.input_files import list_files
+from pipeline.data.fields import UNPACKS_TOO_MUCH, UNREADABLE_FILE, Row, broken
+from pipeline.data.input_files import UnpackingError, list_files
+from pipeline.data.read_tables import smallest_batch_rows
 
 LOOKUP_TIMEOUT_S = 30.0
 
@@ -55,7 +57,8 @@ def find_dataset(source: Source) -> HubDataset:
         else:
             commit, sizes = _commit(source)
             inputs = [(f"{path}@{commit}:{source.config or ''}:{source.split}", sum(sizes.values()), 0)]
-        shards = _shard_names(source.split, *_dataset(path, source.config, source.split, commit))
+        _, data, data_files = _dataset(path, source.config, source.split, commit)
+        shards = _shard_names(source.split, data, data_files)
     except _errors() as error:
         raise ConfigError(_refusal(source, error)) from None
     return HubDataset(path, commit, shards, inputs, sizes)
@@ -66,18 +69,29 @@ def dataset_rows(
 ) -> Iterator[Row]:
     """Rows of the shards `start` to `stop`. Raises JobError if the hub is unreachable."""
     try:
-        data, files = _dataset(path, source.config, source.split, revision)
+        builder, data, files = _dataset(path, source.config, source.split, revision)
     except _errors() as error:
         raise JobError(f"source {source.name}: cannot fetch {path}: {cause(error)}; run the job again") from None
     names = _shard_names(source.split, data, files)
     for shard in range(start, stop):
         try:
+            _limit_batches(builder, source.split, shard, columns)
             rows = data.shard(num_shards=data.num_shards, index=shard)
             yield from _shard_rows(rows, f"{source.split}:{shard}", columns)
         except _errors() as error:
             if _is_network(error):
                 raise JobError(f"source {source.name}: cannot fetch shard {shard}: {cause(error)}; retry") from None
             yield broken(names[shard], UNREADABLE_FILE, cause(error))
+        except UnpackingError as error:
+            yield broken(names[shard], UNPACKS_TOO_MUCH, str(error))
+
+
+def _limit_batches(builder: Any, split: str, shard: int, columns: Sequence[str]) -> None:
+    """Let `datasets` decode as many rows of a Parquet file at once as we would; by default, a whole row group."""
+    files = (builder.config.data_files or {}).get(split, [])
+    if hasattr(builder.config, "batch_size") and shard < len(files):
+        with fsspec.open(str(files[shard])) as file:
+            builder.config.batch_size = smallest_batch_rows(file, columns)
 
 
 def _shard_rows(shard: Any, name: str, columns: Sequence[str]) -> Iterator[Row]:
@@ -100,15 +114,15 @@ def _commit(source: Source) -> tuple[str, dict[str, int]]:
 
 
 @lru_cache(maxsize=8)
-def _dataset(path: str, config: str | None, split: str, revision: str) -> tuple[Any, list[str]]:
-    """The streamed data set and the files of its split. Cached, because opening it takes ten small requests."""
+def _dataset(path: str, config: str | None, split: str, revision: str) -> tuple[Any, Any, list[str]]:
+    """The data set's builder, the streamed data set and the files of its split. Cached, because opening it takes ten small requests."""
     import datasets
 
     datasets.disable_progress_bars()
     builder = datasets.load_dataset_builder(path, config, revision=revision or None)
     files = (builder.config.data_files or {}).get(split, [])
     base = f"{builder.base_path}/"
-    return builder.as_streaming_dataset(split), [str(file).removeprefix(base) for file in files]
+    return builder, builder.as_streaming_dataset(split), [str(file).removeprefix(base) for file in files]
 
 
 def _shard_names(split: str, data: Any, files: list[str]) -> list[str]:
