@@ -25,7 +25,7 @@ from pipeline.core.outcome import JobError
 from pipeline.data.batches import BATCH_ROWS, column_indices, rows_of_batch
 from pipeline.data.fields import UNPACKS_TOO_MUCH, UNREADABLE_FILE, Row, broken
 from pipeline.data.input_files import UnpackingError, list_files
-from pipeline.data.read_tables import smallest_batch_rows
+from pipeline.data.read_tables import parquet_rows
 
 LOOKUP_TIMEOUT_S = 30.0
 
@@ -68,6 +68,8 @@ def dataset_rows(
     source: Source, path: str, revision: str, columns: Sequence[str], start: int, stop: int
 ) -> Iterator[Row]:
     """Rows of the shards `start` to `stop`. Raises JobError if the hub is unreachable."""
+    from datasets.packaged_modules.parquet.parquet import ParquetConfig
+
     try:
         builder, data, files = _dataset(path, source.config, source.split, revision)
     except _errors() as error:
@@ -75,7 +77,11 @@ def dataset_rows(
     names = _shard_names(source.split, data, files)
     for shard in range(start, stop):
         try:
-            _limit_batches(builder, source.split, shard, columns)
+            # `datasets` would decode a whole row group of a Parquet file at once.
+            if isinstance(builder.config, ParquetConfig) and len(files) == data.num_shards:
+                with fsspec.open(str(builder.config.data_files[source.split][shard])) as file:
+                    yield from parquet_rows(file, f"{source.split}:{shard}", columns)
+                continue
             rows = data.shard(num_shards=data.num_shards, index=shard)
             yield from _shard_rows(rows, f"{source.split}:{shard}", columns)
         except _errors() as error:
@@ -84,14 +90,6 @@ def dataset_rows(
             yield broken(names[shard], UNREADABLE_FILE, cause(error))
         except UnpackingError as error:
             yield broken(names[shard], UNPACKS_TOO_MUCH, str(error))
-
-
-def _limit_batches(builder: Any, split: str, shard: int, columns: Sequence[str]) -> None:
-    """Let `datasets` decode as many rows of a Parquet file at once as we would; by default, a whole row group."""
-    files = (builder.config.data_files or {}).get(split, [])
-    if hasattr(builder.config, "batch_size") and shard < len(files):
-        with fsspec.open(str(files[shard])) as file:
-            builder.config.batch_size = smallest_batch_rows(file, columns)
 
 
 def _shard_rows(shard: Any, name: str, columns: Sequence[str]) -> Iterator[Row]:
@@ -115,7 +113,7 @@ def _commit(source: Source) -> tuple[str, dict[str, int]]:
 
 @lru_cache(maxsize=8)
 def _dataset(path: str, config: str | None, split: str, revision: str) -> tuple[Any, Any, list[str]]:
-    """The data set's builder, the streamed data set and the files of its split. Cached, because opening it takes ten small requests."""
+    """The builder, the streamed data set and the files of its split. Cached: opening takes ten small requests."""
     import datasets
 
     datasets.disable_progress_bars()

@@ -185,7 +185,8 @@ def may_pass(error: BaseException) -> bool:
 
     NOTE: libraries set no errno for damage in a file, except EINVAL for damaged offsets.
     """
-    return isinstance(error, BucketError) or getattr(error, "errno", None) not in (None, errno.EINVAL)
+    is_remote = isinstance(error, BucketError) or type(error).__module__.startswith("huggingface_hub")
+    return is_remote or getattr(error, "errno", None) not in (None, errno.EINVAL)
 
 
 def refusal(source: str, path: str, error: Exception) -> str:

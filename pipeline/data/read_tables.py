@@ -277,14 +277,6 @@ def parquet_batching(file: IO[bytes], group: Any, columns: Sequence[str]) -> tup
     return max(batch_rows, 1), shared
 
 
-def smallest_batch_rows(file: IO[bytes], columns: Sequence[str]) -> int:
-    """How many rows of any row group may be decoded at once by a reader that expands dictionaries."""
-    metadata = pq.ParquetFile(file).metadata
-    found = [parquet_batching(file, metadata.row_group(i), columns) for i in range(metadata.num_row_groups)]
-    largest = max((size for _, shared in found for size in shared.values()), default=0)
-    return max(1, min([BATCH_ROWS, DECODED_BYTES // max(largest, 1), *(rows for rows, _ in found)]))
-
-
 def _dictionary_bytes(file: IO[bytes], column: Any) -> int:
     """Size of a column's dictionary, from its page header: no value is larger. 0 if there is none.
 
