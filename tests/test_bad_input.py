@@ -38,6 +38,7 @@ def short_lines(monkeypatch: pytest.MonkeyPatch) -> int:
     """Lines of more than 1,000 bytes are too long."""
     for module in (input_files, read_json, read_text):
         monkeypatch.setattr(module, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(read_text, "MAX_PYTHON_BYTES", 1000)
     return 1000
 
 

@@ -34,7 +34,9 @@ EXCERPT_CHARS = 200
 RAW_EXCERPT_CHARS = 100 * EXCERPT_CHARS  # before redaction: a secret that is cut is no longer recognised
 TEXT_FIELDS = ("anchor", "positive", "negatives", "text")
 UNREADABLE_FILE = "unreadable_file"
-"""Reason of the record that stands for all rows of a file that could not be read; nobody knows how many."""
+UNPACKS_TOO_MUCH = "unpacks_too_much"
+LOST_FILES = (UNREADABLE_FILE, UNPACKS_TOO_MUCH)
+"""Reasons of the record that stands for all rows of a file that could not be read; nobody knows how many."""
 _MISSING = object()
 _PLAIN = (str, int, bool, type(None))
 _GIVEN_METADATA = {"text": ("file", "line"), "python_packages": ("file", "line", "name")}

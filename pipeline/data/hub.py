@@ -17,15 +17,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import yaml
 
 from pipeline.config import ConfigError, Source
 from pipeline.core.object_store import cause
 from pipeline.core.outcome import JobError
-from pipeline.data.fields import UNREADABLE_FILE, Row, broken
-from pipeline.data.input_files import list_files
-from pipeline.data.read_tables import BATCH_ROWS, batch_rows, column_indices
+from pipeline.data.batches import BATCH_ROWS, column_indices, rows_of_batch
+from pipeline.data.fields import UNPACKS_TOO_MUCH, UNREADABLE_FILE, Row, broken
+from pipeline.data.input_files import UnpackingError, list_files
+from pipeline.data.read_tables import parquet_rows
 
 LOOKUP_TIMEOUT_S = 30.0
 
@@ -57,7 +59,8 @@ def find_dataset(source: Source) -> HubDataset:
         else:
             commit, sizes = _commit(source)
             inputs = [(f"{path}@{commit}:{source.config or ''}:{source.split}", sum(sizes.values()), 0)]
-        shards = _shard_names(source.split, *_dataset(source, path, commit))
+        _, data, files_of_split = _dataset(source, path, commit)
+        shards = _shard_names(source.split, data, files_of_split)
     except _errors() as error:
         raise ConfigError(_refusal(source, error)) from None
     return HubDataset(path, commit, shards, inputs, sizes)
@@ -67,19 +70,28 @@ def dataset_rows(
     source: Source, path: str, revision: str, columns: Sequence[str], start: int, stop: int
 ) -> Iterator[Row]:
     """Rows of the shards `start` to `stop`. Raises JobError if the hub is unreachable."""
+    from datasets.packaged_modules.parquet.parquet import ParquetConfig
+
     try:
-        data, files = _dataset(source, path, revision)
+        builder, data, files = _dataset(source, path, revision)
     except _errors() as error:
         raise JobError(f"source {source.name}: cannot fetch {path}: {cause(error)}; run the job again") from None
     names = _shard_names(source.split, data, files)
     for shard in range(start, stop):
         try:
+            # `datasets` would decode a whole row group of a Parquet file at once.
+            if isinstance(builder.config, ParquetConfig) and len(files) == data.num_shards:
+                with fsspec.open(str(builder.config.data_files[source.split][shard])) as file:
+                    yield from parquet_rows(file, f"{source.split}:{shard}", columns)
+                continue
             rows = data.shard(num_shards=data.num_shards, index=shard)
             yield from _shard_rows(rows, f"{source.split}:{shard}", columns)
         except _errors() as error:
             if _is_network(error):
                 raise JobError(f"source {source.name}: cannot fetch shard {shard}: {cause(error)}; retry") from None
             yield broken(names[shard], UNREADABLE_FILE, cause(error))
+        except UnpackingError as error:
+            yield broken(names[shard], UNPACKS_TOO_MUCH, str(error))
 
 
 def _shard_rows(shard: Any, name: str, columns: Sequence[str]) -> Iterator[Row]:
@@ -87,7 +99,7 @@ def _shard_rows(shard: Any, name: str, columns: Sequence[str]) -> Iterator[Row]:
     for table in shard.with_format("arrow").iter(BATCH_ROWS):
         names = table.column_names
         for batch in table.select(column_indices(columns, names)).to_batches():
-            yield from batch_rows(batch, name, first, names)
+            yield from rows_of_batch(batch, name, first, names)
             first += batch.num_rows
 
 
@@ -101,13 +113,15 @@ def _commit(source: Source) -> tuple[str, dict[str, int]]:
     return str(info.sha), {name: size for name, size in sizes.items() if source.config in name.split("/")} or sizes
 
 
-def _dataset(source: Source, path: str, revision: str) -> tuple[Any, list[str]]:
+def _dataset(source: Source, path: str, revision: str) -> tuple[Any, Any, list[str]]:
     return _opened(path, source.config, source.split, revision, source.follow_symlinks)
 
 
 @lru_cache(maxsize=8)
-def _opened(path: str, config: str | None, split: str, revision: str, follow_symlinks: bool) -> tuple[Any, list[str]]:
-    """The streamed data set and the files of its split. Cached, because opening it takes ten small requests.
+def _opened(
+    path: str, config: str | None, split: str, revision: str, follow_symlinks: bool
+) -> tuple[Any, Any, list[str]]:
+    """The builder, the streamed data set and the files of its split. Cached: opening takes ten small requests.
 
     Raises ValueError if its card names files outside the data set.
     """
@@ -118,7 +132,7 @@ def _opened(path: str, config: str | None, split: str, revision: str, follow_sym
     datasets.disable_progress_bars()
     builder = datasets.load_dataset_builder(path, config, revision=revision or None)
     data_files = builder.config.data_files or {}
-    files = [str(file) for of_split in data_files.values() for file in of_split]
+    files = [str(file) for one_split in data_files.values() for file in one_split]
     if revision:
         outside = [file for file in files if not file.startswith(f"hf://datasets/{path}@")]
     else:
@@ -127,7 +141,8 @@ def _opened(path: str, config: str | None, split: str, revision: str, follow_sym
     if outside:
         raise ValueError(f"the file {outside[0]} of its data_files outside the data set")
     base = f"{builder.base_path}/"
-    return builder.as_streaming_dataset(split), [str(file).removeprefix(base) for file in data_files.get(split, [])]
+    of_split = [str(file).removeprefix(base) for file in data_files.get(split, [])]
+    return builder, builder.as_streaming_dataset(split), of_split
 
 
 def _shard_names(split: str, data: Any, files: list[str]) -> list[str]:

@@ -150,13 +150,15 @@ class _Buffer:
         return len(self.text) - self.at
 
     def grow(self) -> bool:
-        """Double the buffered text, so that a long value is not parsed too often. False at the end of the file.
+        """Double the buffered text up to MAX_LINE_BYTES, so that a long value is not parsed too often.
+
+        False at the end of the file.
 
         Raises a read error only after everything read before it has been used.
         """
         if self._failure:
             raise self._failure
-        read_bytes, data = max(BUFFER_BYTES, self.rest()), bytearray()
+        read_bytes, data = max(BUFFER_BYTES, min(self.rest(), MAX_LINE_BYTES - self.rest())), bytearray()
         try:
             while len(data) < read_bytes and (piece := self._read1(read_bytes)):
                 data += piece

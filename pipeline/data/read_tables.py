@@ -1,4 +1,4 @@
-"""Reads tables: CSV with a header line, Parquet and Arrow files.
+"""Reads tables: CSV with a header line, and Parquet files.
 
     for row in csv_rows(file, "a.csv"): ...                          # Row('a.csv:2', {'anchor': …})
     for row in parquet_rows(file, "a.parquet", ["anchor"]): ...      # Row('a.parquet:0', {'anchor': …})
@@ -6,8 +6,7 @@
 CSV follows RFC 4180; cells may contain line ends. A quote that is not closed costs its own line only. Cost: CSV at
 70 MB/s.
 
-Parquet and Arrow readers load only the requested columns. Arrow's file format (Feather v2) is its stream format between
-a magic word and a footer, so both are read as streams, and a truncated file is read up to the cut.
+Parquet readers load only the requested columns, in batches that are sized by their bytes once decoded.
 """
 
 from __future__ import annotations
@@ -16,26 +15,37 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import IO
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.object_store import cause
-from pipeline.data.fields import RAW_EXCERPT_CHARS, UNREADABLE_FILE, Row, broken
-from pipeline.data.input_files import BUFFER_BYTES, MAX_LINE_BYTES, is_too_long, lines, may_pass, without_compression
+from pipeline.data.batches import BATCH_ROWS, column_indices, rows_of_batch
+from pipeline.data.fields import EXCERPT_CHARS, RAW_EXCERPT_CHARS, UNREADABLE_FILE, Row, broken
+from pipeline.data.input_files import (
+    BUFFER_BYTES,
+    MAX_LINE_BYTES,
+    check_ratio,
+    is_too_long,
+    lines,
+    may_pass,
+    without_compression,
+)
 
 CSV_SUFFIXES = (".csv", ".tsv", ".tab")
 PARQUET_SUFFIXES = (".parquet", ".pq")
-ARROW_SUFFIXES = (".arrow", ".arrows", ".ipc", ".feather")
 MAX_CELL_CHARS = 10_000_000  # ten times the default of data.max_chars
 MIN_SWALLOWED_COMMAS = 20
 MAX_LINES_AGAIN = 1_000_000  # beyond four times the lines read so far: seconds of work
-BATCH_ROWS = 1024
+DECODED_BYTES = 64 << 20  # of a column in a batch; ours: 1,024 rows of 64 kB
+FEW_ROWS = 64  # of a row group whose column exceeds DECODED_BYTES, because a few of its rows may be most of it
+MAX_COLUMNS = 10_000  # of a CSV file; ours
+ROW_BYTES = 2 * MAX_LINE_BYTES  # of the lines of a CSV row
+LINE_BYTES = 128  # that Python takes for a line beside its characters
+_DICTIONARY_PAGE = b"\x15\x04\x15"  # type 2; then the unpacked size follows
 _SURROGATE = re.compile("[\udc80-\udcff]")
-_FILE_MAGIC = b"ARROW1"
-_STREAM_MAGIC = b"\xff\xff\xff\xff"  # starts each message, since Arrow 0.15
 
 
 def csv_rows(file: io.BufferedReader, name: str, delimiter: str | None = None) -> Iterator[Row]:
@@ -57,6 +67,12 @@ def csv_rows(file: io.BufferedReader, name: str, delimiter: str | None = None) -
             return
         if problem is None and len(text.row) > 1 and text.is_several_rows(cells, len(header)):
             problem = "a quote that is not closed on its line"
+        if problem and text.row_too_long and header and not text.are_rows(len(header)):
+            yield broken(f"{name}:{line}", "line_too_long", problem)
+            if text.skip_row():
+                continue
+            yield broken(name, UNREADABLE_FILE, f"line {line}: a quote that is not closed")
+            return
         if problem:
             first_line, can_go_on = text.go_back()
             problem = f"{problem}: {first_line[:RAW_EXCERPT_CHARS]}"
@@ -72,6 +88,9 @@ def csv_rows(file: io.BufferedReader, name: str, delimiter: str | None = None) -
             return
         if not header:
             header = cells
+            if len(header) > MAX_COLUMNS:
+                yield broken(name, UNREADABLE_FILE, f"a header of {len(header):,} columns; up to {MAX_COLUMNS:,} work")
+                return
         elif cells:
             yield _csv_row(cells, header, f"{name}:{line}", text.has_surrogates)
 
@@ -88,8 +107,12 @@ def _csv_row(cells: list[str], header: list[str], position: str, may_have_surrog
     if may_have_surrogates and _SURROGATE.search(",".join(cells)):
         return broken(position, "invalid_utf8", ",".join(cells).encode("utf-8", "surrogateescape"))
     if len(cells) != len(header):
-        return broken(position, "wrong_cell_count", f"{len(cells)} cells for {len(header)} columns: {','.join(cells)}")
+        return broken(position, "wrong_cell_count", f"{len(cells)} cells for {len(header)} columns: {_excerpt(cells)}")
     return Row(position, dict(zip(header, cells, strict=True)), header)
+
+
+def _excerpt(cells: list[str]) -> str:
+    return ",".join(cell[:RAW_EXCERPT_CHARS] for cell in cells[:EXCERPT_CHARS])
 
 
 def _delimiter(name: str) -> str:
@@ -109,16 +132,17 @@ class _CsvLines:
         self._again: list[tuple[int, str]] = []  # lines to read again, the last one first
         self.too_long: list[Row] = []
         self._line = self._lines_again = 0
-        self.has_surrogates = False
+        self.has_surrogates = self.row_too_long = False
         self._new_reader()
 
     def _new_reader(self) -> None:
         self._reader = csv.reader(self._feed(), delimiter=self._delimiter, strict=True)
 
     def _feed(self) -> Iterator[str]:
-        row, row_chars = self.row, 0
+        row, row_bytes = self.row, 0
         while self._again:
             row.append(self._again.pop())
+            row_bytes = row_bytes * (len(row) > 1) + len(row[-1][1]) + LINE_BYTES
             yield row[-1][1]
         for _, line in self._lines:
             self._line += 1
@@ -130,10 +154,11 @@ class _CsvLines:
             except UnicodeDecodeError:
                 text = line.decode("utf-8", "surrogateescape")
                 self.has_surrogates = True
-            row_chars = row_chars + len(text) if row else 0
             row.append((self._line, text))
-            if row_chars > MAX_LINE_BYTES:
-                raise csv.Error(f"a row longer than {MAX_LINE_BYTES} characters")
+            row_bytes = row_bytes * (len(row) > 1) + len(text) + LINE_BYTES
+            self.row_too_long = row_bytes > ROW_BYTES
+            if self.row_too_long:
+                raise csv.Error(f"a row that takes over {ROW_BYTES:,} bytes")
             yield text
 
     def begin_row(self) -> int:
@@ -154,13 +179,26 @@ class _CsvLines:
         They are if they give the wrong number of cells together, or the right number each. The latter may be chance in
         text with commas, but not for many of them: at least 20 in the row (ours). Text rarely has tabs.
         """
-        if columns and len(cells) != columns:
-            return True
+        return bool(columns and len(cells) != columns) or self.are_rows(columns)
+
+    def are_rows(self, columns: int) -> bool:
+        """Whether the lines of the current row have the delimiters of rows."""
         found = [text.count(self._delimiter) for _, text in self.row]
         expected = columns - 1 if columns else found[0]
         if sum(found) < (1 if self._delimiter == "\t" else MIN_SWALLOWED_COMMAS):
             return False
         return found[0] == found[-1] == expected and found.count(expected) * 10 >= len(found) * 9
+
+    def skip_row(self) -> bool:
+        """Skip the rest of the current row, without keeping it. False if the file ends before its last quote."""
+        is_open = sum(text.count('"') for _, text in self.row) % 2
+        while is_open and self._again:
+            is_open ^= self._again.pop()[1].count('"') % 2
+        while is_open and (found := next(self._lines, None)):
+            self._line += 1
+            is_open ^= found[1].count(b'"') % 2
+        self._new_reader()
+        return not is_open
 
     def go_back(self) -> tuple[str, bool]:
         """Return to the current row's second line. Returns the first one, and whether to go on.
@@ -177,16 +215,17 @@ def parquet_rows(
     file: IO[bytes], name: str, columns: Sequence[str], start: int = 0, stop: int | None = None
 ) -> Iterator[Row]:
     """Rows of the row groups `start` to `stop`; a position is a row number. Damage breaks the rest of its group."""
-    # pyarrow's defaults (no buffer size, pre_buffer) would hold a whole row group in memory.
-    parquet = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, page_checksum_verification=True, pre_buffer=False)
+    parquet = _open_parquet(file)
     names = parquet.schema_arrow.names
     groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
     row = sum(groups[:start])
     for group in range(start, len(groups) if stop is None else stop):
         end = row + groups[group]
+        batch_rows, shared = parquet_batching(file, parquet.metadata.row_group(group), columns)
+        reader = _open_parquet(file, shared, parquet.metadata) if shared else parquet
         try:
-            for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=[*columns], use_threads=False):
-                yield from batch_rows(batch, name, row, names)
+            for batch in reader.iter_batches(batch_rows, row_groups=[group], columns=[*columns], use_threads=False):
+                yield from rows_of_batch(batch, name, row, names)
                 row += batch.num_rows
         except (OSError, pa.ArrowException) as error:
             if may_pass(error):
@@ -196,59 +235,67 @@ def parquet_rows(
         row = end
 
 
+def _open_parquet(file: IO[bytes], shared: Iterable[str] = (), metadata: Any = None) -> pq.ParquetFile:
+    """Columns in `shared` are read as dictionaries. pyarrow's defaults would hold a whole row group in memory."""
+    return pq.ParquetFile(
+        file,
+        metadata=metadata,
+        read_dictionary=[*shared],
+        buffer_size=BUFFER_BYTES,
+        page_checksum_verification=True,
+        pre_buffer=False,
+    )
+
+
+def parquet_batching(file: IO[bytes], group: Any, columns: Sequence[str]) -> tuple[int, dict[str, int]]:
+    """How many rows of a row group may be decoded at once; the columns to read as dictionaries, and the bytes of each.
+
+    A batch takes about DECODED_BYTES. Raises UnpackingError for a group that no text gives.
+    """
+    batch_rows, shared = BATCH_ROWS, dict[str, int]()
+    for i in range(group.num_columns):
+        column, path = group.column(i), group.column(i).path_in_schema
+        if not column_indices(columns, [path.partition(".")[0]]):
+            continue
+        size, values = column.total_uncompressed_size, max(column.num_values, group.num_rows)
+        check_ratio(max(size, values), column.total_compressed_size)
+        # Lists may be longer in some rows than in others, and a null in a list takes no bytes.
+        average = max(size, 8 * values) / max(group.num_rows, 1)
+        if size > DECODED_BYTES:
+            batch_rows = min(batch_rows, FEW_ROWS, int(DECODED_BYTES / average))
+        elif values > group.num_rows:
+            batch_rows = min(batch_rows, int(DECODED_BYTES / average))
+        if BATCH_ROWS * size <= DECODED_BYTES:
+            continue
+        if "DELTA_BYTE_ARRAY" in column.encodings:  # a value may repeat most of the one before
+            batch_rows = min(batch_rows, DECODED_BYTES // size)
+        elif largest := _dictionary_bytes(file, column):
+            if size - largest <= 8 * values and column.physical_type == "BYTE_ARRAY":  # all pages hold indices
+                shared[path] = largest
+            else:
+                batch_rows = min(batch_rows, DECODED_BYTES // largest)
+    return max(batch_rows, 1), shared
+
+
+def _dictionary_bytes(file: IO[bytes], column: Any) -> int:
+    """Size of a column's dictionary, from its page header: no value is larger. 0 if there is none.
+
+    The header is a Thrift struct in the compact protocol, which begins with the page's type and its unpacked size.
+    """
+    file.seek(min(filter(None, (column.dictionary_page_offset, column.data_page_offset))))
+    header = file.read(len(_DICTIONARY_PAGE) + 5)
+    if not header.startswith(_DICTIONARY_PAGE):
+        return 0
+    size = 0
+    for i, byte in enumerate(header[len(_DICTIONARY_PAGE) :]):
+        size |= (byte & 0x7F) << 7 * i
+        if byte < 0x80:
+            break
+    return size // 2  # zigzag: twice a positive number
+
+
 def row_group_bytes(file: IO[bytes]) -> list[int]:
     """Compressed size of each row group."""
     metadata = pq.ParquetFile(file).metadata
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     return [sum(group.column(j).total_compressed_size for j in range(group.num_columns)) for group in groups]
-
-
-def arrow_rows(file: io.BufferedReader, name: str, columns: Sequence[str]) -> Iterator[Row]:
-    """Rows of an Arrow file or stream; a position is the row number."""
-    beginning = file.peek()
-    if not beginning:
-        return
-    is_file = beginning.startswith(_FILE_MAGIC)
-    if is_file:
-        file.read(8)  # the magic word and its padding
-    if not file.peek().startswith(_STREAM_MAGIC):
-        raise pa.ArrowInvalid("not an Arrow file or stream")
-    first = 0
-    with pa.ipc.open_stream(file) as stream:
-        names = stream.schema.names
-        indices = column_indices(columns, names)
-        for batch in stream:
-            for i in range(0, batch.num_rows, BATCH_ROWS):
-                rows = batch.slice(i, BATCH_ROWS)
-                yield from batch_rows(rows.select(indices), name, first + i, names)
-            first += batch.num_rows
-        if is_file and not file.read().endswith(_FILE_MAGIC):
-            raise pa.ArrowInvalid("the file ends before its footer")
-
-
-def column_indices(columns: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Indices of the columns that hold these fields; the nested field `a.b` is in column `a`."""
-    return [i for i, name in enumerate(names) if any(path == name or path.startswith(f"{name}.") for path in columns)]
-
-
-def batch_rows(batch: pa.RecordBatch, name: str, first: int, names: Sequence[str]) -> Iterator[Row]:
-    """A batch's rows. An unreadable value breaks only its own row."""
-    positions = [f"{name}:{i}" for i in range(first, first + batch.num_rows)]
-    try:
-        batch.validate(full=True)  # damaged offsets in an Arrow file could point anywhere in memory
-        values = batch.to_pylist()
-    except _UNREADABLE:
-        yield from (_single_row(batch.slice(i, 1), position, names) for i, position in enumerate(positions))
-        return
-    yield from (Row(position, row, names) for position, row in zip(positions, values, strict=True))
-
-
-_UNREADABLE = (ValueError, OverflowError, pa.ArrowException)  # times that Python cannot represent raise the first two
-
-
-def _single_row(row: pa.RecordBatch, position: str, names: Sequence[str]) -> Row:
-    try:
-        row.validate(full=True)
-        return Row(position, row.to_pylist()[0], names)
-    except _UNREADABLE as error:
-        return broken(position, "invalid_utf8" if "UTF8" in str(error) else "unreadable_value", cause(error))

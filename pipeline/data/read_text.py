@@ -31,6 +31,7 @@ TEXT_FIELDS = {  # by kind of record
     "paragraph": ("text", "file", "line"),
     "line": ("text", "file"),
 }
+MAX_PYTHON_BYTES = 1 << 20  # of source; its tree takes up to 250 times as much. Ours, measured
 PYTHON_FIELDS = ("docstring", "code", "file", "line", "name")
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -50,10 +51,10 @@ def text_rows(
             return (_line(line, name, offset) for offset, line in found if line and not line.isspace())
 
 
-def whole_text(file: io.BufferedReader, name: str) -> str | Row:
+def whole_text(file: io.BufferedReader, name: str, max_bytes: int) -> str | Row:
     """A file's text, or a broken row if it cannot be read."""
-    data = file.read(MAX_LINE_BYTES + 1)
-    if len(data) > MAX_LINE_BYTES:
+    data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
         return broken(name, "file_too_long", data)
     try:
         return data.decode("utf-8-sig")
@@ -62,7 +63,7 @@ def whole_text(file: io.BufferedReader, name: str) -> str | Row:
 
 
 def _whole(file: io.BufferedReader, name: str) -> Iterator[Row]:
-    text = whole_text(file, name)
+    text = whole_text(file, name, MAX_LINE_BYTES)
     if isinstance(text, Row):
         yield text
     elif not text or text.isspace():
@@ -110,7 +111,7 @@ def _line(data: bytes, name: str, offset: int) -> Row:
 
 def python_rows(file: io.BufferedReader, name: str) -> Iterator[Row]:
     """One row per documented function or class."""
-    text = whole_text(file, name)
+    text = whole_text(file, name, MAX_PYTHON_BYTES)
     if isinstance(text, Row):
         yield text
         return

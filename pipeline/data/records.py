@@ -28,7 +28,7 @@ from pipeline.core.files import file_sizes, sorted_glob
 from pipeline.core.outcome import JobError
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
-from pipeline.data.fields import UNREADABLE_FILE
+from pipeline.data.fields import LOST_FILES
 from pipeline.data.filtering import Filter
 from pipeline.data.manifest import RECORD_SCHEMA, SourceCount, count_outcomes, rejections
 from pipeline.data.partitions import read_part, shard_of, write_parts
@@ -37,7 +37,18 @@ from pipeline.data.sources import ReadTask, SourcePlan, read
 FILTERED_SCHEMA = pa.schema([*RECORD_SCHEMA, ("reason", pa.string()), ("excerpt", pa.string())])
 PART_CHARS = 8 << 20  # text that a read task buffers before writing it
 MAX_PARTS = 5_000  # beyond this, parts grow instead, because every shard's task opens every part
-BAD = ("broken_", "invalid_", "missing_", "null_", "unreadable_", "wrong_", "file_too_", "line_too_", "paragraph_too_")
+BAD = (
+    "broken_",
+    "invalid_",
+    "missing_",
+    "null_",
+    "unreadable_",
+    "unpacks_",
+    "wrong_",
+    "file_too_",
+    "line_too_",
+    "paragraph_too_",
+)
 """Prefixes of the reasons for unreadable records, which `data.max_bad_fraction` limits."""
 DUPLICATES = ("duplicate", "near_duplicate")
 EXAMPLES = 3
@@ -61,7 +72,7 @@ def make_records(
             with output.writing(parts[-1]) as file:
                 write_parts(table, [shard_of(row["id"], shards) for row in rows], shards, file)
             count += len(rows)
-            found = [row["source_id"] for row in rows if row.get("reason") == UNREADABLE_FILE]
+            found = [row["source_id"] for row in rows if row.get("reason") in LOST_FILES]
             unreadable += [source_id.removeprefix(f"{source.name}:") for source_id in found]
             output.report(records=len(rows), rejected=sum("reason" in row for row in rows))
         return {"rows_in": count, "parts": parts, "unreadable": unreadable}
@@ -173,7 +184,7 @@ def _problem(source: SourceCount, allowed: float, folder: StoragePath) -> str | 
     if source.rows_in != found:
         return f"source {source.name}: read {source.rows_in} records but wrote {found}; report this bug"
     bad = {reason: rows for reason, rows in source.rejected.items() if reason.startswith(BAD)}
-    files = bad.pop(UNREADABLE_FILE, 0)  # nobody knows how many records each of them stands for
+    files = sum(bad.pop(reason, 0) for reason in LOST_FILES)  # nobody knows how many records each of them stands for
     limit = f"more than data.max_bad_fraction={allowed} allows"
     if files and min(1.0, source.lost_fraction + sum(bad.values()) / source.rows_in) > allowed:
         also = f", and {_listed(bad)} of {source.rows_in} records" if bad else ""
@@ -217,7 +228,8 @@ def warn_of_bad_input(sources: Sequence[SourceCount], folder: StoragePath) -> No
 
 def _examples(folder: StoragePath, source: str) -> str:
     """Some of a source's unreadable files, and why they are."""
-    found = itertools.islice(_rejected(folder, source, UNREADABLE_FILE), EXAMPLES)
+    lost = itertools.chain.from_iterable(_rejected(folder, source, reason) for reason in LOST_FILES)
+    found = itertools.islice(lost, EXAMPLES)
     return "; ".join(f"{source_id.removeprefix(f'{source}:')}: {excerpt}" for source_id, excerpt in found)
 
 

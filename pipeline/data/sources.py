@@ -5,7 +5,7 @@
     for raw in read(plan.tasks[0], source): ...   # RawRecord; `reason` is set if it could not be read
 
 Damaged input becomes a record with a reason, not an exception. A file that cannot be read to its end becomes one record
-with the reason UNREADABLE_FILE and the file's name as its id; `lost_fraction` estimates what it cost. A failing bucket
+with a reason of LOST_FILES and the file's name as its id; `lost_fraction` estimates what it cost. A failing bucket
 or hub raises JobError, because a retry may succeed. Task size does not affect the records. Cost: planning lists the
 files; reading costs what the readers say.
 """
@@ -29,10 +29,21 @@ from pipeline.config import ConfigError, Source
 from pipeline.core.escaping import printable
 from pipeline.core.object_store import BucketError, cause
 from pipeline.core.outcome import JobError
-from pipeline.data import hub, read_json, read_tables, read_text
-from pipeline.data.fields import UNREADABLE_FILE, FieldMap, RawRecord, Row, broken, has, own_fields, required_fields
+from pipeline.data import hub, read_arrow, read_json, read_tables, read_text
+from pipeline.data.fields import (
+    UNPACKS_TOO_MUCH,
+    UNREADABLE_FILE,
+    FieldMap,
+    RawRecord,
+    Row,
+    broken,
+    has,
+    own_fields,
+    required_fields,
+)
 from pipeline.data.input_files import (
     File,
+    UnpackingError,
     is_compressed,
     list_files,
     may_pass,
@@ -52,7 +63,7 @@ SUFFIXES = {
     "json": read_json.JSON_SUFFIXES,
     "csv": read_tables.CSV_SUFFIXES,
     "parquet": read_tables.PARQUET_SUFFIXES,
-    "arrow": read_tables.ARROW_SUFFIXES,
+    "arrow": read_arrow.ARROW_SUFFIXES,
     "text": read_text.TEXT_SUFFIXES,
     "python_packages": read_text.PYTHON_SUFFIXES,
 }
@@ -146,7 +157,7 @@ def _content_hash(base: str, name: str) -> str:
         with open_stream(base, name) as file:
             while data := file.read(1 << 20):
                 digest.update(data)
-    except (OSError, EOFError, pa.ArrowException) as error:  # the reader counts the file as unreadable
+    except (OSError, EOFError, UnpackingError, pa.ArrowException) as error:  # the reader counts the file as unreadable
         digest.update(type(error).__name__.encode())
     return digest.hexdigest()
 
@@ -260,6 +271,8 @@ def _rows(task: ReadTask, source: Source) -> Iterator[Row]:
             if may_pass(error):
                 raise JobError(f"source {source.name}: cannot read {name}: {cause(error)}; run the job again") from None
             yield broken(name, UNREADABLE_FILE, cause(error))
+        except UnpackingError as error:
+            yield broken(name, UNPACKS_TOO_MUCH, str(error))
 
 
 def _rows_of(file: Any, name: str, task: ReadTask, source: Source, columns: list[str]) -> Iterator[Row]:
@@ -271,7 +284,7 @@ def _rows_of(file: Any, name: str, task: ReadTask, source: Source, columns: list
         case "parquet":
             return read_tables.parquet_rows(file, name, columns, task.start, task.stop)
         case "arrow":
-            return read_tables.arrow_rows(file, name, columns)
+            return read_arrow.arrow_rows(file, name, columns)
         case "text":
             return read_text.text_rows(file, name, source.record, task.start, task.stop)
         case _:
