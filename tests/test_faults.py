@@ -6,9 +6,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline.core.outcome import JobError
+from pipeline.training.fit import own_sentence
 from tests.job_process import (
     ROOT,
     TEMPORARY,
@@ -92,3 +95,16 @@ def test_the_same_bytes_on_1_and_4_workers_and_killed_in_each_stage(tmp_path: Pa
     assert len(done) == 3
     assert prepared_bytes(killed) == found[0]
     assert job.leftovers() == []
+
+
+def test_an_error_of_ours_is_found_in_what_ray_data_raises(ray_cluster: str) -> None:
+    """As training does with a damaged shard, whose error passes through Ray Data before Ray Train."""
+    import ray.data
+
+    def read(batch: Any) -> Any:
+        raise JobError("train/00000.parquet is damaged: delete it")
+
+    with pytest.raises(Exception) as caught:  # noqa: PT011 (Ray names no class for it)
+        ray.data.range(1).map_batches(read).materialize()
+    assert own_sentence(str(caught.value).splitlines()) == "train/00000.parquet is damaged: delete it"
+    assert own_sentence(["ValueError: no"]) is None

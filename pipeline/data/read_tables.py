@@ -41,6 +41,7 @@ MIN_SWALLOWED_COMMAS = 20
 MAX_LINES_AGAIN = 1_000_000  # beyond four times the lines read so far: seconds of work
 DECODED_BYTES = 64 << 20  # of a column in a batch; ours: 1,024 rows of 64 kB
 FEW_ROWS = 64  # of a row group whose column exceeds DECODED_BYTES, because a few of its rows may be most of it
+SHARED_BYTES = 2 << 20  # beyond this a dictionary is kept as one, which takes a copy of it a batch; writers stay below
 MAX_COLUMNS = 10_000  # of a CSV file; ours
 ROW_BYTES = 2 * MAX_LINE_BYTES  # of the lines of a CSV row
 LINE_BYTES = 128  # that Python takes for a line beside its characters
@@ -270,7 +271,8 @@ def parquet_batching(file: IO[bytes], group: Any, columns: Sequence[str]) -> tup
         if "DELTA_BYTE_ARRAY" in column.encodings:  # a value may repeat most of the one before
             batch_rows = min(batch_rows, DECODED_BYTES // size)
         elif largest := _dictionary_bytes(file, column):
-            if size - largest <= 8 * values and column.physical_type == "BYTE_ARRAY":  # all pages hold indices
+            only_indices = size - largest <= 8 * values and column.physical_type == "BYTE_ARRAY"
+            if only_indices and largest > SHARED_BYTES:
                 shared[path] = largest
             else:
                 batch_rows = min(batch_rows, DECODED_BYTES // largest)

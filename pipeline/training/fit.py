@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -198,6 +198,8 @@ def _run_trainer(config: Config, workers: Workers, inputs: WorkerInput) -> None:
             reasons = getattr(error, "worker_failures", None) or {0: error}
             lines = str(next(iter(reasons.values()))).strip().splitlines()
             words = lines[-1] if lines else type(error).__name__
+            if own := own_sentence(lines):
+                raise JobError(own) from error
             raise JobError(
                 f"training failed: {words}; see training.log, fix the cause and run the same command again to resume "
                 "from the newest checkpoint"
@@ -206,6 +208,12 @@ def _run_trainer(config: Config, workers: Workers, inputs: WorkerInput) -> None:
             if not starts_left:
                 raise JobError("training failed: Ray Train's controller died; see training.log") from error
             log.warning("train: Ray Train's controller died; restarting from the newest checkpoint")
+
+
+def own_sentence(lines: Sequence[str]) -> str | None:
+    """The JobError in a traceback that Ray and Ray Data have wrapped, such as that of a damaged shard, or None."""
+    mark = f"{JobError.__module__}.{JobError.__name__}: "
+    return next((line.partition(mark)[2] for line in reversed(lines) if mark in line), None)
 
 
 def _off_main_thread(work: Callable[[], object]) -> None:
