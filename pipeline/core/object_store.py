@@ -26,8 +26,10 @@ OPTIONS = ("region", "scheme", "endpoint_override", "anonymous", "account_name")
 MAX_RETRIES = 6  # waits start at 0.1 s and double: about 6 s in total
 RETRY_S = 30.0
 _SECRET = re.compile(r"key|secret|token|password|signature|\bsig\b", re.IGNORECASE)
-_USER = re.compile(r"(\w:/{1,2})[^\s'\"]*@")
-_SECRET_OPTION = re.compile(r"([?&][^=&\s]*(?:key|secret|token|password|sig)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE)
+_USER = re.compile(r"(\w:/{1,2})[^\s'\"]{0,2000}@")  # bounded, so that the time is linear
+_SECRET_OPTION = re.compile(
+    r"([?&][^=&?\s]{0,200}(?:key|secret|token|password|sig)[^=&\s]{0,200}=)[^&\s'\"]+", re.IGNORECASE
+)
 _URI = re.compile(r"\b(https?|s3|gs|az)://\S+")
 
 
