@@ -350,6 +350,17 @@ def test_everything_rejected_is_an_error(tmp_path: Path) -> None:
         prepare(config_of(tmp_path, path), progress)
 
 
+def test_a_source_that_loses_everything_can_be_accepted(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "lost.jsonl", [{"anchor": "a", "positive": "b"}])
+    write_jsonl(tmp_path / "kept.jsonl", make_pairs(30))
+    sources = [{"name": name, "type": "json", "path": str(tmp_path / f"{name}.jsonl")} for name in ("lost", "kept")]
+    config = config_of(tmp_path, tmp_path / "kept.jsonl", f"data.sources={json.dumps(sources)}")
+    with pytest.raises(JobError, match=r"source lost: all 1 records were rejected .* data\.max_bad_fraction=1"):
+        prepare(config, progress)
+    accepted = prepare(config.changed({"data.max_bad_fraction": 1.0}, "test"), progress)[1]
+    assert [(source.rows_kept, source.rejected) for source in accepted.sources] == [(0, {"too_short": 1}), (30, {})]
+
+
 def test_what_a_cut_file_may_have_cost_is_compared_with_the_limit(tmp_path: Path) -> None:
     """And one message names all sources that fail."""
     cut = tmp_path / "cut"

@@ -196,8 +196,12 @@ def _problem(source: SourceCount, allowed: float, folder: StoragePath) -> str | 
     if sum(bad.values()) > allowed * source.rows_in:
         return f"source {source.name}: {_listed(bad)} of {source.rows_in} records, {limit}"
     duplicates = sum(source.rejected.get(reason, 0) for reason in (*DUPLICATES, "contaminated"))
-    if source.rows_in and source.rows_kept + duplicates == 0:  # a source may lose all its records to duplicates
-        return f"source {source.name}: all {source.rows_in} records were rejected ({_listed(source.rejected)})"
+    nothing_left = source.rows_in and source.rows_kept + duplicates == 0  # all may be duplicates of other sources'
+    if nothing_left and allowed < 1:
+        return (
+            f"source {source.name}: all {source.rows_in} records were rejected ({_listed(source.rejected)}); repair or "
+            "remove it, or accept the loss with data.max_bad_fraction=1"
+        )
     return None
 
 
