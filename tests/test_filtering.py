@@ -161,7 +161,14 @@ def test_a_hidden_character_hides_nothing_from_a_redaction() -> None:
 
 def test_ids_and_metadata_are_valid_utf8_and_json() -> None:
     found = filtered("Here, of course.", {"line": "\udfff"}, "\ud800")
-    assert (found["source_id"], found["metadata"]) == ("s:?", '{"line": "?"}')
+    assert (found["source_id"], found["metadata"]) == ("s:\\ud800", '{"line": "?"}')
+
+
+def test_ids_and_metadata_hold_nothing_that_acts_on_a_terminal() -> None:
+    acting = "a\x1b]0;title\x07\x9b2J\u202eb\u2066c"
+    found = filtered("Here, of course.", {"name": [acting, "two\r\nlines\tand tabs"], acting: 1}, acting)
+    assert found["source_id"] == "s:a\\x1b]0;title\\x07\\x9b2J\\u202eb\\u2066c"
+    assert json.loads(found["metadata"]) == {"name": ["abc", "two\nlines\tand tabs"], "abc": 1}
 
 
 def test_content_id_tells_fields_apart() -> None:
@@ -256,7 +263,7 @@ def test_metadata_are_redacted_like_texts() -> None:
         assert secret not in row["metadata"]
         assert "example.org" not in row["metadata"]
         kept = json.loads(row["metadata"])
-        assert (kept["n"], kept["plain"]) == (None, "e\u0301\x1b")  # nothing else changes
+        assert (kept["n"], kept["plain"]) == (None, "e\u0301")  # nothing else changes but controls
         assert kept["m"]["nested"][0].startswith("by [")
 
 

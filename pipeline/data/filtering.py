@@ -25,6 +25,7 @@ import regex
 from ftfy.chardata import UTF8_DETECTOR_RE
 
 from pipeline.config import ConfigError, Data, Sanitize, Source
+from pipeline.core.escaping import printable
 from pipeline.data.fields import EXCERPT_CHARS, RAW_EXCERPT_CHARS, RawRecord
 from pipeline.data.partitions import content_id
 from pipeline.data.quality import QualityRules, identify_language
@@ -148,7 +149,7 @@ class Filter:
             elif reason is None:
                 fields[name], reason = self._text(value)
         reason = reason or self._low_quality(fields)
-        origin = {"source": self.source, "source_id": _writable(f"{self.source}:{raw.native_id}")}
+        origin = {"source": self.source, "source_id": printable(f"{self.source}:{raw.native_id}")}
         if reason is None:
             try:
                 metadata = _writable(json.dumps(self._redacted(raw.metadata), ensure_ascii=False, allow_nan=False))
@@ -177,7 +178,7 @@ class Filter:
         return text, verdict.reason or ("too_short" if len(text) < data.min_chars else None)
 
     def _redacted(self, value: Any) -> Any:
-        """A value as JSON has them, with all its strings redacted. They are not normalised otherwise."""
+        """A value as JSON has them, with all its strings redacted, and without controls and direction overrides."""
         if value is None or isinstance(value, int | float):
             return value
         if isinstance(value, dict):
@@ -185,7 +186,10 @@ class Filter:
         if isinstance(value, list | tuple):
             return [*map(self._redacted, value)]
         text = self.safety.redact(str(value))
-        if text.isascii() and not _CONTROLS.search(text):
+        if not text.isprintable():
+            text = _CONTROLS.sub("", _BIDI_OVERRIDES.sub("", _LINE_ENDS.sub("\n", text)))
+            text = self.safety.redact(text)  # what was removed may have split a match
+        if text.isascii():
             return text
         plain = self.sanitizer.clean(self.sanitizer.unhide(text))  # hidden characters may have split a match
         redacted = self.safety.redact(plain)
