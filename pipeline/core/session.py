@@ -55,6 +55,7 @@ ENVIRONMENT = {
 """Ray reads most of these on import. Variables that are already set are kept."""
 LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listen on 127.0.0.1 only
+    "RAY_agent_register_timeout_ms": "300000",  # not 30 s, after which Ray gives up on a busy machine
     "RAY_enable_metrics_collection": "0",  # Ray's metrics exporter (2.60) has crashed a driver
 }
 """Also set if the session is started here."""
