@@ -161,7 +161,7 @@ def _losses(rig: Rig, precision: str) -> tuple[list[float], list[bool]]:
 def packing(rig: Rig) -> Iterator[Deviation]:
     """Packed texts against each alone, and against transformers' own EuroBERT, which pads them."""
     learner = rig.learner()
-    model, texts = learner.model, rig.part(learner, rig.batch()).pairs
+    model, texts = learner.model, rig.part(learner, rig.batch()).texts
     assert texts is not None
     with torch.no_grad():
         alone = torch.cat([model(texts.slice(i, i + 1)) for i in range(len(texts))])
@@ -201,7 +201,7 @@ def _eurobert(encoder: Encoder, texts: Packed, layout: Layout) -> Tensor:
 def attention(rig: Rig) -> Iterator[Deviation]:
     """A GPU's flash attention in 16 bits, and its padded way in float32, against float64 on the CPU."""
     heads, width = rig.shape.num_heads, rig.shape.head_width
-    texts = rig.batch().pairs()
+    texts = rig.batch().texts()
     cases: dict[str, dict[str, Any]] = {"full": {}, "causal": {"causal": True}, "window": {"window": 5}}
     for (rule, options), key_heads in itertools.product(cases.items(), (heads, heads // 2)):
         chance = torch.Generator().manual_seed(0)
@@ -248,7 +248,7 @@ def micro_batches(rig: Rig) -> Iterator[Deviation]:
     parts, one_graph = rig.parts(learner, 4), rig.learner(DROPOUT)
     torch.manual_seed(1)
     vectors = [one_graph.embed(part) for part in parts]
-    loss, _ = one_graph.contrast(one_graph.rows(parts, vectors))
+    loss, _ = one_graph.compare(one_graph.rows(parts, vectors))
     loss.backward()  # type: ignore[no-untyped-call]
     expected = Result(float(loss.detach()), gradients_of(one_graph))
     yield from result_of(rig.learner(DROPOUT), parts).off("micro-batches, with dropout", expected)
@@ -270,9 +270,9 @@ def prefetch(rig: Rig) -> Iterator[Deviation]:
     with closing(feed), torch.no_grad():
         for rows, part in zip(tables, feed, strict=True):
             vectors, plain = learner.embed(part), rig.part(learner, to_batch(rows))
-            assert part.pairs is not None
-            assert plain.pairs is not None
-            wrong += not torch.equal(part.pairs.ids, plain.pairs.ids) or not torch.equal(part.keys, plain.keys)
+            assert part.texts is not None
+            assert plain.texts is not None
+            wrong += not torch.equal(part.texts.ids, plain.texts.ids) or not torch.equal(part.keys, plain.keys)
             wrong += _furthest(vectors, learner.embed(plain)) > FP32
     yield Deviation("prefetch: batches that differ", wrong, 0)
 

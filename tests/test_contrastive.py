@@ -148,7 +148,7 @@ def _share(rank: int, world_size: int, contrast: ContrastiveOptions) -> Result:
     weight = start_weight()
     log_scale = torch.tensor(10.0, dtype=torch.float64).log().requires_grad_()
     rows = data(weight, slice(rank * B // world_size, (rank + 1) * B // world_size))
-    batch = _gather_batch(rows, [B // world_size] * world_size)
+    batch = _gather_batch(rows, None, [B // world_size] * world_size)
     loss, _ = contrastive_loss(rows, contrast, log_scale.exp(), batch)
     loss.backward()
     assert weight.grad is not None

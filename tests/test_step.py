@@ -38,7 +38,16 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "causal": {"weight": 0.1},
     },
     "spans": {"denoising": {"corruption": "spans", "ratio": 0.3}},
+    "guided": {"contrastive": {**CONTRASTIVE, "guide": "teacher"}},
+    "vectors": {"distillation": {"teacher": "teacher", "distance": "l2"}},
+    "scores": {"distillation": {"teacher": "teacher", "loss": "scores", "temperature": 0.2, "hard_negatives": 2}},
+    "taught": {
+        "contrastive": {**CONTRASTIVE, "guide": "teacher"},
+        "distillation": {"teacher": "teacher", "weight": 0.7},
+        "mlm": {"weight": 0.2},
+    },
 }
+TEACHER_WIDTH = 12
 
 
 @contextmanager
@@ -58,7 +67,8 @@ def learner_of(name: str, dropout: float = 0.0) -> Learner:
         encoder = Encoder(EncoderShape(**PARTS, dropout=dropout))
         shape = DecoderShape(**PARTS, dropout=dropout, memory_width=16)
         decoder = Decoder(shape, encoder.token_table) if objective.needs_decoder else None
-        learner = Learner(EmbeddingModel(encoder, Head(dimensions=(8, 4))), objective, SPECIAL, decoder)
+        model = EmbeddingModel(encoder, Head(dimensions=(8, 4)))
+        learner = Learner(model, objective, SPECIAL, decoder, teacher_width=TEACHER_WIDTH)
         for parameter in learner.parameters():
             if parameter.ndim:
                 torch.nn.init.normal_(parameter, std=0.3)
@@ -66,7 +76,10 @@ def learner_of(name: str, dropout: float = 0.0) -> Learner:
 
 
 def batch() -> Batch:
-    """Eight pairs of mixed length with none, one or two negatives; two rows share an anchor, two a positive."""
+    """Eight pairs of mixed length with none, one or two negatives, and a teacher's vectors of them.
+
+    Two rows share an anchor, two a positive.
+    """
     chance = torch.Generator().manual_seed(3)
 
     def text() -> list[int]:
@@ -78,7 +91,11 @@ def batch() -> Batch:
     counts = [row % 3 for row in range(ROWS)]
     negatives = [text() for _ in range(sum(counts))]
     fields = {"anchor": pack(anchors), "positive": pack(positives)}
-    return Batch([f"r{row}" for row in range(ROWS)], fields, pack(negatives), counts)
+    teacher = {
+        name: torch.randn(rows, TEACHER_WIDTH, generator=chance, dtype=torch.float64)
+        for name, rows in (("anchor", ROWS), ("positive", ROWS), ("negatives", sum(counts)))
+    }
+    return Batch([f"r{row}" for row in range(ROWS)], fields, pack(negatives), counts, teacher)
 
 
 def gradients(learner: Learner) -> dict[str, torch.Tensor]:
@@ -99,7 +116,7 @@ def whole_gradients(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch
     terms = [learner.weights[task] * loss.sum / loss.count for task, loss in losses.items()]
     metrics = {f"{task}_nll": loss.nll / loss.count for task, loss in losses.items()}
     if vectors is not None:
-        contrast, found = learner.contrast(learner.rows([part], [vectors]))
+        contrast, found = learner.compare(learner.rows([part], [vectors]))
         terms.append(contrast)
         metrics |= found
     loss = torch.stack(terms).sum()
@@ -155,7 +172,7 @@ def test_cuts() -> None:
     assert micro_batch_ranges(rows, max_tokens=1) == [(i, i + 1) for i in range(8)]
 
 
-@pytest.mark.parametrize("name", ["contrastive", "hybrid"])
+@pytest.mark.parametrize("name", ["contrastive", "hybrid", "taught", "scores"])
 def test_cached_gradients_replay_dropout(name: str) -> None:
     """The cached gradient must be that of the very masks the first pass drew: one graph over all parts tells it."""
     learner = learner_of(name, dropout=0.3)
@@ -175,7 +192,7 @@ def test_cached_gradients_replay_dropout(name: str) -> None:
     for part, state in zip(parts, states, strict=True):
         torch.set_rng_state(state)
         outputs.append(learner(part))
-    loss, _ = learner.contrast(learner.rows(parts, [vectors for vectors, _ in outputs]))
+    loss, _ = learner.compare(learner.rows(parts, [vectors for vectors, _ in outputs]))
     for task in learner.generative:
         losses = [tasks[task] for _, tasks in outputs]
         loss = loss + learner.weights[task] * sum(each.sum for each in losses) / sum(each.count for each in losses)
@@ -208,7 +225,16 @@ SHARES = {2: (1, 1), 3: (2, 4, 2), 4: (1, 1, 1, 1)}
 
 @pytest.mark.parametrize(
     ("world_size", "name", "micro_batches"),
-    [(2, "hybrid", 2), (4, "hybrid", 1), (4, "contrastive", 2), (3, "hybrid", 2)],
+    [
+        (2, "hybrid", 2),
+        (4, "hybrid", 1),
+        (4, "contrastive", 2),
+        (3, "hybrid", 2),
+        (2, "scores", 2),
+        (3, "taught", 2),
+        (4, "taught", 1),
+        (4, "vectors", 2),
+    ],
 )
 def test_workers_give_the_single_process_gradient_in_one_reduction(
     world_size: int, name: str, micro_batches: int
@@ -241,5 +267,5 @@ def test_records_without_negatives_make_no_room_for_them() -> None:
     part = learner.prepare(Batch(batch().ids, fields, pack([]), [0] * ROWS), seed=1)
     assert part.filled.shape == (ROWS, 0)
     assert part.keys.shape == (ROWS, 3)
-    loss, _ = learner.contrast(learner.rows([part], [learner.embed(part)]))
+    loss, _ = learner.compare(learner.rows([part], [learner.embed(part)]))
     assert bool(torch.isfinite(loss))

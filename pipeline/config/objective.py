@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.section import Section
+from pipeline.config.section import PathStr, Section
 
 
 class Contrastive(Section):
@@ -21,7 +21,33 @@ class Contrastive(Section):
     hard_negatives: int = Field(1, ge=0)
     """At most this many of each record's negatives are used, in addition to the positives of the batch."""
     false_negative_margin: float | None = Field(None, ge=0, le=2)
-    """Ignore candidates whose cosine to the anchor exceeds the positive's by more than this (Qwen3 Embedding: 0.1)."""
+    """Ignore candidates whose cosine to the anchor exceeds the positive's by more than this (Qwen3 Embedding: 0.1).
+    With a `guide`, the cosines are the guide's, and the default is 0."""
+    guide: PathStr | None = None
+    """A model that finds false negatives: candidates that it places nearer to the anchor than the positive are ignored
+    (GISTEmbed, Solatorio 2024). Takes what `distillation.teacher` takes."""
+
+    @property
+    def margin(self) -> float | None:
+        """`false_negative_margin`, or its default."""
+        return 0.0 if self.false_negative_margin is None and self.guide is not None else self.false_negative_margin
+
+
+class Distillation(Section):
+    teacher: PathStr
+    """The encoder whose vectors the model learns: a model folder, a name on the hub, or a folder of Parquet files with
+    an `id` column, the ids of the prepared records, and a column of vectors for each text field."""
+    loss: Literal["vectors", "scores"] = "vectors"
+    """vectors: each text's vector should be the teacher's, after a linear layer if the widths differ (LEAF). scores:
+    the similarities of an anchor to the texts of the batch should be distributed as the teacher's (listwise KL)."""
+    weight: float = Field(1.0, gt=0)
+    """Weight in the sum of objectives."""
+    distance: Literal["cosine", "l2"] = "cosine"
+    """With `vectors`: one minus the cosine, or the squared Euclidean distance between the vectors."""
+    temperature: float = Field(0.05, gt=0, le=10)
+    """With `scores`: the model's and the teacher's similarities are divided by it."""
+    hard_negatives: int = Field(1, ge=0)
+    """With `scores`: at most this many of each record's negatives are used. A contrastive objective sets its own."""
 
 
 class Generative(Section):
@@ -56,6 +82,8 @@ class Objective(Section):
 
     contrastive: Contrastive | None = None
     """InfoNCE on pairs, with negatives from all workers."""
+    distillation: Distillation | None = None
+    """Learn the vectors or the similarities of a teacher. Records may be pairs or texts."""
     seq2seq: Writing | None = None
     """The decoder generates the positive from the anchor's states."""
     denoising: Denoising | None = None
@@ -71,6 +99,16 @@ class Objective(Section):
         nothing = isinstance(given, dict) and all(value is None for value in given.values())
         return {"contrastive": {}} if nothing else given
 
+    @model_validator(mode="after")
+    def _one_teacher(self) -> Objective:
+        guide = self.contrastive.guide if self.contrastive is not None else None
+        if guide is not None and self.distillation is not None and guide != self.distillation.teacher:
+            raise ValueError(
+                f"the same model as distillation.teacher and contrastive.guide, not {self.distillation.teacher} and "
+                f"{guide}"
+            )
+        return self
+
     @property
     def named(self) -> dict[str, Section]:
         """The configured objectives, by name."""
@@ -79,7 +117,23 @@ class Objective(Section):
 
     @property
     def needs_pairs(self) -> bool:
-        return bool({"contrastive", "seq2seq"} & self.named.keys())
+        scores = self.distillation is not None and self.distillation.loss == "scores"
+        return scores or bool({"contrastive", "seq2seq"} & self.named.keys())
+
+    @property
+    def teacher(self) -> str | None:
+        """The model, or folder of vectors, that teaches or guides."""
+        if self.distillation is not None:
+            return self.distillation.teacher
+        return self.contrastive.guide if self.contrastive is not None else None
+
+    @property
+    def hard_negatives(self) -> int:
+        """How many of each record's negatives are used, at most."""
+        if self.contrastive is not None:
+            return self.contrastive.hard_negatives
+        scores = self.distillation is not None and self.distillation.loss == "scores"
+        return self.distillation.hard_negatives if scores and self.distillation else 0
 
     @property
     def needs_decoder(self) -> bool:

@@ -23,10 +23,10 @@ from pipeline.config import Config, ConfigError
 from pipeline.core.artifact import open_parquet
 from pipeline.core.console import log
 from pipeline.core.files import sorted_glob
-from pipeline.core.path import StoragePath
+from pipeline.core.path import StoragePath, as_path
 from pipeline.data.manifest import SPLITS, Manifest
 from pipeline.data.partitions import MIN_VALIDATION
-from pipeline.data.plan import BatchPlan, RowGroup
+from pipeline.data.plan import BatchPlan, RowGroup, with_columns
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -77,7 +77,8 @@ def training_plan(
             "data.validation_fraction=0.1"
         )
     size = global_batch_size if rows >= global_batch_size else max(MIN_BATCH, rows // MIN_EPOCH_BATCHES)
-    plan = BatchPlan(str(folder), groups, size, seed, batching, weights)
+    teacher = manifest.teacher.folder if manifest.teacher else None
+    plan = BatchPlan(str(folder), groups, size, seed, batching, weights, teacher)
     plan.check_sources()
     return plan
 
@@ -189,9 +190,10 @@ def _cut(table: pa.Table) -> Iterator[pa.Table]:
 
 def validation_rows(folder: StoragePath, manifest: Manifest, limit: int) -> pa.Table:
     """The first `limit` rows of the validation split, which is stored in random order."""
+    folders = [folder, *([as_path(manifest.teacher.folder)] if manifest.teacher else [])]
     tables = []
     for shard in manifest.of_split("validation"):
-        tables.append(open_parquet(folder / shard.path).read())
+        tables.append(with_columns(*(open_parquet(each / shard.path).read() for each in folders)))
         if sum(map(len, tables)) >= limit:
             break
     return pa.concat_tables(tables).slice(0, limit)

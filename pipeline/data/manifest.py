@@ -79,6 +79,17 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class TeacherVectors:
+    """A teacher's vectors of a data set's texts, in files of the shards' names, with the same rows and row groups.
+
+    A file has a column `teacher_<field>` for each text field.
+    """
+
+    folder: str
+    width: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     fingerprint: str
     sources: list[SourceCount]
@@ -90,6 +101,7 @@ class Manifest:
     settings: dict[str, Any] = field(default_factory=dict)  # config keys that the shards depend on
     files: Files = field(default_factory=dict)
     held_out_fraction: float | None = None  # None in data sets of earlier versions: as in `settings`
+    teacher: TeacherVectors | None = None  # only in memory: training with a teacher adds it
 
     def of_split(self, split: str) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]

@@ -69,13 +69,17 @@ class Selection:
     """Indices into the concatenated rows of `groups`."""
     steps: Ints
     """The training step of each row."""
+    teacher: str | None = None
+    """The folder of the teacher's vectors, in files of the same names, with the same row groups."""
 
     def read(self) -> pa.Table:
-        """The rows in training order, with a `step` column."""
+        """The rows in training order, with a `step` column, and the teacher's vectors if there are any."""
         first, tables, order = 0, [], []
-        folder, files = as_path(self.folder), lru_cache(maxsize=None)(open_parquet)
+        folders = [as_path(folder) for folder in (self.folder, self.teacher) if folder]
+        files = lru_cache(maxsize=None)(open_parquet)
         for group, number, turn in self.groups:
-            tables.append(files(folder / group.path).read_row_group(group.index))
+            parts = [files(folder / group.path).read_row_group(group.index) for folder in folders]
+            tables.append(with_columns(*parts))
             order.append(first + np.random.default_rng([self.seed, turn, number, 1]).permutation(group.rows))
             first += group.rows
         table = pa.concat_tables(tables).combine_chunks().take(np.concatenate(order)[self.rows])
@@ -114,6 +118,8 @@ class BatchPlan:
     batching: Literal["mixed", "by_source"] = "mixed"
     weights: tuple[tuple[str, float], ...] = ()
     """Relative weights of sources. Without weights, shares are proportional to row counts."""
+    teacher: str | None = None
+    """See `Selection`."""
 
     @property
     def lanes(self) -> int:
@@ -195,7 +201,7 @@ class BatchPlan:
         ]
         begin = np.cumsum([0, *(group.rows for group, _, _ in found)])
         steps = np.repeat(np.arange(start, stop), self.share(rank, world_size))
-        return Selection(self.folder, self.seed, found, begin[place] + rows, steps)
+        return Selection(self.folder, self.seed, found, begin[place] + rows, steps, self.teacher)
 
     @cached_property
     def shares(self) -> dict[str | None, Fraction]:
@@ -275,6 +281,14 @@ class BatchPlan:
                 here = (number == stream) & (passes == turn)
                 groups[here], rows[here] = self.streams[stream].locate(turns[here], self.seed, int(turn))
         return groups, rows
+
+
+def with_columns(rows: pa.Table, *others: pa.Table) -> pa.Table:
+    """The columns of tables of equally many rows side by side."""
+    for other in others:
+        for name in other.column_names:
+            rows = rows.append_column(name, other[name])
+    return rows
 
 
 def largest_remainder(seats: int, shares: Sequence[Fraction]) -> tuple[int, ...]:

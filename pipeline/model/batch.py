@@ -3,14 +3,14 @@
     batch = Batch(ids=["r1", "r2"], fields={"anchor": …, "positive": …}, negatives=EMPTY, negative_counts=[0, 0])
     batch.slice(0, 1)                           # the first row
     batch.keys(slots=0)                         # (2, 3): hashes of record, anchor and positive, to find equal texts
-    part = learner.prepare(batch, seed=step)    # a Part
+    part = learner.prepare(batch, seed=step)    # a MicroBatch
 
-Plain data; `Learner.prepare` turns a batch into a part. Cost: slices are views; hashing is negligible.
+Plain data; `Learner.prepare` turns a batch into a micro-batch. Cost: slices are views; hashing is negligible.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import pairwise
 from typing import Literal
@@ -30,6 +30,8 @@ class Batch:
     fields: dict[str, Packed]  # anchor and positive, or text
     negatives: Packed
     negative_counts: list[int]
+    teacher: dict[str, Tensor] = field(default_factory=dict)
+    """The teacher's vectors of each field's texts and of the negatives, (n, E) and (sum of counts, E)."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -60,16 +62,20 @@ class Batch:
             {name: packed.slice(start, stop) for name, packed in self.fields.items()},
             self.negatives.slice(first, last),
             self.negative_counts[start:stop],
+            {
+                name: vectors[first:last] if name == "negatives" else vectors[start:stop]
+                for name, vectors in self.teacher.items()
+            },
         )
 
-    def pairs(self) -> Packed:
-        """Anchors, positives and hard negatives end to end, for one forward pass."""
-        return reduce(join, (self.fields["anchor"], self.fields["positive"], self.negatives))
+    def texts(self) -> Packed:
+        """The texts of each field and then the hard negatives, end to end, for one forward pass."""
+        return reduce(join, (*self.fields.values(), self.negatives))
 
     def keys(self, slots: int) -> Tensor:
         """(n, 3 + slots) int64 hashes of record, anchor, positive and negatives; 0 for an empty slot."""
         record = [text_hash(one.encode()) for one in self.ids]
-        columns = [record, hashes(self.fields["anchor"]), hashes(self.fields["positive"])]
+        columns = [record, *(hashes(self.fields.get(name, self.text)) for name in ("anchor", "positive"))]
         keys = torch.zeros(len(self), 3 + slots, dtype=torch.int64)
         keys[:, :3] = torch.tensor(columns, dtype=torch.int64).T
         if slots:
@@ -126,16 +132,24 @@ class MicroBatch:
     """A micro-batch: n rows, ready for one forward pass."""
 
     rows: int
-    pairs: Packed | None  # anchors, positives and hard negatives end to end
+    fields: tuple[str, ...]  # anchor and positive, or text
+    texts: Packed | None  # those of each field and the hard negatives, end to end; None if no objective needs vectors
     filled: Tensor  # (n, M) which slots hold a negative
     keys: Tensor  # (n, 3 + M)
     tasks: dict[str, GenerativeTask]
+    teacher: dict[str, Tensor] = field(default_factory=dict)  # see `Batch`
 
     def emptied(self) -> MicroBatch:
         """The same objectives with no rows, for workers that have fewer parts than others."""
-        pairs = None if self.pairs is None else self.pairs.slice(0, 0)
-        tasks = {name: task.emptied() for name, task in self.tasks.items()}
-        return MicroBatch(0, pairs, self.filled[:0], self.keys[:0], tasks)
+        return replace(
+            self,
+            rows=0,
+            texts=None if self.texts is None else self.texts.slice(0, 0),
+            filled=self.filled[:0],
+            keys=self.keys[:0],
+            tasks={name: task.emptied() for name, task in self.tasks.items()},
+            teacher={name: vectors[:0] for name, vectors in self.teacher.items()},
+        )
 
 
 def hashes(texts: Packed) -> list[int]:

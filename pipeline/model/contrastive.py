@@ -48,6 +48,8 @@ class GlobalBatch:
     first: int
     """Index of this worker's first row."""
     workers: int = 1
+    teacher: PairVectors | None = None
+    """The teacher's vectors of the same texts."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class ContrastiveOptions:
     """Also classify each positive among all anchors."""
     margin: float | None = None
     """Also mask candidates whose cosine exceeds the positive's by more than this (Qwen3 Embedding, eq. 1)."""
+    guided: bool = False
+    """For `margin`, use the teacher's cosines, in both directions (GISTEmbed, Solatorio 2024)."""
     dimensions: tuple[int, ...] = ()
     """Sizes that vectors are also truncated to; the loss is the mean over these and the full size (Matryoshka)."""
 
@@ -73,13 +77,15 @@ def contrastive_loss(
     batch = batch or GlobalBatch(rows, 0)
     everyone, width, share = batch.rows, rows.anchors.shape[1], len(batch.rows.anchors) / batch.workers
     own = torch.arange(batch.first, batch.first + len(rows.anchors), device=rows.anchors.device)
-    candidates = torch.cat([everyone.positives, everyone.negatives.flatten(0, 1)])
+    candidates = _candidates(everyone)
     wrong_pairs = _wrong_pairs(rows.keys, everyone.keys)
     wrong = torch.cat([wrong_pairs, _wrong_negatives(rows.keys, everyone.keys)], dim=1)
     if contrast.margin is not None:
-        with torch.no_grad():
-            cosines = _cosines(rows.anchors, candidates, width)
-            wrong = wrong & (cosines <= cosines.gather(1, own[:, None]) + contrast.margin)
+        judge = batch.teacher if contrast.guided else everyone
+        assert judge is not None
+        wrong = wrong & _within_margin(judge.anchors, _candidates(judge), own, contrast.margin)
+        if contrast.guided:
+            wrong_pairs = wrong_pairs & _within_margin(judge.positives, judge.anchors, own, contrast.margin)
     losses: list[Tensor] = []
     metrics: dict[str, Tensor] = {}
     for size in (width, *contrast.dimensions):
@@ -91,6 +97,17 @@ def contrastive_loss(
         losses.append(loss / share)
         metrics = metrics or {name: found.sum() / share for name, found in _ranks(scores.detach(), own).items()}
     return torch.stack(losses).mean(), metrics
+
+
+def _candidates(rows: PairVectors) -> Tensor:
+    return torch.cat([rows.positives, rows.negatives.flatten(0, 1)])
+
+
+@torch.no_grad()
+def _within_margin(texts: Tensor, candidates: Tensor, own: Tensor, margin: float) -> Tensor:
+    """(b, C): whether a candidate's cosine to a row's text exceeds that of the row's own by at most `margin`."""
+    cosines = _cosines(texts[own], candidates, texts.shape[1])
+    return cosines <= cosines.gather(1, own[:, None]) + margin
 
 
 def _cosines(left: Tensor, right: Tensor, size: int) -> Tensor:

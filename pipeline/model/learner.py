@@ -2,17 +2,18 @@
 
     learner = Learner(model, objective, special, decoder)
     part = learner.prepare(batch, seed=step)          # corrupted texts, shifted targets; on the CPU
-    vectors, losses = learner(part)                   # vectors of pairs, for `contrast`; losses by objective
+    vectors, losses = learner(part)                   # vectors of the texts, for `compare`; losses by objective
 
 Generative losses are sums over tokens: they are normalised by the global token count, which is known only after all
 workers report. The corruption of a text depends on its record and the seed, not on the worker.
 """
 
-# Shapes: n rows of a part, M slots for negatives, N texts, D width.
+# Shapes: n rows of a part, b of a worker, M slots for negatives, N texts, D width, E the teacher's width.
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,17 +25,43 @@ from pipeline.model.batch import Batch, GenerativeTask, MicroBatch, Sees, Specia
 from pipeline.model.contrastive import ContrastiveOptions, GlobalBatch, PairVectors, contrastive_loss
 from pipeline.model.corruption import Tokens, delete_tokens, mask_spans, mask_tokens
 from pipeline.model.decoder import Decoder, Memory
+from pipeline.model.distillation import score_loss, vector_loss
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.generative import MaskedHead, TokenLoss, masked_loss, shift, token_loss
 from pipeline.model.packing import Layout, Packed
 
+COMPARING = ("contrastive", "distillation")  # objectives whose loss is a function of vectors, not of tokens
 MAX_SCALE = 100.0  # limit of a learned inverse temperature (CLIP, section 2.5)
+
+
+@dataclass(frozen=True)
+class RowVectors:
+    """Vectors of the texts of this worker's b rows, and the teacher's if there is one."""
+
+    fields: dict[str, Tensor]  # (b, D) of the anchors and positives, or of the texts
+    negatives: Tensor  # (b, M, D)
+    keys: Tensor  # (b, 3 + M), see `PairVectors`
+    teacher: dict[str, Tensor]  # (b, E) of each field, and (b, M, E) of the negatives
+
+    @property
+    def pairs(self) -> PairVectors:
+        return PairVectors(self.fields["anchor"], self.fields["positive"], self.negatives, self.keys)
+
+    @property
+    def teacher_pairs(self) -> PairVectors | None:
+        if not {"anchor", "positive"} <= self.teacher.keys():
+            return None
+        anchors, negatives = self.teacher["anchor"], self.teacher.get("negatives")
+        if negatives is None:
+            negatives = anchors.new_zeros(len(anchors), 0, anchors.shape[1])
+        return PairVectors(anchors, self.teacher["positive"], negatives, self.keys)
 
 
 class Learner(nn.Module):
     """The model in training. Generative objectives need `special`, and those that generate text a `decoder`.
 
-    `negatives`: whether any record has hard negatives; if not, batches have no slots for them.
+    `negatives`: whether any record has hard negatives; if not, batches have no slots for them. `teacher_width`: E, if
+    there is a teacher.
     """
 
     entries = ("embed", "encode", "loss", "write")
@@ -48,19 +75,23 @@ class Learner(nn.Module):
         decoder: Decoder | None = None,
         *,
         negatives: bool = True,
+        teacher_width: int | None = None,
     ) -> None:
         super().__init__()
+        distillation = objective.distillation
+        projects = distillation and distillation.loss == "vectors" and teacher_width not in (None, model.width)
+        # NOTE: registered before the model, so that ddp puts it in the bucket that is sent last.
+        self.projection = nn.Linear(model.width, teacher_width, bias=False) if projects and teacher_width else None
         self.model, self.objective, self.special, self.decoder = model, objective, special, decoder
         self.masked_head = MaskedHead(model.width) if objective.mlm else None
         self.weights = {name: float(section.weight) for name, section in objective.named.items()}  # type: ignore[attr-defined]
         contrastive = objective.contrastive
-        self.contrasts = contrastive is not None
-        self.hard_negatives = contrastive.hard_negatives if contrastive and negatives else 0
+        self.hard_negatives = objective.hard_negatives if negatives else 0
         if contrastive:
             if contrastive.learn_temperature:
                 self.log_scale = nn.Parameter(torch.tensor(-math.log(contrastive.temperature)))
             self.contrasted = ContrastiveOptions(
-                contrastive.symmetric, contrastive.false_negative_margin, model.head.dimensions
+                contrastive.symmetric, contrastive.margin, contrastive.guide is not None, model.head.dimensions
             )
         if list(objective.named) == ["causal"]:
             model.requires_grad_(False)  # train only the decoder, and the encoder's table if the decoder shares it
@@ -69,11 +100,29 @@ class Learner(nn.Module):
 
     @property
     def scale(self) -> Tensor | float:
-        """One over the temperature of the contrastive objective."""
-        assert self.objective.contrastive
-        if self.objective.contrastive.learn_temperature:
+        """One over the temperature of the contrastive objective, or of the distillation."""
+        section = self.objective.contrastive or self.objective.distillation
+        assert section
+        if self.objective.contrastive and self.objective.contrastive.learn_temperature:
             return self.log_scale.exp().clamp(max=MAX_SCALE)
-        return 1 / self.objective.contrastive.temperature
+        return 1 / section.temperature
+
+    @property
+    def compares(self) -> bool:
+        """Whether an objective needs the vectors of texts."""
+        return any(name in self.weights for name in COMPARING)
+
+    @property
+    def compares_rows(self) -> bool:
+        """Whether an objective compares the vectors of a pair with those of the other rows."""
+        distillation = self.objective.distillation
+        return "contrastive" in self.weights or (distillation is not None and distillation.loss == "scores")
+
+    @property
+    def replicated(self) -> list[nn.Parameter]:
+        """Parameters that only `compare` uses. Under FSDP, every worker has a copy."""
+        scalars = [parameter for parameter in self.parameters() if not parameter.ndim]
+        return scalars + ([] if self.projection is None else list(self.projection.parameters()))
 
     @property
     def stacks(self) -> list[Any]:
@@ -82,7 +131,7 @@ class Learner(nn.Module):
 
     @property
     def generative(self) -> list[str]:
-        return [name for name in self.weights if name != "contrastive"]
+        return [name for name in self.weights if name not in COMPARING]
 
     @property
     def writing(self) -> list[str]:
@@ -91,40 +140,82 @@ class Learner(nn.Module):
 
     def prepare(self, batch: Batch, seed: int) -> MicroBatch:
         """Prepare a forward pass over these rows, on the CPU."""
-        pairs = batch.pairs() if self.contrasts else None
-        keys = batch.keys(self.hard_negatives) if self.contrasts else torch.zeros(len(batch), 0, dtype=torch.int64)
         tasks = {name: self._task(name, batch, seed) for name in self.generative}
-        return MicroBatch(len(batch), pairs, batch.filled_slots(self.hard_negatives), keys, tasks)
+        filled = batch.filled_slots(self.hard_negatives)
+        if not self.compares:
+            return MicroBatch(len(batch), (), None, filled, torch.zeros(len(batch), 0, dtype=torch.int64), tasks)
+        keys = batch.keys(self.hard_negatives)
+        return MicroBatch(len(batch), tuple(batch.fields), batch.texts(), filled, keys, tasks, batch.teacher)
 
     def forward(self, part: MicroBatch) -> tuple[Tensor | None, dict[str, TokenLoss]]:
-        """The vectors of the part's pairs (None without a contrastive objective), and the losses of its tasks."""
-        vectors = self.model(part.pairs) if part.pairs is not None else None
+        """The vectors of the part's texts (None if no objective needs them), and the losses of its tasks."""
+        vectors = self.model(part.texts) if part.texts is not None else None
         return vectors, {name: self._loss(task) for name, task in part.tasks.items()}
 
     def embed(self, part: MicroBatch) -> Tensor:
-        """(N, D) vectors of anchors, positives and hard negatives."""
-        assert part.pairs is not None
-        return self.model(part.pairs)  # type: ignore[no-any-return]
+        """(N, D) vectors of the texts of each field, then of the hard negatives."""
+        assert part.texts is not None
+        return self.model(part.texts)  # type: ignore[no-any-return]
 
     def encode(self, texts: Packed) -> Tensor:
         """(N, D) vectors of texts."""
         return self.model(texts)  # type: ignore[no-any-return]
 
-    def rows(self, parts: Sequence[MicroBatch], vectors: Sequence[Tensor]) -> PairVectors:
-        """Combine the parts of a batch, given the vectors of their pairs."""
+    def rows(self, parts: Sequence[MicroBatch], vectors: Sequence[Tensor]) -> RowVectors:
+        """Combine the parts of a batch, given the vectors of their texts."""
+        fields = parts[0].fields
         cut = [
-            each.split([part.rows, part.rows, len(each) - 2 * part.rows])
+            each.split([*[part.rows] * len(fields), len(each) - len(fields) * part.rows])
             for part, each in zip(parts, vectors, strict=True)
         ]
-        anchors, positives, negatives = (torch.cat(column) for column in zip(*cut, strict=True))
+        *columns, negatives = (torch.cat(column) for column in zip(*cut, strict=True))
         filled = torch.cat([part.filled for part in parts])
-        slots = negatives.new_zeros(*filled.shape, negatives.shape[-1]).masked_scatter(filled[..., None], negatives)
-        return PairVectors(anchors, positives, slots, torch.cat([part.keys for part in parts]))
+        teacher = {name: torch.cat([part.teacher[name] for part in parts]) for name in parts[0].teacher}
+        if "negatives" in teacher:
+            teacher["negatives"] = _in_slots(teacher["negatives"], filled)
+        return RowVectors(
+            dict(zip(fields, columns, strict=True)),
+            _in_slots(negatives, filled),
+            torch.cat([part.keys for part in parts]),
+            teacher,
+        )
 
-    def contrast(self, rows: PairVectors, batch: GlobalBatch | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted contrastive loss of this worker's rows of a global batch, and its metrics."""
-        loss, metrics = contrastive_loss(rows, self.contrasted, self.scale, batch)
-        return self.weights["contrastive"] * loss, metrics
+    def compare(
+        self, rows: RowVectors, batch: GlobalBatch | None = None, share: float | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted losses of this worker's vectors, and their metrics.
+
+        `batch` has the pairs of all workers, if an objective compares rows, and `share` is the mean number of rows per
+        worker; by default this worker is the only one.
+        """
+        share = share or max(len(rows.keys), 1)
+        losses: list[Tensor] = []
+        metrics: dict[str, Tensor] = {}
+        if self.compares_rows:
+            batch = batch or GlobalBatch(rows.pairs, 0, teacher=rows.teacher_pairs)
+        if "contrastive" in self.weights:
+            loss, metrics = contrastive_loss(rows.pairs, self.contrasted, self.scale, batch)
+            losses.append(self.weights["contrastive"] * loss)
+        if "distillation" in self.weights:
+            loss = self.distillation_loss(rows, batch) * len(rows.keys) / share
+            losses.append(self.weights["distillation"] * loss)
+            metrics = {**metrics, "distillation_loss": loss.detach()}
+        return torch.stack(losses).sum(), metrics
+
+    def distillation_loss(self, rows: RowVectors, batch: GlobalBatch | None = None) -> Tensor:
+        """The mean over this worker's rows of the loss that compares them with the teacher, without its weight."""
+        distillation, count = self.objective.distillation, max(len(rows.keys), 1)
+        assert distillation
+        if distillation.loss == "scores":
+            batch = batch or GlobalBatch(rows.pairs, 0, teacher=rows.teacher_pairs)
+            return score_loss(rows.pairs, batch, 1 / distillation.temperature) / count
+        terms = [
+            vector_loss(
+                self.projection(vectors) if self.projection else vectors, rows.teacher[name], distillation.distance
+            )
+            for name, vectors in rows.fields.items()
+        ]
+        return torch.stack(terms).mean() / count
 
     def loss(self, task: GenerativeTask) -> TokenLoss:
         """The loss of a generative task, summed over its labels."""
@@ -193,6 +284,12 @@ class Learner(nn.Module):
         assert self.special is not None
         inputs, labels = shift(target, self.special.start, self.special.end)
         return GenerativeTask(labels, source, sees, inputs, label_smoothing=section.label_smoothing)
+
+
+def _in_slots(negatives: Tensor, filled: Tensor) -> Tensor:
+    """(b, M, D): the vectors of all rows' negatives in their slots; zeros in empty slots."""
+    slots = negatives.new_zeros(*filled.shape, negatives.shape[-1])
+    return slots.masked_scatter(filled[..., None], negatives)
 
 
 def _packed(tokens: Tokens) -> Packed:

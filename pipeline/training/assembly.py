@@ -86,7 +86,8 @@ def train_or_resume(
     spec.plan.check_workers(world_size())
     torch.manual_seed(config.training.seed)
     tokenizer = parse_tokenizer(spec.tokenizer_json, spec.folder / "tokenizer.json")
-    learner = build_learner(config, tokenizer, negatives="negatives" in spec.manifest.text_fields)
+    teacher, negatives = spec.manifest.teacher, "negatives" in spec.manifest.text_fields
+    learner = build_learner(config, tokenizer, negatives=negatives, teacher_width=teacher.width if teacher else None)
     run = build_run(config, learner, batches, _validation(spec, tokenizer), spec.total_steps, hooks, device)
     state = resume(run, known)
     if rank() == 0:
@@ -157,10 +158,12 @@ def _validation(spec: RunSpec, tokenizer: Tokenizer) -> Validation:
     return Validation(to_batch(rows), tokenizer.decode_batch, config.training.generated_texts, sts)
 
 
-def build_learner(config: Config, tokenizer: Tokenizer, *, negatives: bool) -> Learner:
+def build_learner(
+    config: Config, tokenizer: Tokenizer, *, negatives: bool, teacher_width: int | None = None
+) -> Learner:
     """A new or pretrained model, with the decoder and heads that the objectives need. Seed torch first.
 
-    `negatives`: whether the records have hard negatives.
+    `negatives`: whether the records have hard negatives. `teacher_width`: the size of the teacher's vectors.
     """
     backbone = _pretrained(config) if config.model.pretrained else _new_encoder(config, tokenizer)
     prompts = {"query": config.data.prompt("anchor"), "document": config.data.prompt("positive", "text")}
@@ -173,7 +176,14 @@ def build_learner(config: Config, tokenizer: Tokenizer, *, negatives: bool) -> L
     objective = config.objective
     decoder = _decoder(config, backbone, tokenizer) if objective.needs_decoder else None
     special = _special(tokenizer) if objective.needs_decoder or objective.mlm else None
-    return Learner(EmbeddingModel(backbone, head), objective, special, decoder, negatives=negatives)
+    return Learner(
+        EmbeddingModel(backbone, head),
+        objective,
+        special,
+        decoder,
+        negatives=negatives,
+        teacher_width=teacher_width,
+    )
 
 
 def describe(learner: Learner) -> str:

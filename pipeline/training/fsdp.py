@@ -30,8 +30,8 @@ from pipeline.training.collectives import all_reduce_sum, world_size
 class FullySharded:
     """A `Strategy` that shards the learner's parameters along their first dimension.
 
-    Scalars, such as a learned temperature, cannot be sharded: every worker has a copy, and their gradients are reduced
-    together with the flags. torch.distributed must be initialised.
+    Every worker has a copy of the few parameters that only the losses use, such as a learned temperature. Their
+    gradients are reduced together with the flags. torch.distributed must be initialised.
     """
 
     is_sharded = True
@@ -39,12 +39,12 @@ class FullySharded:
     def __init__(self, learner: Learner, device: torch.device) -> None:
         mesh = init_device_mesh(device.type, (world_size(),))
         self.device = device
-        self.scalars = [parameter for parameter in learner.parameters() if not parameter.ndim]
+        self.replicated = learner.replicated
         self.sharded: list[nn.Parameter] = []
         for stack in learner.stacks:
             for layer in stack.layers:
                 fully_shard(layer, mesh=mesh)
-        self.learner: FSDPModule = fully_shard(learner, mesh=mesh, ignored_params=set(self.scalars))
+        self.learner: FSDPModule = fully_shard(learner, mesh=mesh, ignored_params=set(self.replicated))
         # A worker with an empty micro-batch has no gradient for some weights and must send zeros.
         self.learner.set_reduce_scatter_unused_params(True)
         for name in learner.entries:
@@ -57,10 +57,11 @@ class FullySharded:
             if isinstance(module, FSDPModule):
                 module.unshard()
                 module.reshard()
-        self.sharded = [parameter for parameter in learner.parameters() if parameter.ndim and parameter.requires_grad]
+        copies = set(self.replicated)
+        self.sharded = [each for each in learner.parameters() if each not in copies and each.requires_grad]
 
     def start(self) -> None:
-        for parameter in (*self.sharded, *self.scalars):
+        for parameter in (*self.sharded, *self.replicated):
             parameter.grad = None
         self.learner.set_requires_gradient_sync(False)
 
@@ -70,19 +71,20 @@ class FullySharded:
         yield
 
     def finish(self, flags: Sequence[bool | Tensor]) -> list[float]:
-        """Reduce the flags and the scalars' gradients in one small collective."""
-        gradients = [0.0 if scalar.grad is None else scalar.grad for scalar in self.scalars]
-        values = [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in (*flags, *gradients)]
-        sums = all_reduce_sum(torch.stack(values))
-        for scalar, summed in zip(self.scalars, sums[len(flags) :], strict=True):
-            scalar.grad = (summed / world_size()).to(scalar.dtype)
-        return sums[: len(flags)].tolist()  # type: ignore[no-any-return]
+        """Reduce the flags and the gradients of the copies in one collective."""
+        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in self.replicated]
+        values = [torch.as_tensor(flag, dtype=torch.float64, device=self.device).reshape(1) for flag in flags]
+        sums = all_reduce_sum(torch.cat([*values, *(each.double().flatten() for each in gradients)]))
+        of_flags, *of_copies = sums.split([len(flags), *(each.numel() for each in gradients)])
+        for parameter, summed in zip(self.replicated, of_copies, strict=True):
+            parameter.grad = (summed / world_size()).view_as(parameter).to(parameter.dtype)
+        return of_flags.tolist()  # type: ignore[no-any-return]
 
     def clip(self, max_norm: float) -> Tensor:
         parts = [parameter.grad.to_local() for parameter in self.sharded if isinstance(parameter.grad, DTensor)]
         square = all_reduce_sum(nn.utils.get_total_norm(parts).square())
-        norm = torch.stack([square, *(scalar.grad.square() for scalar in self.scalars if scalar.grad is not None)])
-        norm = norm.sum().sqrt()
-        for parameters in (self.sharded, self.scalars):
+        of_copies = [each.grad.square().sum() for each in self.replicated if each.grad is not None]
+        norm = torch.stack([square, *of_copies]).sum().sqrt()
+        for parameters in (self.sharded, self.replicated):
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm

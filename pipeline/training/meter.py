@@ -170,8 +170,8 @@ def step_flops(learner: Learner, parts: Iterable[MicroBatch]) -> float:
     """
     flops = 0.0
     for part in parts:
-        if part.pairs is not None:
-            flops += forward_backward_flops(learner, part.pairs.lengths)
+        if part.texts is not None:
+            flops += forward_backward_flops(learner, part.texts.lengths)
         flops += sum(_task_flops(learner, task) for task in part.tasks.values())
     return flops
 

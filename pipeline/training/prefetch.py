@@ -166,14 +166,32 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def to_batch(rows: pa.Table, hard_negatives: int = 0) -> Batch:
-    """A batch from a table of `id` and token ids, with the first `hard_negatives` negatives of each row."""
+    """A batch from a table of `id` and token ids, with the first `hard_negatives` negatives of each row.
+
+    Columns `teacher_<field>` hold the teacher's vectors.
+    """
     fields = {name: packed(rows[name]) for name in FIELDS if name in rows.column_names}
+    teacher = {name: _matrix(rows[column]) for name in FIELDS if (column := f"teacher_{name}") in rows.column_names}
     ids = rows["id"].to_pylist()
     if not hard_negatives or "negatives" not in rows.column_names:
-        return Batch(ids, fields, EMPTY, [0] * len(ids))
-    lists = pc.list_slice(rows["negatives"].combine_chunks(), 0, hard_negatives)
+        return Batch(ids, fields, EMPTY, [0] * len(ids), teacher)
+    lists = _first_of_each(rows["negatives"], hard_negatives)
     counts = pc.fill_null(pc.list_value_length(lists), 0).to_pylist()
-    return Batch(ids, fields, packed(pa.chunked_array([lists.drop_null().flatten()])), counts)
+    if "teacher_negatives" in rows.column_names:
+        vectors = _first_of_each(rows["teacher_negatives"], hard_negatives)
+        teacher["negatives"] = _matrix(pa.chunked_array([vectors.drop_null().flatten()]))
+    return Batch(ids, fields, packed(pa.chunked_array([lists.drop_null().flatten()])), counts, teacher)
+
+
+def _first_of_each(column: pa.ChunkedArray, most: int) -> pa.ListArray:
+    """The first `most` items of each list; null stays null."""
+    return pc.list_slice(column.combine_chunks(), 0, most)
+
+
+def _matrix(column: pa.ChunkedArray) -> Tensor:
+    """(n, E) from a column of vectors."""
+    vectors = column.combine_chunks()
+    return torch.from_numpy(vectors.flatten().to_numpy().reshape(len(vectors), vectors.type.list_size))
 
 
 def packed(column: pa.ChunkedArray) -> Packed:

@@ -3,11 +3,11 @@
     parts = [learner.prepare(batch.slice(*ends), seed) for ends in micro_batch_ranges(batch, min_parts=2)]
     outcome = backward(learner, strategy, parts)          # gradients are in the parameters; outcome.metrics["loss"]
 
-The contrastive loss needs the embeddings of the whole batch, whose graph may not fit in memory. Gradient caching
-(GradCache, Gao et al. 2021, section 3) computes the same gradient in three steps:
+The losses of embeddings need those of the whole batch, whose graph may not fit in memory. Gradient caching (GradCache,
+Gao et al. 2021, section 3) computes the same gradient in three steps:
 
     1. Embed each micro-batch without a graph and save the state of the random number generator.
-    2. Compute the contrastive loss of all embeddings, and its gradient with respect to each embedding.
+    2. Compute the losses of all embeddings, and their gradient with respect to each embedding.
     3. Embed each micro-batch again, with a graph and the same dropout, and backpropagate the cached gradients.
 
 Cost: a second forward pass, except for a single micro-batch, which keeps its graph from step 1. Token losses need no
@@ -98,7 +98,7 @@ def backward(
     counts = _Counts.exchange(parts, memory.ran_out, device)
     if counts.ran_out:
         raise OutOfMemory
-    metrics = cache.contrast(counts.rows, loss_scale) if learner.contrasts else {}
+    metrics = cache.compare(counts.rows, loss_scale) if learner.compares else {}
     with memory:
         for i in range(len(parts)):
             with strategy.gradient_sync() if i == len(parts) - 1 else nullcontext():
@@ -112,7 +112,7 @@ def backward(
 
 
 class _GradCache:
-    """The embeddings of a step's micro-batches and, after `contrast`, the gradients of the loss in their `.grad`."""
+    """The embeddings of a step's micro-batches and, after `compare`, the gradients of the loss in their `.grad`."""
 
     def __init__(
         self, learner: Learner, parts: Sequence[MicroBatch], precision: AbstractContextManager[object]
@@ -124,7 +124,7 @@ class _GradCache:
 
     def embed(self) -> None:
         """Step 1. A single micro-batch keeps its graph and its token losses."""
-        if not self.learner.contrasts:
+        if not self.learner.compares:
             return
         if len(self.parts) == 1:
             with self.precision:
@@ -138,10 +138,13 @@ class _GradCache:
                 self.rng_states.append(_rng_state(part.keys.device))
                 self.embeddings.append(self.learner.embed(part).detach().requires_grad_())
 
-    def contrast(self, rows_of_workers: list[int], loss_scale: Tensor | float) -> dict[str, Tensor]:
-        """Step 2. Returns the metrics of the contrastive loss."""
+    def compare(self, rows_of_workers: list[int], loss_scale: Tensor | float) -> dict[str, Tensor]:
+        """Step 2. Returns the metrics of the losses."""
         rows = self.learner.rows(self.parts, self.embeddings)
-        loss, metrics = self.learner.contrast(rows, _gather_batch(rows, rows_of_workers))
+        batch = None
+        if self.learner.compares_rows:
+            batch = _gather_batch(rows.pairs, rows.teacher_pairs, rows_of_workers)
+        loss, metrics = self.learner.compare(rows, batch, sum(rows_of_workers) / len(rows_of_workers))
         (loss * loss_scale).backward()
         return {**metrics, "loss": loss.detach()}
 
@@ -172,13 +175,17 @@ class _GradCache:
             return self.learner(self.parts[i])  # type: ignore[no-any-return]
 
 
-def _gather_batch(rows: PairVectors, counts: list[int]) -> GlobalBatch:
-    """The rows of all workers, differentiable; `counts` has each worker's number of rows."""
-    keys = gather_rows(rows.keys, counts)
-    anchors, positives, negatives = (
-        gather_rows(each, counts) for each in (rows.anchors, rows.positives, rows.negatives)
+def _gather_batch(pairs: PairVectors, teacher: PairVectors | None, counts: list[int]) -> GlobalBatch:
+    """The pairs of all workers, differentiable; `counts` has each worker's number of rows."""
+    of_teacher = None if teacher is None else _gathered(teacher, counts)
+    return GlobalBatch(_gathered(pairs, counts), sum(counts[: rank()]), len(counts), of_teacher)
+
+
+def _gathered(pairs: PairVectors, counts: list[int]) -> PairVectors:
+    keys, anchors, positives, negatives = (
+        gather_rows(each, counts) for each in (pairs.keys, pairs.anchors, pairs.positives, pairs.negatives)
     )
-    return GlobalBatch(PairVectors(anchors, positives, negatives, keys), sum(counts[: rank()]), len(counts))
+    return PairVectors(anchors, positives, negatives, keys)
 
 
 def _as_many_as_others(parts: Sequence[MicroBatch]) -> list[MicroBatch]:

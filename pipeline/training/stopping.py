@@ -4,8 +4,8 @@
     best.score({"ndcg@10": 0.71, "loss": 1.3})       # 0.71: higher is better, whatever the metric
     is_best = best.record(metrics, state)            # updates the best score and the patience in `state`
 
-Models are compared by `training.best_metric`. The default is NDCG@10 with a contrastive objective, else the weighted
-sum of the objectives' negative log likelihoods per token.
+Models are compared by `training.best_metric`. The default is NDCG@10 if the model's vectors are trained on pairs, else
+the weighted sum of the objectives' losses: the negative log likelihood per token, and the distance to the teacher.
 
 The best model and the patience are separate, as in transformers' EarlyStoppingCallback: any better score is a new best,
 but only an improvement of more than `early_stopping.min_delta` resets the patience. NaN is never better.
@@ -54,13 +54,14 @@ class BestModel:
 
     def __init__(self, settings: Training, weights: Mapping[str, float]) -> None:
         self.stopping, self.weights = settings.early_stopping, weights
-        self.metric = settings.best_metric or ("ndcg@10" if "contrastive" in weights else None)
+        self.metric = settings.best_metric
 
     def score(self, metrics: Mapping[str, float]) -> float:
         """A validation's score; higher is better. Raises ConfigError if it lacks `training.best_metric`."""
-        if self.metric is None:
-            return -sum(weight * metrics[f"{name}_nll"] for name, weight in self.weights.items())
-        name = self.metric.removeprefix("validation_")  # the prefix in metrics.jsonl and checkpoints
+        trains_vectors = {"contrastive", "distillation"} & self.weights.keys()
+        if self.metric is None and not (trains_vectors and "ndcg@10" in metrics):
+            return -sum(weight * metrics[_loss_of(name)] for name, weight in self.weights.items())
+        name = (self.metric or "ndcg@10").removeprefix("validation_")  # the prefix in metrics.jsonl and checkpoints
         if name not in metrics:
             raise ConfigError(
                 f"training.best_metric: found {self.metric!r}; allowed are the metrics of this run's validation, "
@@ -81,3 +82,8 @@ class BestModel:
         patience = self.stopping.patience
         state.ended_early = patience is not None and state.validations_without_gain >= patience
         return is_best
+
+
+def _loss_of(objective: str) -> str:
+    """The name of an objective's loss in a validation."""
+    return f"{objective}_loss" if objective == "distillation" else f"{objective}_nll"

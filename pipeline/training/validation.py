@@ -1,7 +1,7 @@
 """Validation during training: scores of held-out records, the same on every worker.
 
-contrastive objectives     loss, ndcg@10, recall@1 with distinct anchors as queries and distinct positives as documents;
-                           sts_spearman on an STS file
+vectors of pairs           loss, ndcg@10, recall@1 with distinct anchors as queries and distinct positives as documents
+vectors of texts           sts_spearman on an STS file; with a teacher, distillation_loss
 generative objectives      nll and perplexity per token; BLEU and ROUGE of greedily decoded texts
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.model.batch import Batch
 from pipeline.model.contrastive import ANCHOR, POSITIVE
-from pipeline.model.learner import Learner
+from pipeline.model.learner import Learner, RowVectors
 from pipeline.model.packing import Packed
 from pipeline.model.scores import generation_metrics, spearman
 from pipeline.training.collectives import all_reduce_sum, broadcast, gather_rows, rank, world_size
@@ -52,11 +52,18 @@ def validate(
 ) -> dict[str, float]:
     """Validation metrics, the same on every worker. With `is_sharded`, all workers run the same forward passes."""
     metrics: dict[str, float] = {}
-    if learner.contrasts:
-        fields = validation.batch.fields
-        anchors, positives = (encode_shared(learner, fields[name], device) for name in ("anchor", "positive"))
-        metrics |= ranking_metrics(anchors, positives, validation.batch.keys(slots=0), float(learner.scale))
-    if validation.sts and learner.contrasts:
+    batch = validation.batch
+    if learner.compares:
+        fields = {name: encode_shared(learner, texts, device) for name, texts in batch.fields.items()}
+        keys = batch.keys(slots=0)
+        if "anchor" in fields:
+            metrics |= ranking_metrics(fields["anchor"], fields["positive"], keys, float(learner.scale))
+        if "distillation" in learner.weights:
+            first = next(iter(fields.values()))
+            no_negatives = first.new_zeros(len(first), 0, learner.model.width)
+            rows = RowVectors(fields, no_negatives, keys.to(device), to_device(batch.teacher, device))
+            metrics["distillation_loss"] = float(learner.distillation_loss(rows))
+    if validation.sts and learner.compares:
         first, second = (encode_shared(learner, each, device) for each in (validation.sts.first, validation.sts.second))
         metrics["sts_spearman"] = spearman(
             validation.sts.scores, nn.functional.cosine_similarity(first, second).tolist()
