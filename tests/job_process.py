@@ -28,6 +28,7 @@ from typing import Any
 
 import lancedb
 import psutil
+import pytest
 
 from tests.conftest import FOR_RAY, make_pairs, write_jsonl
 
@@ -126,8 +127,12 @@ class JobProcess:
         self.children |= set(psutil.Process(self.process.pid).children(recursive=True))
 
     def end(self) -> tuple[int, dict[str, Any]]:
-        """Exit code and last line."""
-        out, _ = self.process.communicate(timeout=WAIT_S)
+        """Exit code and last line. Ends a job that hangs, and shows its log."""
+        try:
+            out, _ = self.process.communicate(timeout=WAIT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            pytest.fail(f"no end after {WAIT_S} s:\n{self.log.read_text()}")
         assert "Traceback" not in self.log.read_text()
         return self.process.returncode, json.loads(out.splitlines()[-1])
 

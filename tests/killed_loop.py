@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from tokenizers import Tokenizer, models, processors
 from pipeline.config import Config, load
 from pipeline.core.artifact import write_parquet
 from pipeline.core.files import local_copy
-from pipeline.data.manifest import Manifest, Shard
+from pipeline.data.manifest import Manifest, Shard, TeacherVectors
+from pipeline.index.vectors import as_column
 from pipeline.training.checkpoints import newest_valid
 from pipeline.training.saving import consolidate
 
@@ -95,6 +96,18 @@ def prepared(folder: Path, rows: int = 200) -> Manifest:
     return Manifest("made", [], {"train": rows, "validation": 16}, shards, lengths, [], {})
 
 
+def taught(folder: Path, manifest: Manifest, width: int = 12) -> Manifest:
+    """With random vectors as a teacher's, beside the shards."""
+    chance = np.random.default_rng(1)
+    for shard in manifest.shards:
+        (folder / "teacher" / shard.split).mkdir(parents=True, exist_ok=True)
+        vectors = {
+            f"teacher_{name}": as_column(chance.normal(size=(shard.rows, width))) for name in ("anchor", "positive")
+        }
+        write_parquet(pa.table(vectors), folder / "teacher" / shard.path)
+    return replace(manifest, teacher=TeacherVectors(str(folder / "teacher"), width))
+
+
 def train_in(
     folder: Path, settings: dict[str, Any], starts: list[Start], rows: int = 200, root: str | None = None
 ) -> Finished:
@@ -104,7 +117,10 @@ def train_in(
     """
     folder.mkdir(parents=True)
     (folder / "c.yaml").write_text(yaml.safe_dump(settings | {"storage": {"root": root or str(folder), "run": "r"}}))
-    (folder / "manifest.pickle").write_bytes(pickle.dumps(prepared(folder / "data", rows)))
+    manifest = prepared(folder / "data", rows)
+    if "distillation" in settings["objective"]:
+        manifest = taught(folder, manifest)
+    (folder / "manifest.pickle").write_bytes(pickle.dumps(manifest))
     (folder / "starts.pickle").write_bytes(pickle.dumps(starts))
     log, command = folder / "log", [sys.executable, "-m", "tests.killed_loop", str(folder)]
     with log.open("w") as file:

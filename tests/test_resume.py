@@ -89,9 +89,22 @@ def test_two_workers_then_one_then_three_train_on_the_same_batches(tmp_path: Pat
     assert elastic.weights != alone.weights  # they are another's sums, or this would compare a run with itself
 
 
+TAUGHT = {"contrastive": {"guide": "teacher"}, "distillation": {"teacher": "teacher"}}
+
+
+def test_with_a_teacher_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    settings = SETTINGS | {"objective": TAUGHT}
+    alone = train_in(tmp_path / "alone", settings, [Start(2)])
+    killed = train_in(tmp_path / "killed", settings, [Start(2, [Kill("updated", 8, [1])]), Start(2)])
+    assert killed.weights == alone.weights
+    assert killed.losses == alone.losses
+    assert_same_batches(killed, alone)
+
+
 @pytest.mark.slow
-def test_fsdp_killed_and_resumed_ends_with_the_same_bits(tmp_path: Path) -> None:
-    settings = SETTINGS | {"training": SETTINGS["training"] | {"strategy": "fsdp"}}
+@pytest.mark.parametrize("objective", [SETTINGS["objective"], TAUGHT], ids=["contrastive", "taught"])
+def test_fsdp_killed_and_resumed_ends_with_the_same_bits(objective: dict[str, Any], tmp_path: Path) -> None:
+    settings = SETTINGS | {"objective": objective, "training": SETTINGS["training"] | {"strategy": "fsdp"}}
     alone = train_in(tmp_path / "alone", settings, [Start(2)])
     starts = [Start(2, [Kill("updated", 5, [1])]), Start(2, [Kill("written", 2, [0])]), Start(2)]
     killed = train_in(tmp_path / "killed", settings, starts)

@@ -153,11 +153,13 @@ class Artifact:
         task_bytes: Sequence[int],
         work: Callable[[int, Output], Any],
         only_here: Container[int] = (),
+        options: dict[str, Any] | None = None,
     ) -> list[Any]:
         """Run `work(index, output)` with Ray Data for each unfinished task. Returns all results in order.
 
         Results must be JSON. `task_bytes` is the size of each task's input, for the progress bar. Tasks in `only_here`
-        run on the driver's node, after the others.
+        run on the driver's node, after the others. `options` are those of map_batches; with `compute`, actors run the
+        tasks.
         """
         notes = self.scratch / re.sub(r"\W+", "-", title)
         names = [notes / f"{index:06d}.json" for index in range(len(task_bytes))]
@@ -167,7 +169,7 @@ class Artifact:
             with progress.stage(title, total, "B", counter="bytes", describe=_describe):
                 run = _Tasks(self.folder, title, names, task_bytes, work, progress.handle.add_all.remote)
                 if anywhere := [index for index in todo if index not in only_here]:
-                    run(anywhere, {})
+                    run(anywhere, options or {})
                 if here := [index for index in todo if index in only_here]:
                     with data_on_driver_node() as options:
                         run(here, options)
@@ -201,7 +203,9 @@ class _Tasks:
             return {"error": []}
 
         indices = ray.data.range(len(todo), override_num_blocks=len(todo))
-        for row in indices.map_batches(run, batch_size=1, **options).iter_rows():  # raising cancels the other tasks
+        options = {"fn_constructor_args": (run,), **options} if "compute" in options else options
+        function = _Actor if "compute" in options else run
+        for row in indices.map_batches(function, batch_size=1, **options).iter_rows():  # raising cancels the others
             raise JobError(f"{self.title}: {row['error']}")
 
     def _run(self, index: int) -> None:
@@ -209,6 +213,16 @@ class _Tasks:
         result = self.work(index, output)
         write_atomically(self.notes[index], json.dumps({"result": result, "files": output.files}).encode())
         self.send({"bytes": self.task_bytes[index]})
+
+
+class _Actor:
+    """Runs tasks in an actor: Ray Data makes a pool only for a class."""
+
+    def __init__(self, run: Callable[[dict[str, Any]], Any]) -> None:
+        self.run = run
+
+    def __call__(self, batch: dict[str, Any]) -> Any:
+        return self.run(batch)
 
 
 def read_manifest(folder: StoragePath) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import Config, ConfigError, Embedding
@@ -102,14 +103,22 @@ def embedded_field(config: Config, manifest: Manifest) -> str:
 
 def publish(config: Config, recipe: EncoderRecipe, table: VectorTable) -> None:
     """Make readers use a model and its table."""
-    name = f"models/{model_fingerprint(recipe.local)[:16]}"
-    for file in model_files(recipe.local):  # each copied atomically
-        if not (config.root / name / file).is_file():
-            link_or_copy(recipe.local / file, config.root / name / file)
+    model = copy_model(config, recipe.local)
     settings = config.embedding.model_dump(mode="json")
-    content = json.dumps({"model": name, "table": str(table.path), "embedding": settings}, indent=2).encode()
+    content = json.dumps(
+        {"model": f"models/{model.name}", "table": str(table.path), "embedding": settings}, indent=2
+    ).encode()
     if not _published(config).is_file() or _published(config).read_bytes() != content:
         write_atomically(_published(config), content)
+
+
+def copy_model(config: Config, folder: Path) -> StoragePath:
+    """Copy a model's files below storage.root, unless they are there. Returns their folder."""
+    copy = config.root / "models" / model_fingerprint(folder)[:16]
+    for file in model_files(folder):  # each copied atomically
+        if not (copy / file).is_file():
+            link_or_copy(folder / file, copy / file)
+    return copy
 
 
 def published(config: Config) -> tuple[EncoderRecipe, VectorTable]:

@@ -83,6 +83,8 @@ def train_or_resume(
     `known` is the newest checkpoint if it was verified already.
     """
     config = spec.config
+    if config.objective.teacher and spec.manifest.teacher is None:
+        raise ConfigError("objective: found a teacher, but no vectors of it; call pipeline.index.teacher.with_teacher")
     spec.plan.check_workers(world_size())
     torch.manual_seed(config.training.seed)
     tokenizer = parse_tokenizer(spec.tokenizer_json, spec.folder / "tokenizer.json")

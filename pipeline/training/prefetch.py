@@ -23,6 +23,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -191,7 +192,7 @@ def _first_of_each(column: pa.ChunkedArray, most: int) -> pa.ListArray:
 def _matrix(column: pa.ChunkedArray) -> Tensor:
     """(n, E) from a column of vectors."""
     vectors = column.combine_chunks()
-    return torch.from_numpy(vectors.flatten().to_numpy().reshape(len(vectors), vectors.type.list_size))
+    return torch.from_numpy(np.array(vectors.flatten()).reshape(len(vectors), vectors.type.list_size))
 
 
 def packed(column: pa.ChunkedArray) -> Packed:
