@@ -103,8 +103,8 @@ def check_stage(session: Session) -> Result:
 def check_folders(config: Config) -> None:
     """Raise ConfigError now for a missing folder that a later stage needs, not after hours of work."""
     check_tasks(config.evaluation)
-    if config.objective.teacher:
-        from pipeline.index.teacher import check_teacher  # imports NumPy and more
+    if config.objective.teacher or config.model.static_from:
+        from pipeline.index.teacher import check_teacher  # and NumPy
 
         check_teacher(config)
     if config.embedding.model:
@@ -151,11 +151,19 @@ def _check_pairs(config: Config, manifest: Manifest) -> None:
         )
 
 
+def _with_teacher(session: Session, folder: StoragePath, manifest: Manifest) -> Manifest:
+    """The manifest with what a teacher makes for training: vectors of the texts, or a token table to start from."""
+    from pipeline.index.static_table import with_initial_table
+    from pipeline.index.teacher import with_teacher
+
+    manifest = with_teacher(session.config, folder, manifest, session.progress)
+    return with_initial_table(session.config, folder, manifest, session.progress)
+
+
 def train_stage(session: Session) -> Result:
     """Train a model, or resume training; prepares first if token shards are missing or stale."""
     config, (folder, manifest) = session.config, session.prepared()
     _check_pairs(config, manifest)
-    from pipeline.index.teacher import with_teacher
     from pipeline.training.checkpoints import resume_point
     from pipeline.training.fit import fit, is_done
 
@@ -165,7 +173,7 @@ def train_stage(session: Session) -> Result:
         log.info("train: nothing to do, the run is at its end, step %s", f"{state.step:,}")
     else:
         warn_of_equal_positives(config, folder, manifest)
-        manifest = with_teacher(config, folder, manifest, session.progress)
+        manifest = _with_teacher(session, folder, manifest)
         progress = session.progress()
         with job_lock(config.run_dir):
             state = fit(config, folder, manifest, progress, known=point)
@@ -179,11 +187,10 @@ def tune_stage(session: Session) -> Result:
     """Run a sweep, or the rest of one: trials on one prepared data set, and the config of the best."""
     config, (folder, manifest) = session.config, session.prepared()
     _check_pairs(config, manifest)
-    from pipeline.index.teacher import with_teacher
     from pipeline.training.sweep import sweep
 
     warn_of_equal_positives(config, folder, manifest)
-    manifest = with_teacher(config, folder, manifest, session.progress)
+    manifest = _with_teacher(session, folder, manifest)
     with job_lock(config.run_dir / "tune"):
         return sweep(config, folder, manifest, session.progress)
 

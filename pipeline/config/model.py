@@ -25,12 +25,15 @@ class Model(Section):
     pretrained: PathStr | None = None
     """A pretrained transformers encoder: its folder, or its name on the hub. Replaces `size` and the other keys that
     shape our own encoder; `tokenizer.load_path` then defaults to the encoder's tokenizer."""
+    static_from: PathStr | None = None
+    """A teacher for a token table: a model's folder, or its name on the hub. The table starts as the teacher's
+    vectors of the tokens, reduced to `d_model` by PCA and weighted by the tokens' rarity in the data (model2vec)."""
     size: Literal["tiny", "small", "base", "large", "1b", "7b", "30b"] = "tiny"
     """Sets width, depth and heads; you can override each below."""
     d_model: int | None = Field(None, ge=8)
     """Width of the token states and of the vectors."""
     num_layers: int | None = Field(None, ge=0)
-    """Transformer layers; with 0 the model is a token table."""
+    """Transformer layers; with 0, the default with `static_from`, the model is a token table."""
     num_heads: int | None = Field(None, ge=1)
     """Attention heads per layer; d_model must be an even multiple of it."""
     num_kv_heads: int | None = Field(None, ge=1)
@@ -44,7 +47,8 @@ class Model(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout probability of each residual branch's output, in training."""
     norm_eps: float | None = Field(None, gt=0)
-    """Epsilon of RMSNorm. By default 1 for `tiny`, which preserves token weights (model/transformer.py), else 1e-5."""
+    """Epsilon of RMSNorm. By default 1 for `tiny` and with `static_from`, which preserves token weights
+    (model/transformer.py), else 1e-5."""
     tie_embeddings: bool = True
     """The decoder shares the encoder's token embeddings, for its input and its output."""
     gradient_checkpointing: bool = False
@@ -61,11 +65,13 @@ class Model(Section):
         chosen = {key: getattr(self, key) for key in SIZES[self.size] if getattr(self, key) is not None}
         if "num_heads" in chosen:
             chosen.setdefault("num_kv_heads", chosen["num_heads"])
+        if self.static_from:
+            chosen.setdefault("num_layers", 0)
         return SIZES[self.size] | chosen
 
     @property
     def epsilon(self) -> float:
-        return self.norm_eps or (TABLE_NORM_EPS if self.size == "tiny" else NORM_EPS)
+        return self.norm_eps or (TABLE_NORM_EPS if self.size == "tiny" or self.static_from else NORM_EPS)
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Model:
@@ -77,6 +83,8 @@ class Model(Section):
             raise ValueError(f"num_heads that are a multiple of num_kv_heads, not {num_heads} over {num_kv_heads}")
         if not self.pretrained and max(self.matryoshka_dims, default=0) >= d_model:
             raise ValueError(f"matryoshka_dims below d_model, {d_model}, not {self.matryoshka_dims}")
+        if self.pretrained and self.static_from:
+            raise ValueError("either pretrained or static_from, not both")
         if self.pretrained and self.positions == "learned":
             raise ValueError("positions=learned only for our own encoder, not with pretrained")
         return self

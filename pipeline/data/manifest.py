@@ -101,7 +101,9 @@ class Manifest:
     settings: dict[str, Any] = field(default_factory=dict)  # config keys that the shards depend on
     files: Files = field(default_factory=dict)
     held_out_fraction: float | None = None  # None in data sets of earlier versions: as in `settings`
-    teacher: TeacherVectors | None = None  # only in memory: training with a teacher adds it
+    # Only in memory; training adds them.
+    teacher: TeacherVectors | None = None
+    initial_table: str | None = None  # a .npy file, see index/static_table.py
 
     def of_split(self, split: str) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]

@@ -53,32 +53,35 @@ def with_teacher(
 
 def check_teacher(config: Config) -> None:
     """Raise ConfigError if the teacher is neither a model nor a folder of vectors. Does not read weights."""
+    if config.model.static_from:
+        model_recipe(config, "model.static_from", config.model.static_from)
     if config.objective.teacher is None:
         return
     place = as_path(config.objective.teacher)
     if place.is_dir() and not holds_model(place) and not sorted_glob(place, "*.parquet"):
         raise ConfigError(f"{KEY}: found no model and no Parquet files in {place}; allowed is a folder of either")
     if not (place.is_dir() and sorted_glob(place, "*.parquet")):
-        _model_of(config)
+        model_recipe(config, KEY, config.objective.teacher)
 
 
 def holds_model(folder: StoragePath) -> bool:
     return any((folder / name).is_file() for name in MODEL_FILES)
 
 
-def _model_of(config: Config) -> EncoderRecipe:
-    """The teacher's encoder, with its files copied below storage.root, where all nodes see them."""
+def model_recipe(config: Config, key: str, name: str) -> EncoderRecipe:
+    """The encoder of a model's folder or name on the hub, copied below storage.root, where all nodes see it.
+
+    Raises ConfigError, which names the config's `key`.
+    """
     from pipeline.model.folder import read_model_spec
     from pipeline.model.pretrained import fetch
 
-    name = str(config.objective.teacher)
     place = as_path(name)
     try:
-        folder = place if place.is_dir() else fetch(name)
-        recipe = EncoderRecipe(folder, Embedding(), config.root / "onnx")
+        recipe = EncoderRecipe(place if place.is_dir() else fetch(name), Embedding(), config.root / "onnx")
         read_model_spec(recipe.local)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{KEY}: {error}") from None
+        raise ConfigError(f"{key}: {error}") from None
     labels = config.scaling.labels
     return replace(recipe, folder=copy_model(config, recipe.local), labels=labels.encode or labels.data)
 
@@ -101,7 +104,7 @@ class Teaching:
         """Raises ConfigError if the teacher cannot be read."""
         place = as_path(str(config.objective.teacher))
         vectors = sorted_glob(place, "*.parquet") if place.is_dir() and not holds_model(place) else []
-        model = None if vectors else _model_of(config)
+        model = None if vectors else model_recipe(config, KEY, str(config.objective.teacher))
         fields = [name for name in manifest.text_fields if name != "negatives" or config.objective.hard_negatives]
         of_teacher = model.fingerprint if model else [[str(file), file.stat().st_size] for file in vectors]
         key = [FORMAT, manifest.fingerprint, of_teacher, fields]
@@ -118,7 +121,8 @@ class Teaching:
     def _fill(self, progress: Progress) -> dict[str, Any]:
         sizes, widths = [size or 0 for size in file_sizes(self.files)], set[int]()
         if self.model:
-            options = _pool_options(self.model, sum(shard.rows for shard in self.shards.values()), len(self.files))
+            texts = sum(shard.rows for shard in self.shards.values())
+            options = pool_options(self.model, texts, tasks=len(self.files))
             widths = set(self.artifact.tasks(progress, TITLE, sizes, self._encode_file, options=options))
         else:
             parts = self._partition(progress)
@@ -130,7 +134,7 @@ class Teaching:
 
     def _encode_file(self, index: int, output: Output) -> int:
         assert self.model
-        encoder = _encoder(self.model.folder, self.model.graphs)
+        encoder = opened(self.model)
         records = open_parquet(self.files[index]).read(columns=["id", *self.fields])
         for name in self.fields:
             flat = _flattened(records[name])
@@ -227,14 +231,14 @@ class Teaching:
         output.report(records=len(ids))
 
 
-def _pool_options(model: EncoderRecipe, texts: int, files: int) -> dict[str, Any]:
-    """Options of Ray Data for a pool of actors that each open the encoder once."""
+def pool_options(model: EncoderRecipe, texts: int, tasks: int) -> dict[str, Any]:
+    """Options of Ray Data for a pool of actors, which keep the encoder that `opened` returns."""
     from ray.data import ActorPoolStrategy
 
     from pipeline.index.pool import pool_of
 
     pool = pool_of(texts, model)
-    most = min(pool.most, files)
+    most = min(pool.most, tasks)
     return {
         "compute": ActorPoolStrategy(min_size=1, max_size=most, initial_size=min(pool.now, most)),
         "num_cpus": pool.cpus,
@@ -243,8 +247,13 @@ def _pool_options(model: EncoderRecipe, texts: int, files: int) -> dict[str, Any
     }
 
 
+def opened(model: EncoderRecipe) -> TextEncoder:
+    """The encoder, opened once per process."""
+    return _opened(model.folder, model.graphs)
+
+
 @lru_cache(maxsize=1)
-def _encoder(folder: StoragePath, graphs: StoragePath) -> TextEncoder:
+def _opened(folder: StoragePath, graphs: StoragePath) -> TextEncoder:
     return open_encoder(EncoderRecipe(folder, Embedding(), graphs))
 
 

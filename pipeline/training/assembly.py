@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -85,11 +86,17 @@ def train_or_resume(
     config = spec.config
     if config.objective.teacher and spec.manifest.teacher is None:
         raise ConfigError("objective: found a teacher, but no vectors of it; call pipeline.index.teacher.with_teacher")
+    if config.model.static_from and spec.manifest.initial_table is None:
+        raise ConfigError(
+            "model.static_from: found no table; call pipeline.index.static_table.with_initial_table first"
+        )
     spec.plan.check_workers(world_size())
     torch.manual_seed(config.training.seed)
     tokenizer = parse_tokenizer(spec.tokenizer_json, spec.folder / "tokenizer.json")
     teacher, negatives = spec.manifest.teacher, "negatives" in spec.manifest.text_fields
     learner = build_learner(config, tokenizer, negatives=negatives, teacher_width=teacher.width if teacher else None)
+    if spec.manifest.initial_table:
+        load_initial_table(learner, as_path(spec.manifest.initial_table))
     run = build_run(config, learner, batches, _validation(spec, tokenizer), spec.total_steps, hooks, device)
     state = resume(run, known)
     if rank() == 0:
@@ -186,6 +193,14 @@ def build_learner(
         negatives=negatives,
         teacher_width=teacher_width,
     )
+
+
+def load_initial_table(learner: Learner, file: StoragePath) -> None:
+    """Start the token table from a .npy file of (V, D) rows."""
+    with checked(file).open("rb") as stream:
+        rows = torch.from_numpy(np.load(stream, allow_pickle=False))
+    with torch.no_grad():
+        learner.model.token_table.weight.copy_(rows)
 
 
 def describe(learner: Learner) -> str:
