@@ -261,9 +261,11 @@ def mine_stage(session: Session) -> Result:
     config, (folder, manifest) = session.config, session.prepared()
     from pipeline.index.mine import mine
     from pipeline.index.published import encoder_recipe
+    from pipeline.index.teacher import model_recipe
 
     recipe = encoder_recipe(config, _model_of(config, manifest))
-    target, mined = mine(config, folder, manifest, recipe, session.progress)
+    guide = model_recipe(config, "mining.guide", config.mining.guide) if config.mining.guide else None
+    target, mined = mine(config, folder, manifest, recipe, session.progress, guide)
     name = f"{target.parent.name}/{target.name}"
     log.info("mine: to train on the mined negatives, set data.prepared=%s and another storage.run", name)
     metrics = {

@@ -18,7 +18,7 @@ from pipeline.config import Config, ConfigError, Mining, load
 from pipeline.data.manifest import Manifest, read_prepared
 from pipeline.data.partitions import is_validation
 from pipeline.index.mine import with_negatives
-from pipeline.index.negatives import Answers, Block, choose, negatives_of
+from pipeline.index.negatives import Answers, Block, Judged, negatives_of, rank
 from pipeline.job import run_job
 from tests.conftest import make_pairs, write_jsonl
 from tests.test_evaluation import small_model
@@ -68,16 +68,54 @@ def test_choosing_against_a_loop_over_all_texts(name: str, seed: int) -> None:
     others = chance.choice(keys, size=120)
     parts = [np.sort(part) for part in np.split(chance.permutation(keys), [1, 60, 61])]
     blocks = [Block(part, np.array([texts[int(key)] for key in part])) for part in parts]
-    found = choose(anchors, own, (rows, others), blocks, wanted)
+    found = rank(anchors, own, (rows, others), blocks, wanted).first(wanted.num_negatives)
     right = [{int(key) for key in others[rows == i]} for i in range(40)]
     expected = [by_hand(anchors[i], int(own[i]), right[i], texts, wanted) for i in range(40)]
     assert [keys.tolist() for keys in found] == expected
     assert any(expected)
 
 
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_a_guide_drops_what_it_places_nearer_than_the_positive(tmp_path: Path) -> None:
+    """And counts what would have been a negative without it."""
+    chance, count = np.random.default_rng(0), 3
+    keys, anchors = np.arange(1, 41, dtype=np.uint64), np.arange(100, 120, dtype=np.uint64)
+    texts, guided = unit(chance.normal(size=(40, 5))), unit(chance.normal(size=(40, 4)))
+    vectors, guide = unit(chance.normal(size=(20, 5))), unit(chance.normal(size=(20, 4)))
+    own = keys[:20]
+    column = {"vector": texts, "guide": guided}
+    table = pa.table(
+        {"positive_key": keys, "text": [f"text {key}" for key in keys]} | {n: [*v] for n, v in column.items()}
+    )
+    for name, values in column.items():
+        fixed = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+        table = table.set_column(table.column_names.index(name), name, fixed)
+    for start in (0, 15):
+        Block.write(table.slice(start, 15 if not start else 25), tmp_path)
+    expected, seen, false = [], 0, 0
+    for i in range(20):
+        ranked = [j for j in np.argsort(-(texts @ vectors[i])) if j != i and texts[j] @ vectors[i] <= 0.9]
+        nearer = {int(j) for j in ranked if guided[j] @ guide[i] > guided[i] @ guide[i]}
+        seen += len(ranked[:count])
+        false += len(nearer.intersection(map(int, ranked[:count])))
+        expected.append([f"text {keys[j]}" for j in ranked if int(j) not in nearer][:count])
+    rows = pa.table({"anchor_key": anchors, "positive_key": own})
+    for name, values in (("vector", vectors), ("guide", guide)):
+        rows = rows.append_column(name, pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1]))
+    judged, wanted = Judged(), Mining(num_negatives=count, relative_margin=None, max_score=0.9)
+    files = sorted(tmp_path.glob("*.arrow"))
+    assert len(files) == 2
+    assert negatives_of(rows, files, Answers.of(anchors, own), wanted, judged=judged) == expected
+    assert (judged.seen, judged.false) == (seen, false)
+    assert 0 < false < seen
+
+
 def test_without_texts_there_are_no_negatives() -> None:
     known = (np.empty(0, np.int64), np.empty(0, np.uint64))
-    (found,) = choose(np.ones((1, 2), np.float32), np.array([7], np.uint64), known, [], Mining())
+    (found,) = rank(np.ones((1, 2), np.float32), np.array([7], np.uint64), known, [], Mining()).first(4)
     assert found.tolist() == []
 
 

@@ -76,7 +76,12 @@ def test_a_table_of_the_teachers_vectors(data: Data, teacher: Path) -> None:
         for tokens in (row["anchor"], row["positive"], *(row["negatives"] or [])):
             np.add.at(counts, tokens, 1)
     words = [tokenizer.decode([i], skip_special_tokens=False).strip() for i in range(len(counts))]
-    used = np.array([bool(word) and not word.startswith("[") and "\ufffd" not in word for word in words])
+    used = np.array(
+        [
+            bool(word) and word not in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") and "\ufffd" not in word
+            for word in words
+        ]
+    )
     vectors = SentenceTransformer(str(teacher), device="cpu").encode([w for w, u in zip(words, used, strict=True) if u])
     weights = SIF_A / (SIF_A + counts[used] / counts.sum())
     expected = PCA(16, svd_solver="full").fit_transform(vectors.astype(np.float64)) * weights[:, None]

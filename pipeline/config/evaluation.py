@@ -46,6 +46,9 @@ class Mining(Section):
     """Skip this many of the nearest texts, not counting the record's positives: they may be unlabelled positives."""
     range_max: int = Field(100, ge=1)
     """Consider only this many of the nearest texts."""
+    guide: PathStr | None = None
+    """A better model, its folder or its name on the hub, that finds false negatives: a negative that it places nearer
+    to the anchor than the positive is left out (GISTEmbed, Solatorio 2024)."""
 
     @model_validator(mode="after")
     def _window(self) -> Mining:

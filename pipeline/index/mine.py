@@ -13,6 +13,7 @@ record in the driver. A killed job continues after its last complete stage.
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,21 +37,27 @@ from pipeline.data.partitions import read_part, write_parts
 from pipeline.data.shards import PreparedParts, assemble, token_recipe, token_shards, tokens_of
 from pipeline.data.tokenizing import TokenRecipe
 from pipeline.index.encoder import EncoderRecipe
-from pipeline.index.negatives import Answers, Block, TextKeys, negatives_of, text_keys
+from pipeline.index.negatives import Answers, Block, Judged, TextKeys, negatives_of, text_keys
 
-FORMAT = 2  # of the written files; raising it makes earlier mined data sets stale
+FORMAT = 3  # of the written files; raising it makes earlier mined data sets stale
 READ_ROWS = 1024
 BLOCK_ROWS = 8192  # candidates per block
+SAMPLED = 50
 MINE_ROWS = 8192  # anchors per task, which reads all blocks once
 CHOSEN = pa.schema([("id", pa.string()), ("negatives", pa.list_(pa.string()))])
 
 
 def mine(
-    config: Config, folder: StoragePath, manifest: Manifest, model: EncoderRecipe, progress: Callable[[], Progress]
+    config: Config,
+    folder: StoragePath,
+    manifest: Manifest,
+    model: EncoderRecipe,
+    progress: Callable[[], Progress],
+    guide: EncoderRecipe | None = None,
 ) -> tuple[StoragePath, Manifest]:
     """Write a copy of the data set in `folder` with mined negatives. Raises ConfigError if it has no pairs.
 
-    Negatives that a record already has are kept, after the mined ones.
+    Negatives that a record already has are kept, after the mined ones. `guide` is the model of `mining.guide`.
     """
     if not manifest.holds_pairs:
         raise ConfigError(
@@ -64,13 +71,13 @@ def mine(
         )
     files, recipe = sorted_glob(folder / "records", "*.parquet"), _recipe(config, manifest)
     tokenizer, stages = checked(folder / "tokenizer.json"), config.root / "stages"
-    settings = [config.mining.model_dump(), recipe.validation_fraction]
+    settings = [config.mining.model_dump(exclude={"guide"}), recipe.validation_fraction, guide and guide.fingerprint]
     mined = Artifact(stages, "mined", [FORMAT, folder.name, manifest.fingerprint, model.fingerprint, settings])
     tokens = tokens_of(stages, mined.key, sha256(tokenizer), recipe)
     target = Artifact(config.root / "prepared", "", ["mined", tokens.key])
 
     def fill() -> dict[str, Any]:
-        mined.make(lambda: _fill(mined, config, files, manifest, model, progress()))
+        mined.make(lambda: _fill(mined, config, files, manifest, (model, guide), progress()))
         records = [mined.folder / "records" / file.name for file in files]
         described = tokens.make(lambda: token_shards(tokens, progress(), records, recipe, tokenizer))
         rejected = {path.name: path for path in sorted_glob(folder / "rejected", "*.parquet")}
@@ -81,8 +88,17 @@ def mine(
     if target.read():
         log.info("mine: nothing to do, %s is up to date", target.folder)
     target.make(fill)
-    made = read_prepared(target.folder)
+    made, of_mined = read_prepared(target.folder), mined.read()
     assert made
+    assert of_mined
+    judged = Judged(**of_mined["judged"])
+    if judged.seen:
+        log.info(
+            "mine: %.1f%% of %s negatives are probably false: the guide places them nearer to the anchor than the "
+            "positive; others took their place",
+            *(100 * judged.false / judged.seen, f"{judged.seen:,}"),
+        )
+    log.info("mine: look for false negatives in a sample: %s", mined.folder / "sample.jsonl")
     return target.folder, made
 
 
@@ -102,18 +118,20 @@ def _fill(
     config: Config,
     files: Sequence[StoragePath],
     manifest: Manifest,
-    model: EncoderRecipe,
+    models: tuple[EncoderRecipe, EncoderRecipe | None],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Write the record files. Returns the counts of `_write_records`."""
+    """Write the record files, mined with a model and perhaps a guide. Returns the counts of `_write_records`."""
     scratch = on_disk(mined.scratch)
     assert scratch  # checked in `mine`
     keys = text_keys(mined, files, _recipe(config, manifest).validation_fraction, progress)
-    encoding = _Encoding(config, manifest, files, keys, model, progress)
+    encoding = _Encoding(config, manifest, files, keys, *models, progress)
     mined.once("candidates", lambda: _candidates(scratch / "candidates", encoding))
     blocks = sorted((scratch / "candidates").glob("*.arrow"))
-    mined.once("chosen", lambda: _choose_all(scratch / "chosen", encoding, blocks))
-    return _write_records(mined, files, sorted((scratch / "chosen").glob("*.parts")), progress)
+    judged = Judged(**mined.once("chosen", lambda: vars(_choose_all(scratch / "chosen", encoding, blocks))))
+    written = _write_records(mined, files, sorted((scratch / "chosen").glob("*.parts")), progress)
+    mined.output.write("sample.jsonl", _sample([mined.folder / "records" / file.name for file in files]))
+    return {**written, "judged": vars(judged)}
 
 
 @dataclass(frozen=True)
@@ -125,10 +143,14 @@ class _Encoding:
     files: Sequence[StoragePath]
     keys: TextKeys
     model: EncoderRecipe
+    guide: EncoderRecipe | None
     progress: Progress
 
     def of(self, field: str, prompt: str, selected: npt.NDArray[np.bool_]) -> Any:
-        """A dataset of `id`, `file`, `anchor_key`, `positive_key`, `text` and `vector`; `selected` is an (N,) mask."""
+        """A dataset of `id`, `file`, `anchor_key`, `positive_key`, `text`, `vector` and, with a guide, `guide`.
+
+        `selected` is an (N,) mask.
+        """
         import ray
 
         from pipeline.index.pool import encoded, one_task_per_item
@@ -140,6 +162,9 @@ class _Encoding:
                 yield from _read(files[index], index, field, ray.get(keys), ray.get(mask))
 
         rows = one_task_per_item(len(files)).map_batches(read, batch_size=1, num_cpus=0.5)
+        if self.guide:
+            guided = encoded(rows, int(selected.sum()), self.guide, Progress(), prompt)
+            rows = guided.rename_columns({"vector": "guide"})
         prompts = {source.name: source.prompts[field] for source in self.manifest.sources if field in source.prompts}
         return encoded(rows, int(selected.sum()), self.model, self.progress, prompt, prompts)
 
@@ -176,10 +201,10 @@ def _candidates(folder: Path, encoding: _Encoding) -> int:
     return count
 
 
-def _choose_all(folder: Path, encoding: _Encoding, blocks: Sequence[Path]) -> int:
+def _choose_all(folder: Path, encoding: _Encoding, blocks: Sequence[Path]) -> Judged:
     """Choose the negatives of every training record; write them partitioned by record file, for `read_part`.
 
-    Returns the number of training records.
+    Returns the guide's counts.
     """
     import ray
 
@@ -189,18 +214,30 @@ def _choose_all(folder: Path, encoding: _Encoding, blocks: Sequence[Path]) -> in
     progress = encoding.progress.handle
 
     def choose_batch(rows: pa.Table) -> dict[str, list[int]]:
+        judged = Judged()
         if len(rows):
-            texts = negatives_of(rows, blocks, ray.get(answers), settings, partial(progress.add.remote, "mined"))
+            report = partial(progress.add.remote, "mined")
+            texts = negatives_of(rows, blocks, ray.get(answers), settings, report, judged)
             table = pa.table({"id": rows["id"], "negatives": texts}).cast(CHOSEN)
             with replacing(folder / f"{rows['id'][0].as_py()}.parts") as file:
                 write_parts(table, rows["file"].to_numpy(), parts, file)
-        return {"rows": [len(rows)]}
+        return {name: [count] for name, count in vars(judged).items()}
 
     count = int(keys.trains.sum())
     with encoding.progress.stage("mine: nearest texts", count, "anchors", counter="mined"):
         dataset = encoding.of("anchor", "query", keys.trains)
-        dataset.map_batches(choose_batch, batch_size=MINE_ROWS, batch_format="pyarrow", num_cpus=0.5).materialize()
-    return count
+        counts = dataset.map_batches(choose_batch, batch_size=MINE_ROWS, batch_format="pyarrow", num_cpus=0.5)
+        judged = [Judged(**row) for row in counts.iter_rows()]
+    return Judged(sum(each.seen for each in judged), sum(each.false for each in judged))
+
+
+def _sample(files: Sequence[StoragePath]) -> bytes:
+    """The first SAMPLED records that have negatives, as JSON Lines, for you to look for false ones."""
+    rows = (row for file in files for batch in open_parquet(file).iter_batches(READ_ROWS) for row in batch.to_pylist())
+    sampled = itertools.islice((row for row in rows if row["negatives"]), SAMPLED)
+    names = ("anchor", "positive", "negatives")
+    lines = [json.dumps({name: row[name] for name in names}, ensure_ascii=False) + "\n" for row in sampled]
+    return "".join(lines).encode()
 
 
 def _write_records(

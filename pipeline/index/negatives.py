@@ -5,8 +5,9 @@
     negatives_of(anchors, blocks, answers, config.mining)  # [["a text", …], …]: per anchor, the most similar first
 
 A text's key is the first 64 bits of its hash. Known answers are excluded first; then the nearest texts are ranked by
-cosine, texts outside the range of ranks or beyond a bound are dropped, and the first few are kept. Ties go to the
-larger key, so the result does not depend on how texts are split into blocks.
+cosine, texts outside the range of ranks or beyond a bound are dropped, and the first few are kept. A guide, a second
+model, then drops those that it places nearer to the anchor than the positive, and further ones take their place. Ties
+go to the larger key, so the result does not depend on how texts are split into blocks.
 
 A block is an uncompressed Arrow file with up to some thousand texts, sorted by key. It is memory-mapped, so only used
 pages are read. Cost: B x n dot products of size D per block, and about 60 bytes per record for the keys.
@@ -77,18 +78,20 @@ def text_keys(mined: Artifact, files: Sequence[StoragePath], fraction: float, pr
 
 @dataclass(frozen=True)
 class Block:
-    """Distinct texts, sorted by key: (n,) keys, (n, D) unit vectors, and optionally the n texts."""
+    """Distinct texts, sorted by key: (n,) keys, (n, D) unit vectors, and optionally the texts and a guide's vectors."""
 
     keys: Keys
     vectors: Floats
     texts: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
+    guide: Floats | None = None
 
     @staticmethod
     def write(rows: pa.Table, folder: Path) -> None:
-        """Write rows of `positive_key`, `text` and `vector` to a file in the folder, with unit vectors."""
-        rows = rows.select(["positive_key", "text", "vector"]).sort_by("positive_key").combine_chunks()
-        vectors = as_column(unit(as_matrix(rows["vector"])))
-        block = pa.table({"key": rows["positive_key"], "text": rows["text"], "vector": vectors}).combine_chunks()
+        """Write rows of `positive_key`, `text`, `vector` and perhaps `guide` to a file in the folder, normalised."""
+        names = [name for name in ("vector", "guide") if name in rows.column_names]
+        rows = rows.select(["positive_key", "text", *names]).sort_by("positive_key").combine_chunks()
+        vectors = {name: as_column(unit(as_matrix(rows[name]))) for name in names}
+        block = pa.table({"key": rows["positive_key"], "text": rows["text"], **vectors}).combine_chunks()
         with (
             replacing(folder / f"{rows['positive_key'][0].as_py():016x}.arrow") as temporary,
             pa.ipc.new_file(str(temporary), block.schema) as writer,
@@ -99,7 +102,8 @@ class Block:
     def open(cls, path: Path) -> Block:
         with pa.memory_map(str(path)) as file:
             batch = pa.ipc.open_file(file).get_batch(0)
-        return cls(batch["key"].to_numpy(), as_matrix(batch["vector"]), batch["text"])
+        guide = as_matrix(batch["guide"]) if "guide" in batch.schema.names else None
+        return cls(batch["key"].to_numpy(), as_matrix(batch["vector"]), batch["text"], guide)
 
     def find(self, keys: Keys) -> tuple[Ints, npt.NDArray[np.bool_]]:
         """The row of each key, and whether the block has the key."""
@@ -128,21 +132,38 @@ class Answers:
         return rows, self.texts[np.repeat(first, counts) + steps]
 
 
+@dataclass
+class Judged:
+    """How many negatives the guide judged, and how many of them it found false."""
+
+    seen: int = 0
+    false: int = 0
+
+
 def negatives_of(
     rows: pa.Table,
     blocks: Sequence[Path],
     answers: Answers,
     settings: Mining,
     report: Callable[[int], object] = lambda anchors: None,
+    judged: Judged | None = None,
 ) -> list[list[str]]:
-    """Negatives for each row of `anchor_key`, `positive_key` and `vector`; calls `report` with finished row counts."""
+    """Negatives for each row of `anchor_key`, `positive_key`, `vector` and, with a guide, `guide`.
+
+    Calls `report` with finished row counts, and counts in `judged`.
+    """
     vectors = unit(as_matrix(rows["vector"]))
+    guide = unit(as_matrix(rows["guide"])) if "guide" in rows.column_names else None
     anchors, positives = rows["anchor_key"].to_numpy(), rows["positive_key"].to_numpy()
     chosen: list[Keys] = []
     for start in range(0, len(rows), ANCHORS_AT_ONCE):
         batch = slice(start, start + ANCHORS_AT_ONCE)
         known = answers.of_anchors(anchors[batch])
-        chosen += choose(vectors[batch], positives[batch], known, map(Block.open, blocks), settings)
+        found = rank(vectors[batch], positives[batch], known, map(Block.open, blocks), settings)
+        if guide is not None:
+            opened, count = map(Block.open, blocks), settings.num_negatives
+            drop_false(found, guide[batch], positives[batch], opened, count, judged or Judged())
+        chosen += found.first(settings.num_negatives)
         report(len(anchors[batch]))
     texts: dict[int, str] = {}
     needed = np.unique(np.concatenate([*chosen, np.empty(0, np.uint64)]))
@@ -153,10 +174,23 @@ def negatives_of(
     return [[texts[key] for key in keys.tolist()] for keys in chosen]
 
 
-def choose(
+@dataclass
+class Ranked:
+    """The nearest texts of each of B anchors: (B, k) keys, nearest first, and which of them may be negatives."""
+
+    keys: Keys
+    allowed: npt.NDArray[np.bool_]
+
+    def first(self, count: int) -> list[Keys]:
+        """The keys of each anchor's first `count` texts that are allowed."""
+        kept = self.allowed & (self.allowed.cumsum(axis=1) <= count)
+        return [keys[each] for keys, each in zip(self.keys, kept, strict=True)]
+
+
+def rank(
     anchors: Floats, positives: Keys, known: tuple[Ints, Keys], blocks: Iterable[Block], settings: Mining
-) -> list[Keys]:
-    """Keys of the negatives for each of B anchors, (B, D) unit vectors; `positives` are (B,) keys.
+) -> Ranked:
+    """Rank texts for B anchors, (B, D) unit vectors; `positives` are (B,) keys.
 
     `known` are pairs of an anchor's row and the key of a text that answers it; positives count as known too.
     """
@@ -170,12 +204,30 @@ def choose(
         excluded = rows[present], places[present]
         best = nearest_in_block(anchors, block.vectors, block.keys, settings.range_max, excluded)
         found = merged(found, best, settings.range_max)
-    if not found.ids.shape[1]:
-        return [np.empty(0, np.uint64) for _ in anchors]
     allowed = _allowed(found.scores, positive_scores, settings)
     allowed[:, : settings.range_min] = False
-    allowed &= allowed.cumsum(axis=1) <= settings.num_negatives
-    return [keys[kept] for keys, kept in zip(found.ids, allowed, strict=True)]
+    return Ranked(found.ids, allowed)
+
+
+def drop_false(
+    found: Ranked, guide: Floats, positives: Keys, blocks: Iterable[Block], count: int, judged: Judged
+) -> None:
+    """Disallow texts that the guide places nearer to the anchor than its positive; `guide` has (B, E) unit vectors.
+
+    `judged` counts those of the first `count` that would have been negatives without a guide.
+    """
+    keys = np.concatenate([positives[:, None], found.keys], axis=1)
+    scores = np.full(keys.shape, -np.inf, dtype=np.float32)
+    for block in blocks:
+        assert block.guide is not None
+        places, present = block.find(keys)
+        anchor = np.nonzero(present)[0]
+        scores[present] = np.einsum("ij,ij->i", guide[anchor], block.guide[places[present]])
+    false = scores[:, 1:] > scores[:, :1]
+    first = found.allowed & (found.allowed.cumsum(axis=1) <= count)
+    judged.seen += int(first.sum())
+    judged.false += int((first & false).sum())
+    found.allowed &= ~false
 
 
 def _allowed(scores: Floats, positive_scores: Floats, settings: Mining) -> npt.NDArray[np.bool_]:
