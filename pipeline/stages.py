@@ -143,7 +143,8 @@ def _check_pairs(config: Config, manifest: Manifest) -> None:
     if config.objective.needs_pairs and not manifest.holds_pairs:
         raise ConfigError(
             f"objective: found prepared records with only {', '.join(manifest.text_fields)}; contrastive and seq2seq "
-            "need sources with anchor and positive; allowed without them are denoising, mlm and causal"
+            "need sources with anchor and positive; allowed without them are objective.contrastive.views=crops, "
+            "denoising, mlm and causal"
         )
 
 

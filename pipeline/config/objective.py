@@ -16,6 +16,11 @@ class Contrastive(Section):
     """Similarities are divided by it (SimCSE, section 6)."""
     learn_temperature: bool = False
     """Train the temperature, from `temperature` down to at least 0.01 (CLIP, section 2.5)."""
+    views: Literal["given", "crops", "dropout"] = "given"
+    """The two texts that are contrasted. given: each record's anchor and positive. The others need no pairs, and use
+    no hard negatives. crops: two random spans of `text` or `positive`, each 5% to 50% of its tokens, new ones each
+    epoch (Contriever, section 3.1). dropout: `text` or `positive` twice, under different dropout (SimCSE, section
+    3)."""
     symmetric: bool = True
     """Also classify each positive's anchor among all anchors."""
     hard_negatives: int = Field(1, ge=0)
@@ -55,7 +60,7 @@ class Objective(Section):
     """A weighted sum of the objectives named here; contrastive if none is named."""
 
     contrastive: Contrastive | None = None
-    """InfoNCE on pairs, with negatives from all workers."""
+    """InfoNCE on pairs, or on views of texts, with negatives from all workers."""
     seq2seq: Writing | None = None
     """The decoder generates the positive from the anchor's states."""
     denoising: Denoising | None = None
@@ -79,7 +84,8 @@ class Objective(Section):
 
     @property
     def needs_pairs(self) -> bool:
-        return bool({"contrastive", "seq2seq"} & self.named.keys())
+        contrasts_pairs = self.contrastive is not None and self.contrastive.views == "given"
+        return contrasts_pairs or self.seq2seq is not None
 
     @property
     def needs_decoder(self) -> bool:

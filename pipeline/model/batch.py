@@ -30,18 +30,25 @@ class Batch:
     fields: dict[str, Packed]  # anchor and positive, or text
     negatives: Packed
     negative_counts: list[int]
+    views: tuple[Packed, Packed] | None = None
+    """Two views of each text, which are contrasted instead of anchors and positives (model/views.py)."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
+    def texts(self) -> list[Packed]:
+        """The texts that count as the batch's tokens: of each field, or of both views."""
+        return list(self.views or self.fields.values())
+
+    @property
     def tokens(self) -> int:
-        return sum(len(packed.ids) for packed in (*self.fields.values(), self.negatives))
+        return sum(len(packed.ids) for packed in (*self.texts, self.negatives))
 
     @property
     def row_tokens(self) -> list[int]:
         """(n,) tokens of each row, including its negatives."""
-        sizes = sum((packed.lengths for packed in self.fields.values()), torch.zeros(len(self), dtype=torch.int64))
+        sizes = sum((packed.lengths for packed in self.texts), torch.zeros(len(self), dtype=torch.int64))
         if len(self.negatives):
             owner = torch.arange(len(self)).repeat_interleave(torch.tensor(self.negative_counts))
             sizes = sizes.index_add(0, owner, self.negatives.lengths)
@@ -60,16 +67,26 @@ class Batch:
             {name: packed.slice(start, stop) for name, packed in self.fields.items()},
             self.negatives.slice(first, last),
             self.negative_counts[start:stop],
+            self.views and (self.views[0].slice(start, stop), self.views[1].slice(start, stop)),
         )
+
+    @property
+    def contrasted(self) -> tuple[Packed, Packed]:
+        """The two texts of each row that belong together: anchors and positives, or two views."""
+        return self.views or (self.fields["anchor"], self.fields["positive"])
 
     def pairs(self) -> Packed:
         """Anchors, positives and hard negatives end to end, for one forward pass."""
-        return reduce(join, (self.fields["anchor"], self.fields["positive"], self.negatives))
+        return reduce(join, (*self.contrasted, self.negatives))
 
     def keys(self, slots: int) -> Tensor:
-        """(n, 3 + slots) int64 hashes of record, anchor, positive and negatives; 0 for an empty slot."""
+        """(n, 3 + slots) int64 hashes of record, anchor, positive and negatives; 0 for an empty slot.
+
+        Views count as the whole text, so that views of equal texts are no negatives of each other.
+        """
         record = [text_hash(one.encode()) for one in self.ids]
-        columns = [record, hashes(self.fields["anchor"]), hashes(self.fields["positive"])]
+        anchors, positives = (self.text, self.text) if self.views else self.contrasted
+        columns = [record, hashes(anchors), hashes(positives)]
         keys = torch.zeros(len(self), 3 + slots, dtype=torch.int64)
         keys[:, :3] = torch.tensor(columns, dtype=torch.int64).T
         if slots:

@@ -27,6 +27,7 @@ from pipeline.model.decoder import Decoder, Memory
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.generative import MaskedHead, TokenLoss, masked_loss, shift, token_loss
 from pipeline.model.packing import Layout, Packed
+from pipeline.model.views import Views
 
 MAX_SCALE = 100.0  # limit of a learned inverse temperature (CLIP, section 2.5)
 
@@ -34,7 +35,8 @@ MAX_SCALE = 100.0  # limit of a learned inverse temperature (CLIP, section 2.5)
 class Learner(nn.Module):
     """The model in training. Generative objectives need `special`, and those that generate text a `decoder`.
 
-    `negatives`: whether any record has hard negatives; if not, batches have no slots for them.
+    `negatives`: whether any record has hard negatives; if not, batches have no slots for them. `views`: what the
+    contrastive objective learns from instead of pairs; batches must have them.
     """
 
     entries = ("embed", "encode", "loss", "write")
@@ -48,14 +50,15 @@ class Learner(nn.Module):
         decoder: Decoder | None = None,
         *,
         negatives: bool = True,
+        views: Views | None = None,
     ) -> None:
         super().__init__()
         self.model, self.objective, self.special, self.decoder = model, objective, special, decoder
         self.masked_head = MaskedHead(model.width) if objective.mlm else None
         self.weights = {name: float(section.weight) for name, section in objective.named.items()}  # type: ignore[attr-defined]
         contrastive = objective.contrastive
-        self.contrasts = contrastive is not None
-        self.hard_negatives = contrastive.hard_negatives if contrastive and negatives else 0
+        self.contrasts, self.views = contrastive is not None, views
+        self.hard_negatives = contrastive.hard_negatives if contrastive and negatives and not views else 0
         if contrastive:
             if contrastive.learn_temperature:
                 self.log_scale = nn.Parameter(torch.tensor(-math.log(contrastive.temperature)))

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from pipeline.model.batch import EMPTY, Batch
 from pipeline.model.packing import Packed
+from pipeline.model.views import Views
 
 CLOSING_S = 30.0
 """How long closing waits for a pending read. After that, the thread ends when the read does. Ours."""
@@ -165,10 +166,16 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def to_batch(rows: pa.Table, hard_negatives: int = 0) -> Batch:
-    """A batch from a table of `id` and token ids, with the first `hard_negatives` negatives of each row."""
+def to_batch(rows: pa.Table, hard_negatives: int = 0, views: Views | None = None) -> Batch:
+    """A batch from a table of `id` and token ids, with the first `hard_negatives` negatives of each row.
+
+    `views` makes two views of each text in the rows' `epoch`; rows without that column always have the same ones.
+    """
     fields = {name: packed(rows[name]) for name in FIELDS if name in rows.column_names}
     ids = rows["id"].to_pylist()
+    if views is not None:
+        epoch = rows["epoch"][0].as_py() if "epoch" in rows.column_names else 0
+        return views.of(Batch(ids, fields, EMPTY, [0] * len(ids)), rows["source"].to_pylist(), epoch)
     if not hard_negatives or "negatives" not in rows.column_names:
         return Batch(ids, fields, EMPTY, [0] * len(ids))
     lists = pc.list_slice(rows["negatives"].combine_chunks(), 0, hard_negatives)

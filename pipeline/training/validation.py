@@ -1,6 +1,7 @@
 """Validation during training: scores of held-out records, the same on every worker.
 
-contrastive objectives     loss, ndcg@10, recall@1 with distinct anchors as queries and distinct positives as documents;
+contrastive objectives     loss, ndcg@10, recall@1 with distinct anchors as queries and distinct positives as documents
+                           (of records without pairs: one crop of a text as query, another as its document);
                            sts_spearman on an STS file
 generative objectives      nll and perplexity per token; BLEU and ROUGE of greedily decoded texts
 """
@@ -53,8 +54,7 @@ def validate(
     """Validation metrics, the same on every worker. With `is_sharded`, all workers run the same forward passes."""
     metrics: dict[str, float] = {}
     if learner.contrasts:
-        fields = validation.batch.fields
-        anchors, positives = (encode_shared(learner, fields[name], device) for name in ("anchor", "positive"))
+        anchors, positives = (encode_shared(learner, each, device) for each in validation.batch.contrasted)
         metrics |= ranking_metrics(anchors, positives, validation.batch.keys(slots=0), float(learner.scale))
     if validation.sts and learner.contrasts:
         first, second = (encode_shared(learner, each, device) for each in (validation.sts.first, validation.sts.second))
