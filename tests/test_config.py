@@ -88,6 +88,12 @@ WRONG: list[tuple[str, ...]] = [
     ("data: {sources: [{name: a}]}", "data.sources.0.type"),
     ("data: {sources: [{name: a, type: xml, path: b}]}", "data.sources.0.type", "xml"),
     ("data: {sources: [{name: a, type: json, path: b, fields: {anchor: c}}]}", "anchor", "positive"),
+    ("data: {sources: [{name: a, type: json, path: b, pairs: heading}]}", "`pairs` only on sources of type text"),
+    (
+        "data: {sources: [{name: a, type: text, path: b, pairs: heading, record: line}]}",
+        "`pairs` only with record=file",
+    ),
+    ("data: {sources: [{name: a, type: text, path: b, pairs: titles}]}", "'heading' or 'neighbours'"),
     ("model: {d_model: 100, num_heads: 3}", "model", "100", "3"),
     ("training: {mixed_precision: fp16}", "mixed_precision", "training.precision"),
     ("objective: {contrastive: {views: crop}}", "objective.contrastive.views", "crop", "'given', 'crops' or 'dropout'"),
