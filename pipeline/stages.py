@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Collection
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.config import Config, ConfigError
 from pipeline.core.artifact import Artifact
@@ -298,6 +298,13 @@ def consolidated_model(config: Config) -> StoragePath:
 
         consolidate(model)
     return model
+
+
+def merged_stage(config: Config, model: StoragePath, share: float | Literal["auto"]) -> tuple[StoragePath, float]:
+    """A model folder between a model and the pretrained one it began from, and the model's share in it."""
+    from pipeline.training.merging import merged_model  # and torch
+
+    return merged_model(config, model, share)
 
 
 def model_folder(config: Config) -> StoragePath:

@@ -91,7 +91,7 @@ def train_or_resume(
     torch.manual_seed(config.training.seed)
     tokenizer = parse_tokenizer(spec.tokenizer_json, spec.folder / "tokenizer.json")
     learner = build_learner(config, tokenizer, negatives="negatives" in spec.manifest.text_fields)
-    validation = _validation(spec, tokenizer, learner.views)
+    validation = build_validation(spec, tokenizer, learner.views)
     run = build_run(config, learner, batches, validation, spec.total_steps, hooks, device)
     state = resume(run, known)
     if rank() == 0:
@@ -148,7 +148,7 @@ def train_locally(
         return train_or_resume(spec, feed.batches, Hooks(saver.save, report, trackers.alert), device, point)
 
 
-def _validation(spec: RunSpec, tokenizer: Tokenizer, views: Views | None) -> Validation:
+def build_validation(spec: RunSpec, tokenizer: Tokenizer, views: Views | None) -> Validation:
     """Held-out rows, and the pairs of an STS file if the config names one.
 
     Records without pairs get crops, also if training contrasts the same text twice: without dropout that is no task.
