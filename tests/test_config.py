@@ -246,6 +246,15 @@ def test_resolved_config_loads_again(write: Write) -> None:
     assert load(write(yaml.safe_dump(config.dump()))) == config
 
 
+def test_a_changed_config_has_views_that_differ(write: Write) -> None:
+    """As a sweep changes it."""
+    config = load(write("{objective: {contrastive: {views: dropout}}, model: {dropout: 0.1}}"), environ={})
+    with pytest.raises(
+        ConfigError, match=r"trial 3: objective\.contrastive\.views: found dropout with model\.dropout=0,"
+    ):
+        config.changed({"model.dropout": 0.0}, "trial 3")
+
+
 def test_every_field_has_a_docstring() -> None:
     def check(section: type, path: str) -> None:
         for name, field in section.model_fields.items():  # type: ignore[attr-defined]

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from pipeline.config.reading import assign, explain, parse_override, read_yaml
 from pipeline.config.space import check_space
-from pipeline.config.tree import DEFAULT_ROOT, EVALUATION_PATHS, Config
+from pipeline.config.tree import DEFAULT_ROOT, EVALUATION_PATHS, Config, check_dropout
 from pipeline.core.object_store import OPTIONS, holds_credentials
 from pipeline.core.outcome import ConfigError
 from pipeline.core.path import absolute, as_path, without_options
@@ -57,7 +57,7 @@ def load(
         raise ConfigError(explain(error, file, Config, changed)) from None
     _check_uris(config)
     key = "objective.contrastive.views"
-    _check_dropout(config, f"argument {key}" if key in from_arguments else f"{file}: {key}")
+    check_dropout(config, f"argument {key}" if key in from_arguments else f"{file}: {key}")
     config._folder = file.absolute().parent
     swept = any(key == "tune" or key.startswith("tune.space") for key in from_arguments)
     check_space(config, "argument tune.space" if swept else f"{file}: tune.space")
@@ -133,27 +133,6 @@ def _check_uris(config: Config) -> None:
                 f"{key}: found {error} in {without_options(str(text))}; allowed is a path on disk, s3://bucket/prefix, "
                 f"gs://bucket/prefix or az://container/prefix, with the options {', '.join(OPTIONS)}"
             ) from None
-
-
-def _check_dropout(config: Config, where: str) -> None:
-    """Raise ConfigError if two views of a text would be equal because our own encoder has no dropout.
-
-    `where` names the origin of the key of the views.
-    """
-    contrastive, model = config.objective.contrastive, config.model
-    if contrastive is None or contrastive.views != "dropout" or model.pretrained:
-        return
-    better = {
-        "model.dropout": 0.1 if not model.dropout else None,
-        "model.num_layers": 1 if not model.dimensions()["num_layers"] else None,
-        "training.table_warmup_fraction": 0 if config.training.table_warmup_fraction else None,
-    }
-    for key, value in better.items():
-        if value is not None:
-            raise ConfigError(
-                f"{where}: found dropout with {key}={config.get(key):g}, under which both views of a text are equal; "
-                f"allowed are {key}={value} and objective.contrastive.views=crops"
-            )
 
 
 def _default_to_pretrained_tokenizer(tree: dict[str, Any]) -> None:
