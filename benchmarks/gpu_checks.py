@@ -25,7 +25,7 @@ from benchmarks.gpu_training import Trainer, encoder_of, learner_of, pairs
 from pipeline.model.attention import AttentionOptions, attend
 from pipeline.model.batch import Batch, MicroBatch
 from pipeline.model.learner import Learner
-from pipeline.model.packing import Layout, Packed
+from pipeline.model.packing import Layout, Packed, join
 from pipeline.model.transformer import Encoder, EncoderShape, compile_layers
 from pipeline.training import prefetch as prefetching
 from pipeline.training.prefetch import Prefetch, to_batch, to_device
@@ -201,7 +201,7 @@ def _eurobert(encoder: Encoder, texts: Packed, layout: Layout) -> Tensor:
 def attention(rig: Rig) -> Iterator[Deviation]:
     """A GPU's flash attention in 16 bits, and its padded way in float32, against float64 on the CPU."""
     heads, width = rig.shape.num_heads, rig.shape.head_width
-    texts = rig.batch().texts()
+    texts = join(*rig.batch().fields.values())
     cases: dict[str, dict[str, Any]] = {"full": {}, "causal": {"causal": True}, "window": {"window": 5}}
     for (rule, options), key_heads in itertools.product(cases.items(), (heads, heads // 2)):
         chance = torch.Generator().manual_seed(0)

@@ -5,6 +5,7 @@ examples:
   python jobs/export.py --to exported --license apache-2.0 --onnx
   python jobs/export.py --config configs/pairs.yaml --to exported --embeddings float16
   python jobs/export.py --to exported embedding.model=FOLDER
+  python jobs/export.py --config configs/fine_tune.yaml model.pretrained=DIR --to exported --merge-share auto
 """
 
 import argparse
@@ -26,7 +27,21 @@ def arguments() -> argparse.ArgumentParser:
     own.add_argument("--license", metavar="ID", help="for the model card, in the hub's terms: mit, apache-2.0, …")
     own.add_argument("--onnx", action="store_true", help="write model.onnx too: token ids and mask in, vectors out")
     own.add_argument("--embeddings", choices=("float32", "float16"), help="write the run's vectors too, as a matrix")
+    merge = "merge with model.pretrained, so that less of it is forgotten: the trained model's share, 0 to 1, or auto"
+    own.add_argument("--merge-share", type=share, metavar="SHARE", help=f"{merge}: the best on the validation split")
     return own
+
+
+def share(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found <= 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed are 0 to 1, and auto")
+    return found
 
 
 def main(config: Config, args: argparse.Namespace) -> Result:
@@ -38,6 +53,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
         license_id=args.license,
         onnx=args.onnx,
         embeddings=args.embeddings,
+        merge_share=args.merge_share,
         evaluate_command=evaluate_command(args),
     )
 

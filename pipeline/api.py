@@ -11,6 +11,7 @@ and JobError for a run that failed. Ray is started if a stage has work to do and
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Literal
 
 from pipeline.config import Config
@@ -21,6 +22,7 @@ from pipeline.stages import (
     consolidated_model,
     embed_stage,
     evaluate_stage,
+    merged_stage,
     mine_stage,
     prepare_stage,
     train_stage,
@@ -119,6 +121,7 @@ def export(
     license_id: str | None = None,
     onnx: bool = False,
     embeddings: Literal["float32", "float16"] | None = None,
+    merge_share: float | Literal["auto"] | None = None,
     evaluate_command: str = "python jobs/evaluate.py",
 ) -> Result:
     """Write the run's best model as a folder that sentence-transformers and transformers load.
@@ -126,19 +129,24 @@ def export(
     export(config, "exported")                     # SentenceTransformer("exported")
 
     `license_id` and `evaluate_command` are for the model card. `onnx` adds model.onnx, `embeddings` the run's vectors
-    as a matrix of that type.
+    as a matrix of that type. `merge_share` merges the model with the pretrained one it began from, against forgetting
+    what that knew: this share of the model, or the best on the validation split ("auto").
     """
     from pipeline.evaluation.export import destination, write_export
 
-    return write_export(
+    model, share = consolidated_model(config), None
+    if merge_share is not None:
+        model, share = merged_stage(config, model, merge_share)
+    result = write_export(
         config,
-        consolidated_model(config),
+        model,
         destination(to),
         license_id=license_id,
         onnx=onnx,
         embeddings=embeddings,
         evaluate_command=evaluate_command,
     )
+    return result if share is None else replace(result, metrics={"merge_share": share, **result.metrics})
 
 
 def _run(

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Collection
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.config import Config, ConfigError
 from pipeline.core.artifact import Artifact
@@ -147,7 +147,8 @@ def _check_pairs(config: Config, manifest: Manifest) -> None:
     if config.objective.needs_pairs and not manifest.holds_pairs:
         raise ConfigError(
             f"objective: found prepared records with only {', '.join(manifest.text_fields)}; contrastive and seq2seq "
-            "need sources with anchor and positive; allowed without them are denoising, mlm and causal"
+            "need sources with anchor and positive; allowed without them are objective.contrastive.views=crops, "
+            "denoising, mlm and causal"
         )
 
 
@@ -314,6 +315,13 @@ def consolidated_model(config: Config) -> StoragePath:
 
         consolidate(model)
     return model
+
+
+def merged_stage(config: Config, model: StoragePath, share: float | Literal["auto"]) -> tuple[StoragePath, float]:
+    """A model folder between a model and the pretrained one it began from, and the model's share in it."""
+    from pipeline.training.merging import merged_model  # and torch
+
+    return merged_model(config, model, share)
 
 
 def model_folder(config: Config) -> StoragePath:

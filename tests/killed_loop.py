@@ -68,8 +68,8 @@ class Finished:
     starts: int
 
 
-def prepared(folder: Path, rows: int = 200) -> Manifest:
-    """Token shards made here, without Ray: pairs that share a rare token."""
+def prepared(folder: Path, rows: int = 200, *, pairs: bool = True) -> Manifest:
+    """Token shards made here, without Ray: pairs that share a rare token, or longer texts alone."""
     chance = np.random.default_rng(0)
     words = [*SPECIAL, *(f"w{i}" for i in range(VOCABULARY - len(SPECIAL)))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
@@ -87,12 +87,16 @@ def prepared(folder: Path, rows: int = 200) -> Manifest:
             "anchor": pa.array([[2, int(key), 3] for key in keys], pa.list_(pa.int32())),
             "positive": pa.array(texts, pa.list_(pa.int32())),
         }
+        if not pairs:
+            bodies = [chance.integers(5, VOCABULARY, chance.integers(4, 40)).tolist() for _ in range(count)]
+            texts = [[2, *body, 3] for body in bodies]
+            columns = {"id": columns["id"], "source": columns["source"], "text": pa.array(texts, pa.list_(pa.int32()))}
         table = pa.table(columns)
         (folder / split).mkdir()
         for i, part in enumerate((table.slice(0, count // 2), table.slice(count // 2))):
             write_parquet(part, folder / split / f"{i:05d}.parquet")
             shards.append(Shard(f"{split}/{i:05d}.parquet", split, len(part), [len(part)], ["made"], ""))
-    lengths: dict[str, dict[str, float]] = {"anchor": {}, "positive": {}}
+    lengths: dict[str, dict[str, float]] = {"anchor": {}, "positive": {}} if pairs else {"text": {}}
     return Manifest("made", [], {"train": rows, "validation": 16}, shards, lengths, [], {})
 
 

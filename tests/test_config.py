@@ -88,8 +88,22 @@ WRONG: list[tuple[str, ...]] = [
     ("data: {sources: [{name: a}]}", "data.sources.0.type"),
     ("data: {sources: [{name: a, type: xml, path: b}]}", "data.sources.0.type", "xml"),
     ("data: {sources: [{name: a, type: json, path: b, fields: {anchor: c}}]}", "anchor", "positive"),
+    ("data: {sources: [{name: a, type: json, path: b, pairs: heading}]}", "`pairs` only on sources of type text"),
+    (
+        "data: {sources: [{name: a, type: text, path: b, pairs: heading, record: line}]}",
+        "`pairs` only with record=file",
+    ),
+    ("data: {sources: [{name: a, type: text, path: b, pairs: titles}]}", "'heading' or 'neighbours'"),
     ("model: {d_model: 100, num_heads: 3}", "model", "100", "3"),
     ("training: {mixed_precision: fp16}", "mixed_precision", "training.precision"),
+    ("objective: {contrastive: {views: crop}}", "objective.contrastive.views", "crop", "'given', 'crops' or 'dropout'"),
+    ("objective: {contrastive: {views: dropout}}", "objective.contrastive.views", "model.dropout=0.1"),
+    ("{objective: {contrastive: {views: dropout}}, model: {dropout: 0.1, num_layers: 0}}", "model.num_layers=1"),
+    (
+        "{objective: {contrastive: {views: dropout}}, model: {dropout: 0.1}, training: {table_warmup_fraction: 0.5}}",
+        "training.table_warmup_fraction=0.5",
+        "training.table_warmup_fraction=0 ",
+    ),
     ("data: {max_samples: 5}", "max_samples", "data.sources[].max_samples"),
     ("tokenizer: {save_dir: x}", "save_dir", "logging.save_dir"),
     ("training: {max_checkpoints: 3}", "checkpointing.max_checkpoints"),
@@ -230,6 +244,15 @@ def test_dotted_read_of_nothing_names_it() -> None:
 def test_resolved_config_loads_again(write: Write) -> None:
     config = load(write("training: {learning_rate: 1e-4}\nmodel: {size: base, num_layers: 3}"))
     assert load(write(yaml.safe_dump(config.dump()))) == config
+
+
+def test_a_changed_config_has_views_that_differ(write: Write) -> None:
+    """As a sweep changes it."""
+    config = load(write("{objective: {contrastive: {views: dropout}}, model: {dropout: 0.1}}"), environ={})
+    with pytest.raises(
+        ConfigError, match=r"trial 3: objective\.contrastive\.views: found dropout with model\.dropout=0,"
+    ):
+        config.changed({"model.dropout": 0.0}, "trial 3")
 
 
 def test_every_field_has_a_docstring() -> None:

@@ -70,6 +70,16 @@ def test_objectives_that_need_no_wrong_answers(
     assert said(tmp_path, rows, caplog, objective={"contrastive": {"hard_negatives": 0}})
 
 
+def test_views_of_pairs_use_no_hard_negatives_and_texts_alone_have_no_positives(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [("a", "the label")] * 8
+    monkeypatch.setitem(PAIRS.lengths, "negatives", {})
+    assert said(tmp_path, rows, caplog, objective={"contrastive": {"views": "crops"}})
+    monkeypatch.delitem(PAIRS.lengths, "anchor")
+    assert not said(tmp_path, rows, caplog, objective={"contrastive": {"views": "crops"}})
+
+
 def manifest(train: int, validation: int) -> Manifest:
     shard = Shard("train/00000.parquet", "train", train, [train], [None], "")
     return Manifest("f", [], {"train": train, "validation": validation}, [shard], {}, [], {})

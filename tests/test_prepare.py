@@ -350,6 +350,37 @@ def test_everything_rejected_is_an_error(tmp_path: Path) -> None:
         prepare(config_of(tmp_path, path), progress)
 
 
+def test_sections_are_pairs_documents_and_counts(tmp_path: Path) -> None:
+    """Rows in are rows kept and rejected, a section's document is its text, and its place is its heading's line."""
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for i in range(30):
+        (notes / f"{i:02}.md").write_text(
+            f"# Chapter of number {i}\n\nWords about {i} and more.\n\n## Empty part {i}\n"
+        )
+    (notes / "none.md").write_text("No heading, but some words.\n")
+    entry = {"name": "n", "type": "text", "path": str(notes), "pairs": "heading"}
+    config = config_of(tmp_path, notes, f"data.sources=[{json.dumps(entry)}]")
+    folder, manifest = prepare(config, progress)
+    (source,) = manifest.sources
+    assert (source.rows_in, source.rows_kept) == (61, 30)
+    assert source.rejected == {"empty_section": 30, "no_heading": 1}
+    records = sorted(pq.read_table(folder / "records").to_pylist(), key=lambda record: record["source_id"])
+    assert [(record["source_id"], record["anchor"], record["positive"]) for record in records] == [
+        (f"n:{i:02}.md:1", f"Chapter of number {i}", f"Words about {i} and more.") for i in range(30)
+    ]
+    assert json.loads(records[7]["metadata"]) == {"file": "07.md", "line": 1}
+    assert [record["id"] for record in records] == [content_id([r["anchor"], r["positive"]]) for r in records]
+
+
+def test_texts_without_a_heading_have_no_pairs(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Words.\n\nAnd more words, but no heading.\n")
+    entry = {"name": "n", "type": "text", "path": str(tmp_path / "a.txt"), "pairs": "heading"}
+    config = config_of(tmp_path, tmp_path, f"data.sources=[{json.dumps(entry)}]")
+    with pytest.raises(JobError, match="source n: found no heading with text under it; use pairs: neighbours"):
+        prepare(config, progress)
+
+
 def test_a_source_that_loses_everything_can_be_accepted(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "lost.jsonl", [{"anchor": "a", "positive": "b"}])
     write_jsonl(tmp_path / "kept.jsonl", make_pairs(30))

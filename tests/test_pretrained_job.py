@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def config(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"sources": [source], "validation_fraction": 0.2},
         "tokenizer": {"max_length": 32, "long_texts": "windows", "window_overlap": 4},
         "model": {"pretrained": str(bert), "decoder_layers": 1, "matryoshka_dims": [16]},
-        "objective": {"denoising": {}, "mlm": {"weight": 0.5}},
+        "objective": {"contrastive": {"views": "crops"}, "denoising": {}, "mlm": {"weight": 0.5}},
         "training": {"global_batch_size": 16, "max_steps": 4, "generated_texts": 4},
         "embedding": {"dimensions": 16},
         "evaluation": {"sts_file": str(tmp_path / "sts.tsv")},
@@ -69,7 +70,14 @@ def test_texts_alone_train_a_pretrained_encoder(
     metrics = last["metrics"]
     assert metrics["prepare"]["rows_kept"] == 30
     assert metrics["prepare"]["splits"]["train"] > 100  # windows
-    validated = ["denoising_nll", "denoising_perplexity", "denoising_bleu", "denoising_rougeL", "mlm_perplexity"]
+    validated = [
+        "ndcg@10",
+        "denoising_nll",
+        "denoising_perplexity",
+        "denoising_bleu",
+        "denoising_rougeL",
+        "mlm_perplexity",
+    ]
     assert metrics["train"].keys() >= {f"validation_{name}" for name in validated}
     assert "parameters:" in err
     assert metrics["embed"]["rows"] == 30
@@ -90,13 +98,21 @@ def test_texts_alone_train_a_pretrained_encoder(
 
 
 def test_what_does_not_fit_is_refused_before_training(
-    config: Path, capsys: pytest.CaptureFixture[str], ray_cluster: None
+    bert: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_cluster: None
 ) -> None:
+    plain = Path(shutil.copytree(bert, tmp_path / "plain"))
+    described = json.loads((plain / "config.json").read_text())
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (plain / "config.json").write_text(json.dumps(described | none))
     for options, sentence in (
-        (["objective.contrastive.weight=1"], "objective: found prepared records with only text"),
+        (["objective.contrastive.views=given"], "objective: found prepared records with only text"),
         (["tokenizer.max_length=64"], "tokenizer.max_length: found 64; model.pretrained="),
         (["model.pretrained=nowhere/at-all", "tokenizer.load_path=nowhere"], "nowhere"),
         (["model.matryoshka_dims=[32]"], "model.matryoshka_dims: found [32]; allowed are sizes below 32"),
+        (
+            [f"model.pretrained={plain}", "objective.contrastive.views=dropout"],
+            "objective.contrastive.views: found dropout, but the config.json of model.pretrained=",
+        ),
         (["evaluation.sts_file=nowhere.tsv"], "evaluation.sts_file: nowhere.tsv: No such file"),
     ):
         code, _, err = run(config, capsys, "train", "storage.run=other", *options)

@@ -7,8 +7,10 @@ import io
 import json
 import os
 import pickle
+import random
 import shutil
 import sysconfig
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -330,6 +332,64 @@ def test_text_files_are_title_and_rest(tmp_path: Path) -> None:
     mapped = {"anchor": "title", "positive": "text"}  # `text` is the whole file
     (whole,) = all_records(Source(name="s", type="text", path=str(tmp_path / "heading.md"), fields=mapped))
     assert whole.fields == {"anchor": "Heading", "positive": "# Heading\nbody"}
+
+
+def test_sections_of_texts_are_pairs(tmp_path: Path) -> None:
+    """A row a section, at its heading's line; text without a heading and headings without text are counted."""
+    (tmp_path / "a.md").write_text("Lost.\n\n# Owls\n\nThey hoot.\n\n## Food\n\n## Nests\n\nIn trees.\n")
+    (tmp_path / "b.txt").write_text("No heading at all.\n")
+    (tmp_path / "c.rst").write_bytes(b"Owls\n====\n\n\xff\n")
+    (tmp_path / "d.rst").write_bytes(gzip.compress(b"Kites\n=====\n\nThey soar.\n"))
+    (tmp_path / "d.rst").rename(tmp_path / "d.rst.gz")
+    source = Source(name="s", type="text", path=str(tmp_path), pairs="heading")
+    check_fields(source)
+    found = {record.native_id: record for record in all_records(source)}
+    assert {key: record.reason for key, record in found.items() if record.reason} == {
+        "a.md:1": "no_heading",
+        "a.md:7": "empty_section",
+        "b.txt:1": "no_heading",
+        "c.rst": "invalid_utf8",
+    }
+    assert {key: record.fields for key, record in found.items() if not record.reason} == {
+        "a.md:3": {"anchor": "Owls", "positive": "They hoot."},
+        "a.md:9": {"anchor": "Owls > Nests", "positive": "In trees."},
+        "d.rst.gz:1": {"anchor": "Kites", "positive": "They soar."},
+    }
+    assert found["a.md:9"].metadata == {"file": "a.md", "line": 9}
+    alone = Source(name="s", type="text", path=str(tmp_path), pairs="heading", fields={"text": "positive"})
+    assert {"text": "In trees."} in [record.fields for record in all_records(alone)]
+
+
+def test_neighbouring_paragraphs_are_pairs(tmp_path: Path) -> None:
+    """Each paragraph that is long enough is the positive of one row, against a split at blank lines."""
+    chance = random.Random(0)
+    expected: list[tuple[str, dict[str, str]]] = []
+    short = alone = 0
+    for number in range(20):
+        texts = [" ".join(["word"] * chance.choice([3, 9, 10, 11, 30])) + f" {i}" for i in range(chance.randrange(7))]
+        (tmp_path / f"{number:02}.txt").write_text("\n\n".join(texts) + "\n")
+        long = [text for text in texts if len(text) >= 50]
+        short += len(texts) - len(long)
+        alone += len(long) == 1
+        for i, text in enumerate(long if len(long) > 1 else []):
+            expected.append((f"{number:02}.txt", {"anchor": long[i - 1] if i else long[1], "positive": text}))
+    source = Source(name="s", type="text", path=str(tmp_path), pairs="neighbours")
+    check_fields(source)
+    records = all_records(source)
+    kept = [record for record in records if record.reason is None]
+
+    def key(pair: tuple[str, dict[str, str]]) -> str:
+        return f"{pair[0]} {pair[1]['positive']}"
+
+    made = [(str(record.metadata["file"]), record.fields) for record in kept]
+    assert sorted(made, key=key) == sorted(expected, key=key)  # type: ignore[arg-type]
+    reasons = Counter(record.reason for record in records if record.reason)
+    assert reasons == {"short_paragraph": short, "no_neighbour": alone}
+    for record in kept:
+        name, _, offset = record.native_id.rpartition(":")
+        content = (tmp_path / name).read_text()
+        assert content[int(offset) :].startswith(str(record.fields["positive"]))
+        assert content.split("\n")[int(record.metadata["line"]) - 1] == record.fields["positive"]
 
 
 def test_python_packages_are_parsed_and_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

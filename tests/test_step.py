@@ -19,6 +19,7 @@ from pipeline.model.folder import Head
 from pipeline.model.learner import Learner
 from pipeline.model.packing import pack
 from pipeline.model.transformer import Encoder, EncoderShape
+from pipeline.model.views import Frame, Views
 from pipeline.training.step import StepResult, backward, micro_batch_ranges
 from pipeline.training.strategy import MAX_FLAGS, DataParallel, _Bucket
 from tests.gloo_workers import Result, run_workers
@@ -46,6 +47,12 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "distillation": {"teacher": "teacher", "weight": 0.7},
         "mlm": {"weight": 0.2},
     },
+    "crops": {"contrastive": {**CONTRASTIVE, "views": "crops"}, "denoising": {"weight": 0.3}, "mlm": {"weight": 0.2}},
+    "dropout": {"contrastive": {**CONTRASTIVE, "views": "dropout"}},
+    "taught crops": {
+        "contrastive": {**CONTRASTIVE, "views": "crops"},
+        "distillation": {"teacher": "teacher", "weight": 0.7},
+    },
 }
 TEACHER_WIDTH = 12
 
@@ -67,8 +74,10 @@ def learner_of(name: str, dropout: float = 0.0) -> Learner:
         encoder = Encoder(EncoderShape(**PARTS, dropout=dropout))
         shape = DecoderShape(**PARTS, dropout=dropout, memory_width=16)
         decoder = Decoder(shape, encoder.token_table) if objective.needs_decoder else None
+        kind = objective.contrastive.views if objective.contrastive else "given"
+        views = None if kind == "given" else Views(kind, Frame((2,), (3,), 64), seed=0)
         model = EmbeddingModel(encoder, Head(dimensions=(8, 4)))
-        learner = Learner(model, objective, SPECIAL, decoder, teacher_width=TEACHER_WIDTH)
+        learner = Learner(model, objective, SPECIAL, decoder, teacher_width=TEACHER_WIDTH, views=views)
         for parameter in learner.parameters():
             if parameter.ndim:
                 torch.nn.init.normal_(parameter, std=0.3)
@@ -95,7 +104,20 @@ def batch() -> Batch:
         name: torch.randn(rows, TEACHER_WIDTH, generator=chance, dtype=torch.float64)
         for name, rows in (("anchor", ROWS), ("positive", ROWS), ("negatives", sum(counts)))
     }
-    return Batch([f"r{row}" for row in range(ROWS)], fields, pack(negatives), counts, teacher)
+    return Batch([f"r{row}" for row in range(ROWS)], fields, pack(negatives), counts, teacher=teacher)
+
+
+def batch_for(learner: Learner) -> Batch:
+    """`batch`, or texts with the views that the learner contrasts; two rows have the same text."""
+    if learner.views is None:
+        return batch()
+    chance = torch.Generator().manual_seed(4)
+    sizes = torch.randint(12, 40, (ROWS,), generator=chance).tolist()
+    texts = [[2, *torch.randint(5, 40, (size,), generator=chance).tolist(), 3] for size in sizes]
+    texts[5] = texts[2]
+    teacher = {"text": torch.randn(ROWS, TEACHER_WIDTH, generator=chance, dtype=torch.float64)}
+    rows = Batch([f"r{row}" for row in range(ROWS)], {"text": pack(texts)}, pack([]), [0] * ROWS, teacher=teacher)
+    return learner.views.of(rows, ["s"] * ROWS, epoch=3)
 
 
 def gradients(learner: Learner) -> dict[str, torch.Tensor]:
@@ -111,7 +133,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def whole_gradients(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Gradients and metrics of the plain loss over the whole batch: one graph, one process, autograd alone."""
     learner = learner_of(name)
-    part = learner.prepare(batch(), 7)
+    part = learner.prepare(batch_for(learner), 7)
     vectors, losses = learner(part)
     terms = [learner.weights[task] * loss.sum / loss.count for task, loss in losses.items()]
     metrics = {f"{task}_nll": loss.nll / loss.count for task, loss in losses.items()}
@@ -147,7 +169,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
 def test_micro_batches_give_the_whole_batch_gradient(name: str, micro_batches: int) -> None:
     expected, whole_metrics = whole_gradients(name)
     learner = learner_of(name)
-    metrics = step(learner, batch(), micro_batches).metrics
+    metrics = step(learner, batch_for(learner), micro_batches).metrics
     assert_equal(gradients(learner), expected)
     assert metrics.keys() == whole_metrics.keys()
     for key in metrics:
@@ -172,16 +194,16 @@ def test_cuts() -> None:
     assert micro_batch_ranges(rows, max_tokens=1) == [(i, i + 1) for i in range(8)]
 
 
-@pytest.mark.parametrize("name", ["contrastive", "hybrid", "taught", "scores"])
+@pytest.mark.parametrize("name", ["contrastive", "hybrid", "taught", "scores", "crops", "dropout"])
 def test_cached_gradients_replay_dropout(name: str) -> None:
     """The cached gradient must be that of the very masks the first pass drew: one graph over all parts tells it."""
     learner = learner_of(name, dropout=0.3)
     torch.manual_seed(5)
-    step(learner, batch(), 2)
+    step(learner, batch_for(learner), 2)
     found = gradients(learner)
 
     learner.zero_grad()
-    parts = [learner.prepare(batch().slice(start, start + 4), 7) for start in (0, 4)]
+    parts = [learner.prepare(batch_for(learner).slice(start, start + 4), 7) for start in (0, 4)]
     torch.manual_seed(5)
     states = []
     with torch.no_grad():
@@ -212,7 +234,7 @@ def _share(rank: int, world_size: int, name: str, micro_batches: int) -> Result:
 
     _Bucket.send = count  # type: ignore[method-assign]
     bounds = [round(ROWS * share / sum(SHARES[world_size])) for share in (0, *accumulate(SHARES[world_size]))]
-    metrics = step(learner, batch().slice(bounds[rank], bounds[rank + 1]), micro_batches).metrics
+    metrics = step(learner, batch_for(learner).slice(bounds[rank], bounds[rank + 1]), micro_batches).metrics
     means = {key: value.clone().double() for key, value in metrics.items()}
     for value in means.values():
         dist.all_reduce(value)
@@ -234,6 +256,10 @@ SHARES = {2: (1, 1), 3: (2, 4, 2), 4: (1, 1, 1, 1)}
         (3, "taught", 2),
         (4, "taught", 1),
         (4, "vectors", 2),
+        (2, "crops", 2),
+        (4, "crops", 1),
+        (4, "dropout", 2),
+        (2, "taught crops", 2),
     ],
 )
 def test_workers_give_the_single_process_gradient_in_one_reduction(

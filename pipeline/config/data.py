@@ -32,6 +32,10 @@ class Source(Section):
     """Text sources: the unit that becomes a record. A file has the fields `title` (from its front matter, a title
     keyword or its first line), `body` (the rest) and `text` (without front matter); a paragraph or a line has
     `text`."""
+    pairs: Literal["heading", "neighbours"] | None = None
+    """Text sources: make pairs of a file's parts, with the fields `anchor` and `positive`. heading: each section, with
+    its heading and those above it as anchor. neighbours: each paragraph of 50 characters or more, with the one before
+    it as anchor (the first with the one after it)."""
     delimiter: str | None = Field(None, min_length=1, max_length=1)
     """Character between the cells of a csv source; by default a tab in .tsv files, else a comma."""
     config: str | None = None
@@ -63,13 +67,17 @@ class Source(Section):
         mapped = set(self.fields) - {"id"}
         if mapped and mapped not in SHAPES:
             raise ValueError("`fields` that map either `text`, or `anchor` and `positive`, with `negatives` or without")
-        for key, types in (("record", ["text"]), ("delimiter", ["csv"]), *((k, ["huggingface"]) for k in _HUB_KEYS)):
-            if getattr(self, key) != type(self).model_fields[key].default and self.type not in types:
-                raise ValueError(f"`{key}` only on sources of type {types[0]}, not {self.type}")
+        if self.pairs and self.record != "file":
+            raise ValueError(f"`pairs` only with record=file, not {self.record}")
+        for key, kind in _OF_TYPE.items():
+            if getattr(self, key) != type(self).model_fields[key].default and self.type != kind:
+                raise ValueError(f"`{key}` only on sources of type {kind}, not {self.type}")
         return self
 
 
-_HUB_KEYS = ("config", "split", "revision")
+_OF_TYPE = {"record": "text", "pairs": "text", "delimiter": "csv"} | dict.fromkeys(
+    ("config", "split", "revision"), "huggingface"
+)
 
 
 class Sanitize(Section):

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from pipeline.config.reading import assign, explain, parse_override, read_yaml
 from pipeline.config.space import check_space
-from pipeline.config.tree import DEFAULT_ROOT, EVALUATION_PATHS, Config
+from pipeline.config.tree import DEFAULT_ROOT, EVALUATION_PATHS, Config, check_dropout
 from pipeline.core.object_store import OPTIONS, holds_credentials
 from pipeline.core.outcome import ConfigError
 from pipeline.core.path import absolute, as_path, without_options
@@ -56,6 +56,8 @@ def load(
     except ValidationError as error:
         raise ConfigError(explain(error, file, Config, changed)) from None
     _check_uris(config)
+    key = "objective.contrastive.views"
+    check_dropout(config, f"argument {key}" if key in from_arguments else f"{file}: {key}")
     config._folder = file.absolute().parent
     swept = any(key == "tune" or key.startswith("tune.space") for key in from_arguments)
     check_space(config, "argument tune.space" if swept else f"{file}: tune.space")

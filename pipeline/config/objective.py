@@ -16,6 +16,11 @@ class Contrastive(Section):
     """Similarities are divided by it (SimCSE, section 6)."""
     learn_temperature: bool = False
     """Train the temperature, from `temperature` down to at least 0.01 (CLIP, section 2.5)."""
+    views: Literal["given", "crops", "dropout"] = "given"
+    """The two texts that are contrasted. given: each record's anchor and positive. The others need no pairs, and use
+    no hard negatives. crops: two random spans of `text` or `positive`, each 5% to 50% of its tokens, new ones each
+    epoch (Contriever, section 3.1). dropout: `text` or `positive` twice, under different dropout (SimCSE, section
+    3)."""
     symmetric: bool = True
     """Also classify each positive's anchor among all anchors."""
     hard_negatives: int = Field(1, ge=0)
@@ -81,7 +86,7 @@ class Objective(Section):
     """A weighted sum of the objectives named here; contrastive if none is named."""
 
     contrastive: Contrastive | None = None
-    """InfoNCE on pairs, with negatives from all workers."""
+    """InfoNCE on pairs, or on views of texts, with negatives from all workers."""
     distillation: Distillation | None = None
     """Learn the vectors or the similarities of a teacher. Records may be pairs or texts."""
     seq2seq: Writing | None = None
@@ -107,6 +112,12 @@ class Objective(Section):
                 f"the same model as distillation.teacher and contrastive.guide, not {self.distillation.teacher} and "
                 f"{guide}"
             )
+        views = self.contrastive is not None and self.contrastive.views != "given"
+        if views and (guide is not None or (self.distillation is not None and self.distillation.loss == "scores")):
+            raise ValueError(
+                "contrastive.views=given with contrastive.guide or distillation.loss=scores, because the teacher's "
+                "vectors are of whole texts"
+            )
         return self
 
     @property
@@ -118,7 +129,8 @@ class Objective(Section):
     @property
     def needs_pairs(self) -> bool:
         scores = self.distillation is not None and self.distillation.loss == "scores"
-        return scores or bool({"contrastive", "seq2seq"} & self.named.keys())
+        contrasts_pairs = self.contrastive is not None and self.contrastive.views == "given"
+        return scores or contrasts_pairs or self.seq2seq is not None
 
     @property
     def teacher(self) -> str | None:
@@ -131,7 +143,7 @@ class Objective(Section):
     def hard_negatives(self) -> int:
         """How many of each record's negatives are used, at most."""
         if self.contrastive is not None:
-            return self.contrastive.hard_negatives
+            return self.contrastive.hard_negatives if self.contrastive.views == "given" else 0
         scores = self.distillation is not None and self.distillation.loss == "scores"
         return self.distillation.hard_negatives if scores and self.distillation else 0
 

@@ -126,5 +126,27 @@ class Config(Section):
             config = Config.model_validate(tree)
         except ValidationError as error:
             raise ConfigError(explain(error, where, Config)) from None
+        check_dropout(config, f"{where}: objective.contrastive.views")
         config._folder = self._folder
         return config
+
+
+def check_dropout(config: Config, where: str) -> None:
+    """Raise ConfigError if two views of a text would be equal because our own encoder has no dropout.
+
+    `where` names the origin of the key of the views.
+    """
+    contrastive, model = config.objective.contrastive, config.model
+    if contrastive is None or contrastive.views != "dropout" or model.pretrained:
+        return
+    better = {
+        "model.dropout": 0.1 if not model.dropout else None,
+        "model.num_layers": 1 if not model.dimensions()["num_layers"] else None,
+        "training.table_warmup_fraction": 0 if config.training.table_warmup_fraction else None,
+    }
+    for key, value in better.items():
+        if value is not None:
+            raise ConfigError(
+                f"{where}: found dropout with {key}={config.get(key):g}, under which both views of a text are equal; "
+                f"allowed are {key}={value} and objective.contrastive.views=crops"
+            )

@@ -90,7 +90,9 @@ def warn_of_equal_positives(config: Config, folder: StoragePath, manifest: Manif
     batches `by_source`, each source is judged. Hard negatives are wrong answers too, so with them nothing is said.
     """
     contrastive, by_source = config.objective.contrastive, config.training.batching == "by_source"
-    if not contrastive or (contrastive.hard_negatives and "negatives" in manifest.text_fields):
+    if not contrastive or not manifest.holds_pairs:
+        return
+    if contrastive.views == "given" and contrastive.hard_negatives and "negatives" in manifest.text_fields:
         return
     counts: dict[str, Counter[int]] = {}
     for source, positive in itertools.islice(_positives(folder), SAMPLED_RECORDS):

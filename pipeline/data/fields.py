@@ -100,7 +100,7 @@ def _mapped(source: Source) -> dict[str, str]:
         return mapped
     if source.type == "python_packages":
         return {"anchor": "docstring", "positive": "code"}
-    if source.type == "text":
+    if source.type == "text" and not source.pairs:
         return {"anchor": "title", "positive": "body"} if source.record == "file" else {"text": "text"}
     return {"anchor": "anchor", "positive": "positive"}
 

@@ -69,11 +69,12 @@ class Selection:
     """Indices into the concatenated rows of `groups`."""
     steps: Ints
     """The training step of each row."""
+    epoch: int = 0
     teacher: str | None = None
     """The folder of the teacher's vectors, in files of the same names, with the same row groups."""
 
     def read(self) -> pa.Table:
-        """The rows in training order, with a `step` column, and the teacher's vectors if there are any."""
+        """The rows in training order, with the columns `step` and `epoch`, and a teacher's vectors if there are any."""
         first, tables, order = 0, [], []
         folders = [as_path(folder) for folder in (self.folder, self.teacher) if folder]
         files = lru_cache(maxsize=None)(open_parquet)
@@ -83,7 +84,10 @@ class Selection:
             order.append(first + np.random.default_rng([self.seed, turn, number, 1]).permutation(group.rows))
             first += group.rows
         table = pa.concat_tables(tables).combine_chunks().take(np.concatenate(order)[self.rows])
-        return table.append_column("step", pa.array(self.steps))
+        columns = {"step": pa.array(self.steps), "epoch": pa.repeat(self.epoch, len(table))}
+        for name, values in columns.items():
+            table = table.append_column(name, values)
+        return table
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +186,7 @@ class BatchPlan:
                 )
 
     def read(self, start: int, stop: int, rank: int = 0, world_size: int = 1) -> pa.Table:
-        """This worker's rows of steps `start` to `stop` (one epoch), in training order, with a `step` column."""
+        """This worker's rows of steps `start` to `stop` (one epoch), in training order, with `step` and `epoch`."""
         return self.select(start, stop, rank, world_size).read()
 
     def select(self, start: int, stop: int, rank: int = 0, world_size: int = 1) -> Selection:
@@ -201,7 +205,7 @@ class BatchPlan:
         ]
         begin = np.cumsum([0, *(group.rows for group, _, _ in found)])
         steps = np.repeat(np.arange(start, stop), self.share(rank, world_size))
-        return Selection(self.folder, self.seed, found, begin[place] + rows, steps, self.teacher)
+        return Selection(self.folder, self.seed, found, begin[place] + rows, steps, epoch, self.teacher)
 
     @cached_property
     def shares(self) -> dict[str | None, Fraction]:

@@ -7,6 +7,16 @@
 >>> list(docstring_pairs('def add(a, b):\\n    "Add two numbers."\\n    return a + b\\n'))
 [DocumentedCode(name='add', line=1, docstring='Add two numbers.', code='def add(a, b):\\n    return a + b')]
 
+With `pairs`, a file's sections or paragraphs are paired, each the positive of one row:
+
+    # Kites              heading:     'Kites' → 'A kite is a bird.', 'Kites > Food' → 'It eats voles.'; lines 1 and 5
+                         neighbours:  'It eats voles.' → 'A kite is a bird.', and the other way round; lines 3 and 7
+    A kite is a bird.
+                         (if these were paragraphs of MIN_PARAGRAPH_CHARS)
+    ## Food
+
+    It eats voles.
+
 Parses Python source with `ast`; imports and runs nothing. Cost: text runs at the speed of `lines`, Python at 2 MB/s.
 """
 
@@ -22,6 +32,7 @@ from dataclasses import dataclass
 
 from pipeline.data.fields import Row, broken
 from pipeline.data.input_files import MAX_LINE_BYTES, is_too_long, lines
+from pipeline.data.sections import sections
 from pipeline.data.titles import read_note
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org")
@@ -31,6 +42,8 @@ TEXT_FIELDS = {  # by kind of record
     "paragraph": ("text", "file", "line"),
     "line": ("text", "file"),
 }
+PAIR_FIELDS = ("anchor", "positive", "file", "line")  # with `pairs`
+MIN_PARAGRAPH_CHARS = 50  # of neighbours: shorter ones are headings and captions. Ours
 MAX_PYTHON_BYTES = 1 << 20  # of source; its tree takes up to 250 times as much. Ours, measured
 PYTHON_FIELDS = ("docstring", "code", "file", "line", "name")
 
@@ -97,6 +110,56 @@ def _paragraph(data: bytes, size: int, name: str, offset: int, line: int) -> Row
     row = _line(data, name, offset)
     row.values["line"] = line
     return row
+
+
+def heading_rows(file: io.BufferedReader, name: str) -> Iterator[Row]:
+    """One row per section; its position is the heading's line.
+
+    Text before the first heading is broken as `no_heading`, a heading without text of its own as `empty_section`.
+    """
+    text = whole_text(file, name, MAX_LINE_BYTES)
+    if isinstance(text, Row):
+        yield text
+        return
+    for section in sections(text, name):
+        position = f"{name}:{section.line}"
+        if not section.heading:
+            yield broken(position, "no_heading", section.body)
+        elif not section.body:
+            yield broken(position, "empty_section", section.heading)
+        else:
+            values = {"anchor": section.heading, "positive": section.body, "file": name, "line": section.line}
+            yield Row(position, values)
+
+
+def neighbour_rows(file: io.BufferedReader, name: str) -> Iterator[Row]:
+    """One row per paragraph, with the one before it as anchor; the first has the one after it.
+
+    So each paragraph is the positive of one row. Paragraphs that are too short for this are `short_paragraph`, and the
+    only one of a file has `no_neighbour`.
+    """
+    first: Row | None = None
+    before: Row | None = None
+    for row in _paragraphs(file, name):
+        if row.reason is not None:
+            yield row
+        elif len(row.values["text"]) < MIN_PARAGRAPH_CHARS:
+            yield broken(row.position, "short_paragraph", row.values["text"])
+        elif first is None:
+            first = before = row
+        else:
+            assert before is not None
+            if before is first:
+                yield _neighbours(row, first)
+            yield _neighbours(before, row)
+            before = row
+    if first is not None and before is first:
+        yield broken(first.position, "no_neighbour", first.values["text"])
+
+
+def _neighbours(anchor: Row, positive: Row) -> Row:
+    values = {"anchor": anchor.values["text"], "positive": positive.values["text"], "file": positive.values["file"]}
+    return Row(positive.position, {**values, "line": positive.values["line"]})
 
 
 def _line(data: bytes, name: str, offset: int) -> Row:

@@ -198,6 +198,9 @@ def _problem(source: SourceCount, allowed: float, folder: StoragePath) -> str | 
     duplicates = sum(source.rejected.get(reason, 0) for reason in (*DUPLICATES, "contaminated"))
     nothing_left = source.rows_in and source.rows_kept + duplicates == 0  # all may be duplicates of other sources'
     if nothing_left and allowed < 1:
+        if set(source.rejected) <= {"no_heading", "empty_section"}:
+            advice = "use pairs: neighbours in data.sources, or leave pairs out"
+            return f"source {source.name}: found no heading with text under it; {advice}"
         return (
             f"source {source.name}: all {source.rows_in} records were rejected ({_listed(source.rejected)}); repair or "
             "remove it, or accept the loss with data.max_bad_fraction=1"

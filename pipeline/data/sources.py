@@ -170,7 +170,8 @@ def read(task: ReadTask, source: Source) -> Iterator[RawRecord]:
 def check_fields(source: Source) -> None:
     """Raise ConfigError if all of a source's first rows lack a mapped field, or its CSV header is ambiguous."""
     required = required_fields(source) + (source.metadata if source.type in _WITH_COLUMNS else [])
-    fixed = {"text": read_text.TEXT_FIELDS[source.record], "python_packages": read_text.PYTHON_FIELDS}.get(source.type)
+    of_text = read_text.PAIR_FIELDS if source.pairs else read_text.TEXT_FIELDS[source.record]
+    fixed = {"text": of_text, "python_packages": read_text.PYTHON_FIELDS}.get(source.type)
     rows = [Row("", dict.fromkeys(fixed, ""))] if fixed else _first_rows(source)
     if source.type == "csv" and rows and (problem := read_tables.header_problem(rows[0].names)):
         raise ConfigError(f"data.sources {source.name}: found {problem} in the CSV header; make all names distinct")
@@ -285,6 +286,10 @@ def _rows_of(file: Any, name: str, task: ReadTask, source: Source, columns: list
             return read_tables.parquet_rows(file, name, columns, task.start, task.stop)
         case "arrow":
             return read_arrow.arrow_rows(file, name, columns)
+        case "text" if source.pairs == "heading":
+            return read_text.heading_rows(file, name)
+        case "text" if source.pairs == "neighbours":
+            return read_text.neighbour_rows(file, name)
         case "text":
             return read_text.text_rows(file, name, source.record, task.start, task.stop)
         case _:

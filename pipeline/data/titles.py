@@ -27,7 +27,7 @@ MAX_FRONT_MATTER_CHARS = 16_000  # some hundred times the usual length; parsing 
 _YAML_LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # gives text only, so no date or number can be invalid
 _FENCES = {"---": ("---", "..."), "+++": ("+++",)}
 
-_TITLE = re.compile(r"(?:#\+|:|\.\. ?)?(?:doc)?title:\s*(?=\S)", re.IGNORECASE)
+TITLE_KEYWORD = re.compile(r"(?:#\+|:|\.\. ?)?(?:doc)?title:\s*(?=\S)", re.IGNORECASE)
 _PROPERTY = re.compile(
     r"(?:#\+\w+|:[\w-][^:\n]*):(?:\s|$)"  # Org's keywords, fields of reStructuredText, attributes of AsciiDoc
     r"|(?:date|created|modified|updated|published|authors?|layout|slug|tags|categor(?:y|ies)|keywords|status|draft"
@@ -66,24 +66,24 @@ class Note:
 
 def read_note(text: str, name: str) -> Note:
     """The parts of a note; `name` is that of its file, whose suffix tells the format."""
-    fields, start = _front_matter(text)
+    fields, start = front_matter(text)
     content = text[start:]
     title = fields.get("title", fields.get("Title"))
     if isinstance(title, str) and _WORD.search(title):
         return Note(" ".join(title.split()), content, content, 1)
     lines, before = content.splitlines(), len(text[:start].splitlines())
     suffix = without_compression(name).lower().rpartition(".")[2]
-    first = next(_text_lines(lines, suffix), None)
+    first = next(text_lines(lines, suffix), None)
     if first is None:
         return Note("", content, content, 1)
     found = first
     if fields and not _is_heading(lines, first):
-        found = next((i for i in _text_lines(lines, suffix) if _is_heading(lines, i)), first)
+        found = next((i for i in text_lines(lines, suffix) if _is_heading(lines, i)), first)
     after = found + 2 if _is_underlined(lines, found) else found + 1
-    return Note(_clean(lines[found]), "\n".join(lines[first:found] + lines[after:]), content, before + found + 1)
+    return Note(clean_heading(lines[found]), "\n".join(lines[first:found] + lines[after:]), content, before + found + 1)
 
 
-def _front_matter(text: str) -> tuple[dict[str, Any], int]:
+def front_matter(text: str) -> tuple[dict[str, Any], int]:
     """The fields of the front matter, and the index in the text where it ends; no fields and 0 if there is none."""
     beginning = text[:MAX_FRONT_MATTER_CHARS]
     fence, *lines = beginning.splitlines(keepends=True) or [""]
@@ -101,7 +101,7 @@ def _front_matter(text: str) -> tuple[dict[str, Any], int]:
     return fields, len(fence) + sum(map(len, lines[: end + 1]))
 
 
-def _text_lines(lines: list[str], suffix: str) -> Iterator[int]:
+def text_lines(lines: list[str], suffix: str) -> Iterator[int]:
     """Indices of the lines with words in them that are no comment, directive, property, date or notice."""
     i = 0
     while i < len(lines):
@@ -115,21 +115,21 @@ def _text_lines(lines: list[str], suffix: str) -> Iterator[int]:
 def _skipped(lines: list[str], i: int, line: str, suffix: str) -> int:
     """The index after the comment, block or property that begins at line `i`; `i` if none does."""
     if line.startswith("<!--"):
-        return _after(lines, i, lambda text: "-->" in text)
+        return line_after(lines, i, lambda text: "-->" in text)
     if line.startswith("////") and suffix == "adoc":
-        return _after(lines, i + 1, lambda text: text.strip() == line)
+        return line_after(lines, i + 1, lambda text: text.strip() == line)
     if line.lower() == ":properties:":
-        return _after(lines, i, lambda text: text.strip().lower() == ":end:")
+        return line_after(lines, i, lambda text: text.strip().lower() == ":end:")
     if line.lower().startswith("#+begin_comment"):
-        return _after(lines, i, lambda text: text.strip().lower() == "#+end_comment")
+        return line_after(lines, i, lambda text: text.strip().lower() == "#+end_comment")
     if line.startswith("```"):
-        return _after(lines, i + 1, lambda text: text.strip().startswith("```"))
-    if _TITLE.match(line):
+        return line_after(lines, i + 1, lambda text: text.strip().startswith("```"))
+    if TITLE_KEYWORD.match(line):
         return i
     if line == ".." or line.startswith(".. ") or (suffix == "rst" and _PROPERTY.match(line)):
-        return _after(lines, i + 1, lambda text: bool(text) and not text[0].isspace()) - 1
+        return line_after(lines, i + 1, lambda text: bool(text) and not text[0].isspace()) - 1
     if _NOTICE.match(line):  # with the rest of its paragraph
-        return _after(lines, i, lambda text: not _WORD.search(text))
+        return line_after(lines, i, lambda text: not _WORD.search(text))
     is_markup = {"adoc": line.startswith(("//", "[")), "org": line.startswith("# ") or line == "#"}.get(
         suffix,
         line.startswith(("![", "[![")),  # images, such as badges
@@ -138,7 +138,7 @@ def _skipped(lines: list[str], i: int, line: str, suffix: str) -> int:
     return i + 1 if is_markup or is_date or _PROPERTY.match(line) else i
 
 
-def _after(lines: list[str], i: int, is_last: Callable[[str], bool]) -> int:
+def line_after(lines: list[str], i: int, is_last: Callable[[str], bool]) -> int:
     """The index after the first line from `i` for which `is_last` holds; beyond the last line if none does."""
     return next((j + 1 for j in range(i, len(lines)) if is_last(lines[j])), len(lines) + 1)
 
@@ -152,10 +152,10 @@ def _is_underlined(lines: list[str], i: int) -> bool:
     return len(underline) > 1 and len(set(underline)) == 1 and not underline[0].isalnum()
 
 
-def _clean(line: str) -> str:
+def clean_heading(line: str) -> str:
     """A title without its keyword or the marks of a heading."""
     line = line.strip()
-    for mark in (_TITLE, _HEADING_MARK):
+    for mark in (TITLE_KEYWORD, _HEADING_MARK):
         if found := mark.match(line):
             line = line[found.end() :]
     without_closing = line.rstrip("#")

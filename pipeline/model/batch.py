@@ -11,7 +11,6 @@ Plain data; `Learner.prepare` turns a batch into a micro-batch. Cost: slices are
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from itertools import pairwise
 from typing import Literal
 
@@ -19,7 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from pipeline.model.packing import Packed, join, pack
+from pipeline.model.packing import Packed, pack
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,8 @@ class Batch:
     fields: dict[str, Packed]  # anchor and positive, or text
     negatives: Packed
     negative_counts: list[int]
+    views: tuple[Packed, Packed] | None = None
+    """Two views of each text, which are contrasted instead of anchors and positives (model/views.py)."""
     teacher: dict[str, Tensor] = field(default_factory=dict)
     """The teacher's vectors of each field's texts and of the negatives, (n, E) and (sum of counts, E)."""
 
@@ -37,13 +38,18 @@ class Batch:
         return len(self.ids)
 
     @property
+    def texts(self) -> list[Packed]:
+        """The texts that count as the batch's tokens: of each field, or of both views."""
+        return list(self.views or self.fields.values())
+
+    @property
     def tokens(self) -> int:
-        return sum(len(packed.ids) for packed in (*self.fields.values(), self.negatives))
+        return sum(len(packed.ids) for packed in (*self.texts, self.negatives))
 
     @property
     def row_tokens(self) -> list[int]:
         """(n,) tokens of each row, including its negatives."""
-        sizes = sum((packed.lengths for packed in self.fields.values()), torch.zeros(len(self), dtype=torch.int64))
+        sizes = sum((packed.lengths for packed in self.texts), torch.zeros(len(self), dtype=torch.int64))
         if len(self.negatives):
             owner = torch.arange(len(self)).repeat_interleave(torch.tensor(self.negative_counts))
             sizes = sizes.index_add(0, owner, self.negatives.lengths)
@@ -62,20 +68,39 @@ class Batch:
             {name: packed.slice(start, stop) for name, packed in self.fields.items()},
             self.negatives.slice(first, last),
             self.negative_counts[start:stop],
+            self.views and (self.views[0].slice(start, stop), self.views[1].slice(start, stop)),
             {
                 name: vectors[first:last] if name == "negatives" else vectors[start:stop]
                 for name, vectors in self.teacher.items()
             },
         )
 
-    def texts(self) -> Packed:
-        """The texts of each field and then the hard negatives, end to end, for one forward pass."""
-        return reduce(join, (*self.fields.values(), self.negatives))
+    def compared(self, *, whole: bool) -> dict[str, Packed]:
+        """The texts whose vectors the objectives compare: anchors and positives, or two views of each text, or texts.
+
+        `whole` adds the texts that the views are of.
+        """
+        if self.views is None:
+            return self.fields
+        return dict(zip(("anchor", "positive"), self.views, strict=True)) | ({"text": self.text} if whole else {})
+
+    @property
+    def teacher_of_views(self) -> dict[str, Tensor]:
+        """The teacher's vectors of the texts in `compared`; a teacher sees no views."""
+        if self.views is None:
+            return self.teacher
+        return {"text": self.teacher["text" if "text" in self.fields else "positive"]} if self.teacher else {}
 
     def keys(self, slots: int) -> Tensor:
-        """(n, 3 + slots) int64 hashes of record, anchor, positive and negatives; 0 for an empty slot."""
+        """(n, 3 + slots) int64 hashes of record, anchor, positive and negatives; 0 for an empty slot.
+
+        Views count as the whole text, so that views of equal texts are no negatives of each other.
+        """
         record = [text_hash(one.encode()) for one in self.ids]
-        columns = [record, *(hashes(self.fields.get(name, self.text)) for name in ("anchor", "positive"))]
+        anchors, positives = (self.fields.get(name, self.text) for name in ("anchor", "positive"))
+        if self.views:
+            anchors = positives
+        columns = [record, hashes(anchors), hashes(positives)]
         keys = torch.zeros(len(self), 3 + slots, dtype=torch.int64)
         keys[:, :3] = torch.tensor(columns, dtype=torch.int64).T
         if slots:

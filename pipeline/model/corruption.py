@@ -31,7 +31,7 @@ KEPT, RANDOM = 0.1, 0.1  # shares of the predicted tokens; the others are masked
 
 Array = npt.NDArray[Any]
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step, 2^64 over the golden ratio
-KEEP, KIND, WORD, SPAN, GAP = range(5)
+KEEP, KIND, WORD, SPAN, GAP, CROP = range(6)
 """Random decisions; each uses its own sequence of random numbers."""
 
 
@@ -66,7 +66,7 @@ def delete_tokens(
     """
     row, position = _places(texts.offsets)
     content = _content(texts.ids, special)
-    chance = np.where(content, _uniform(keys, seed, KEEP, row, position), -1.0)
+    chance = np.where(content, uniform(keys, seed, KEEP, row, position), -1.0)
     luckiest = np.full(len(texts.offsets) - 1, -1.0)
     np.maximum.at(luckiest, row, chance)
     return _chosen(texts, ~content | (chance >= ratio) | (chance == luckiest[row]))
@@ -115,12 +115,12 @@ def mask_tokens(
 ) -> Masked:
     """Select each token with probability `ratio`; of these, 80% are masked, 10% kept and 10% replaced at random."""
     row, position = _places(texts.offsets)
-    chosen = _content(texts.ids, special) & (_uniform(keys, seed, KEEP, row, position) < ratio)
+    chosen = _content(texts.ids, special) & (uniform(keys, seed, KEEP, row, position) < ratio)
     positions = np.flatnonzero(chosen)
     places = row[positions], position[positions]
-    kind = _uniform(keys, seed, KIND, *places)
+    kind = uniform(keys, seed, KIND, *places)
     words = np.setdiff1d(np.arange(vocab_size), [*special, mask_id])
-    word = words[(_uniform(keys, seed, WORD, *places) * len(words)).astype(np.int64)]
+    word = words[(uniform(keys, seed, WORD, *places) * len(words)).astype(np.int64)]
     labels = texts.ids[positions]
     ids = texts.ids.copy()
     ids[positions] = np.where(kind < KEPT, labels, np.where(kind < KEPT + RANDOM, word, mask_id))
@@ -139,11 +139,11 @@ def _noise(row: Array, rows: int, keys: Array, seed: int, density: float, mean_s
     spans = np.minimum(np.maximum(np.round(noise / mean_span).astype(np.int64), 1), np.minimum(noise, others + 1))
 
     of, place = _places(_total_before(noise))
-    lot = _uniform(keys, seed, SPAN, of, place)
+    lot = uniform(keys, seed, SPAN, of, place)
     lot[place == 0] = -1.0  # a row's first noise token always starts a span
     begins = _lowest(lot, of, place, spans)
     gap_of, gap = _places(_total_before(others + 1))
-    taken = gap[_lowest(_uniform(keys, seed, GAP, gap_of, gap), gap_of, gap, spans)]
+    taken = gap[_lowest(uniform(keys, seed, GAP, gap_of, gap), gap_of, gap, spans)]
 
     other_of, other = _places(_total_before(others))
     key = np.concatenate([2 * other + 1, 2 * taken[np.cumsum(begins) - 1]])  # gap i is before the i-th other token
@@ -176,7 +176,7 @@ def _total_before(counts: Array) -> Array:
     return np.concatenate([[0], np.cumsum(counts)])
 
 
-def _uniform(keys: Array, seed: int, decision: int, row: Array, position: Array) -> Array:
+def uniform(keys: Array, seed: int, decision: int, row: Array, position: Array) -> Array:
     """(len(row),) numbers in [0, 1), from one SplitMix64 sequence per row (Steele et al. 2014, figure 17)."""
     salt = _mix(_mix(np.array([seed % 2**64], dtype=np.uint64)) + np.uint64(decision))
     state = _mix(keys.astype(np.uint64) ^ salt)

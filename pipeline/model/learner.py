@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,8 @@ from pipeline.model.decoder import Decoder, Memory
 from pipeline.model.distillation import score_loss, vector_loss
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.generative import MaskedHead, TokenLoss, masked_loss, shift, token_loss
-from pipeline.model.packing import Layout, Packed
+from pipeline.model.packing import Layout, Packed, join
+from pipeline.model.views import Views
 
 COMPARING = ("contrastive", "distillation")  # objectives whose loss is a function of vectors, not of tokens
 MAX_SCALE = 100.0  # limit of a learned inverse temperature (CLIP, section 2.5)
@@ -61,7 +63,7 @@ class Learner(nn.Module):
     """The model in training. Generative objectives need `special`, and those that generate text a `decoder`.
 
     `negatives`: whether any record has hard negatives; if not, batches have no slots for them. `teacher_width`: E, if
-    there is a teacher.
+    there is a teacher. `views`: what the contrastive objective learns from instead of pairs; batches must have them.
     """
 
     entries = ("embed", "encode", "loss", "write")
@@ -76,6 +78,7 @@ class Learner(nn.Module):
         *,
         negatives: bool = True,
         teacher_width: int | None = None,
+        views: Views | None = None,
     ) -> None:
         super().__init__()
         distillation = objective.distillation
@@ -86,6 +89,7 @@ class Learner(nn.Module):
         self.masked_head = MaskedHead(model.width) if objective.mlm else None
         self.weights = {name: float(section.weight) for name, section in objective.named.items()}  # type: ignore[attr-defined]
         contrastive = objective.contrastive
+        self.views = views
         self.hard_negatives = objective.hard_negatives if negatives else 0
         if contrastive:
             if contrastive.learn_temperature:
@@ -144,8 +148,9 @@ class Learner(nn.Module):
         filled = batch.filled_slots(self.hard_negatives)
         if not self.compares:
             return MicroBatch(len(batch), (), None, filled, torch.zeros(len(batch), 0, dtype=torch.int64), tasks)
-        keys = batch.keys(self.hard_negatives)
-        return MicroBatch(len(batch), tuple(batch.fields), batch.texts(), filled, keys, tasks, batch.teacher)
+        keys, compared = batch.keys(self.hard_negatives), batch.compared(whole="distillation" in self.weights)
+        texts = reduce(join, (*compared.values(), batch.negatives))
+        return MicroBatch(len(batch), tuple(compared), texts, filled, keys, tasks, batch.teacher_of_views)
 
     def forward(self, part: MicroBatch) -> tuple[Tensor | None, dict[str, TokenLoss]]:
         """The vectors of the part's texts (None if no objective needs them), and the losses of its tasks."""
@@ -214,6 +219,7 @@ class Learner(nn.Module):
                 self.projection(vectors) if self.projection else vectors, rows.teacher[name], distillation.distance
             )
             for name, vectors in rows.fields.items()
+            if name in rows.teacher
         ]
         return torch.stack(terms).mean() / count
 

@@ -128,6 +128,14 @@ class PretrainedEncoder(nn.Module):
         return int(self.model.config.max_position_embeddings) - self._first_position
 
     @property
+    def has_dropout(self) -> bool:
+        """Whether two passes in training give different states."""
+        return any(
+            (each.p if isinstance(each, nn.Dropout) else getattr(each, "attention_dropout", 0.0)) > 0
+            for each in self.model.modules()
+        )
+
+    @property
     def _first_position(self) -> int:
         config = self.model.config
         return int(config.pad_token_id) + 1 if config.model_type in OFFSET else 0

@@ -7,8 +7,9 @@ state = train_locally(config, folder, manifest)             # without Ray: one p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,9 @@ from pipeline.data.feed import LocalFeed, training_plan, validation_rows, warn_o
 from pipeline.data.filtering import normaliser
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import BatchPlan
+from pipeline.data.shards import token_recipe
 from pipeline.data.tokenizer import framing
+from pipeline.data.tokenizing import Cutter
 from pipeline.model.batch import Special
 from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel
@@ -36,6 +39,7 @@ from pipeline.model.learner import Learner
 from pipeline.model.packing import pack
 from pipeline.model.scores import read_sts
 from pipeline.model.transformer import Encoder, EncoderShape, gated_width, parameter_count
+from pipeline.model.views import MIN_TOKENS, Frame, Prompts, Views
 from pipeline.training.checkpoints import ResumePoint, TrainState, noted_oom_splits, prune, resume_point
 from pipeline.training.collectives import broadcast, rank, world_size
 from pipeline.training.history import Metrics
@@ -97,12 +101,15 @@ def train_or_resume(
     learner = build_learner(config, tokenizer, negatives=negatives, teacher_width=teacher.width if teacher else None)
     if spec.manifest.initial_table:
         load_initial_table(learner, as_path(spec.manifest.initial_table))
-    run = build_run(config, learner, batches, _validation(spec, tokenizer), spec.total_steps, hooks, device)
+    validation = build_validation(spec, tokenizer, learner.views)
+    run = build_run(config, learner, batches, validation, spec.total_steps, hooks, device)
     state = resume(run, known)
     if rank() == 0:
         log.info("train: %s", describe(run.learner))
         if slow := slow_precision(config.training.precision, device):
             log.warning("train: %s", slow)
+        if learner.views and (short := _short_texts(spec.manifest, learner.views)):
+            log.warning("train: %s", short)
         log.info("train: training on %d workers from step %d", world_size(), state.step)
     return state if is_finished(config, spec.total_steps, state) else train(run, state)
 
@@ -151,8 +158,11 @@ def train_locally(
         return train_or_resume(spec, feed.batches, Hooks(saver.save, report, trackers.alert), device, point)
 
 
-def _validation(spec: RunSpec, tokenizer: Tokenizer) -> Validation:
-    """Held-out rows, and the pairs of an STS file if the config names one."""
+def build_validation(spec: RunSpec, tokenizer: Tokenizer, views: Views | None) -> Validation:
+    """Held-out rows, and the pairs of an STS file if the config names one.
+
+    Records without pairs get crops, also if training contrasts the same text twice: without dropout that is no task.
+    """
     config, sts = spec.config, None
     rows = validation_rows(spec.folder, spec.manifest, config.training.validation_pairs)
     if config.evaluation.sts_file:
@@ -164,7 +174,8 @@ def _validation(spec: RunSpec, tokenizer: Tokenizer) -> Validation:
                 for texts in (pairs.first, pairs.second)
             )
         sts = StsPairs(first, second, pairs.scores)
-    return Validation(to_batch(rows), tokenizer.decode_batch, config.training.generated_texts, sts)
+    views = None if views is None or spec.manifest.holds_pairs else replace(views, kind="crops")
+    return Validation(to_batch(rows, views=views), tokenizer.decode_batch, config.training.generated_texts, sts)
 
 
 def build_learner(
@@ -192,6 +203,7 @@ def build_learner(
         decoder,
         negatives=negatives,
         teacher_width=teacher_width,
+        views=build_views(config, tokenizer),
     )
 
 
@@ -201,6 +213,40 @@ def load_initial_table(learner: Learner, file: StoragePath) -> None:
         rows = torch.from_numpy(np.load(stream, allow_pickle=False))
     with torch.no_grad():
         learner.model.token_table.weight.copy_(rows)
+
+
+def build_views(config: Config, tokenizer: Tokenizer) -> Views | None:
+    """What the contrastive objective learns from, if not from the records' pairs."""
+    contrastive = config.objective.contrastive
+    if contrastive is None or contrastive.views == "given":
+        return None
+    cutter = Cutter(tokenizer, token_recipe(config, []))
+
+    def tokens(prompt: str) -> tuple[int, ...]:
+        """A blank at the end belongs to the token of the next word, or to none."""
+        with encoding(tokenizer):
+            return tuple(tokenizer.encode(prompt.rstrip(), add_special_tokens=False).ids)
+
+    prompts = {}
+    for source in config.data.sources:
+        document = source.prompts.get("positive", source.prompts.get("text", ""))
+        if source.prompts:
+            prompts[source.name] = Prompts(tokens(source.prompts.get("anchor", "")), tokens(document))
+    frame = Frame(tuple(cutter.prefix), tuple(cutter.suffix), config.tokenizer.max_length)
+    return Views(contrastive.views, frame, config.training.seed, prompts)
+
+
+def _short_texts(manifest: Manifest, views: Views) -> str | None:
+    """Why crops teach nothing, if nine texts of ten are too short for them."""
+    field = "positive" if manifest.holds_pairs else "text"
+    longest = manifest.lengths[field].get("p90", math.inf) - len(views.frame.before) - len(views.frame.after)
+    if views.kind != "crops" or longest >= MIN_TOKENS:
+        return None
+    return (
+        f"nine of ten texts have at most {longest:.0f} tokens, and a text of fewer than {MIN_TOKENS} is not cropped: "
+        "both its views are the whole text, from which nothing can be learnt; use longer texts, or "
+        "objective.contrastive.views=dropout with model.dropout=0.1"
+    )
 
 
 def describe(learner: Learner) -> str:
@@ -269,6 +315,12 @@ def check_model(config: Config, tokenizer: Tokenizer) -> None:
     if max(config.model.matryoshka_dims, default=0) >= backbone.width:
         raise ConfigError(
             f"model.matryoshka_dims: found {config.model.matryoshka_dims}; allowed are sizes below {backbone.width}"
+        )
+    contrastive = config.objective.contrastive
+    if contrastive and contrastive.views == "dropout" and not backbone.has_dropout:
+        raise ConfigError(
+            f"objective.contrastive.views: found dropout, but the config.json of model.pretrained={name} has none, so "
+            "both views would be equal; use objective.contrastive.views=crops, or a model with hidden_dropout_prob"
         )
 
 

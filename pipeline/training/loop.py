@@ -141,7 +141,9 @@ def train(run: Run, state: TrainState) -> TrainState:
     steps = iter(range(state.step, run.total_steps))
     feed = Prefetch(
         run.batches(state.step, run.total_steps),
-        lambda rows: run.prepare_step(to_batch(rows, run.learner.hard_negatives), next(steps), state.oom_splits),
+        lambda rows: run.prepare_step(
+            to_batch(rows, run.learner.hard_negatives, run.learner.views), next(steps), state.oom_splits
+        ),
         run.device,
     )
     meter, saved_at = Meter(settings, run.total_steps, run.device, state), state.train_seconds

@@ -135,7 +135,7 @@ class Meter:
         return report if utilisation is None else report | {"device_utilisation": utilisation}
 
     def _add(self, batch: Batch, flops: float) -> None:
-        packed = [*batch.fields.values(), batch.negatives]
+        packed = [*batch.texts, batch.negatives]
         self.sums["pairs"] += len(batch)
         self.sums["tokens"] += sum(int(each.lengths.sum()) for each in packed)
         self.sums["computed_tokens"] += sum(len(each.ids) for each in packed)

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from pipeline.model.batch import EMPTY, Batch
 from pipeline.model.packing import Packed
+from pipeline.model.views import Views
 
 CLOSING_S = 30.0
 """How long closing waits for a pending read. After that, the thread ends when the read does. Ours."""
@@ -166,22 +167,26 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def to_batch(rows: pa.Table, hard_negatives: int = 0) -> Batch:
+def to_batch(rows: pa.Table, hard_negatives: int = 0, views: Views | None = None) -> Batch:
     """A batch from a table of `id` and token ids, with the first `hard_negatives` negatives of each row.
 
-    Columns `teacher_<field>` hold the teacher's vectors.
+    Columns `teacher_<field>` hold the teacher's vectors. `views` makes two views of each text in the rows' `epoch`;
+    rows without that column always have the same ones.
     """
     fields = {name: packed(rows[name]) for name in FIELDS if name in rows.column_names}
     teacher = {name: _matrix(rows[column]) for name in FIELDS if (column := f"teacher_{name}") in rows.column_names}
     ids = rows["id"].to_pylist()
+    if views is not None:
+        epoch = rows["epoch"][0].as_py() if "epoch" in rows.column_names else 0
+        return views.of(Batch(ids, fields, EMPTY, [0] * len(ids), teacher=teacher), rows["source"].to_pylist(), epoch)
     if not hard_negatives or "negatives" not in rows.column_names:
-        return Batch(ids, fields, EMPTY, [0] * len(ids), teacher)
+        return Batch(ids, fields, EMPTY, [0] * len(ids), teacher=teacher)
     lists = _first_of_each(rows["negatives"], hard_negatives)
     counts = pc.fill_null(pc.list_value_length(lists), 0).to_pylist()
     if "teacher_negatives" in rows.column_names:
         vectors = _first_of_each(rows["teacher_negatives"], hard_negatives)
         teacher["negatives"] = _matrix(pa.chunked_array([vectors.drop_null().flatten()]))
-    return Batch(ids, fields, packed(pa.chunked_array([lists.drop_null().flatten()])), counts, teacher)
+    return Batch(ids, fields, packed(pa.chunked_array([lists.drop_null().flatten()])), counts, teacher=teacher)
 
 
 def _first_of_each(column: pa.ChunkedArray, most: int) -> pa.ListArray:

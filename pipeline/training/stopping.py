@@ -54,13 +54,12 @@ class BestModel:
 
     def __init__(self, settings: Training, weights: Mapping[str, float]) -> None:
         self.stopping, self.weights = settings.early_stopping, weights
-        self.metric = settings.best_metric
+        self.metric = settings.best_metric or ("ndcg@10" if "contrastive" in weights else None)
 
     def score(self, metrics: Mapping[str, float]) -> float:
         """A validation's score; higher is better. Raises ConfigError if it lacks `training.best_metric`."""
-        trains_vectors = {"contrastive", "distillation"} & self.weights.keys()
-        if self.metric is None and not (trains_vectors and "ndcg@10" in metrics):
-            return -sum(weight * metrics[_loss_of(name)] for name, weight in self.weights.items())
+        if self.metric is None and not ("distillation" in self.weights and "ndcg@10" in metrics):
+            return -sum(weight * metrics[loss_of(name)] for name, weight in self.weights.items())
         name = (self.metric or "ndcg@10").removeprefix("validation_")  # the prefix in metrics.jsonl and checkpoints
         if name not in metrics:
             raise ConfigError(
@@ -84,6 +83,6 @@ class BestModel:
         return is_best
 
 
-def _loss_of(objective: str) -> str:
+def loss_of(objective: str) -> str:
     """The name of an objective's loss in a validation."""
     return f"{objective}_loss" if objective == "distillation" else f"{objective}_nll"

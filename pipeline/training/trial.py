@@ -35,7 +35,7 @@ from pipeline.core.path import StoragePath
 from pipeline.data.manifest import Manifest
 from pipeline.training.checkpoints import TrainState, start_from
 from pipeline.training.history import VALIDATION, Metrics, read_rows
-from pipeline.training.stopping import lower_is_better
+from pipeline.training.stopping import loss_of, lower_is_better
 
 VALUE = "value"
 STEP = "training_iteration"  # Tune's name for a trial's progress; we report optimizer steps
@@ -77,7 +77,7 @@ def _metric_of(config: Config) -> str:
     named = config.tune.metric or config.training.best_metric
     if named:
         return named.removeprefix("validation_")
-    return "ndcg@10" if config.objective.contrastive else f"{next(iter(config.objective.named))}_nll"
+    return "ndcg@10" if config.objective.contrastive else loss_of(next(iter(config.objective.named)))
 
 
 def trial_config(config: Config, criterion: Criterion, number: int, values: dict[str, Any]) -> Config:

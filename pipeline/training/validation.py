@@ -1,6 +1,7 @@
 """Validation during training: scores of held-out records, the same on every worker.
 
 vectors of pairs           loss, ndcg@10, recall@1 with distinct anchors as queries and distinct positives as documents
+                           (of records without pairs: one crop of a text as query, another as its document)
 vectors of texts           sts_spearman on an STS file; with a teacher, distillation_loss
 generative objectives      nll and perplexity per token; BLEU and ROUGE of greedily decoded texts
 """
@@ -54,14 +55,14 @@ def validate(
     metrics: dict[str, float] = {}
     batch = validation.batch
     if learner.compares:
-        fields = {name: encode_shared(learner, texts, device) for name, texts in batch.fields.items()}
-        keys = batch.keys(slots=0)
+        texts = batch.compared(whole="distillation" in learner.weights)
+        fields, keys = {name: encode_shared(learner, each, device) for name, each in texts.items()}, batch.keys(slots=0)
         if "anchor" in fields:
             metrics |= ranking_metrics(fields["anchor"], fields["positive"], keys, float(learner.scale))
         if "distillation" in learner.weights:
             first = next(iter(fields.values()))
             no_negatives = first.new_zeros(len(first), 0, learner.model.width)
-            rows = RowVectors(fields, no_negatives, keys.to(device), to_device(batch.teacher, device))
+            rows = RowVectors(fields, no_negatives, keys.to(device), to_device(batch.teacher_of_views, device))
             metrics["distillation_loss"] = float(learner.distillation_loss(rows))
     if validation.sts and learner.compares:
         first, second = (encode_shared(learner, each, device) for each in (validation.sts.first, validation.sts.second))
