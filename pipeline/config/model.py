@@ -23,8 +23,9 @@ TABLE_NORM_EPS, NORM_EPS = 1.0, 1e-5
 
 class Model(Section):
     pretrained: PathStr | None = None
-    """A pretrained transformers encoder: its folder, or its name on the hub. Replaces `size` and the other keys that
-    shape our own encoder; `tokenizer.load_path` then defaults to the encoder's tokenizer."""
+    """A pretrained model of transformers, sentence-transformers or model2vec: its folder, or its name on the hub.
+    Replaces `size` and the other keys that shape our own encoder; `tokenizer.load_path` then defaults to the model's
+    tokenizer. Dense modules are kept and trained."""
     size: Literal["tiny", "small", "base", "large", "1b", "7b", "30b"] = "tiny"
     """Sets width, depth and heads; you can override each below."""
     d_model: int | None = Field(None, ge=8)
@@ -49,8 +50,9 @@ class Model(Section):
     """The decoder shares the encoder's token embeddings, for its input and its output."""
     gradient_checkpointing: bool = False
     """Recompute a layer's states in the backward pass instead of keeping them: less memory, a third more time."""
-    pooling: Literal["mean", "cls", "last", "weighted"] = "mean"
-    """How token states become a vector: their mean, the first token's, the last's, or a mean weighted by position."""
+    pooling: Literal["mean", "cls", "last", "weighted", "max", "mean_sqrt_len"] | None = None
+    """How token states become a vector: their mean, the first token's, the last's, a mean weighted by position, the
+    maximum, or their sum over the root of their number. By default the pretrained model's, else the mean."""
     normalize: bool = True
     """Vectors have unit length."""
     matryoshka_dims: list[Annotated[int, Field(ge=1)]] = []

@@ -51,7 +51,7 @@ class Learner(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.objective, self.special, self.decoder = model, objective, special, decoder
-        self.masked_head = MaskedHead(model.width) if objective.mlm else None
+        self.masked_head = MaskedHead(model.token_table.embedding_dim) if objective.mlm else None
         self.weights = {name: float(section.weight) for name, section in objective.named.items()}  # type: ignore[attr-defined]
         contrastive = objective.contrastive
         self.contrasts = contrastive is not None

@@ -57,7 +57,7 @@ OnSaved = Callable[[StoragePath, TrainState], None]
 """Called on rank 0 with each new checkpoint and its state."""
 HEADS = "heads.safetensors"  # a decoder, a prediction head, a learned temperature
 OPTIMIZER = "optimizer"
-BACKBONE = "model.backbone."  # prefix of a learner's parameters that go to model.safetensors
+MODEL = "model."  # prefix of a learner's parameters that go to model.safetensors
 
 
 class Saver(ABC):
@@ -162,7 +162,7 @@ def load_checkpoint(checkpoint: StoragePath, run: Run) -> None:
 
 def load_weights(folder: Path, learner: Learner) -> None:
     """Load the model and the heads."""
-    learner.model.backbone.load_state_dict(load_file(folder / "model.safetensors"))
+    learner.model.load_weights(load_file(folder / "model.safetensors"))
     heads = load_file(folder / HEADS) if (folder / HEADS).is_file() else {}
     missing, unexpected = learner.load_state_dict(heads, strict=False)
     assert not unexpected
@@ -176,7 +176,7 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, device: torch
 
 
 def _is_model(name: str) -> bool:
-    return name.startswith("model.")
+    return name.startswith(MODEL)
 
 
 def save_sharded(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer) -> None:
@@ -216,8 +216,8 @@ def consolidate(checkpoint: StoragePath) -> None:
     headers = _headers(folder / WEIGHTS)
     weights = {name: torch.empty(header.size, dtype=header.properties.dtype) for name, header in headers.items()}
     _load(folder / WEIGHTS, weights, single_process=True)
-    heads = {name: tensor for name, tensor in weights.items() if not name.startswith(BACKBONE)}
-    model = {name.removeprefix(BACKBONE): tensor for name, tensor in weights.items() if name.startswith(BACKBONE)}
+    heads = {name: tensor for name, tensor in weights.items() if not _is_model(name)}
+    model = {name.removeprefix(MODEL).removeprefix("backbone."): weights[name] for name in weights if _is_model(name)}
     for file, tensors in ((HEADS, heads), ("model.safetensors", model)):  # the model last: it marks completion
         if tensors:
             with replacing(checkpoint / file) as temporary:
