@@ -18,6 +18,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from tokenizers import Tokenizer, processors
 from torch import nn
 
+from pipeline.config import Config, ConfigError, load
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.index.backends import TableBackend
 from pipeline.index.encoder import TextEncoder
@@ -25,6 +26,7 @@ from pipeline.model.folder import FAMILIES, load_model, read_model_spec, runs_pa
 from pipeline.model.hf_export import export_model
 from pipeline.model.packing import Layout, pack
 from pipeline.model.pretrained import load_pretrained
+from pipeline.training.assembly import build_learner, check_model, describe
 from tests.conftest import make_pairs
 
 WIDTH, LIMIT = 32, 24
@@ -233,6 +235,63 @@ def test_dense_modules_that_are_refused(
         with pytest.raises((OSError, ValueError), match=words) as refusal:
             read(folder)
         assert "\n" not in str(refusal.value)
+
+
+def training(folder: Path, *overrides: str) -> Config:
+    (folder.parent / "c.yaml").write_text("{}")
+    given = [f"storage.root={folder.parent}", f"model.pretrained={folder}", f"tokenizer.max_length={LIMIT}", *overrides]
+    return load(folder.parent / "c.yaml", given, environ={})
+
+
+@pytest.mark.parametrize("name", ["MPNet", "EmbeddingGemma"])
+def test_training_begins_with_what_the_folder_has(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Its pooling, unless the config says another, and its Dense modules, all of which have gradients."""
+    folder = architecture(tmp_path, name, tokenizer, Dense(WIDTH, 8), Normalize())
+    config = training(folder, "objective={contrastive: {}, mlm: {}}")
+    check_model(config, tokenizer)
+    learner = build_learner(config, tokenizer, negatives=False)
+    assert ("; mpnet runs padded" in describe(learner)) == (name == "MPNet")
+    batch = pack([[5, 6, 7, 8], [9, 10]])
+    vectors = learner.eval().encode(batch)
+    np.testing.assert_allclose(vectors.detach(), load_model(folder)[0](batch).detach(), atol=1e-6)
+    learner.train().encode(batch).square().matmul(torch.linspace(1, 2, 8)).sum().backward()
+    assert all(each.grad is not None for each in learner.model.parameters())
+    assert build_learner(training(folder, "model.pooling=max"), tokenizer, negatives=False).model.head.pooling == "max"
+
+
+def test_training_a_static_embedding(rows: np.ndarray, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "st", StaticEmbedding(Tokenizer.from_str(tokenizer.to_str()), rows), Normalize())
+    config = training(folder, "tokenizer.load_path=none", "objective={contrastive: {}, denoising: {}}")
+    check_model(config, tokenizer)
+    learner = build_learner(config, tokenizer, negatives=False)
+    batch = pack([[5, 6, 7, 8], [9, 10]])
+    vectors = torch.nn.functional.normalize(
+        torch.stack([torch.from_numpy(rows[[5, 6, 7, 8]]).mean(0), torch.from_numpy(rows[[9, 10]]).mean(0)])
+    )
+    torch.testing.assert_close(learner.encode(batch), vectors, atol=1e-6, rtol=1e-6)
+    learner.encode(batch).matmul(torch.linspace(1, 2, 14)).sum().backward()
+    gradient = learner.model.token_table.weight.grad
+    assert gradient is not None
+    assert gradient[[5, 10]].abs().min() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("ALBERT", ["objective={mlm: {}}"], "found a token table of width 16 and states of width 32"),
+        ("ALBERT", ["objective={denoising: {corruption: spans}}"], "a decoder needs model.tie_embeddings=false"),
+        ("BERT", ["objective={denoising: {}}"], "objective.denoising.corruption: found deletion, but .* to 8 numbers"),
+        ("BERT", ["model.matryoshka_dims=[8]"], "allowed are sizes below 8"),
+        ("MPNet", ["model.gradient_checkpointing=true"], "model.pretrained: found a mpnet model, which .* checkpoint"),
+    ],
+)
+def test_what_cannot_be_trained(
+    name: str, options: list[str], words: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    folder = architecture(tmp_path, name, tokenizer, Dense(WIDTH, 8))
+    with pytest.raises(ConfigError, match=words) as refusal:
+        check_model(training(folder, *options), tokenizer)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,25 @@ SIZES: dict[str, dict[str, int]] = {
 TABLE_NORM_EPS, NORM_EPS = 1.0, 1e-5
 
 
+class Lora(Section):
+    """Adapters beside frozen linear layers (Hu et al. 2021). They want about ten times the learning rate."""
+
+    rank: int = Field(16, ge=1)
+    """Inner width of an adapter."""
+    alpha: float = Field(32.0, gt=0)
+    """An adapter's output is multiplied by alpha / rank."""
+    targets: list[str] | None = None
+    """Names, or ends of names, of the linear layers that get an adapter, such as [query, value]. By default all."""
+
+
 class Model(Section):
     pretrained: PathStr | None = None
     """A pretrained model of transformers, sentence-transformers or model2vec: its folder, or its name on the hub.
     Replaces `size` and the other keys that shape our own encoder; `tokenizer.load_path` then defaults to the model's
     tokenizer. Dense modules are kept and trained."""
+    lora: Lora | None = None
+    """Trains adapters of the pretrained model, which is frozen, instead of its weights. Checkpoints and exports have
+    them merged."""
     size: Literal["tiny", "small", "base", "large", "1b", "7b", "30b"] = "tiny"
     """Sets width, depth and heads; you can override each below."""
     d_model: int | None = Field(None, ge=8)
@@ -81,6 +95,8 @@ class Model(Section):
             raise ValueError(f"matryoshka_dims below d_model, {d_model}, not {self.matryoshka_dims}")
         if self.pretrained and self.positions == "learned":
             raise ValueError("positions=learned only for our own encoder, not with pretrained")
+        if self.lora and not self.pretrained:
+            raise ValueError("lora only with pretrained, the model that it adapts")
         return self
 
     @field_validator("matryoshka_dims")

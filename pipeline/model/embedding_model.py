@@ -19,6 +19,7 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from pipeline.model.folder import Head, ModelSpec, Pooling, Projection
+from pipeline.model.lora import is_adapted, merged
 from pipeline.model.packing import Layout, Packed
 from pipeline.model.transformer import Encoder, EncoderShape
 
@@ -82,15 +83,19 @@ class EmbeddingModel(nn.Module):
         return F.normalize(vectors, dim=-1) if self.head.normalize else vectors
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights by name, as in model.safetensors: the backbone's, and those of projections."""
+        """The weights by name, as in model.safetensors: the backbone's, adapters merged, and those of projections."""
         projections = {PROJECTIONS + name: tensor for name, tensor in self.projections.state_dict().items()}
-        return {**self.backbone.state_dict(), **projections}
+        return {**merged(self.backbone.state_dict()), **projections}
 
     def load_weights(self, weights: dict[str, Tensor], *, assign: bool = False) -> None:
-        """Load what `weights` returned. `assign`: use its tensors instead of copying them."""
+        """Load what `weights` returned. `assign`: use its tensors instead of copying them.
+
+        A backbone with adapters keeps its weights, because those of a file have adapters merged.
+        """
         of_projections = {name: weights[name] for name in weights if name.startswith(PROJECTIONS)}
         backbone = {name: tensor for name, tensor in weights.items() if name not in of_projections}
-        self.backbone.load_state_dict(backbone, assign=assign)
+        if not is_adapted(self.backbone):
+            self.backbone.load_state_dict(backbone, assign=assign)
         short = {name.removeprefix(PROJECTIONS): tensor for name, tensor in of_projections.items()}
         self.projections.load_state_dict(short, assign=assign)
 

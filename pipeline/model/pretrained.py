@@ -254,6 +254,8 @@ def _unfetched(error: Exception) -> str:
 def _opened(name_or_dir: str | Path) -> tuple[Path, PretrainedConfig]:
     """The folder and its config. Raises if the folder has no safetensors."""
     folder = fetch(name_or_dir)
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{name_or_dir}: found an adapter of peft; merge it into its base, and give the merged model")
     try:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

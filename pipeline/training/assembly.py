@@ -31,6 +31,7 @@ from pipeline.model.batch import Special
 from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.learner import Learner
+from pipeline.model.lora import add_lora, matched
 from pipeline.model.packing import pack
 from pipeline.model.scores import read_sts
 from pipeline.model.transformer import Encoder, EncoderShape, gated_width, parameter_count
@@ -174,7 +175,7 @@ def build_learner(config: Config, tokenizer: Tokenizer, *, negatives: bool) -> L
 
 
 def describe(learner: Learner) -> str:
-    """The number of parameters, in total and by component, and whether the encoder computes padding."""
+    """The number of parameters, in total, by component and trained, and whether the encoder computes padding."""
     total, encoder = parameter_count(learner), parameter_count(learner.model)
     decoder = parameter_count(learner.decoder) if learner.decoder is not None else 0
     counts = {"encoder": encoder, "decoder": decoder, "heads": total - encoder - decoder}
@@ -182,7 +183,9 @@ def describe(learner: Learner) -> str:
     backbone = learner.model.backbone
     is_packed = isinstance(backbone, Encoder) or backbone.is_packed
     padded = "" if is_packed else f"; {backbone.model.config.model_type} runs padded, because it cannot run packed"  # type: ignore[union-attr]
-    return f"{total:,} parameters: {listed}{padded}"
+    trained = sum(parameter.numel() for parameter in learner.parameters() if parameter.requires_grad)
+    frozen = f"; {trained:,} of them are trained" if trained < total else ""
+    return f"{total:,} parameters: {listed}{frozen}{padded}"
 
 
 def _new_encoder(config: Config, tokenizer: Tokenizer) -> Encoder:
@@ -210,6 +213,8 @@ def _pretrained(config: Config) -> EmbeddingModel:
     model = open_hf_model(fetch(_pretrained_path(config)))
     if config.model.gradient_checkpointing and not isinstance(model.backbone, Encoder):
         model.backbone.checkpoint_gradients()  # type: ignore[operator]
+    if lora := config.model.lora:
+        add_lora(model.backbone, lora.rank, lora.alpha, lora.targets)
     return model
 
 
@@ -234,6 +239,11 @@ def check_model(config: Config, tokenizer: Tokenizer) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.pretrained: {error}") from None
     backbone: Any = model.backbone
+    if config.model.lora:
+        try:
+            matched(backbone, config.model.lora.targets)
+        except ValueError as error:
+            raise ConfigError(f"model.lora.targets: {error}") from None
     table, longest, name = model.token_table.weight, config.tokenizer.max_length, config.model.pretrained
     if not isinstance(backbone, Encoder) and longest > backbone.max_positions:
         raise ConfigError(
