@@ -247,7 +247,7 @@ def training(folder: Path, *overrides: str) -> Config:
 def test_training_begins_with_what_the_folder_has(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Its pooling, unless the config says another, and its Dense modules, all of which have gradients."""
     folder = architecture(tmp_path, name, tokenizer, Dense(WIDTH, 8), Normalize())
-    config = training(folder, "objective={contrastive: {}, mlm: {}}")
+    config = training(folder, "objective.contrastive.weight=1", "objective.mlm.weight=1")
     check_model(config, tokenizer)
     learner = build_learner(config, tokenizer, negatives=False)
     assert ("; mpnet runs padded" in describe(learner)) == (name == "MPNet")
@@ -261,7 +261,7 @@ def test_training_begins_with_what_the_folder_has(name: str, tokenizer: Tokenize
 
 def test_training_a_static_embedding(rows: np.ndarray, tokenizer: Tokenizer, tmp_path: Path) -> None:
     folder = saved(tmp_path / "st", StaticEmbedding(Tokenizer.from_str(tokenizer.to_str()), rows), Normalize())
-    config = training(folder, "tokenizer.load_path=none", "objective={contrastive: {}, denoising: {}}")
+    config = training(folder, "objective.contrastive.weight=1", "objective.denoising.weight=1")
     check_model(config, tokenizer)
     learner = build_learner(config, tokenizer, negatives=False)
     batch = pack([[5, 6, 7, 8], [9, 10]])
@@ -278,9 +278,13 @@ def test_training_a_static_embedding(rows: np.ndarray, tokenizer: Tokenizer, tmp
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("ALBERT", ["objective={mlm: {}}"], "found a token table of width 16 and states of width 32"),
-        ("ALBERT", ["objective={denoising: {corruption: spans}}"], "a decoder needs model.tie_embeddings=false"),
-        ("BERT", ["objective={denoising: {}}"], "objective.denoising.corruption: found deletion, but .* to 8 numbers"),
+        ("ALBERT", ["objective.mlm.weight=1"], "found a token table of width 16 and states of width 32"),
+        ("ALBERT", ["objective.denoising.corruption=spans"], "a decoder needs model.tie_embeddings=false"),
+        (
+            "BERT",
+            ["objective.denoising.weight=1"],
+            "objective.denoising.corruption: found deletion, but .* to 8 numbers",
+        ),
         ("BERT", ["model.matryoshka_dims=[8]"], "allowed are sizes below 8"),
         ("MPNet", ["model.gradient_checkpointing=true"], "model.pretrained: found a mpnet model, which .* checkpoint"),
     ],
