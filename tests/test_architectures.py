@@ -20,10 +20,11 @@ from torch import nn
 
 from pipeline.config import Config, ConfigError, load
 from pipeline.data.tokenizer import train_tokenizer
-from pipeline.index.backends import TableBackend
+from pipeline.index.backends import OnnxBackend, TableBackend
 from pipeline.index.encoder import TextEncoder
 from pipeline.model.folder import FAMILIES, load_model, read_model_spec, runs_padded, save_model
 from pipeline.model.hf_export import export_model
+from pipeline.model.onnx import export_onnx
 from pipeline.model.packing import Layout, pack
 from pipeline.model.pretrained import load_pretrained
 from pipeline.training.assembly import build_learner, check_model, describe
@@ -106,6 +107,7 @@ def saved(folder: Path, *modules: Any, **options: Any) -> Path:
 
 def architecture(tmp_path: Path, name: str, tokenizer: Tokenizer, *further: nn.Module) -> Path:
     """As sentence-transformers saves it: with instructions before queries."""
+    tmp_path.mkdir(exist_ok=True)
     encoder = Transformer(str(transformers_folder(tmp_path / "made", name, tokenizer)))
     prompts = {"query": "Instruct: find what answers\nQuery:", "document": ""}
     return saved(tmp_path / "st", encoder, Pooling(WIDTH, ARCHITECTURES[name][2]), *further, prompts=prompts)
@@ -169,6 +171,22 @@ def test_a_model_that_cannot_be_checkpointed(tokenizer: Tokenizer, tmp_path: Pat
     backbone = load_pretrained(transformers_folder(tmp_path, "MPNet", tokenizer))
     with pytest.raises(ValueError, match="found a mpnet model, which transformers cannot checkpoint"):
         backbone.checkpoint_gradients()
+
+
+def test_padded_models_as_graphs(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """With Dense modules; an architecture that torch cannot trace is one sentence."""
+    folder = architecture(tmp_path, "MPNet", tokenizer, Dense(WIDTH, 8))
+    (tmp_path / "graph").mkdir()
+    export_model(folder, tmp_path / "graph")
+    assert export_onnx(tmp_path / "graph", load_model(folder)[0]) > 0.9999
+    backend = OnnxBackend(tmp_path / "graph" / "model.onnx", 8, threads=1)
+    np.testing.assert_allclose(TextEncoder(folder, backend=backend).encode(TEXTS), theirs(folder), atol=1e-4)
+
+    xlnet = architecture(tmp_path / "other", "XLNet", tokenizer)
+    export_model(xlnet, tmp_path / "graph")
+    with pytest.raises(ConfigError, match="onnx: torch cannot export a xlnet model as a graph") as refusal:
+        export_onnx(tmp_path / "graph", load_model(xlnet)[0])
+    assert "\n" not in str(refusal.value)
 
 
 CHAINS: dict[str, Callable[[], list[nn.Module]]] = {
