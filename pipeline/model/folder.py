@@ -80,6 +80,7 @@ class Head:
     prompts: tuple[tuple[str, str], ...] = ()
     """(name, prompt) pairs; name is `query` or `document`. The prompt is prepended to such texts."""
     projections: tuple[Projection, ...] = ()
+    """Applied to the pooled vector, in this order."""
 
     def prompt(self, name: str) -> str:
         return dict(self.prompts).get(name, "")
