@@ -217,7 +217,7 @@ def random_tokens(count: int) -> list[list[int]]:
     return [[], *(chance.integers(0, 400, size).tolist() for size in chance.integers(0, 90, count)), []]
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls", "last", "weighted"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last", "weighted", "max", "mean_sqrt_len"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_table_is_the_model(
     pooling: Pooling, normalize: bool, tokenizers: dict[str, Tokenizer], tmp_path: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -28,10 +29,10 @@ from pipeline.evaluation.export import exporting, refuse_foreign
 from pipeline.evaluation.model_card import model_card, read_origin
 from pipeline.index.published import encoder_recipe, table_of
 from pipeline.index.table import VectorTable
-from pipeline.model import hf_io
+from pipeline.model import hf_export
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import Head, load_model, model_fingerprint, read_model_spec, save_model
-from pipeline.model.hf_io import export_model, pad_token_id
+from pipeline.model.folder import Head, Projection, load_model, model_fingerprint, read_model_spec, save_model
+from pipeline.model.hf_export import export_model, pad_token_id
 from pipeline.model.onnx import PaddedEmbedder, export_onnx
 from pipeline.model.packing import pack
 from pipeline.model.transformer import Encoder, EncoderShape
@@ -39,7 +40,15 @@ from tests.conftest import run_here
 
 WIDTH, VOCABULARY, MAX_LENGTH = 64, 1200, 48
 VARIANTS = {
-    "table": ({"num_layers": 0}, Head(), "bpe"),
+    "table": ({"num_layers": 0}, Head(prompts=(("query", "find: "),)), "bpe"),
+    "table of maxima": ({"num_layers": 0}, Head(pooling="max"), "bpe"),
+    "root of length": ({"num_layers": 0}, Head(pooling="mean_sqrt_len", normalize=False), "wordpiece"),
+    "projected": (
+        {"num_layers": 1},
+        Head(projections=(Projection(48, activation="GELU"), Projection(40, bias=False, unit_input=True))),
+        "bpe",
+    ),
+    "projected table": ({"num_layers": 0}, Head(normalize=False, projections=(Projection(64, residual=True),)), "bpe"),
     "grouped": ({"num_layers": 1, "num_kv_heads": 2}, Head(dimensions=(16,)), "bpe"),
     "cls": ({"num_layers": 1}, Head(pooling="cls"), "wordpiece"),
     "last": ({"num_layers": 1}, Head(pooling="last"), "unigram"),
@@ -75,7 +84,8 @@ def checkpoint(folder: Path, layers: dict[str, Any], head: Head, tokenizer: Toke
     encoder = Encoder(EncoderShape(**{**shape, **layers}))
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    save_model(folder, EmbeddingModel(encoder, head), tokenizer.to_str(), MAX_LENGTH)
+    model = EmbeddingModel(encoder, head)
+    save_model(folder, model, tokenizer.to_str(), MAX_LENGTH)
     return folder
 
 
@@ -131,7 +141,9 @@ class TestFolder:
         assert cosines(theirs, own).min() >= 0.9999
         np.testing.assert_allclose(np.linalg.norm(theirs, axis=1), np.linalg.norm(own, axis=1), rtol=1e-3)
         head = VARIANTS[name][1]
-        assert (model.max_seq_length, model.similarity_fn_name) == (MAX_LENGTH, "cosine")
+        is_static = name in ("table", "projected table")  # its tokenizer.json truncates
+        assert type(model[0]).__name__ == ("StaticEmbedding" if is_static else "Transformer")
+        assert (model.max_seq_length, model.similarity_fn_name) == (math.inf if is_static else MAX_LENGTH, "cosine")
         prompts = {use: head.prompt(use) for use in ("query", "document")}
         assert model.prompts == prompts
         few = texts[:20]
@@ -212,8 +224,8 @@ class TestFolder:
         def wrong(*args: Any) -> dict[str, Any]:
             return {**right(*args), "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
 
-        right = hf_io.eurobert_config
-        monkeypatch.setattr(hf_io, "eurobert_config", wrong)
+        right = hf_export.eurobert_config
+        monkeypatch.setattr(hf_export, "eurobert_config", wrong)
         with pytest.raises(RuntimeError, match="please report this bug"):
             export_model(checkpoints["weighted"], tmp_path)
 
@@ -249,8 +261,7 @@ class TestOnnx:
     ) -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        head = VARIANTS[name][1]
-        embedder = PaddedEmbedder(AutoModel.from_pretrained(exports[name]), head.pooling, head.normalize).eval()
+        embedder = PaddedEmbedder(AutoModel.from_pretrained(exports[name]), load_model(checkpoints[name])[0]).eval()
         tokenizer = AutoTokenizer.from_pretrained(exports[name])
         batch = tokenizer([*texts[:100], ""], truncation=True, padding=True, return_tensors="pt")
         vectors = embedder(**batch).numpy()
@@ -265,8 +276,7 @@ class TestOnnx:
 
         for file in exports[name].glob("*.*"):
             (tmp_path / file.name).symlink_to(file)
-        head = VARIANTS[name][1]
-        assert export_onnx(tmp_path, pooling=head.pooling, normalize=head.normalize) >= 0.9999
+        assert export_onnx(tmp_path, load_model(checkpoints[name])[0]) >= 0.9999
         assert str(Path(__file__).parents[1]).encode() not in (tmp_path / "model.onnx").read_bytes()
         session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
         found = [(given.name, given.shape) for given in session.get_inputs()]

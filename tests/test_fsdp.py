@@ -189,7 +189,8 @@ def test_gradients_are_those_of_a_single_process(name: str, options: set[str]) -
 
 
 @pytest.mark.parametrize(
-    "pooling", ["last", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in ("mean", "cls", "weighted"))]
+    "pooling",
+    ["last", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in ("mean", "cls", "weighted", "max"))],
 )
 def test_an_empty_part_changes_no_gradient(pooling: str) -> None:
     found = []

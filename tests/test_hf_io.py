@@ -22,7 +22,8 @@ from pipeline.data.tokenizer import train_tokenizer
 from pipeline.index.encoder import TextEncoder
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import Head, load_model, model_fingerprint, read_model_spec, save_model
-from pipeline.model.hf_io import FLAGS, POOLINGS, export_model, hf_files
+from pipeline.model.hf_export import export_model
+from pipeline.model.hf_io import FLAGS, POOLINGS, hf_files
 from pipeline.model.transformer import Encoder, EncoderShape
 from tests.conftest import make_pairs, run_here, write_jsonl
 
@@ -228,7 +229,7 @@ def emptied(folder: Path) -> None:
         path.unlink()
 
 
-ALLOWED = "supported are Transformer and Pooling of sentence-transformers, optionally followed by"
+ALLOWED = "supported are Transformer and Pooling, or StaticEmbedding, of sentence-transformers, optionally followed by"
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "code of its own": (
         module_of("my_code.Normalize", at=2),
@@ -244,8 +245,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights elsewhere": (weights_at("/etc/model.safetensors"), "found weights in /etc/model.safetensors, outside"),
     "no map of weights": (lambda f: write(f / "model.safetensors.index.json", []), "found no weight_map"),
     "broken": (lambda f: (f / "modules.json").write_text("["), r"modules\.json: found no valid JSON"),
-    "max": (pooled(pooling_mode="max"), "found pooling by max; supported is one of cls, lasttoken, mean, weightedmean"),
-    "max of old": (pooled(pooling_mode_max_tokens=True), "found pooling by max; supported"),
+    "median": (pooled(pooling_mode="median"), "found pooling by median; supported is one of cls, lasttoken, max, mean"),
     "two": (pooled(pooling_mode=["cls", "mean"]), "found pooling by cls and mean; supported is one"),
     "two of old": (pooled(pooling_mode_cls_token=True, pooling_mode_mean_tokens=True), "found pooling by cls and mean"),
     "prompt left out": (prompt_left_out, "found include_prompt false; with prompts only true"),
@@ -259,7 +259,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
         r"found pytorch_model\.bin, but no",
     ),
-    "another family": (lambda f: change(f / "config.json", model_type="mpnet"), "found model_type 'mpnet'"),
+    "another family": (lambda f: change(f / "config.json", model_type="new"), "found model_type 'new', which"),
     "nothing": (emptied, r"found no model\.json, modules\.json or config\.json"),
 }
 
@@ -277,7 +277,9 @@ def test_what_is_refused(spoil: Callable[[Path], Any], words: str, bert: Path, t
 
 @pytest.fixture
 def dense(bert: Path, tmp_path: Path) -> Path:
-    return saved(bert, tmp_path / "dense", Dense(WIDTH, 8))
+    folder = saved(bert, tmp_path / "dense", Dense(WIDTH, 8))
+    change(folder / "2_Dense" / "config.json", activation_function="my_code.Tanh")
+    return folder
 
 
 @pytest.fixture
@@ -300,7 +302,10 @@ def test_what_is_refused_is_refused_before_any_work(
     dense: Path, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with_config = ("--config", str(config))
-    for folder, words in ((dense, f"found Transformer, Pooling, Dense; {ALLOWED}"), (dense / "no", "found no folder")):
+    for folder, words in (
+        (dense, "found activation_function 'my_code.Tanh'; supported"),
+        (dense / "no", "found no folder"),
+    ):
         code, last, _, err = run_here(capsys, "evaluate", *with_config, f"embedding.model={folder}")
         assert (code, last["status"]) == (2, "failed")
         assert "embedding.model: " in err

@@ -21,10 +21,25 @@ SIZES: dict[str, dict[str, int]] = {
 TABLE_NORM_EPS, NORM_EPS = 1.0, 1e-5
 
 
+class Lora(Section):
+    """Adapters beside frozen linear layers (Hu et al. 2021). They want about ten times the learning rate."""
+
+    rank: int = Field(16, ge=1)
+    """Inner width of an adapter."""
+    alpha: float = Field(32.0, gt=0)
+    """An adapter's output is multiplied by alpha / rank."""
+    targets: list[str] | None = None
+    """Names, or ends of names, of the linear layers that get an adapter, such as [query, value]. By default all."""
+
+
 class Model(Section):
     pretrained: PathStr | None = None
-    """A pretrained transformers encoder: its folder, or its name on the hub. Replaces `size` and the other keys that
-    shape our own encoder; `tokenizer.load_path` then defaults to the encoder's tokenizer."""
+    """A pretrained model of transformers, sentence-transformers or model2vec: its folder, or its name on the hub.
+    Replaces `size` and the other keys that shape our own encoder; `tokenizer.load_path` then defaults to the model's
+    tokenizer. Dense modules are kept and trained."""
+    lora: Lora | None = None
+    """Trains adapters of the pretrained model, which is frozen, instead of its weights. Checkpoints and exports have
+    them merged."""
     static_from: PathStr | None = None
     """A teacher for a token table: a model's folder, or its name on the hub. The table starts as the teacher's
     vectors of the tokens, reduced to `d_model` by PCA and weighted by the tokens' rarity in the data (model2vec)."""
@@ -53,8 +68,9 @@ class Model(Section):
     """The decoder shares the encoder's token embeddings, for its input and its output."""
     gradient_checkpointing: bool = False
     """Recompute a layer's states in the backward pass instead of keeping them: less memory, a third more time."""
-    pooling: Literal["mean", "cls", "last", "weighted"] = "mean"
-    """How token states become a vector: their mean, the first token's, the last's, or a mean weighted by position."""
+    pooling: Literal["mean", "cls", "last", "weighted", "max", "mean_sqrt_len"] | None = None
+    """How token states become a vector: their mean, the first token's, the last's, a mean weighted by position, the
+    maximum, or their sum over the root of their number. By default the pretrained model's, else the mean."""
     normalize: bool = True
     """Vectors have unit length."""
     matryoshka_dims: list[Annotated[int, Field(ge=1)]] = []
@@ -87,6 +103,8 @@ class Model(Section):
             raise ValueError("either pretrained or static_from, not both")
         if self.pretrained and self.positions == "learned":
             raise ValueError("positions=learned only for our own encoder, not with pretrained")
+        if self.lora and not self.pretrained:
+            raise ValueError("lora only with pretrained, the model that it adapts")
         return self
 
     @field_validator("matryoshka_dims")

@@ -47,8 +47,8 @@ def write_export(
     options or a folder with other files, JobError if vectors are missing.
     """
     from pipeline.evaluation.model_card import model_card, read_origin
-    from pipeline.model.folder import model_fingerprint, read_model_spec
-    from pipeline.model.hf_io import export_model
+    from pipeline.model.folder import load_model, model_fingerprint, read_model_spec
+    from pipeline.model.hf_export import export_model
     from pipeline.model.onnx import check_packages, export_onnx
 
     if license_id is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license_id):
@@ -64,8 +64,7 @@ def write_export(
         metrics: dict[str, Any] = {"width": spec.width, "cosine": round(export_model(local, temporary), 6)}
         log.info("export: transformers reproduces the model's vectors with cosine %.6f or more", metrics["cosine"])
         if onnx:
-            cosine = export_onnx(temporary, pooling=spec.head.pooling, normalize=spec.head.normalize)
-            metrics["onnx_cosine"] = round(cosine, 6)
+            metrics["onnx_cosine"] = round(export_onnx(temporary, load_model(local)[0]), 6)
         if embeddings:
             metrics["embeddings"] = _write_embeddings(config, embeddings, local, temporary / "embeddings")
         origin, rows = read_origin(model, config.run_dir), metrics.get("embeddings", 0)

@@ -32,6 +32,8 @@ POOLINGS = {
     "cls": "the first token's state",
     "last": "the last token's state",
     "weighted": "a mean of a text's states in which the i-th has weight i",
+    "max": "the largest of a text's states in each dimension",
+    "mean_sqrt_len": "the sum of a text's states over the root of their number",
 }
 SHAPE_KEYS = {  # of model.json: our names, then those of transformers
     *("vocab_size", "norm_eps", "positions", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads"),
@@ -123,6 +125,7 @@ def _summary(spec: ModelSpec) -> str:
 
 def _usage(spec: ModelSpec, name: str, onnx: bool, embeddings: int) -> str:
     unit = ", at unit length" if spec.head.normalize else ""
+    vector = POOLINGS[spec.head.pooling] + (", through the Dense modules" if spec.head.projections else "") + unit
     text = f"""## Use
 
 ```python
@@ -134,7 +137,7 @@ documents = model.encode_document(["def dedup(rows): return list(dict.fromkeys(r
 print(model.similarity(queries, documents))
 ```
 
-`AutoModel.from_pretrained("{name}")` gives the token states; the vector is {POOLINGS[spec.head.pooling]}{unit}.
+`AutoModel.from_pretrained("{name}")` gives the token states; the vector is {vector}.
 Neither runs code from this folder."""
     prompts = "".join(f"\n- `{kind}`: `{prompt!r}`" for kind, prompt in spec.head.prompts if prompt)
     if prompts:

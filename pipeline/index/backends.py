@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from pipeline.config import Embedding
 from pipeline.core.artifact import Artifact, checked
 from pipeline.core.files import local_copy, scratch
 from pipeline.core.path import StoragePath
 from pipeline.index.vectors import unit
-from pipeline.model.folder import ModelSpec, is_table, model_fingerprint, read_model_spec
+from pipeline.model.folder import ModelSpec, is_table, model_fingerprint, read_model_spec, table_weights
 
 GRAPH = "model.onnx"
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 4_096, 32_768
@@ -55,7 +54,7 @@ class TableBackend:
     best_batch_tokens = None
 
     def __init__(self, folder: Path, spec: ModelSpec) -> None:
-        weights = load_file(folder / "model.safetensors")
+        weights = table_weights(folder)
         self.rows_VD, self.width, self.head = weights["embed_tokens.weight"], spec.width, spec.head
         mean_squares_V1 = np.square(self.rows_VD).mean(axis=1, keepdims=True)
         self.rows_VD *= weights["norm.weight"] / np.sqrt(mean_squares_V1 + np.float32(spec.shape["norm_eps"]))
@@ -66,9 +65,12 @@ class TableBackend:
         if pooling in ("cls", "last"):
             positions = offsets[nonempty] if pooling == "cls" else offsets[nonempty + 1] - 1
             vectors_ND[nonempty] = self.rows_VD[ids[positions]]
+        elif pooling == "max":
+            for i in nonempty.tolist():
+                np.max(self.rows_VD.take(ids[offsets[i] : offsets[i + 1]], axis=0), axis=0, out=vectors_ND[i])
         else:
-            total = self._sums(ids, offsets, nonempty, vectors_ND)
-            vectors_ND /= np.maximum(total, 1)[:, None].astype(np.float32)
+            total = np.maximum(self._sums(ids, offsets, nonempty, vectors_ND), 1)
+            vectors_ND /= (np.sqrt(total) if pooling == "mean_sqrt_len" else total)[:, None].astype(np.float32)
         return unit(vectors_ND) if self.head.normalize else vectors_ND
 
     def _sums(self, ids: np.ndarray, offsets: np.ndarray, nonempty: np.ndarray, out_ND: np.ndarray) -> np.ndarray:
@@ -152,13 +154,14 @@ def make_graph(folder: Path, settings: Embedding, graphs: StoragePath) -> None:
     graph = graph_of(folder, settings, graphs)
 
     def fill() -> dict[str, Any]:
-        from pipeline.model.hf_io import export_model
+        from pipeline.model.folder import load_model
+        from pipeline.model.hf_export import export_model
         from pipeline.model.onnx import export_onnx
 
         with tempfile.TemporaryDirectory(dir=scratch()) as name:
-            temporary, head = Path(name), read_model_spec(folder).head
+            temporary = Path(name)
             export_model(folder, temporary)
-            export_onnx(temporary, pooling=head.pooling, normalize=head.normalize)
+            export_onnx(temporary, load_model(folder)[0])
             if settings.precision == "int8":
                 _quantise(temporary / GRAPH)
             for file in temporary.glob(f"{GRAPH}*"):  # larger models store their weights in a second file

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import Config, ConfigError, Embedding
+from pipeline.core.console import log
 from pipeline.core.files import free_bytes, link_or_copy, local_copy, may_write, write_atomically
 from pipeline.core.outcome import JobError
 from pipeline.core.path import StoragePath, as_path
@@ -25,7 +26,7 @@ from pipeline.index.backends import make_graph
 from pipeline.index.encoder import EncoderRecipe
 from pipeline.index.pinecone_client import Budget
 from pipeline.index.table import VectorTable
-from pipeline.model.folder import model_files, model_fingerprint, read_model_spec
+from pipeline.model.folder import model_files, model_fingerprint, read_model_spec, runs_padded
 
 if TYPE_CHECKING:
     from pipeline.index.pinecone_store import PineconeStore
@@ -40,6 +41,8 @@ def encoder_recipe(config: Config, model: StoragePath) -> EncoderRecipe:
     if dimensions and dimensions not in (spec.width, *spec.head.dimensions):
         allowed = ", ".join(map(str, (spec.width, *spec.head.dimensions)))
         raise ConfigError(f"embedding.dimensions: found {dimensions}; allowed with this model are {allowed}")
+    if runs_padded(spec) and config.embedding.backend == "torch":
+        log.info("model: %s runs padded, because transformers cannot run it packed", spec.shape["model_type"])
     labels = config.scaling.labels
     recipe = EncoderRecipe(model, config.embedding, config.root / "onnx", labels.encode or labels.data)
     if config.embedding.backend == "onnxruntime":

@@ -17,25 +17,60 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import xxhash
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from pipeline.core.tokenizer_files import parse_tokenizer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipeline.model.embedding_model import EmbeddingModel
 
 FILES = ("model.safetensors", "model.json", "tokenizer.json")
 
-Pooling = Literal["mean", "cls", "last", "weighted"]
+CAUSAL_FAMILIES = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (  # of transformers, by model_type, whose layers run on packed tokens; others run padded
+    "bert",
+    "camembert",
+    "distilbert",
+    "electra",
+    "eurobert",
+    "gte",
+    "modernbert",
+    "nomic_bert",
+    "roberta",
+    "xlm-roberta",
+    *CAUSAL_FAMILIES,
+)
+
+Pooling = Literal["mean", "cls", "last", "weighted", "max", "mean_sqrt_len"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer and an activation after pooling: a Dense module of sentence-transformers."""
+
+    width: int
+    """Size of its output."""
+    bias: bool = True
+    activation: str = "Tanh"
+    """A class of torch.nn without arguments (embedding_model.ACTIVATIONS)."""
+    residual: bool = False
+    """Adds the input to the output, through another linear layer if their sizes differ."""
+    unit_input: bool = False
+    """Scales the input to unit length first."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """How token states become a vector.
+    """How token states become a vector: pooling, then projections, then normalisation.
 
     mean: the mean of all states. cls: the first token's state. last: the last token's state. weighted: a mean in which
-    the i-th token, counted from 1, has weight i (SGPT, section 3.1.2).
+    the i-th token, counted from 1, has weight i (SGPT, section 3.1.2). max: the largest state in each dimension.
+    mean_sqrt_len: the sum of all states over the square root of their number.
     """
 
     pooling: Pooling = "mean"
@@ -44,6 +79,8 @@ class Head:
     """Sizes below D that vectors can be truncated to (Matryoshka), largest first."""
     prompts: tuple[tuple[str, str], ...] = ()
     """(name, prompt) pairs; name is `query` or `document`. The prompt is prepended to such texts."""
+    projections: tuple[Projection, ...] = ()
+    """Applied to the pooled vector, in this order."""
 
     def prompt(self, name: str) -> str:
         return dict(self.prompts).get(name, "")
@@ -64,9 +101,19 @@ def save_model(folder: Path, model: EmbeddingModel, tokenizer_json: str, max_len
     """Write the three files. `max_length` is in tokens."""
     from safetensors.torch import save_file
 
-    state = {name: tensor.detach().contiguous() for name, tensor in model.backbone.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
+    save_file(unshared(model.weights()), folder / "model.safetensors")
     save_model_spec(folder, model, tokenizer_json, max_length)
+
+
+def unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state without shared memory, which safetensors rejects: T5's token table has two names."""
+    seen: set[int] = set()
+    copies = {}
+    for name, tensor in state.items():
+        is_new = tensor.data_ptr() not in seen
+        seen.add(tensor.data_ptr())
+        copies[name] = tensor.detach().contiguous() if is_new else tensor.detach().clone()
+    return copies
 
 
 def save_model_spec(folder: Path, model: EmbeddingModel, tokenizer_json: str, max_length: int) -> None:
@@ -83,13 +130,13 @@ def load_model(folder: Path) -> tuple[EmbeddingModel, Tokenizer]:
         from pipeline.model.hf_io import open_hf_folder
 
         return open_hf_folder(folder)[1:]
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file as load_tensors
 
     from pipeline.model.embedding_model import EmbeddingModel, unset_backbone
 
     spec = read_model_spec(folder)
     model = EmbeddingModel(unset_backbone(spec), spec.head)
-    model.backbone.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+    model.load_weights(load_tensors(folder / "model.safetensors"), assign=True)
     return model.eval(), load_tokenizer(folder)
 
 
@@ -109,14 +156,30 @@ def read_model_spec(folder: Path) -> ModelSpec:
         head = content["head"]
         head["dimensions"] = tuple(head["dimensions"])
         head["prompts"] = tuple((name, prompt) for name, prompt in head["prompts"])
+        head["projections"] = tuple(Projection(**each) for each in head.get("projections", ()))
         return ModelSpec(**content | {"head": Head(**head)})
     except (TypeError, KeyError, ValueError):
         raise ValueError(f"{folder / 'model.json'} does not describe a model of this version") from None
 
 
+def runs_padded(spec: ModelSpec) -> bool:
+    """Whether the backbone computes padding too."""
+    return spec.architecture == "pretrained" and spec.shape["model_type"] not in FAMILIES
+
+
 def is_table(spec: ModelSpec) -> bool:
-    """Whether the model is only a token table: no layers, and no learned positions."""
-    return spec.architecture == "unified" and not spec.shape["num_layers"] and spec.shape["positions"] == "rotary"
+    """Whether the model is only a token table: no layers, no learned positions, no projections."""
+    is_unlayered = spec.architecture == "unified" and not spec.shape["num_layers"]
+    return is_unlayered and spec.shape["positions"] == "rotary" and not spec.head.projections
+
+
+def table_weights(folder: Path) -> dict[str, np.ndarray]:
+    """The weights of a token table, by name. Does not import torch for a folder that `save_model` wrote."""
+    if is_ours(folder):
+        return load_file(folder / "model.safetensors")  # type: ignore[no-any-return]
+    from pipeline.model.hf_io import open_hf_folder
+
+    return {name: tensor.numpy() for name, tensor in open_hf_folder(folder)[1].weights().items()}
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -1,44 +1,42 @@
-"""Reads model folders of transformers and sentence-transformers, and exports our models as one.
+"""Reads model folders of transformers, sentence-transformers and model2vec.
 
     spec, model, tokenizer = open_hf_folder(Path("all-MiniLM-L6-v2"))
     spec.head                                              # Head(pooling='mean', normalize=True, …)
 
-    export_model(checkpoint, folder)                       # our encoder becomes EuroBERT; pretrained ones do not change
-    SentenceTransformer(str(folder)).encode_query(["remove duplicate rows"])
-    AutoModel.from_pretrained(folder)                      # the token states, before pooling
-
-    config.json model.safetensors tokenizer.json tokenizer_config.json         transformers: mean pooling, unit length
-    modules.json config_sentence_transformers.json 1_Pooling/config.json       sentence-transformers: as configured
-    sentence_bert_config.json 2_Normalize/
+    modules.json         Transformer and Pooling, or StaticEmbedding; then any number of Dense and Normalize
+    config.json          without modules.json: transformers, or model2vec by its model_type
 
 Vectors equal those of sentence-transformers; unsupported modules raise an error. Only JSON and safetensors are read,
-and no code from the folder runs. Cost: importing transformers takes seconds, even without weights.
-
-Exports use the format that sentence-transformers has read since 2.2, and other embedding servers read too; 6.2 writes
-other names for the same modules but still reads these. `export_model` loads the export with transformers and compares
-the vectors before it returns, so the model is in memory twice.
+and no code from the folder runs. A StaticEmbedding becomes an `Encoder` without layers, whose norm does nothing. Cost:
+importing transformers takes seconds, even without weights.
 """
 
 from __future__ import annotations
 
 import json
-from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, normalizers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, normalizers, processors
+from torch import Tensor, nn
 
-from pipeline.config import ConfigError
 from pipeline.core.path import stays_below
-from pipeline.core.tokenizer_files import encoding, parse_tokenizer
-from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import Head, ModelSpec, Pooling, load_model, read_model_spec
-from pipeline.model.packing import Layout, pack
+from pipeline.core.tokenizer_files import parse_tokenizer
+from pipeline.model.embedding_model import ACTIVATIONS, EmbeddingModel
+from pipeline.model.folder import Head, ModelSpec, Pooling, Projection
+from pipeline.model.transformer import Encoder, EncoderShape
 
-POOLINGS: dict[str, Pooling] = {"cls": "cls", "lasttoken": "last", "mean": "mean", "weightedmean": "weighted"}
+POOLINGS: dict[str, Pooling] = {
+    "cls": "cls",
+    "lasttoken": "last",
+    "max": "max",
+    "mean": "mean",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+    "weightedmean": "weighted",
+}
 """sentence-transformers' `pooling_mode` → ours."""
 FLAGS = {  # flags in 1_Pooling/config.json before sentence-transformers 6 → `pooling_mode` since then
     "pooling_mode_cls_token": "cls",
@@ -51,19 +49,18 @@ FLAGS = {  # flags in 1_Pooling/config.json before sentence-transformers 6 → `
 # NOTE: sentence-transformers documents these names, in this order, but it treats a missing `document` as an empty
 # prompt (6.2), so it never uses the other names.
 PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
-MODULES = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
-NAMED_TOKENS = {f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "UNK", "CLS", "SEP", "MASK")}
-PAD_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<|endoftext|>")
-CHECKED_TEXTS, CHECKED_TOKENS = 32, 64
-MIN_COSINE = 0.9999
+NO_NORM_EPS = 1e12
+"""An epsilon of RMSNorm that its weights undo, if they are the root of it: x / 1e6 * 1e6."""
 
 
 class FolderParts(NamedTuple):
     """Paths of a model's parts in its folder."""
 
-    encoder: Path  # the folder with config.json, weights and tokenizer
-    pooling: Path | None  # the folder of the Pooling module; None in a transformers folder
-    normalize: bool
+    encoder: Path  # the folder with weights and tokenizer.json, and config.json unless it is static
+    is_static: bool  # a token table: StaticEmbedding or model2vec
+    pooling: Path | None = None  # the folder of the Pooling module; None in a transformers folder
+    projections: tuple[tuple[Path, bool], ...] = ()  # folders of Dense modules; whether Normalize precedes each
+    normalize: bool = True
 
 
 def open_hf_folder(folder: Path, *, weights: bool = True) -> tuple[ModelSpec, EmbeddingModel, Tokenizer]:
@@ -72,22 +69,36 @@ def open_hf_folder(folder: Path, *, weights: bool = True) -> tuple[ModelSpec, Em
     Without `weights`, the model is on the meta device. Raises OSError if a file is missing or unreadable, ValueError
     for an unsupported model or module, before reading any weights.
     """
-    from pipeline.model.pretrained import load_pretrained, shape_of
-
     parts = _parts(folder)
-    head, tokenizer = _head(folder, parts), _tokenizer(parts.encoder)
-    backbone = (load_pretrained if weights else shape_of)(parts.encoder)
-    rows, tokens = len(backbone.token_table.weight), tokenizer.get_vocab_size()
+    tokenizer, model = _tokenizer(parts), open_hf_model(folder, weights=weights)
+    rows, tokens, backbone = len(model.token_table.weight), tokenizer.get_vocab_size(), model.backbone
     if tokens > rows:
         raise ValueError(
             f"{parts.encoder}: found {tokens:,} tokens in tokenizer.json, but {rows:,} rows in the token table; give "
             "the model its own tokenizer"
         )
-    max_length = _max_length(parts.encoder, backbone.max_positions)
+    max_length = _max_length(parts, tokenizer, backbone)
     side = _settings(parts.encoder / "tokenizer_config.json").get("truncation_side", "right")
     tokenizer.enable_truncation(max_length, direction=side)
-    spec = ModelSpec("pretrained", backbone.describe(), head, backbone.width, max_length)
-    return spec, EmbeddingModel(backbone, head).eval(), tokenizer
+    described = backbone.describe()  # type: ignore[operator]
+    return ModelSpec(str(backbone.architecture), described, model.head, model.width, max_length), model, tokenizer
+
+
+def open_hf_model(folder: Path, *, weights: bool = True) -> EmbeddingModel:
+    """The model alone, in evaluation mode. Needs no tokenizer; else as `open_hf_folder`."""
+    from pipeline.model.pretrained import load_pretrained, shape_of
+
+    parts = _parts(folder)
+    head = _head(folder, parts)
+    if parts.is_static:
+        backbone: nn.Module = _static_encoder(parts.encoder, weights)
+    else:
+        backbone = (load_pretrained if weights else shape_of)(parts.encoder)
+    with torch.device("cpu" if weights else "meta"):
+        model = EmbeddingModel(backbone, head).eval()
+    for (path, _), dense in zip(parts.projections, model.projections, strict=True):
+        _load_dense(path, dense)
+    return model
 
 
 def hf_files(folder: Path) -> list[str]:
@@ -95,6 +106,7 @@ def hf_files(folder: Path) -> list[str]:
     parts = _parts(folder)
     candidates = [folder / "modules.json", folder / "config_sentence_transformers.json"]
     candidates += [parts.pooling / "config.json"] if parts.pooling else []
+    candidates += [path / name for path, _ in parts.projections for name in ("config.json", "model.safetensors")]
     candidates += [parts.encoder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
     for pattern in ("sentence_*_config.json", "model*.safetensors*"):
         candidates += parts.encoder.glob(pattern)
@@ -109,30 +121,41 @@ def _parts(folder: Path) -> FolderParts:
                 f"{folder}: found no model.json, modules.json or config.json; give the folder of a checkpoint, or of a "
                 "sentence-transformers or transformers model"
             )
-        return FolderParts(folder, None, normalize=True)
+        config = _settings(folder / "config.json")
+        is_static = config.get("model_type") == "model2vec"
+        return FolderParts(folder, is_static, normalize=not is_static or bool(config.get("normalize", True)))
     try:
         modules = [(str(module["type"]), folder / module["path"]) for module in _json(path)]
     except (TypeError, KeyError):
         raise ValueError(f"{path}: found no list of modules with type and path; give a complete model") from None
     # Shorten only sentence-transformers' own classes: custom code in a folder may use any name.
     names = [name.rpartition(".")[2] if name.startswith("sentence_transformers.") else name for name, _ in modules]
-    if names not in MODULES:
+    is_static = names[:1] == ["StaticEmbedding"]
+    start = 1 if is_static else 2
+    if not (is_static or names[:2] == ["Transformer", "Pooling"]) or {*names[start:]} - {"Dense", "Normalize"}:
         raise ValueError(
-            f"{path}: found {', '.join(names) or 'no module'}; supported are Transformer and Pooling of "
-            "sentence-transformers, optionally followed by Normalize"
+            f"{path}: found {', '.join(names) or 'no module'}; supported are Transformer and Pooling, or "
+            "StaticEmbedding, of sentence-transformers, optionally followed by Dense and Normalize"
         )
     for _, part in modules:
         is_below = part.is_relative_to(folder) and stays_below(str(part.relative_to(folder)))
         if not is_below or not part.resolve().is_relative_to(folder.resolve()):  # a link may lead out
             raise ValueError(f"{path}: found a module at {part}, outside the model's folder; give a complete model")
-    return FolderParts(modules[0][1], modules[1][1], normalize=len(modules) == 3)
+    projections, normalize = list[tuple[Path, bool]](), False
+    for name, (_, part) in zip(names[start:], modules[start:], strict=True):
+        if name == "Dense":
+            projections.append((part, normalize))
+        normalize = name == "Normalize"
+    return FolderParts(modules[0][1], is_static, None if is_static else modules[1][1], tuple(projections), normalize)
 
 
 def _head(folder: Path, parts: FolderParts) -> Head:
+    prompts = _prompts(folder / "config_sentence_transformers.json")
+    projections = tuple(_projection(path, unit_input) for path, unit_input in parts.projections)
     if parts.pooling is None:
-        return Head()
+        return Head(_default_pooling(parts), parts.normalize, prompts=prompts, projections=projections)
     path = parts.pooling / "config.json"
-    content, prompts = _settings(path), _prompts(folder / "config_sentence_transformers.json")
+    content = _settings(path)
     if prompts and not content.get("include_prompt", True):
         raise ValueError(
             f"{path}: found include_prompt false; with prompts only true is supported, because a prompt's tokens are "
@@ -144,7 +167,82 @@ def _head(folder: Path, parts: FolderParts) -> Head:
         raise ValueError(
             f"{path}: found pooling by {' and '.join(map(str, modes))}; supported is one of {', '.join(POOLINGS)}"
         )
-    return Head(POOLINGS[modes[0]], parts.normalize, prompts=prompts)
+    return Head(POOLINGS[modes[0]], parts.normalize, prompts=prompts, projections=projections)
+
+
+def _default_pooling(parts: FolderParts) -> Pooling:
+    """sentence-transformers' choice for a folder without modules: the last token of a causal language model."""
+    config = {} if parts.is_static else _settings(parts.encoder / "config.json")
+    architecture = str((config.get("architectures") or [""])[0])
+    return "last" if architecture.endswith("ForCausalLM") and config.get("is_causal", True) else "mean"
+
+
+def _projection(path: Path, unit_input: bool) -> Projection:
+    """The shape of a Dense module. Raises ValueError for one that only its own code could compute."""
+    file = path / "config.json"
+    content = _settings(file)
+    package, _, activation = str(content.get("activation_function", "torch.nn.Tanh")).rpartition(".")
+    if not package.startswith("torch.nn") or activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{file}: found activation_function {content['activation_function']!r}; supported are torch.nn's "
+            f"{', '.join(ACTIVATIONS)}"
+        )
+    places = {content.get(key) or "sentence_embedding" for key in ("module_input_name", "module_output_name")}
+    width = content.get("out_features")
+    if places != {"sentence_embedding"} or not isinstance(width, int) or width < 1:
+        raise ValueError(
+            f"{file}: found {width!r} as out_features, {' and '.join(sorted(map(str, places)))} as input and output; "
+            "supported are Dense modules that project the sentence_embedding"
+        )
+    bias, residual = bool(content.get("bias", True)), bool(content.get("use_residual", False))
+    return Projection(width, bias, activation, residual, unit_input)
+
+
+def _load_dense(path: Path, dense: nn.Module) -> None:
+    """Load a Dense module's weights, or only check them for one on the meta device. Raises OSError or ValueError."""
+    state = {name: tensor.float() for name, tensor in _safetensors(path).items()}
+    expected = {name: tensor.shape for name, tensor in dense.state_dict().items()}
+    if {name: tensor.shape for name, tensor in state.items()} != expected:
+        sizes = ", ".join(f"{name} of {' x '.join(map(str, shape))}" for name, shape in expected.items())
+        raise ValueError(
+            f"{path}: its safetensors do not fit its config, which asks for {sizes}; give a complete model"
+        )
+    if not next(dense.parameters()).is_meta:
+        dense.load_state_dict(state)
+
+
+def _safetensors(folder: Path) -> dict[str, Tensor]:
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        found = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "no weights"
+        raise OSError(
+            f"{folder}: found {found}, but no model.safetensors; other formats can run code when loaded, so give a "
+            "model with safetensors, or convert it if you trust it"
+        )
+    try:
+        return load_file(file)  # type: ignore[no-any-return]
+    except SafetensorError as error:
+        raise OSError(f"{file}: cannot read it ({error}); download it again") from None
+
+
+def _static_encoder(folder: Path, weights: bool) -> Encoder:
+    """A token table: StaticEmbedding's `embedding.weight`, or model2vec's `embeddings`, `mapping` and `weights`."""
+    state = _safetensors(folder)
+    rows_VD = state.get("embedding.weight", state.get("embeddings"))
+    if rows_VD is None or rows_VD.ndim != 2:
+        raise ValueError(f"{folder}: found no table embedding.weight or embeddings in model.safetensors; give another")
+    rows_VD = rows_VD.float()
+    if "mapping" in state and "embedding.weight" not in state:
+        rows_VD = rows_VD[state["mapping"].long()]
+    if "weights" in state and "embedding.weight" not in state:
+        rows_VD = rows_VD * state["weights"].float()[:, None]
+    vocab_size, width = rows_VD.shape
+    with torch.device("meta"):
+        encoder = Encoder(EncoderShape(vocab_size, width, 0, num_heads=1, d_ff=width, norm_eps=NO_NORM_EPS))
+    if weights:
+        undo_D = torch.full((width,), NO_NORM_EPS**0.5)
+        encoder.load_state_dict({"embed_tokens.weight": rows_VD.contiguous(), "norm.weight": undo_D}, assign=True)
+    return encoder
 
 
 def _prompts(path: Path) -> tuple[tuple[str, str], ...]:
@@ -154,23 +252,30 @@ def _prompts(path: Path) -> tuple[tuple[str, str], ...]:
     return tuple((ours, prompt) for ours, prompt in found.items() if prompt)
 
 
-def _max_length(encoder: Path, positions: int) -> int:
+def _max_length(parts: FolderParts, tokenizer: Tokenizer, backbone: Any) -> int:
     """In tokens: sentence-transformers' limit, else the tokenizer's, but at most the model's number of positions."""
+    from pipeline.model.pretrained import NO_LIMIT
+
+    if parts.is_static:  # sentence-transformers obeys only tokenizer.json here
+        return int((tokenizer.truncation or {}).get("max_length", NO_LIMIT))
+    encoder, positions = parts.encoder, backbone.max_positions
     configured = [_settings(path).get("max_seq_length") for path in sorted(encoder.glob("sentence_*_config.json"))]
     limits = [*configured, _settings(encoder / "tokenizer_config.json").get("model_max_length"), positions]
     return min(int(next(limit for limit in limits if limit)), positions)
 
 
-def _tokenizer(encoder: Path) -> Tokenizer:
-    path = encoder / "tokenizer.json"
+def _tokenizer(parts: FolderParts) -> Tokenizer:
+    path = parts.encoder / "tokenizer.json"
     if not path.is_file():
-        raise OSError(f"{encoder}: found no tokenizer.json; give a model saved with a fast tokenizer")
+        raise OSError(f"{parts.encoder}: found no tokenizer.json; give a model saved with a fast tokenizer")
     try:
         tokenizer = parse_tokenizer(path.read_text(encoding="utf-8"), path)
     except ValueError as error:
         raise ValueError(f"{path}: found no valid tokenizer ({error}); give a complete model") from None
     tokenizer.no_padding()
-    if any(_settings(path).get("do_lower_case") for path in encoder.glob("sentence_*_config.json")):
+    if parts.is_static:
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A")  # no special tokens
+    elif any(_settings(path).get("do_lower_case") for path in parts.encoder.glob("sentence_*_config.json")):
         steps = [normalizers.Lowercase(), *([tokenizer.normalizer] if tokenizer.normalizer else [])]
         tokenizer.normalizer = normalizers.Sequence(steps)
     return tokenizer
@@ -187,161 +292,3 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: found no valid JSON ({error}); give a complete model") from None
-
-
-def export_model(checkpoint: Path, folder: Path) -> float:
-    """Export a model into a folder. Returns the smallest cosine between the export's vectors and the model's.
-
-    Raises ConfigError if transformers has no such architecture, RuntimeError if the vectors differ.
-    """
-    spec, (model, tokenizer) = read_model_spec(checkpoint), load_model(checkpoint)
-    pad_id = pad_token_id(spec, tokenizer)
-    exported: Any = model.backbone.model if spec.architecture == "pretrained" else model.backbone
-    if spec.architecture == "pretrained":
-        from transformers import __version__
-
-        config = {**spec.shape, "architectures": [type(exported).__name__], "transformers_version": __version__}
-    else:
-        config = eurobert_config(spec, tokenizer, pad_id)
-    _write(folder / "config.json", config)
-    state = {name: tensor.contiguous() for name, tensor in exported.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    # NOTE: safetensors makes the file readable only by its owner, but exports are for others.
-    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
-    file = checkpoint / "tokenizer.json"
-    whole = parse_tokenizer(file.read_text(encoding="utf-8"), file)
-    whole.no_padding()
-    whole.no_truncation()  # tokenizer_config.json has the limit
-    whole.save(str(folder / "tokenizer.json"))
-    _write(folder / "tokenizer_config.json", _tokenizer_config(spec, tokenizer, pad_id))
-    _write_modules(spec, folder, "add_pooling_layer" in signature(type(exported)).parameters)
-    return _smallest_cosine(model, tokenizer, folder)
-
-
-def eurobert_config(spec: ModelSpec, tokenizer: Tokenizer, pad_id: int) -> dict[str, Any]:
-    """Our encoder's shape as a EuroBERT config. Raises ConfigError for learned positions, which EuroBERT lacks."""
-    from transformers import EuroBertConfig
-
-    shape, mask_id = spec.shape, tokenizer.token_to_id("[MASK]")
-    if shape.get("positions", "rotary") != "rotary":
-        raise ConfigError(f"model.positions: found {shape['positions']}; exports need model.positions=rotary")
-    config = EuroBertConfig(
-        architectures=["EuroBertModel"],
-        dtype="float32",
-        vocab_size=shape["vocab_size"],
-        hidden_size=shape["d_model"],
-        intermediate_size=shape["d_ff"],
-        num_hidden_layers=shape["num_layers"],
-        num_attention_heads=shape["num_heads"],
-        num_key_value_heads=shape.get("num_kv_heads") or shape["num_heads"],
-        hidden_act="gelu",
-        rms_norm_eps=shape["norm_eps"],
-        rope_parameters={"rope_type": "default", "rope_theta": shape["rope_theta"]},
-        max_position_embeddings=spec.max_length,
-        pad_token_id=pad_id,
-        bos_token_id=None,
-        eos_token_id=None,
-        mask_token_id=pad_id if mask_id is None else int(mask_id),
-        use_cache=False,
-    )
-    return json.loads(config.to_json_string(use_diff=False))
-
-
-def pad_token_id(spec: ModelSpec, tokenizer: Tokenizer) -> int:
-    """A special token to pad with: the config's, else one by name, else the first. All give the same vectors.
-
-    Raises ConfigError if the tokenizer has none: an ordinary word made special would be tokenized differently.
-    """
-    special = _special_tokens(tokenizer)
-    if not special:
-        raise ConfigError("found no special token to pad with; exports need a tokenizer that has one, such as [PAD]")
-    own = [token_id for token_id in special.values() if token_id == spec.shape.get("pad_token_id")]
-    by_name = [special[name] for name in PAD_TOKENS if name in special]
-    return [*own, *by_name, *special.values()][0]
-
-
-def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Special tokens and their ids, by ascending id."""
-    added = sorted(tokenizer.get_added_tokens_decoder().items())
-    return {token.content: token_id for token_id, token in added if token.special}
-
-
-def _tokenizer_config(spec: ModelSpec, tokenizer: Tokenizer, pad_id: int) -> dict[str, Any]:
-    """Settings that make AutoTokenizer use tokenizer.json unchanged, truncating at the model's length.
-
-    NOTE: `PreTrainedTokenizerFast` reads tokenizer.json as it is; model-specific classes rebuild parts of it.
-    """
-    special = _special_tokens(tokenizer)
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{role: token for role, token in NAMED_TOKENS.items() if token in special},
-        "pad_token": tokenizer.id_to_token(pad_id),
-        "model_max_length": spec.max_length,
-        "padding_side": "right",
-        "truncation_side": "right",
-        "model_input_names": ["input_ids", "attention_mask"],
-        "clean_up_tokenization_spaces": False,
-    }
-
-
-def _write_modules(spec: ModelSpec, folder: Path, has_pooler: bool) -> None:
-    """Write sentence-transformers' files. `has_pooler`: the class adds an unused, random pooling layer by default."""
-    head = spec.head
-    paths = {"Transformer": "", "Pooling": "1_Pooling", **({"Normalize": "2_Normalize"} if head.normalize else {})}
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
-        for i, (name, path) in enumerate(paths.items())
-    ]
-    _write(folder / "modules.json", modules)
-    without_pooler = {"model_args": {"add_pooling_layer": False}} if has_pooler else {}
-    loading = {"max_seq_length": spec.max_length, "do_lower_case": False, **without_pooler}
-    _write(folder / "sentence_bert_config.json", loading)
-    prompts = {name: head.prompt(name) for name in PROMPTS}
-    settings = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"}
-    _write(folder / "config_sentence_transformers.json", settings)
-    modes = {flag: POOLINGS.get(mode) == head.pooling for flag, mode in FLAGS.items()}
-    pooling = {"word_embedding_dimension": spec.width, **modes, "include_prompt": True}
-    _write(folder / "1_Pooling" / "config.json", pooling)
-    if head.normalize:
-        _write(folder / "2_Normalize" / "config.json", {})
-
-
-def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@torch.inference_mode()
-def _smallest_cosine(model: EmbeddingModel, tokenizer: Tokenizer, folder: Path) -> float:
-    """The smallest cosine between our vectors and the export's, on random texts. Raises RuntimeError if too small."""
-    from transformers import AutoModel, AutoTokenizer
-
-    from pipeline.model.pretrained import quiet_transformers
-
-    texts = _random_texts(tokenizer)
-    with encoding(tokenizer):
-        sequences = [encoded.ids for encoded in tokenizer.encode_batch(texts)]
-    their_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if their_tokenizer(texts, truncation=True)["input_ids"] != sequences:
-        raise RuntimeError("the exported tokenizer gives different ids than the model's own; please report this bug")
-    with quiet_transformers():
-        theirs = AutoModel.from_pretrained(folder, local_files_only=True).eval()
-    batch = their_tokenizer(texts, truncation=True, padding=True, return_tensors="pt")
-    states_TD = theirs(**batch).last_hidden_state[batch["attention_mask"].bool()]
-    packed = pack(sequences)
-    cosine = float(F.cosine_similarity(model(packed), model.pooled(states_TD, Layout.of(packed))).min())
-    if not cosine >= MIN_COSINE:
-        raise RuntimeError(
-            f"found cosine {cosine:.6f} between an exported vector and the model's own; please report this bug"
-        )
-    return cosine
-
-
-def _random_texts(tokenizer: Tokenizer) -> list[str]:
-    """Texts of about 1 to CHECKED_TOKENS random tokens, the same on every call, without empty ones."""
-    chance = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, CHECKED_TOKENS, (CHECKED_TEXTS,), generator=chance).tolist()
-    size = tokenizer.get_vocab_size()
-    texts = tokenizer.decode_batch([torch.randint(size, (n,), generator=chance).tolist() for n in lengths])
-    with encoding(tokenizer):
-        return [text for text, encoded in zip(texts, tokenizer.encode_batch(texts), strict=True) if encoded.ids]

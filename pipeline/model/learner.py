@@ -86,7 +86,7 @@ class Learner(nn.Module):
         # NOTE: registered before the model, so that ddp puts it in the bucket that is sent last.
         self.projection = nn.Linear(model.width, teacher_width, bias=False) if projects and teacher_width else None
         self.model, self.objective, self.special, self.decoder = model, objective, special, decoder
-        self.masked_head = MaskedHead(model.width) if objective.mlm else None
+        self.masked_head = MaskedHead(model.token_table.embedding_dim) if objective.mlm else None
         self.weights = {name: float(section.weight) for name, section in objective.named.items()}  # type: ignore[attr-defined]
         contrastive = objective.contrastive
         self.views = views

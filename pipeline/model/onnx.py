@@ -1,6 +1,6 @@
 """Exports a model as one ONNX graph: token ids in, pooled vectors out, for any number and length of texts.
 
-    export_onnx(folder, pooling="mean", normalize=True)          # after export_model; writes folder/model.onnx
+    export_onnx(folder, model)                     # after export_model(checkpoint, folder); writes folder/model.onnx
     session = onnxruntime.InferenceSession("model.onnx")
     (vectors,) = session.run(None, {"input_ids": ids, "attention_mask": mask})     # (N, L) int64 → (N, D) float32
 
@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import ConfigError
-from pipeline.model.folder import Pooling
-from pipeline.model.hf_io import MIN_COSINE
+from pipeline.model.embedding_model import EmbeddingModel
+from pipeline.model.hf_export import MIN_COSINE
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 MAX_FILE_BYTES = 1 << 30  # half of protobuf's limit; weights of larger models go to model.onnx.data
@@ -33,22 +33,31 @@ MAX_FILE_BYTES = 1 << 30  # half of protobuf's limit; weights of larger models g
 class PaddedEmbedder(nn.Module):
     """The module that is traced: a transformers model, pooled with one weight per token, 0 for padding."""
 
-    def __init__(self, model: nn.Module, pooling: Pooling, normalize: bool) -> None:
+    def __init__(self, model: nn.Module, embedding: EmbeddingModel) -> None:
         super().__init__()
-        self.model, self.pooling, self.normalize = model, pooling, normalize
+        self.model, self.head, self.projections = model, embedding.head, embedding.projections
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(N, L) ids and mask → (N, D); zeros for an empty text."""
         states_NLD = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if self.head.pooling == "max":
+            largest = states_NLD.masked_fill(attention_mask[:, :, None] == 0, -torch.inf).amax(dim=1)
+            return self._finished(largest, attention_mask)
         place = attention_mask.cumsum(dim=1)  # 1 at the first token, the text's length from the last token on
         weights = {
             "mean": attention_mask,
+            "mean_sqrt_len": attention_mask,
             "cls": attention_mask * (place == 1),
             "last": attention_mask * (place == place[:, -1:]),
             "weighted": attention_mask * place,
-        }[self.pooling].to(states_NLD.dtype)
-        vectors = (weights[:, :, None] * states_NLD).sum(dim=1) / weights.sum(dim=1, keepdim=True).clamp(min=1)
-        return F.normalize(vectors, dim=-1) if self.normalize else vectors
+        }[self.head.pooling].to(states_NLD.dtype)
+        divisor = weights.sum(dim=1, keepdim=True).clamp(min=1)
+        divisor = divisor.sqrt() if self.head.pooling == "mean_sqrt_len" else divisor
+        return self._finished((weights[:, :, None] * states_NLD).sum(dim=1) / divisor, attention_mask)
+
+    def _finished(self, pooled_ND: Tensor, attention_mask: Tensor) -> Tensor:
+        vectors = torch.where(attention_mask.sum(dim=1, keepdim=True) > 0, self.projections(pooled_ND), 0.0)
+        return F.normalize(vectors, dim=-1) if self.head.normalize else vectors
 
 
 def check_packages(option: str) -> None:
@@ -60,32 +69,37 @@ def check_packages(option: str) -> None:
         )
 
 
-def export_onnx(folder: Path, *, pooling: Pooling, normalize: bool) -> float:
-    """Write `model.onnx` into an exported model's folder. Returns the smallest cosine between torch and onnxruntime.
+def export_onnx(folder: Path, exported: EmbeddingModel) -> float:
+    """Write `model.onnx` into the folder of an `exported` model. Returns the smallest cosine, torch to onnxruntime.
 
-    Raises RuntimeError if it is below MIN_COSINE.
+    Raises ConfigError if torch cannot trace the architecture, RuntimeError if the cosine is below MIN_COSINE.
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass  # type: ignore[import-not-found, import-untyped]
-    from transformers import AutoModel
 
-    from pipeline.model.pretrained import quiet_transformers
+    from pipeline.model.pretrained import open_exported
 
-    with quiet_transformers():
-        model = AutoModel.from_pretrained(folder, local_files_only=True, attn_implementation="eager").eval()
-    embedder = PaddedEmbedder(model, pooling, normalize).eval()
+    model = open_exported(folder, attn_implementation="eager")
+    embedder = PaddedEmbedder(model, exported).eval()
     path, size = folder / "model.onnx", sum(p.numel() * p.element_size() for p in model.parameters())
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     with warnings.catch_warnings(), _quiet_exporter():
         warnings.simplefilter("ignore")  # torch warns about its own deprecations and axis names
-        program = torch.onnx.export(
-            embedder,
-            _example(model, rows=2, length=7),
-            dynamo=True,
-            verbose=False,
-            input_names=["input_ids", "attention_mask"],
-            output_names=["sentence_embedding"],
-            dynamic_shapes={"input_ids": axes, "attention_mask": axes},
-        )
+        try:
+            program = torch.onnx.export(
+                embedder,
+                _example(model, rows=2, length=7),
+                dynamo=True,
+                verbose=False,
+                input_names=["input_ids", "attention_mask"],
+                output_names=["sentence_embedding"],
+                dynamic_shapes={"input_ids": axes, "attention_mask": axes},
+            )
+        except torch.onnx.OnnxExporterError as error:
+            family, reason = model.config.model_type, type(error.__cause__ or error).__name__
+            raise ConfigError(
+                f"onnx: torch cannot export a {family} model as a graph ({reason}); use embedding.backend=torch, and "
+                "export without --onnx"
+            ) from error
     assert program is not None
     ClearMetadataAndDocStringPass()(program.model)  # metadata contains paths of this machine
     program.save(path, external_data=size > MAX_FILE_BYTES)

@@ -1,21 +1,23 @@
-"""Runs transformers' encoders on packed tokens, without padding.
+"""Runs transformers' text encoders: the families in FAMILIES on packed tokens, without padding, all others padded.
 
     backbone = load_pretrained("sentence-transformers/all-MiniLM-L6-v2")       # or a folder; safetensors only
     batch = pack([[101, 7592, 102], [101, 2088, 999, 102]])
     states = backbone.hidden(batch, Layout.of(batch))                          # (7, 384)
 
-transformers runs one row of T tokens with the positions that we pass, and calls our attention, which separates the
-sequences. The states equal those of padded sequences; tests check this for each family in FAMILIES. Cost: importing
-transformers takes seconds.
+For a packed batch, transformers runs one row of T tokens with the positions that we pass, and calls our attention,
+which separates the sequences. The states equal those of padded sequences; tests check this for each family. Others run
+on N rows of L tokens, padded on the right, with a mask. Cost: importing transformers takes seconds; padding is computed
+too.
 """
 
-# Shapes: T packed tokens, D width, H heads, J key-value heads, K head width.
+# Shapes: T packed tokens, N sequences, L tokens of the longest, D width, H heads, J key-value heads, K head width.
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -24,38 +26,41 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    MODEL_MAPPING,
+    AttentionInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    PretrainedConfig,
+    PreTrainedModel,
+    __version__,
+)
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from pipeline.core.path import stays_below
 from pipeline.model.attention import AttentionOptions, attend
+from pipeline.model.folder import CAUSAL_FAMILIES, FAMILIES
 from pipeline.model.linear import use_onednn
 from pipeline.model.packing import Layout, Packed, scatter_rows
 
-FAMILIES = (
-    "bert",
+OFFSET = (  # count positions from the padding token's id + 1, as fairseq does
     "camembert",
-    "distilbert",
-    "electra",
-    "eurobert",
-    "gte",
-    "modernbert",
-    "nomic_bert",
+    "data2vec-text",
+    "longformer",
+    "mpnet",
     "roberta",
+    "roberta-prelayernorm",
     "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
 )
-POOLED = (
-    "bert",
-    "camembert",
-    "gte",
-    "nomic_bert",
-    "roberta",
-    "xlm-roberta",
-)  # have a pooling layer that we skip
-OFFSET = ("camembert", "roberta", "xlm-roberta")  # count positions from the padding token's id + 1, as fairseq does
 DECODER_KEYS = ("is_decoder", "is_causal", "add_cross_attention")
+NO_LIMIT = 1 << 30  # tokens: longer than any text
 ATTENTION = "packed"  # our attention's name in transformers
 NOT_DESCRIBED = ("_name_or_path", "auto_map", "transformers_version")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -75,7 +80,8 @@ def _attention(
     q_THK, k_TJK, v_TJK = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     # transformers' window includes the query's own position.
     window = given["sliding_window"] - 1 if given.get("sliding_window") else None
-    options = AttentionOptions(window=window, dropout=given.get("dropout", 0.0), scale=given.get("scaling"))
+    causal = getattr(module, "is_causal", False) and getattr(module.config, "is_causal", True) is not False
+    options = AttentionOptions(causal, window, given.get("dropout", 0.0), given.get("scaling"))
     return attend(q_THK, k_TJK, v_TJK, layout, layout, options).unsqueeze(0), None
 
 
@@ -91,6 +97,8 @@ class PretrainedEncoder(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.is_packed = model.config.model_type in FAMILIES
+        model.config.use_cache = False  # of keys and values, for generation
         use_onednn(model)
 
     @classmethod
@@ -99,7 +107,7 @@ class PretrainedEncoder(nn.Module):
         config = _config(description, "model.json")
         # NOTE: not on the meta device, because it computes buffers outside the state dict, such as rotary frequencies.
         with no_init_weights():
-            return cls(AutoModel.from_config(config, **_options(config)))
+            return cls(_loader(config, "model.json").from_config(config, **_options(config)))
 
     def describe(self) -> dict[str, Any]:
         """The transformers config as JSON, without its version and path."""
@@ -124,16 +132,9 @@ class PretrainedEncoder(nn.Module):
 
     @property
     def max_positions(self) -> int:
-        """The longest sequence that the model has positions for, in tokens."""
-        return int(self.model.config.max_position_embeddings) - self._first_position
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether two passes in training give different states."""
-        return any(
-            (each.p if isinstance(each, nn.Dropout) else getattr(each, "attention_dropout", 0.0)) > 0
-            for each in self.model.modules()
-        )
+        """The longest sequence that the model has positions for, in tokens; NO_LIMIT if they are relative."""
+        limit = getattr(self.model.config, "max_position_embeddings", None) or NO_LIMIT
+        return int(limit) - self._first_position if 0 < limit < NO_LIMIT else NO_LIMIT
 
     @property
     def _first_position(self) -> int:
@@ -141,7 +142,12 @@ class PretrainedEncoder(nn.Module):
         return int(config.pad_token_id) + 1 if config.model_type in OFFSET else 0
 
     def checkpoint_gradients(self) -> None:
-        """In training, store only each layer's input; the backward pass runs it again with the same dropout."""
+        """In training, store only each layer's input; the backward pass runs it again with the same dropout.
+
+        Raises ValueError if transformers cannot do this with the model.
+        """
+        if not self.model.supports_gradient_checkpointing:
+            raise ValueError(f"found a {self.model.config.model_type} model, which transformers cannot checkpoint")
         self.model.activation_checkpointing_enable({"use_reentrant": False})
 
     def hidden(self, batch: Packed, layout: Layout) -> Tensor:
@@ -149,17 +155,32 @@ class PretrainedEncoder(nn.Module):
         if not layout.num_tokens:
             # transformers rejects empty batches, but under FSDP every worker must run the layers.
             return self._states(*_one_token(batch.ids.device))[:0]
-        if layout.by_length is None:
+        if not self.is_packed or layout.by_length is None:
             return self._states(batch.ids, layout)
         rows, ordered = layout.by_length
         return scatter_rows(self._states(batch.ids[rows], ordered), rows, layout.num_tokens)
 
     def _states(self, ids_T: Tensor, layout: Layout) -> Tensor:
+        return self._packed_states(ids_T, layout) if self.is_packed else self._padded_states(ids_T, layout)
+
+    def _packed_states(self, ids_T: Tensor, layout: Layout) -> Tensor:
         positions_T = layout.position + self._first_position
         output = self.model(
             input_ids=ids_T.unsqueeze(0), position_ids=positions_T.unsqueeze(0), use_cache=False, layout=layout
         )
         return output.last_hidden_state.squeeze(0)  # type: ignore[no-any-return]
+
+    def _padded_states(self, ids_T: Tensor, layout: Layout) -> Tensor:
+        mask_NL, config = layout.mask.clone(), self.model.config
+        ids_NL = layout.pad(ids_T).masked_fill(~mask_NL, getattr(config, "pad_token_id", None) or 0)
+        mask_NL[:, 0] = True  # also in an empty sequence: attention to no key at all is NaN
+        states = getattr(self.model(input_ids=ids_NL, attention_mask=mask_NL.long()), "last_hidden_state", None)
+        if states is None or states.shape != (*ids_NL.shape, self.width):
+            raise ValueError(
+                f"found a {config.model_type} model, which gives no state of {self.width} numbers per token; give "
+                "another text encoder"
+            )
+        return layout.unpad(states)
 
 
 def _one_token(device: torch.device) -> tuple[Tensor, Layout]:
@@ -169,12 +190,13 @@ def _one_token(device: torch.device) -> tuple[Tensor, Layout]:
 def load_pretrained(name_or_dir: str | Path) -> PretrainedEncoder:
     """Load a model from the Hugging Face hub or a folder, in float32 and evaluation mode.
 
-    Raises OSError if it is missing or unreadable, ValueError if it is not of FAMILIES, not an encoder, or incomplete.
+    Raises OSError if it is missing or unreadable, ValueError if transformers does not know it, if it is no text
+    encoder, or incomplete.
     """
     folder, config = _opened(name_or_dir)
     try:
         with quiet_transformers():
-            model, report = AutoModel.from_pretrained(
+            model, report = _loader(config, name_or_dir).from_pretrained(
                 folder,
                 config=config,
                 dtype=torch.float32,
@@ -199,7 +221,7 @@ def shape_of(name_or_dir: str | Path) -> PretrainedEncoder:
     """The same model on the meta device, without its weights. Raises as `load_pretrained` does."""
     _, config = _opened(name_or_dir)
     with torch.device("meta"), no_init_weights():
-        return PretrainedEncoder(AutoModel.from_config(config, **_options(config)))
+        return PretrainedEncoder(_loader(config, name_or_dir).from_config(config, **_options(config)))
 
 
 def fetch(name_or_dir: str | Path) -> Path:
@@ -213,7 +235,9 @@ def fetch(name_or_dir: str | Path) -> Path:
     if not HUB_NAME.fullmatch(name):
         raise OSError(f"{name}: no such folder, and hub models have names like owner/model")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors"]))
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "model*.safetensors", "[0-9]_*/model*.safetensors"])
+        )
     except (OSError, HTTPError) as error:
         raise OSError(f"{name}: {_unfetched(error)}, or give a model's folder") from None
 
@@ -230,6 +254,8 @@ def _unfetched(error: Exception) -> str:
 def _opened(name_or_dir: str | Path) -> tuple[Path, PretrainedConfig]:
     """The folder and its config. Raises if the folder has no safetensors."""
     folder = fetch(name_or_dir)
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{name_or_dir}: found an adapter of peft; merge it into its base, and give the merged model")
     try:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -261,25 +287,54 @@ def _check_shards(folder: Path) -> None:
 
 
 def _config(described: dict[str, Any], name: str | Path) -> PretrainedConfig:
-    """The config of a model that can run on packed tokens. Raises ValueError for any other."""
+    """The config of a text encoder. Raises ValueError for any other model."""
     family = described.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"{name}: found model_type {family!r}; supported are {', '.join(FAMILIES)}")
-    for key in DECODER_KEYS:
+    if family not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{name}: found model_type {family!r}, which transformers {__version__} does not know; give a model of an "
+            "architecture that is part of transformers"
+        )
+    for key in DECODER_KEYS if family in FAMILIES and family not in CAUSAL_FAMILIES else ():
         if described.get(key):
             raise ValueError(f"{name}: found {key} true; only encoders of the {family} family are supported")
     if str(described.get("position_embedding_type")).startswith("relative"):
         raise ValueError(f"{name}: found relative positions, which transformers 5 does not support; give another model")
     try:
-        return AutoConfig.for_model(**described)  # type: ignore[no-any-return]
+        config = AutoConfig.for_model(**described)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         words = " ".join(str(error).split())
         raise ValueError(f"{name}: its config does not describe a {family} model: {words}") from None
+    _loader(config, name)
+    return config  # type: ignore[no-any-return]
+
+
+def _loader(config: PretrainedConfig, name: str | Path) -> Any:
+    """AutoModel, or its counterpart for the encoder of an encoder-decoder model. Raises ValueError for other models."""
+    kind, model_class = type(config), MODEL_MAPPING.get(type(config), None)
+    inputs: Any = signature(model_class.forward).parameters if isinstance(model_class, type) else {}
+    is_text = "input_ids" in inputs and "pixel_values" not in inputs
+    has_sizes = all(isinstance(getattr(config, key, None), int) for key in ("hidden_size", "num_attention_heads"))
+    if is_text and has_sizes and "decoder_input_ids" not in inputs:
+        return AutoModel
+    if is_text and has_sizes and kind in MODEL_FOR_TEXT_ENCODING_MAPPING:
+        return AutoModelForTextEncoding
+    raise ValueError(f"{name}: found a {config.model_type} model, which has no text encoder; give a text encoder")
 
 
 def _options(config: PretrainedConfig) -> dict[str, Any]:
     """Keyword arguments for creating a model, in addition to its config."""
-    return {"attn_implementation": ATTENTION} | ({"add_pooling_layer": False} if config.model_type in POOLED else {})
+    packed = {"attn_implementation": ATTENTION} if config.model_type in FAMILIES else {}
+    model_class: Any = MODEL_MAPPING[type(config)]
+    has_pooler = "add_pooling_layer" in signature(model_class).parameters  # a layer that we skip
+    return packed | ({"add_pooling_layer": False} if has_pooler else {})
+
+
+def open_exported(folder: Path, **options: Any) -> PreTrainedModel:
+    """transformers' own model in an exported folder, in evaluation mode, with transformers' attention."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with quiet_transformers():
+        loader = _loader(config, folder)
+        return loader.from_pretrained(folder, local_files_only=True, **options).eval()  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class StackShape:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.d_model % self.num_heads or (self.d_model // self.num_heads) % 2:
+        if self.num_layers and (self.d_model % self.num_heads or (self.d_model // self.num_heads) % 2):
             raise ValueError(f"model.d_model={self.d_model} / model.num_heads={self.num_heads} must be an even integer")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"model.num_kv_heads={self.num_kv_heads} must divide model.num_heads={self.num_heads}")

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from pipeline.model.batch import EMPTY, Batch, text_hash
 from pipeline.model.corruption import CROP, uniform
@@ -92,6 +93,14 @@ class Views:
 
 
 _NO_PROMPTS = Prompts()
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether two passes in training give different states."""
+    return any(
+        (each.p if isinstance(each, nn.Dropout) else getattr(each, "attention_dropout", 0.0)) > 0
+        for each in model.modules()
+    )
 
 
 def crops(lengths: Ints, keys: Ints, seed: int) -> list[tuple[Ints, Ints]]:

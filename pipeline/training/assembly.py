@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,12 +34,12 @@ from pipeline.data.tokenizing import Cutter
 from pipeline.model.batch import Special
 from pipeline.model.decoder import Decoder, DecoderShape
 from pipeline.model.embedding_model import EmbeddingModel
-from pipeline.model.folder import Head
 from pipeline.model.learner import Learner
+from pipeline.model.lora import add_lora, matched
 from pipeline.model.packing import pack
 from pipeline.model.scores import read_sts
 from pipeline.model.transformer import Encoder, EncoderShape, gated_width, parameter_count
-from pipeline.model.views import MIN_TOKENS, Frame, Prompts, Views
+from pipeline.model.views import MIN_TOKENS, Frame, Prompts, Views, has_dropout
 from pipeline.training.checkpoints import ResumePoint, TrainState, noted_oom_splits, prune, resume_point
 from pipeline.training.collectives import broadcast, rank, world_size
 from pipeline.training.history import Metrics
@@ -51,9 +51,6 @@ from pipeline.training.saving import LocalSaver, OnSaved, load_checkpoint
 from pipeline.training.stopping import is_finished, steps_of
 from pipeline.training.trackers import Trackers
 from pipeline.training.validation import StsPairs, Validation
-
-if TYPE_CHECKING:
-    from pipeline.model.pretrained import PretrainedEncoder  # whose libraries take seconds to import
 
 
 @dataclass(frozen=True)
@@ -185,19 +182,20 @@ def build_learner(
 
     `negatives`: whether the records have hard negatives. `teacher_width`: the size of the teacher's vectors.
     """
-    backbone = _pretrained(config) if config.model.pretrained else _new_encoder(config, tokenizer)
+    model = _pretrained(config) if config.model.pretrained else EmbeddingModel(_new_encoder(config, tokenizer))
     prompts = {"query": config.data.prompt("anchor"), "document": config.data.prompt("positive", "text")}
-    head = Head(
-        config.model.pooling,
-        config.model.normalize,
-        tuple(config.model.matryoshka_dims),
-        tuple((name, prompt) for name, prompt in prompts.items() if prompt),
+    model.head = replace(
+        model.head,
+        pooling=config.model.pooling or model.head.pooling,
+        normalize=config.model.normalize,
+        dimensions=tuple(config.model.matryoshka_dims),
+        prompts=tuple((name, prompt) for name, prompt in prompts.items() if prompt),
     )
     objective = config.objective
-    decoder = _decoder(config, backbone, tokenizer) if objective.needs_decoder else None
+    decoder = _decoder(config, model.backbone, tokenizer) if objective.needs_decoder else None
     special = _special(tokenizer) if objective.needs_decoder or objective.mlm else None
     return Learner(
-        EmbeddingModel(backbone, head),
+        model,
         objective,
         special,
         decoder,
@@ -250,12 +248,17 @@ def _short_texts(manifest: Manifest, views: Views) -> str | None:
 
 
 def describe(learner: Learner) -> str:
-    """The number of parameters, in total and by component."""
+    """The number of parameters, in total, by component and trained, and whether the encoder computes padding."""
     total, encoder = parameter_count(learner), parameter_count(learner.model)
     decoder = parameter_count(learner.decoder) if learner.decoder is not None else 0
     counts = {"encoder": encoder, "decoder": decoder, "heads": total - encoder - decoder}
     listed = ", ".join(f"{count:,} in the {name}" for name, count in counts.items() if count)
-    return f"{total:,} parameters: {listed}"
+    backbone = learner.model.backbone
+    is_packed = isinstance(backbone, Encoder) or backbone.is_packed
+    padded = "" if is_packed else f"; {backbone.model.config.model_type} runs padded, because it cannot run packed"  # type: ignore[union-attr]
+    trained = sum(parameter.numel() for parameter in learner.parameters() if parameter.requires_grad)
+    frozen = f"; {trained:,} of them are trained" if trained < total else ""
+    return f"{total:,} parameters: {listed}{frozen}{padded}"
 
 
 def _new_encoder(config: Config, tokenizer: Tokenizer) -> Encoder:
@@ -276,13 +279,16 @@ def _new_encoder(config: Config, tokenizer: Tokenizer) -> Encoder:
     return encoder
 
 
-def _pretrained(config: Config) -> PretrainedEncoder:
-    from pipeline.model.pretrained import load_pretrained
+def _pretrained(config: Config) -> EmbeddingModel:
+    from pipeline.model.hf_io import open_hf_model
+    from pipeline.model.pretrained import fetch
 
-    backbone = load_pretrained(_pretrained_path(config))
-    if config.model.gradient_checkpointing:
-        backbone.checkpoint_gradients()
-    return backbone
+    model = open_hf_model(fetch(_pretrained_path(config)))
+    if config.model.gradient_checkpointing and not isinstance(model.backbone, Encoder):
+        model.backbone.checkpoint_gradients()  # type: ignore[operator]
+    if lora := config.model.lora:
+        add_lora(model.backbone, lora.rank, lora.alpha, lora.targets)
+    return model
 
 
 def _pretrained_path(config: Config) -> Path:
@@ -296,46 +302,66 @@ def check_model(config: Config, tokenizer: Tokenizer) -> None:
         _special(tokenizer)
     if not config.model.pretrained:
         return
-    from pipeline.model.pretrained import shape_of
+    from pipeline.model.hf_io import open_hf_model
+    from pipeline.model.pretrained import fetch
 
     try:
-        backbone = shape_of(_pretrained_path(config))
+        model = open_hf_model(fetch(_pretrained_path(config)), weights=False)
+        if config.model.gradient_checkpointing and not isinstance(model.backbone, Encoder):
+            model.backbone.checkpoint_gradients()  # type: ignore[operator]
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.pretrained: {error}") from None
-    table, longest, name = len(backbone.token_table.weight), config.tokenizer.max_length, config.model.pretrained
-    if longest > backbone.max_positions:
+    backbone: Any = model.backbone
+    if config.model.lora:
+        try:
+            matched(backbone, config.model.lora.targets)
+        except ValueError as error:
+            raise ConfigError(f"model.lora.targets: {error}") from None
+    table, longest, name = model.token_table.weight, config.tokenizer.max_length, config.model.pretrained
+    if not isinstance(backbone, Encoder) and longest > backbone.max_positions:
         raise ConfigError(
             f"tokenizer.max_length: found {longest}; model.pretrained={name} takes at most {backbone.max_positions}"
         )
-    if tokenizer.get_vocab_size() > table:
+    if tokenizer.get_vocab_size() > len(table):
         raise ConfigError(
             f"tokenizer.load_path: found {tokenizer.get_vocab_size():,} tokens, but the token table of "
-            f"model.pretrained={name} has {table:,} rows; use that model's own tokenizer"
+            f"model.pretrained={name} has {len(table):,} rows; use that model's own tokenizer"
         )
-    if max(config.model.matryoshka_dims, default=0) >= backbone.width:
+    if max(config.model.matryoshka_dims, default=0) >= model.width:
         raise ConfigError(
-            f"model.matryoshka_dims: found {config.model.matryoshka_dims}; allowed are sizes below {backbone.width}"
+            f"model.matryoshka_dims: found {config.model.matryoshka_dims}; allowed are sizes below {model.width}"
+        )
+    shares_table = config.objective.mlm or (config.objective.needs_decoder and config.model.tie_embeddings)
+    if shares_table and table.shape[1] != backbone.width:
+        raise ConfigError(
+            f"objective: found a token table of width {table.shape[1]} and states of width {backbone.width} in "
+            f"model.pretrained={name}; mlm needs equal ones, and a decoder needs model.tie_embeddings=false"
+        )
+    denoising = config.objective.denoising
+    if denoising and denoising.corruption == "deletion" and model.width != backbone.width:
+        raise ConfigError(
+            f"objective.denoising.corruption: found deletion, but model.pretrained={name} projects its vectors to "
+            f"{model.width} numbers; use spans, which sees the states"
         )
     contrastive = config.objective.contrastive
-    if contrastive and contrastive.views == "dropout" and not backbone.has_dropout:
+    if contrastive and contrastive.views == "dropout" and not has_dropout(backbone):
         raise ConfigError(
             f"objective.contrastive.views: found dropout, but the config.json of model.pretrained={name} has none, so "
             "both views would be equal; use objective.contrastive.views=crops, or a model with hidden_dropout_prob"
         )
 
 
-def _decoder(config: Config, backbone: Encoder | PretrainedEncoder, tokenizer: Tokenizer) -> Decoder:
+def _decoder(config: Config, backbone: Any, tokenizer: Tokenizer) -> Decoder:
     """A decoder with the encoder's width and depth, so that both can share a token table."""
-    settings, shape = config.model, config.model.dimensions()
-    pretrained = not isinstance(backbone, Encoder)
+    settings, shape = config.model, backbone.shape if isinstance(backbone, Encoder) else None
     decoder = Decoder(
         DecoderShape(
             vocab_size=len(backbone.token_table.weight) if settings.tie_embeddings else tokenizer.get_vocab_size(),
             d_model=backbone.width,
             num_layers=settings.decoder_layers or max(len(backbone.layers), 1),
-            num_heads=shape["num_heads"] if isinstance(backbone, Encoder) else backbone.num_heads,
-            num_kv_heads=None if pretrained else shape["num_kv_heads"],
-            d_ff=gated_width(backbone.width) if pretrained else shape["d_ff"],
+            num_heads=shape.num_heads if shape else backbone.num_heads,
+            num_kv_heads=shape.num_kv_heads if shape else None,
+            d_ff=shape.d_ff if shape else gated_width(backbone.width),
             dropout=settings.dropout,
             memory_width=backbone.width if {"seq2seq", "denoising"} & config.objective.named.keys() else None,
         ),

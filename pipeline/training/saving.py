@@ -36,6 +36,7 @@ from pipeline.core.files import local_copy, replacing, staging
 from pipeline.core.path import StoragePath
 from pipeline.model.folder import save_model, save_model_spec
 from pipeline.model.learner import Learner
+from pipeline.model.lora import is_adapted, is_adapter, merged
 from pipeline.training.checkpoints import (
     WEIGHTS,
     Committer,
@@ -55,9 +56,9 @@ if TYPE_CHECKING:  # takes a second to import, so imported only when a sharded c
 
 OnSaved = Callable[[StoragePath, TrainState], None]
 """Called on rank 0 with each new checkpoint and its state."""
-HEADS = "heads.safetensors"  # a decoder, a prediction head, a learned temperature
+HEADS = "heads.safetensors"  # a decoder, a prediction head, a learned temperature, adapters of LoRA
 OPTIMIZER = "optimizer"
-BACKBONE = "model.backbone."  # prefix of a learner's parameters that go to model.safetensors
+MODEL = "model."  # prefix of a learner's parameters that go to model.safetensors
 
 
 class Saver(ABC):
@@ -139,7 +140,8 @@ def save_checkpoint(folder: Path, run: Run, state: TrainState, tokenizer_json: s
             save_model_spec(folder, learner.model, tokenizer_json, max_length)
     else:
         save_model(folder, learner.model, tokenizer_json, max_length)
-        heads = {name: tensor.contiguous() for name, tensor in learner.state_dict().items() if not _is_model(name)}
+        weights = learner.state_dict()
+        heads = {name: weights[name].contiguous() for name in weights if not _is_model(name) or is_adapter(name)}
         if heads:
             save_file(heads, folder / HEADS)
         torch.save(run.optimizer.state_dict(), folder / "optimizer.pt")
@@ -161,12 +163,21 @@ def load_checkpoint(checkpoint: StoragePath, run: Run) -> None:
 
 
 def load_weights(folder: Path, learner: Learner) -> None:
-    """Load the model and the heads."""
-    learner.model.backbone.load_state_dict(load_file(folder / "model.safetensors"))
+    """Load the model and the heads. Raises ConfigError if the base that adapters were trained on has changed."""
+    weights = load_file(folder / "model.safetensors")
+    learner.model.load_weights(weights)
     heads = load_file(folder / HEADS) if (folder / HEADS).is_file() else {}
     missing, unexpected = learner.load_state_dict(heads, strict=False)
     assert not unexpected
     assert all(_is_model(name) for name in missing)
+    if is_adapted(learner.model.backbone):
+        found = learner.model.weights()
+        for name, tensor in weights.items():
+            if not torch.allclose(found[name].cpu(), tensor, rtol=1e-3, atol=1e-4):
+                raise ConfigError(
+                    f"model.pretrained: its {name} is not what the run began with; give the same model, or another "
+                    "storage.run"
+                )
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -176,7 +187,7 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, device: torch
 
 
 def _is_model(name: str) -> bool:
-    return name.startswith("model.")
+    return name.startswith(MODEL)
 
 
 def save_sharded(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer) -> None:
@@ -216,9 +227,9 @@ def consolidate(checkpoint: StoragePath) -> None:
     headers = _headers(folder / WEIGHTS)
     weights = {name: torch.empty(header.size, dtype=header.properties.dtype) for name, header in headers.items()}
     _load(folder / WEIGHTS, weights, single_process=True)
-    heads = {name: tensor for name, tensor in weights.items() if not name.startswith(BACKBONE)}
-    model = {name.removeprefix(BACKBONE): tensor for name, tensor in weights.items() if name.startswith(BACKBONE)}
-    for file, tensors in ((HEADS, heads), ("model.safetensors", model)):  # the model last: it marks completion
+    heads = {name: tensor for name, tensor in weights.items() if not _is_model(name)}
+    model = {name.removeprefix(MODEL).removeprefix("backbone."): weights[name] for name in weights if _is_model(name)}
+    for file, tensors in ((HEADS, heads), ("model.safetensors", merged(model))):  # the model last: it marks completion
         if tensors:
             with replacing(checkpoint / file) as temporary:
                 save_file(tensors, temporary)
