@@ -72,7 +72,7 @@ BINARY |= {
 MAX_POOL_BYTES = 64 << 20  # of Arrow while it reads files of a few kB, whatever they claim
 PACKED = {name: compressed(data, ".gz") for name, (_, data) in SAMPLES.items()}
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\x85\u2028\u2029"), max_size=30)
-TABLES = st.lists(st.tuples(TEXT, TEXT), max_size=8)
+TABLES = st.lists(st.tuples(TEXT, TEXT), max_size=4)
 
 
 def read_bytes(folder: Path, name: str, data: bytes) -> list[RawRecord]:
