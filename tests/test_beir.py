@@ -19,6 +19,7 @@ from pipeline.data.beir import read_qrels
 from pipeline.evaluation.metrics import METRICS, retrieval_metrics
 from pipeline.evaluation.tasks import check_beir, read_beir, read_labels
 from pipeline.model.scores import read_sts
+from tests.test_sources import write_new
 
 MARK = b"\xef\xbb\xbf"
 HEADER = "query-id\tcorpus-id\tscore\n"
@@ -34,9 +35,9 @@ def lines(rows: list[dict[str, Any]]) -> bytes:
 
 def write(folder: Path, corpus: bytes = b"", queries: bytes = b"", qrels: bytes = b"") -> Path:
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    (folder / "corpus.jsonl").write_bytes(corpus or lines(CORPUS))
-    (folder / "queries.jsonl").write_bytes(queries or lines(QUERIES))
-    (folder / "qrels" / "test.tsv").write_bytes(qrels or (HEADER + JUDGED).encode())
+    write_new(folder / "corpus.jsonl", corpus or lines(CORPUS))
+    write_new(folder / "queries.jsonl", queries or lines(QUERIES))
+    write_new(folder / "qrels" / "test.tsv", qrels or (HEADER + JUDGED).encode())
     return folder
 
 
@@ -211,7 +212,7 @@ def test_any_sentence_pairs_and_labels_are_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.tsv"
-    path.write_bytes(content)
+    write_new(path, content)
     try:
         task = read_sts(path)
         assert len(task.first) == len(task.second) == len(task.scores) >= 2

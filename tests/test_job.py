@@ -175,29 +175,37 @@ WORDS = st.one_of(
 )
 
 
+@pytest.fixture(scope="module")
+def small_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config of one line, because most of the time of loading one is YAML's."""
+    path = tmp_path_factory.mktemp("config") / "c.yaml"
+    path.write_text("data: {sources: [{name: s, type: json, path: a.jsonl}]}\n")
+    return path
+
+
 @pytest.mark.slow
 @settings(max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(WORDS, max_size=3))
-@example(["storage.root=a\x00b"])
-@example(["data.sources.0.path=~nobody/x"])
-@example(["storage.root=s3://"])
-@example(["training.seed=" + "[" * 2000])
-@example(["training.seed=1" + "0" * 5000])
-def test_any_arguments_give_a_config_or_a_config_error(words: list[str]) -> None:
+@given(words=st.lists(WORDS, max_size=3))
+@example(words=["storage.root=a\x00b"])
+@example(words=["data.sources.0.path=~nobody/x"])
+@example(words=["storage.root=s3://"])
+@example(words=["training.seed=" + "[" * 2000])
+@example(words=["training.seed=1" + "0" * 5000])
+def test_any_arguments_give_a_config_or_a_config_error(small_config: Path, words: list[str]) -> None:
     for own in (parser("train", ""), arguments()):
         with contextlib.suppress(ConfigError):
-            args = parse(own, ["--config", str(ROOT / "configs" / "pairs.yaml"), *words, "--"])
+            args = parse(own, ["--config", str(small_config), *words, "--"])
             load_config(args).dump()
 
 
 @pytest.mark.slow
 @settings(max_examples=1000)
-@given(st.text(max_size=40))
-@example("s3://b?region=x&endpoint_override")
-@example("file://%00")
-@example("\x00")
-def test_any_path_gives_a_config_or_a_config_error(path: str) -> None:
+@given(path=st.text(max_size=40))
+@example(path="s3://b?region=x&endpoint_override")
+@example(path="file://%00")
+@example(path="\x00")
+def test_any_path_gives_a_config_or_a_config_error(small_config: Path, path: str) -> None:
     for key in ("storage.root", "embedding.uri", "embedding.model", "logging.save_dir", "tokenizer.load_path"):
         with contextlib.suppress(ConfigError):
-            config = load(ROOT / "configs" / "pairs.yaml", [f"{key}={path!r}"])
+            config = load(small_config, [f"{key}={path!r}"])
             _ = config.run_dir, config.log_dir, config.under_root(config.embedding.uri or "lancedb")

@@ -262,6 +262,17 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "found model_type 'new', which transformers .* not know",
     ),
+    "endless layers": (
+        with_config(num_hidden_layers=10**12),
+        ValueError,
+        "found num_hidden_layers 1,000,000,000,000",
+    ),
+    "a huge vocabulary": (
+        with_config(vocab_size=10**12),
+        ValueError,
+        "which is more than the .* bytes of its safetens",
+    ),
+    "a huge layer": (with_config(intermediate_size=10**12), ValueError, "found intermediate_size 1,000,000,000"),
     "no model": (lambda f: (f / "config.json").write_text("[]"), ValueError, "found model_type None"),
     "decoder": (with_config(is_decoder=True), ValueError, "found is_decoder true; only encoders of the bert"),
     "relative": (with_config(position_embedding_type="relative_key"), ValueError, "found relative positions"),

@@ -31,6 +31,12 @@ def all_records(source: Source) -> list[RawRecord]:
     return [record for task in plan_source(source).tasks for record in read(task, source)]
 
 
+def write_new(path: Path, data: bytes) -> None:
+    """Write a file that may exist. Some file systems wait for the disk when a file is cut to zero and written again."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+
+
 def compressed(data: bytes, suffix: str) -> bytes:
     if suffix == ".gz":
         return gzip.compress(data)

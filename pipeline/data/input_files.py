@@ -90,19 +90,27 @@ def list_files(source: Source, suffixes: tuple[str, ...]) -> tuple[str, list[Fil
     return str(folder), [File(name, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()]
 
 
-def open_stream(base: str, name: str) -> io.BufferedReader:
-    """Open a file for reading from its beginning, decompressed. Seekable if the file is not compressed."""
+def open_stream(base: str, name: str, free_bytes: int = FREE_STREAM_BYTES) -> io.BufferedReader:
+    """Open a file for reading from its beginning, decompressed. Seekable if the file is not compressed.
+
+    Reading raises UnpackingError for a file of more than `free_bytes` and MAX_RATIO times its size, unpacked.
+    """
     file = io.BufferedReader(_open(base, name), BUFFER_BYTES)
     match os.path.splitext(name)[1].lower():
         case ".gz":
-            read = _checked(gzip.GzipFile(fileobj=file).read1, file)
+            read = _checked(gzip.GzipFile(fileobj=file).read1, file, free_bytes)
             return io.BufferedReader(_Decoded(read, file), BUFFER_BYTES)
         case ".zst":
             stream = pa.CompressedInputStream(file, "zstd")
-            read = _checked(lambda size: stream.read(min(size, ZSTD_READ_BYTES)), file)
+            read = _checked(lambda size: stream.read(min(size, ZSTD_READ_BYTES)), file, free_bytes)
             return io.BufferedReader(_Decoded(read, file))
         case _:
             return file
+
+
+def open_messages(base: str, name: str) -> io.BufferedReader:
+    """`open_stream` for formats whose parts are read whole, and may be as long as the file."""
+    return open_stream(base, name, FREE_BYTES)
 
 
 def open_text(base: str, name: str) -> io.BufferedReader:
@@ -227,7 +235,7 @@ def check_ratio(unpacked_bytes: int, packed_bytes: int, free_bytes: int = FREE_B
         )
 
 
-def _checked(read: Callable[[int], bytes], packed: io.BufferedReader) -> Callable[[int], bytes]:
+def _checked(read: Callable[[int], bytes], packed: io.BufferedReader, free_bytes: int) -> Callable[[int], bytes]:
     """`read`, with a check of how much it has unpacked."""
     unpacked_bytes = 0
 
@@ -235,7 +243,7 @@ def _checked(read: Callable[[int], bytes], packed: io.BufferedReader) -> Callabl
         nonlocal unpacked_bytes
         data = read(max_bytes)
         unpacked_bytes += len(data)
-        check_ratio(unpacked_bytes, packed.tell(), FREE_STREAM_BYTES)
+        check_ratio(unpacked_bytes, packed.tell(), free_bytes)
         return data
 
     return read_checked

@@ -40,7 +40,6 @@ def arrow_rows(file: io.BufferedReader, name: str, columns: Sequence[str]) -> It
         names = stream.schema.names
         indices = column_indices(columns, names)
         for batch in stream:
-            check_ratio(batch.num_rows, batch.nbytes)  # columns of nulls have no bytes
             for i in range(0, batch.num_rows, BATCH_ROWS):
                 rows = batch.slice(i, BATCH_ROWS)
                 yield from rows_of_batch(rows.select(indices), name, first + i, names)
@@ -76,7 +75,8 @@ class _Messages(io.RawIOBase):
         metadata = self._file.read(metadata_bytes)
         try:
             message = _Table(metadata, struct.unpack_from("<I", metadata)[0])
-            body = self._file.read(message.number(3, "<q"))
+            body_bytes = message.number(3, "<q")
+            body = self._file.read(body_bytes if body_bytes >= 0 else 0)  # read(-1) would read the rest of the file
             check_ratio(_unpacked_bytes(message, body), len(body))
         except (struct.error, ValueError, OverflowError):
             raise pa.ArrowInvalid("a message with damaged metadata") from None
@@ -84,14 +84,18 @@ class _Messages(io.RawIOBase):
 
 
 def _unpacked_bytes(message: _Table, body: bytes) -> int:
-    """Bytes of a message's buffers. A compressed one begins with its unpacked size, or -1 if it is stored as it is."""
+    """Bytes of a message's buffers, or its number of rows if that is more: a column of nulls has rows, but no bytes.
+
+    A compressed buffer begins with its unpacked size, or -1 if it is stored as it is.
+    """
     kind, batch = message.number(1, "<B"), message.table(2)
     if kind == _DICTIONARY_BATCH and batch:
         batch = batch.table(1)
     if kind not in (_DICTIONARY_BATCH, _RECORD_BATCH) or not batch or not batch.table(3):
-        return len(body)
+        return max(len(body), batch.number(0, "<q") if batch else 0)
     buffers = batch.structs(2, "<qq")
-    return sum(max(struct.unpack_from("<q", body, offset)[0], size) for offset, size in buffers if size)
+    unpacked = sum(max(struct.unpack_from("<q", body, offset)[0], size) for offset, size in buffers if size)
+    return max(unpacked, batch.number(0, "<q"))
 
 
 class _Table:

@@ -33,6 +33,7 @@ from pipeline.data.input_files import (
     may_pass,
     without_compression,
 )
+from pipeline.data.parquet_pages import ClosedError, Pages, first_page
 
 CSV_SUFFIXES = (".csv", ".tsv", ".tab")
 PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -42,6 +43,7 @@ MAX_LINES_AGAIN = 1_000_000  # beyond four times the lines read so far: seconds 
 DECODED_BYTES = 64 << 20  # of a column in a batch; ours: 1,024 rows of 64 kB
 FEW_ROWS = 64  # of a row group whose column exceeds DECODED_BYTES, because a few of its rows may be most of it
 SHARED_BYTES = 2 << 20  # beyond this a dictionary is kept as one, which takes a copy of it a batch; writers stay below
+MAX_LOST_ROWS = 1_000_000  # of a damaged row group that are counted, or as many as the file has bytes; ours
 MAX_COLUMNS = 10_000  # of a CSV file; ours
 ROW_BYTES = 2 * MAX_LINE_BYTES  # of the lines of a CSV row
 LINE_BYTES = 128  # that Python takes for a line beside its characters
@@ -216,27 +218,53 @@ def parquet_rows(
     file: IO[bytes], name: str, columns: Sequence[str], start: int = 0, stop: int | None = None
 ) -> Iterator[Row]:
     """Rows of the row groups `start` to `stop`; a position is a row number. Damage breaks the rest of its group."""
-    parquet = _open_parquet(file)
+    pages = Pages(file)
+    parquet = _open_parquet(pages)
     names = parquet.schema_arrow.names
     groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+    if min(groups, default=0) < 0 or sum(groups) != parquet.metadata.num_rows:
+        raise pa.ArrowInvalid(f"row groups of {sum(groups):,} rows, and a footer of {parquet.metadata.num_rows:,}")
     row = sum(groups[:start])
     for group in range(start, len(groups) if stop is None else stop):
         end = row + groups[group]
-        batch_rows, shared = parquet_batching(file, parquet.metadata.row_group(group), columns)
-        reader = _open_parquet(file, shared, parquet.metadata) if shared else parquet
         try:
+            chunks = _column_chunks(pages, parquet, group, columns)
+            batch_rows, shared = parquet_batching(file, parquet.metadata.row_group(group), chunks)
+            reader = _open_parquet(pages, shared, parquet.metadata) if shared else parquet
+            pages.expect(chunks)
             for batch in reader.iter_batches(batch_rows, row_groups=[group], columns=[*columns], use_threads=False):
                 yield from rows_of_batch(batch, name, row, names)
                 row += batch.num_rows
+            if row < end:
+                raise pa.ArrowInvalid(f"fewer rows than the {groups[group]:,} of the footer")
         except (OSError, pa.ArrowException) as error:
             if may_pass(error):
                 raise
+            if end - row > max(MAX_LOST_ROWS, file.seek(0, io.SEEK_END)):
+                raise pa.ArrowInvalid(f"row group {group} of {groups[group]:,} rows: {cause(error)}") from None
             excerpt = f"row group {group}: {cause(error)}"
             yield from (broken(f"{name}:{lost}", "unreadable_row_group", excerpt) for lost in range(row, end))
         row = end
 
 
-def _open_parquet(file: IO[bytes], shared: Iterable[str] = (), metadata: Any = None) -> pq.ParquetFile:
+def _column_chunks(pages: Pages, parquet: pq.ParquetFile, group: int, columns: Sequence[str]) -> list[Any]:
+    """What the footer says of each column of a row group that is read. Raises OSError if that is damaged.
+
+    pyarrow ends the process when it is asked about a damaged column, but raises when it is about to read one.
+    """
+    pages.closed_to_reads = True
+    try:
+        next(parquet.iter_batches(1, row_groups=[group], columns=[*columns], use_threads=False), None)
+    except ClosedError:
+        pass
+    finally:
+        pages.closed_to_reads = False
+    schema, metadata = parquet.schema, parquet.metadata.row_group(group)
+    paths = [schema.column(i).path.partition(".")[0] for i in range(len(schema))]
+    return [metadata.column(i) for i in column_indices(columns, paths)]
+
+
+def _open_parquet(file: Pages, shared: Iterable[str] = (), metadata: Any = None) -> pq.ParquetFile:
     """Columns in `shared` are read as dictionaries. pyarrow's defaults would hold a whole row group in memory."""
     return pq.ParquetFile(
         file,
@@ -248,16 +276,13 @@ def _open_parquet(file: IO[bytes], shared: Iterable[str] = (), metadata: Any = N
     )
 
 
-def parquet_batching(file: IO[bytes], group: Any, columns: Sequence[str]) -> tuple[int, dict[str, int]]:
+def parquet_batching(file: IO[bytes], group: Any, chunks: Iterable[Any]) -> tuple[int, dict[str, int]]:
     """How many rows of a row group may be decoded at once; the columns to read as dictionaries, and the bytes of each.
 
     A batch takes about DECODED_BYTES. Raises UnpackingError for a group that no text gives.
     """
     batch_rows, shared = BATCH_ROWS, dict[str, int]()
-    for i in range(group.num_columns):
-        column, path = group.column(i), group.column(i).path_in_schema
-        if not column_indices(columns, [path.partition(".")[0]]):
-            continue
+    for column in chunks:
         size, values = column.total_uncompressed_size, max(column.num_values, group.num_rows)
         check_ratio(max(size, values), column.total_compressed_size)
         # Lists may be longer in some rows than in others, and a null in a list takes no bytes.
@@ -273,7 +298,7 @@ def parquet_batching(file: IO[bytes], group: Any, columns: Sequence[str]) -> tup
         elif largest := _dictionary_bytes(file, column):
             only_indices = size - largest <= 8 * values and column.physical_type == "BYTE_ARRAY"
             if only_indices and largest > SHARED_BYTES:
-                shared[path] = largest
+                shared[column.path_in_schema] = largest
             else:
                 batch_rows = min(batch_rows, DECODED_BYTES // largest)
     return max(batch_rows, 1), shared
@@ -284,7 +309,7 @@ def _dictionary_bytes(file: IO[bytes], column: Any) -> int:
 
     The header is a Thrift struct in the compact protocol, which begins with the page's type and its unpacked size.
     """
-    file.seek(min(filter(None, (column.dictionary_page_offset, column.data_page_offset))))
+    file.seek(first_page(column))
     header = file.read(len(_DICTIONARY_PAGE) + 5)
     if not header.startswith(_DICTIONARY_PAGE):
         return 0
@@ -297,7 +322,7 @@ def _dictionary_bytes(file: IO[bytes], column: Any) -> int:
 
 
 def row_group_bytes(file: IO[bytes]) -> list[int]:
-    """Compressed size of each row group."""
+    """Compressed size of each row group: its share of the file, by what it unpacks to."""
     metadata = pq.ParquetFile(file).metadata
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    return [sum(group.column(j).total_compressed_size for j in range(group.num_columns)) for group in groups]
+    unpacked = [max(metadata.row_group(i).total_byte_size, 0) for i in range(metadata.num_row_groups)]
+    return [file.seek(0, io.SEEK_END) * size // max(sum(unpacked), 1) for size in unpacked]

@@ -47,6 +47,7 @@ from pipeline.data.input_files import (
     is_compressed,
     list_files,
     may_pass,
+    open_messages,
     open_random,
     open_stream,
     open_text,
@@ -67,7 +68,7 @@ SUFFIXES = {
     "text": read_text.TEXT_SUFFIXES,
     "python_packages": read_text.PYTHON_SUFFIXES,
 }
-_OPEN: dict[str, Callable[[str, str], IO[bytes]]] = {"parquet": open_random, "arrow": open_stream}
+_OPEN: dict[str, Callable[[str, str], IO[bytes]]] = {"parquet": open_random, "arrow": open_messages}
 _WITH_COLUMNS = ("csv", "parquet", "arrow", "huggingface")
 _DAMAGED = (pa.ArrowException, MemoryError, UnicodeDecodeError)  # damaged lengths and column names raise the last two
 _UNREADABLE = (OSError, EOFError, zlib.error, BucketError, *_DAMAGED)

@@ -261,7 +261,8 @@ def _max_length(parts: FolderParts, tokenizer: Tokenizer, backbone: Any) -> int:
     encoder, positions = parts.encoder, backbone.max_positions
     configured = [_settings(path).get("max_seq_length") for path in sorted(encoder.glob("sentence_*_config.json"))]
     limits = [*configured, _settings(encoder / "tokenizer_config.json").get("model_max_length"), positions]
-    return min(int(next(limit for limit in limits if limit)), positions)
+    # NOTE: a tokenizer without a limit of its own has 1e30.
+    return min(int(next(limit for limit in limits if isinstance(limit, int | float) and limit >= 1)), positions)
 
 
 def _tokenizer(parts: FolderParts) -> Tokenizer:

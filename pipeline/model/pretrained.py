@@ -62,6 +62,8 @@ OFFSET = (  # count positions from the padding token's id + 1, as fairseq does
 DECODER_KEYS = ("is_decoder", "is_causal", "add_cross_attention")
 NO_LIMIT = 1 << 30  # tokens: longer than any text
 ATTENTION = "packed"  # our attention's name in transformers
+FREE_WEIGHTS = 1 << 20  # that building takes even if the files are cut off, which safetensors reports
+MAX_LAYERS = 10_000
 NOT_DESCRIBED = ("_name_or_path", "auto_map", "transformers_version")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -270,7 +272,27 @@ def _opened(name_or_dir: str | Path) -> tuple[Path, PretrainedConfig]:
             "a model with safetensors, or convert it if you trust it"
         )
     _check_shards(folder)
+    _check_sizes(folder, config, name_or_dir)
     return folder, config
+
+
+def _check_sizes(folder: Path, config: PretrainedConfig, name: str | Path) -> None:
+    """Raise ValueError if the config describes more weights than the files have bytes, before they take memory."""
+    weight_bytes = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+    width, layers = int(config.hidden_size), int(config.num_hidden_layers)
+    if layers > MAX_LAYERS:  # ALBERT's share their weights
+        raise ValueError(f"{name}: found num_hidden_layers {layers:,}; supported are at most {MAX_LAYERS:,}")
+    weights = {  # the least that a model has for each
+        "num_hidden_layers": getattr(config, "num_hidden_groups", layers) * width**2,
+        "vocab_size": config.vocab_size * (getattr(config, "embedding_size", None) or width),
+        "intermediate_size": (getattr(config, "intermediate_size", None) or 0) * width,
+    }
+    for key, count in weights.items():
+        if count > max(weight_bytes, FREE_WEIGHTS):
+            raise ValueError(
+                f"{name}: found {key} {getattr(config, key):,} in its config.json, which is more than the "
+                f"{weight_bytes:,} bytes of its safetensors can hold; give a complete model"
+            )
 
 
 def _check_shards(folder: Path) -> None:
