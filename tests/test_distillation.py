@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.model.contrastive import ContrastiveOptions, GlobalBatch, PairVectors, contrastive_loss
-from pipeline.model.distillation import score_loss, vector_loss
+from pipeline.model.distillation import given_score_loss, score_loss, vector_loss
 
 Array = npt.NDArray[np.float64]
 B, M, D, E = 6, 2, 5, 4
@@ -93,6 +93,25 @@ def test_scores() -> None:
     assert loss.item() == pytest.approx(formula(model.anchors[own].numpy()), rel=1e-12)
     assert anchors.grad is not None
     np.testing.assert_allclose(anchors.grad.numpy(), differences(formula, model.anchors[own].numpy()), atol=1e-8)
+
+
+def test_given_scores() -> None:
+    """Each row has a positive, a negative and an empty slot, whose score must not matter."""
+    model, scores, scale = pairs(D, 0), numbers(B, 1 + M, seed=3), 4.0
+    texts = np.concatenate([model.positives[:, None].numpy(), model.negatives[:, :1].numpy()], axis=1)
+    target = softmax(scores[:, :2])
+
+    def formula(anchors: Array) -> float:
+        found = softmax(scale * np.einsum("id,icd->ic", unit(anchors), unit(texts)))
+        return float((target * np.log(target / found)).sum())
+
+    anchors = model.anchors.clone().requires_grad_()
+    rows = PairVectors(anchors, model.positives, model.negatives, model.keys)
+    loss = given_score_loss(rows, torch.tensor(scores), scale)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == pytest.approx(formula(model.anchors.numpy()), rel=1e-12)
+    assert anchors.grad is not None
+    np.testing.assert_allclose(anchors.grad.numpy(), differences(formula, model.anchors.numpy()), atol=1e-8)
 
 
 def test_a_student_equal_to_its_teacher_has_no_loss() -> None:

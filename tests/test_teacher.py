@@ -183,6 +183,46 @@ def test_given_vectors(data: Data, tmp_path: Path) -> None:
                 np.testing.assert_allclose(row[f"teacher_{name}"], expected[one][name], rtol=1e-6)
 
 
+def scored(data: Data, folder: Path, longer: int = 0) -> Path:
+    """A folder of scores of the positives and negatives."""
+    chance = np.random.default_rng(1)
+    rows = [*texts_of(data).values()]
+    scores = [chance.normal(size=1 + longer + len(row["negatives"] or [])).tolist() for row in rows]
+    folder.mkdir()
+    pq.write_table(pa.table({"id": [row["id"] for row in rows], "scores": scores}), folder / "scores.parquet")
+    return folder
+
+
+def test_given_scores(data: Data, tmp_path: Path) -> None:
+    folder = scored(data, tmp_path / "scores")
+    manifest = taught_by(data, folder)
+    expected = {row["id"]: row["scores"] for row in pq.read_table(folder).to_pylist()}
+    plan = training_plan(data[1], manifest, 16, seed=3)
+    for table in LocalFeed(plan).batches(0, 3):
+        batch = to_batch(table, NEGATIVES)
+        for i, one in enumerate(batch.ids):
+            scores = expected[one][: 1 + NEGATIVES]
+            np.testing.assert_allclose(batch.teacher["scores"][i, : len(scores)].numpy(), scores, rtol=1e-6)
+    config = load(
+        data[0].root.parent / "c.yaml", [f"objective.distillation.teacher={folder}", "storage.run=scored"], environ={}
+    )
+    history: list[dict[str, float]] = []
+    train_locally(config, data[1], manifest, history.append)
+    assert "distillation_loss" in history[0]
+    assert "validation_ndcg@10" in history[-1]
+
+
+def test_what_given_scores_may_not_be(data: Data, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"found another number of scores than texts in the record [0-9a-f]{32}; give"):
+        taught_by(data, scored(data, tmp_path / "longer", longer=1))
+    folder = scored(data, tmp_path / "scores")
+    for other in ("objective.distillation.loss=vectors", f"objective.contrastive.guide={folder}"):
+        with pytest.raises(ConfigError, match=r"found scores; they need objective\.distillation\.loss=scores"):
+            made(data, f"objective.distillation.teacher={folder}", other)
+    with pytest.raises(ConfigError, match="found scores; they need records with negatives"):
+        made(data, f"objective.distillation.teacher={folder}", "objective.distillation.hard_negatives=0")
+
+
 def test_what_given_vectors_may_not_be(data: Data, tmp_path: Path) -> None:
     vectors = np.random.default_rng(0).normal(size=(300, 8))
     uneven, broken = [*vectors], vectors.copy()
@@ -196,7 +236,7 @@ def test_what_given_vectors_may_not_be(data: Data, tmp_path: Path) -> None:
         "other": ({"positive": None}, "no column positive in .*; give a column of anchor, positive, negatives"),
         "texts": ({"positive": ["a text"] * 300}, "no vectors in column positive of "),
         "uneven": ({"anchor": uneven}, "vectors of 8 and 5|vectors of 5 and 8"),
-        "nan": ({"anchor": [*broken]}, "NaN or infinite numbers in vectors of anchor"),
+        "nan": ({"anchor": [*broken]}, "NaN or infinite numbers in anchor of"),
         "widths": ({"anchor": [*vectors[:, :4]]}, "vectors of 8 and 4 numbers|vectors of 4 and 8 numbers"),
     }
     for name, (changed, words) in cases.items():

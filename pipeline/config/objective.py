@@ -41,7 +41,8 @@ class Contrastive(Section):
 class Distillation(Section):
     teacher: PathStr
     """The encoder whose vectors the model learns: a model folder, a name on the hub, or a folder of Parquet files with
-    an `id` column, the ids of the prepared records, and a column of vectors for each text field."""
+    an `id` column, the ids of the prepared records, and a column of vectors for each text field, or a column `scores`:
+    a cross-encoder's for the positive and then for each of the negatives."""
     loss: Literal["vectors", "scores"] = "vectors"
     """vectors: each text's vector should be the teacher's, after a linear layer if the widths differ (LEAF). scores:
     the similarities of an anchor to the texts of the batch should be distributed as the teacher's (listwise KL)."""
@@ -51,6 +52,8 @@ class Distillation(Section):
     """With `vectors`: one minus the cosine, or the squared Euclidean distance between the vectors."""
     temperature: float = Field(0.05, gt=0, le=10)
     """With `scores`: the model's and the teacher's similarities are divided by it."""
+    score_temperature: float = Field(1.0, gt=0)
+    """Given scores are divided by it: 1 for the logits of a cross-encoder."""
     hard_negatives: int = Field(1, ge=0)
     """With `scores`: at most this many of each record's negatives are used. A contrastive objective sets its own."""
 

@@ -4,7 +4,8 @@
 
 The vectors are an artifact, named by the teacher and the data. It has one file per token shard, with the same rows and
 row groups, so a feed can start at any step. The teacher is a model, which encodes each distinct text of a record file
-once, or a folder of vectors by record id. Cost: encoding all texts once; 4 bytes per number on disk.
+once, or a folder of vectors by record id, or of scores, in a column `teacher_scores` then. Cost: encoding all texts
+once; 4 bytes per number on disk.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from pipeline.data.manifest import SPLITS, Manifest, Shard, TeacherVectors
 from pipeline.data.partitions import read_part, shard_of, write_parts
 from pipeline.index.encoder import EncoderRecipe, TextEncoder, open_encoder
 from pipeline.index.published import copy_model, prompt_name
-from pipeline.index.vectors import as_column, as_matrix
+from pipeline.index.vectors import as_column
 
 FORMAT = 1  # of the written files; raising it makes earlier ones stale
 KEY = "objective.distillation.teacher"
 MODEL_FILES = ("model.json", "modules.json", "config.json")
 READ_ROWS = 4096
+SCORES = "scores"  # column of a cross-encoder's scores
 TITLE = "train: teacher's vectors"
 
 
@@ -106,6 +108,9 @@ class Teaching:
         vectors = sorted_glob(place, "*.parquet") if place.is_dir() and not holds_model(place) else []
         model = None if vectors else model_recipe(config, KEY, str(config.objective.teacher))
         fields = [name for name in manifest.text_fields if name != "negatives" or config.objective.hard_negatives]
+        if vectors and SCORES in parquet_file(vectors[0]).schema_arrow.names:
+            _check_scores(config, manifest)
+            fields = [SCORES]
         of_teacher = model.fingerprint if model else [[str(file), file.stat().st_size] for file in vectors]
         key = [FORMAT, manifest.fingerprint, of_teacher, fields]
         files = sorted_glob(prepared / "records", "*.parquet")
@@ -127,6 +132,8 @@ class Teaching:
         else:
             parts = self._partition(progress)
             widths = set(self.artifact.tasks(progress, TITLE, sizes, lambda *task: self._join_file(parts, *task)))
+        if self.fields == [SCORES]:
+            return {"width": 0}
         if len(widths := widths - {0}) != 1:
             found = " and ".join(map(str, sorted(widths))) or "no numbers"
             raise JobError(f"{KEY}: found vectors of {found} numbers; give vectors of one size")
@@ -189,7 +196,9 @@ class Teaching:
                 f"{missing[0].as_py()}; give vectors of all ids in {self.prepared / 'records'}"
             )
         records, widths = given.take(places), set[int]()
-        for name in self.fields:
+        if self.fields == [SCORES]:
+            self._check_counts(index, records)
+        for name in self.fields if self.fields != [SCORES] else ():
             vectors = _flattened(records[name])
             lengths = {int(length) for length in pc.unique(pc.list_value_length(vectors)).drop_null().to_pylist()}
             widths |= lengths
@@ -203,13 +212,25 @@ class Teaching:
             raise JobError(f"{KEY}: found vectors of {' and '.join(map(str, widths))} numbers; give one size")
         return max(widths, default=0)
 
+    def _check_counts(self, index: int, records: pa.Table) -> None:
+        """Raise JobError unless each record has a score for its positive and one for each of its negatives."""
+        negatives = open_parquet(self.files[index]).read(columns=["negatives"])["negatives"]
+        expected = pc.add(pc.fill_null(pc.list_value_length(negatives), 0), 1)
+        wrong = pc.fill_null(pc.not_equal(pc.list_value_length(records[SCORES]), expected), True)
+        if pc.any(wrong).as_py():
+            one = records.filter(wrong)["id"][0].as_py()
+            raise JobError(
+                f"{KEY}: found another number of scores than texts in the record {one}; give one for its positive and "
+                "one for each of its negatives"
+            )
+
     def _write(self, index: int, records: pa.Table, output: Output) -> None:
         """Write the vectors of a record file in the rows and row groups of its shards. Raises JobError for NaN."""
         for name in self.fields:
-            vectors = as_matrix(_flattened(records[name]))
-            if not np.isfinite(vectors).all():
+            numbers = _flattened(records[name]).flatten()
+            if not np.isfinite(numbers).all():
                 raise JobError(
-                    f"{KEY}: found NaN or infinite numbers in vectors of {name} in {self.files[index].name}; use "
+                    f"{KEY}: found NaN or infinite numbers in {name} of {self.files[index].name}; use "
                     "another teacher, or correct its vectors"
                 )
         ids = records["id"].combine_chunks()
@@ -229,6 +250,15 @@ class Teaching:
                     writer.write_table(rows.slice(first, count).combine_chunks(), row_group_size=max(count, 1))
                     first += count
         output.report(records=len(ids))
+
+
+def _check_scores(config: Config, manifest: Manifest) -> None:
+    """Raise ConfigError if given scores cannot be used."""
+    contrastive, distillation = config.objective.contrastive, config.objective.distillation
+    if distillation is None or distillation.loss != "scores" or (contrastive and contrastive.guide):
+        raise ConfigError(f"{KEY}: found scores; they need objective.distillation.loss=scores, and cannot guide")
+    if "negatives" not in manifest.text_fields or not config.objective.hard_negatives:
+        raise ConfigError(f"{KEY}: found scores; they need records with negatives, and hard_negatives of 1 or more")
 
 
 def pool_options(model: EncoderRecipe, texts: int, tasks: int) -> dict[str, Any]:

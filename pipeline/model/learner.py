@@ -26,7 +26,7 @@ from pipeline.model.batch import Batch, GenerativeTask, MicroBatch, Sees, Specia
 from pipeline.model.contrastive import ContrastiveOptions, GlobalBatch, PairVectors, contrastive_loss
 from pipeline.model.corruption import Tokens, delete_tokens, mask_spans, mask_tokens
 from pipeline.model.decoder import Decoder, Memory
-from pipeline.model.distillation import score_loss, vector_loss
+from pipeline.model.distillation import given_score_loss, score_loss, vector_loss
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.generative import MaskedHead, TokenLoss, masked_loss, shift, token_loss
 from pipeline.model.packing import Layout, Packed, join
@@ -43,7 +43,7 @@ class RowVectors:
     fields: dict[str, Tensor]  # (b, D) of the anchors and positives, or of the texts
     negatives: Tensor  # (b, M, D)
     keys: Tensor  # (b, 3 + M), see `PairVectors`
-    teacher: dict[str, Tensor]  # (b, E) of each field, and (b, M, E) of the negatives
+    teacher: dict[str, Tensor]  # (b, E) of each field and (b, M, E) of the negatives, or (b, 1 + M) `scores`
 
     @property
     def pairs(self) -> PairVectors:
@@ -211,6 +211,9 @@ class Learner(nn.Module):
         """The mean over this worker's rows of the loss that compares them with the teacher, without its weight."""
         distillation, count = self.objective.distillation, max(len(rows.keys), 1)
         assert distillation
+        if "scores" in rows.teacher:
+            scores = rows.teacher["scores"] / distillation.score_temperature
+            return given_score_loss(rows.pairs, scores, 1 / distillation.temperature) / count
         if distillation.loss == "scores":
             batch = batch or GlobalBatch(rows.pairs, 0, teacher=rows.teacher_pairs)
             return score_loss(rows.pairs, batch, 1 / distillation.temperature) / count

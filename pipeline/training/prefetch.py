@@ -170,8 +170,8 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def to_batch(rows: pa.Table, hard_negatives: int = 0, views: Views | None = None) -> Batch:
     """A batch from a table of `id` and token ids, with the first `hard_negatives` negatives of each row.
 
-    Columns `teacher_<field>` hold the teacher's vectors. `views` makes two views of each text in the rows' `epoch`;
-    rows without that column always have the same ones.
+    Columns `teacher_<field>` hold the teacher's vectors, and `teacher_scores` given scores. `views` makes two views of
+    each text in the rows' `epoch`; rows without that column always have the same ones.
     """
     fields = {name: packed(rows[name]) for name in FIELDS if name in rows.column_names}
     teacher = {name: _matrix(rows[column]) for name in FIELDS if (column := f"teacher_{name}") in rows.column_names}
@@ -183,6 +183,8 @@ def to_batch(rows: pa.Table, hard_negatives: int = 0, views: Views | None = None
         return Batch(ids, fields, EMPTY, [0] * len(ids), teacher=teacher)
     lists = _first_of_each(rows["negatives"], hard_negatives)
     counts = pc.fill_null(pc.list_value_length(lists), 0).to_pylist()
+    if "teacher_scores" in rows.column_names:
+        teacher["scores"] = _padded(rows["teacher_scores"], 1 + hard_negatives)
     if "teacher_negatives" in rows.column_names:
         vectors = _first_of_each(rows["teacher_negatives"], hard_negatives)
         teacher["negatives"] = _matrix(pa.chunked_array([vectors.drop_null().flatten()]))
@@ -192,6 +194,15 @@ def to_batch(rows: pa.Table, hard_negatives: int = 0, views: Views | None = None
 def _first_of_each(column: pa.ChunkedArray, most: int) -> pa.ListArray:
     """The first `most` items of each list; null stays null."""
     return pc.list_slice(column.combine_chunks(), 0, most)
+
+
+def _padded(column: pa.ChunkedArray, width: int) -> Tensor:
+    """(n, width) from lists of numbers, with zeros after their end."""
+    lists = _first_of_each(column, width)
+    lengths = pc.list_value_length(lists).to_numpy()
+    padded = np.zeros((len(lists), width), np.float32)
+    padded[np.arange(width) < lengths[:, None]] = lists.flatten()
+    return torch.from_numpy(padded)
 
 
 def _matrix(column: pa.ChunkedArray) -> Tensor:

@@ -59,7 +59,7 @@ def validate(
         fields, keys = {name: encode_shared(learner, each, device) for name, each in texts.items()}, batch.keys(slots=0)
         if "anchor" in fields:
             metrics |= ranking_metrics(fields["anchor"], fields["positive"], keys, float(learner.scale))
-        if "distillation" in learner.weights:
+        if "distillation" in learner.weights and batch.teacher:  # given scores are of negatives
             first = next(iter(fields.values()))
             no_negatives = first.new_zeros(len(first), 0, learner.model.width)
             rows = RowVectors(fields, no_negatives, keys.to(device), to_device(batch.teacher_of_views, device))
