@@ -19,7 +19,7 @@ from pipeline.data.manifest import Manifest, read_prepared
 from pipeline.model.folder import load_model
 from pipeline.training.assembly import train_locally
 from pipeline.training.checkpoints import best_checkpoint
-from pipeline.training.merging import merged_model, merged_weights
+from pipeline.training.merging import WEIGHTS, merged_model, merged_weights
 from pipeline.training.prefetch import to_batch
 from pipeline.training.validation import ranking_metrics
 from tests.conftest import run_here
@@ -151,3 +151,19 @@ def test_what_cannot_be_merged_is_said_in_one_sentence(
         code, _, _, err = run_here(capsys, "export", *args)
         assert code == 2
         assert f"found '{wrong}'; allowed are 0 to 1, and auto" in err
+
+
+def test_a_run_with_adapters_merges_too(trained: tuple[Config, Path, Manifest]) -> None:
+    _, data, manifest = trained
+    config = load(data.parents[1] / "c.yaml", ["model.lora.rank=2", "storage.run=adapted"], environ={})
+    train_locally(config, data, manifest)
+    model = best_checkpoint(config.run_dir)
+    assert isinstance(model, Path)
+    folder, _ = merged_model(config, model, 0.5)
+    tuned, base = load_file(model / "model.safetensors"), load_file(Path(str(config.model.pretrained)) / WEIGHTS)
+    moved = 0
+    for name, weight in load_file(Path(str(folder)) / WEIGHTS).items():
+        before = base[name.removeprefix("model.")]
+        np.testing.assert_allclose(weight, (tuned[name] + before) / 2, atol=1e-6)
+        moved += not np.array_equal(tuned[name], before)
+    assert moved

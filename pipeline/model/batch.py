@@ -32,8 +32,8 @@ class Batch:
     views: tuple[Packed, Packed] | None = None
     """Two views of each text, which are contrasted instead of anchors and positives (model/views.py)."""
     teacher: dict[str, Tensor] = field(default_factory=dict)
-    """The teacher's vectors of each field's texts and of the negatives, (n, E) and (sum of counts, E), or `scores` of the
-    positives and negatives, (n, 1 + slots)."""
+    """The teacher's vectors of each field's texts and of the negatives, (n, E) and (sum of counts, E), or `scores` of
+    the positives and negatives, (n, 1 + slots)."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -66,7 +66,7 @@ def merged_model(config: Config, model: StoragePath, share: Share) -> tuple[Stor
     if not is_ours(local):
         raise ConfigError(f"{OPTION}: found {model}, which is no checkpoint; leave embedding.model out")
     learner = _untrained(config, local)
-    base = {name: weight.clone() for name, weight in learner.model.backbone.state_dict().items()}
+    base = {name: weight.clone() for name, weight in learner.model.weights().items()}
     tuned = load_file(local / WEIGHTS)
     try:
         merged_weights(tuned, base, 1.0)
@@ -99,7 +99,11 @@ def _hash_of(weights: Weights) -> str:
 
 
 def _untrained(config: Config, model: Path) -> Learner:
-    """The learner as it was before training, with the contrastive objective alone if there is one."""
+    """The learner as it was before training, with the contrastive objective alone if there is one.
+
+    It has no adapters, because a checkpoint's weights have them merged.
+    """
+    config = config.changed({"model.lora": None}, OPTION)
     if config.objective.contrastive:
         contrastive = config.objective.contrastive.model_dump(mode="json")
         config = config.changed({"objective": {"contrastive": contrastive}}, OPTION)
@@ -125,7 +129,7 @@ def _best_share(config: Config, learner: Learner, tuned: Weights, base: Weights)
     best = BestModel(config.training, learner.weights)
     scores: dict[float, float] = {}
     for share in SHARES:
-        learner.model.backbone.load_state_dict(merged_weights(tuned, base, share))
+        learner.model.load_weights(merged_weights(tuned, base, share))
         scores[share] = best.score(validate(learner, validation, torch.device("cpu")))
         log.info("export: with %.1f of the trained model, %s is %.4f", share, best.metric, abs(scores[share]))
     return max(scores, key=lambda share: (scores[share], share))
