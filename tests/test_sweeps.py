@@ -51,6 +51,20 @@ def under_way(folder: Path, name: str) -> list[Path]:
     return [trial for trial, steps in saved.items() if steps and "step-00000240" not in steps]
 
 
+def test_trials_of_two_workers_are_the_training_of_train(tmp_path: Path) -> None:
+    config = sweep_config(tmp_path, searcher="grid", space={RATE: {"choice": [1e-2, 1e-6]}}, grace_steps=80)
+    last = run("tune", config, "scaling.num_workers=2")
+    assert last["metrics"]["best"]["values"] == {RATE: 1e-2}
+    good, bad = trials_of(tmp_path, "r")
+    assert (good["state"], good["steps"], bad["state"], bad["steps"]) == ("done", "240", "stopped early", "80")
+
+    trained = run("train", Path(last["paths"]["best"]))
+    assert trained["metrics"]["step"] == 240
+    runs = tmp_path / "store" / "runs"
+    trial, alone = validations(runs / "r" / "tune" / "trials" / "0000"), validations(runs / "r-best")
+    assert trial == {step: alone[step] for step in (80, 160, 240)}
+
+
 def test_a_sweep_that_is_killed_ends_as_one_that_was_left_alone(tmp_path: Path) -> None:
     config = sweep_config(tmp_path, searcher="random", scheduler="none", trials=6)
     run("tune", config, "storage.run=whole")
@@ -88,17 +102,3 @@ def test_a_sweep_that_is_killed_ends_as_one_that_was_left_alone(tmp_path: Path) 
     assert killed["storage"].pop("run") == "killed-best"
     assert whole["storage"].pop("run") == "whole-best"
     assert killed == whole
-
-
-def test_trials_of_two_workers_are_the_training_of_train(tmp_path: Path) -> None:
-    config = sweep_config(tmp_path, searcher="grid", space={RATE: {"choice": [1e-2, 1e-6]}}, grace_steps=80)
-    last = run("tune", config, "scaling.num_workers=2")
-    assert last["metrics"]["best"]["values"] == {RATE: 1e-2}
-    good, bad = trials_of(tmp_path, "r")
-    assert (good["state"], good["steps"], bad["state"], bad["steps"]) == ("done", "240", "stopped early", "80")
-
-    trained = run("train", Path(last["paths"]["best"]))
-    assert trained["metrics"]["step"] == 240
-    runs = tmp_path / "store" / "runs"
-    trial, alone = validations(runs / "r" / "tune" / "trials" / "0000"), validations(runs / "r-best")
-    assert trial == {step: alone[step] for step in (80, 160, 240)}
