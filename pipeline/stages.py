@@ -104,7 +104,7 @@ def check_folders(config: Config) -> None:
     """Raise ConfigError now for a missing folder that a later stage needs, not after hours of work."""
     check_tasks(config.evaluation)
     if config.objective.teacher or config.model.static_from:
-        from pipeline.index.teacher import check_teacher  # and NumPy
+        from pipeline.index.teacher import check_teacher
 
         check_teacher(config)
     if config.embedding.model:

@@ -20,6 +20,7 @@ import pytest
 from pipeline.config import Config, load
 from pipeline.core import artifact, files
 from pipeline.core.artifact import Artifact, Output, checked, open_parquet
+from pipeline.core.files import link_or_copy
 from pipeline.core.outcome import JobError, job_lock
 from pipeline.data.feed import training_plan, validation_rows
 from pipeline.data.prepare import Inputs, prepare
@@ -249,3 +250,15 @@ def test_the_folder_is_held_while_it_is_made(tmp_path: Path) -> None:
         return {}
 
     made.make(fill)
+
+
+def test_a_symbolic_link_is_copied_as_the_file_it_leads_to(tmp_path: Path) -> None:
+    """As the files of a model in the cache of the Hugging Face hub are."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "3f9c").write_bytes(b"weights")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "model.bin").symlink_to("../blobs/3f9c")
+    target = tmp_path / "somewhere" / "else" / "model.bin"
+    link_or_copy(tmp_path / "snapshot" / "model.bin", target)
+    assert not target.is_symlink()
+    assert target.read_bytes() == b"weights"

@@ -143,6 +143,11 @@ class Objective(Section):
         return self.contrastive.guide if self.contrastive is not None else None
 
     @property
+    def teacher_key(self) -> str:
+        """The config's key that names the teacher."""
+        return "objective.contrastive.guide" if self.distillation is None else "objective.distillation.teacher"
+
+    @property
     def hard_negatives(self) -> int:
         """How many of each record's negatives are used, at most."""
         if self.contrastive is not None:

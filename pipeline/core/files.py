@@ -119,7 +119,7 @@ def link_or_copy(source: StoragePath, target: StoragePath) -> None:
         assert isinstance(source, Path)
         with replacing(target) as temporary:
             try:
-                temporary.hardlink_to(source)
+                temporary.hardlink_to(source.resolve())  # or a symbolic link would get another name, and lead nowhere
             except OSError:
                 shutil.copyfile(source, temporary)
     elif isinstance(source, Path):

@@ -33,7 +33,6 @@ from pipeline.index.published import copy_model, prompt_name
 from pipeline.index.vectors import as_column
 
 FORMAT = 1  # of the written files; raising it makes earlier ones stale
-KEY = "objective.distillation.teacher"
 MODEL_FILES = ("model.json", "modules.json", "config.json")
 READ_ROWS = 4096
 SCORES = "scores"  # column of a cross-encoder's scores
@@ -56,14 +55,14 @@ def with_teacher(
 def check_teacher(config: Config) -> None:
     """Raise ConfigError if the teacher is neither a model nor a folder of vectors. Does not read weights."""
     if config.model.static_from:
-        model_recipe(config, "model.static_from", config.model.static_from)
+        _given_model(config, "model.static_from", config.model.static_from)
     if config.objective.teacher is None:
         return
-    place = as_path(config.objective.teacher)
+    place, key = as_path(config.objective.teacher), config.objective.teacher_key
     if place.is_dir() and not holds_model(place) and not sorted_glob(place, "*.parquet"):
-        raise ConfigError(f"{KEY}: found no model and no Parquet files in {place}; allowed is a folder of either")
+        raise ConfigError(f"{key}: found no model and no Parquet files in {place}; allowed is a folder of either")
     if not (place.is_dir() and sorted_glob(place, "*.parquet")):
-        model_recipe(config, KEY, config.objective.teacher)
+        _given_model(config, key, config.objective.teacher)
 
 
 def holds_model(folder: StoragePath) -> bool:
@@ -75,6 +74,11 @@ def model_recipe(config: Config, key: str, name: str) -> EncoderRecipe:
 
     Raises ConfigError, which names the config's `key`.
     """
+    recipe, labels = _given_model(config, key, name), config.scaling.labels
+    return replace(recipe, folder=copy_model(config, recipe.local), labels=labels.encode or labels.data)
+
+
+def _given_model(config: Config, key: str, name: str) -> EncoderRecipe:
     from pipeline.model.folder import read_model_spec
     from pipeline.model.pretrained import fetch
 
@@ -84,8 +88,7 @@ def model_recipe(config: Config, key: str, name: str) -> EncoderRecipe:
         read_model_spec(recipe.local)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}: {error}") from None
-    labels = config.scaling.labels
-    return replace(recipe, folder=copy_model(config, recipe.local), labels=labels.encode or labels.data)
+    return recipe
 
 
 @dataclass(frozen=True)
@@ -101,21 +104,27 @@ class Teaching:
     model: EncoderRecipe | None
     vectors: Sequence[StoragePath]  # files of vectors; empty with a model
 
+    @property
+    def key(self) -> str:
+        return self.config.objective.teacher_key
+
     @classmethod
     def of(cls, config: Config, prepared: StoragePath, manifest: Manifest) -> Teaching:
         """Raises ConfigError if the teacher cannot be read."""
         place = as_path(str(config.objective.teacher))
         vectors = sorted_glob(place, "*.parquet") if place.is_dir() and not holds_model(place) else []
-        model = None if vectors else model_recipe(config, KEY, str(config.objective.teacher))
+        key = config.objective.teacher_key
+        model = None if vectors else model_recipe(config, key, str(config.objective.teacher))
         fields = [name for name in manifest.text_fields if name != "negatives" or config.objective.hard_negatives]
         if vectors and SCORES in parquet_file(vectors[0]).schema_arrow.names:
             _check_scores(config, manifest)
             fields = [SCORES]
-        of_teacher = model.fingerprint if model else [[str(file), file.stat().st_size] for file in vectors]
-        key = [FORMAT, manifest.fingerprint, of_teacher, fields]
+        stats = [(file.name, file.stat()) for file in vectors]
+        of_teacher = model.fingerprint if model else [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        inputs = [FORMAT, manifest.fingerprint, of_teacher, fields]
         files = sorted_glob(prepared / "records", "*.parquet")
         shards = {shard.path: shard for shard in manifest.shards}
-        artifact = Artifact(config.root / "stages", "teacher", key)
+        artifact = Artifact(config.root / "stages", "teacher", inputs)
         return cls(config, prepared, files, fields, shards, artifact, model, vectors)
 
     def make(self, progress: Callable[[], Progress]) -> TeacherVectors:
@@ -136,7 +145,7 @@ class Teaching:
             return {"width": 0}
         if len(widths := widths - {0}) != 1:
             found = " and ".join(map(str, sorted(widths))) or "no numbers"
-            raise JobError(f"{KEY}: found vectors of {found} numbers; give vectors of one size")
+            raise JobError(f"{self.key}: found vectors of {found} numbers; give vectors of one size")
         return {"width": widths.pop()}
 
     def _encode_file(self, index: int, output: Output) -> int:
@@ -172,16 +181,18 @@ class Teaching:
         columns: dict[str, Any] = {}
         for name in ("id", *self.fields):
             if name not in rows.column_names:
-                raise JobError(f"{KEY}: found no column {name} in {file}; give a column of {', '.join(self.fields)}")
+                raise JobError(
+                    f"{self.key}: found no column {name} in {file}; give a column of {', '.join(self.fields)}"
+                )
             wanted: Any = pa.string() if name == "id" else pa.list_(pa.float32())
             try:
                 columns[name] = rows[name].cast(pa.list_(wanted) if name == "negatives" else wanted)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                raise JobError(f"{KEY}: found no vectors in column {name} of {file} ({error})") from None
+                raise JobError(f"{self.key}: found no vectors in column {name} of {file} ({error})") from None
         others = columns["id"].filter(pc.invert(pc.match_substring_regex(columns["id"], "^[0-9a-f]{32}$")))
         if len(others):
             raise JobError(
-                f"{KEY}: found the id {others[0].as_py()!r} in {file}; give the ids in {self.prepared / 'records'}"
+                f"{self.key}: found the id {others[0].as_py()!r} in {file}; give the ids in {self.prepared / 'records'}"
             )
         return pa.table(columns)
 
@@ -192,7 +203,7 @@ class Teaching:
         if places.null_count:
             missing = wanted.filter(places.is_null())
             raise JobError(
-                f"{KEY}: found no vectors of {len(missing):,} records of {self.files[index].name}, such as "
+                f"{self.key}: found no vectors of {len(missing):,} records of {self.files[index].name}, such as "
                 f"{missing[0].as_py()}; give vectors of all ids in {self.prepared / 'records'}"
             )
         records, widths = given.take(places), set[int]()
@@ -204,12 +215,12 @@ class Teaching:
             widths |= lengths
             if vectors.null_count or len(lengths) > 1:
                 found = "missing vectors" if vectors.null_count else f"vectors of {' and '.join(map(str, lengths))}"
-                raise JobError(f"{KEY}: found {found} in column {name}; give vectors of one size")
+                raise JobError(f"{self.key}: found {found} in column {name}; give vectors of one size")
             fixed = pa.FixedSizeListArray.from_arrays(vectors.flatten(), max(lengths, default=1))
             records = _replaced(records, name, _nested(fixed, records[name]))
         self._write(index, records, output)
         if len(widths) > 1:
-            raise JobError(f"{KEY}: found vectors of {' and '.join(map(str, widths))} numbers; give one size")
+            raise JobError(f"{self.key}: found vectors of {' and '.join(map(str, widths))} numbers; give one size")
         return max(widths, default=0)
 
     def _check_counts(self, index: int, records: pa.Table) -> None:
@@ -220,8 +231,8 @@ class Teaching:
         if pc.any(wrong).as_py():
             one = records.filter(wrong)["id"][0].as_py()
             raise JobError(
-                f"{KEY}: found another number of scores than texts in the record {one}; give one for its positive and "
-                "one for each of its negatives"
+                f"{self.key}: found another number of scores than texts in the record {one}; give one for its positive "
+                "and one for each of its negatives"
             )
 
     def _write(self, index: int, records: pa.Table, output: Output) -> None:
@@ -230,7 +241,7 @@ class Teaching:
             numbers = _flattened(records[name]).flatten()
             if not np.isfinite(numbers).all():
                 raise JobError(
-                    f"{KEY}: found NaN or infinite numbers in {name} of {self.files[index].name}; use "
+                    f"{self.key}: found NaN or infinite numbers in {name} of {self.files[index].name}; use "
                     "another teacher, or correct its vectors"
                 )
         ids = records["id"].combine_chunks()
@@ -255,10 +266,11 @@ class Teaching:
 def _check_scores(config: Config, manifest: Manifest) -> None:
     """Raise ConfigError if given scores cannot be used."""
     contrastive, distillation = config.objective.contrastive, config.objective.distillation
+    key = config.objective.teacher_key
     if distillation is None or distillation.loss != "scores" or (contrastive and contrastive.guide):
-        raise ConfigError(f"{KEY}: found scores; they need objective.distillation.loss=scores, and cannot guide")
+        raise ConfigError(f"{key}: found scores; they need objective.distillation.loss=scores, and cannot guide")
     if "negatives" not in manifest.text_fields or not config.objective.hard_negatives:
-        raise ConfigError(f"{KEY}: found scores; they need records with negatives, and hard_negatives of 1 or more")
+        raise ConfigError(f"{key}: found scores; they need records with negatives, and hard_negatives of 1 or more")
 
 
 def pool_options(model: EncoderRecipe, texts: int, tasks: int) -> dict[str, Any]:
