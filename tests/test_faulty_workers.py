@@ -70,13 +70,13 @@ def _loop(rank: int, world_size: int, fault: str) -> Result:
         if rank == 1 and fault == "memory":
             run.learner.model.forward = _out_of_memory(run.learner.model.forward, 2)  # type: ignore[method-assign]
         elif rank == 1 and fault == "nan":
-            contrast, steps = run.learner.contrast, iter(range(12))
+            compare, steps = run.learner.compare, iter(range(12))
 
             def broken(*args: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-                loss, metrics = contrast(*args)
+                loss, metrics = compare(*args)
                 return loss * (torch.nan if next(steps) == 4 else 1), metrics
 
-            run.learner.contrast = broken  # type: ignore[method-assign, assignment]
+            run.learner.compare = broken  # type: ignore[method-assign, assignment]
         state = train(run, TrainState())
         return {
             "oom_splits": torch.tensor(state.oom_splits),

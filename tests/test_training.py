@@ -200,13 +200,13 @@ def test_losses_that_are_no_numbers_are_skipped_and_then_stop_the_run(tmp_path: 
     run = new_run(config_of(tmp_path, "training.max_skipped_steps=3", "checkpointing.every_steps=2"))
     alerts: list[str] = []
     run.hooks.alert = lambda title, text, step: alerts.append(text)
-    contrast, steps = run.learner.contrast, iter(range(12))
+    compare, steps = run.learner.compare, iter(range(12))
 
     def broken(*args: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss, metrics = contrast(*args)
+        loss, metrics = compare(*args)
         return loss * (math.nan if next(steps) in (2, 4, 5, 6) else 1), metrics
 
-    run.learner.contrast = broken  # type: ignore[method-assign, assignment]
+    run.learner.compare = broken  # type: ignore[method-assign, assignment]
     state = TrainState()
     with pytest.raises(TrainingStopped, match=r"step 6: the loss .* 3 steps in a row.* of step 6.* 6-0, 6-1, 6-2"):
         train(run, state)
