@@ -5,20 +5,24 @@ The libraries read HF_ENDPOINT when they are imported, so what asks the hub is a
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.config import ConfigError, Source
+from pipeline.data import hub as hub_module
+from pipeline.data import input_files
 from pipeline.data.sources import check_fields, plan_source, read
 from tests.hub_server import hub
-from tests.test_sources import all_records, as_lines, as_parquet
+from tests.test_sources import all_records, as_csv, as_lines, as_parquet
 
 ROOT = Path(__file__).parents[1]
 OLD, NEW, PARQUET = "b" * 40, "a" * 40, "refs/convert/parquet"
@@ -85,6 +89,8 @@ REPOS = {
 READ = """
 import json, sys
 from pipeline.config import ConfigError, Source, load
+from pipeline.data import hub as hub_module
+from pipeline.data import input_files
 from pipeline.data.sources import check_fields, plan_source, read
 
 def described(source):
@@ -271,3 +277,42 @@ def test_a_link_out_of_a_folder_needs_the_sources_word(tmp_path: Path, monkeypat
     with pytest.raises(ConfigError, match="outside the data set"):
         plan_source(source)
     assert len(all_records(source.model_copy(update={"follow_symlinks": True}))) == 7
+
+
+def folder_of(folder: Path, card: str = "", **files: bytes) -> Source:
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name.replace("__", ".")).write_bytes(data)
+    (folder / "README.md").write_text(card or "# A data set")
+    return Source(
+        name="s", type="huggingface", path=str(folder), fields={"anchor": "question", "positive": "long_answer"}
+    )
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "jsonl__gz", "csv__gz"])
+def test_files_that_stand_for_gigabytes_are_rejected(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSON and CSV have our readers' limits: of a line, and of what a file unpacks to."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    packed = gzip.compress if kind.endswith("gz") else bytes
+    rows = [*pairs(0, 2), {"question": "q2", "long_answer": "x" * 17_000_000}, *pairs(3, 5)]
+    data = as_csv(rows) if "csv" in kind else as_lines(rows)
+    source = folder_of(tmp_path / "set", **{f"train__{kind}": packed(data)})
+    found = all_records(source)
+    assert [r.fields["anchor"] for r in found if r.reason is None] == ["q0", "q1", "q3", "q4"]
+    assert [r.reason for r in found if r.reason] == ["line_too_long"]
+    if kind.endswith("gz"):
+        monkeypatch.setattr(hub_module, "unpacked", partial(input_files.unpacked, free_bytes=1_000_000))
+        assert [r.reason for r in all_records(source)][-1] == "unpacks_too_much"
+
+
+def test_options_of_a_card_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Separators, and options that only `datasets` has."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    card = CARD.format("- config_name: default\n  data_files: train.csv\n  sep: ';'\n")
+    source = folder_of(tmp_path / "semicolons", card, train__csv=b"question;long_answer\nq,0;a0\n")
+    assert [r.fields for r in all_records(source)] == [{"anchor": "q,0", "positive": "a0"}]
+    card = CARD.format("- config_name: default\n  data_files: train.csv\n  skiprows: 1\n")
+    source = folder_of(tmp_path / "skipped", card, train__csv=b"a report\nquestion,long_answer\nq0,a0\n")
+    assert [r.fields for r in all_records(source)] == [{"anchor": "q0", "positive": "a0"}]
