@@ -21,7 +21,7 @@ from pipeline.config import ConfigError, Source
 from pipeline.data import hub as hub_module
 from pipeline.data import input_files
 from pipeline.data.sources import check_fields, plan_source, read
-from tests.hub_server import hub
+from tests.hub_server import Faults, hub
 from tests.test_sources import all_records, as_csv, as_lines, as_parquet
 
 ROOT = Path(__file__).parents[1]
@@ -89,8 +89,7 @@ REPOS = {
 READ = """
 import json, sys
 from pipeline.config import ConfigError, Source, load
-from pipeline.data import hub as hub_module
-from pipeline.data import input_files
+from pipeline.core.outcome import JobError
 from pipeline.data.sources import check_fields, plan_source, read
 
 def described(source):
@@ -99,7 +98,10 @@ def described(source):
         check_fields(source)
     except ConfigError as error:
         return {"error": str(error)}
-    records = [[[r.native_id, r.fields, r.metadata, r.reason] for r in read(task, source)] for task in plan.tasks]
+    try:
+        records = [[[r.native_id, r.fields, r.metadata, r.reason] for r in read(task, source)] for task in plan.tasks]
+    except JobError as error:
+        return {"job_error": str(error)}
     sizes = [task.bytes for task in plan.tasks]
     return {"tasks": records, "inputs": plan.inputs, "text_bytes": plan.text_bytes, "bytes": sizes}
 
@@ -127,11 +129,15 @@ class Reader:
         return json.loads(self.process.stdout.readline())
 
 
+Online = tuple[Reader, list[str], Faults]
+
+
 @pytest.fixture(scope="module")
-def online(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Reader, list[str]]]:
-    with hub(REPOS) as (endpoint, requests):
+def online(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Online]:
+    faults: Faults = {}
+    with hub(REPOS, faults) as (endpoint, requests):
         reader = Reader(endpoint, tmp_path_factory.mktemp("hub"))
-        yield reader, requests
+        yield reader, requests, faults
         reader.process.terminate()
         reader.process.communicate()
 
@@ -140,7 +146,7 @@ MAPPED = {"id": "pubid", "anchor": "question", "positive": "long_answer"}
 EXPECTED = [[str(i), {"anchor": f"q{i}", "positive": f"a{i}"}, {}, None] for i in range(50)]
 
 
-def test_a_data_set_is_streamed_a_shard_a_task(online: tuple[Reader, list[str]]) -> None:
+def test_a_data_set_is_streamed_a_shard_a_task(online: Online) -> None:
     (found,) = online[0](path="owner/pairs", config="one", fields=MAPPED)
     assert found["tasks"] == [EXPECTED[:20], EXPECTED[20:45], EXPECTED[45:]]
     size = sum(len(data) for name, data in REPOS["owner/pairs"][NEW].items() if name.startswith("one/"))
@@ -151,7 +157,7 @@ def test_a_data_set_is_streamed_a_shard_a_task(online: tuple[Reader, list[str]])
     assert not any("two/train" in request and "GET" in request for request in online[1])
 
 
-def test_a_revision_is_what_it_says(online: tuple[Reader, list[str]]) -> None:
+def test_a_revision_is_what_it_says(online: Online) -> None:
     (found,) = online[0](path="owner/pairs", revision=OLD, fields=MAPPED)
     assert found["tasks"] == [EXPECTED[:2]]
     assert found["inputs"][0][0] == f"owner/pairs@{OLD}::train"
@@ -159,12 +165,12 @@ def test_a_revision_is_what_it_says(online: tuple[Reader, list[str]]) -> None:
     assert converted["tasks"] == [EXPECTED[:3]]
 
 
-def test_max_samples_are_the_first_in_one_task(online: tuple[Reader, list[str]]) -> None:
+def test_max_samples_are_the_first_in_one_task(online: Online) -> None:
     (found,) = online[0](path="owner/pairs", config="one", fields={"text": "question"}, max_samples=22)
     assert found["tasks"] == [[[f"train:{int(i >= 20)}:{i % 20}", {"text": f"q{i}"}, {}, None] for i in range(22)]]
 
 
-def test_a_broken_shard_is_a_record(online: tuple[Reader, list[str]]) -> None:
+def test_a_broken_shard_is_a_record(online: Online) -> None:
     (found,) = online[0](path="owner/broken", fields=MAPPED)
     assert [[record[3] for record in task] for task in found["tasks"]] == [[None] * 3, ["unreadable_file"]]
 
@@ -185,7 +191,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def test_what_is_not_there_is_refused(online: tuple[Reader, list[str]]) -> None:
+def test_what_is_not_there_is_refused(online: Online) -> None:
     for asked, message in REFUSED:
         (found,) = online[0](**{"fields": MAPPED, **asked})
         assert found["error"].startswith("data.sources s: ")
@@ -193,7 +199,7 @@ def test_what_is_not_there_is_refused(online: tuple[Reader, list[str]]) -> None:
         assert "\n" not in found["error"]
 
 
-def test_presets_name_data_as_the_hub_has_it(online: tuple[Reader, list[str]]) -> None:
+def test_presets_name_data_as_the_hub_has_it(online: Online) -> None:
     (pages,) = online[0](file="configs/openwebtext.yaml")
     assert [record[1] for record in pages["tasks"][0]] == [{"text": f"page {i}"} for i in range(15)]
     artificial, unlabeled = online[0](file="configs/pubmed_qa.yaml")
@@ -316,3 +322,31 @@ def test_options_of_a_card_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     card = CARD.format("- config_name: default\n  data_files: train.csv\n  skiprows: 1\n")
     source = folder_of(tmp_path / "skipped", card, train__csv=b"a report\nquestion,long_answer\nq0,a0\n")
     assert [r.fields for r in all_records(source)] == [{"anchor": "q0", "positive": "a0"}]
+
+
+SHARD = "one/train-00001"
+FAILING = [
+    ([500], None),  # and 200 after it
+    ([0], None),
+    ([503, 0, 500], None),
+    ([404] * 50, "404"),
+    ([401] * 50, "401"),
+]
+
+
+@pytest.mark.parametrize(("due", "status"), FAILING, ids=["500", "reset", "several", "404", "401"])
+def test_a_download_that_fails_is_tried_again_or_fails_the_job(
+    due: list[int], status: str | None, online: Online
+) -> None:
+    """A failing hub loses no rows: the job goes on, or stops with advice to run it again."""
+    reader, _, faults = online
+    faults[SHARD] = [*due]
+    (found,) = reader(path="owner/pairs", config="one", fields=MAPPED)
+    if status is None:
+        assert not faults[SHARD]
+        assert found["tasks"] == [EXPECTED[:20], EXPECTED[20:45], EXPECTED[45:]]
+    else:
+        assert found["job_error"].startswith("source s: cannot fetch shard 1: ")
+        assert status in found["job_error"]
+        assert found["job_error"].endswith("; retry")
+    faults.clear()
