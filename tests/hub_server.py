@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +23,17 @@ Repos = dict[str, dict[str, dict[str, bytes]]]
 """Repository → commit → path → content. The last commit is what `main` and no revision stand for."""
 
 
+Faults = dict[str, list[int]]
+"""Part of a path → how the next downloads of such a file fail: with a status, or 0 for a connection that is reset."""
+
+
 @contextmanager
-def hub(repos: Repos) -> Iterator[tuple[str, list[str]]]:
+def hub(repos: Repos, faults: Faults | None = None) -> Iterator[tuple[str, list[str]]]:
     """The server's address, and the requests that it has answered so far."""
     requests: list[str] = []
-    handler = type("Handler", (_Handler,), {"repos": repos, "requests": requests})
+    handler = type(
+        "Handler", (_Handler,), {"repos": repos, "requests": requests, "faults": {} if faults is None else faults}
+    )
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -39,6 +47,7 @@ def hub(repos: Repos) -> Iterator[tuple[str, list[str]]]:
 class _Handler(BaseHTTPRequestHandler):
     repos: Repos
     requests: list[str]
+    faults: Faults | None
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -53,6 +62,9 @@ class _Handler(BaseHTTPRequestHandler):
         commit, files, inside = self.at(repo, rest[1:])
         if files is None:
             return self.answer(404, error="RevisionNotFound")
+        due = next((due for part, due in (self.faults or {}).items() if due and part in path), [])
+        if not is_api and self.command == "GET" and due:
+            return self.fail(due.pop(0))
         if not is_api:
             return self.content(commit, files, inside)
         return self.json(self.described(repo, commit, files, rest[0] if rest else "revision", inside, body))
@@ -99,6 +111,14 @@ class _Handler(BaseHTTPRequestHandler):
         start, stop = int(first), min(int(last or len(data) - 1) + 1, len(data))
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
         return self.answer(206, data[start:stop], headers=headers)
+
+    def fail(self, status: int) -> None:
+        if status:
+            return self.answer(status)
+        self.close_connection = True
+        # With this option, closing sends a reset.
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        return self.connection.close()
 
     def json(self, value: Any) -> None:
         self.answer(200, json.dumps(value).encode(), headers={"Content-Type": "application/json"})

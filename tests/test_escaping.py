@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,6 +133,37 @@ def test_output_of_libraries_is_escaped_and_indented_in_the_log(tmp_path: Path) 
         stop_logging()
     text = (tmp_path / "training.log").read_text("utf-8")
     assert text == "  INFO forged \\x1b[1A\\xff    end\n  \\u202e\n"
+
+
+WITH_HELPER = r"""
+import os, signal, sys
+from pathlib import Path
+import psutil
+from pipeline.core.console import other_output_to_log, start_logging, stop_logging
+
+start_logging(Path(sys.argv[1]), "INFO", "%(message)s")
+with other_output_to_log():
+    os.write(2, b"INFO forged \x1b[2J\rnext\n")
+    os.write(2, b"its last words \x9b")
+    print(*(child.pid for child in psutil.Process().children()), file=sys.__stdout__, flush=True)
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+stop_logging()
+"""
+
+
+@pytest.mark.parametrize("end", ["finished", "killed"])
+def test_the_process_that_escapes_ends_with_the_job(end: str, tmp_path: Path) -> None:
+    """Also with a job that is killed, whose last words it writes."""
+    command = [sys.executable, "-c", WITH_HELPER, str(tmp_path), end]
+    job = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=False)
+    assert job.returncode == (0 if end == "finished" else -signal.SIGKILL)
+    (helper,) = map(int, job.stdout.split())
+    with suppress(psutil.NoSuchProcess):
+        while psutil.Process(helper).status() != psutil.STATUS_ZOMBIE:  # a killed job's may not be reaped
+            time.sleep(0.01)
+    text = (tmp_path / "training.log").read_text("utf-8")
+    assert text == "  INFO forged \\x1b[2J\\rnext\n  its last words \\x9b\n"
 
 
 def test_names_in_errors_are_shown_escaped_on_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,20 +5,24 @@ The libraries read HF_ENDPOINT when they are imported, so what asks the hub is a
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.config import ConfigError, Source
+from pipeline.data import hub as hub_module
+from pipeline.data import input_files
 from pipeline.data.sources import check_fields, plan_source, read
-from tests.hub_server import hub
-from tests.test_sources import all_records, as_lines, as_parquet
+from tests.hub_server import Faults, hub
+from tests.test_sources import all_records, as_csv, as_lines, as_parquet
 
 ROOT = Path(__file__).parents[1]
 OLD, NEW, PARQUET = "b" * 40, "a" * 40, "refs/convert/parquet"
@@ -85,6 +89,7 @@ REPOS = {
 READ = """
 import json, sys
 from pipeline.config import ConfigError, Source, load
+from pipeline.core.outcome import JobError
 from pipeline.data.sources import check_fields, plan_source, read
 
 def described(source):
@@ -93,7 +98,10 @@ def described(source):
         check_fields(source)
     except ConfigError as error:
         return {"error": str(error)}
-    records = [[[r.native_id, r.fields, r.metadata, r.reason] for r in read(task, source)] for task in plan.tasks]
+    try:
+        records = [[[r.native_id, r.fields, r.metadata, r.reason] for r in read(task, source)] for task in plan.tasks]
+    except JobError as error:
+        return {"job_error": str(error)}
     sizes = [task.bytes for task in plan.tasks]
     return {"tasks": records, "inputs": plan.inputs, "text_bytes": plan.text_bytes, "bytes": sizes}
 
@@ -121,11 +129,15 @@ class Reader:
         return json.loads(self.process.stdout.readline())
 
 
+Online = tuple[Reader, list[str], Faults]
+
+
 @pytest.fixture(scope="module")
-def online(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Reader, list[str]]]:
-    with hub(REPOS) as (endpoint, requests):
+def online(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Online]:
+    faults: Faults = {}
+    with hub(REPOS, faults) as (endpoint, requests):
         reader = Reader(endpoint, tmp_path_factory.mktemp("hub"))
-        yield reader, requests
+        yield reader, requests, faults
         reader.process.terminate()
         reader.process.communicate()
 
@@ -134,7 +146,7 @@ MAPPED = {"id": "pubid", "anchor": "question", "positive": "long_answer"}
 EXPECTED = [[str(i), {"anchor": f"q{i}", "positive": f"a{i}"}, {}, None] for i in range(50)]
 
 
-def test_a_data_set_is_streamed_a_shard_a_task(online: tuple[Reader, list[str]]) -> None:
+def test_a_data_set_is_streamed_a_shard_a_task(online: Online) -> None:
     (found,) = online[0](path="owner/pairs", config="one", fields=MAPPED)
     assert found["tasks"] == [EXPECTED[:20], EXPECTED[20:45], EXPECTED[45:]]
     size = sum(len(data) for name, data in REPOS["owner/pairs"][NEW].items() if name.startswith("one/"))
@@ -145,7 +157,7 @@ def test_a_data_set_is_streamed_a_shard_a_task(online: tuple[Reader, list[str]])
     assert not any("two/train" in request and "GET" in request for request in online[1])
 
 
-def test_a_revision_is_what_it_says(online: tuple[Reader, list[str]]) -> None:
+def test_a_revision_is_what_it_says(online: Online) -> None:
     (found,) = online[0](path="owner/pairs", revision=OLD, fields=MAPPED)
     assert found["tasks"] == [EXPECTED[:2]]
     assert found["inputs"][0][0] == f"owner/pairs@{OLD}::train"
@@ -153,12 +165,12 @@ def test_a_revision_is_what_it_says(online: tuple[Reader, list[str]]) -> None:
     assert converted["tasks"] == [EXPECTED[:3]]
 
 
-def test_max_samples_are_the_first_in_one_task(online: tuple[Reader, list[str]]) -> None:
+def test_max_samples_are_the_first_in_one_task(online: Online) -> None:
     (found,) = online[0](path="owner/pairs", config="one", fields={"text": "question"}, max_samples=22)
     assert found["tasks"] == [[[f"train:{int(i >= 20)}:{i % 20}", {"text": f"q{i}"}, {}, None] for i in range(22)]]
 
 
-def test_a_broken_shard_is_a_record(online: tuple[Reader, list[str]]) -> None:
+def test_a_broken_shard_is_a_record(online: Online) -> None:
     (found,) = online[0](path="owner/broken", fields=MAPPED)
     assert [[record[3] for record in task] for task in found["tasks"]] == [[None] * 3, ["unreadable_file"]]
 
@@ -179,7 +191,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def test_what_is_not_there_is_refused(online: tuple[Reader, list[str]]) -> None:
+def test_what_is_not_there_is_refused(online: Online) -> None:
     for asked, message in REFUSED:
         (found,) = online[0](**{"fields": MAPPED, **asked})
         assert found["error"].startswith("data.sources s: ")
@@ -187,7 +199,7 @@ def test_what_is_not_there_is_refused(online: tuple[Reader, list[str]]) -> None:
         assert "\n" not in found["error"]
 
 
-def test_presets_name_data_as_the_hub_has_it(online: tuple[Reader, list[str]]) -> None:
+def test_presets_name_data_as_the_hub_has_it(online: Online) -> None:
     (pages,) = online[0](file="configs/openwebtext.yaml")
     assert [record[1] for record in pages["tasks"][0]] == [{"text": f"page {i}"} for i in range(15)]
     artificial, unlabeled = online[0](file="configs/pubmed_qa.yaml")
@@ -271,3 +283,70 @@ def test_a_link_out_of_a_folder_needs_the_sources_word(tmp_path: Path, monkeypat
     with pytest.raises(ConfigError, match="outside the data set"):
         plan_source(source)
     assert len(all_records(source.model_copy(update={"follow_symlinks": True}))) == 7
+
+
+def folder_of(folder: Path, card: str = "", **files: bytes) -> Source:
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name.replace("__", ".")).write_bytes(data)
+    (folder / "README.md").write_text(card or "# A data set")
+    return Source(
+        name="s", type="huggingface", path=str(folder), fields={"anchor": "question", "positive": "long_answer"}
+    )
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "jsonl__gz", "csv__gz"])
+def test_files_that_stand_for_gigabytes_are_rejected(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSON and CSV have our readers' limits: of a line, and of what a file unpacks to."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    packed = gzip.compress if kind.endswith("gz") else bytes
+    rows = [*pairs(0, 2), {"question": "q2", "long_answer": "x" * 17_000_000}, *pairs(3, 5)]
+    data = as_csv(rows) if "csv" in kind else as_lines(rows)
+    source = folder_of(tmp_path / "set", **{f"train__{kind}": packed(data)})
+    found = all_records(source)
+    assert [r.fields["anchor"] for r in found if r.reason is None] == ["q0", "q1", "q3", "q4"]
+    assert [r.reason for r in found if r.reason] == ["line_too_long"]
+    if kind.endswith("gz"):
+        monkeypatch.setattr(hub_module, "unpacked", partial(input_files.unpacked, free_bytes=1_000_000))
+        assert [r.reason for r in all_records(source)][-1] == "unpacks_too_much"
+
+
+def test_options_of_a_card_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Separators, and options that only `datasets` has."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    card = CARD.format("- config_name: default\n  data_files: train.csv\n  sep: ';'\n")
+    source = folder_of(tmp_path / "semicolons", card, train__csv=b"question;long_answer\nq,0;a0\n")
+    assert [r.fields for r in all_records(source)] == [{"anchor": "q,0", "positive": "a0"}]
+    card = CARD.format("- config_name: default\n  data_files: train.csv\n  skiprows: 1\n")
+    source = folder_of(tmp_path / "skipped", card, train__csv=b"a report\nquestion,long_answer\nq0,a0\n")
+    assert [r.fields for r in all_records(source)] == [{"anchor": "q0", "positive": "a0"}]
+
+
+SHARD = "one/train-00001"
+FAILING = [
+    ([500], None),  # and 200 after it
+    ([0], None),
+    ([503, 0, 500], None),
+    ([404] * 50, "404"),
+    ([401] * 50, "401"),
+]
+
+
+@pytest.mark.parametrize(("due", "status"), FAILING, ids=["500", "reset", "several", "404", "401"])
+def test_a_download_that_fails_is_tried_again_or_fails_the_job(
+    due: list[int], status: str | None, online: Online
+) -> None:
+    """A failing hub loses no rows: the job goes on, or stops with advice to run it again."""
+    reader, _, faults = online
+    faults[SHARD] = [*due]
+    (found,) = reader(path="owner/pairs", config="one", fields=MAPPED)
+    if status is None:
+        assert not faults[SHARD]
+        assert found["tasks"] == [EXPECTED[:20], EXPECTED[20:45], EXPECTED[45:]]
+    else:
+        assert found["job_error"].startswith("source s: cannot fetch shard 1: ")
+        assert status in found["job_error"]
+        assert found["job_error"].endswith("; retry")
+    faults.clear()

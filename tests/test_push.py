@@ -345,6 +345,25 @@ class TestFaults:
             world.check()
         assert server.count("vectors/list") == 1
 
+    def test_metadata_that_reads_do_not_see_yet(self, server: Service, world: Pushed) -> None:
+        """A push fails while reads show the old record, whose count is right; a push that waits for them does not."""
+        with world.table.writing() as writer:
+            world.add(writer, world.new(10))
+            world.push(writer)
+            server.lag_s = 1e6
+            world.change(writer, {text: [world.place()] for text in world.documents})
+            with pytest.raises(StoreError, match=r"has another version of record .*again"):
+                world.push(writer)
+            server.lag_s = 0
+            world.push(writer)
+            world.check()
+            server.lag_s = 0.5
+            world.open()  # with time to wait
+            world.change(writer, {text: [world.place()] for text in world.documents})
+            world.push(writer)
+            assert server.visible(INDEX)["n"] == world.held
+            world.check()
+
     def test_what_is_refused_is_set_aside_and_tried_again(self, server: Service, world: Pushed) -> None:
         with world.table.writing() as writer:
             world.add(writer, world.new(40))

@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from pipeline.config import ConfigError
 from pipeline.core.outcome import JobError
-from pipeline.core.tokenizer_files import encoding, parse_tokenizer
+from pipeline.core.tokenizer_files import MAX_CHARS, bounded, encoding, parse_tokenizer
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.tokenizing import Cutter, TokenRecipe
 from pipeline.index.chunks import split_into_chunks
@@ -85,3 +85,56 @@ def test_what_is_no_tokenizer_is_a_value_error() -> None:
     for content in ("", "{}", "[1]", "\ud800"):
         with pytest.raises(ValueError):  # noqa: PT011 (the library's own words)
             parse_tokenizer(content, "t")
+
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize(
+    "pattern", [LLAMA_3, r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"]
+)
+@pytest.mark.parametrize("unit", [" ", "\n", " \n", "a", "aA", "1", "!", "!\n", "'", "\u0301", "一"])
+def test_texts_are_whole_for_common_patterns(pattern: str, unit: str) -> None:
+    """A million characters, which take minutes where time is quadratic."""
+    tokenizer, text = split_by(pattern), unit * (1_000_000 // len(unit)) + "x"
+    assert bounded(tokenizer, [text]) == [text]
+    assert tokenize(tokenizer, [text])
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"\s+$", r"\s+x", r"\s+\s", r"(a|b)+c", r"[^a]*b", r"a*|b", LLAMA_3 + "$", r"x{9999,}"]
+)
+def test_texts_are_cut_for_patterns_that_may_be_quadratic(pattern: str) -> None:
+    tokenizer = split_by(pattern)
+    assert bounded(tokenizer, ["x" * MAX_CHARS, "x" * (MAX_CHARS + 1)]) == ["x" * MAX_CHARS] * 2
+    tokenizer.pre_tokenizer, tokenizer.normalizer = pre_tokenizers.Whitespace(), normalizers.Replace(Regex(pattern), "")
+    tokenizer.__dict__.clear()
+    assert bounded(tokenizer, ["x" * 50_000]) == ["x" * MAX_CHARS]
+
+
+def test_a_run_of_blanks_is_cut_wherever_texts_are_encoded() -> None:
+    tokenizer = split_by(r"\s+(?!.)")
+    tokenizer.enable_truncation(1 << 30)
+    text = "a." * 15_000
+    expected = len(tokenizer.encode(text[:MAX_CHARS]).ids)
+    assert len(tokenize(tokenizer, [text])[0]) == expected
+    documents = split_into_chunks(pa.table({"text": [text]}), [""], tokenizer)
+    assert len(documents["tokens"][0][0]) == expected
+    from pipeline.data.tokenizing import _encode_texts
+
+    found = _encode_texts([text], "text", ["s"], Cutter(tokenizer, TokenRecipe(["text"], 1 << 30, 0.1)))
+    assert found.tokens.to_pylist() == [expected]
+
+
+@pytest.mark.parametrize("pattern", [r" {2,}", r"\s+", r"\p{N}{1,3}", r"[0-9]", r"[^\s\p{L}\n]+", " ?[^(|.,!)]+"])
+def test_one_class_is_linear(pattern: str) -> None:
+    assert bounded(split_by(pattern), ["x" * 50_000]) == ["x" * 50_000]
+
+
+def test_wordpiece_has_a_limit_for_words() -> None:
+    model = models.WordPiece({"[UNK]": 0}, unk_token="[UNK]", max_input_chars_per_word=1_000_000)
+    with pytest.raises(ValueError, match="found max_input_chars_per_word 1,000,000; supported are at most 1,000"):
+        parse_tokenizer(Tokenizer(model).to_str(), "t")

@@ -205,7 +205,7 @@ class Data(Section):
 class Tokenizer(Section):
     load_path: PathStr | None = None
     """A tokenizer.json, or a pretrained tokenizer's folder. By default a tokenizer is trained and stored with the
-    data."""
+    data. Texts are cut to 20,000 characters if its patterns are not known to take linear time (SECURITY.md)."""
     type: Literal["bpe", "wordpiece", "unigram"] = "bpe"
     """Type of tokenizer to train. Only byte-level BPE trains deterministically (tokenizers 0.23)."""
     vocab_size: int = Field(16_000, ge=512, le=1_000_000)

@@ -11,8 +11,9 @@ Cost: about ten small requests per process to open a data set.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,18 @@ from pipeline.core.object_store import cause
 from pipeline.core.outcome import JobError
 from pipeline.data.batches import BATCH_ROWS, column_indices, rows_of_batch
 from pipeline.data.fields import UNPACKS_TOO_MUCH, UNREADABLE_FILE, Row, broken
-from pipeline.data.input_files import UnpackingError, list_files
-from pipeline.data.read_tables import parquet_rows
+from pipeline.data.input_files import FREE_BYTES, UnpackingError, as_text, list_files, unpacked, without_compression
+from pipeline.data.read_arrow import ARROW_SUFFIXES, arrow_rows
+from pipeline.data.read_json import JSON_SUFFIXES, json_rows
+from pipeline.data.read_tables import CSV_SUFFIXES, PARQUET_SUFFIXES, csv_rows, parquet_rows
 
 LOOKUP_TIMEOUT_S = 30.0
+_SUFFIXES = {
+    "arrow": ARROW_SUFFIXES,
+    "csv": CSV_SUFFIXES,
+    "json": JSON_SUFFIXES,
+    "parquet": (*PARQUET_SUFFIXES, ".geoparquet", ".gpq"),
+}
 
 
 @dataclass(frozen=True)
@@ -70,8 +79,6 @@ def dataset_rows(
     source: Source, path: str, revision: str, columns: Sequence[str], start: int, stop: int
 ) -> Iterator[Row]:
     """Rows of the shards `start` to `stop`. Raises JobError if the hub is unreachable."""
-    from datasets.packaged_modules.parquet.parquet import ParquetConfig
-
     try:
         builder, data, files = _dataset(source, path, revision)
     except _errors() as error:
@@ -79,10 +86,10 @@ def dataset_rows(
     names = _shard_names(source.split, data, files)
     for shard in range(start, stop):
         try:
-            # `datasets` would decode a whole row group of a Parquet file at once.
-            if isinstance(builder.config, ParquetConfig) and len(files) == data.num_shards:
-                with fsspec.open(str(builder.config.data_files[source.split][shard])) as file:
-                    yield from parquet_rows(file, f"{source.split}:{shard}", columns)
+            if len(files) == data.num_shards and _is_ours(builder.config, names[shard]):
+                url, position = str(builder.config.data_files[source.split][shard]), f"{source.split}:{shard}"
+                with fsspec.open(url) as raw:
+                    yield from _file_rows(raw, builder.config, names[shard], position, columns)
                 continue
             rows = data.shard(num_shards=data.num_shards, index=shard)
             yield from _shard_rows(rows, f"{source.split}:{shard}", columns)
@@ -92,6 +99,38 @@ def dataset_rows(
             yield broken(names[shard], UNREADABLE_FILE, cause(error))
         except UnpackingError as error:
             yield broken(names[shard], UNPACKS_TOO_MUCH, str(error))
+
+
+def _kind(config: Any) -> str:
+    """`json` for a JsonConfig."""
+    return type(config).__name__.removesuffix("Config").lower()
+
+
+def _is_ours(config: Any, name: str) -> bool:
+    """Whether our readers read a file, because `datasets` has no limits for what a file unpacks to.
+
+    False for other formats, for archives, and for options in a card that our readers do not have.
+    """
+    from datasets import BuilderConfig
+
+    kind = _kind(config)
+    common = {each.name for each in fields(BuilderConfig)} | {"features", "sep", "delimiter"}
+    options = {each.name: each.default for each in fields(config) if each.name not in common}
+    has_defaults = kind == "parquet" or all(getattr(config, option) == value for option, value in options.items())
+    is_file = without_compression(name).lower().endswith(_SUFFIXES.get(kind, ()))
+    return is_file and has_defaults and (kind != "csv" or len(config.sep) == 1)
+
+
+def _file_rows(raw: Any, config: Any, name: str, position: str, columns: Sequence[str]) -> Iterator[Row]:
+    match _kind(config):
+        case "parquet":
+            return parquet_rows(raw, position, columns)
+        case "arrow":
+            return arrow_rows(unpacked(raw, name, FREE_BYTES), position, columns)
+        case "csv":
+            return csv_rows(as_text(unpacked(raw, name)), name, config.sep)
+        case _:
+            return json_rows(as_text(unpacked(raw, name)), name)
 
 
 def _shard_rows(shard: Any, name: str, columns: Sequence[str]) -> Iterator[Row]:
@@ -175,7 +214,8 @@ def _errors() -> tuple[type[Exception], ...]:
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
 
-    return (OSError, ValueError, RuntimeError, yaml.YAMLError, DatasetsError, HTTPError, pa.ArrowException)
+    damaged = (OSError, ValueError, RuntimeError, EOFError, zlib.error, MemoryError, pa.ArrowException)
+    return (*damaged, yaml.YAMLError, DatasetsError, HTTPError)
 
 
 def _is_network(error: Exception) -> bool:

@@ -95,7 +95,12 @@ def open_stream(base: str, name: str, free_bytes: int = FREE_STREAM_BYTES) -> io
 
     Reading raises UnpackingError for a file of more than `free_bytes` and MAX_RATIO times its size, unpacked.
     """
-    file = io.BufferedReader(_open(base, name), BUFFER_BYTES)
+    return unpacked(_open(base, name), name, free_bytes)
+
+
+def unpacked(raw: Any, name: str, free_bytes: int = FREE_STREAM_BYTES) -> io.BufferedReader:
+    """`open_stream` for a file that is open; its name says how it is compressed."""
+    file = io.BufferedReader(raw, BUFFER_BYTES)
     match os.path.splitext(name)[1].lower():
         case ".gz":
             read = _checked(gzip.GzipFile(fileobj=file).read1, file, free_bytes)
@@ -118,7 +123,11 @@ def open_text(base: str, name: str) -> io.BufferedReader:
 
     An unpaired surrogate becomes bytes that are not UTF-8, so it breaks its own record only.
     """
-    file = open_stream(base, name)
+    return as_text(open_stream(base, name))
+
+
+def as_text(file: io.BufferedReader) -> io.BufferedReader:
+    """`open_text` for a file that is open."""
     encoding = wide_encoding(file)
     if encoding is None:
         return file

@@ -21,17 +21,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from pipeline.config import ConfigError
 from pipeline.core.path import StoragePath
-from pipeline.core.tokenizer_files import encoding, parse_tokenizer
+from pipeline.core.tokenizer_files import BYTE_LEVEL_SPLIT, encoding, parse_tokenizer
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 START_NAMES = ("[CLS]", "<s>", "<|begin_of_text|>", "<bos>")
 END_NAMES = ("[SEP]", "</s>", "<|end_of_text|>", "<eos>")
 MASK_NAMES = ("[MASK]", "<mask>", "<|mask|>")
-# GPT-2's pattern, which cuts words at combining marks, with marks and joiners as part of words and signs.
-BYTE_LEVEL_SPLIT = (
-    r"'s|'t|'re|'ve|'m|'ll|'d"
-    r"| ?\p{L}[\p{L}\p{M}\x{200C}\x{200D}]*| ?\p{N}[\p{N}\p{M}]*| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-)
 
 
 def tokenizer_file(path: StoragePath) -> StoragePath:

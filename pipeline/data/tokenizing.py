@@ -36,7 +36,7 @@ from tokenizers import Tokenizer
 from pipeline.config import Augment, ConfigError
 from pipeline.core.artifact import Output, open_parquet
 from pipeline.core.path import StoragePath
-from pipeline.core.tokenizer_files import encoding
+from pipeline.core.tokenizer_files import bounded, encoding
 from pipeline.data.manifest import SPLITS, LengthCounts, Shard, sha256
 from pipeline.data.partitions import is_validation
 from pipeline.data.tokenizer import unknown_token_id
@@ -231,7 +231,7 @@ def _encode_texts(texts: list[str], name: str, sources: list[str], cutter: Cutte
         prompts = [cutter.recipe.prompts.get(source, {}).get(name, "") for source in sources]
         texts = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
     with encoding(cutter.tokenizer):
-        encodings = cutter.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = cutter.tokenizer.encode_batch_fast(bounded(cutter.tokenizer, texts), add_special_tokens=False)
     lists = pa.array([encoding.ids for encoding in encodings], pa.list_(pa.int32()))
     tokens, bounds = lists.values.to_numpy(), lists.offsets.to_numpy().astype(np.int64)
     lengths = np.diff(bounds)

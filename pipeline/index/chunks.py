@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
-from pipeline.core.tokenizer_files import encoding
+from pipeline.core.tokenizer_files import bounded, encoding
 from pipeline.index.table import parse_metadata
 
 CHUNK_KEYS = ("parent_id", "part", "parts")
@@ -31,7 +31,7 @@ def split_into_chunks(documents: pa.Table, prompts: Sequence[str], tokenizer: To
     tokens: list[list[list[int]]] = []
     spans: list[list[tuple[int, int]]] = []
     with encoding(tokenizer):
-        encodings = tokenizer.encode_batch(texts)
+        encodings = tokenizer.encode_batch(bounded(tokenizer, texts))
     for prompt, encoded in zip(prompts, encodings, strict=True):
         windows = [encoded, *encoded.overflowing]
         tokens.append([window.ids for window in windows])

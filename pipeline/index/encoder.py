@@ -29,8 +29,7 @@ from tokenizers import Tokenizer
 from pipeline.config import Embedding
 from pipeline.core.files import local_copy
 from pipeline.core.path import StoragePath
-from pipeline.core.tokenizer_files import described, encoding
-from pipeline.data.tokenizer import BYTE_LEVEL_SPLIT
+from pipeline.core.tokenizer_files import BYTE_LEVEL_SPLIT, bounded, described, encoding
 from pipeline.index.backends import Backend, model_backend, open_backend
 from pipeline.index.vectors import Column, as_groups, as_numbers, as_ragged, as_tokens, unit
 from pipeline.model.folder import is_table, load_tokenizer, model_fingerprint, read_model_spec
@@ -211,7 +210,7 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str] | Column) -> pa.Array:
 
 
 def _tokenize(tokenizer: Tokenizer, texts: list[str]) -> pa.Array:
-    truncation = tokenizer.truncation
+    truncation, texts = tokenizer.truncation, bounded(tokenizer, texts)
     if truncation and truncation["stride"]:
         windows = [[encoded, *encoded.overflowing] for encoded in tokenizer.encode_batch(texts)]
         ids = [window.ids for each in windows for window in each]

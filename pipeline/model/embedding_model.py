@@ -10,6 +10,8 @@ the backbone.
 # Shapes: T packed tokens, N sequences, D width.
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,12 +20,11 @@ from torch import Tensor, nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from pipeline.model.folder import Head, ModelSpec, Pooling, Projection
+from pipeline.model.folder import Head, ModelSpec, Pooling, Projection, Shapes
 from pipeline.model.lora import is_adapted, merged
 from pipeline.model.packing import Layout, Packed
 from pipeline.model.transformer import Encoder, EncoderShape
 
-ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid")  # of torch.nn, that projections may have
 PROJECTIONS = "projections."  # prefix of their weights in model.safetensors
 RANDOM = (init.normal_, init.uniform_, init.kaiming_uniform_)  # initialise embeddings and linear layers
 
@@ -122,19 +123,36 @@ def pool(states_TD: Tensor, layout: Layout, pooling: Pooling) -> Tensor:
     return summed / (divisor.sqrt() if pooling == "mean_sqrt_len" else divisor)[:, None]
 
 
-def unset_backbone(spec: ModelSpec) -> nn.Module:
-    """The backbone that a spec describes, without weights: call `load_state_dict(assign=True)`.
+def unset_model(spec: ModelSpec, shapes: Shapes) -> EmbeddingModel:
+    """The model that a spec describes, without weights: call `load_weights(assign=True)`.
 
-    Raises ValueError for an unknown architecture.
+    `shapes` are those of the weights. Raises ValueError for an unknown architecture, or a larger model.
     """
-    if spec.architecture == "unified":
-        with torch.device("meta"), _Unset():
-            return Encoder(EncoderShape(**spec.shape))
-    if spec.architecture == "pretrained":
-        from pipeline.model.pretrained import PretrainedEncoder  # imports transformers, which takes seconds
+    backbone = _unset_backbone(spec, shapes)
+    with on_meta():
+        return EmbeddingModel(backbone, spec.head)
 
+
+def _unset_backbone(spec: ModelSpec, shapes: Shapes) -> nn.Module:
+    if spec.architecture == "unified":
+        shape = EncoderShape(**spec.shape)
+        if shape.num_layers > len(shapes):  # each takes time, though on the meta device no memory
+            raise ValueError(f"found num_layers {shape.num_layers:,}, but {len(shapes):,} weights")
+        with on_meta():
+            return Encoder(shape)
+    if spec.architecture == "pretrained":
+        from pipeline.model.pretrained import PretrainedEncoder, check_size  # imports transformers, which takes seconds
+
+        check_size(spec.shape, shapes)
         return PretrainedEncoder.from_description(spec.shape)
     raise ValueError(f"found architecture {spec.architecture!r}; supported are unified and pretrained")
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Create modules without memory for their weights."""
+    with torch.device("meta"), _Unset():
+        yield
 
 
 class _Unset(TorchFunctionMode):

@@ -12,13 +12,17 @@ this module does not import torch; saving or loading weights does, and so does r
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import numpy as np
 import xxhash
+from pydantic import ConfigDict, Field, TypeAdapter
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
@@ -46,6 +50,15 @@ FAMILIES = (  # of transformers, by model_type, whose layers run on packed token
     *CAUSAL_FAMILIES,
 )
 
+Shapes = Mapping[str, Sequence[int]]
+"""The shapes of weights by name."""
+
+SIZE_LIMIT = 1 << 31
+Size = Annotated[int, Field(ge=1, lt=SIZE_LIMIT)]
+_EXACT = ConfigDict(extra="forbid", strict=True)  # for files that are read
+
+Activation = Literal["Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid"]  # of torch.nn
+ACTIVATIONS = get_args(Activation)
 Pooling = Literal["mean", "cls", "last", "weighted", "max", "mean_sqrt_len"]
 
 
@@ -53,11 +66,12 @@ Pooling = Literal["mean", "cls", "last", "weighted", "max", "mean_sqrt_len"]
 class Projection:
     """A linear layer and an activation after pooling: a Dense module of sentence-transformers."""
 
-    width: int
+    __pydantic_config__ = _EXACT
+
+    width: Size
     """Size of its output."""
     bias: bool = True
-    activation: str = "Tanh"
-    """A class of torch.nn without arguments (embedding_model.ACTIVATIONS)."""
+    activation: Activation = "Tanh"
     residual: bool = False
     """Adds the input to the output, through another linear layer if their sizes differ."""
     unit_input: bool = False
@@ -72,6 +86,8 @@ class Head:
     the i-th token, counted from 1, has weight i (SGPT, section 3.1.2). max: the largest state in each dimension.
     mean_sqrt_len: the sum of all states over the square root of their number.
     """
+
+    __pydantic_config__ = _EXACT
 
     pooling: Pooling = "mean"
     normalize: bool = True
@@ -90,11 +106,13 @@ class Head:
 class ModelSpec:
     """The content of `model.json`: the backbone's architecture and shape, and the head."""
 
-    architecture: str  # unified or pretrained
+    __pydantic_config__ = _EXACT
+
+    architecture: Literal["unified", "pretrained"]
     shape: dict[str, Any]  # the fields of EncoderShape, or a transformers config
     head: Head
-    width: int
-    max_length: int  # in tokens; longer texts are truncated
+    width: Size
+    max_length: Size  # in tokens; longer texts are truncated
 
 
 def save_model(folder: Path, model: EmbeddingModel, tokenizer_json: str, max_length: int) -> None:
@@ -132,11 +150,21 @@ def load_model(folder: Path) -> tuple[EmbeddingModel, Tokenizer]:
         return open_hf_folder(folder)[1:]
     from safetensors.torch import load_file as load_tensors
 
-    from pipeline.model.embedding_model import EmbeddingModel, unset_backbone
+    from pipeline.model.embedding_model import unset_model
 
-    spec = read_model_spec(folder)
-    model = EmbeddingModel(unset_backbone(spec), spec.head)
-    model.load_weights(load_tensors(folder / "model.safetensors"), assign=True)
+    spec, file = read_model_spec(folder), folder / "model.safetensors"
+    with reading(file):
+        weights = load_tensors(file)
+    try:
+        model = unset_model(spec, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+        model.load_weights(weights, assign=True)
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:  # torch's errors for sizes and types
+        words = " ".join(str(error).split())
+        raise ValueError(f"{folder}: model.json does not fit model.safetensors ({words}); copy them again") from None
+    if model.width != spec.width:
+        raise ValueError(
+            f"{folder / 'model.json'}: found width {spec.width}, but the model's is {model.width}; copy it again"
+        )
     return model.eval(), load_tokenizer(folder)
 
 
@@ -152,14 +180,16 @@ def read_model_spec(folder: Path) -> ModelSpec:
 
         return open_hf_folder(folder, weights=False)[0]
     try:
-        content = json.loads((folder / "model.json").read_text())
-        head = content["head"]
-        head["dimensions"] = tuple(head["dimensions"])
-        head["prompts"] = tuple((name, prompt) for name, prompt in head["prompts"])
-        head["projections"] = tuple(Projection(**each) for each in head.get("projections", ()))
-        return ModelSpec(**content | {"head": Head(**head)})
-    except (TypeError, KeyError, ValueError):
+        spec = _spec_type().validate_json((folder / "model.json").read_bytes())
+        is_table(spec), runs_padded(spec)  # read keys of the shape
+    except (KeyError, ValueError):
         raise ValueError(f"{folder / 'model.json'} does not describe a model of this version") from None
+    return spec
+
+
+@cache
+def _spec_type() -> TypeAdapter[ModelSpec]:
+    return TypeAdapter(ModelSpec)
 
 
 def runs_padded(spec: ModelSpec) -> bool:
@@ -176,10 +206,30 @@ def is_table(spec: ModelSpec) -> bool:
 def table_weights(folder: Path) -> dict[str, np.ndarray]:
     """The weights of a token table, by name. Does not import torch for a folder that `save_model` wrote."""
     if is_ours(folder):
-        return load_file(folder / "model.safetensors")  # type: ignore[no-any-return]
+        file = folder / "model.safetensors"
+        with reading(file):
+            return load_file(file)  # type: ignore[no-any-return]
     from pipeline.model.hf_io import open_hf_folder
 
     return {name: tensor.numpy() for name, tensor in open_hf_folder(folder)[1].weights().items()}
+
+
+def tensor_shapes(files: Iterable[Path]) -> Shapes:
+    """The shapes of the tensors in safetensors files, from their headers. Raises OSError if one is damaged."""
+    shapes = {}
+    for file in files:
+        with reading(file), safe_open(file, "numpy") as tensors:
+            shapes.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
+    return shapes
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Raise OSError, which names the file, if a safetensors file is damaged."""
+    try:
+        yield
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise OSError(f"{file}: cannot read it ({error}); download it again") from None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

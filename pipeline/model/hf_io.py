@@ -15,18 +15,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, normalizers, processors
 from torch import Tensor, nn
 
 from pipeline.core.path import stays_below
 from pipeline.core.tokenizer_files import parse_tokenizer
-from pipeline.model.embedding_model import ACTIVATIONS, EmbeddingModel
-from pipeline.model.folder import Head, ModelSpec, Pooling, Projection
+from pipeline.model.embedding_model import EmbeddingModel, on_meta
+from pipeline.model.folder import ACTIVATIONS, SIZE_LIMIT, Activation, Head, ModelSpec, Pooling, Projection, reading
 from pipeline.model.transformer import Encoder, EncoderShape
 
 POOLINGS: dict[str, Pooling] = {
@@ -49,6 +48,7 @@ FLAGS = {  # flags in 1_Pooling/config.json before sentence-transformers 6 → `
 # NOTE: sentence-transformers documents these names, in this order, but it treats a missing `document` as an empty
 # prompt (6.2), so it never uses the other names.
 PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
+MAX_TOKENS_A_ROW = 1_000  # of a model2vec mapping, which the table in memory repeats
 NO_NORM_EPS = 1e12
 """An epsilon of RMSNorm that its weights undo, if they are the root of it: x / 1e6 * 1e6."""
 
@@ -71,7 +71,9 @@ def open_hf_folder(folder: Path, *, weights: bool = True) -> tuple[ModelSpec, Em
     """
     parts = _parts(folder)
     tokenizer, model = _tokenizer(parts), open_hf_model(folder, weights=weights)
-    rows, tokens, backbone = len(model.token_table.weight), tokenizer.get_vocab_size(), model.backbone
+    # The largest id, because a vocabulary may have gaps.
+    rows, tokens = len(model.token_table.weight), 1 + max(tokenizer.get_vocab().values(), default=-1)
+    backbone: Any = model.backbone
     if tokens > rows:
         raise ValueError(
             f"{parts.encoder}: found {tokens:,} tokens in tokenizer.json, but {rows:,} rows in the token table; give "
@@ -79,9 +81,14 @@ def open_hf_folder(folder: Path, *, weights: bool = True) -> tuple[ModelSpec, Em
         )
     max_length = _max_length(parts, tokenizer, backbone)
     side = _settings(parts.encoder / "tokenizer_config.json").get("truncation_side", "right")
+    if side not in ["left", "right"] or not 0 < max_length < SIZE_LIMIT:
+        raise ValueError(
+            f"{parts.encoder}: found truncation_side {side!r} and a maximum of {max_length:,} tokens; supported are "
+            f"left or right, and 1 to {SIZE_LIMIT - 1:,}"
+        )
     tokenizer.enable_truncation(max_length, direction=side)
-    described = backbone.describe()  # type: ignore[operator]
-    return ModelSpec(str(backbone.architecture), described, model.head, model.width, max_length), model, tokenizer
+    described = backbone.describe()
+    return ModelSpec(backbone.architecture, described, model.head, model.width, max_length), model, tokenizer
 
 
 def open_hf_model(folder: Path, *, weights: bool = True) -> EmbeddingModel:
@@ -94,10 +101,10 @@ def open_hf_model(folder: Path, *, weights: bool = True) -> EmbeddingModel:
         backbone: nn.Module = _static_encoder(parts.encoder, weights)
     else:
         backbone = (load_pretrained if weights else shape_of)(parts.encoder)
-    with torch.device("cpu" if weights else "meta"):
+    with on_meta():
         model = EmbeddingModel(backbone, head).eval()
     for (path, _), dense in zip(parts.projections, model.projections, strict=True):
-        _load_dense(path, dense)
+        _load_dense(path, dense, weights)
     return model
 
 
@@ -124,9 +131,11 @@ def _parts(folder: Path) -> FolderParts:
         config = _settings(folder / "config.json")
         is_static = config.get("model_type") == "model2vec"
         return FolderParts(folder, is_static, normalize=not is_static or bool(config.get("normalize", True)))
+    content = _json(path)
     try:
-        modules = [(str(module["type"]), folder / module["path"]) for module in _json(path)]
-    except (TypeError, KeyError):
+        modules = [(str(module["type"]), folder / module["path"]) for module in content]
+        real = [part.resolve() for _, part in modules]  # ValueError for a NUL or a lone surrogate
+    except (TypeError, KeyError, ValueError, RuntimeError):
         raise ValueError(f"{path}: found no list of modules with type and path; give a complete model") from None
     # Shorten only sentence-transformers' own classes: custom code in a folder may use any name.
     names = [name.rpartition(".")[2] if name.startswith("sentence_transformers.") else name for name, _ in modules]
@@ -137,9 +146,9 @@ def _parts(folder: Path) -> FolderParts:
             f"{path}: found {', '.join(names) or 'no module'}; supported are Transformer and Pooling, or "
             "StaticEmbedding, of sentence-transformers, optionally followed by Dense and Normalize"
         )
-    for _, part in modules:
+    for (_, part), target in zip(modules, real, strict=True):
         is_below = part.is_relative_to(folder) and stays_below(str(part.relative_to(folder)))
-        if not is_below or not part.resolve().is_relative_to(folder.resolve()):  # a link may lead out
+        if not is_below or not target.is_relative_to(folder.resolve()):  # a link may lead out
             raise ValueError(f"{path}: found a module at {part}, outside the model's folder; give a complete model")
     projections, normalize = list[tuple[Path, bool]](), False
     for name, (_, part) in zip(names[start:], modules[start:], strict=True):
@@ -162,8 +171,8 @@ def _head(folder: Path, parts: FolderParts) -> Head:
             "pooled with the text's"
         )
     modes = content.get("pooling_mode") or [mode for flag, mode in FLAGS.items() if content.get(flag)] or "mean"
-    modes = [modes] if isinstance(modes, str) else modes
-    if len(modes) != 1 or modes[0] not in POOLINGS:
+    modes = modes if isinstance(modes, list) else [modes]
+    if len(modes) != 1 or modes[0] not in [*POOLINGS]:
         raise ValueError(
             f"{path}: found pooling by {' and '.join(map(str, modes))}; supported is one of {', '.join(POOLINGS)}"
         )
@@ -173,7 +182,8 @@ def _head(folder: Path, parts: FolderParts) -> Head:
 def _default_pooling(parts: FolderParts) -> Pooling:
     """sentence-transformers' choice for a folder without modules: the last token of a causal language model."""
     config = {} if parts.is_static else _settings(parts.encoder / "config.json")
-    architecture = str((config.get("architectures") or [""])[0])
+    architectures = config.get("architectures")
+    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     return "last" if architecture.endswith("ForCausalLM") and config.get("is_causal", True) else "mean"
 
 
@@ -187,19 +197,19 @@ def _projection(path: Path, unit_input: bool) -> Projection:
             f"{file}: found activation_function {content['activation_function']!r}; supported are torch.nn's "
             f"{', '.join(ACTIVATIONS)}"
         )
-    places = {content.get(key) or "sentence_embedding" for key in ("module_input_name", "module_output_name")}
+    places = {str(content.get(key) or "sentence_embedding") for key in ("module_input_name", "module_output_name")}
     width = content.get("out_features")
-    if places != {"sentence_embedding"} or not isinstance(width, int) or width < 1:
+    if places != {"sentence_embedding"} or not isinstance(width, int) or not 0 < width < SIZE_LIMIT:
         raise ValueError(
-            f"{file}: found {width!r} as out_features, {' and '.join(sorted(map(str, places)))} as input and output; "
+            f"{file}: found {width!r} as out_features, {' and '.join(sorted(places))} as input and output; "
             "supported are Dense modules that project the sentence_embedding"
         )
     bias, residual = bool(content.get("bias", True)), bool(content.get("use_residual", False))
-    return Projection(width, bias, activation, residual, unit_input)
+    return Projection(width, bias, cast(Activation, activation), residual, unit_input)
 
 
-def _load_dense(path: Path, dense: nn.Module) -> None:
-    """Load a Dense module's weights, or only check them for one on the meta device. Raises OSError or ValueError."""
+def _load_dense(path: Path, dense: nn.Module, weights: bool) -> None:
+    """Load a Dense module's weights, or only check them without `weights`. Raises OSError or ValueError."""
     state = {name: tensor.float() for name, tensor in _safetensors(path).items()}
     expected = {name: tensor.shape for name, tensor in dense.state_dict().items()}
     if {name: tensor.shape for name, tensor in state.items()} != expected:
@@ -207,8 +217,8 @@ def _load_dense(path: Path, dense: nn.Module) -> None:
         raise ValueError(
             f"{path}: its safetensors do not fit its config, which asks for {sizes}; give a complete model"
         )
-    if not next(dense.parameters()).is_meta:
-        dense.load_state_dict(state)
+    if weights:
+        dense.load_state_dict(state, assign=True)
 
 
 def _safetensors(folder: Path) -> dict[str, Tensor]:
@@ -219,25 +229,31 @@ def _safetensors(folder: Path) -> dict[str, Tensor]:
             f"{folder}: found {found}, but no model.safetensors; other formats can run code when loaded, so give a "
             "model with safetensors, or convert it if you trust it"
         )
-    try:
+    with reading(file):
         return load_file(file)  # type: ignore[no-any-return]
-    except SafetensorError as error:
-        raise OSError(f"{file}: cannot read it ({error}); download it again") from None
 
 
 def _static_encoder(folder: Path, weights: bool) -> Encoder:
     """A token table: StaticEmbedding's `embedding.weight`, or model2vec's `embeddings`, `mapping` and `weights`."""
     state = _safetensors(folder)
     rows_VD = state.get("embedding.weight", state.get("embeddings"))
-    if rows_VD is None or rows_VD.ndim != 2:
+    if rows_VD is None or rows_VD.ndim != 2 or not rows_VD.numel():
         raise ValueError(f"{folder}: found no table embedding.weight or embeddings in model.safetensors; give another")
-    rows_VD = rows_VD.float()
-    if "mapping" in state and "embedding.weight" not in state:
-        rows_VD = rows_VD[state["mapping"].long()]
-    if "weights" in state and "embedding.weight" not in state:
-        rows_VD = rows_VD * state["weights"].float()[:, None]
-    vocab_size, width = rows_VD.shape
-    with torch.device("meta"):
+    rows_VD, is_plain = rows_VD.float(), "embedding.weight" in state
+    row_V = None if is_plain or "mapping" not in state else state["mapping"].long()
+    weight_V = None if is_plain else state.get("weights")
+    vocab_size, width = len(rows_VD) if row_V is None else row_V.numel(), rows_VD.shape[1]
+    fits = row_V is None or (row_V.ndim == 1 and vocab_size and row_V.min() >= 0 and row_V.max() < len(rows_VD))
+    if not fits or (weight_V is not None and weight_V.shape != (vocab_size,)):
+        raise ValueError(f"{folder}: found a mapping or weights that do not fit the embeddings; give a complete model")
+    if vocab_size > MAX_TOKENS_A_ROW * len(rows_VD):
+        raise ValueError(
+            f"{folder}: found a mapping of {vocab_size:,} tokens to {len(rows_VD):,} rows; supported are at most "
+            f"{MAX_TOKENS_A_ROW} tokens a row"
+        )
+    rows_VD = rows_VD if row_V is None else rows_VD[row_V]
+    rows_VD = rows_VD if weight_V is None else rows_VD * weight_V.float()[:, None]
+    with on_meta():
         encoder = Encoder(EncoderShape(vocab_size, width, 0, num_heads=1, d_ff=width, norm_eps=NO_NORM_EPS))
     if weights:
         undo_D = torch.full((width,), NO_NORM_EPS**0.5)
@@ -248,6 +264,8 @@ def _static_encoder(folder: Path, weights: bool) -> Encoder:
 def _prompts(path: Path) -> tuple[tuple[str, str], ...]:
     """The non-empty prompts of queries and documents."""
     given = _settings(path).get("prompts") or {}
+    if not isinstance(given, dict) or not all(isinstance(prompt, str | None) for prompt in given.values()):
+        raise ValueError(f"{path}: found prompts that are no mapping of names to texts; give a complete model")
     found = {ours: next((given[name] for name in names if given.get(name)), "") for ours, names in PROMPTS.items()}
     return tuple((ours, prompt) for ours, prompt in found.items() if prompt)
 
@@ -262,7 +280,7 @@ def _max_length(parts: FolderParts, tokenizer: Tokenizer, backbone: Any) -> int:
     configured = [_settings(path).get("max_seq_length") for path in sorted(encoder.glob("sentence_*_config.json"))]
     limits = [*configured, _settings(encoder / "tokenizer_config.json").get("model_max_length"), positions]
     # NOTE: a tokenizer without a limit of its own has 1e30.
-    return min(int(next(limit for limit in limits if isinstance(limit, int | float) and limit >= 1)), positions)
+    return int(min(next((limit for limit in limits if isinstance(limit, int | float) and limit >= 1), 0), positions))
 
 
 def _tokenizer(parts: FolderParts) -> Tokenizer:
@@ -291,5 +309,5 @@ def _settings(path: Path) -> dict[str, Any]:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: found no valid JSON ({error}); give a complete model") from None

@@ -18,12 +18,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -44,7 +45,7 @@ from transformers.utils import logging
 
 from pipeline.core.path import stays_below
 from pipeline.model.attention import AttentionOptions, attend
-from pipeline.model.folder import CAUSAL_FAMILIES, FAMILIES
+from pipeline.model.folder import CAUSAL_FAMILIES, FAMILIES, Shapes, tensor_shapes
 from pipeline.model.linear import use_onednn
 from pipeline.model.packing import Layout, Packed, scatter_rows
 
@@ -60,10 +61,11 @@ OFFSET = (  # count positions from the padding token's id + 1, as fairseq does
     "xmod",
 )
 DECODER_KEYS = ("is_decoder", "is_causal", "add_cross_attention")
+SIZES = ("num_hidden_layers", "max_position_embeddings")
 NO_LIMIT = 1 << 30  # tokens: longer than any text
 ATTENTION = "packed"  # our attention's name in transformers
-FREE_WEIGHTS = 1 << 20  # that building takes even if the files are cut off, which safetensors reports
-MAX_LAYERS = 10_000
+FREE_NUMBERS = 1 << 20  # in buffers, which files need not hold
+MAX_POSITIONS = 1 << 24  # Llama 4, the longest in 2025, has 10M
 NOT_DESCRIBED = ("_name_or_path", "auto_map", "transformers_version")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -108,7 +110,7 @@ class PretrainedEncoder(nn.Module):
         """Build the model that `describe` described, without weights: call `load_state_dict`. Raises ValueError."""
         config = _config(description, "model.json")
         # NOTE: not on the meta device, because it computes buffers outside the state dict, such as rotary frequencies.
-        with no_init_weights():
+        with _describing("model.json", config), no_init_weights():
             return cls(_loader(config, "model.json").from_config(config, **_options(config)))
 
     def describe(self) -> dict[str, Any]:
@@ -195,21 +197,18 @@ def load_pretrained(name_or_dir: str | Path) -> PretrainedEncoder:
     Raises OSError if it is missing or unreadable, ValueError if transformers does not know it, if it is no text
     encoder, or incomplete.
     """
-    folder, config = _opened(name_or_dir)
-    try:
-        with quiet_transformers():
-            model, report = _loader(config, name_or_dir).from_pretrained(
-                folder,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # reported below
-                trust_remote_code=False,
-                output_loading_info=True,
-                **_options(config),
-            )
-    except SafetensorError as error:
-        raise OSError(f"{name_or_dir}: cannot read its safetensors ({error}); download them again") from None
+    folder, config, _ = _opened(name_or_dir)
+    with quiet_transformers(), _describing(name_or_dir, config):
+        model, report = _loader(config, name_or_dir).from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below
+            trust_remote_code=False,
+            output_loading_info=True,
+            **_options(config),
+        )
     unset = sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"])
     if unset:
         raise ValueError(
@@ -221,9 +220,12 @@ def load_pretrained(name_or_dir: str | Path) -> PretrainedEncoder:
 
 def shape_of(name_or_dir: str | Path) -> PretrainedEncoder:
     """The same model on the meta device, without its weights. Raises as `load_pretrained` does."""
-    _, config = _opened(name_or_dir)
-    with torch.device("meta"), no_init_weights():
-        return PretrainedEncoder(_loader(config, name_or_dir).from_config(config, **_options(config)))
+    return PretrainedEncoder(_opened(name_or_dir)[2])
+
+
+def check_size(description: dict[str, Any], shapes: Shapes) -> None:
+    """Raise ValueError if `describe` described a larger model than weights of these shapes can fill."""
+    _on_meta(_config(description, "model.json"), shapes, "model.json")
 
 
 def fetch(name_or_dir: str | Path) -> Path:
@@ -253,8 +255,8 @@ def _unfetched(error: Exception) -> str:
     return f"no such folder, and the hub is unreachable ({words}); check the network"
 
 
-def _opened(name_or_dir: str | Path) -> tuple[Path, PretrainedConfig]:
-    """The folder and its config. Raises if the folder has no safetensors."""
+def _opened(name_or_dir: str | Path) -> tuple[Path, PretrainedConfig, PreTrainedModel]:
+    """The folder, its config, and the model on the meta device. Raises if the folder has no safetensors."""
     folder = fetch(name_or_dir)
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{name_or_dir}: found an adapter of peft; merge it into its base, and give the merged model")
@@ -262,37 +264,52 @@ def _opened(name_or_dir: str | Path) -> tuple[Path, PretrainedConfig]:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise OSError(f"{name_or_dir}: found no config.json; give the folder of a transformers model") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name_or_dir}: its config.json is not JSON ({error}); give a complete model") from None
     config = _config(described if isinstance(described, dict) else {}, name_or_dir)
-    if not any(folder.glob("model*.safetensors")):
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
         found = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "no weights"
         raise OSError(
             f"{name_or_dir}: found {found}, but no model.safetensors; other formats can run code when loaded, so give "
             "a model with safetensors, or convert it if you trust it"
         )
     _check_shards(folder)
-    _check_sizes(folder, config, name_or_dir)
-    return folder, config
+    return folder, config, _on_meta(config, tensor_shapes(files), name_or_dir)
 
 
-def _check_sizes(folder: Path, config: PretrainedConfig, name: str | Path) -> None:
-    """Raise ValueError if the config describes more weights than the files have bytes, before they take memory."""
-    weight_bytes = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
-    width, layers = int(config.hidden_size), int(config.num_hidden_layers)
-    if layers > MAX_LAYERS:  # ALBERT's share their weights
-        raise ValueError(f"{name}: found num_hidden_layers {layers:,}; supported are at most {MAX_LAYERS:,}")
-    weights = {  # the least that a model has for each
-        "num_hidden_layers": getattr(config, "num_hidden_groups", layers) * width**2,
-        "vocab_size": config.vocab_size * (getattr(config, "embedding_size", None) or width),
-        "intermediate_size": (getattr(config, "intermediate_size", None) or 0) * width,
-    }
-    for key, count in weights.items():
-        if count > max(weight_bytes, FREE_WEIGHTS):
-            raise ValueError(
-                f"{name}: found {key} {getattr(config, key):,} in its config.json, which is more than the "
-                f"{weight_bytes:,} bytes of its safetensors can hold; give a complete model"
-            )
+def _on_meta(config: PretrainedConfig, shapes: Shapes, name: str | Path) -> PreTrainedModel:
+    """Build the model without memory. Raises ValueError if it is larger than weights of these shapes can fill."""
+    with _describing(name, config), torch.device("meta"), no_init_weights():
+        layers, positions = (int(getattr(config, key, None) or 0) for key in SIZES)
+        # Each layer takes time, and some models compute a table of positions in Python.
+        is_small = layers <= len(shapes) and positions <= MAX_POSITIONS
+        model = _loader(config, name).from_config(config, **_options(config)) if is_small else None
+    if model is None:
+        raise ValueError(
+            f"{name}: found {SIZES[0]} {layers:,} and {SIZES[1]} {positions:,} in its config; its files have "
+            f"{len(shapes):,} weights, and at most {MAX_POSITIONS:,} positions are supported; give a complete model"
+        )
+    described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    stored = sum(prod(shape) for shape in shapes.values())
+    if described > stored + FREE_NUMBERS:
+        raise ValueError(
+            f"{name}: its config describes {described:,} numbers, but its safetensors hold {stored:,}; give a complete "
+            "model"
+        )
+    return model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _describing(name: str | Path, config: PretrainedConfig) -> Iterator[None]:
+    """Raise ValueError for whatever a wrong value in a config leads to in transformers; OSError for damaged files."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{name}: cannot read its safetensors ({error}); download them again") from None
+    except Exception as error:
+        words = " ".join(str(error).split())
+        raise ValueError(f"{name}: its config does not describe a {config.model_type} model: {words}") from None
 
 
 def _check_shards(folder: Path) -> None:
@@ -311,7 +328,7 @@ def _check_shards(folder: Path) -> None:
 def _config(described: dict[str, Any], name: str | Path) -> PretrainedConfig:
     """The config of a text encoder. Raises ValueError for any other model."""
     family = described.get("model_type")
-    if family not in CONFIG_MAPPING:
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
         raise ValueError(
             f"{name}: found model_type {family!r}, which transformers {__version__} does not know; give a model of an "
             "architecture that is part of transformers"
@@ -323,7 +340,7 @@ def _config(described: dict[str, Any], name: str | Path) -> PretrainedConfig:
         raise ValueError(f"{name}: found relative positions, which transformers 5 does not support; give another model")
     try:
         config = AutoConfig.for_model(**described)
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a wrong value leads to in transformers
         words = " ".join(str(error).split())
         raise ValueError(f"{name}: its config does not describe a {family} model: {words}") from None
     _loader(config, name)

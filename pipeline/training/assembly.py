@@ -23,7 +23,7 @@ from pipeline.core.console import log
 from pipeline.core.files import local_copy
 from pipeline.core.lock import holder_of
 from pipeline.core.path import StoragePath, as_path
-from pipeline.core.tokenizer_files import encoding, parse_tokenizer
+from pipeline.core.tokenizer_files import bounded, encoding, parse_tokenizer
 from pipeline.data.feed import LocalFeed, training_plan, validation_rows, warn_of_equal_positives
 from pipeline.data.filtering import normaliser
 from pipeline.data.manifest import Manifest
@@ -167,8 +167,8 @@ def build_validation(spec: RunSpec, tokenizer: Tokenizer, views: Views | None) -
         tokenizer.enable_truncation(config.tokenizer.max_length)
         with encoding(tokenizer):
             first, second = (
-                pack([encoded.ids for encoded in tokenizer.encode_batch_fast([normalise(text) for text in texts])])
-                for texts in (pairs.first, pairs.second)
+                pack([encoded.ids for encoded in tokenizer.encode_batch_fast(bounded(tokenizer, texts))])
+                for texts in ([normalise(text) for text in side] for side in (pairs.first, pairs.second))
             )
         sts = StsPairs(first, second, pairs.scores)
     views = None if views is None or spec.manifest.holds_pairs else replace(views, kind="crops")
