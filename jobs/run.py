@@ -1,4 +1,4 @@
-"""Prepare, train, embed and evaluate. Skips what is done.
+"""Prepare, train, evaluate, embed and publish. Skips what is done.
 
 examples:
   python jobs/run.py                                         # the packages installed here (configs/quickstart.yaml)

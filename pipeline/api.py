@@ -96,18 +96,23 @@ def mine(config: Config, *, check: bool = False, rehash: bool = False) -> Result
 
 
 def run(config: Config, *, check: bool = False, rehash: bool = False) -> Result:
-    """Prepare, train, embed and evaluate. `metrics` has those of each stage under its name.
+    """Prepare, train, evaluate, embed and publish. `metrics` has those of each stage under its name.
 
     run(config).metrics["train"]["step"]
+
+    Raises JobError before it embeds, if the model does not beat what `evaluation.must_beat` names.
     """
 
     def stages(session: Session) -> Result:
+        from pipeline.evaluation.job import refuse_unbeaten
+
         results = {
             "prepare": prepare_stage(session),
             "train": train_stage(session),
-            "embed": embed_stage(session),
             "evaluate": evaluate_stage(session, again=False),
         }
+        refuse_unbeaten(config)
+        results["embed"] = embed_stage(session)
         paths = {name: path for result in results.values() for name, path in result.paths.items()}
         return Result({name: result.metrics for name, result in results.items()}, paths)
 

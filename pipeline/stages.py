@@ -5,19 +5,17 @@ A stage takes a `Session`, which starts Ray when a stage first has work to do. A
 
 from __future__ import annotations
 
-import json
 import logging
 import uuid
 from collections.abc import Collection
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline.config import Config, ConfigError
-from pipeline.core.artifact import Artifact
 from pipeline.core.cluster import restrict_data_to
 from pipeline.core.console import log, log_lines, log_timeline
-from pipeline.core.files import files_below, link_or_copy, local_copy, may_write, write_atomically
+from pipeline.core.files import local_copy, write_atomically
 from pipeline.core.object_store import BucketError
 from pipeline.core.outcome import JobError, Result, findings_table, job_lock, raise_findings
 from pipeline.core.path import StoragePath, as_path
@@ -28,8 +26,6 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import Inputs, prepare
 from pipeline.evaluation.tasks import check_tasks
 from pipeline.preflight import preflight
-
-SCORES_FORMAT = 2  # raise it when scores change: earlier ones are computed again
 
 
 class Session:
@@ -103,6 +99,14 @@ def check_stage(session: Session) -> Result:
 def check_folders(config: Config) -> None:
     """Raise ConfigError now for a missing folder that a later stage needs, not after hours of work."""
     check_tasks(config.evaluation)
+    base = config.model.pretrained or config.model.static_from or config.objective.teacher
+    if "base" in config.evaluation.must_beat and not base:
+        raise ConfigError(
+            "evaluation.must_beat: found base, but the run begins from no model; set model.pretrained or "
+            "model.static_from, or leave base out"
+        )
+    if "bm25" in config.evaluation.must_beat and not config.evaluation.bm25:
+        raise ConfigError("evaluation.must_beat: found bm25, but evaluation.bm25 is false; set it to true")
     if config.objective.teacher or config.model.static_from:
         from pipeline.index.teacher import check_teacher
 
@@ -220,41 +224,11 @@ def embed_stage(session: Session, *, dry_run: bool = False, verify: bool = False
 
 
 def evaluate_stage(session: Session, *, again: bool) -> Result:
-    """Score the model and BM25 on the config's tasks; `again` recomputes existing scores."""
+    """Score the model, compare it with BM25, its base and the published model; `again` recomputes its scores."""
     config, (folder, manifest) = session.config, session.prepared()
-    from pipeline.index.published import encoder_recipe
-    from pipeline.model.folder import model_fingerprint
+    from pipeline.evaluation.job import Evaluation
 
-    model, latest, wanted = _model_of(config, manifest), config.run_dir / "evaluation.json", config.evaluation
-    recipe = encoder_recipe(config, model)
-    key = {
-        "format": SCORES_FORMAT,
-        "model": model_fingerprint(local_copy(model)),
-        "data": manifest.fingerprint,
-        "evaluation": wanted.model_dump(mode="json"),
-        "space": recipe.fingerprint,
-        "files": [
-            change
-            for path in (wanted.beir_dir, wanted.sts_file, wanted.clustering_file, wanted.classification_dir)
-            for change in _changes(path)
-        ],
-    }
-    scored = Artifact(config.run_dir / "evaluations", "", key)
-
-    def fill() -> dict[str, Any]:
-        from pipeline.evaluation.scoring import score_tasks
-
-        scores = score_tasks(_as_held_out(config, manifest), folder, manifest, recipe, session.progress)
-        scored.output.write("scores.json", json.dumps({"of": key, "scores": scores}, indent=2).encode())
-        return {"scores": scores}
-
-    again = again and may_write(scored.folder)
-    if not again and scored.read():
-        log.info("evaluate: nothing to do, %s holds the scores", scored.folder)
-    scores = scored.make(fill, again=again)["scores"]
-    if not latest.is_file() or latest.read_bytes() != (scored.folder / "scores.json").read_bytes():
-        link_or_copy(scored.folder / "scores.json", latest)
-    return Result(scores, {"scores": str(latest)})
+    return Evaluation(config, folder, manifest, session.progress).run(_model_of(config, manifest), again=again)
 
 
 def mine_stage(session: Session) -> Result:
@@ -275,23 +249,6 @@ def mine_stage(session: Session) -> Result:
         "negatives": mined.lengths["negatives"]["rows"],
     }
     return Result(metrics, {"prepared": str(target), "manifest": str(target / "manifest.json")})
-
-
-def _as_held_out(config: Config, manifest: Manifest) -> Config:
-    """The config with the share of records that prepare held out, which is larger on small data."""
-    if manifest.held_out_fraction is None:
-        return config
-    data = config.data.model_copy(update={"validation_fraction": manifest.held_out_fraction})
-    return config.model_copy(update={"data": data})
-
-
-def _changes(path: str | None) -> list[list[str | int]]:
-    """Name, size and modification time (ns) of a file, or of each file in a folder."""
-    if path is None:
-        return []
-    place = as_path(path)
-    files = {place.name: place.stat()} if place.is_file() else files_below(place)
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files.items()]
 
 
 def _model_of(config: Config, manifest: Manifest) -> StoragePath:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,11 @@ class Evaluation(Section):
     classification_dir: PathStr | None = None
     """A folder with train.tsv and test.tsv, each with a header and the columns text, label: accuracy and macro F1 of
     5-nearest-neighbour classification."""
+    general: PathStr | None = None
+    """A task outside your domain, a BEIR folder or a file like `sts_file`, which shows what the model has forgotten."""
+    must_beat: list[Literal["bm25", "base"]] = []
+    """`run` publishes a model only if its NDCG@10 on your own retrieval tasks is better than that of these, by more
+    than chance. base: the model of `model.pretrained`, `model.static_from` or `objective.distillation.teacher`."""
     bm25: bool = True
     """Also rank by BM25, and by both combined. Its index is held in the driver's memory."""
     held_out_queries: int = Field(1000, ge=0)

@@ -47,6 +47,12 @@ def retrieval_metrics(qrels: Qrels, ranking: Ranking) -> dict[str, float]:
     return dict(zip(METRICS, (round(value, 4) for value in means), strict=True))
 
 
+def ndcg_by_query(qrels: Qrels, ranking: Ranking) -> dict[str, float]:
+    """NDCG@10 of each query in `qrels`; zero without results."""
+    scores = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10"}).evaluate(ranking)
+    return {query: scores[query]["ndcg_cut_10"] if query in scores else 0.0 for query in qrels}
+
+
 def _best(scores: dict[str, float], k: int) -> list[tuple[str, float]]:
     """The k best documents in trec_eval's order: by score, then by document id, both descending."""
     return sorted(scores.items(), key=lambda item: (item[1], item[0]), reverse=True)[:k]

@@ -9,6 +9,7 @@ scores = score_tasks(config, prepared_folder, manifest, model_folder, session.pr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.evaluation.metrics import (
     bm25_ranking,
     fused,
+    ndcg_by_query,
     neighbour_scores,
     retrieval_metrics,
     to_ranking,
@@ -29,7 +31,16 @@ from pipeline.evaluation.metrics import (
     without_own_documents,
 )
 from pipeline.evaluation.retrieval import TextVectors, nearest_documents
-from pipeline.evaluation.tasks import RetrievalTask, held_out_task, open_beir, read_classification, read_labels
+from pipeline.evaluation.tasks import (
+    GENERAL,
+    GENERAL_KEY,
+    RetrievalTask,
+    held_out_task,
+    open_beir,
+    read_classification,
+    read_labels,
+)
+from pipeline.evaluation.verdict import ByQuery
 from pipeline.index.documents import tokens_fit
 from pipeline.index.encoder import EncoderRecipe
 from pipeline.index.vectors import Floats, TopK, unit
@@ -40,9 +51,17 @@ Scores = dict[str, Any]
 
 
 def score_tasks(
-    config: Config, folder: StoragePath, manifest: Manifest, recipe: EncoderRecipe, progress: Callable[[], Progress]
+    config: Config,
+    folder: StoragePath,
+    manifest: Manifest,
+    recipe: EncoderRecipe,
+    progress: Callable[[], Progress],
+    by_query: ByQuery | None = None,
 ) -> dict[str, Scores]:
-    """Scores by task, in the order of the config's keys. `progress` starts Ray; it is called only to encode texts."""
+    """Scores by task, in the order of the config's keys. `progress` starts Ray; it is called only to encode texts.
+
+    Adds the NDCG@10 of each query to `by_query`, for the model at full width and BM25.
+    """
     settings, normalise = config.evaluation, normaliser(config.data)
     dimensions, vectors = read_model_spec(recipe.local).head.dimensions, TextVectors(recipe, progress)
     sizes = [recipe.width, *(size for size in dimensions if size < recipe.width)]
@@ -58,12 +77,18 @@ def score_tasks(
         queries = vectors.of(list(task.queries.values()), f"queries of {task.name}", "query")
         found = nearest_documents(task, queries, sizes, recipe, progress())
         with Stage(f"evaluate: score {task.name}", len(task.queries), "queries") as stage:
-            scores[_unique(task.name, scores)] = score_retrieval(task, found, bm25=settings.bm25)
+            name, of_task = _unique(task.name, scores), dict[str, dict[str, float]]()
+            scores[name] = score_retrieval(task, found, bm25=settings.bm25, by_query=of_task)
+            if by_query is not None:
+                by_query[name] = of_task
             stage.advance(len(task.queries))
-    if settings.sts_file:
-        pairs = read_sts(as_path(settings.sts_file))
-        first, second = np.split(vectors_of(pairs.first + pairs.second, pairs.name), 2)
-        scores[_unique(pairs.name, scores)] = score_sts(pairs, first, second, sizes)
+    for key, file in (("sts_file", settings.sts_file), ("general", settings.general)):
+        if file is None or as_path(file).is_dir():
+            continue
+        pairs = read_sts(as_path(file), f"evaluation.{key}")
+        name = f"{GENERAL}{pairs.name}" if key == "general" else pairs.name
+        first, second = np.split(vectors_of(pairs.first + pairs.second, name), 2)
+        scores[_unique(name, scores)] = score_sts(pairs, first, second, sizes)
     if settings.clustering_file:
         path = as_path(settings.clustering_file)
         texts, labels = read_labels(path, "evaluation.clustering_file")
@@ -83,6 +108,10 @@ def _retrieval_tasks(
 ) -> Iterator[RetrievalTask]:
     if config.evaluation.beir_dir:
         yield open_beir(as_path(config.evaluation.beir_dir)).normalised(normalise)
+    if config.evaluation.general:
+        general = as_path(config.evaluation.general)
+        if general.is_dir():
+            yield replace(open_beir(general, GENERAL_KEY).normalised(normalise), name=f"{GENERAL}{general.name}")
     if config.evaluation.held_out_queries and manifest.holds_pairs:
         prompt = read_model_spec(recipe.local).head.prompt("document")
         without_prompts = not any("positive" in source.prompts for source in manifest.sources)
@@ -101,8 +130,17 @@ def _system(name: str, size: int, sizes: list[int]) -> str:
     return name if size == sizes[0] else f"{name}@{size}"
 
 
-def score_retrieval(task: RetrievalTask, found: dict[int, TopK], *, bm25: bool) -> Scores:
-    """Metrics by system: the model at each size, full width first; with `bm25` also BM25, and both fused (hybrid)."""
+def score_retrieval(
+    task: RetrievalTask,
+    found: dict[int, TopK],
+    *,
+    bm25: bool,
+    by_query: dict[str, dict[str, float]] | None = None,
+) -> Scores:
+    """Metrics by system: the model at each size, full width first; with `bm25` also BM25, and both fused (hybrid).
+
+    Adds the NDCG@10 of each query to `by_query`, for the model at full width and BM25.
+    """
     names, sizes = list(task.queries), list(found)
     rankings = {size: without_own_documents(to_ranking(names, result), task.qrels) for size, result in found.items()}
     systems = {_system("model", size, sizes): ranking for size, ranking in rankings.items()}
@@ -112,6 +150,9 @@ def score_retrieval(task: RetrievalTask, found: dict[int, TopK], *, bm25: bool) 
         lexical = without_own_documents(ranked, task.qrels)
         systems["bm25"] = lexical
         systems |= {_system("hybrid", size, sizes): fused(ranking, lexical) for size, ranking in rankings.items()}
+    if by_query is not None:
+        for system in systems.keys() & {"model", "bm25"}:
+            by_query[system] = ndcg_by_query(task.qrels, systems[system])
     counts = {"queries": len(task.queries), "documents": len(task.documents)}
     return counts | {system: retrieval_metrics(task.qrels, ranking) for system, ranking in systems.items()}
 

@@ -33,7 +33,8 @@ from pipeline.data.partitions import content_id, is_validation
 from pipeline.model.scores import read_sts, read_tsv
 
 BLOCK_ROWS = 1024  # documents per read
-KEY = "evaluation.beir_dir"
+KEY, GENERAL_KEY = "evaluation.beir_dir", "evaluation.general"
+GENERAL = "general "  # before the name of a task outside the domain
 
 Normalise = Callable[[str], str]
 
@@ -46,17 +47,18 @@ class Corpus:
     starts: list[tuple[int, int]]
     rows: int
     normalise: Normalise | None = None
+    key: str = KEY
 
     def __len__(self) -> int:
         return self.rows
 
     def items(self) -> Iterator[tuple[str, str]]:
         """Every document's id and text; the text is the title and the body."""
-        return self._documents(beir_rows(self.path, KEY))
+        return self._documents(beir_rows(self.path, self.key))
 
     def block(self, index: int) -> list[tuple[str, str]]:
         """The documents from `index * BLOCK_ROWS` on."""
-        return list(self._documents(islice(beir_rows(self.path, KEY, *self.starts[index]), BLOCK_ROWS)))
+        return list(self._documents(islice(beir_rows(self.path, self.key, *self.starts[index]), BLOCK_ROWS)))
 
     def _documents(self, rows: Iterable[tuple[int, int, dict[str, Any]]]) -> Iterator[tuple[str, str]]:
         for _, _, row in rows:
@@ -92,38 +94,41 @@ def check_tasks(settings: Evaluation) -> None:
         check_beir(as_path(settings.beir_dir))
     if settings.sts_file:
         read_sts(as_path(settings.sts_file))
+    if settings.general:
+        general = as_path(settings.general)
+        check_beir(general, GENERAL_KEY) if general.is_dir() else read_sts(general, GENERAL_KEY)
     if settings.clustering_file:
         read_labels(as_path(settings.clustering_file), "evaluation.clustering_file")
     if settings.classification_dir:
         read_classification(as_path(settings.classification_dir))
 
 
-def check_beir(folder: StoragePath) -> None:
+def check_beir(folder: StoragePath, key: str = KEY) -> None:
     """Raise ConfigError if one of the three files is missing, or the queries or judgements are invalid."""
     for name in (*TEXTS, JUDGEMENTS):
         if not (folder / name).is_file():
-            raise ConfigError(f"{KEY}: found no {name} in {folder}; allowed is a folder in BEIR's format")
-    _judged(folder)
+            raise ConfigError(f"{key}: found no {name} in {folder}; allowed is a folder in BEIR's format")
+    _judged(folder, key)
 
 
-def open_beir(folder: StoragePath) -> RetrievalTask:
+def open_beir(folder: StoragePath, key: str = KEY) -> RetrievalTask:
     """Read a BEIR folder, except for the documents' texts.
 
     Warns about judged queries and documents that are missing, and about queries without a relevant document. As in
     trec_eval, a missing document counts as not found. Raises ConfigError if all are missing, or an id is not unique.
     """
-    queries, judged = _judged(folder)
-    documents, ids = _corpus(folder / "corpus.jsonl")
-    _warn(folder, judged.keys() - queries.keys(), len(judged), "judged queries are missing from queries.jsonl")
+    queries, judged = _judged(folder, key)
+    documents, ids = _corpus(folder / "corpus.jsonl", key)
+    _warn(key, folder, judged.keys() - queries.keys(), len(judged), "judged queries are missing from queries.jsonl")
     qrels: Qrels = {}
     for query in judged.keys() & queries.keys():
         qrels[query] = {document: score for document, score in judged[query].items() if score > 0}
     unanswered = [query for query, answers in qrels.items() if not answers]
-    _warn(folder, unanswered, len(qrels), "judged queries have no score above 0 and are left out")
+    _warn(key, folder, unanswered, len(qrels), "judged queries have no score above 0 and are left out")
     relevant = sorted({document for answers in qrels.values() for document in answers})
     known = np.isin(np.array([_id_hash(document) for document in relevant], np.uint64), ids)
     missing = [document for document, is_known in zip(relevant, known.tolist(), strict=True) if not is_known]
-    _warn(folder, missing, len(relevant), "judged documents with a score above 0 are missing from corpus.jsonl")
+    _warn(key, folder, missing, len(relevant), "judged documents with a score above 0 are missing from corpus.jsonl")
     asked = {query: text for query, text in queries.items() if qrels.get(query)}
     return RetrievalTask(folder.name, asked, documents, {query: qrels[query] for query in asked})
 
@@ -183,39 +188,39 @@ def read_classification(folder: StoragePath) -> tuple[list[str], list[str], list
     return (*read_labels(folder / "train.tsv", key), *read_labels(folder / "test.tsv", key))
 
 
-def _judged(folder: StoragePath) -> tuple[dict[str, str], Qrels]:
+def _judged(folder: StoragePath, key: str) -> tuple[dict[str, str], Qrels]:
     """All queries, and all judgements. Raises ConfigError unless a judged query has a score above zero."""
     path, queries = folder / "queries.jsonl", dict[str, str]()
-    for _, number, row in beir_rows(path, KEY):
+    for _, number, row in beir_rows(path, key):
         if row["_id"] in queries:
             raise ConfigError(
-                f"{KEY}: {path} line {number}: the _id {row['_id']!r} is not unique; give each query its own"
+                f"{key}: {path} line {number}: the _id {row['_id']!r} is not unique; give each query its own"
             )
         queries[row["_id"]] = row["text"]
-    qrels = read_qrels(folder / JUDGEMENTS, queries, KEY)
+    qrels = read_qrels(folder / JUDGEMENTS, queries, key)
     if not any(score > 0 for query, scores in qrels.items() if query in queries for score in scores.values()):
         raise ConfigError(
-            f"{KEY}: {folder} has no query with a relevant document; {JUDGEMENTS} must give a score above 0 to a query "
+            f"{key}: {folder} has no query with a relevant document; {JUDGEMENTS} must give a score above 0 to a query "
             f"of queries.jsonl, and has {sum(query in queries for query in qrels):,} of its {len(queries):,} queries"
         )
     return queries, qrels
 
 
-def _warn(folder: StoragePath, found: Collection[str], total: int, what: str) -> None:
+def _warn(key: str, folder: StoragePath, found: Collection[str], total: int, what: str) -> None:
     """Warn that `what` is true of the ids `found`, out of `total`. Raises ConfigError if it is true of all."""
     if not found:
         return
-    sentence = f"{KEY}: in {folder}, {len(found):,} of {total:,} {what}, such as {min(found)!r}"
+    sentence = f"{key}: in {folder}, {len(found):,} of {total:,} {what}, such as {min(found)!r}"
     if len(found) == total:
         raise ConfigError(f"{sentence}; give a folder whose files belong together")
     log.warning("%s", sentence)
 
 
-def _corpus(path: StoragePath) -> tuple[Corpus, npt.NDArray[np.uint64]]:
+def _corpus(path: StoragePath, key: str) -> tuple[Corpus, npt.NDArray[np.uint64]]:
     """The documents, and the hash of each one's id."""
     starts: list[tuple[int, int]] = []
     ids = array("Q")
-    for start, number, row in beir_rows(path, KEY):
+    for start, number, row in beir_rows(path, key):
         if len(ids) % BLOCK_ROWS == 0:
             starts.append((start, number))
         ids.append(_id_hash(row["_id"]))
@@ -224,11 +229,11 @@ def _corpus(path: StoragePath) -> tuple[Corpus, npt.NDArray[np.uint64]]:
     duplicates = np.flatnonzero(np.diff(hashes[order]) == 0)
     if len(duplicates):
         first, second = order[duplicates[0]], order[duplicates[0] + 1]
-        name = next(islice(beir_rows(path, KEY), int(first), None))[2]["_id"]
+        name = next(islice(beir_rows(path, key), int(first), None))[2]["_id"]
         raise ConfigError(
-            f"{KEY}: {path}: documents {first + 1} and {second + 1} have the same _id {name!r}; allowed are unique ids"
+            f"{key}: {path}: documents {first + 1} and {second + 1} have the same _id {name!r}; allowed are unique ids"
         )
-    return Corpus(path, starts, len(ids)), hashes
+    return Corpus(path, starts, len(ids), key=key), hashes
 
 
 def _id_hash(name: str) -> int:

@@ -65,6 +65,12 @@ def check_teacher(config: Config) -> None:
         _given_model(config, key, config.objective.teacher)
 
 
+def holds_vectors(name: str) -> bool:
+    """Whether a teacher is a folder of vectors or scores, not a model."""
+    place = as_path(name)
+    return place.is_dir() and not holds_model(place) and bool(sorted_glob(place, "*.parquet"))
+
+
 def holds_model(folder: StoragePath) -> bool:
     return any((folder / name).is_file() for name in MODEL_FILES)
 

@@ -36,17 +36,17 @@ class StsTask:
     scores: list[float]
 
 
-def read_sts(path: StoragePath) -> StsTask:
-    """Sentence pairs from a TSV of `score`, `sentence1`, `sentence2` under a header."""
+def read_sts(path: StoragePath, key: str = "evaluation.sts_file") -> StsTask:
+    """Sentence pairs from a TSV of `score`, `sentence1`, `sentence2` under a header; errors name the config's `key`."""
 
     def scored(cells: list[str]) -> tuple[float, str, str]:
         if not math.isfinite(float(cells[0])):
             raise ValueError(f"{cells[0]} is not a finite score")
         return float(cells[0]), cells[1], cells[2]
 
-    rows = read_tsv(path, ("score", "sentence1", "sentence2"), "evaluation.sts_file", scored)
+    rows = read_tsv(path, ("score", "sentence1", "sentence2"), key, scored)
     if len({score for score, _, _ in rows}) < 2:
-        raise ConfigError(f"evaluation.sts_file: {path} has fewer than two distinct scores; give a file with more")
+        raise ConfigError(f"{key}: {path} has fewer than two distinct scores; give a file with more")
     scores, first, second = (list(column) for column in zip(*rows, strict=True))
     return StsTask(path.stem, first, second, scores)
 
