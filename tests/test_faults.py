@@ -34,8 +34,8 @@ def test_ctrl_c_in_each_stage_and_the_next_run_goes_on(tmp_path: Path) -> None:
     stages = [
         "prepare: read and filter: begins",
         "train: step 50:",
-        "embed: begins",
         "evaluate: encode held-out: begins",
+        "embed: begins",
     ]
     for stage in stages:
         job = JobProcess("run", config)
