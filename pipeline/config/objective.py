@@ -116,7 +116,7 @@ class Objective(Section):
                 f"{guide}"
             )
         views = self.contrastive is not None and self.contrastive.views != "given"
-        if views and (guide is not None or (self.distillation is not None and self.distillation.loss == "scores")):
+        if views and (guide is not None or self.distills_scores):
             raise ValueError(
                 "contrastive.views=given with contrastive.guide or distillation.loss=scores, because the teacher's "
                 "vectors are of whole texts"
@@ -131,9 +131,12 @@ class Objective(Section):
 
     @property
     def needs_pairs(self) -> bool:
-        scores = self.distillation is not None and self.distillation.loss == "scores"
         contrasts_pairs = self.contrastive is not None and self.contrastive.views == "given"
-        return scores or contrasts_pairs or self.seq2seq is not None
+        return self.distills_scores or contrasts_pairs or self.seq2seq is not None
+
+    @property
+    def distills_scores(self) -> bool:
+        return self.distillation is not None and self.distillation.loss == "scores"
 
     @property
     def teacher(self) -> str | None:
@@ -152,8 +155,7 @@ class Objective(Section):
         """How many of each record's negatives are used, at most."""
         if self.contrastive is not None:
             return self.contrastive.hard_negatives if self.contrastive.views == "given" else 0
-        scores = self.distillation is not None and self.distillation.loss == "scores"
-        return self.distillation.hard_negatives if scores and self.distillation else 0
+        return self.distillation.hard_negatives if self.distillation and self.distills_scores else 0
 
     @property
     def needs_decoder(self) -> bool:

@@ -271,9 +271,8 @@ class Teaching:
 
 def _check_scores(config: Config, manifest: Manifest) -> None:
     """Raise ConfigError if given scores cannot be used."""
-    contrastive, distillation = config.objective.contrastive, config.objective.distillation
-    key = config.objective.teacher_key
-    if distillation is None or distillation.loss != "scores" or (contrastive and contrastive.guide):
+    contrastive, key = config.objective.contrastive, config.objective.teacher_key
+    if not config.objective.distills_scores or (contrastive and contrastive.guide):
         raise ConfigError(f"{key}: found scores; they need objective.distillation.loss=scores, and cannot guide")
     if "negatives" not in manifest.text_fields or not config.objective.hard_negatives:
         raise ConfigError(f"{key}: found scores; they need records with negatives, and hard_negatives of 1 or more")

@@ -119,8 +119,7 @@ class Learner(nn.Module):
     @property
     def compares_rows(self) -> bool:
         """Whether an objective compares the vectors of a pair with those of the other rows."""
-        distillation = self.objective.distillation
-        return "contrastive" in self.weights or (distillation is not None and distillation.loss == "scores")
+        return "contrastive" in self.weights or self.objective.distills_scores
 
     @property
     def replicated(self) -> list[nn.Parameter]:
