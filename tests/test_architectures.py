@@ -281,6 +281,8 @@ def test_training_a_static_embedding(rows: np.ndarray, tokenizer: Tokenizer, tmp
     folder = saved(tmp_path / "st", StaticEmbedding(Tokenizer.from_str(tokenizer.to_str()), rows), Normalize())
     config = training(folder, "objective.contrastive.weight=1", "objective.denoising.weight=1")
     check_model(config, tokenizer)
+    with pytest.raises(ConfigError, match=r"model\.num_layers: found 2, but the model is a token table"):
+        check_model(training(folder, "model.num_layers=2"), tokenizer)
     learner = build_learner(config, tokenizer, negatives=False)
     batch = pack([[5, 6, 7, 8], [9, 10]])
     vectors = torch.nn.functional.normalize(
@@ -304,6 +306,9 @@ def test_training_a_static_embedding(rows: np.ndarray, tokenizer: Tokenizer, tmp
             "objective.denoising.corruption: found deletion, but .* to 8 numbers",
         ),
         ("BERT", ["model.matryoshka_dims=[8]"], "allowed are sizes below 8"),
+        ("BERT", ["model.num_layers=3"], "model.num_layers: found 3; allowed are 1 to 2, the model's layers"),
+        ("BERT", ["model.num_layers=0"], "model.num_layers: found 0; allowed are 1 to 2"),
+        ("ALBERT", ["model.num_layers=1"], "model.num_layers: found 1, but a albert model's layers cannot"),
         ("MPNet", ["model.gradient_checkpointing=true"], "model.pretrained: found a mpnet model, which .* checkpoint"),
     ],
 )

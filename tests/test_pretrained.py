@@ -17,7 +17,7 @@ from pipeline.model import pretrained
 from pipeline.model.embedding_model import EmbeddingModel
 from pipeline.model.folder import Head, load_model, model_fingerprint, save_model
 from pipeline.model.packing import Layout, Packed, pack
-from pipeline.model.pretrained import FAMILIES, load_pretrained
+from pipeline.model.pretrained import FAMILIES, PretrainedEncoder, load_pretrained
 
 PAD = 1
 SHAPE = {
@@ -346,3 +346,22 @@ def test_vectors_of_minilm_equal_sentence_transformers() -> None:
     with torch.inference_mode():
         ours = model(pack([encoding.ids for encoding in tokenizer.encode_batch(sentences)]))
     np.testing.assert_allclose(ours, theirs.encode(sentences, batch_size=16), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_are_kept_are_spread_from_the_first_to_the_last(family: str, tmp_path: Path) -> None:
+    depth = dict.fromkeys(["num_hidden_layers", *(["n_layers"] if family == "distilbert" else [])], 6)
+    folder, batch = saved(tmp_path, family, **depth), batch_of(*RAGGED)
+    whole, cut = load_pretrained(folder), load_pretrained(folder)
+    cut.keep_layers(3)
+    for number, same in enumerate((0, 2, 5)):
+        for ours, theirs in zip(cut.layers[number].parameters(), whole.layers[same].parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+    again = PretrainedEncoder.from_description(json.loads(json.dumps(cut.describe())))
+    again.load_state_dict(cut.state_dict())
+    states = cut.hidden(batch, Layout.of(batch))
+    assert torch.equal(states, again.eval().hidden(batch, Layout.of(batch)))
+    cut.model.save_pretrained(tmp_path / "cut")
+    oracle = transformers.AutoModel.from_pretrained(tmp_path / "cut").eval()
+    torch.testing.assert_close(states, padded_states(oracle, batch), atol=1e-5, rtol=0)
+    assert not torch.allclose(states, whole.hidden(batch, Layout.of(batch)), atol=1e-2)

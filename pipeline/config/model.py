@@ -35,8 +35,8 @@ class Lora(Section):
 class Model(Section):
     pretrained: PathStr | None = None
     """A pretrained model of transformers, sentence-transformers or model2vec: its folder, or its name on the hub.
-    Replaces `size` and the other keys that shape our own encoder; `tokenizer.load_path` then defaults to the model's
-    tokenizer. Dense modules are kept and trained."""
+    Replaces `size` and the other keys that shape our own encoder, except `num_layers`; `tokenizer.load_path` then
+    defaults to the model's tokenizer. Dense modules are kept and trained."""
     lora: Lora | None = None
     """Trains adapters of the pretrained model, which is frozen, instead of its weights. Checkpoints and exports have
     them merged."""
@@ -48,7 +48,9 @@ class Model(Section):
     d_model: int | None = Field(None, ge=8)
     """Width of the token states and of the vectors."""
     num_layers: int | None = Field(None, ge=0)
-    """Transformer layers; with 0, the default with `static_from`, the model is a token table."""
+    """Transformer layers; with 0, the default with `static_from`, the model is a token table. With `pretrained`, how
+    many of its layers to keep, spread evenly from the first to the last (DistilBERT, Sanh et al. 2019, section 3); by
+    default all."""
     num_heads: int | None = Field(None, ge=1)
     """Attention heads per layer; d_model must be an even multiple of it."""
     num_kv_heads: int | None = Field(None, ge=1)

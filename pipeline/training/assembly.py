@@ -284,11 +284,21 @@ def _pretrained(config: Config) -> EmbeddingModel:
     from pipeline.model.pretrained import fetch
 
     model = open_hf_model(fetch(_pretrained_path(config)))
+    _keep_layers(model, config.model.num_layers)
     if config.model.gradient_checkpointing and not isinstance(model.backbone, Encoder):
         model.backbone.checkpoint_gradients()  # type: ignore[operator]
     if lora := config.model.lora:
         add_lora(model.backbone, lora.rank, lora.alpha, lora.targets)
     return model
+
+
+def _keep_layers(model: EmbeddingModel, count: int | None) -> None:
+    """Keep `count` of a pretrained model's layers, if it is given. Raises ValueError if the model cannot."""
+    if count is None:
+        return
+    if isinstance(model.backbone, Encoder):
+        raise ValueError(f"found {count}, but the model is a token table, which has no layers; leave it out")
+    model.backbone.keep_layers(count)  # type: ignore[operator]
 
 
 def _pretrained_path(config: Config) -> Path:
@@ -311,6 +321,10 @@ def check_model(config: Config, tokenizer: Tokenizer) -> None:
             model.backbone.checkpoint_gradients()  # type: ignore[operator]
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.pretrained: {error}") from None
+    try:
+        _keep_layers(model, config.model.num_layers)
+    except ValueError as error:
+        raise ConfigError(f"model.num_layers: {error} (model.pretrained={config.model.pretrained})") from None
     backbone: Any = model.backbone
     if config.model.lora:
         try:
