@@ -50,10 +50,13 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"arguments: {message.replace(_WORD, '')}; --help lists what is allowed")
 
 
-def parser(name: str, description: str, query: bool = False, prepares: bool = True) -> argparse.ArgumentParser:
+def parser(
+    name: str, description: str, query: bool = False, prepares: bool = True, names: str = ""
+) -> argparse.ArgumentParser:
     """An argument parser with the arguments that jobs share; `prepares` adds those of jobs that may prepare data.
 
-    With `query`, the arguments that are not `section.key=value` are the words of the query.
+    With `query`, the arguments that are not `section.key=value` are the words of the query, and with `names`, such as
+    "RUN", they are names. A parser with the default `logs=False` is of a job that does not write to the run's folder.
     """
     arguments = _Parser(
         prog=command(name, []),
@@ -73,8 +76,10 @@ def parser(name: str, description: str, query: bool = False, prepares: bool = Tr
     name, meaning = "section.key=value", "config values that override the file's"
     if query:
         name, meaning = f"QUERY | {name}", f"the words of the query, after -- whatever they look like; {meaning}"
+    if names:
+        name = f"{names} | {name}"
     add("overrides", nargs="*", metavar=name, help=meaning)
-    arguments.set_defaults(query="" if query else None)
+    arguments.set_defaults(query="" if query else None, names=[] if names else None, logs=True)
     return arguments
 
 
@@ -92,6 +97,9 @@ def parse(arguments: argparse.ArgumentParser, argv: Sequence[str] | None) -> arg
         raise ConfigError(f"arguments: {_explain_option(unknown[0], argv, arguments, is_search)}")
     if is_search:
         args.query, args.overrides = _query_of(args.overrides)
+    if args.names is not None:
+        args.names = [word for word in args.overrides if "=" not in word]
+        args.overrides = [word for word in args.overrides if "=" in word]
     for name, value in vars(args).items():
         if isinstance(value, list):
             setattr(args, name, [each.removeprefix(_WORD) for each in value])
@@ -151,8 +159,9 @@ def run_job(
     try:
         args = parse(arguments or parser(name, description), argv)
         config = load_config(args)
-        check_reachable(config)
-        log_file = start_logging(config.log_dir, config.logging.level, config.logging.format)
+        if args.logs:
+            check_reachable(config)
+            log_file = start_logging(config.log_dir, config.logging.level, config.logging.format)
         result = main(config, args)
     except SystemExit as error:  # Ray raises it on SIGTERM while it starts
         if log_file is None:

@@ -23,7 +23,7 @@ from pipeline.job import parser, run_job
 
 COMMANDS = (
     *("run", "prepare", "train", "tune", "evaluate", "embed", "search"),
-    *("mine", "map", "export", "clean"),
+    *("mine", "map", "export", "runs", "config", "clean"),
 )
 NEXT = """first steps:
   tep run                                   # the whole job, on the Python packages installed here

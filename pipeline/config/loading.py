@@ -23,7 +23,8 @@ from pydantic import ValidationError
 from pipeline.config.reading import assign, explain, parse_override, read_yaml
 from pipeline.config.space import check_space
 from pipeline.config.tree import DEFAULT_ROOT, EVALUATION_PATHS, Config, check_dropout
-from pipeline.core.object_store import OPTIONS, holds_credentials
+from pipeline.core.aliases import SCHEME, aliased_model
+from pipeline.core.object_store import OPTIONS, BucketError, holds_credentials
 from pipeline.core.outcome import ConfigError
 from pipeline.core.path import absolute, as_path, without_options
 
@@ -55,6 +56,7 @@ def load(
     if local_data_dir is not None:
         _read_from(local_data_dir, tree)
     _apply_environment(tree, from_arguments, environ)
+    _replace_model_name(tree)
     _refuse_credentials(tree)
     _default_to_pretrained_tokenizer(tree)
     try:
@@ -128,6 +130,17 @@ def _apply_environment(tree: dict[str, Any], from_arguments: set[str], environ: 
     if isinstance(storage["root"], str) and storage["root"]:
         with suppress(ValueError):  # `_check_uris` reports it
             storage["root"] = str(absolute(as_path(os.path.expandvars(os.path.expanduser(storage["root"])))))
+
+
+def _replace_model_name(tree: dict[str, Any]) -> None:
+    """Replace `models:/NAME` in embedding.model by the folder of the model that has this name now."""
+    embedding = tree.get("embedding")
+    if not isinstance(embedding, dict) or not str(embedding.get("model")).startswith(SCHEME):
+        return
+    try:
+        embedding["model"] = str(aliased_model(as_path(tree["storage"]["root"]), embedding["model"]))
+    except (KeyError, ValueError, TypeError, BucketError) as error:
+        raise ConfigError(f"embedding.model: {error.args[0]}") from None
 
 
 def _refuse_credentials(value: Any, key: str = "") -> None:
