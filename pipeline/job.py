@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.config import Config, ConfigError, load
-from pipeline.config.loading import SHIPPED
+from pipeline.config.loading import SHIPPED, shipped_configs
 from pipeline.config.reading import ALLOWED_ARGUMENTS, meant_override
+from pipeline.config.reference import complete_override
 from pipeline.core.console import log, start_logging, stop_logging
 from pipeline.core.escaping import printable
 from pipeline.core.object_store import BucketError, redacted
@@ -66,7 +67,8 @@ def parser(
     )
     add = arguments.add_argument
     chosen = "YAML file, or the name of a shipped config (default: quickstart)"
-    add("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help=chosen)
+    config = add("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help=chosen)
+    config.completer = _complete_config  # type: ignore[attr-defined]  # argcomplete asks for this attribute
     read = "folder to read instead of the source's path; by default its text files are read, title → the rest"
     add("--local-data-dir", "--local_data_dir", metavar="DIR", help=read)
     arguments.epilog = "tep config lists the config's keys; tep config training.learning_rate explains one."
@@ -78,9 +80,17 @@ def parser(
         name, meaning = f"QUERY | {name}", f"the words of the query, after -- whatever they look like; {meaning}"
     if names:
         name = f"{names} | {name}"
-    add("overrides", nargs="*", metavar=name, help=meaning)
+    overrides = add("overrides", nargs="*", metavar=name, help=meaning)
+    overrides.completer = complete_override  # type: ignore[attr-defined]
     arguments.set_defaults(query="" if query else None, names=[] if names else None, logs=True)
     return arguments
+
+
+def _complete_config(prefix: str, **_: Any) -> list[str]:
+    """Names of shipped configs, and YAML files and folders that begin with the prefix."""
+    from argcomplete.completers import FilesCompleter
+
+    return [*shipped_configs(), *FilesCompleter(("yaml", "yml"))(prefix)]
 
 
 def parse(arguments: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -98,8 +108,8 @@ def parse(arguments: argparse.ArgumentParser, argv: Sequence[str] | None) -> arg
     if is_search:
         args.query, args.overrides = _query_of(args.overrides)
     if args.names is not None:
-        args.names = [word for word in args.overrides if "=" not in word]
-        args.overrides = [word for word in args.overrides if "=" in word]
+        args.names = [word.removesuffix("=") for word in args.overrides if "=" not in word[:-1]]
+        args.overrides = [word for word in args.overrides if "=" in word[:-1]]
     for name, value in vars(args).items():
         if isinstance(value, list):
             setattr(args, name, [each.removeprefix(_WORD) for each in value])

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words:
         _overview().print_help(sys.stderr)
         return 2
-    near = difflib.get_close_matches(words[0], COMMANDS, 1)
+    near = difflib.get_close_matches(words[0], [*COMMANDS, "--help", "--version"], 1)
     meant = f"did you mean tep {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
     print(printable(f"tep: found no command {words[0]!r}; {meant}"), file=sys.stderr)
     return 2

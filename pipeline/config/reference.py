@@ -84,6 +84,16 @@ def find_keys(name: str = "") -> list[Key]:
     return found
 
 
+def complete_override(prefix: str, **_: Any) -> list[str]:
+    """What `section.key=value` may be that begins with the prefix: keys, then the values of a key that has a few."""
+    name, equals, _value = prefix.partition("=")
+    if not equals:
+        return [f"{key.key.replace('[]', '.0')}=" for key in all_keys() if key.type != "mapping"]
+    types = [key.type for key in all_keys() if _bare(key.key) == _bare(name)]
+    values = re.split(r" \| | or ", types[0]) if types else []
+    return [f"{name}={value}" for value in values if re.fullmatch(r"[a-z]\w*", value) and value not in _NAMES.values()]
+
+
 def _bare(name: str) -> str:
     """A key without the places in lists: data.sources.0.path and data.sources[].path are data.sources.path."""
     return re.sub(r"\[\d*\]|\.\d+(?=\.|$)", "", name)

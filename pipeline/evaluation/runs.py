@@ -99,9 +99,8 @@ class Run:
 
     def queries(self) -> dict[str, dict[str, float]]:
         """Task → query → the model's NDCG@10, as last evaluated."""
-        if "artifact" not in self.evaluation:
-            return {}
-        tasks = json.loads((self.folder / self.evaluation["artifact"] / "queries.json").read_text("utf-8"))
+        file = self.folder / self.evaluation.get("artifact", "") / "queries.json"
+        tasks = json.loads(file.read_text("utf-8")) if file.is_file() else {}
         return {task: systems["model"] for task, systems in tasks.items()}
 
 
@@ -179,7 +178,7 @@ def _verdicts(first: Run, second: Run) -> Iterator[str]:
         found = compare(task, first.name, after[task], before[task])
         than = "from" if found.verdict.startswith("not") else "than"
         yield (
-            f"On {task} {second.name} is {found.verdict} {than} {first.name}: NDCG@10 {found.model_ndcg:.3f} and "
-            f"{found.other_ndcg:.3f}, difference {found.difference:+.3f}, 95% interval {found.low:+.3f} to "
-            f"{found.high:+.3f} ({found.queries:,} queries)."
+            f"On {task} {second.name} is {found.verdict} {than} {first.name}: NDCG@10 {found.model_ndcg:.3f}, "
+            f"and {found.other_ndcg:.3f} for {first.name}; the difference is {found.difference:+.3f}, 95% interval "
+            f"{found.low:+.3f} to {found.high:+.3f} ({found.queries:,} queries)."
         )
