@@ -76,6 +76,19 @@ class TestWholeJob:
         assert (code, last["status"]) == (1, "failed")
         assert "the run small has no vectors yet; run tep run first" in err
 
+    def test_what_needs_a_model_says_so_before_preparing(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+        for name in ("embed", "evaluate", "mine"):
+            code, _, _, err = job(capsys, name)
+            assert (code, "run tep train first" in err) == (1, True)
+            assert not (job.root / "prepared").exists()
+
+    def test_a_wrong_model_is_refused_before_anything_is_read(
+        self, job: Job, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for name in ("search", "embed"):
+            code, _, _, err = job(capsys, name, *(["words"] if name == "search" else []), "embedding.model=nope")
+            assert (code, "embedding.model: found no folder nope; allowed are" in err) == (2, True)
+
     def test_too_few_cpus_are_refused_before_training(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         code, _, _, err = job(capsys, "train", "scaling.cpus_per_worker=4", "storage.run=refused")
         assert code == 2

@@ -46,7 +46,8 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     print(table(rows, ("kind", "folder", "size", "days", "why unused")) if rows else f"nothing unused in {config.root}")
     if args.dry_run:
         freed = sum(each.bytes for each in found)
-        print(f"{len(found)} folders, {size(freed)}: run again without --dry-run to delete them")
+        if found:
+            print(f"{len(found)} folders, {size(freed)}: run again without --dry-run to delete them")
         return Result({"found": len(found), "removed": 0, "bytes": round(freed)})
     removed = []
     for each in found:

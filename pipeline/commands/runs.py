@@ -26,7 +26,7 @@ from pipeline.core.aliases import SCHEME, assign_alias, read_aliases
 from pipeline.core.console import table
 from pipeline.core.escaping import printable
 from pipeline.core.outcome import Result, command
-from pipeline.core.path import without_options
+from pipeline.core.path import StoragePath, without_options
 from pipeline.job import parser
 
 if TYPE_CHECKING:
@@ -97,8 +97,21 @@ def promote(config: Config, run: Run, name: str) -> Result:
     assign_alias(config.root, name, {"run": run.name, "model": f"models/{model.name}", "promoted": now})
     if before and before != run.name:
         print(f"{name} was {before}; to go back: {command('runs', ['promote', before, name])}", file=sys.stderr)
+    if "mlflow" in run.config.logging.trackers:
+        _register(own, run, model, name)
     print(f"{name} is now the model of {run.name}: use it with embedding.model={SCHEME}{name}", file=sys.stderr)
     return Result({"run": run.name, "name": name, "before": before}, {"model": str(model)})
+
+
+def _register(config: Config, run: Run, model: StoragePath, name: str) -> None:
+    """Register the model with MLflow too. An error there is a warning: the name is given already."""
+    from pipeline.training.mlflow_tracker import register
+
+    try:
+        settings = config.model_copy(update={"logging": run.config.logging})
+        print(f"MLflow has it as {register(settings, run.folder, model, name)}", file=sys.stderr)
+    except Exception as error:
+        print(printable(f"MLflow did not take it: {' '.join(str(error).split())}"), file=sys.stderr)
 
 
 def described(run: Run) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def _read_run(root: StoragePath, name: str, inside: dict[str, Stat], aliases: li
 
 def compare_runs(first: Run, second: Run) -> dict[str, Any]:
     """What differs: config as {key: [a, b]}, data as a sentence, scores as {task: {metric: [a, b]}}, and verdicts."""
-    a, b = (_flat(run.config.dump()) for run in (first, second))
+    a, b = first.config.flat(), second.config.flat()
     keys = [key for key in dict.fromkeys([*a, *b]) if key != "storage.run" and a.get(key) != b.get(key)]
     tasks = dict.fromkeys([*first.scores, *second.scores])
     scores = {
@@ -152,13 +152,6 @@ def compare_runs(first: Run, second: Run) -> dict[str, Any]:
         "scores": scores,
         "verdicts": list(_verdicts(first, second)),
     }
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
 
 
 def _data(first: Run, second: Run) -> str:

@@ -26,10 +26,27 @@ from pipeline.index.backends import make_graph
 from pipeline.index.encoder import EncoderRecipe
 from pipeline.index.pinecone_client import Budget
 from pipeline.index.table import VectorTable
-from pipeline.model.folder import model_files, model_fingerprint, read_model_spec, runs_padded
+from pipeline.model.folder import FILES, is_ours, model_files, model_fingerprint, read_model_spec, runs_padded
 
 if TYPE_CHECKING:
     from pipeline.index.pinecone_store import PineconeStore
+
+
+def check_model(place: StoragePath) -> None:
+    """Raise ConfigError if `embedding.model` is not a model folder. Does not read the weights."""
+    if not place.is_dir():
+        raise ConfigError(
+            f"embedding.model: found no folder {place}; allowed are a checkpoint's, and those of transformers and of "
+            "sentence-transformers"
+        )
+    folder = local_copy(place)
+    missing = [name for name in FILES if not (folder / name).is_file()] if is_ours(folder) else []
+    if missing:
+        raise ConfigError(f"embedding.model: found no {' and no '.join(missing)} in {place}; allowed is a whole model")
+    try:
+        read_model_spec(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"embedding.model: {error}") from None
 
 
 def encoder_recipe(config: Config, model: StoragePath) -> EncoderRecipe:
@@ -130,6 +147,7 @@ def published(config: Config) -> tuple[EncoderRecipe, VectorTable]:
     Raises JobError if nothing was published.
     """
     if config.embedding.model:
+        check_model(as_path(config.embedding.model))
         recipe = encoder_recipe(config, as_path(config.embedding.model))
         return recipe, table_of(config, recipe)
     path = _published(config)
