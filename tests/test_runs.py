@@ -109,12 +109,18 @@ class TestList:
         assert sorted(root.rglob("*")) == before
 
     def test_an_unreadable_run_is_left_out(self, root: Path, caplog: pytest.LogCaptureFixture) -> None:
-        for name, text in (("broken", "model: [1"), ("older", "nosuch: {}"), ("list", "[]")):
+        for name, text in (("broken", "model: [1"), ("other", "nosuch: {}"), ("list", "[]")):
             shutil.copytree(root / "runs" / "first", root / "runs" / name)
             (root / "runs" / name / "config.resolved.yaml").write_text(text)
         shutil.copytree(root / "runs" / "first", root / "runs" / "no-config")
         (root / "runs" / "no-config" / "config.resolved.yaml").unlink()
         assert {run.name for run in find_runs(root)} == {"first", "team/second"}
+
+    def test_a_run_of_another_version_is_listed(self, root: Path) -> None:
+        file = root / "runs" / "first" / "config.resolved.yaml"
+        file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"gone": {"key": 1}}))
+        (first,) = (run for run in find_runs(root) if run.name == "first")
+        assert (first.model, first.sources) == ("token table, 256 wide", ["pairs"])
 
     def test_without_runs_it_says_how_to_make_one(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

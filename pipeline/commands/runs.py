@@ -97,7 +97,7 @@ def promote(config: Config, run: Run, name: str) -> Result:
     assign_alias(config.root, name, {"run": run.name, "model": f"models/{model.name}", "promoted": now})
     if before and before != run.name:
         print(f"{name} was {before}; to go back: {command('runs', ['promote', before, name])}", file=sys.stderr)
-    if "mlflow" in run.config.logging.trackers:
+    if "mlflow" in run.settings["logging"].get("trackers", ()):
         _register(own, run, model, name)
     print(f"{name} is now the model of {run.name}: use it with embedding.model={SCHEME}{name}", file=sys.stderr)
     return Result({"run": run.name, "name": name, "before": before}, {"model": str(model)})
@@ -108,7 +108,8 @@ def _register(config: Config, run: Run, model: StoragePath, name: str) -> None:
     from pipeline.training.mlflow_tracker import register
 
     try:
-        settings = config.model_copy(update={"logging": run.config.logging})
+        project = run.settings["logging"].get("project", config.logging.project)
+        settings = config.changed({"logging.project": project}, "promote")
         print(f"MLflow has it as {register(settings, run.folder, model, name)}", file=sys.stderr)
     except Exception as error:
         print(printable(f"MLflow did not take it: {' '.join(str(error).split())}"), file=sys.stderr)

@@ -120,7 +120,7 @@ class Config(Section):
 
     def flat(self) -> dict[str, Any]:
         """The resolved tree as dotted keys and their values."""
-        return _flat(self.dump())
+        return flatten(self.dump())
 
     def changed(self, values: dict[str, Any], where: str) -> Config:
         """A copy with other values at dotted keys. Raises ConfigError; `where` names the origin of the values."""
@@ -136,10 +136,11 @@ class Config(Section):
         return config
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of mappings as dotted keys and their values."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

@@ -18,8 +18,10 @@ from functools import cached_property
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from pipeline.config import Config
+from pipeline.config import Model
+from pipeline.config.tree import flatten
 from pipeline.core.aliases import read_aliases
 from pipeline.core.console import log
 from pipeline.core.files import disk_bytes, files_below
@@ -38,7 +40,8 @@ class Run:
 
     root: StoragePath
     name: str
-    config: Config
+    settings: dict[str, Any]
+    """config.resolved.yaml, perhaps of another version."""
     described: dict[str, Any]
     """`data_fingerprint`, `prepared` and `steps` of run.json."""
     evaluation: dict[str, Any]
@@ -58,7 +61,10 @@ class Run:
     @property
     def model(self) -> str:
         """The model in a few words: what it began from, or its size."""
-        settings = self.config.model
+        try:
+            settings = Model.model_validate(self.settings["model"])
+        except ValidationError:
+            return "of another version"
         if settings.pretrained:
             return settings.pretrained
         sizes = settings.dimensions()
@@ -68,7 +74,7 @@ class Run:
 
     @property
     def sources(self) -> list[str]:
-        return [source.name for source in self.config.data.sources]
+        return [source["name"] for source in self.settings["data"]["sources"]]
 
     @cached_property
     def rows(self) -> int | None:
@@ -120,12 +126,14 @@ def find_runs(root: StoragePath) -> list[Run]:
 
 def _read_run(root: StoragePath, name: str, inside: dict[str, Stat], aliases: list[str]) -> Run:
     folder = root / "runs" / name
-    tree = yaml.safe_load((folder / "config.resolved.yaml").read_text("utf-8"))
+    settings = yaml.safe_load((folder / "config.resolved.yaml").read_text("utf-8"))
+    if not isinstance(settings, dict) or not {"data", "model", "logging"} <= settings.keys():
+        raise ValueError("config.resolved.yaml is no config")
     described = json.loads((folder / "run.json").read_text("utf-8"))
     return Run(
         root,
         name,
-        Config.model_validate(tree),
+        settings,
         {key: described[key] for key in ("data_fingerprint", "prepared", "steps")},
         json.loads((folder / "evaluation.json").read_text("utf-8")) if "evaluation.json" in inside else {},
         max((int(match[1]) for each in inside if (match := _STEP.fullmatch(each))), default=0),
@@ -136,7 +144,7 @@ def _read_run(root: StoragePath, name: str, inside: dict[str, Stat], aliases: li
 
 def compare_runs(first: Run, second: Run) -> dict[str, Any]:
     """What differs: config as {key: [a, b]}, data as a sentence, scores as {task: {metric: [a, b]}}, and verdicts."""
-    a, b = first.config.flat(), second.config.flat()
+    a, b = flatten(first.settings), flatten(second.settings)
     keys = [key for key in dict.fromkeys([*a, *b]) if key != "storage.run" and a.get(key) != b.get(key)]
     tasks = dict.fromkeys([*first.scores, *second.scores])
     scores = {
