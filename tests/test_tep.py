@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,11 @@ def test_help_version_and_commands_that_do_not_exist(capsys: pytest.CaptureFixtu
         assert "\x1b" not in err
 
 
+def test_commands_in_the_readme_exist() -> None:
+    named = re.findall(r"(?:^|`)tep ([a-z]+)", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert {*tep.COMMANDS} == {*named}
+
+
 def test_help_of_a_command_says_how_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "Do it.\n\nexamples:\n  tep train --config pairs\n"
     monkeypatch.setattr(sys, "argv", ["/usr/bin/tep", "train"])
@@ -85,6 +91,9 @@ class TestShippedConfigs:
         assert load("fine_tune", environ={}).storage.run == "fine_tune"
         with pytest.raises(ConfigError, match=r"found no file nowhere/fine_tune\.yaml"):
             load("nowhere/fine_tune.yaml")
+        (tmp_path / "texts").mkdir()
+        with pytest.raises(ConfigError, match="texts: Is a directory; allowed is a readable YAML file"):
+            load("texts")
 
     def test_an_unknown_name_lists_them(self) -> None:
         with pytest.raises(ConfigError) as raised:
