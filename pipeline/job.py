@@ -1,8 +1,7 @@
 """The frame of every job: arguments, signals, exit code and the JSON line at the end.
 
     def main(config: Config, args: Namespace) -> Result: ...
-    if __name__ == "__main__":
-        sys.exit(run_job("train", __doc__, main))
+    sys.exit(run_job("train", "Train a model. …", main))
 
 Exit codes: 0 done, 1 failed, 2 bad config or arguments, 130 on Ctrl-C, 143 on SIGTERM. The last line on stdout is JSON.
 """
@@ -23,14 +22,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.config import Config, ConfigError, load
+from pipeline.config.loading import SHIPPED, shipped_configs
 from pipeline.config.reading import ALLOWED_ARGUMENTS, meant_override
+from pipeline.config.reference import complete_override
 from pipeline.core.console import log, start_logging, stop_logging
 from pipeline.core.escaping import printable
 from pipeline.core.object_store import BucketError, redacted
-from pipeline.core.outcome import EXPECTED_ERRORS, Result, error_sentence
+from pipeline.core.outcome import EXPECTED_ERRORS, Result, command, error_sentence
 from pipeline.core.signals import signals
 
-DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+DEFAULT_CONFIG = SHIPPED / "quickstart.yaml"
 
 
 def check_reachable(config: Config) -> None:
@@ -50,31 +51,46 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"arguments: {message.replace(_WORD, '')}; --help lists what is allowed")
 
 
-def parser(name: str, description: str, query: bool = False, prepares: bool = True) -> argparse.ArgumentParser:
+def parser(
+    name: str, description: str, query: bool = False, prepares: bool = True, names: str = ""
+) -> argparse.ArgumentParser:
     """An argument parser with the arguments that jobs share; `prepares` adds those of jobs that may prepare data.
 
-    With `query`, the arguments that are not `section.key=value` are the words of the query.
+    With `query`, the arguments that are not `section.key=value` are the words of the query, and with `names`, such as
+    "RUN", they are names. A parser with the default `logs=False` is of a job that does not write to the run's folder.
     """
     arguments = _Parser(
-        prog=f"python jobs/{name}.py",
-        description=description,
+        prog=command(name, []),
+        description=re.sub(r"\btep (\w+)", lambda match: command(match[1], []), description),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = arguments.add_argument
-    add("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help="YAML file (default: %(default)s)")
+    chosen = "YAML file, or the name of a shipped config (default: quickstart)"
+    config = add("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help=chosen)
+    config.completer = _complete_config  # type: ignore[attr-defined]  # argcomplete asks for this attribute
     read = "folder to read instead of the source's path; by default its text files are read, title → the rest"
     add("--local-data-dir", "--local_data_dir", metavar="DIR", help=read)
-    arguments.epilog = "All config keys, with units and defaults: pipeline/config/"
+    arguments.epilog = "tep config lists the config's keys; tep config training.learning_rate explains one."
     if prepares:
         add("--rehash", action="store_true", help="compare input files by content, not by size and modification time")
         add("--check", action="store_true", help="only check whether the cluster has what the job needs")
     name, meaning = "section.key=value", "config values that override the file's"
     if query:
         name, meaning = f"QUERY | {name}", f"the words of the query, after -- whatever they look like; {meaning}"
-    add("overrides", nargs="*", metavar=name, help=meaning)
-    arguments.set_defaults(query="" if query else None)
+    if names:
+        name = f"{names} | {name}"
+    overrides = add("overrides", nargs="*", metavar=name, help=meaning)
+    overrides.completer = complete_override  # type: ignore[attr-defined]
+    arguments.set_defaults(query="" if query else None, names=[] if names else None, logs=True)
     return arguments
+
+
+def _complete_config(prefix: str, **_: Any) -> list[str]:
+    """Names of shipped configs, and YAML files and folders that begin with the prefix."""
+    from argcomplete.completers import FilesCompleter
+
+    return [*shipped_configs(), *FilesCompleter(("yaml", "yml"))(prefix)]
 
 
 def parse(arguments: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -91,6 +107,9 @@ def parse(arguments: argparse.ArgumentParser, argv: Sequence[str] | None) -> arg
         raise ConfigError(f"arguments: {_explain_option(unknown[0], argv, arguments, is_search)}")
     if is_search:
         args.query, args.overrides = _query_of(args.overrides)
+    if args.names is not None:
+        args.names = [word.removesuffix("=") for word in args.overrides if "=" not in word[:-1]]
+        args.overrides = [word for word in args.overrides if "=" in word[:-1]]
     for name, value in vars(args).items():
         if isinstance(value, list):
             setattr(args, name, [each.removeprefix(_WORD) for each in value])
@@ -114,7 +133,7 @@ def _query_of(words: Sequence[str]) -> tuple[str, list[str]]:
         overrides = [word for word in overrides if word not in query]
     if not query:
         example = f" -- '{overrides[-1]}'" if overrides else ' "remove duplicate rows"'
-        raise ConfigError(f"query: found no text to search for; give one, as in python jobs/search.py{example}")
+        raise ConfigError(f"query: found no text to search for; give one, as in {command('search', [])}{example}")
     return " ".join(word.removeprefix(_WORD) for word in query), overrides
 
 
@@ -150,8 +169,9 @@ def run_job(
     try:
         args = parse(arguments or parser(name, description), argv)
         config = load_config(args)
-        check_reachable(config)
-        log_file = start_logging(config.log_dir, config.logging.level, config.logging.format)
+        if args.logs:
+            check_reachable(config)
+            log_file = start_logging(config.log_dir, config.logging.level, config.logging.format)
         result = main(config, args)
     except SystemExit as error:  # Ray raises it on SIGTERM while it starts
         if log_file is None:

@@ -15,9 +15,9 @@ from typing import Literal
 from pipeline.config import Config, ConfigError
 from pipeline.core.cluster import restrict_data_to
 from pipeline.core.console import log, log_lines, log_timeline
-from pipeline.core.files import local_copy, write_atomically
+from pipeline.core.files import write_atomically
 from pipeline.core.object_store import BucketError
-from pipeline.core.outcome import JobError, Result, findings_table, job_lock, raise_findings
+from pipeline.core.outcome import JobError, Result, command, findings_table, job_lock, raise_findings
 from pipeline.core.path import StoragePath, as_path
 from pipeline.core.session import Progress, ray_session, set_environment
 from pipeline.data.drift import has_moved, log_drift
@@ -112,26 +112,9 @@ def check_folders(config: Config) -> None:
 
         check_teacher(config)
     if config.embedding.model:
+        from pipeline.index.published import check_model
+
         check_model(as_path(config.embedding.model))
-
-
-def check_model(place: StoragePath) -> None:
-    """Raise ConfigError if `embedding.model` is not a model folder. Does not read the weights."""
-    if not place.is_dir():
-        raise ConfigError(
-            f"embedding.model: found no folder {place}; allowed are a checkpoint's, and those of transformers and of "
-            "sentence-transformers"
-        )
-    from pipeline.model.folder import FILES, is_ours, read_model_spec  # for others' folders torch and transformers
-
-    folder = local_copy(place)
-    missing = [name for name in FILES if not (folder / name).is_file()] if is_ours(folder) else []
-    if missing:
-        raise ConfigError(f"embedding.model: found no {' and no '.join(missing)} in {place}; allowed is a whole model")
-    try:
-        read_model_spec(folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"embedding.model: {error}") from None
 
 
 def prepare_stage(session: Session) -> Result:
@@ -205,6 +188,7 @@ def embed_stage(session: Session, *, dry_run: bool = False, verify: bool = False
 
     `dry_run` only counts the work, `verify` only compares the table with the data, `rebuild` embeds all texts again.
     """
+    model_folder(session.config)  # a missing model is reported now, not after preparing data
     config, (folder, manifest) = session.config, session.prepared()
     from pipeline.index.job import Index
 
@@ -225,6 +209,7 @@ def embed_stage(session: Session, *, dry_run: bool = False, verify: bool = False
 
 def evaluate_stage(session: Session, *, again: bool) -> Result:
     """Score the model, compare it with BM25, its base and the published model; `again` recomputes its scores."""
+    model_folder(session.config)
     config, (folder, manifest) = session.config, session.prepared()
     from pipeline.evaluation.job import Evaluation
 
@@ -233,6 +218,7 @@ def evaluate_stage(session: Session, *, again: bool) -> Result:
 
 def mine_stage(session: Session) -> Result:
     """Write a copy of the run's data set that has hard negatives."""
+    model_folder(session.config)
     config, (folder, manifest) = session.config, session.prepared()
     from pipeline.index.mine import mine
     from pipeline.index.published import encoder_recipe
@@ -283,6 +269,7 @@ def merged_stage(config: Config, model: StoragePath, share: float | Literal["aut
 
 def model_folder(config: Config) -> StoragePath:
     """The model to embed with: `embedding.model`, else the run's best. Raises JobError if there is none."""
+    from pipeline.index.published import check_model
     from pipeline.training.checkpoints import best_checkpoint
 
     if config.embedding.model:
@@ -290,5 +277,5 @@ def model_folder(config: Config) -> StoragePath:
         return as_path(config.embedding.model)
     best = best_checkpoint(config.run_dir)
     if best is None:
-        raise JobError(f"no trained model in {config.run_dir}; run python jobs/train.py first")
+        raise JobError(f"no trained model in {config.run_dir}; run {command('train')} first")
     return best

@@ -112,7 +112,7 @@ def test_the_command_prints_a_config_under_a_table(capsys: pytest.CaptureFixture
     assert yaml.safe_load(printed) == yaml.safe_load("""
         scaling: {num_workers: 2}
         model: {gradient_checkpointing: true}
-        logging: {trackers: [wandb, tensorboard], wandb_project: theses}
+        logging: {trackers: [wandb, tensorboard], project: theses}
         training:
           {global_batch_size: 64, gradient_accumulation_steps: 8, log_every_steps: 50, max_steps: 500, strategy: fsdp,
            learning_rate: 3.0e-5, betas: [0.8, 0.999], adam_eps: 1.0e-6, weight_decay: 3.0e-7, max_grad_norm: 0.5,
@@ -141,7 +141,7 @@ def test_the_command_exits_2_with_one_sentence(capsys: pytest.CaptureFixture[str
 def test_no_value_leaves_its_comment(capsys: pytest.CaptureFixture[str]) -> None:
     Path("ds.json").write_text(json.dumps({"wandb": {"project": "a\ntraining: {seed: 7}"}}))
     assert main(["ds.json"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out) == {"logging": {"wandb_project": "a\ntraining: {seed: 7}"}}
+    assert yaml.safe_load(capsys.readouterr().out) == {"logging": {"project": "a\ntraining: {seed: 7}"}}
 
 
 def test_deepspeeds_defaults_where_its_file_does_not_say() -> None:

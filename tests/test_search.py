@@ -90,9 +90,23 @@ def test_with_conditions(search: Any) -> None:
     ):
         code, found, _ = search("merge lists", "--json", *conditions)
         assert (code, [one["id"] for one in found]) == (0, ids), conditions
-    code, _, said = search("merge lists", "--where", "source=code")
+    code, _, said = search("merge", "lists", "--where", "source=code")  # words need no quotes
     assert code == 0
     assert "lists.py:3  merge" in said
+
+
+def test_no_results_are_explained(search: Any) -> None:
+    with search.table.writing() as writer:
+        writer.begin()
+    for argument in ([], ["--json"], ["--where", "source=web"]):
+        code, _, said = search("merge lists", *argument)
+        assert code == 0
+        assert "no results: the table" in said
+        assert "is empty; tep embed fills it" in said
+    search.fill()
+    code, found, said = search("merge lists", "--where", "source=wbe", "--json")
+    assert (code, found) == (0, [])
+    assert "no results: no record meets the condition on source, which has values such as code, web" in said
 
 
 def test_hybrid_says_that_its_scores_are_of_ranks(search: Any, tmp_path: Path) -> None:

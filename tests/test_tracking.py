@@ -227,7 +227,7 @@ class TestWeightsAndBiases:
         """A process of its own, as each start of a run has: within one, wandb may lose what the second logs."""
         script = f"""if True:
             from tests.test_tracking import Path, Trackers, config_of, training, validation
-            config = config_of(Path({str(root)!r}), "logging.trackers=[wandb]", "logging.wandb_project=tests")
+            config = config_of(Path({str(root)!r}), "logging.trackers=[wandb]", "logging.project=tests")
             with Trackers.open(config, {resumed}) as trackers:
                 {body}"""
         environ = {name: value for name, value in os.environ.items() if name != "WANDB_API_KEY"}

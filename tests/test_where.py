@@ -20,7 +20,7 @@ from pipeline.index.pinecone_store import PineconeStore
 from pipeline.index.search import TableSearch
 from pipeline.index.table import PLACE, VectorTable
 from pipeline.index.vectors import as_column
-from pipeline.index.where import check_found, keeps, parse, to_sql
+from pipeline.index.where import keeps, parse, to_sql, why_none
 from pipeline.job import DEFAULT_CONFIG
 from tests.pinecone_server import pinecone_server
 
@@ -133,13 +133,24 @@ def test_two_conditions_on_one_key_are_refused() -> None:
 
 
 def test_an_empty_result_is_explained() -> None:
+    places = [{**row, "source": "web", "source_id": f"s:{i}"} for i, row in enumerate(ROWS.values())]
     with pytest.raises(
         ConfigError, match=r"no record with the key 'nosuch'; the keys are source, source_id, big, day, "
     ):
-        check_found(parse(["nosuch=1"]), ROWS.values())
+        why_none(parse(["nosuch=1"]), places)
+    with pytest.raises(ConfigError, match=r"no record with the key 'yaer'; did you mean year\? The keys are"):
+        why_none(parse(["yaer=1"]), places)
     with pytest.raises(ConfigError, match=r"bounds on zip, which has no numbers, but values such as '02143'"):
-        check_found(parse(["zip>5"]), ROWS.values())
-    check_found(parse(["year>3000", "zip=1", "source=none"]), ROWS.values())
+        why_none(parse(["zip>5"]), places)
+    assert why_none(parse(["year>3000"]), places).startswith("no record meets the condition on year, which has values")
+    assert why_none(parse(["source=none"]), places) == (
+        "no record meets the condition on source, which has values such as web"
+    )
+    assert why_none(parse(["a=1", "b=1"]), [{"a": 1, "b": 2}, {"a": 2, "b": 1}]) == (
+        "each condition is met by some record, but no record meets all of them"
+    )
+    assert why_none(parse(["a=1"]), [{"a": None}]).endswith("values such as null")
+    assert why_none(parse(["a=9"]), [{"a": i} for i in range(8)]).endswith("values such as 0, 1, 2, 3, 4")
 
 
 SCALARS = st.one_of(st.text(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False))

@@ -19,7 +19,7 @@ DIRECT: dict[str, tuple[str, str]] = {
     "scheduler.params.cos_min_ratio": ("training.final_rate_fraction", ""),
     "gradient_clipping": ("training.max_grad_norm", ""),
     "steps_per_print": ("training.log_every_steps", "lines in metrics.jsonl"),
-    "wandb.project": ("logging.wandb_project", ""),
+    "wandb.project": ("logging.project", ""),
 }
 """Key → our key with the same meaning, and a note."""
 

@@ -114,18 +114,21 @@ def parse_override(override: str, root: type[BaseModel]) -> tuple[str, Any]:
 
 def meant_override(name: str, value: str, root: type[BaseModel]) -> str:
     """Suggest `section.key=value` for a name such as `lr`, `--max-steps` or `--training.max_steps`; "" if none fits."""
-    named = name.lstrip("-").replace("-", "_")
-    leaf = named.rpartition(".")[2].lower()
-    keys = [path.replace("[]", ".0") for path in _paths(root)]
-    leaves = {key.rpartition(".")[2] for key in keys if "." in key}
-    if named in keys and "." in named:
-        found = [named]
-    elif leaf in OTHER_NAMES:
-        found = [OTHER_NAMES[leaf]]
-    else:
-        near = [leaf] if leaf in leaves else difflib.get_close_matches(leaf, sorted(leaves), 1, 0.8)
-        found = [key for key in keys if "." in key and key.rpartition(".")[2] in near]
+    found = meant_keys(name.lstrip("-").replace("-", "_"), root)
     return "use " + " or ".join(f"{key}={value or 'VALUE'}" for key in found) if found else ""
+
+
+def meant_keys(name: str, root: type[BaseModel]) -> list[str]:
+    """The dotted keys that a name may mean: the key, another library's name for it, or the end of one or more keys."""
+    leaf = name.rpartition(".")[2].lower()
+    keys = [path.replace("[]", ".0") for path in paths(root) if "." in path]
+    if name in keys:
+        return [name]
+    if leaf in OTHER_NAMES:
+        return [OTHER_NAMES[leaf]]
+    leaves = {key.rpartition(".")[2] for key in keys}
+    near = [leaf] if leaf in leaves else difflib.get_close_matches(leaf, sorted(leaves), 1, 0.8)
+    return [key for key in keys if key.rpartition(".")[2] in near]
 
 
 def explain(
@@ -194,7 +197,7 @@ def kind_of(value: Any) -> str:
 def _suggest(location: Sequence[Any], root: type[BaseModel]) -> str:
     """The nearest key: another library's name for it, the same name in another section, or a similar spelling."""
     unknown, parent = str(location[-1]), [p for p in location[:-1] if not isinstance(p, int)]
-    elsewhere = [p for p in _paths(root) if "." in p and p.split(".")[-1].removesuffix("[]") == unknown]
+    elsewhere = [p for p in paths(root) if "." in p and p.split(".")[-1].removesuffix("[]") == unknown]
     if unknown in OTHER_NAMES:
         return f"use {OTHER_NAMES[unknown]}"
     if elsewhere:
@@ -202,32 +205,33 @@ def _suggest(location: Sequence[Any], root: type[BaseModel]) -> str:
     section: Any = root
     for part in parent:
         if hasattr(section, "model_fields") and part in section.model_fields:  # else a user-defined key
-            section = _inner(section.model_fields[part].annotation)
+            section = inner_section(section.model_fields[part].annotation)
     known = list(section.model_fields) if hasattr(section, "model_fields") else []
     near = difflib.get_close_matches(unknown, known, 1) or difflib.get_close_matches(unknown, _leaves(root), 1, 0.8)
     return f"did you mean {near[0]}?" if near else f"allowed are {', '.join(known) or 'no keys'}"
 
 
-def _inner(annotation: Any) -> Any:
+def inner_section(annotation: Any) -> Any:
     """The section inside `X`, `list[X]`, `dict[str, X]` or `X | None`, else None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) in (list, dict, Union, UnionType, Annotated):
-        return next((inner for arg in get_args(annotation) if (inner := _inner(arg))), None)
+        return next((inner for arg in get_args(annotation) if (inner := inner_section(arg))), None)
     return None
 
 
-def _paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """All dotted keys of a tree, sections too; `[]` follows a list of sections."""
     for name, field in section.model_fields.items():
-        inner = _inner(field.annotation)
+        inner = inner_section(field.annotation)
         many = "[]" if get_origin(field.annotation) is list and inner else ""
         yield f"{prefix}{name}{many}"
         if inner:
-            yield from _paths(inner, f"{prefix}{name}{many}.")
+            yield from paths(inner, f"{prefix}{name}{many}.")
 
 
 def _leaves(root: type[BaseModel]) -> list[str]:
-    return [path.split(".")[-1] for path in _paths(root)]
+    return [path.split(".")[-1] for path in paths(root)]
 
 
 def assign(tree: dict[str, Any], parts: list[str], value: Any, where: str) -> None:

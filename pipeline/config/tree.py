@@ -44,11 +44,12 @@ class Logging(Section):
     """Lowest level of the messages written to the console and to training.log."""
     format: str = Field("%(asctime)s %(levelname)-7s %(message)s", min_length=1)
     """Format of the lines in training.log, in the style of Python's logging."""
-    trackers: list[Literal["tensorboard", "wandb", "ray"]] = []
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "ray"]] = []
     """Where training metrics go besides the console and metrics.jsonl: TensorBoard's event files and Weights & Biases
-    (offline without WANDB_API_KEY) in the run's folder, and Ray's metrics endpoint."""
-    wandb_project: str = Field("text-embedding-pipeline", min_length=1)
-    """Project of Weights & Biases; the run's name is `storage.run`."""
+    (offline without WANDB_API_KEY) in the run's folder, MLflow at MLFLOW_TRACKING_URI (by default mlflow.db in
+    storage.root), and Ray's metrics endpoint."""
+    project: str = Field("text-embedding-pipeline", min_length=1)
+    """Project of Weights & Biases, and experiment and registered model of MLflow; the run's name is `storage.run`."""
     loss_spike_deviations: float = Field(6.0, gt=0)
     """Alert if a loss is this many standard deviations above the mean of the last 100 logged losses. Ours."""
     memory_alert_fraction: float = Field(0.85, gt=0, le=1)
@@ -117,6 +118,10 @@ class Config(Section):
         """The resolved tree as plain values, without secrets."""
         return self.model_dump(mode="json")
 
+    def flat(self) -> dict[str, Any]:
+        """The resolved tree as dotted keys and their values."""
+        return flatten(self.dump())
+
     def changed(self, values: dict[str, Any], where: str) -> Config:
         """A copy with other values at dotted keys. Raises ConfigError; `where` names the origin of the values."""
         tree = self.dump()
@@ -129,6 +134,14 @@ class Config(Section):
         check_dropout(config, f"{where}: objective.contrastive.views")
         config._folder = self._folder
         return config
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of mappings as dotted keys and their values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def check_dropout(config: Config, where: str) -> None:

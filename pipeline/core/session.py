@@ -261,6 +261,13 @@ def _init(cluster: str | None, **options: Any) -> None:
             f"{name}: found a path of {length} bytes, too long for the sockets that Ray creates below it, whose paths "
             f"have at most {SOCKET_PATH_BYTES} bytes; set RAY_TMPDIR=/tmp, or {name} to another short path"
         ) from error
+    except Exception as error:  # Ray (2.60) raises Exception itself if its processes are not up in time
+        if "timed out during startup" not in str(error):
+            raise
+        raise JobError(
+            "Ray did not start in time, which happens on a machine that is busy or short of memory; run the same "
+            "command again"
+        ) from error
 
 
 def _reach(address: str) -> None:

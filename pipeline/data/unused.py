@@ -6,9 +6,9 @@
     runs ──name──► prepared data ──made of──► stages
          ──published.json──► models, tables
 
-A run refers to folders in run.json, its config and published.json. Folders that any run mentions, or that the given
-config would prepare, are in use. Folders not named by this project are never touched. Cost: listing the root's folders,
-and reading the JSON files of each run and data set.
+A run refers to folders in run.json, its config and published.json. Folders that any run or a model's name mentions, or
+that the given config would prepare, are in use. Folders not named by this project are never touched. Cost: listing the
+root's folders, and reading the JSON files of each run and data set.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import Config, ConfigError
+from pipeline.core.aliases import read_aliases
 from pipeline.core.artifact import read_manifest
 from pipeline.core.console import log
 from pipeline.core.files import disk_bytes, files_below, remove_folder, sorted_glob
@@ -54,6 +55,7 @@ def find_unused(config: Config) -> Iterator[Unused]:
     root, home = config.root, config.root / "runs"
     names = list(files_below(home))
     texts = [(home / name).read_text("utf-8") for name in names if _NAMING.fullmatch(name)]
+    texts.append(json.dumps(read_aliases(root)))
     named = {name for text in [*texts, json.dumps(config.dump())] for name in re.findall(r"[\w.-]+", text)}
     for run in sorted({match[1] for name in names if "/tune/" not in name and (match := _RUN.fullmatch(name))}):
         if not any(name.startswith(f"{run}/") and _RESULT.fullmatch(name) for name in names):

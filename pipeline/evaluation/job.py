@@ -57,6 +57,7 @@ class Evaluation:
         for each in found:
             log.info("evaluate: %s", each.sentence)
         own, must_beat = [each for each in found if not each.task.startswith(GENERAL)], config.evaluation.must_beat
+        content["artifact"] = f"evaluations/{scored.folder.name}"
         content["comparisons"] = [{**vars(each), "verdict": each.verdict, "sentence": each.sentence} for each in found]
         content["not_beaten"] = [each.sentence for each in own if each.other in must_beat and each.verdict != "better"]
         content["not_beaten"] += [

@@ -19,17 +19,34 @@ from typing import TYPE_CHECKING
 from pipeline.config import Config, ConfigError, Embedding
 from pipeline.core.console import log
 from pipeline.core.files import free_bytes, link_or_copy, local_copy, may_write, write_atomically
-from pipeline.core.outcome import JobError
+from pipeline.core.outcome import JobError, command
 from pipeline.core.path import StoragePath, as_path
 from pipeline.data.manifest import Manifest
 from pipeline.index.backends import make_graph
 from pipeline.index.encoder import EncoderRecipe
 from pipeline.index.pinecone_client import Budget
 from pipeline.index.table import VectorTable
-from pipeline.model.folder import model_files, model_fingerprint, read_model_spec, runs_padded
+from pipeline.model.folder import FILES, is_ours, model_files, model_fingerprint, read_model_spec, runs_padded
 
 if TYPE_CHECKING:
     from pipeline.index.pinecone_store import PineconeStore
+
+
+def check_model(place: StoragePath) -> None:
+    """Raise ConfigError if `embedding.model` is not a model folder. Does not read the weights."""
+    if not place.is_dir():
+        raise ConfigError(
+            f"embedding.model: found no folder {place}; allowed are a checkpoint's, and those of transformers and of "
+            "sentence-transformers"
+        )
+    folder = local_copy(place)
+    missing = [name for name in FILES if not (folder / name).is_file()] if is_ours(folder) else []
+    if missing:
+        raise ConfigError(f"embedding.model: found no {' and no '.join(missing)} in {place}; allowed is a whole model")
+    try:
+        read_model_spec(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"embedding.model: {error}") from None
 
 
 def encoder_recipe(config: Config, model: StoragePath) -> EncoderRecipe:
@@ -130,11 +147,12 @@ def published(config: Config) -> tuple[EncoderRecipe, VectorTable]:
     Raises JobError if nothing was published.
     """
     if config.embedding.model:
+        check_model(as_path(config.embedding.model))
         recipe = encoder_recipe(config, as_path(config.embedding.model))
         return recipe, table_of(config, recipe)
     path = _published(config)
     if not path.is_file():
-        raise JobError(f"the run {config.storage.run} has no vectors yet; run python jobs/run.py first")
+        raise JobError(f"the run {config.storage.run} has no vectors yet; run {command('run')} first")
     content = json.loads(path.read_text())
     config = config.model_copy(update={"embedding": Embedding.model_validate(content["embedding"])})
     recipe = encoder_recipe(config, config.root / content["model"])

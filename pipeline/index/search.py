@@ -24,7 +24,7 @@ import pyarrow as pa
 from pipeline.config import Config, ConfigError
 from pipeline.core.console import log
 from pipeline.core.files import may_write
-from pipeline.core.outcome import JobError
+from pipeline.core.outcome import JobError, command
 from pipeline.data.filtering import normaliser
 from pipeline.data.partitions import content_id
 from pipeline.data.words import dense_chars
@@ -34,7 +34,7 @@ from pipeline.index.published import open_pinecone, prompt_name, published
 from pipeline.index.table import TEXTS, StoreError, VectorTable, parse_metadata
 from pipeline.index.vectors import as_matrix, nearest_rows, unit
 from pipeline.index.where import COLUMNS as FILTER_COLUMNS
-from pipeline.index.where import Where, check_found, checked_where, keeps, to_sql
+from pipeline.index.where import Where, checked_where, keeps, to_sql, why_none
 from pipeline.index.words import search_words
 
 COLUMNS = ["id", *TEXTS]
@@ -88,21 +88,30 @@ def search(
     elif table.exists():
         store = TableSearch(table)
     else:
-        raise JobError(f"no vectors yet for the model in {recipe.folder}; run python jobs/embed.py first")
+        raise JobError(f"no vectors yet for the model in {recipe.folder}; run {command('embed')} first")
     vector = open_encoder(recipe, device="cpu").encode([text], "query")[0]
     rows = store.hybrid(text, vector, limit, conditions) if hybrid else store.query(vector, limit, conditions)
-    if conditions and not rows and table.exists():
-        check_found(conditions, _all_metadata(table))
+    if not rows and table.exists():
+        log.warning("no results: %s", _why_none(table, conditions))
     return [
         Hit(rank, row["score"], row["id"], row["source_id"], row["text"], json.loads(row["metadata"] or "{}"))
         for rank, row in enumerate(rows, 1)
     ]
 
 
-def _all_metadata(table: VectorTable) -> Iterator[dict[str, Any]]:
-    for batch in table.scan(["metadata", "places"]):
+def _why_none(table: VectorTable, conditions: Where) -> str:
+    """Why a query has no results. Raises ConfigError for conditions that no record can meet."""
+    if not table.count():
+        return f"the table {table.path} is empty; {command('embed')} fills it"
+    return why_none(conditions, _all_places(table)) if conditions else f"the table {table.path} has no matching text"
+
+
+def _all_places(table: VectorTable) -> Iterator[dict[str, Any]]:
+    for batch in table.scan([*PLACE_COLUMNS, "places"]):
         for row in batch.to_pylist():
-            yield from (parse_metadata(place["metadata"]) for place in (row, *(row["places"] or ())))
+            for place in (row, *(row["places"] or ())):
+                columns = {name: place[name] for name in FILTER_COLUMNS}
+                yield {**parse_metadata(place["metadata"]), **columns}
 
 
 class TableSearch:
@@ -141,8 +150,9 @@ class TableSearch:
         except (ValueError, OSError) as error:  # Lance found a missing or damaged file
             log.debug("%s: %s", self.table.name, error)
             log.warning(
-                "the index of %s cannot be read, so queries scan all vectors; run python jobs/embed.py to rebuild it",
+                "the index of %s cannot be read, so queries scan all vectors; to rebuild it, run %s",
                 self.table.name,
+                command("embed"),
             )
             return self.dataset.to_table(columns, nearest={**near, "use_index": False}, **options)
 
@@ -162,7 +172,7 @@ class TableSearch:
                 writer.index_words()
             self.dataset = self.table.open_verified()
             if not self._has_words():
-                raise JobError(f"the last job did not complete {self.table.path}; run python jobs/embed.py first")
+                raise JobError(f"the last job did not complete {self.table.path}; run {command('embed')} first")
         conditions, depth = checked_where(where), max(k, FUSED)
         condition, exact = self._condition(conditions)
         rows = self._with_words(text, condition, depth if exact else 10 * depth)

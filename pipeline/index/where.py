@@ -13,6 +13,7 @@ What is written like a number or a truth value also finds the stored number or t
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ COLUMNS = ("source", "source_id")
 SIGNS = {">=": "gte", "<=": "lte", ">": "gt", "<": "lt"}
 BOUNDS = tuple(SIGNS.values())
 ALLOWED = "allowed are a value, a list of values, and gt, gte, lt and lte with numbers"
+SHOWN_VALUES = 5  # of a key, in a message
 _CONDITION = re.compile(r"([^<>=]+?)(>=|<=|!=|=|<|>)(.*)", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
 
@@ -148,28 +150,47 @@ def _in_bound(value: float, bound: str, limit: float) -> bool:
     return value < limit or (bound == "lte" and value == limit)
 
 
-def check_found(where: Where, records: Iterable[Mapping[str, Any]]) -> None:
-    """Explain why no record meets the conditions, from the metadata of the records.
+def why_none(where: Where, places: Iterable[Mapping[str, Any]]) -> str:
+    """Why no record meets the conditions. `places` have `source`, `source_id` and the keys of the metadata.
 
     Raises ConfigError for a key that no record has, and for bounds on a key that has no numbers.
     """
-    samples = dict[str, Any]()
-    """Key → one of its values, a number if it has one."""
-    for metadata in records:
-        for key, value in metadata.items():
-            if samples.get(key) is None or (_is_number(value) and not _is_number(samples[key])):
-                samples[key] = value
+    samples = dict[str, dict[Any, None]]()
+    """Key → some of its values, beginning with a number if it has one."""
+    met = set[str]()
+    for place in places:
+        met |= {key for key in where.keys() - met if _meets(place.get(key), where[key])}
+        for key, value in place.items():
+            _sample(samples.setdefault(key, {}), value)
     for key, condition in where.items():
-        if key in COLUMNS:
-            continue
         if key not in samples:
-            keys = ", ".join(map(str, [*COLUMNS, *sorted(samples)]))
-            raise ConfigError(f"where: found no record with the key {key!r}; the keys are {keys}")
-        if isinstance(condition, Mapping) and not _is_number(samples[key]):
+            near = difflib.get_close_matches(key, samples, 1)
+            meant = f"did you mean {near[0]}? The" if near else "the"
+            keys = ", ".join([*COLUMNS, *sorted(samples.keys() - {*COLUMNS})])
+            raise ConfigError(f"where: found no record with the key {key!r}; {meant} keys are {keys}")
+        if isinstance(condition, Mapping) and not any(map(_is_number, samples[key])):
+            first = next(iter(samples[key]), None)
             raise ConfigError(
-                f"where: found bounds on {key}, which has no numbers, but values such as {samples[key]!r}; use "
-                f"{key}=VALUE, or give the source numbers"
+                f"where: found bounds on {key}, which has no numbers, but values such as {first!r}; use {key}=VALUE, "
+                "or give the source numbers"
             )
+    for key in where:
+        if key not in met:
+            values = ", ".join(str(value)[:60] for value in samples[key]) or "null"
+            return f"no record meets the condition on {key}, which has values such as {values}"
+    return "each condition is met by some record, but no record meets all of them"
+
+
+def _sample(seen: dict[Any, None], value: Any) -> None:
+    """Add a value, or a list's values, to the few that are shown."""
+    for each in value if isinstance(value, list) else [value]:
+        if not _is_scalar(each):
+            continue
+        if len(seen) < SHOWN_VALUES:
+            seen.setdefault(each)
+        elif _is_number(each) and not any(map(_is_number, seen)):
+            seen.pop(next(iter(seen)))
+            seen[each] = None
 
 
 def to_sql(where: Where) -> tuple[str, bool]:

@@ -112,18 +112,8 @@ def _other_keys(config: Config, accepted: Container[str] = ()) -> list[str]:
 
 def fixed_keys(config: Config) -> dict[str, Any]:
     """The keys and values of the config that must not change while a run or a sweep is resumed."""
-    flat: dict[str, Any] = {}
-    for section in FIXED_SECTIONS:
-        _flatten(config.dump()[section], section, flat)
-    return {key: value for key, value in flat.items() if key not in FREE_KEYS}
-
-
-def _flatten(tree: dict[str, Any], prefix: str, into: dict[str, Any]) -> None:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            _flatten(value, f"{prefix}.{key}", into)
-        else:
-            into[f"{prefix}.{key}"] = value
+    flat = config.flat().items()
+    return {key: value for key, value in flat if key.partition(".")[0] in FIXED_SECTIONS and key not in FREE_KEYS}
 
 
 def _git_sha() -> str | None:

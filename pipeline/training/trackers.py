@@ -1,4 +1,5 @@
-"""Trackers: metrics.jsonl, TensorBoard, Weights & Biases and Ray's gauges. An error in one does not stop the others.
+"""Trackers: metrics.jsonl, TensorBoard, Weights & Biases, MLflow and Ray's gauges. One that fails does not stop the
+others.
 
     with Trackers.open(config, resumed_step=0) as trackers:
         trackers.log({"step": 10, "loss": 2.3, "learning_rate": 1e-3})
@@ -29,8 +30,9 @@ from pipeline.core.files import write_atomically
 from pipeline.core.mirror import Mirror
 from pipeline.training.alerts import FullMemory, LossSpikes
 from pipeline.training.history import History, Metrics, Tracker, grouped, metrics_kind
+from pipeline.training.mlflow_tracker import RUN_ID, MLflow
 
-FETCHED = ("metrics.jsonl", "alerts.jsonl", "wandb/run_id")  # files that a resumed run downloads from a bucket
+FETCHED = ("metrics.jsonl", "alerts.jsonl", "wandb/run_id", RUN_ID)  # files that a resumed run downloads from a bucket
 LOSS_SPIKE, FULL_MEMORY = "loss spike", "memory nearly full"
 
 
@@ -125,6 +127,8 @@ def _open(name: str, config: Config, folder: Path, resumed_step: int) -> Tracker
         return TensorBoard(folder / "tensorboard", resumed_step)
     if name == "wandb":
         return WeightsAndBiases(config, folder)
+    if name == "mlflow":
+        return MLflow(config, folder)
     if name == "ray":
         return RayMetrics(config.storage.run)
     return History(folder, resumed_step)
@@ -186,7 +190,7 @@ class WeightsAndBiases(Tracker):
 
         folder.mkdir(parents=True, exist_ok=True)
         self.run = wandb.init(
-            project=config.logging.wandb_project,
+            project=config.logging.project,
             name=config.storage.run,
             id=run_id(folder),
             resume="allow",
