@@ -1,34 +1,11 @@
-"""Score the model, BM25 and both combined on held-out pairs, BEIR folders, sentence pairs and labelled texts.
-
-examples:
-  python jobs/evaluate.py
-  python jobs/evaluate.py --config configs/pairs.yaml evaluation.beir_dir=data/scifact
-  python jobs/evaluate.py evaluation.held_out_queries=0 evaluation.beir_dir=data/scifact evaluation.bm25=false
-  python jobs/evaluate.py evaluation.sts_file=sts_b/test.tsv evaluation.clustering_file=topics.tsv
-  python jobs/evaluate.py evaluation.classification_dir=banking    # train.tsv and test.tsv of text and label
-"""
+"""`tep evaluate` from a copy of the repository, whether the package is installed or not."""
 
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.config import Config
-from pipeline.core.console import log_lines
-from pipeline.core.outcome import Result
-from pipeline.job import run_job
-
-
-def main(config: Config, args: Namespace) -> Result:
-    from pipeline.api import evaluate
-    from pipeline.evaluation.report import score_table
-
-    result = evaluate(config, again=True, check=args.check, rehash=args.rehash)
-    if not args.check:
-        log_lines(score_table(result.metrics))
-    return result
-
+from pipeline.commands.tep import run_command
 
 if __name__ == "__main__":
-    sys.exit(run_job("evaluate", __doc__, main))
+    sys.exit(run_command("evaluate"))

@@ -1,37 +1,11 @@
-"""Draw a map of the run's vectors: a sample on a plane, coloured by source, or by cluster if there is one source.
+"""`tep map` from a copy of the repository, whether the package is installed or not."""
 
-examples:
-  python jobs/map.py                                         # map.png and map.html in the run's folder
-  python jobs/map.py --sample 2000 --clusters 20 --to pictures
-  python jobs/map.py --config configs/pairs.yaml embedding.model=some/checkpoint
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.config import Config
-from pipeline.core.outcome import Result
-from pipeline.job import parser, run_job
-
-
-def arguments() -> argparse.ArgumentParser:
-    own = parser("map", __doc__ or "", prepares=False)
-    own.add_argument("--sample", type=int, default=5000, metavar="N", help="vectors drawn (default: %(default)s)")
-    own.add_argument("--clusters", type=int, default=12, metavar="K", help="of one source (default: %(default)s)")
-    own.add_argument("--to", metavar="DIR", help="a folder for map.png and map.html (default: the run's)")
-    return own
-
-
-def main(config: Config, args: argparse.Namespace) -> Result:
-    from pipeline.evaluation.map import draw_map
-    from pipeline.stages import consolidated_model
-
-    folder = Path(args.to).expanduser().absolute() if args.to else config.run_dir
-    return draw_map(config, consolidated_model(config), folder, sample_size=args.sample, clusters=args.clusters)
-
+from pipeline.commands.tep import run_command
 
 if __name__ == "__main__":
-    sys.exit(run_job("map", __doc__ or "", main, arguments()))
+    sys.exit(run_command("map"))

@@ -127,7 +127,7 @@ def export(
     onnx: bool = False,
     embeddings: Literal["float32", "float16"] | None = None,
     merge_share: float | Literal["auto"] | None = None,
-    evaluate_command: str = "python jobs/evaluate.py",
+    evaluate_command: str = "tep evaluate",
 ) -> Result:
     """Write the run's best model as a folder that sentence-transformers and transformers load.
 

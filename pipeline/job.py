@@ -1,8 +1,7 @@
 """The frame of every job: arguments, signals, exit code and the JSON line at the end.
 
     def main(config: Config, args: Namespace) -> Result: ...
-    if __name__ == "__main__":
-        sys.exit(run_job("train", __doc__, main))
+    sys.exit(run_job("train", "Train a model. …", main))
 
 Exit codes: 0 done, 1 failed, 2 bad config or arguments, 130 on Ctrl-C, 143 on SIGTERM. The last line on stdout is JSON.
 """
@@ -23,14 +22,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.config import Config, ConfigError, load
+from pipeline.config.loading import SHIPPED
 from pipeline.config.reading import ALLOWED_ARGUMENTS, meant_override
 from pipeline.core.console import log, start_logging, stop_logging
 from pipeline.core.escaping import printable
 from pipeline.core.object_store import BucketError, redacted
-from pipeline.core.outcome import EXPECTED_ERRORS, Result, error_sentence
+from pipeline.core.outcome import EXPECTED_ERRORS, Result, command, error_sentence
 from pipeline.core.signals import signals
 
-DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+DEFAULT_CONFIG = SHIPPED / "quickstart.yaml"
 
 
 def check_reachable(config: Config) -> None:
@@ -56,16 +56,17 @@ def parser(name: str, description: str, query: bool = False, prepares: bool = Tr
     With `query`, the arguments that are not `section.key=value` are the words of the query.
     """
     arguments = _Parser(
-        prog=f"python jobs/{name}.py",
-        description=description,
+        prog=command(name, []),
+        description=re.sub(r"\btep (\w+)", lambda match: command(match[1], []), description),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = arguments.add_argument
-    add("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help="YAML file (default: %(default)s)")
+    chosen = "YAML file, or the name of a shipped config (default: quickstart)"
+    add("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help=chosen)
     read = "folder to read instead of the source's path; by default its text files are read, title → the rest"
     add("--local-data-dir", "--local_data_dir", metavar="DIR", help=read)
-    arguments.epilog = "All config keys, with units and defaults: pipeline/config/"
+    arguments.epilog = "tep config lists the config's keys; tep config training.learning_rate explains one."
     if prepares:
         add("--rehash", action="store_true", help="compare input files by content, not by size and modification time")
         add("--check", action="store_true", help="only check whether the cluster has what the job needs")
@@ -114,7 +115,7 @@ def _query_of(words: Sequence[str]) -> tuple[str, list[str]]:
         overrides = [word for word in overrides if word not in query]
     if not query:
         example = f" -- '{overrides[-1]}'" if overrides else ' "remove duplicate rows"'
-        raise ConfigError(f"query: found no text to search for; give one, as in python jobs/search.py{example}")
+        raise ConfigError(f"query: found no text to search for; give one, as in {command('search', [])}{example}")
     return " ".join(word.removeprefix(_WORD) for word in query), overrides
 
 

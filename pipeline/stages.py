@@ -17,7 +17,7 @@ from pipeline.core.cluster import restrict_data_to
 from pipeline.core.console import log, log_lines, log_timeline
 from pipeline.core.files import local_copy, write_atomically
 from pipeline.core.object_store import BucketError
-from pipeline.core.outcome import JobError, Result, findings_table, job_lock, raise_findings
+from pipeline.core.outcome import JobError, Result, command, findings_table, job_lock, raise_findings
 from pipeline.core.path import StoragePath, as_path
 from pipeline.core.session import Progress, ray_session, set_environment
 from pipeline.data.drift import has_moved, log_drift
@@ -290,5 +290,5 @@ def model_folder(config: Config) -> StoragePath:
         return as_path(config.embedding.model)
     best = best_checkpoint(config.run_dir)
     if best is None:
-        raise JobError(f"no trained model in {config.run_dir}; run python jobs/train.py first")
+        raise JobError(f"no trained model in {config.run_dir}; run {command('train')} first")
     return best

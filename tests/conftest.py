@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import os
 import random
@@ -14,8 +13,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+from pipeline.commands.tep import run_command
 from pipeline.core.session import LOCAL_ENVIRONMENT, Progress, set_environment
-from pipeline.job import run_job
 from tests.bucket_servers import CREDENTIALS
 
 for name in ("RAY_ADDRESS", "PIPELINE_STORAGE"):
@@ -67,8 +66,7 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
 
 def run_here(capsys: pytest.CaptureFixture[str], name: str, *args: str) -> tuple[int, Any, str, str]:
     """A job in this process: its exit code, its last line, all of stdout, and stderr."""
-    job = importlib.import_module(f"jobs.{name}")
-    code = run_job(name, job.__doc__, job.main, job.arguments() if hasattr(job, "arguments") else None, [*args])
+    code = run_command(name, [*args])
     out, err = capsys.readouterr()
     return code, json.loads(out.splitlines()[-1]), out, err
 

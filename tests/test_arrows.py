@@ -27,6 +27,7 @@ MAY_IMPORT = {
         "preflight": "config core data model index training",
         "api": "config core evaluation stages",
         "stages": "config core data model index training evaluation preflight",
+        "commands": "config core data model index training evaluation stages api job",
     }.items()
 }
 WITHOUT_RAY = {"config", "model"}

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.search import line
+from pipeline.commands.search import line
 from pipeline.core import escaping
 from pipeline.core.console import log, log_lines, other_output_to_log, start_logging, stop_logging, table
 from pipeline.core.escaping import printable

@@ -446,7 +446,7 @@ class TestCard:
     def test_it_says_what_is_known(self, run: Path) -> None:
         best = run / "runs" / "small" / "best" / "step-00000060"
         origin = read_origin(best, run / "runs" / "small")
-        command = "python jobs/evaluate.py"
+        command = "tep evaluate"
         text = model_card(read_model_spec(best), origin, "mine", "mit", command, onnx=True, embeddings=2)
         front = yaml.safe_load(text.split("---")[1])
         assert (front["license"], front["pipeline_tag"]) == ("mit", "sentence-similarity")
@@ -456,7 +456,7 @@ class TestCard:
             "700 in train, 100 in validation",
             "60 steps, 12 s of training, torch 2.13.0",
             "| held-out (50 queries, 800 documents) | model | ndcg@10 0.7500 |",
-            "python jobs/evaluate.py",
+            "tep evaluate",
             "| num_kv_heads | 2 |",
             "truncate_dim=16",
             "model.onnx",
@@ -489,7 +489,7 @@ class TestJob:
         arguments = ["--to", str(to), f"embedding.model={best}", "--embeddings", "float16", "--license", "mit"]
         code, last, err = self.job(capsys, tmp_path, *arguments)
         assert (code, last["status"]) == (1, "failed")
-        assert "run python jobs/embed.py first" in err
+        assert "run tep embed first" in err
         assert not to.exists()
         vectors = ours(best, texts[:2])
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), WIDTH)
@@ -533,4 +533,4 @@ class TestJob:
     def test_a_run_without_a_model(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         code, _, err = self.job(capsys, tmp_path, "--to", str(tmp_path / "new"))
         assert code == 1
-        assert "run python jobs/train.py first" in err
+        assert "run tep train first" in err

@@ -114,7 +114,7 @@ class TestFresh:
         code, last, err = corpus(capsys, "run")
         assert code == 0, err
         assert drift_of(err) == "30 records new, 0 changed, 0 removed (6.8%)"
-        assert "python jobs/run.py with the same arguments and storage.run=notes-2" in err
+        assert "tep run with the same arguments and storage.run=notes-2" in err
         assert "prepare: tokenized 30 of 470 records" in err
         assert "train: nothing to do" in err
         assert last["paths"]["model"] == first["paths"]["model"]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from jobs.search import arguments
+from pipeline.commands.search import arguments
 from pipeline.config import Config, ConfigError, load
 from pipeline.config.reading import OTHER_NAMES
 from pipeline.core.console import log

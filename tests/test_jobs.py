@@ -74,7 +74,7 @@ class TestWholeJob:
     def test_search_before_anything_says_what_to_run(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         code, last, _, err = job(capsys, "search", "merge the invoice")
         assert (code, last["status"]) == (1, "failed")
-        assert "the run small has no vectors yet; run python jobs/run.py first" in err
+        assert "the run small has no vectors yet; run tep run first" in err
 
     def test_too_few_cpus_are_refused_before_training(self, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
         code, _, _, err = job(capsys, "train", "scaling.cpus_per_worker=4", "storage.run=refused")
@@ -250,7 +250,7 @@ class TestWholeJob:
         db.drop_table(name)
         code, _, _, err = job(capsys, "search", "merge the invoice")
         assert code == 1
-        assert "run python jobs/embed.py first" in err
+        assert "run tep embed first" in err
         code, last, _, _ = job(capsys, "embed")
         assert code == 0
         assert last["metrics"]["embedded"] == last["metrics"]["rows"]
@@ -289,7 +289,7 @@ class TestWholeJob:
         assert last["metrics"]["evaluate"]["held-out"]["queries"] == 3
         assert "holding out 4 of 40 records" in err
         assert "train: batches of 9, because the training split has only 36 records" in err
-        assert "configs/fine_tune.yaml" in err
+        assert "tep run --config fine_tune" in err
         (folder / "new.txt").write_text(f"{rows[40]['anchor']}\n\n{rows[40]['positive']}\n")
         code, last, _, err = job(capsys, "run", *small)
         assert code == 0, err

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.evaluation.map import COLUMNS, Points, draw_png, group, project, sample, write_page
-from pipeline.job import run_job
+from tests.conftest import run_here
 from tests.test_evaluation import small_model
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -121,7 +121,6 @@ def test_the_png_has_a_colour_for_each_group(tmp_path: Path) -> None:
 
 
 def test_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import jobs.map
     from pipeline.config import load
     from pipeline.index.published import encoder_recipe, table_of
     from pipeline.index.table import PLACE
@@ -132,12 +131,11 @@ def test_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     def job(*options: str) -> tuple[int, dict[str, Any], str]:
         arguments = ["--config", str(tmp_path / "c.yaml"), *options]
-        code = run_job("map", jobs.map.__doc__ or "", jobs.map.main, jobs.map.arguments(), arguments)
-        out, err = capsys.readouterr()
-        return code, json.loads(out.splitlines()[-1]), err
+        code, last, _, err = run_here(capsys, "map", *arguments)
+        return code, last, err
 
     code, _, err = job()
-    assert (code, "run python jobs/embed.py first" in err) == (1, True)
+    assert (code, "run tep embed first" in err) == (1, True)
     for option in (["--sample", "3"], ["--clusters", "0"]):
         code, _, err = job(*option)
         assert code == 2

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
+from pipeline.commands.tep import run_command
 from pipeline.config import Config, ConfigError, Mining, load
 from pipeline.data.manifest import Manifest, read_prepared
 from pipeline.data.partitions import is_validation
 from pipeline.index.mine import with_negatives
 from pipeline.index.negatives import Answers, Block, Judged, negatives_of, rank
-from pipeline.job import run_job
 from tests.conftest import make_pairs, write_jsonl
 from tests.test_evaluation import small_model
 
@@ -188,13 +188,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def mined(config: Config, ray_cluster: None) -> Mined:
-    import jobs.mine
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.index.mine.BLOCK_ROWS", 150)
         patch.setattr("pipeline.index.mine.MINE_ROWS", 200)
-        code = run_job("mine", jobs.mine.__doc__ or "", jobs.mine.main, None, ["--config", str(yaml_of(config))])
-    assert code == 0
+        assert run_command("mine", ["--config", str(yaml_of(config))]) == 0
     folders = {}
     for path in (config.root / "prepared").iterdir():
         manifest = read_prepared(path)

@@ -224,7 +224,7 @@ def test_a_bit_that_flips_on_the_disk_is_found_and_repaired(world: World) -> Non
             content[place] ^= 1
             file.write_bytes(content)
     assert world.index().is_done()  # which looks at no text
-    with pytest.raises(JobError, match=r"1 rows are damaged.*run python jobs/embed.py to repair it"):
+    with pytest.raises(JobError, match=r"1 rows are damaged.*to repair it, run tep embed"):
         world.index().verify(lambda: None)  # type: ignore[arg-type, return-value]
     assert world.run()["embedded"] == 1
     world.check()
@@ -424,7 +424,7 @@ def test_runs_sizes_types_uris_and_models_have_tables_of_their_own(world: World,
 
 
 def test_readers_go_on_with_the_table_and_the_model_that_were_published(world: World) -> None:
-    with pytest.raises(JobError, match=r"the run r has no vectors yet; run python jobs/run.py"):
+    with pytest.raises(JobError, match=r"the run r has no vectors yet; run tep run"):
         published(world.config)
     world.run()
     text = next(iter(world.corpus.values()))[0]

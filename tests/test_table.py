@@ -167,7 +167,7 @@ def test_random_work_against_a_dict(table: VectorTable, monkeypatch: pytest.Monk
 
 
 def test_nothing_in_it(table: VectorTable) -> None:
-    with pytest.raises(StoreError, match=r"found no table .*t\.lance; run python jobs/embed.py first"):
+    with pytest.raises(StoreError, match=r"found no table .*t\.lance; run tep embed first"):
         table.open()
     fill(table, [])
     assert TableSearch(table).query(np.ones(WIDTH), 3) == []

@@ -152,7 +152,7 @@ class Data(Section):
     sources: list[Source] = Field([Source(name="packages", type="python_packages")], min_length=1)
     """Where records come from."""
     prepared: PathStr | None = None
-    """Use this prepared data set instead of preparing one, for example the output of jobs/mine.py. It must come from
+    """Use this prepared data set instead of preparing one, for example the output of `tep mine`. It must come from
     the same sources. Relative to storage.root."""
     max_bad_fraction: Share = 0.05
     """Stop if a larger share of a source's records cannot be read (broken lines, missing fields, bad bytes). A file

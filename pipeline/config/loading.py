@@ -11,6 +11,7 @@ Every error is a `ConfigError` of one sentence that names the file, the key, wha
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,6 +27,10 @@ from pipeline.core.object_store import OPTIONS, holds_credentials
 from pipeline.core.outcome import ConfigError
 from pipeline.core.path import absolute, as_path, without_options
 
+_PACKAGE = Path(__file__).parents[1]
+SHIPPED = next(each for each in (_PACKAGE / "shipped", _PACKAGE.parent / "configs") if each.is_dir())
+"""The folder of the configs that come with the package: in an installed one, and in the repository."""
+
 
 def load(
     path: str | os.PathLike[str],
@@ -35,10 +40,11 @@ def load(
 ) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, and validate. Raises ConfigError.
 
-    `local_data_dir` is a folder to read instead of the path of `data.sources`.
+    `path` may be the name of a shipped config, with or without .yaml, if there is no such file. `local_data_dir` is a
+    folder to read instead of the path of `data.sources`.
     """
     environ = dict(os.environ) if environ is None else environ
-    file = Path(path)
+    file = _config_file(Path(path))
     tree = read_yaml(file)
     from_arguments, changed = set[str](), dict[str, str]()
     for override in overrides:
@@ -62,6 +68,26 @@ def load(
     swept = any(key == "tune" or key.startswith("tune.space") for key in from_arguments)
     check_space(config, "argument tune.space" if swept else f"{file}: tune.space")
     return config
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with the package, by name."""
+    return {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def _config_file(path: Path) -> Path:
+    """The file itself, or the shipped config of that name. Raises ConfigError if there is neither."""
+    if os.path.lexists(path):
+        return path
+    shipped, name = shipped_configs(), path.name.removesuffix(".yaml").removesuffix(".yml")
+    if path.parent == Path() and name in shipped:
+        return shipped[name]
+    near = difflib.get_close_matches(name, shipped, 1)
+    meant = f"did you mean --config {near[0]}? The" if near else "the"
+    raise ConfigError(
+        f"--config: found no file {path}, and no shipped config of that name; {meant} shipped configs are "
+        f"{', '.join(shipped)}"
+    )
 
 
 def _new_part(tree: Any, key: str) -> str:

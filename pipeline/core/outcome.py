@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline.core.console import log, table
@@ -22,6 +26,24 @@ class ConfigError(Exception):
 
 class JobError(Exception):
     """The job failed for a known reason. It exits with code 1 and this sentence."""
+
+
+def command(name: str, words: Sequence[str] | None = None) -> str:
+    """How to start a command in the way this process was started, by default with the same config.
+
+    command("embed")        # "tep embed --config pairs storage.run=b", or "python jobs/embed.py --config …"
+    """
+    script = Path(sys.argv[0])
+    start = ["python", f"jobs/{name}.py"] if script.parent.name == "jobs" else ["tep", name]
+    return shlex.join([*start, *(_config_words(sys.argv[1:]) if words is None else words)])
+
+
+def _config_words(words: Sequence[str]) -> list[str]:
+    """The arguments that choose a config: --config, --local-data-dir and section.key=value."""
+    options = r"--(config|local[-_]data[-_]dir)"
+    follows = [False, *(bool(re.fullmatch(options, word)) for word in words)]
+    kept = rf"{options}(=.*)?|[a-z]+(\.\w+)+=\S.*"
+    return [word for word, is_value in zip(words, follows, strict=False) if is_value or re.fullmatch(kept, word, re.S)]
 
 
 @contextmanager

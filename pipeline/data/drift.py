@@ -25,6 +25,7 @@ from pipeline.config import Config
 from pipeline.core.artifact import Artifact
 from pipeline.core.console import log
 from pipeline.core.files import for_each, parquet_file, sorted_glob
+from pipeline.core.outcome import command
 from pipeline.core.path import StoragePath
 from pipeline.data.manifest import Manifest, read_prepared
 from pipeline.data.partitions import id_bounds, overlapping
@@ -139,9 +140,10 @@ def log_drift(config: Config, folder: StoragePath, manifest: Manifest) -> None:
         comparison = Artifact(config.run_dir / "drift", "", [then.data_fingerprint, manifest.fingerprint])
         moved = str(Drift(**comparison.make(lambda: {"drift": vars(Drift.between(earlier, folder))})["drift"]))
     log.info(
-        "train: the data have changed since the run's model was trained: %s; to train on the current data, run python "
-        "jobs/run.py with the same arguments and storage.run=%s",
+        "train: the data have changed since the run's model was trained: %s; to train on the current data, "
+        "run %s with the same arguments and storage.run=%s",
         moved,
+        command("run", []),
         _free_name(config),
     )
 

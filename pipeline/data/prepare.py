@@ -27,7 +27,7 @@ from pipeline.config import Config, ConfigError, Source
 from pipeline.core.artifact import Artifact, Output, open_parquet
 from pipeline.core.console import log, log_lines, table
 from pipeline.core.files import file_sizes, sorted_glob
-from pipeline.core.outcome import Finding, check_disk_space, raise_findings
+from pipeline.core.outcome import Finding, check_disk_space, command, raise_findings
 from pipeline.core.path import StoragePath, as_path
 from pipeline.core.session import Progress
 from pipeline.data import near_duplicates
@@ -166,7 +166,7 @@ def open_prepared(config: Config) -> tuple[StoragePath, Manifest]:
     if manifest is None:
         raise ConfigError(
             f"data.prepared: found no manifest.json of a prepared data set in {folder}; give a folder that "
-            "jobs/prepare.py or jobs/mine.py has written"
+            f"{command('prepare', [])} or {command('mine', [])} has written"
         )
     for key, value in manifest.settings.items():
         if config.get(key) != value:

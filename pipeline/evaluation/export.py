@@ -22,7 +22,7 @@ from pipeline.core.artifact import entries_of
 from pipeline.core.console import log
 from pipeline.core.files import files_below, local_copy, replacing_folder
 from pipeline.core.object_store import holds_credentials
-from pipeline.core.outcome import JobError, Result
+from pipeline.core.outcome import JobError, Result, command
 from pipeline.core.path import StoragePath, absolute, as_path
 
 MARKER, VERSION = "export.json", 1
@@ -38,7 +38,7 @@ def write_export(
     license_id: str | None = None,
     onnx: bool = False,
     embeddings: Dtype | None = None,
-    evaluate_command: str = "python jobs/evaluate.py",
+    evaluate_command: str = "tep evaluate",
 ) -> Result:
     """Write a model, with a model card, to a folder that sentence-transformers and transformers load.
 
@@ -128,7 +128,7 @@ def _write_embeddings(config: Config, dtype: Dtype, model: Path, folder: Path) -
 
     table = table_of(config, encoder_recipe(config, model))
     if not table.exists() or not table.is_verified(table.open()):
-        raise JobError(f"the model in {model} has no complete set of vectors; run python jobs/embed.py first")
+        raise JobError(f"the model in {model} has no complete set of vectors; run {command('embed')} first")
     try:
         return save_embeddings_for_model(folder, table.scan, model=model_fingerprint(model), dtype=dtype)
     except ValueError as error:

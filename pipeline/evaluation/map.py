@@ -25,7 +25,7 @@ import pyarrow as pa
 from pipeline.config import Config, ConfigError
 from pipeline.core.console import Stage
 from pipeline.core.files import replacing, write_atomically
-from pipeline.core.outcome import JobError, Result
+from pipeline.core.outcome import JobError, Result, command
 from pipeline.core.path import StoragePath
 from pipeline.index.vectors import Floats, as_matrix, unit
 
@@ -61,7 +61,7 @@ def draw_map(
 
     table = table_of(config, encoder_recipe(config, model))
     if not table.exists():
-        raise JobError(f"no vectors yet for the model in {model}; run python jobs/embed.py first")
+        raise JobError(f"no vectors yet for the model in {model}; run {command('embed')} first")
     points = sample(table.scan(COLUMNS), sample_size)
     count, total = len(points.texts), table.count()
     if count < MIN_POINTS:

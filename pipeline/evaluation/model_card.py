@@ -1,7 +1,7 @@
 """Writes the model card: the README.md of an export, in the format of model hubs.
 
     origin = read_origin(checkpoint, run_dir)       # from the files of the checkpoint's run
-    model_card(read_card(checkpoint), origin, "quickstart", "mit", "python jobs/evaluate.py")
+    model_card(read_card(checkpoint), origin, "quickstart", "mit", "tep evaluate")
 
 Empty sections are left out: a checkpoint copied out of its run shows no data, settings or scores.
 """

@@ -1,4 +1,4 @@
-"""Updates, estimates or verifies the vector table, for `jobs/embed.py`.
+"""Updates, estimates or verifies the vector table, for `tep embed`.
 
 index = Index.of(config, prepared_folder, manifest, model)
 if not index.is_done():
@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from pipeline.config import Config
 from pipeline.core.console import log
 from pipeline.core.files import remove_folder
-from pipeline.core.outcome import JobError, job_lock
+from pipeline.core.outcome import JobError, command, job_lock
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
 from pipeline.data.manifest import Manifest
@@ -202,10 +202,10 @@ class Index:
         counts["new"] -= missing
         wrong = [f"{counts[name]:,} rows are {what}" for name, what in FAULTS.items() if counts[name]]
         sampled, least, off = self._sampled()
-        remedy = "run python jobs/embed.py to repair it"
+        remedy = f"to repair it, run {command('embed')}"
         if off:
             wrong.append(f"{off:,} of {sampled} sampled vectors do not match their texts (lowest cosine {least:.4f})")
-            remedy = "run python jobs/embed.py --rebuild to embed all texts again"
+            remedy = f"to embed all texts again, run {command('embed')} --rebuild"
         if wrong:
             raise JobError(f"{self.table.path} does not match the data: {', '.join(wrong)}; {remedy}")
         rows = self.table.count()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import Config, ConfigError, Embedding
 from pipeline.core.console import log
 from pipeline.core.files import free_bytes, link_or_copy, local_copy, may_write, write_atomically
-from pipeline.core.outcome import JobError
+from pipeline.core.outcome import JobError, command
 from pipeline.core.path import StoragePath, as_path
 from pipeline.data.manifest import Manifest
 from pipeline.index.backends import make_graph
@@ -134,7 +134,7 @@ def published(config: Config) -> tuple[EncoderRecipe, VectorTable]:
         return recipe, table_of(config, recipe)
     path = _published(config)
     if not path.is_file():
-        raise JobError(f"the run {config.storage.run} has no vectors yet; run python jobs/run.py first")
+        raise JobError(f"the run {config.storage.run} has no vectors yet; run {command('run')} first")
     content = json.loads(path.read_text())
     config = config.model_copy(update={"embedding": Embedding.model_validate(content["embedding"])})
     recipe = encoder_recipe(config, config.root / content["model"])

@@ -24,7 +24,7 @@ import pyarrow as pa
 from pipeline.config import Config, ConfigError
 from pipeline.core.console import log
 from pipeline.core.files import may_write
-from pipeline.core.outcome import JobError
+from pipeline.core.outcome import JobError, command
 from pipeline.data.filtering import normaliser
 from pipeline.data.partitions import content_id
 from pipeline.data.words import dense_chars
@@ -88,7 +88,7 @@ def search(
     elif table.exists():
         store = TableSearch(table)
     else:
-        raise JobError(f"no vectors yet for the model in {recipe.folder}; run python jobs/embed.py first")
+        raise JobError(f"no vectors yet for the model in {recipe.folder}; run {command('embed')} first")
     vector = open_encoder(recipe, device="cpu").encode([text], "query")[0]
     rows = store.hybrid(text, vector, limit, conditions) if hybrid else store.query(vector, limit, conditions)
     if conditions and not rows and table.exists():
@@ -141,8 +141,9 @@ class TableSearch:
         except (ValueError, OSError) as error:  # Lance found a missing or damaged file
             log.debug("%s: %s", self.table.name, error)
             log.warning(
-                "the index of %s cannot be read, so queries scan all vectors; run python jobs/embed.py to rebuild it",
+                "the index of %s cannot be read, so queries scan all vectors; to rebuild it, run %s",
                 self.table.name,
+                command("embed"),
             )
             return self.dataset.to_table(columns, nearest={**near, "use_index": False}, **options)
 
@@ -162,7 +163,7 @@ class TableSearch:
                 writer.index_words()
             self.dataset = self.table.open_verified()
             if not self._has_words():
-                raise JobError(f"the last job did not complete {self.table.path}; run python jobs/embed.py first")
+                raise JobError(f"the last job did not complete {self.table.path}; run {command('embed')} first")
         conditions, depth = checked_where(where), max(k, FUSED)
         condition, exact = self._condition(conditions)
         rows = self._with_words(text, condition, depth if exact else 10 * depth)

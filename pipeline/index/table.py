@@ -36,7 +36,7 @@ import xxhash
 
 from pipeline.core.files import disk_bytes, lance_location, remove_folder
 from pipeline.core.lock import LockLost, Occupied, locked
-from pipeline.core.outcome import JobError, job_lock
+from pipeline.core.outcome import JobError, command, job_lock
 from pipeline.core.path import StoragePath
 from pipeline.data.partitions import id_bounds
 from pipeline.index.vectors import as_matrix
@@ -151,7 +151,7 @@ class VectorTable:
         except ValueError as error:
             if self.exists():
                 raise
-            raise StoreError(f"found no table {self.path}; run python jobs/embed.py first") from error
+            raise StoreError(f"found no table {self.path}; run {command('embed')} first") from error
 
     def is_verified(self, dataset: Any, documents: str = "") -> bool:
         """Whether a job verified exactly this version; with a key of `documents`, for these documents."""

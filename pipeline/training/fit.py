@@ -19,7 +19,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.core.arrow import arrow_location
 from pipeline.core.cluster import connected_cluster
 from pipeline.core.console import log, log_lines, log_timeline, process_start_s
-from pipeline.core.outcome import Finding, JobError, raise_findings
+from pipeline.core.outcome import Finding, JobError, command, raise_findings
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
 from pipeline.core.signals import signals
@@ -123,8 +123,8 @@ def _log_small_data(config: Config, plan: BatchPlan, manifest: Manifest) -> None
     if plan.rows < FEW_PAIRS and manifest.holds_pairs and not config.model.pretrained:
         log.info(
             "train: %s pairs are few for a model from scratch; with fewer than about %s, a pretrained model finds more "
-            "(python jobs/run.py --config configs/fine_tune.yaml, with your data.sources)",
-            *(f"{plan.rows:,}", f"{FEW_PAIRS:,}"),
+            "(%s, with your data.sources)",
+            *(f"{plan.rows:,}", f"{FEW_PAIRS:,}", command("run", ["--config", "fine_tune"])),
         )
 
 

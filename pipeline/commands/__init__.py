@@ -1,0 +1,1 @@
+"""The commands of `tep`, a module each: its docstring is the help, `arguments` parses, `main` does the work."""

@@ -1,0 +1,24 @@
+"""Prepare, train, evaluate, embed and publish. Skips what is done.
+
+examples:
+  tep run    # the packages installed here (configs/quickstart.yaml)
+  tep run --config pairs training.max_epochs=10
+  tep run --local-data-dir notes/ storage.run=notes
+"""
+
+from argparse import Namespace
+
+from pipeline.config import Config
+from pipeline.core.console import log_lines, table
+from pipeline.core.outcome import Result
+
+
+def main(config: Config, args: Namespace) -> Result:
+    from pipeline.api import run
+    from pipeline.evaluation.report import score_table
+
+    result = run(config, check=args.check, rehash=args.rehash)
+    if not args.check:
+        scores, paths = score_table(result.metrics["evaluate"]), table(result.paths.items(), ("what", "where"))
+        log_lines(f"\n{scores}\n\n{paths}")
+    return result
