@@ -3,7 +3,8 @@
     def main(config: Config, args: Namespace) -> Result: ...
     sys.exit(run_job("train", "Train a model. …", main))
 
-Exit codes: 0 done, 1 failed, 2 bad config or arguments, 130 on Ctrl-C, 143 on SIGTERM. The last line on stdout is JSON.
+Exit codes: 0 done, 1 failed, 2 bad config or arguments, 130 on Ctrl-C, 143 on SIGTERM. The last line on stdout is JSON,
+unless it is a terminal: a person reads the result's summary instead. --json prints the line there too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, NoReturn
 from pipeline.config import Config, ConfigError, load
 from pipeline.config.loading import SHIPPED
 from pipeline.config.reading import ALLOWED_ARGUMENTS, meant_override
-from pipeline.core.console import log, start_logging, stop_logging
+from pipeline.core.console import log, log_lines, start_logging, stop_logging
 from pipeline.core.escaping import printable
 from pipeline.core.object_store import BucketError, redacted
 from pipeline.core.outcome import EXPECTED_ERRORS, Result, command, error_sentence
@@ -62,6 +63,8 @@ def parser(name: str, description: str, query: bool = False, prepares: bool = Tr
         allow_abbrev=False,
     )
     add = arguments.add_argument
+    if not query:
+        add("--json", action="store_true", help="end with a line of JSON at a terminal too, as when stdout is a pipe")
     chosen = "YAML file, or the name of a shipped config (default: quickstart)"
     add("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help=chosen)
     read = "folder to read instead of the source's path; by default its text files are read, title → the rest"
@@ -148,12 +151,17 @@ def run_job(
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encoding lacks
     status, code, result, sentence = "ok", 0, Result(), ""
+    as_json = not sys.stdout.isatty() or "--json" in (sys.argv if argv is None else argv)
     try:
         args = parse(arguments or parser(name, description), argv)
         config = load_config(args)
         check_reachable(config)
         log_file = start_logging(config.log_dir, config.logging.level, config.logging.format)
         result = main(config, args)
+        if as_json and result.summary:
+            log_lines(result.summary)
+        elif not as_json:
+            log_file.write_lines(str(result))
     except SystemExit as error:  # Ray raises it on SIGTERM while it starts
         if log_file is None:
             raise  # --help
@@ -180,7 +188,11 @@ def run_job(
         "seconds": round(time.monotonic() - started, 1),
     }
     reply = result.reply if status == "ok" and result.reply is not None else last
-    print(json.dumps(_finite(reply), allow_nan=False), flush=True)
+    if as_json:
+        print(json.dumps(_finite(reply), allow_nan=False), flush=True)
+    elif status == "ok":
+        lines = str(result).split("\n") if str(result) else []
+        print("".join(f"{redacted(printable(line))}\n" for line in lines), end="", flush=True)
     for number, handler in before.items():
         signal.signal(number, handler)
     sys.unraisablehook = hook

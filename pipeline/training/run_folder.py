@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -116,6 +116,15 @@ def fixed_keys(config: Config) -> dict[str, Any]:
     for section in FIXED_SECTIONS:
         _flatten(config.dump()[section], section, flat)
     return {key: value for key, value in flat.items() if key not in FREE_KEYS}
+
+
+def begun_with(config: Config, keys: Iterable[str]) -> dict[str, Any]:
+    """The values of fixed keys with which the run began; empty before that."""
+    path = config.run_dir / "run.json"
+    if not path.is_file():
+        return {}
+    then = json.loads(path.read_text())["fixed"]
+    return {key: then[key] for key in keys}
 
 
 def _flatten(tree: dict[str, Any], prefix: str, into: dict[str, Any]) -> None:
