@@ -90,7 +90,8 @@ class Sanitizer:
 
         Without `collapse`, lines keep their relative indentation, which matters in code.
         """
-        if not _is_plain(text):
+        is_plain = _is_plain(text)
+        if not is_plain:
             text = _LINE_ENDS.sub("\n", text)
             if self.options.remove_controls:
                 text = _CONTROLS.sub("", text)
@@ -103,6 +104,8 @@ class Sanitizer:
         if self.collapse:
             lines = _BLANKS.sub(" ", text).split("\n")
             return _EMPTY_LINES.sub("\n\n", "\n".join(line.strip(" ") for line in lines)).strip("\n")
+        if is_plain and text[:1] > " " and text[-1:] > " " and " \n" not in text and "\t\n" not in text:
+            return text  # nothing to remove: most code
         return "\n".join(dedented([line.rstrip() for line in text.split("\n")])).strip("\n")
 
 

@@ -52,10 +52,11 @@ PYTHON_FIELDS = ("docstring", "code", "file", "line", "name")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 _KINDS: tuple[type[ast.AST], ...] = (ast.Module, ast.ExceptHandler, ast.match_case, *ast.stmt.__subclasses__())
 _BLOCKS = {
-    kind: tuple(name for name in kind._fields if name in ("body", "handlers", "orelse", "finalbody", "cases"))
+    kind: blocks
     for kind in _KINDS
+    if (blocks := [name for name in kind._fields if name in ("body", "handlers", "orelse", "finalbody", "cases")])
 }
-"""Fields of a node that hold statements, in their order."""
+"""Fields of a node that hold statements, in their order; other nodes hold none."""
 
 
 def text_rows(
@@ -249,7 +250,8 @@ def _definitions(tree: ast.Module) -> Iterator[tuple[str, Definition]]:
         if isinstance(node, Definition):
             yield f"{prefix}{node.name}", node
             prefix = f"{prefix}{node.name}."
-        inside = [(prefix, child) for block in _BLOCKS.get(type(node), ()) for child in getattr(node, block)]
+        blocks = (getattr(node, name) for name in _BLOCKS[type(node)])
+        inside = [(prefix, child) for block in blocks for child in block if type(child) in _BLOCKS]
         left += reversed(inside)
 
 
