@@ -150,7 +150,7 @@ def run_job(
     signals.install()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encoding lacks
-    status, code, result, sentence = "ok", 0, Result(), ""
+    status, code, result, sentence, said = "ok", 0, Result(), "", ""
     as_json = not sys.stdout.isatty() or "--json" in (sys.argv if argv is None else argv)
     try:
         args = parse(arguments or parser(name, description), argv)
@@ -158,10 +158,11 @@ def run_job(
         check_reachable(config)
         log_file = start_logging(config.log_dir, config.logging.level, config.logging.format)
         result = main(config, args)
+        said = str(result)
         if as_json and result.summary:
-            log_lines(result.summary)
-        elif not as_json:
-            log_file.write_lines(str(result))
+            log_lines(said)
+        elif not as_json and said:
+            log_file.write_lines(said)
     except SystemExit as error:  # Ray raises it on SIGTERM while it starts
         if log_file is None:
             raise  # --help
@@ -190,9 +191,8 @@ def run_job(
     reply = result.reply if status == "ok" and result.reply is not None else last
     if as_json:
         print(json.dumps(_finite(reply), allow_nan=False), flush=True)
-    elif status == "ok":
-        lines = str(result).split("\n") if str(result) else []
-        print("".join(f"{redacted(printable(line))}\n" for line in lines), end="", flush=True)
+    elif said:
+        print("\n".join(redacted(printable(line)) for line in said.split("\n")), flush=True)
     for number, handler in before.items():
         signal.signal(number, handler)
     sys.unraisablehook = hook

@@ -169,7 +169,7 @@ def _with_teacher(session: Session, folder: StoragePath, manifest: Manifest) -> 
 def _choose_layers(session: Session) -> Config:
     """Replace model.num_layers=auto by the run's number, or a new run's, in the session's config, and return that."""
     config, (folder, manifest) = session.config, session.prepared()
-    if config.model.num_layers != "auto":
+    if config.model.num_layers != "auto" or config.model.pretrained:
         return config
     from pipeline.training.run_folder import begun_with
     from pipeline.training.stopping import steps_of
@@ -188,7 +188,7 @@ def _choose_layers(session: Session) -> Config:
         chosen = {keys[0]: layers}
         if layers and "table_warmup_fraction" not in training.model_fields_set:
             chosen[keys[1]] = AUTO_TABLE_WARMUP
-    log.info("train: %s: %s", ", ".join(f"{key}={value:g}" for key, value in chosen.items()), why)
+    log.info("train: %s: %s", ", ".join(f"{key}={value}" for key, value in chosen.items()), why)
     session.config = config.changed(chosen, "model.num_layers=auto")
     return session.config
 

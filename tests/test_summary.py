@@ -22,6 +22,7 @@ from pipeline.evaluation.summary import summary
 from pipeline.job import parser, run_job
 from pipeline.training.history import final_table
 from pipeline.training.workers import AUTO_LAYERS, choose_layers, size_workers
+from tests.conftest import run_here
 
 SCORES = {"ndcg@10": 0.7, "mrr@10": 0.6}
 METRICS: dict[str, Any] = {
@@ -122,6 +123,17 @@ def test_a_pipe_gets_json_and_the_log_the_summary(tmp_path: Path, capsys: pytest
     out, err = capsys.readouterr()
     assert json.loads(out)["metrics"] == {"a": 1}
     assert "all is done" in err
+
+
+def test_a_damaged_history_does_not_fail_a_finished_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_of(tmp_path, losses=(1.0, 1.5))
+    (config.run_dir / "metrics.jsonl").write_bytes(b"\xff}\n")
+    monkeypatch.setattr("pipeline.api.train", lambda config, **options: Result(METRICS["train"]))
+    code, last, _, err = run_here(capsys, "train", "--config", "configs/pairs.yaml", f"storage.root={tmp_path}")
+    assert (code, last["status"], last["metrics"]["step"]) == (0, "ok", 24)
+    assert "train: cannot summarise the run: UnicodeDecodeError" in err
 
 
 def test_a_failed_job_prints_no_summary_at_a_terminal(

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import cast
 
 from pipeline.config import Config
+from pipeline.core.console import log
 from pipeline.core.escaping import printable
 from pipeline.core.outcome import Result
 from pipeline.job import parser, run_job
@@ -67,7 +68,10 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
         if name in SUMMARISED and result.summary is None:
             from pipeline.evaluation.summary import summary
 
-            result.summary = summary(name, config, result)
+            try:
+                result.summary = summary(name, config, result)
+            except Exception as error:  # the work is done, whatever a damaged file of the run keeps us from saying
+                log.warning("%s: cannot summarise the run: %s: %s", name, type(error).__name__, error)
         return result
 
     return run_job(name, module.__doc__ or "", work, _arguments(name, module), argv)

@@ -38,9 +38,8 @@ MANY_CUT = 0.1  # share of texts that are longer than max_length. Ours
 OVERFITTED = 5.0  # validation loss / training loss, each as a share of a random model's. Ours
 FOLDERS = ("prepared", "model", "store", "scores", "history", "best")
 NO_SCORE = (
-    "Nothing was scored, because nothing says which texts belong together. To get a score, give sources with pairs "
-    "(anchor and positive), or evaluation.beir_dir=DIR with queries and judgements, or evaluation.sts_file=FILE with "
-    "rated sentences."
+    "Nothing was scored. A score needs sources with pairs (anchor and positive) and evaluation.held_out_queries above "
+    "0, or evaluation.beir_dir=DIR with queries and judgements, or evaluation.sts_file=FILE with rated sentences."
 )
 
 
@@ -61,13 +60,15 @@ def _parts_of(job: str, config: Config, result: Result) -> Iterator[str]:
     if scores is not None:
         yield score_table(scores) if scores else NO_SCORE
         yield "\n".join(_verdicts(config))
+    if job == "tune":
+        yield str(Result(result.metrics))
     if (embedded := of_stage("embed")) is not None:
         yield _embedded(config, embedded)
     if notes := list(_notes(job, config, run, scores)):
         yield "Look at:\n" + "\n".join(f"  - {note}" for note in notes)
     if rows := [(name, result.paths[name]) for name in FOLDERS if name in result.paths]:
         yield table([*rows, ("log and run", str(config.run_dir))], ("what", "where"))
-    yield "Next:\n" + "\n".join(f"  {each}    # {why}" for each, why in _next_commands(job))
+    yield "Next:\n" + "\n".join(f"  {each}    # {why}" for each, why in _next_commands(job, result))
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _of_training(config: Config, run: _Run) -> Iterator[str]:
         )
 
 
-def _next_commands(job: str) -> list[tuple[str, str]]:
+def _next_commands(job: str, result: Result) -> list[tuple[str, str]]:
     """Three commands that make sense after a job, with what they do."""
     of_search = re.compile(r"(?!(storage|embedding|pinecone)\.)[a-z]+(\.\w+)+=")  # a search needs no others
     words = [word for word in shlex.split(command("search")) if not of_search.match(word)]
@@ -199,11 +200,13 @@ def _next_commands(job: str) -> list[tuple[str, str]]:
         "tune": (command("tune"), "look for better values of the config's keys"),
         "export": (f"{command('export')} --to exported", "a folder for sentence-transformers and transformers"),
         "map": (command("map"), "draw the vectors on a plane"),
+        "best": (command("run", ["--config", result.paths.get("best", "")]), "train the best trial's model to its end"),
     }
     after = {
         "prepare": ("train", "run", "tune"),
         "train": ("evaluate", "embed", "export"),
         "evaluate": ("embed", "tune", "export"),
         "embed": ("search", "evaluate", "map"),
+        "tune": ("best", "evaluate", "tune"),
     }
     return [every[name] for name in after.get(job, ("search", "export", "tune"))]

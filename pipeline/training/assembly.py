@@ -68,7 +68,7 @@ class RunSpec:
     @classmethod
     def of(cls, config: Config, folder: StoragePath, manifest: Manifest) -> RunSpec:
         """Plan the batches of a prepared data set. Raises ConfigError if a split is smaller than a batch."""
-        if config.model.num_layers == "auto":
+        if config.model.num_layers == "auto" and not config.model.pretrained:
             raise ConfigError(
                 "model.num_layers: found auto, which only pipeline.api.train and tune replace; give a number"
             )
