@@ -9,22 +9,27 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-
 
 .PHONY: install install-dev quickstart test test-slow test-all audit lint bench clean
 
-# uv where it is on the PATH, else pip
+# uv where it is on the PATH, else pip; both print errors only
 UV := $(shell command -v uv)
 VENV := $(if $(UV),uv venv --quiet --allow-existing --python $(PYTHON) .venv,$(PYTHON) -m venv .venv)
-PIP := $(if $(UV),VIRTUAL_ENV=.venv uv pip install --quiet,$(BIN)/pip install --quiet --disable-pip-version-check)
+PIP := $(if $(UV),VIRTUAL_ENV=.venv uv pip install --quiet,$(BIN)/pip install -qq --disable-pip-version-check)
 FAILED = { echo "The packages could not be installed: see the error above. Can this machine reach a package index?" >&2; exit 1; }
+RAY := ray[default,train,data,tune]
+INSTALL = echo "installing $(1)" >&2; $(PIP) -c constraints.txt $(2) || $(FAILED)
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} found; 3.11 to 3.13 are allowed: make PYTHON=python3.11")'
-	@echo "installing the locked packages into .venv, which takes a few minutes" >&2
+	@echo "making .venv with the locked packages, which takes a few minutes" >&2
 	@$(VENV)
-	@$(PIP) -c constraints.txt -e . || $(FAILED)
+	@$(call INSTALL,torch,torch)
+	@$(call INSTALL,Ray,'$(RAY)')
+	@$(call INSTALL,what reads and stores data,datasets pylance lancedb lance-ray obstore pinecone)
+	@$(call INSTALL,pretrained models and metrics,transformers peft scikit-learn)
+	@$(call INSTALL,the project and the rest,-e .)
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed
-	@echo "installing what the tests need" >&2
-	@$(PIP) -c constraints.txt -e '.[dev]' || $(FAILED)
+	@$(call INSTALL,what the tests need,-e '.[dev]')
 	@touch $@
 
 install: .venv/.installed

@@ -3,7 +3,8 @@
     def main(config: Config, args: Namespace) -> Result: ...
     sys.exit(run_job("train", "Train a model. …", main))
 
-Exit codes: 0 done, 1 failed, 2 bad config or arguments, 130 on Ctrl-C, 143 on SIGTERM. The last line on stdout is JSON.
+Exit codes: 0 done, 1 failed, 2 bad config or arguments, 130 on Ctrl-C, 143 on SIGTERM. The last line on stdout is JSON,
+unless it is a terminal: a person reads the result's summary instead. --json prints the line there too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pipeline.config import Config, ConfigError, load
 from pipeline.config.loading import SHIPPED, shipped_configs
 from pipeline.config.reading import ALLOWED_ARGUMENTS, meant_override
 from pipeline.config.reference import complete_override
-from pipeline.core.console import log, start_logging, stop_logging
+from pipeline.core.console import log, log_lines, start_logging, stop_logging
 from pipeline.core.escaping import printable
 from pipeline.core.object_store import BucketError, redacted
 from pipeline.core.outcome import EXPECTED_ERRORS, Result, command, error_sentence
@@ -66,6 +67,8 @@ def parser(
         allow_abbrev=False,
     )
     add = arguments.add_argument
+    if not query:
+        add("--json", action="store_true", help="end with a line of JSON at a terminal too, as when stdout is a pipe")
     chosen = "YAML file, or the name of a shipped config (default: quickstart)"
     config = add("--config", default=str(DEFAULT_CONFIG), metavar="FILE", help=chosen)
     config.completer = _complete_config  # type: ignore[attr-defined]  # argcomplete asks for this attribute
@@ -165,7 +168,8 @@ def run_job(
     signals.install()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # characters that the terminal's encoding lacks
-    status, code, result, sentence = "ok", 0, Result(), ""
+    status, code, result, sentence, said = "ok", 0, Result(), "", ""
+    as_json = not sys.stdout.isatty() or "--json" in (sys.argv if argv is None else argv)
     try:
         args = parse(arguments or parser(name, description), argv)
         config = load_config(args)
@@ -173,6 +177,11 @@ def run_job(
             check_reachable(config)
             log_file = start_logging(config.log_dir, config.logging.level, config.logging.format)
         result = main(config, args)
+        said = str(result)
+        if as_json and result.summary:
+            log_lines(said)
+        elif not as_json and said and log_file:
+            log_file.write_lines(said)
     except SystemExit as error:  # Ray raises it on SIGTERM while it starts
         if log_file is None:
             raise  # --help
@@ -199,7 +208,10 @@ def run_job(
         "seconds": round(time.monotonic() - started, 1),
     }
     reply = result.reply if status == "ok" and result.reply is not None else last
-    print(json.dumps(_finite(reply), allow_nan=False), flush=True)
+    if as_json:
+        print(json.dumps(_finite(reply), allow_nan=False), flush=True)
+    elif said:
+        print("\n".join(redacted(printable(line)) for line in said.split("\n")), flush=True)
     for number, handler in before.items():
         signal.signal(number, handler)
     sys.unraisablehook = hook

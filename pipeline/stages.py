@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Literal
 
 from pipeline.config import Config, ConfigError
-from pipeline.core.cluster import restrict_data_to
+from pipeline.core.cluster import connected_cluster, restrict_data_to
 from pipeline.core.console import log, log_lines, log_timeline
 from pipeline.core.files import write_atomically
 from pipeline.core.object_store import BucketError
@@ -21,7 +21,7 @@ from pipeline.core.outcome import JobError, Result, command, findings_table, job
 from pipeline.core.path import StoragePath, as_path
 from pipeline.core.session import Progress, ray_session, set_environment
 from pipeline.data.drift import has_moved, log_drift
-from pipeline.data.feed import warn_of_equal_positives
+from pipeline.data.feed import training_plan, warn_of_equal_positives
 from pipeline.data.manifest import Manifest
 from pipeline.data.prepare import Inputs, prepare
 from pipeline.evaluation.tasks import check_tasks
@@ -93,7 +93,8 @@ def check_stage(session: Session) -> Result:
             findings.append(Inputs(session.config, session.rehash).room)
     log_lines(findings_table(findings))
     raise_findings(findings)
-    return Result({each.what: each.found for each in findings})
+    found = {each.what: each.found for each in findings}
+    return Result(found, summary="Nothing is missing. Run the same command without --check.")
 
 
 def check_folders(config: Config) -> None:
@@ -148,9 +149,36 @@ def _with_teacher(session: Session, folder: StoragePath, manifest: Manifest) -> 
     return with_initial_table(session.config, folder, manifest, session.progress)
 
 
+def _choose_layers(session: Session) -> Config:
+    """Replace model.num_layers=auto by the run's number, or a new run's, in the session's config, and return that."""
+    config, (folder, manifest) = session.config, session.prepared()
+    if config.model.num_layers != "auto" or config.model.pretrained:
+        return config
+    from pipeline.training.run_folder import begun_with
+    from pipeline.training.stopping import steps_of
+    from pipeline.training.workers import AUTO_TABLE_WARMUP, choose_layers, size_workers
+
+    keys = ("model.num_layers", "training.table_warmup_fraction")
+    chosen = begun_with(config, keys)
+    why = "as the run began"
+    if not chosen:
+        session.progress()
+        training, rows = config.training, max(1, sum(manifest.splits.values()))
+        plan = training_plan(folder, manifest, training.global_batch_size, training.seed, training.batching)
+        tokens = sum(lengths["tokens"] for lengths in manifest.lengths.values()) / rows
+        workers = size_workers(config, connected_cluster(), batch_size=plan.global_batch_size)
+        layers, why = choose_layers(config, workers, tokens * plan.global_batch_size * steps_of(config, plan))
+        chosen = {keys[0]: layers}
+        if layers and "table_warmup_fraction" not in training.model_fields_set:
+            chosen[keys[1]] = AUTO_TABLE_WARMUP
+    log.info("train: %s: %s", ", ".join(f"{key}={value}" for key, value in chosen.items()), why)
+    session.config = config.changed(chosen, "model.num_layers=auto")
+    return session.config
+
+
 def train_stage(session: Session) -> Result:
     """Train a model, or resume training; prepares first if token shards are missing or stale."""
-    config, (folder, manifest) = session.config, session.prepared()
+    config, (folder, manifest) = _choose_layers(session), session.prepared()
     _check_pairs(config, manifest)
     from pipeline.training.checkpoints import resume_point
     from pipeline.training.fit import fit, is_done
@@ -173,7 +201,7 @@ def train_stage(session: Session) -> Result:
 
 def tune_stage(session: Session) -> Result:
     """Run a sweep, or the rest of one: trials on one prepared data set, and the config of the best."""
-    config, (folder, manifest) = session.config, session.prepared()
+    config, (folder, manifest) = _choose_layers(session), session.prepared()
     _check_pairs(config, manifest)
     from pipeline.training.sweep import sweep
 

@@ -127,6 +127,14 @@ def test_a_killed_job_resumes_with_the_tasks_that_have_no_note(tmp_path: Path) -
     assert not again.scratch.exists()
 
 
+def test_a_task_reports_its_parts_and_never_more_than_its_size(tmp_path: Path) -> None:
+    sent: list[dict[str, int]] = []
+    output = Output(tmp_path, {}, sent.append, 1000)
+    for share in (0.2, 0.1, 0.5, 0.5, 7.0, 1.0):
+        output.advance(share)
+    assert sent == [{"done": 200}, {"done": 300}, {"done": 500}]
+
+
 def test_a_step_is_done_once(tmp_path: Path) -> None:
     made = Artifact(tmp_path, "steps", [])
     assert made.once("first", lambda: {"rows": 3}) == {"rows": 3}

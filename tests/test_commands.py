@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 from tests.embedding_world import save_random_model
@@ -95,6 +96,12 @@ def test_a_wrong_key_exits_2_from_a_shell(tmp_path: Path) -> None:
 def test_make_installs_from_the_constraints() -> None:
     makefile = (ROOT / "Makefile").read_text()
     assert "-c constraints.txt" in makefile
+    done = subprocess.run(["make", "-nB", "install", "UV="], cwd=ROOT, capture_output=True, text=True, check=True)
+    installs = [line for line in done.stdout.splitlines() if "pip install" in line]
+    assert all(line.startswith('echo "installing ') and "-c constraints.txt" in line for line in installs)
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (ray,) = (each.partition("~")[0] for each in needed if each.startswith("ray["))
+    assert any(f"'{ray}'" in line for line in installs)
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert pins["torch"] == "2.13.0"

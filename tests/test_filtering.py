@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import gc
 import json
 import sysconfig
+import textwrap
 import unicodedata
 from pathlib import Path
 from typing import Any
 
 import ftfy
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.config import Data, Sanitize, Source
 from pipeline.data.fields import RawRecord
-from pipeline.data.filtering import Filter, Sanitizer, nonprintable_share, raw_text_problem
+from pipeline.data.filtering import Filter, Sanitizer, dedented, nonprintable_share, raw_text_problem
 from pipeline.data.partitions import content_id, is_validation, shard_of
-from pipeline.data.read_text import docstring_pairs
+from pipeline.data.read_text import docstring_pairs, is_test
 
 CODE = Sanitizer(Sanitize(), collapse=False)
 PROSE = Sanitizer(Sanitize(), collapse=True)
@@ -230,6 +235,48 @@ def test_pairs_of_every_kind_of_definition() -> None:
     assert SOURCE.splitlines()[found["Thing.method"].line - 1].strip() == "async def method(self):"
 
 
+def test_a_chain_of_conditions_deeper_than_the_stack_is_read() -> None:
+    chain = "".join(f"elif a == {i}:\n    pass\n" for i in range(400)).removeprefix("el")
+    (pair,) = docstring_pairs(f'{chain}else:\n    def f():\n        "Last."\n        return 1\n')
+    assert (pair.name, pair.docstring) == ("f", "Last.")
+
+
+def test_garbage_is_collected_again_after_reading() -> None:
+    for source in ("def f(): pass\n", "def f(:\n"):
+        with contextlib.suppress(SyntaxError):
+            docstring_pairs(source)
+        assert gc.isenabled()
+
+
+@given(st.text(st.sampled_from(" \t\n\x0b\x0c\r\x1fab\xa0\u2003"), max_size=30))
+def test_lines_lose_the_blanks_that_textwrap_removes(text: str) -> None:
+    assert "\n".join(dedented(text.split("\n"))) == textwrap.dedent(text)
+
+
+@given(st.text(st.one_of(st.characters(max_codepoint=127), st.sampled_from("\x85\u2028\u202eé")), max_size=12))
+def test_plain_text_is_cleaned_as_all_text_is(text: str) -> None:
+    """The oracle has a letter beyond ASCII at its end, with which no step is left out."""
+    assert PROSE.clean(text + "xé") == PROSE.clean(text + "x") + "é"
+    assert CODE.clean(text + "xé") == CODE.clean(text + "x") + "é"
+    assert nonprintable_share(text) * len(text) == pytest.approx(nonprintable_share(text + "é") * (len(text) + 1))
+
+
+def test_tests_of_packages_are_left_out() -> None:
+    tests = (
+        "a/tests/x.py",
+        "a/test/x.py",
+        "a/testing/x.py",
+        "a/_testing.py",
+        "a/testing_utils.py",
+        "test_x.py",
+        "a/x_test.py",
+        "conftest.py",
+        "tests.py",
+    )
+    others = ("a/contest.py", "a/testbed.py", "latest/x.py", "a/attest.py", "pytest/x.py", "a/hypotests.py", "test.pyx")
+    assert [name for name in (*tests, *others) if is_test(name)] == [*tests]
+
+
 def test_pairs_of_the_standard_library_parse_and_lack_their_docstring() -> None:
     count = 0
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-f]*.py")):
@@ -244,7 +291,7 @@ def test_pairs_of_the_standard_library_parse_and_lack_their_docstring() -> None:
 def test_source_that_does_not_parse_says_so() -> None:
     for source in ("def f(:\n", "def f():\n  x\n y\n", "a = '\\x'", "\x00"):
         with pytest.raises((SyntaxError, ValueError)):
-            list(docstring_pairs(source))
+            docstring_pairs(source)
 
 
 SECRETS = ("ann@example.org", "ghp_" + "aB3dE6gH9j" * 4, "ann\u200b@example.org")

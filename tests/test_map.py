@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.evaluation.map import COLUMNS, Points, draw_png, group, project, sample, write_page
+from pipeline.evaluation.map import COLUMNS, ITERATIONS, Points, draw_png, group, project, sample, write_page
 from tests.conftest import run_here
 from tests.test_evaluation import small_model
 
@@ -52,7 +52,10 @@ def clumps(seed: int = 0) -> tuple[Points, np.ndarray]:
 
 def test_what_is_near_stays_near() -> None:
     points, label = clumps()
-    plane = project(points.vectors)
+    iterations: list[int] = []
+    plane = project(points.vectors, iterations.append)
+    assert min(iterations) > 0
+    assert 250 <= sum(iterations) <= ITERATIONS
     assert plane.shape == (160, 2)
     apart = np.linalg.norm(plane[:, None] - plane[None], axis=2) + 1e9 * np.eye(160)
     assert (label[apart.argmin(axis=1)] == label).all()

@@ -387,7 +387,7 @@ class TestSummary:
             ["training", "step", "20"],
             ["loss", "0.5"],
             ["learning_rate", "0.0005"],
-            ["pairs_per_s", "2,000"],
+            ["speed", "2,000", "pairs/s"],
             ["validation", "step", "30", "best", "at", "step"],
             ["loss", "2.1", "2", "10"],
             ["ndcg@10", "nan", "0.9", "20"],

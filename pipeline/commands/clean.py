@@ -48,7 +48,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
         freed = sum(each.bytes for each in found)
         if found:
             print(f"{len(found)} folders, {size(freed)}: run again without --dry-run to delete them")
-        return Result({"found": len(found), "removed": 0, "bytes": round(freed)})
+        return Result({"found": len(found), "removed": 0, "bytes": round(freed)}, summary="")
     removed = []
     for each in found:
         if remove(each):
@@ -59,7 +59,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     unused = {each.path for each in found}
     freed += sum(forget_versions(folder, age) for folder in tables(config.root) if folder not in unused)
     print(f"removed {len(removed)} folders and old versions of tables, {size(freed)}")
-    return Result({"found": len(found), "removed": len(removed), "bytes": round(freed)})
+    return Result({"found": len(found), "removed": len(removed), "bytes": round(freed)}, summary="")
 
 
 def size(count: float) -> str:

@@ -26,7 +26,6 @@ from pipeline.job import DEFAULT_CONFIG, parser
 
 def arguments() -> argparse.ArgumentParser:
     own = parser("config", __doc__ or "", names="KEY", prepares=False)
-    own.add_argument("--json", action="store_true", help="print JSON, as when stdout is not a terminal")
     own.set_defaults(logs=False)
     return own
 
@@ -38,7 +37,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
         return Result(reply=[{**asdict(key), **({"value": values[key.key]} if values else {})} for key in found])
     width = shutil.get_terminal_size((120, 24)).columns
     print(explained(found, values, width) if args.names else listed(found, values, width))
-    return Result({"keys": len(found)})
+    return Result({"keys": len(found)}, summary="")
 
 
 def _values(keys: Sequence[Key], config: Config) -> dict[str, object]:

@@ -11,15 +11,10 @@ examples:
 from argparse import Namespace
 
 from pipeline.config import Config
-from pipeline.core.console import log_lines
 from pipeline.core.outcome import Result
 
 
 def main(config: Config, args: Namespace) -> Result:
     from pipeline.api import evaluate
-    from pipeline.evaluation.report import score_table
 
-    result = evaluate(config, again=True, check=args.check, rehash=args.rehash)
-    if not args.check:
-        log_lines(score_table(result.metrics))
-    return result
+    return evaluate(config, again=True, check=args.check, rehash=args.rehash)

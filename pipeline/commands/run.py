@@ -9,16 +9,10 @@ examples:
 from argparse import Namespace
 
 from pipeline.config import Config
-from pipeline.core.console import log_lines, table
 from pipeline.core.outcome import Result
 
 
 def main(config: Config, args: Namespace) -> Result:
     from pipeline.api import run
-    from pipeline.evaluation.report import score_table
 
-    result = run(config, check=args.check, rehash=args.rehash)
-    if not args.check:
-        scores, paths = score_table(result.metrics["evaluate"]), table(result.paths.items(), ("what", "where"))
-        log_lines(f"\n{scores}\n\n{paths}")
-    return result
+    return run(config, check=args.check, rehash=args.rehash)

@@ -37,7 +37,6 @@ MAIN_SCORES = ("ndcg@10", "spearman", "v_measure", "accuracy")
 
 def arguments() -> argparse.ArgumentParser:
     own = parser("runs", __doc__ or "", names="RUN", prepares=False)
-    own.add_argument("--json", action="store_true", help="print JSON, as when stdout is not a terminal")
     own.set_defaults(logs=False)
     return own
 
@@ -56,7 +55,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
         found = compare_runs(*chosen)
         if not as_json:
             print(printed(found, names))
-        return Result({"differing_keys": len(found["config"])}, reply=found if as_json else None)
+        return Result({"differing_keys": len(found["config"])}, reply=found if as_json else None, summary="")
     if as_json:
         return Result(reply=[described(run) for run in chosen])
     print(
@@ -66,7 +65,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     )
     for each in chosen[0].evaluation.get("comparisons", []) if names else ():
         print(printable(each["sentence"]))
-    return Result({"runs": len(chosen)})
+    return Result({"runs": len(chosen)}, summary="")
 
 
 def _run(runs: dict[str, Run], name: str, config: Config) -> Run:

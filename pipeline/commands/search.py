@@ -54,7 +54,7 @@ def main(config: Config, args: argparse.Namespace) -> Result:
     if args.hybrid:
         print("scores are sums of 1 / (60 + rank) over the rankings by meaning and by words")
     print("\n".join(map(line, found)))
-    return Result({"results": len(found)})
+    return Result({"results": len(found)}, summary="")
 
 
 def line(hit: Hit) -> str:

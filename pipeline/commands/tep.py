@@ -18,13 +18,17 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import cast
 
+from pipeline.config import Config
+from pipeline.core.console import log
 from pipeline.core.escaping import printable
+from pipeline.core.outcome import Result
 from pipeline.job import parser, run_job
 
 COMMANDS = (
     *("run", "prepare", "train", "tune", "evaluate", "embed", "search"),
     *("mine", "map", "export", "runs", "config", "clean"),
 )
+SUMMARISED = ("run", "prepare", "train", "tune", "evaluate", "embed")
 NEXT = """first steps:
   tep run                                   # the whole job, on the Python packages installed here
   tep search remove duplicate rows          # then ask its index
@@ -58,7 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(name: str, argv: Sequence[str] | None = None) -> int:
     """Run a command with its arguments, by default this process's. Returns the exit code."""
     module = _module(name)
-    return run_job(name, module.__doc__ or "", module.main, _arguments(name, module), argv)
+
+    def work(config: Config, args: argparse.Namespace) -> Result:
+        result: Result = module.main(config, args)
+        if name in SUMMARISED and result.summary is None:
+            from pipeline.evaluation.summary import summary
+
+            try:
+                result.summary = summary(name, config, result)
+            except Exception as error:  # the work is done, whatever a damaged file of the run keeps us from saying
+                log.warning("%s: cannot summarise the run: %s: %s", name, type(error).__name__, error)
+        return result
+
+    return run_job(name, module.__doc__ or "", work, _arguments(name, module), argv)
 
 
 def _module(name: str) -> ModuleType:

@@ -20,8 +20,9 @@ class Source(Section):
     type: Literal["text", "json", "csv", "parquet", "arrow", "huggingface", "python_packages"]
     """text: see `record`. json: JSON Lines, or one JSON array of objects per file. csv: with a header line; .tsv files
     are tab-separated. arrow: Arrow files, streams and Feather. huggingface: a data set of the hub, or its folder.
-    python_packages: the functions and classes of the installed packages. Files ending in .gz or .zst are
-    decompressed. Text, json and csv are UTF-8, or UTF-16 or UTF-32 with a byte order mark."""
+    python_packages: the functions and classes of the installed packages, without their tests (folders and modules
+    named tests, testing, test_*, …). Files ending in .gz or .zst are decompressed. Text, json and csv are UTF-8, or
+    UTF-16 or UTF-32 with a byte order mark."""
     path: PathStr | None = None
     """A file, a folder or a glob, on local disk, s3://, gs:// or az:// (with options such as `?region=eu-west-1` or
     `?anonymous=true`). huggingface: the data set's name. python_packages: a folder of packages, by default this

@@ -47,10 +47,12 @@ class Model(Section):
     """Sets width, depth and heads; you can override each below."""
     d_model: int | None = Field(None, ge=8)
     """Width of the token states and of the vectors."""
-    num_layers: int | None = Field(None, ge=0)
-    """Transformer layers; with 0, the default with `static_from`, the model is a token table. With `pretrained`, how
-    many of its layers to keep, spread evenly from the first to the last (DistilBERT, Sanh et al. 2019, section 3); by
-    default all."""
+    num_layers: Literal["auto"] | Annotated[int, Field(ge=0)] | None = None
+    """Transformer layers; with 0, the default with `static_from`, the model is a token table. auto: layers if training
+    has GPUs that train them within `training.max_time_s`, or else ten minutes; otherwise 0. With layers,
+    `training.table_warmup_fraction` is then 0.5 unless you set it. A run keeps what it began with. With `pretrained`,
+    how many of its layers to keep, spread evenly from the first to the last (DistilBERT, Sanh et al. 2019, section 3);
+    by default all."""
     num_heads: int | None = Field(None, ge=1)
     """Attention heads per layer; d_model must be an even multiple of it."""
     num_kv_heads: int | None = Field(None, ge=1)
@@ -79,8 +81,8 @@ class Model(Section):
     """Sizes, besides the full one, to which vectors can be truncated."""
 
     def dimensions(self) -> dict[str, int]:
-        """d_model, num_layers, num_heads, num_kv_heads and d_ff, with the overrides applied."""
-        chosen = {key: getattr(self, key) for key in SIZES[self.size] if getattr(self, key) is not None}
+        """d_model, num_layers, num_heads, num_kv_heads and d_ff, with the overrides applied; of `auto`, the size's."""
+        chosen = {key: getattr(self, key) for key in SIZES[self.size] if getattr(self, key) not in (None, "auto")}
         if "num_heads" in chosen:
             chosen.setdefault("num_kv_heads", chosen["num_heads"])
         if self.static_from:

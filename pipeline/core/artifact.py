@@ -7,7 +7,7 @@
         def work(index: int, output: Output) -> dict[str, int]:
             with output.writing(f"records/{index:05d}.parquet") as file: ...
             return {"rows": 1200}
-        return {"rows": sum(each["rows"] for each in artifact.tasks(progress, "prepare: read", task_bytes, work))}
+        return {"rows": sum(each["rows"] for each in artifact.tasks(progress, "prepare: read", sizes, work))}
 
 The folder is named by the hash of its inputs, so it is never stale. A task writes its files, then a note with its
 result and the size and hash of each file; a rerun skips tasks that have a note. `manifest.json` is written last: it
@@ -25,6 +25,7 @@ import hashlib
 import json
 import re
 import traceback
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -67,10 +68,19 @@ class Output:
     folder: StoragePath
     files: Files = field(default_factory=dict)
     send: Callable[[dict[str, int]], object] = lambda counts: None
+    size: int = 0
+    advanced: Counter[str] = field(default_factory=Counter)
 
     def report(self, **counts: int) -> None:
         """Report progress: `records` and `rejected` since the last report."""
         self.send(counts)
+
+    def advance(self, share: float) -> None:
+        """Report that this share of the task's work is done, before the task ends."""
+        done = int(self.size * min(share, 1.0)) - self.advanced["done"]
+        if done > 0:
+            self.advanced["done"] += done
+            self.send({"done": done})
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
@@ -150,24 +160,25 @@ class Artifact:
         self,
         progress: Progress,
         title: str,
-        task_bytes: Sequence[int],
+        sizes: Sequence[int],
         work: Callable[[int, Output], Any],
         only_here: Container[int] = (),
         options: dict[str, Any] | None = None,
+        unit: str = "B",
     ) -> list[Any]:
         """Run `work(index, output)` with Ray Data for each unfinished task. Returns all results in order.
 
-        Results must be JSON. `task_bytes` is the size of each task's input, for the progress bar. Tasks in `only_here`
-        run on the driver's node, after the others. `options` are those of map_batches; with `compute`, actors run the
-        tasks.
+        Results must be JSON. `sizes` of the tasks, in bytes or another `unit`, are for the progress bar. Tasks in
+        `only_here` run on the driver's node, after the others. `options` are those of map_batches; with `compute`,
+        actors run the tasks.
         """
         notes = self.scratch / re.sub(r"\W+", "-", title)
-        names = [notes / f"{index:06d}.json" for index in range(len(task_bytes))]
+        names = [notes / f"{index:06d}.json" for index in range(len(sizes))]
         todo = [index for index, size in enumerate(file_sizes(names)) if not size]
         if todo:
-            total = sum(task_bytes[index] for index in todo)
-            with progress.stage(title, total, "B", counter="bytes", describe=_describe):
-                run = _Tasks(self.folder, title, names, task_bytes, work, progress.handle.add_all.remote)
+            total = sum(sizes[index] for index in todo)
+            with progress.stage(title, total, unit, counter="done", describe=_describe):
+                run = _Tasks(self.folder, title, names, sizes, work, progress.handle.add_all.remote)
                 if anywhere := [index for index in todo if index not in only_here]:
                     run(anywhere, options or {})
                 if here := [index for index in todo if index in only_here]:
@@ -185,7 +196,7 @@ class _Tasks:
     folder: StoragePath
     title: str
     notes: Sequence[StoragePath]
-    task_bytes: Sequence[int]
+    sizes: Sequence[int]
     work: Callable[[int, Output], Any]
     send: Callable[[dict[str, int]], object]
 
@@ -209,10 +220,10 @@ class _Tasks:
             raise JobError(f"{self.title}: {row['error']}")
 
     def _run(self, index: int) -> None:
-        output = Output(self.folder, {}, self.send)
+        output = Output(self.folder, {}, self.send, self.sizes[index])
         result = self.work(index, output)
         write_atomically(self.notes[index], json.dumps({"result": result, "files": output.files}).encode())
-        self.send({"bytes": self.task_bytes[index]})
+        output.advance(1.0)
 
 
 class _Actor:

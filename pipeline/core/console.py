@@ -9,6 +9,7 @@ Everything goes to stderr and training.log; stdout is only for a job's result.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -90,6 +91,11 @@ class LogFile(logging.FileHandler):
     def close(self) -> None:
         super().close()
         self.mirror.close()
+
+    def write_lines(self, text: str) -> None:
+        """Write a text to the file only, as one record per line."""
+        for line in text.split("\n"):
+            self.emit(log.makeRecord(log.name, logging.INFO, __file__, 0, line, (), None))
 
     def write_traceback(self, error: BaseException) -> None:
         """Write a traceback to the file only; the console shows one sentence."""
@@ -204,10 +210,10 @@ class Stage:
         log.debug("%s: begins", self.name)
         return self
 
-    def advance(self, amount: int, shown: str = "") -> None:
-        """Count `amount` more units. `shown` is printed after the rate."""
+    def advance(self, amount: int, shown: str | None = None) -> None:
+        """Count `amount` more units. `shown` is printed after the rate, until another one is."""
         self.done += amount
-        self.shown = printable(shown) or self.shown
+        self.shown = self.shown if shown is None else printable(shown)
         if not self.bar.disable:
             self.bar.set_postfix_str(self.shown, refresh=False)
             self.bar.update(amount)
@@ -238,6 +244,22 @@ class Stage:
 
     def _amount(self, amount: float, digits: int = 0) -> str:
         return f"{amount / 1e6:,.1f}" if self.unit == "B" else f"{amount:,.{digits}f}"
+
+
+def number(value: float) -> str:
+    """A number for people: 4 significant digits, without an exponent."""
+    if not math.isfinite(value) or not value:
+        return str(value) if value else "0"
+    digits = 0 if isinstance(value, int) else max(0, 3 - math.floor(math.log10(abs(value))))
+    text = f"{value:,.{digits}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def duration(seconds: float) -> str:
+    """`8.4 s`, `12 min`, `3.1 h`."""
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.console import log, table
+from pipeline.core.console import log, number, table
 from pipeline.core.files import free_bytes
 from pipeline.core.lock import LockLost, Occupied, locked
 from pipeline.core.object_store import BucketError
@@ -62,11 +62,31 @@ def job_lock(folder: StoragePath, *, wait: bool = False) -> Iterator[None]:
 
 @dataclass
 class Result:
-    """A job's `metrics` and the `paths` it wrote. `reply` replaces the JSON line at the end (search --json)."""
+    """A job's `metrics` and the `paths` it wrote. `reply` replaces the JSON line at the end (search --json).
+
+    `summary` is what a person at a terminal reads instead of the JSON line; by default a table of metrics and paths.
+    """
 
     metrics: dict[str, Any] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
     reply: Any = None
+    summary: str | None = None
+
+    def __str__(self) -> str:
+        if self.summary is not None:
+            return self.summary
+        rows = [(name, number(each) if isinstance(each, int | float) else each) for name, each in _flat(self.metrics)]
+        rows += self.paths.items()
+        return table(rows, ("result", "")) if rows else ""
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings under dotted names."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 EXPECTED_ERRORS = (ConfigError, JobError, BucketError)  # their messages say what to do

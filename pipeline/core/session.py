@@ -121,7 +121,7 @@ class Progress:
         counter: str,
         start: int = 0,
         receive: Callable[[dict[str, Any]], None] | None = None,
-        describe: Callable[[dict[str, int]], str] | None = None,
+        describe: Callable[[dict[str, int]], str | None] = lambda counts: None,
     ) -> Iterator[Stage]:
         """A stage whose bar follows `counter` from `start` on. Resets all other counters.
 
@@ -143,9 +143,9 @@ class Progress:
                     if "log" in message:
                         log.log(message.get("level", logging.INFO), "%s", message["log"])
                 shown = [message["shown"] for message in messages if "shown" in message]
-                if describe:
-                    shown.append(describe(counts))
-                stage.advance(counts.get(counter, 0) - stage.done, shown[-1] if shown else "")
+                if (described := describe(counts)) is not None:
+                    shown.append(described)
+                stage.advance(counts.get(counter, 0) - stage.done, shown[-1] if shown else None)
 
             def try_to_poll() -> None:
                 try:

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import json
 import re
-import textwrap
 import unicodedata
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,20 @@ _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]+")
 _LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 _BLANKS = re.compile(r"[^\S\n]+")
 _EMPTY_LINES = re.compile(r"\n{3,}")
+_ASCII_CONTROLS = bytes(c for c in (*range(32), 127) if c not in b"\t\n")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _REPLACEMENT = "\ufffd"
 # Controls and code points without a character. Format characters are none: scripts, emoji and hyphenation need them.
 _UNREADABLE = regex.compile(rf"(?V1)[\p{{C}}{_REPLACEMENT}--\p{{Cf}}]")
 # Pieces that are repaired on their own, cut at blanks; one after a character beyond ASCII may belong to a sequence.
 _PIECE = re.compile(r"(?s).{1,10000}(?:\Z|(?<=[\0-\x7f])(?=\s))|.{1,10000}")
+NAMES, NAME_CHARS = 512, 200  # of metadata, which repeat: redacted once, so many and so long are kept
 _MOST_MIXED = 25_000  # characters; ours: 0.3 s, because ftfy then repairs each sequence on its own
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text is ASCII without controls except tabs and newlines, as most are: ten times as fast as patterns."""
+    return text.isascii() and len(text.encode().translate(None, _ASCII_CONTROLS)) == len(text)
 
 
 class Sanitizer:
@@ -83,11 +90,13 @@ class Sanitizer:
 
         Without `collapse`, lines keep their relative indentation, which matters in code.
         """
-        text = _LINE_ENDS.sub("\n", text)
-        if self.options.remove_controls:
-            text = _CONTROLS.sub("", text)
-        if self.options.nfc:
-            text = unicodedata.normalize("NFC", text)
+        is_plain = _is_plain(text)
+        if not is_plain:
+            text = _LINE_ENDS.sub("\n", text)
+            if self.options.remove_controls:
+                text = _CONTROLS.sub("", text)
+            if self.options.nfc:
+                text = unicodedata.normalize("NFC", text)
         if self.options.lowercase:
             text = text.lower()
         if self._forbidden:
@@ -95,7 +104,22 @@ class Sanitizer:
         if self.collapse:
             lines = _BLANKS.sub(" ", text).split("\n")
             return _EMPTY_LINES.sub("\n\n", "\n".join(line.strip(" ") for line in lines)).strip("\n")
-        return textwrap.dedent("\n".join(line.rstrip() for line in text.split("\n"))).strip("\n")
+        if is_plain and text[:1] > " " and text[-1:] > " " and " \n" not in text and "\t\n" not in text:
+            return text  # nothing to remove: most code
+        return "\n".join(dedented([line.rstrip() for line in text.split("\n")])).strip("\n")
+
+
+def dedented(lines: list[str]) -> list[str]:
+    """The lines without the blanks that all begin with, as `textwrap.dedent` does; lines of blanks become empty.
+
+    Cost: 100 ns per line, a quarter of textwrap's.
+    """
+    solid = [line for line in lines if line and line.strip(" \t")]
+    first, last = min(solid, default=""), max(solid, default="")
+    margin = 0
+    while margin < len(first) and first[margin] == last[margin] and first[margin] in " \t":
+        margin += 1
+    return [line[margin:] if line.strip(" \t") else "" for line in lines]
 
 
 def normaliser(data: Data) -> Callable[[str], str]:
@@ -114,13 +138,15 @@ def raw_text_problem(raw: str, max_chars: int) -> str | None:
     """Why a field's raw text is rejected before it is normalised (`too_long`, `invalid_utf8`), or None."""
     if len(raw) > max_chars:
         return "too_long"
-    if _SURROGATE.search(raw):
+    if not raw.isascii() and _SURROGATE.search(raw):
         return "invalid_utf8"  # a lone surrogate cannot be written as UTF-8
     return None
 
 
 def nonprintable_share(text: str) -> float:
     """Share of unreadable characters: controls other than blanks, and the replacement character."""
+    if _is_plain(text):
+        return 0.0
     solid = "".join(text.split())  # blanks include newlines, which are control characters too
     if solid.isprintable() and _REPLACEMENT not in solid:
         return 0.0
@@ -138,6 +164,7 @@ class Filter:
             self.quality = QualityRules(source.quality or data.quality.preset, data.quality.thresholds)
         except ValueError as error:
             raise ConfigError(f"data: {error}") from None
+        self._redacted_name = lru_cache(NAMES)(self._redacted_text)
 
     def __call__(self, raw: RawRecord) -> dict[str, Any]:
         """A row of records.FILTERED_SCHEMA without its null columns. A rejected row has a `reason`."""
@@ -185,7 +212,11 @@ class Filter:
             return {self._redacted(key): self._redacted(each) for key, each in value.items()}
         if isinstance(value, list | tuple):
             return [*map(self._redacted, value)]
-        text = self.safety.redact(str(value))
+        text = str(value)
+        return self._redacted_name(text) if len(text) <= NAME_CHARS else self._redacted_text(text)
+
+    def _redacted_text(self, text: str) -> str:
+        text = self.safety.redact(text)
         if not text.isprintable():
             text = _CONTROLS.sub("", _BIDI_OVERRIDES.sub("", _LINE_ENDS.sub("\n", text)))
             text = self.safety.redact(text)  # what was removed may have split a match

@@ -56,17 +56,20 @@ class File:
     mtime_ns: int
 
 
-def list_files(source: Source, suffixes: tuple[str, ...]) -> tuple[str, list[File]]:
+def list_files(
+    source: Source, suffixes: tuple[str, ...], skip: Callable[[str], object] = lambda name: False
+) -> tuple[str, list[File]]:
     """The base, and the files that a source's path, folder or glob matches, sorted by name, without hidden files.
 
-    A folder yields only files with one of the `suffixes`, compressed or not; a path or glob is not filtered. Links out
-    of the folder are skipped, with a warning, unless the source follows them. Raises ConfigError, naming the source, if
-    there are no files or they cannot be listed.
+    A folder yields only files with one of the `suffixes`, compressed or not, whose names are not to `skip`; a path or
+    glob is not filtered. Links out of the folder are skipped, with a warning, unless the source follows them. Raises
+    ConfigError, naming the source, if there are no files or they cannot be listed.
     """
     path = source.path or sysconfig.get_path("purelib")
 
     def keep(name: str) -> bool:
-        return without_compression(name).lower().endswith(suffixes)
+        plain = without_compression(name)
+        return plain.lower().endswith(suffixes) and not skip(plain)
 
     try:
         place = absolute(as_path(path))

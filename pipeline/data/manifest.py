@@ -113,6 +113,11 @@ class Manifest:
         return "anchor" in self.lengths
 
     @property
+    def unit(self) -> str:
+        """What its records are called in messages."""
+        return "pairs" if self.holds_pairs else "texts"
+
+    @property
     def text_fields(self) -> list[str]:
         return [name for name in TEXT_FIELDS if name in self.lengths]
 

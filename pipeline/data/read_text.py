@@ -4,7 +4,7 @@
                          paragraph:  text '# Kites', text 'A kite is a bird.'; lines 1 and 3
     A kite is a bird.    line:       the same two
 
->>> list(docstring_pairs('def add(a, b):\\n    "Add two numbers."\\n    return a + b\\n'))
+>>> docstring_pairs('def add(a, b):\\n    "Add two numbers."\\n    return a + b\\n')
 [DocumentedCode(name='add', line=1, docstring='Add two numbers.', code='def add(a, b):\\n    return a + b')]
 
 With `pairs`, a file's sections or paragraphs are paired, each the positive of one row:
@@ -25,12 +25,13 @@ from __future__ import annotations
 import ast
 import gc
 import io
-import textwrap
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.data.fields import Row, broken
+from pipeline.data.filtering import dedented
 from pipeline.data.input_files import MAX_LINE_BYTES, is_too_long, lines
 from pipeline.data.sections import sections
 from pipeline.data.titles import read_note
@@ -45,9 +46,17 @@ TEXT_FIELDS = {  # by kind of record
 PAIR_FIELDS = ("anchor", "positive", "file", "line")  # with `pairs`
 MIN_PARAGRAPH_CHARS = 50  # of neighbours: shorter ones are headings and captions. Ours
 MAX_PYTHON_BYTES = 1 << 20  # of source; its tree takes up to 250 times as much. Ours, measured
+_TESTS = re.compile(r"(^|/)(_?(tests?|testing)|testing_utils|conftest|test_[^/]*|[^/]*_test)(/|\.py$)")
 PYTHON_FIELDS = ("docstring", "code", "file", "line", "name")
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+_KINDS: tuple[type[ast.AST], ...] = (ast.Module, ast.ExceptHandler, ast.match_case, *ast.stmt.__subclasses__())
+_BLOCKS = {
+    kind: blocks
+    for kind in _KINDS
+    if (blocks := [name for name in kind._fields if name in ("body", "handlers", "orelse", "finalbody", "cases")])
+}
+"""Fields of a node that hold statements, in their order; other nodes hold none."""
 
 
 def text_rows(
@@ -172,6 +181,14 @@ def _line(data: bytes, name: str, offset: int) -> Row:
         return broken(position, "invalid_utf8", data)
 
 
+def is_test(name: str) -> bool:
+    """Whether a Python file is a test, or code for tests: by pytest's names, and those that packages use.
+
+    Tests are a sixth of the code in installed packages, and their docstrings describe cases, not what code does.
+    """
+    return _TESTS.search(name) is not None
+
+
 def python_rows(file: io.BufferedReader, name: str) -> Iterator[Row]:
     """One row per documented function or class."""
     text = whole_text(file, name, MAX_PYTHON_BYTES)
@@ -179,7 +196,7 @@ def python_rows(file: io.BufferedReader, name: str) -> Iterator[Row]:
         yield text
         return
     try:
-        found = list(docstring_pairs(text.replace("\r\n", "\n").replace("\r", "\n")))
+        found = docstring_pairs(text.replace("\r\n", "\n").replace("\r", "\n"))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         yield broken(name, "broken_python", str(error))
         return
@@ -197,39 +214,45 @@ class DocumentedCode:
     code: str
 
 
-def docstring_pairs(source: str) -> Iterator[DocumentedCode]:
-    """Each function and class with a docstring and a body. Raises SyntaxError or ValueError for bad source."""
-    tree = _parse(source)
-    lines = source.split("\n")
-    for name, node in _definitions(tree, ""):
-        docstring = ast.get_docstring(node)
-        if docstring and len(node.body) > 1:
-            paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
-            if paragraph:
-                yield DocumentedCode(name, node.lineno, paragraph, _without_docstring(lines, node))
+def docstring_pairs(source: str) -> list[DocumentedCode]:
+    """Each function and class with a docstring and a body. Raises SyntaxError or ValueError for bad source.
 
-
-def _parse(source: str) -> ast.Module:
-    """Parse with garbage collection paused: a tree has no cycles, and searching for them takes a third of the time."""
+    Garbage collection is paused meanwhile: a tree has no cycles, and searching it for some takes half of the time.
+    """
     collecting = gc.isenabled()
     gc.disable()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)
-            return ast.parse(source)
+        return _documented(source)
     finally:
         if collecting:
             gc.enable()
 
 
-def _definitions(parent: ast.AST, prefix: str) -> Iterator[tuple[str, Definition]]:
-    for node in ast.iter_child_nodes(parent):
+def _documented(source: str) -> list[DocumentedCode]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        tree = ast.parse(source)
+    found, lines = [], source.split("\n")
+    for name, node in _definitions(tree):
+        docstring = ast.get_docstring(node) if len(node.body) > 1 else None
+        if docstring:
+            paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
+            if paragraph:
+                found.append(DocumentedCode(name, node.lineno, paragraph, _without_docstring(lines, node)))
+    return found
+
+
+def _definitions(tree: ast.Module) -> Iterator[tuple[str, Definition]]:
+    """Functions and classes with their qualified names, in the order of their lines. Visits statements only."""
+    left: list[tuple[str, ast.AST]] = [("", tree)]
+    while left:
+        prefix, node = left.pop()
         if isinstance(node, Definition):
-            name = f"{prefix}{node.name}"
-            yield name, node
-            yield from _definitions(node, f"{name}.")
-        elif not isinstance(node, ast.expr):
-            yield from _definitions(node, prefix)
+            yield f"{prefix}{node.name}", node
+            prefix = f"{prefix}{node.name}."
+        blocks = (getattr(node, name) for name in _BLOCKS[type(node)])
+        inside = [(prefix, child) for block in blocks for child in block if type(child) in _BLOCKS]
+        left += reversed(inside)
 
 
 def _without_docstring(lines: list[str], node: Definition) -> str:
@@ -242,4 +265,4 @@ def _without_docstring(lines: list[str], node: Definition) -> str:
     after = lines[docstring.end_lineno - 1].encode()[docstring.end_col_offset :].decode().lstrip("; ")
     same_line = [before + after] if (before + after).strip() else []
     kept = lines[first - 1 : docstring.lineno - 1] + same_line + lines[docstring.end_lineno : node.end_lineno]
-    return textwrap.dedent("\n".join(kept)).strip("\n")
+    return "\n".join(dedented(kept)).strip("\n")

@@ -24,7 +24,7 @@ from pipeline.config import Data, Source
 from pipeline.core.artifact import Artifact, Output, open_parquet
 from pipeline.core.cluster import connected_cluster
 from pipeline.core.console import log
-from pipeline.core.files import file_sizes, sorted_glob
+from pipeline.core.files import file_sizes, parquet_file, sorted_glob
 from pipeline.core.outcome import JobError
 from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
@@ -263,6 +263,17 @@ def record_texts(files: Iterable[StoragePath], fields: list[str], max_bytes: int
                     yield text
             if total > max_bytes:
                 return
+
+
+def text_bytes_of(files: Iterable[StoragePath], fields: list[str]) -> int:
+    """About how many bytes of text the fields of record files have, from the files' footers."""
+    total = 0
+    for file in files:
+        metadata = parquet_file(file).metadata
+        groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
+        columns = (group.column(column) for group in groups for column in range(group.num_columns))
+        total += sum(each.total_uncompressed_size for each in columns if each.path_in_schema.split(".")[0] in fields)
+    return total
 
 
 def _each(value: str | list[str] | None) -> Sequence[str]:

@@ -192,7 +192,8 @@ def text_bytes(name: str, size: int) -> int:
 
 
 def _files(source: Source) -> tuple[str, list[File]]:
-    return list_files(source, SUFFIXES[source.type])
+    skip = {"skip": read_text.is_test} if source.type == "python_packages" else {}
+    return list_files(source, SUFFIXES[source.type], **skip)
 
 
 def _tasks(source: Source, base: str, files: list[File], task_bytes: int) -> Iterator[ReadTask]:

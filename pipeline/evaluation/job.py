@@ -20,7 +20,7 @@ from pipeline.config.evaluation import Evaluation as Settings
 from pipeline.core.artifact import Artifact
 from pipeline.core.console import log
 from pipeline.core.files import files_below, local_copy, may_write, write_atomically
-from pipeline.core.outcome import JobError, Result
+from pipeline.core.outcome import JobError, Result, command
 from pipeline.core.path import StoragePath, as_path
 from pipeline.core.session import Progress
 from pipeline.data.manifest import Manifest
@@ -124,7 +124,7 @@ def refuse_unbeaten(config: Config) -> None:
     if content["not_beaten"]:
         raise JobError(
             f"the model was not published, because of evaluation.must_beat: {' '.join(content['not_beaten'])} To "
-            "publish it all the same, run the same command with evaluation.must_beat=[]"
+            f"publish it all the same: {command('run')} 'evaluation.must_beat=[]'"
         )
 
 

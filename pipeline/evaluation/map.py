@@ -14,9 +14,12 @@ Cost: about 30 s for 5,000 points on two cores; memory for the sample only.
 from __future__ import annotations
 
 import html
+import io
+import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +35,7 @@ from pipeline.index.vectors import Floats, as_matrix, unit
 COLUMNS = ("id", "source", "source_id", "text", "vector")
 COMPONENTS = 50  # van der Maaten & Hinton 2008, section 4.1: 30 to 50
 PERPLEXITY = 30.0
+ITERATIONS = 1000  # of t-SNE at most: scikit-learn's default
 WORDS_PER_CLUSTER = 3
 MIN_POINTS = 4
 SHOWN_CHARS, LINE_CHARS = 400, 80  # of the text in a tooltip
@@ -66,9 +70,10 @@ def draw_map(
     count, total = len(points.texts), table.count()
     if count < MIN_POINTS:
         raise JobError(f"{table.name} holds {count} vectors; a map needs at least {MIN_POINTS}")
-    with Stage("map: project", count, "vectors") as stage:
-        plane, groups = project(points.vectors), group(points, clusters)
-        stage.advance(count)
+    with Stage("map: project", ITERATIONS, "iterations") as stage:
+        plane = project(points.vectors, stage.advance)
+        stage.advance(ITERATIONS - stage.done)  # t-SNE ends early if it has converged
+    groups = group(points, clusters)
     title = f"{table.name}: {count:,} of {total:,} vectors"
     draw_png(plane, groups, title, folder / "map.png")
     write_page(plane, groups, points, title, folder / "map.html")
@@ -89,14 +94,30 @@ def sample(batches: Iterable[pa.RecordBatch], count: int) -> Points:
     return Points(sources, source_ids, texts, unit(as_matrix(kept["vector"])))
 
 
-def project(vectors: Floats) -> Floats:
-    """Project (N, D) vectors to (N, 2) coordinates; N is at least MIN_POINTS."""
+class _Iterations(io.StringIO):
+    """Where t-SNE prints its iterations, every 50; reports how many there are since the last line."""
+
+    def __init__(self, advance: Callable[[int], object]) -> None:
+        super().__init__()
+        self.advance, self.done = advance, 0
+
+    def write(self, text: str) -> int:
+        for found in re.findall(r"Iteration (\d+):", text):
+            self.advance(int(found) - self.done)
+            self.done = int(found)
+        return len(text)
+
+
+def project(vectors: Floats, advance: Callable[[int], object] = lambda iterations: None) -> Floats:
+    """Project (N, D) vectors to (N, 2) coordinates; N is at least MIN_POINTS. Calls `advance` with new iterations."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
     reduced = PCA(min(COMPONENTS, *vectors.shape), random_state=0).fit_transform(vectors)
     perplexity = min(PERPLEXITY, (len(vectors) - 1) / 3)
-    plane: Floats = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(reduced)
+    tsne = TSNE(2, perplexity=perplexity, init="pca", random_state=0, max_iter=ITERATIONS, verbose=2)
+    with redirect_stdout(_Iterations(advance)):
+        plane: Floats = tsne.fit_transform(reduced)
     return plane
 
 

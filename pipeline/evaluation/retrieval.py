@@ -52,11 +52,12 @@ class TextVectors:
             return self.encoder.encode(texts, prompt)
         import ray.data
 
-        from pipeline.index.pool import encoded
+        from pipeline.index.pool import encoded, starting
 
         table, progress = pa.table({"id": range(len(texts)), "text": texts}), self.progress()
         blocks = [table.slice(start, BLOCK_ROWS) for start in range(0, len(table), BLOCK_ROWS)]
-        with progress.stage(f"evaluate: encode {name}", len(texts), "texts", counter="embedded"):
+        title = f"evaluate: encode {name}"
+        with progress.stage(title, len(texts), "texts", counter="embedded", describe=starting):
             vectors = encoded(ray.data.from_arrow(blocks), len(texts), self.recipe, progress, prompt)
             parts = list(vectors.iter_batches(batch_size=None, batch_format="pyarrow"))
         order = np.argsort(np.concatenate([part["id"].to_numpy() for part in parts]))
@@ -69,7 +70,7 @@ def nearest_documents(
     """Size → top CANDIDATES documents of each of (Q, D) queries, with vectors truncated to this size; ids are UTF-8."""
     import ray
 
-    from pipeline.index.pool import encoded
+    from pipeline.index.pool import encoded, starting
 
     shared, count = ray.put(queries), len(queries)
 
@@ -79,10 +80,11 @@ def nearest_documents(
     def merge(partial: pa.Table) -> pa.Table:
         return to_table(merged_rows([partial], count))
 
-    with progress.stage(f"evaluate: encode {task.name}", len(task.documents), "documents", counter="embedded"):
-        vectors = encoded(_dataset(task), len(task.documents), recipe, progress, "document")
+    title, documents = f"evaluate: encode {task.name}", len(task.documents)
+    with progress.stage(title, documents, "documents", counter="embedded", describe=starting):
+        vectors = encoded(_dataset(task), documents, recipe, progress, "document")
         ranked = vectors.map_batches(rank, batch_size=RANK_ROWS, batch_format="pyarrow", num_cpus=0.5)
-        for level in range(merge_levels(len(task.documents))):
+        for level in range(merge_levels(documents)):
             # NOTE: levels alternate between two CPU shares, because Ray Data fuses operators with equal shares, and
             # then no task sees another task's results (Ray 2.60).
             cpus, rows = (0.5, 0.49)[level % 2 == 0], MERGED_TOGETHER * len(sizes)

@@ -29,7 +29,7 @@ from pipeline.index.chunks import expand_chunks
 from pipeline.index.dead_letters import DeadLetters, Refused
 from pipeline.index.encoder import EncoderRecipe
 from pipeline.index.indexing import finish, missing_index
-from pipeline.index.pool import encoded, one_task_per_item, over_cluster
+from pipeline.index.pool import encoded, one_task_per_item, over_cluster, starting
 from pipeline.index.sync import Difference, Sync
 from pipeline.index.table import Fragment, VectorTable
 from pipeline.index.vectors import as_matrix, one_array
@@ -136,7 +136,7 @@ def embed(
 
     written = refused = 0
     waves = WaveCommitter(writer)
-    with progress.stage("embed", documents, "documents", counter="embedded", receive=receive):
+    with progress.stage("embed", documents, "documents", counter="embedded", receive=receive, describe=starting):
         dataset = one_task_per_item(len(ranges)).map_batches(due, batch_size=1, num_cpus=READ_CPUS)
         dataset = encoded(dataset, documents, recipe, progress)
         dataset = dataset.map_batches(

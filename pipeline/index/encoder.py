@@ -14,7 +14,7 @@ lists from the tokenizer, or a file, to the backend. Does not import torch, so t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -51,6 +51,7 @@ NORMALIZERS = (
 )
 REPLACED = ({"Regex": " {2,}"}, {"String": "``"}, {"String": "''"})  # patterns of Replace in Unigram tokenizers
 WORD_SPLITS = ("BertPreTokenizer", "ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit")
+OnShare = Callable[[float], object]
 SPLITS = ("Digits", "Punctuation")
 BYTE_LEVEL = {"Regex": BYTE_LEVEL_SPLIT}  # splits at spaces as GPT-2's pattern does
 
@@ -129,15 +130,16 @@ class TextEncoder:
         if window_overlap is not None:
             enable_windows(self.tokenizer, window_overlap)
 
-    def encode(self, texts: Sequence[str], prompt: str = "") -> np.ndarray:
+    def encode(self, texts: Sequence[str], prompt: str = "", on_share: OnShare = lambda share: None) -> np.ndarray:
         """Encode texts to (N, width) float32; a text without tokens gives the zero vector.
 
-        `prompt` names one of the model's prompts: `query` or `document`.
+        `prompt` names one of the model's prompts: `query` or `document`. `on_share` is called with the share of the
+        tokens that is encoded, after each batch.
         """
         prefix = self.spec.head.prompt(prompt)
-        return self.encode_tokens(tokenize(self.tokenizer, [prefix + text for text in texts]))
+        return self.encode_tokens(tokenize(self.tokenizer, [prefix + text for text in texts]), on_share)
 
-    def encode_tokens(self, tokens: Column) -> np.ndarray:
+    def encode_tokens(self, tokens: Column, on_share: OnShare = lambda share: None) -> np.ndarray:
         """Encode tokenized texts, a column of list<int32> without nulls, to (N, width) float32.
 
         For list<list<int32>>, the windows of each text, a vector is the mean over windows, weighted by their tokens, at
@@ -145,12 +147,14 @@ class TextEncoder:
         """
         if pa.types.is_list(tokens.type.value_type):
             windows, offsets = as_ragged(tokens)
-            vectors = _mean_of_windows(self._vectors(windows), as_numbers(pc.list_value_length(windows)), offsets)
+            vectors = _mean_of_windows(
+                self._vectors(windows, on_share), as_numbers(pc.list_value_length(windows)), offsets
+            )
         else:
-            vectors = self._vectors(tokens)
+            vectors = self._vectors(tokens, on_share)
         return unit(vectors[:, : self.width]) if self.width < self.backend.width else vectors
 
-    def _vectors(self, tokens: Column) -> np.ndarray:
+    def _vectors(self, tokens: Column, on_share: OnShare) -> np.ndarray:
         """Encode texts or windows, list<int32>, to (N, D)."""
         if self.batch_tokens is None:
             ids, offsets = as_ragged(tokens)
@@ -162,6 +166,7 @@ class TextEncoder:
         for start, stop in _batches(offsets, self.batch_tokens):
             batch = offsets[start : stop + 1]
             vectors[order[start:stop]] = self.backend.vectors(ids[batch[0] : batch[-1]], batch - batch[0])
+            on_share(float((batch[-1] - offsets[0]) / max(offsets[-1] - offsets[0], 1)))
         return vectors
 
 

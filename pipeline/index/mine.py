@@ -192,7 +192,9 @@ def _candidates(folder: Path, encoding: _Encoding) -> int:
             Block.write(block, folder)
         return {"rows": [len(block)]}
 
-    with encoding.progress.stage("mine: encode positives", count, "texts", counter="embedded"):
+    from pipeline.index.pool import starting
+
+    with encoding.progress.stage("mine: encode positives", count, "texts", counter="embedded", describe=starting):
         dataset = encoding.of("positive", "document", selected)
         dataset.map_batches(write, batch_size=BLOCK_ROWS, batch_format="pyarrow", num_cpus=0.5).materialize()
     written = sum(len(Block.open(path).keys) for path in folder.glob("*.arrow"))

@@ -25,6 +25,7 @@ from pipeline.index.encoder import EncoderRecipe, open_encoder, tokenize
 from pipeline.index.sync import count_tokens, with_vectors
 
 ROWS = 1024  # texts per batch: seconds of work
+REPORT_S = 0.5  # between two reports of an encoder's progress
 
 
 class EncodeTexts:
@@ -47,8 +48,19 @@ class EncodeTexts:
             prefixes = [self.prompts.get(source, self.prompt) for source in sources]
             texts = [prefix + text for prefix, text in zip(prefixes, rows["text"].to_pylist(), strict=True)]
             rows = rows.append_column("tokens", tokenize(self.encoder.tokenizer, texts))
-        tokens, rows = count_tokens(rows["tokens"]), with_vectors(rows, self.encoder)
-        self.progress.add.remote("embedded", len(rows))
+        count, reported, last = len(rows), 0, began
+
+        def report(share: float) -> None:
+            """At most twice a second, because batches may be small."""
+            nonlocal reported, last
+            if share < 1 and time.perf_counter() - last < REPORT_S:
+                return
+            self.progress.add.remote("embedded", int(count * share) - reported)
+            reported, last = int(count * share), time.perf_counter()
+
+        tokens, rows = count_tokens(rows["tokens"]), with_vectors(rows, self.encoder, report)
+        if reported < count:
+            report(1.0)
         self.progress.post.remote({"spent": {"encode": time.perf_counter() - began, "tokens": tokens}})
         return rows
 
@@ -106,6 +118,11 @@ def encoded(
         num_gpus=pool.gpus or None,
         label_selector=recipe.labels or None,
     )
+
+
+def starting(counts: dict[str, int]) -> str:
+    """What a stage of `encoded` shows until the first texts are encoded, for up to a minute."""
+    return "" if counts.get("embedded") else "starting the encoders"
 
 
 def one_task_per_item(items: int) -> Dataset:

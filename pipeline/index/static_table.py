@@ -79,11 +79,13 @@ class _Making:
         tokenizer = self._tokenizer()
         texts, size = token_texts(tokenizer), tokenizer.get_vocab_size()
         shards = self.manifest.of_split("train")
-        counted = self.artifact.tasks(progress, "train: count tokens", [shard.rows for shard in shards], self._count)
+        sizes = [shard.rows for shard in shards]
+        counted = self.artifact.tasks(progress, "train: count tokens", sizes, self._count, unit="rows")
         starts = range(0, size, TOKENS_A_TASK)
         options = pool_options(self.teacher, size, len(starts))
         title = "train: teacher's vectors of the tokens"
-        self.artifact.tasks(progress, title, [1] * len(starts), self._encode, options=options)
+        sizes = [min(TOKENS_A_TASK, size - start) for start in starts]
+        self.artifact.tasks(progress, title, sizes, self._encode, options=options, unit="tokens")
         counts = sum((self._read(f"counts-{index:06d}") for index in range(len(counted))), np.zeros(size))
         vectors = np.concatenate([self._read(f"vectors-{index:06d}") for index in range(len(starts))])
         rows = static_rows(vectors, counts, np.array([bool(text) for text in texts]), self.width)
@@ -107,7 +109,7 @@ class _Making:
 
     def _encode(self, index: int, output: Output) -> None:
         texts = token_texts(self._tokenizer())[index * TOKENS_A_TASK :][:TOKENS_A_TASK]
-        _save(output, f"vectors-{index:06d}", opened(self.teacher).encode(texts))
+        _save(output, f"vectors-{index:06d}", opened(self.teacher).encode(texts, on_share=output.advance))
 
     def _read(self, name: str) -> Array:
         with (self.artifact.scratch / f"{name}.npy").open("rb") as file:

@@ -12,7 +12,7 @@ range, and a batch of texts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -196,12 +196,14 @@ def _source_hashes(rows: pa.Table) -> np.ndarray:
     )
 
 
-def with_vectors(documents: pa.Table, encoder: TextEncoder) -> pa.Table:
+def with_vectors(
+    documents: pa.Table, encoder: TextEncoder, on_share: Callable[[float], object] = lambda share: None
+) -> pa.Table:
     """Replace `tokens` by `vector`, or by `vectors` if documents have `spans` of chunks."""
     tokens, rest = one_array(documents["tokens"]), documents.drop_columns(["tokens"])
     if "spans" not in rest.column_names:
-        return rest.append_column("vector", as_column(encoder.encode_tokens(tokens)))
-    vectors = as_column(encoder.encode_tokens(tokens.flatten()))
+        return rest.append_column("vector", as_column(encoder.encode_tokens(tokens, on_share)))
+    vectors = as_column(encoder.encode_tokens(tokens.flatten(), on_share))
     offsets = pc.subtract(tokens.offsets, tokens.offsets[0])
     return rest.append_column("vectors", pa.ListArray.from_arrays(offsets, vectors))
 

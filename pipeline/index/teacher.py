@@ -10,9 +10,10 @@ once; 4 bytes per number on disk.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import Config, ConfigError, Embedding
 from pipeline.core.artifact import Artifact, Output, open_parquet
-from pipeline.core.files import file_sizes, parquet_file, sorted_glob
+from pipeline.core.files import parquet_file, sorted_glob
 from pipeline.core.outcome import JobError
 from pipeline.core.path import StoragePath, as_path
 from pipeline.core.session import Progress
@@ -139,14 +140,17 @@ class Teaching:
         return TeacherVectors(str(self.artifact.folder), made["width"])
 
     def _fill(self, progress: Progress) -> dict[str, Any]:
-        sizes, widths = [size or 0 for size in file_sizes(self.files)], set[int]()
+        rows, widths = Counter[str](), set[int]()
+        for shard in self.shards.values():
+            rows[as_path(shard.path).name] += shard.rows
+        sizes = [len(self.fields) * rows[file.name] for file in self.files]
         if self.model:
-            texts = sum(shard.rows for shard in self.shards.values())
-            options = pool_options(self.model, texts, tasks=len(self.files))
-            widths = set(self.artifact.tasks(progress, TITLE, sizes, self._encode_file, options=options))
+            options = pool_options(self.model, sum(rows.values()), tasks=len(self.files))
+            widths = set(self.artifact.tasks(progress, TITLE, sizes, self._encode_file, options=options, unit="texts"))
         else:
             parts = self._partition(progress)
-            widths = set(self.artifact.tasks(progress, TITLE, sizes, lambda *task: self._join_file(parts, *task)))
+            join = partial(self._join_file, parts)
+            widths = set(self.artifact.tasks(progress, TITLE, sizes, join, unit="texts"))
         if self.fields == [SCORES]:
             return {"width": 0}
         if len(widths := widths - {0}) != 1:
@@ -158,10 +162,14 @@ class Teaching:
         assert self.model
         encoder = opened(self.model)
         records = open_parquet(self.files[index]).read(columns=["id", *self.fields])
-        for name in self.fields:
+        for number, name in enumerate(self.fields):
+
+            def advance(share: float, number: int = number) -> None:
+                output.advance((number + share) / len(self.fields))
+
             flat = _flattened(records[name])
             distinct = flat.dictionary_encode()
-            vectors = encoder.encode(distinct.dictionary.to_pylist(), prompt_name(name))
+            vectors = encoder.encode(distinct.dictionary.to_pylist(), prompt_name(name), advance)
             column = as_column(vectors.take(distinct.indices.to_numpy(), axis=0))
             records = _replaced(records, name, _nested(column, records[name]))
         self._write(index, records, output)
@@ -179,7 +187,9 @@ class Teaching:
             with output.writing(f"scratch/vectors/{index:06d}.parts") as temporary:
                 write_parts(rows, places, len(self.files), temporary)
 
-        self.artifact.tasks(progress, "train: read the teacher's vectors", [1] * len(groups), partition)
+        self.artifact.tasks(
+            progress, "train: read the teacher's vectors", [1] * len(groups), partition, unit="row groups"
+        )
         return [folder / f"{index:06d}.parts" for index in range(len(groups))]
 
     def _given(self, file: StoragePath, rows: pa.Table) -> pa.Table:

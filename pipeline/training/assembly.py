@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -68,6 +68,10 @@ class RunSpec:
     @classmethod
     def of(cls, config: Config, folder: StoragePath, manifest: Manifest) -> RunSpec:
         """Plan the batches of a prepared data set. Raises ConfigError if a split is smaller than a batch."""
+        if config.model.num_layers == "auto" and not config.model.pretrained:
+            raise ConfigError(
+                "model.num_layers: found auto, which only pipeline.api.train and tune replace; give a number"
+            )
         settings = config.training
         plan = training_plan(folder, manifest, settings.global_batch_size, settings.seed, settings.batching)
         return cls(config, folder, manifest, plan, steps_of(config, plan), holder_of(config.run_dir))
@@ -107,7 +111,8 @@ def train_or_resume(
             log.warning("train: %s", slow)
         if learner.views and (short := _short_texts(spec.manifest, learner.views)):
             log.warning("train: %s", short)
-        log.info("train: training on %d workers from step %d", world_size(), state.step)
+        resumed = f", from step {state.step:,}" if state.step else ""
+        log.info("train: training on %d worker%s%s", world_size(), "s" * (world_size() > 1), resumed)
     return state if is_finished(config, spec.total_steps, state) else train(run, state)
 
 
@@ -292,9 +297,9 @@ def _pretrained(config: Config) -> EmbeddingModel:
     return model
 
 
-def _keep_layers(model: EmbeddingModel, count: int | None) -> None:
-    """Keep `count` of a pretrained model's layers, if it is given. Raises ValueError if the model cannot."""
-    if count is None:
+def _keep_layers(model: EmbeddingModel, count: int | Literal["auto"] | None) -> None:
+    """Keep `count` of a pretrained model's layers; None and "auto" keep all. Raises ValueError if it cannot."""
+    if count is None or count == "auto":
         return
     if isinstance(model.backbone, Encoder):
         raise ValueError(f"found {count}, but the model is a token table, which has no layers; leave it out")

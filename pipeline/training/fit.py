@@ -24,6 +24,7 @@ from pipeline.core.path import StoragePath
 from pipeline.core.session import Progress
 from pipeline.core.signals import signals
 from pipeline.data.drift import has_moved
+from pipeline.data.feed import FEW_PAIRS
 from pipeline.data.manifest import Manifest
 from pipeline.data.plan import BatchPlan
 from pipeline.training.checkpoints import ResumePoint, TrainState, next_attempt, prune, resume_point
@@ -32,8 +33,6 @@ from pipeline.training.run_folder import claim_run_folder, refuse_other_run, ref
 from pipeline.training.stopping import is_finished
 from pipeline.training.trackers import Trackers
 from pipeline.training.workers import Workers, shortfalls, size_workers
-
-FEW_PAIRS = 3_000  # below, fine-tuned MiniLM beats a token table. Ours, measured (README)
 
 if TYPE_CHECKING:  # imports torch, which takes a second; a finished run does not need it
     from pipeline.training.worker import WorkerInput
@@ -80,16 +79,15 @@ def fit(
     claim_run_folder(config, folder, manifest, spec.total_steps)
     point = resume_point(config.run_dir, known)
     _log_small_data(config, spec.plan, manifest)
+    start = point.state.step
     log.info(
-        "train: %s steps of %s pairs on %s%s",
-        f"{spec.total_steps:,}",
-        spec.plan.global_batch_size,
-        workers,
-        f", from step {point.state.step:,}" if point.state.step else "",
+        "train: %s steps of %s %s on %s%s",
+        *(f"{spec.total_steps:,}", spec.plan.global_batch_size, manifest.unit, workers),
+        f", from step {start:,}" if start else "",
     )
     log_timeline("training starts")
     fatal: list[dict[str, Any]] = []
-    with Trackers.open(config, point.state.step) as trackers:
+    with Trackers.open(config, start) as trackers:
 
         def receive(message: dict[str, Any]) -> None:
             trackers.receive(message)
@@ -98,9 +96,16 @@ def fit(
             if "metrics" in message:
                 on_metrics(message["metrics"])
 
+        def starting(counts: dict[str, int]) -> str | None:
+            return None if counts.get("steps", 0) > start else f"starting {workers.count} workers"
+
         with (
             progress.stage(
-                "train", spec.total_steps, "steps", counter="steps", start=point.state.step, receive=receive
+                *("train", spec.total_steps, "steps"),
+                counter="steps",
+                start=start,
+                receive=receive,
+                describe=starting,
             ),
             _deferred_signals(config, progress),
         ):
@@ -109,7 +114,7 @@ def fit(
         raise (ConfigError if fatal[0]["config"] else JobError)(fatal[0]["fatal"])
     point = resume_point(config.run_dir, point)
     prune(config.run_dir, config.checkpointing.max_checkpoints, point.folder)
-    _summarise(config)
+    _summarise(config, manifest.unit)
     return point.state
 
 
@@ -230,13 +235,13 @@ def _off_main_thread(work: Callable[[], object]) -> None:
     done.result()
 
 
-def _summarise(config: Config) -> None:
+def _summarise(config: Config, unit: str) -> None:
     """Plot the history and log its last and best values. A failure here must not fail the run."""
     history = config.run_dir / "metrics.jsonl"
     try:
         plot_history(history, config.run_dir / "history.png")
         log.info("train: plotted %s", config.run_dir / "history.png")
-        log_lines(final_table(read_rows(history)))
+        log_lines(final_table(read_rows(history), unit))
     except Exception as error:
         log.warning("train: cannot plot the history: %s", error)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.core.console import table
+from pipeline.core.console import duration, number, table
 from pipeline.core.files import replacing, write_atomically
 from pipeline.core.path import StoragePath
 from pipeline.training.stopping import LOWER_IS_BETTER
@@ -216,21 +216,42 @@ def _scale(axis: Any, panel: Panel, values: list[float]) -> None:
         axis.yaxis.set_minor_formatter("{x:g}")
 
 
-def final_table(history: Sequence[Row]) -> str:
-    """A table of the last training metrics, and of each validation metric's last and best value with its step."""
+def final_table(history: Sequence[Row], unit: str = "pairs") -> str:
+    """A table of the last training metrics, and of each validation metric's last and best value with its step.
+
+    `unit`: what the records are called.
+    """
     training = [row for row in history if metrics_kind(row) == "training"]
     validations = [row for row in history if metrics_kind(row) == "validation"]
     tables = []
     if training:
         last = training[-1]
-        rows = [(name, _shown(value)) for name, value in last.items() if name != "step"]
+        rows = [_measured(name, value, unit) for name, value in last.items() if _is_shown(name, value)]
         tables.append(table(rows, ("training", f"step {last['step']:,}")))
     if validations:
         last = validations[-1]
         names = [name for name in last if name.startswith(VALIDATION)]
-        rows_ = [(name.removeprefix(VALIDATION), _shown(last[name]), *_best(name, validations)) for name in names]
+        rows_ = [(name.removeprefix(VALIDATION), number(last[name]), *_best(name, validations)) for name in names]
         tables.append(table(rows_, ("validation", f"step {last['step']:,}", "best", "at step")))
     return "\n\n".join(tables)
+
+
+def _is_shown(name: str, value: float) -> bool:
+    return name not in ("step", "eta_s") and (name != "skipped_steps" or value > 0)
+
+
+def _measured(name: str, value: float, unit: str) -> tuple[str, str]:
+    """A training metric and its value with a unit."""
+    if name.endswith("_per_s"):
+        kind = name.removesuffix("_per_s")
+        return "speed", f"{value:,.0f} {unit if kind == 'pairs' else kind}/s"
+    if name.endswith("_bytes"):
+        return name.removesuffix("_bytes"), f"{value / 1e9:.2f} GB"
+    if name.endswith("_seconds"):
+        return "time", duration(value)
+    if name.endswith("_share") or name in ("accuracy", "mfu", "device_utilisation"):
+        return name.removesuffix("_share"), f"{value if name == 'device_utilisation' else 100 * value:.1f}%"
+    return name, number(value)
 
 
 def _best(name: str, rows: Sequence[Row]) -> tuple[str, str]:
@@ -240,8 +261,4 @@ def _best(name: str, rows: Sequence[Row]) -> tuple[str, str]:
     if not points:
         return "–", "–"
     value, step = min(points)
-    return _shown(sign * value), f"{step:,}"
-
-
-def _shown(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return number(sign * value), f"{step:,}"

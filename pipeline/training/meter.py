@@ -5,7 +5,8 @@
 
 pairs_per_s, tokens_per_s     of all workers
 real_token_share              real tokens / tokens that the linear layers process; 1 without padding
-mfu                           model FLOP/s / the device's peak (PaLM, appendix B), without recomputation
+mfu                           model FLOP/s / the device's peak (PaLM, appendix B), without recomputation; left out of
+                              models without layers
 data_wait_share               share of the time that workers waited for their next batch
 eta_s                         seconds to the last step, at the rate since the last report
 
@@ -129,8 +130,9 @@ class Meter:
             "train_seconds": round(self.state.train_seconds, 2),
             **memory(self.device),
         }
-        if self.peak:
-            report["mfu"] = sums["flops"] / seconds / (self.peak * world_size())
+        mfu = sums["flops"] / seconds / (self.peak * world_size()) if self.peak else 0.0
+        if 0 < mfu <= 1:  # a table has no products; above 1, the peak was measured while other processes were busy
+            report["mfu"] = mfu
         utilisation = device_utilisation(self.device)
         return report if utilisation is None else report | {"device_utilisation": utilisation}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -114,6 +114,15 @@ def fixed_keys(config: Config) -> dict[str, Any]:
     """The keys and values of the config that must not change while a run or a sweep is resumed."""
     flat = config.flat().items()
     return {key: value for key, value in flat if key.partition(".")[0] in FIXED_SECTIONS and key not in FREE_KEYS}
+
+
+def begun_with(config: Config, keys: Iterable[str]) -> dict[str, Any]:
+    """The values of fixed keys with which the run began; empty before that."""
+    path = config.run_dir / "run.json"
+    if not path.is_file():
+        return {}
+    then = json.loads(path.read_text())["fixed"]
+    return {key: then[key] for key in keys}
 
 
 def _git_sha() -> str | None:

@@ -69,7 +69,12 @@ def train_worker(message: dict[str, Any]) -> None:
     feed = RayFeed(inputs.spec.plan, rank, world_size)
     try:
         saver = RaySaver(config, inputs.spec.tokenizer_json, inputs.spec.holder)
-        hooks = Hooks(saver.save, partial(_report, inputs.progress), alert, _control_flags(inputs, rank))
+        hooks = Hooks(
+            saver.save,
+            partial(_report, inputs.progress, inputs.spec.manifest.unit),
+            alert,
+            _control_flags(inputs, rank),
+        )
         train_or_resume(inputs.spec, feed.batches, hooks, get_device(), inputs.point)
         ray.train.report({})  # waits until all checkpoints are uploaded
     except (TrainingStopped, ConfigError) as error:  # raised on all workers
@@ -108,12 +113,12 @@ def _send_log(send: Callable[[dict[str, Any]], None], level: str) -> None:
     log.propagate = False
 
 
-def _report(progress: Any, metrics: Metrics) -> None:
+def _report(progress: Any, unit: str, metrics: Metrics) -> None:
     """Send rank 0's metrics to the driver, which shows the progress bar and runs the trackers."""
     message: dict[str, Any] = {"metrics": metrics}
     if "loss" in metrics:
         progress.put.remote("steps", int(metrics["step"]))
-        message["shown"] = f"loss {metrics['loss']:.3f}, {metrics['pairs_per_s']:,.0f} pairs/s"
+        message["shown"] = f"loss {metrics['loss']:.3f}, {metrics['pairs_per_s']:,.0f} {unit}/s"
     else:
         values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name != "step")
         message["log"] = f"train: step {metrics['step']:,.0f}: {values}"

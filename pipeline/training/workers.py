@@ -12,9 +12,14 @@ from dataclasses import dataclass
 
 from pipeline.config import Config
 from pipeline.core.cluster import Cluster
+from pipeline.core.console import duration
 
 DEFAULT_CPU_WORKERS = 2
 DATA_CPUS = 1.0
+AUTO_LAYERS = 2  # that model.num_layers=auto may choose for `tiny`; larger sizes have more of their own
+AUTO_TIME_S = 600.0  # for training them, without training.max_time_s. Ours: what someone who tries it waits
+GPU_FLOPS_PER_S = 1e13  # that small layers reach at least on a data centre's GPU: 3% of an A100's peak in bf16. Ours
+AUTO_TABLE_WARMUP = 0.5  # training.table_warmup_fraction with such layers
 
 
 @dataclass(frozen=True)
@@ -27,13 +32,13 @@ class Workers:
     gpus: float
     threads: int
 
+    @property
+    def count(self) -> str:
+        fixed = self.min_workers == self.max_workers
+        return str(self.max_workers) if fixed else f"{self.min_workers} to {self.max_workers}"
+
     def __str__(self) -> str:
-        number = (
-            str(self.max_workers)
-            if self.min_workers == self.max_workers
-            else f"{self.min_workers} to {self.max_workers}"
-        )
-        return f"{number} workers of {self.cpus:g} CPUs and {self.gpus:g} GPUs"
+        return f"{self.count} workers of {self.cpus:g} CPUs and {self.gpus:g} GPUs"
 
 
 def size_workers(config: Config, cluster: Cluster, concurrent_runs: int = 1, batch_size: int | None = None) -> Workers:
@@ -51,6 +56,21 @@ def size_workers(config: Config, cluster: Cluster, concurrent_runs: int = 1, bat
         min_workers, max_workers = numbers[0], numbers[-1]
     threads = max(1, int(max(capacity.cpus_now // (max_workers * concurrent_runs), scaling.cpus_per_worker)))
     return Workers(min_workers, max_workers, scaling.cpus_per_worker, gpu_share, threads)
+
+
+def choose_layers(config: Config, workers: Workers, tokens: float) -> tuple[int, str]:
+    """The number of layers for model.num_layers=auto, and why; `tokens` are those of the whole run."""
+    if not workers.gpus:
+        return 0, "a token table, because training has no GPU; on CPUs layers take long and gained nothing"
+    shape, gpus = config.model.dimensions(), max(1, round(workers.max_workers * workers.gpus))
+    width, shared = shape["d_model"], shape["num_kv_heads"] / shape["num_heads"]
+    weights = 2 * width**2 * (1 + shared) + 3 * width * shape["d_ff"]
+    layer_s = 6 * weights * tokens / (GPU_FLOPS_PER_S * gpus)
+    most, limit = max(AUTO_LAYERS, shape["num_layers"]), config.training.max_time_s or AUTO_TIME_S
+    layers, on = min(most, int(limit / max(layer_s, 1e-9))), f"{gpus} GPU{'s' * (gpus > 1)}"
+    if layers:
+        return layers, f"{on} should train {'it' if layers == 1 else 'them'} in under {duration(layers * layer_s)}"
+    return 0, f"a token table, because a layer might take {duration(layer_s)} on {on}, over {duration(limit)}"
 
 
 def shortfalls(config: Config, workers: Workers, cluster: Cluster) -> list[str]:
