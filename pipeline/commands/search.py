@@ -53,7 +53,8 @@ def main(config: Config, args: argparse.Namespace) -> Result:
         log.warning("%s", worse)
     if args.hybrid:
         print("scores are sums of 1 / (60 + rank) over the rankings by meaning and by words")
-    print("\n".join(map(line, found)))
+    if found:
+        print("\n".join(map(line, found)))
     return Result({"results": len(found)}, summary="")
 
 
