@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from pipeline.config import Config
@@ -47,10 +48,9 @@ class Evaluation:
         """Score and compare a model; `again` recomputes its scores."""
         config, latest = self.config, self.config.run_dir / "evaluation.json"
         scored = self._scored(encoder_recipe(config, model), config.evaluation, again=again)
-        without_bm25 = config.evaluation.model_copy(update={"bm25": False})
+        compared = config.evaluation.model_copy(update={"bm25": False, "mteb": []})
         others = {
-            name: _by_query(self._scored(recipe, without_bm25, again=False))
-            for name, recipe in self._others(model).items()
+            name: _by_query(self._scored(recipe, compared, again=False)) for name, recipe in self._others(model).items()
         }
         content = json.loads((scored.folder / "scores.json").read_text(encoding="utf-8"))
         found = comparisons(_by_query(scored), others)
@@ -79,6 +79,7 @@ class Evaluation:
             "evaluation": wanted.model_dump(mode="json", exclude={"must_beat"}),
             "space": recipe.fingerprint,
             "files": [change for path in files for change in _changes(path)],
+            "mteb": version("mteb") if wanted.mteb else None,
         }
         scored = Artifact(self.config.run_dir / "evaluations", "", key)
 

@@ -100,6 +100,10 @@ def score_tasks(
         scores[_unique(path.name, scores)] = score_classification(
             both[: len(train)], train_labels, both[len(train) :], test_labels, sizes
         )
+    if settings.mteb:
+        from pipeline.evaluation.mteb_tasks import score_mteb
+
+        scores |= score_mteb(settings.mteb, vectors, normalise)
     return scores
 
 
