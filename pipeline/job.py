@@ -50,10 +50,13 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"arguments: {message.replace(_WORD, '')}; --help lists what is allowed")
 
 
-def parser(name: str, description: str, query: bool = False, prepares: bool = True) -> argparse.ArgumentParser:
+def parser(
+    name: str, description: str, query: bool = False, prepares: bool = True, runs: bool = False
+) -> argparse.ArgumentParser:
     """An argument parser with the arguments that jobs share; `prepares` adds those of jobs that may prepare data.
 
-    With `query`, the arguments that are not `section.key=value` are the words of the query.
+    With `query`, the arguments that are not `section.key=value` are the words of the query, and with `runs`, names of
+    runs.
     """
     arguments = _Parser(
         prog=f"python jobs/{name}.py",
@@ -72,8 +75,10 @@ def parser(name: str, description: str, query: bool = False, prepares: bool = Tr
     name, meaning = "section.key=value", "config values that override the file's"
     if query:
         name, meaning = f"QUERY | {name}", f"the words of the query, after -- whatever they look like; {meaning}"
+    elif runs:
+        name, meaning = f"RUN | {name}", f"names of runs under storage.root; {meaning}"
     add("overrides", nargs="*", metavar=name, help=meaning)
-    arguments.set_defaults(query="" if query else None)
+    arguments.set_defaults(query="" if query else None, runs=[] if runs else None)
     return arguments
 
 
@@ -91,6 +96,9 @@ def parse(arguments: argparse.ArgumentParser, argv: Sequence[str] | None) -> arg
         raise ConfigError(f"arguments: {_explain_option(unknown[0], argv, arguments, is_search)}")
     if is_search:
         args.query, args.overrides = _query_of(args.overrides)
+    if args.runs is not None:
+        args.runs = [word for word in args.overrides if "=" not in word]
+        args.overrides = [word for word in args.overrides if "=" in word]
     for name, value in vars(args).items():
         if isinstance(value, list):
             setattr(args, name, [each.removeprefix(_WORD) for each in value])

@@ -195,7 +195,6 @@ class LengthCounts:
             "unknown_rate": round(self.unknown / max(self.tokens, 1), 6),
         }
 
-
     def histogram(self, max_length: int) -> dict[str, Any]:
         """Texts by length before truncation: `texts` in bars of equal width from 0 to `longest`.
 

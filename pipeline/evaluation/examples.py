@@ -5,7 +5,8 @@
     details.by_query["beir"]["model"]["q7"]       # 0.6309
     details.examples["beir"][0]
     # {"kind": "best", "query": "archive manager", "model": 1.0, "bm25": 0.0,
-    #  "expected": [{"id": "7zip", "text": "…"}], "found": [{"id": "7zip", "text": "…", "score": 0.71, "right": True}, …]}
+    #  "expected": [{"id": "7zip", "text": "…"}],
+    #  "found": [{"id": "7zip", "text": "…", "score": 0.71, "right": True}, …]}
 
 The best queries are those that the model answers and BM25 does not; the worst are the reverse. The random ones follow
 from the queries' ids. Cost: one pass over the documents; texts are cut, so that the result is small.
