@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 import subprocess
+import tempfile
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
@@ -253,9 +254,12 @@ def test_several_runs(tmp_path: Path) -> None:
 def browse(page: Path, *flags: str) -> tuple[str, str]:
     """The DOM after a browser has run the page, and what it logged to the console."""
     assert CHROMIUM
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / 'profile'}"]
-    options += ["--virtual-time-budget=20000", "--enable-logging=stderr", "--dump-dom", *flags]
-    done = subprocess.run([CHROMIUM, *options, page.as_uri()], capture_output=True, text=True, timeout=300)
+    offline = ("--host-resolver-rules=MAP * ~NOTFOUND", "--disable-background-networking", "--disable-component-update")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--virtual-time-budget=20000"]
+    options += ["--enable-logging=stderr", "--dump-dom", *offline, *flags]
+    with tempfile.TemporaryDirectory() as profile:
+        command_line = [CHROMIUM, f"--user-data-dir={profile}", *options, page.as_uri()]
+        done = subprocess.run(command_line, capture_output=True, text=True, timeout=500)
     return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 
 
