@@ -15,14 +15,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.api import embed, evaluate, export, mine, prepare, run, train, tune
+    from pipeline.api import embed, evaluate, export, mine, prepare, report, run, train, tune
     from pipeline.config import Config, ConfigError
     from pipeline.config import load as load_config
     from pipeline.core.outcome import JobError, Result
     from pipeline.index.search import Hit, open_embedder, search
 
 _HOMES = {
-    **dict.fromkeys(("prepare", "train", "tune", "evaluate", "embed", "mine", "export", "run"), "pipeline.api"),
+    **dict.fromkeys(
+        ("prepare", "train", "tune", "evaluate", "embed", "mine", "export", "report", "run"), "pipeline.api"
+    ),
     **dict.fromkeys(("Config", "ConfigError", "load_config"), "pipeline.config"),
     **dict.fromkeys(("JobError", "Result"), "pipeline.core.outcome"),
     **dict.fromkeys(("Hit", "open_embedder", "search"), "pipeline.index.search"),
@@ -40,6 +42,7 @@ __all__ = [
     "mine",
     "open_embedder",
     "prepare",
+    "report",
     "run",
     "search",
     "train",

@@ -10,12 +10,12 @@ and JobError for a run that failed. Ray is started if a stage has work to do and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from pipeline.config import Config
-from pipeline.core.outcome import Result
+from pipeline.core.outcome import JobError, Result
 from pipeline.stages import (
     Session,
     check_stage,
@@ -100,7 +100,8 @@ def run(config: Config, *, check: bool = False, rehash: bool = False) -> Result:
 
     run(config).metrics["train"]["step"]
 
-    Raises JobError before it embeds, if the model does not beat what `evaluation.must_beat` names.
+    Writes the run's report at the end. Raises JobError before it embeds, if the model does not beat what
+    `evaluation.must_beat` names.
     """
 
     def stages(session: Session) -> Result:
@@ -116,7 +117,27 @@ def run(config: Config, *, check: bool = False, rehash: bool = False) -> Result:
         paths = {name: path for result in results.values() for name, path in result.paths.items()}
         return Result({name: result.metrics for name, result in results.items()}, paths)
 
-    return _run(config, ("prepare", "train", "encode", "store"), stages, check, rehash)
+    needs = ("prepare", "train", "encode", "store")
+    if check:
+        return _run(config, needs, stages, check, rehash)
+    from pipeline.report.job import try_report
+
+    try:
+        result = _run(config, needs, stages, check, rehash)
+    except JobError:
+        try_report(config)
+        raise
+    return replace(result, paths=result.paths | try_report(config))
+
+
+def report(config: Config, runs: Sequence[str] = ()) -> Result:
+    """Write the run's report as one HTML page, or a page that compares several `runs` of the same storage.root.
+
+    report(config).paths["report"]
+    """
+    from pipeline.report.job import compare, write_report
+
+    return compare(config, runs) if runs else write_report(config)
 
 
 def export(

@@ -13,9 +13,10 @@ from types import TracebackType
 from typing import Literal
 
 from pipeline.config import Config, ConfigError
-from pipeline.core.cluster import connected_cluster, restrict_data_to
+from pipeline.core.cluster import accelerators, connected_cluster, restrict_data_to
 from pipeline.core.console import log, log_lines, log_timeline
 from pipeline.core.files import write_atomically
+from pipeline.core.job_record import JobRecord, machine
 from pipeline.core.object_store import BucketError
 from pipeline.core.outcome import JobError, Result, command, findings_table, job_lock, raise_findings
 from pipeline.core.path import StoragePath, as_path
@@ -38,6 +39,7 @@ class Session:
         set_environment()
         check_folders(config)
         self.config, self.rehash, self.needs = config, rehash, needs
+        self.record = JobRecord()
         self._stack = ExitStack()
         self._progress: Progress | None = None
         self._prepared: tuple[StoragePath, Manifest] | None = None
@@ -45,7 +47,8 @@ class Session:
     def prepared(self) -> tuple[StoragePath, Manifest]:
         """The prepared data set, brought up to date on first use. Logs how far it is from the run's training data."""
         if self._prepared is None:
-            self._prepared = prepare(self.config, self.progress, self.rehash)
+            with self.record.stage("prepare"):
+                self._prepared = prepare(self.config, self.progress, self.rehash)
             log_drift(self.config, *self._prepared)
         return self._prepared
 
@@ -58,6 +61,7 @@ class Session:
             findings = preflight(self.config, self.needs)
             log_lines(findings_table(findings), logging.DEBUG)
             raise_findings(findings)
+            self.record.hardware = machine() | {"cluster": str(connected_cluster()), "accelerators": accelerators()}
             log_timeline("preflight is done")
         return self._progress
 
@@ -68,6 +72,11 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+        status = "ok" if kind is None else "stopped" if issubclass(kind, KeyboardInterrupt | SystemExit) else "failed"
+        try:
+            self.record.write(self.config.run_dir, status)
+        except (OSError, BucketError) as lost:
+            log.debug("the job's record could not be written: %s", lost)
 
 
 def check_writable(config: Config) -> None:
@@ -191,7 +200,7 @@ def train_stage(session: Session) -> Result:
         warn_of_equal_positives(config, folder, manifest)
         manifest = _with_teacher(session, folder, manifest)
         progress = session.progress()
-        with job_lock(config.run_dir):
+        with session.record.stage("train"), job_lock(config.run_dir):
             state = fit(config, folder, manifest, progress, known=point)
     model = consolidated_model(config)
     metrics = {"step": state.step, "train_seconds": round(state.train_seconds, 1), **state.metrics}
@@ -231,7 +240,8 @@ def embed_stage(session: Session, *, dry_run: bool = False, verify: bool = False
         index.publish()
         metrics = {"embedded": 0, "rows": table.count()}
     else:
-        metrics = index.bring_up_to_date(session.progress, rebuild=rebuild)
+        with session.record.stage("embed"):
+            metrics = index.bring_up_to_date(session.progress, rebuild=rebuild)
     return Result(metrics, {"store": str(table.home), "table": table.name})
 
 
@@ -241,7 +251,9 @@ def evaluate_stage(session: Session, *, again: bool) -> Result:
     config, (folder, manifest) = session.config, session.prepared()
     from pipeline.evaluation.job import Evaluation
 
-    return Evaluation(config, folder, manifest, session.progress).run(_model_of(config, manifest), again=again)
+    evaluation = Evaluation(config, folder, manifest, session.progress)
+    with session.record.stage("evaluate"):
+        return evaluation.run(_model_of(config, manifest), again=again)
 
 
 def mine_stage(session: Session) -> Result:

@@ -23,9 +23,10 @@ MAY_IMPORT = {
         "index": "config core data model",
         "training": "config core data model",
         "evaluation": "config core data model index",
+        "report": "config core data index training evaluation",
         "job": "config core",
         "preflight": "config core data model index training",
-        "api": "config core evaluation stages",
+        "api": "config core evaluation report stages",
         "stages": "config core data model index training evaluation preflight",
         "commands": "config core data model index training evaluation stages api job",
     }.items()

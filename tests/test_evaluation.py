@@ -243,7 +243,7 @@ def own_scores(task: RetrievalTask, vectors: dict[str, np.ndarray], bounds: list
         to_table(best_of_block(queries, np.array([vectors[t] for t in texts[start:stop]]), names[start:stop], SIZES))
         for start, stop in itertools.pairwise(bounds)
     ]
-    return score_retrieval(task, merged_rows(parts, len(queries)), bm25=True)
+    return score_retrieval(task, merged_rows(parts, len(queries)), bm25=True)[0]
 
 
 def test_retrieval_scores_are_those_of_sentence_transformers() -> None:

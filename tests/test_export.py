@@ -413,6 +413,9 @@ class TestDestination:
         refuse_foreign(tmp_path / "empty", "m.json")
 
 
+VERDICTS = ("bm25", "base", "previous")
+
+
 @pytest.fixture
 def run(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
     """storage.root of a run that trained the grouped model, embedded two records and was evaluated."""
@@ -426,7 +429,8 @@ def run(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
     config = load(empty_config(tmp_path), [f"storage.root={root}", "storage.run=small"])
     (run_dir / "config.resolved.yaml").write_text(yaml.safe_dump(config.dump()))
     scores = {"held-out": {"queries": 50, "documents": 800, "model": {"ndcg@10": 0.75}, "bm25": {"ndcg@10": 0.5}}}
-    evaluated = {"of": {"model": model_fingerprint(best)}, "scores": scores}
+    compared = [{"other": name, "sentence": f"On held-out the model is better than {name}."} for name in VERDICTS]
+    evaluated = {"of": {"model": model_fingerprint(best)}, "scores": scores, "comparisons": compared}
     (run_dir / "evaluation.json").write_text(json.dumps(evaluated))
     sources, splits = [SourceCount("pages", 900, 800, {"duplicate": 100})], {"train": 700, "validation": 100}
     (root / "prepared" / "k").mkdir(parents=True)
@@ -456,6 +460,7 @@ class TestCard:
             "700 in train, 100 in validation",
             "60 steps, 12 s of training, torch 2.13.0",
             "| held-out (50 queries, 800 documents) | model | ndcg@10 0.7500 |",
+            "\n- On held-out the model is better than bm25.\n- On held-out the model is better than base.\n",
             "tep evaluate",
             "| num_kv_heads | 2 |",
             "truncate_dim=16",
@@ -465,6 +470,7 @@ class TestCard:
         ):
             assert part in text
         assert "secret-place" not in text
+        assert "previous" not in text  # a model that the card's readers do not know
 
     def test_it_leaves_out_what_is_not(self, checkpoints: dict[str, Path], run: Path) -> None:
         origin = read_origin(checkpoints["table"], run / "runs" / "small")

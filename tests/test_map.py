@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,21 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.evaluation.map import COLUMNS, ITERATIONS, Points, draw_png, group, project, sample, write_page
+from pipeline.report.map import (
+    COLUMNS,
+    TSNE_STEPS,
+    Points,
+    characteristic_words,
+    cluster,
+    described,
+    draw_png,
+    project,
+    sample,
+    write_page,
+)
 from tests.conftest import run_here
 from tests.test_evaluation import small_model
-
-EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+from tests.test_report import ACTS, CHROMIUM, EVIL, Tags, browse, data_of
 
 
 def batch(ids: list[str], chance: np.random.Generator, width: int = 3) -> pa.RecordBatch:
@@ -55,61 +64,86 @@ def test_what_is_near_stays_near() -> None:
     iterations: list[int] = []
     plane = project(points.vectors, iterations.append)
     assert min(iterations) > 0
-    assert 250 <= sum(iterations) <= ITERATIONS
+    assert 250 <= sum(iterations) <= TSNE_STEPS
     assert plane.shape == (160, 2)
     apart = np.linalg.norm(plane[:, None] - plane[None], axis=2) + 1e9 * np.eye(160)
     assert (label[apart.argmin(axis=1)] == label).all()
     assert project(points.vectors[:4]).shape == (4, 2)
 
 
-def test_groups_are_clusters_with_their_words_or_sources() -> None:
+def test_clusters_have_the_names_of_their_words() -> None:
     points, label = clumps()
-    groups = group(points, clusters=4)
-    by_label = {int(one): {groups[i] for i in np.flatnonzero(label == one)} for one in range(4)}
-    assert all(len(names) == 1 for names in by_label.values())
-    assert {"violin", "orchestra"} <= set(re.findall(r"\w+", *by_label[0]))
-    two = Points(["a", "b"] * 80, points.source_ids, points.texts, points.vectors)
-    assert group(two, clusters=4) == two.sources
+    numbers, names = cluster(points, clusters=4)
+    for one, words in enumerate(("violin", "kernel", "pepper", "glacier")):
+        (number,) = set(numbers[label == one].tolist())
+        assert words in names[number]
+        assert "page" not in names[number]  # which is in all of them
     silent = Points(points.sources, points.source_ids, ["…"] * 160, points.vectors)
-    assert set(group(silent, clusters=4)) == {"1", "2", "3", "4"}
+    assert cluster(silent, clusters=4)[1] == ["1", "2", "3", "4"]
+    sizes = np.bincount(cluster(points, clusters=7)[0])
+    assert (np.diff(sizes) <= 0).all()
 
 
-class Tags(HTMLParser):
-    """What a browser would see of a page."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        if self.tags and self.tags[-1][0] == "script":
-            self.scripts.append(data)
+def test_names_are_c_tf_idf_by_hand() -> None:
+    texts = ["apple apple pear", "apple plum", "kernel kernel driver pear"]
+    names = characteristic_words(texts, np.array([0, 0, 1]))
+    # A = 4.5 words a cluster. apple: sqrt(3/5) log(1 + 2/3.5) = 0.35; plum: sqrt(1/5) log(1 + 4/1.5) = 0.58;
+    # pear, in both: sqrt(1/5) log(1 + 3/2.5) = 0.35, just above apple; kernel: sqrt(2/4) log(1 + 3/2.5) = 0.56;
+    # driver: sqrt(1/4) log(1 + 4/1.5) = 0.65
+    assert names == ["plum, pear, apple", "driver, kernel, pear"]
 
 
-def page_of(points: Points, groups: list[str], folder: Path, title: str = "title") -> Tags:
-    write_page(np.zeros((len(groups), 2), np.float32), groups, points, title, folder / "map.html")
-    page = Tags()
-    page.feed((folder / "map.html").read_text("utf-8"))
-    return page
+def test_the_map_fills_its_canvas() -> None:
+    points, _ = clumps()
+    plane = np.random.default_rng(0).normal(size=(160, 2)).astype(np.float32) * [1, 50] + [1000, 0]
+    drawn = described(plane, np.arange(160) % 4, list("abcd"), points, "title")
+    for axis in ("x", "y"):
+        values = [point[axis] for point in drawn["points"]]
+        assert (min(values), max(values)) == (0, 1)
+        assert drawn["centres"][2][axis] == pytest.approx(np.median(values[2::4]), abs=1e-3)
+    json.dumps(drawn)
+    same = described(np.zeros((160, 2), np.float32), np.zeros(160, int), ["a"], points, "title")
+    assert {point["x"] for point in same["points"]} == {0.0}
+
+
+def map_of(points: Points, name: str, folder: Path) -> Path:
+    numbers = np.arange(len(points.texts)) % 2
+    drawn = described(np.array([[0, 0], [1, 1]], np.float32), numbers, [name, "h"], points, name)
+    write_page(drawn, folder / "map.html")
+    return folder / "map.html"
 
 
 def test_no_text_runs_or_is_taken_for_markup(tmp_path: Path) -> None:
     vectors = np.zeros((2, 3), np.float32)
-    tame = page_of(Points(["s"] * 2, ["s:1", "s:2"], ["one", "two"], vectors), ["g", "h"], tmp_path)
-    points = Points(["s"] * 2, [EVIL, "s:2"], [EVIL, f"'\"{EVIL} & <b>bold</b>"], vectors)
-    evil = page_of(points, [EVIL, "h"], tmp_path, EVIL)
-    assert [tag for tag, _ in evil.tags] == [tag for tag, _ in tame.tags]
-    assert all("src" not in attributes and "href" not in attributes for _, attributes in evil.tags)  # offline
-    (data,) = (script for script in evil.scripts if "Plotly.newPlot(" in script)
-    traces = json.JSONDecoder().raw_decode(data[data.index("[{", data.index("Plotly.newPlot(")) :])[0]
-    shown = [text for trace in traces for text in trace["text"]] + [trace["name"] for trace in traces]
+    tame = Tags(map_of(Points(["s", "t"], ["s:1", "s:2"], ["one", "two"], vectors), "g", tmp_path).read_text("utf-8"))
+    points = Points([EVIL, "s"], [EVIL, "s:2"], [EVIL, f"'\"{EVIL} & <b>bold</b> {ACTS}" + "x" * 1_000_000], vectors)
+    evil = Tags(map_of(points, EVIL, tmp_path).read_text("utf-8"))
+    assert evil.tags == tame.tags
+    (data,) = (each for each in data_of(evil) if "points" in each)
+    shown = [point["hover"] for point in data["points"]]
     assert not any(re.search(r"<(?!/?b>|br>)", text) for text in shown)
     assert any("&lt;/script&gt;" in text for text in shown)
     assert any("&lt;b&gt;bold&lt;/b&gt;" in text for text in shown)
+    assert not re.search("[\x1b\u202e]", json.dumps(data, ensure_ascii=False))
+    assert len(json.dumps(data)) < 10_000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_a_browser_draws_and_searches_it(tmp_path: Path) -> None:
+    points = Points(["a", "b"], [EVIL, "s:2"], [EVIL, "a kernel driver"], np.zeros((2, 3), np.float32))
+    page = map_of(points, EVIL, tmp_path)
+    dom, console = browse(page)
+    assert console == ""
+    assert "<title>hacked</title>" not in dom
+    assert len(re.findall(r'<path class="point"', dom)) == 2
+    search = """<script>
+    const box = document.querySelector("input");
+    box.value = "KERNEL driver"; box.dispatchEvent(new Event("input"));
+    </script></body>"""
+    html, _, _ = re.sub(r"<meta http-equiv=[^>]*>", "", page.read_text("utf-8")).rpartition("</body>")
+    page.write_text(html + search, "utf-8")
+    dom, _ = browse(page)
+    assert ">1 of 2 match</output>" in dom
 
 
 def test_the_png_has_a_colour_for_each_group(tmp_path: Path) -> None:
@@ -157,7 +191,7 @@ def test_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         writer.append(table.write(rows.select(table.schema.names)))
     code, last, err = job("--sample", "40", "--clusters", "3", "--to", str(tmp_path / "out"))
     assert code == 0, err
-    assert last["metrics"] == {"points": 40, "groups": 3}
+    assert last["metrics"] == {"points": 40, "clusters": 3, "sources": 1}
     for path in last["paths"].values():
         assert Path(path).parent == tmp_path / "out"
-        assert Path(path).stat().st_size > 10_000
+        assert Path(path).stat().st_size > 1_000

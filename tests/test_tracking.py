@@ -23,12 +23,12 @@ from pipeline.training.history import (
     JsonLines,
     Metrics,
     Tracker,
-    _series,
     final_table,
     grouped,
     metrics_kind,
     plot_history,
     read_rows,
+    series_of,
 )
 from pipeline.training.trackers import Trackers, _mode, run_id
 
@@ -403,7 +403,7 @@ class TestSummary:
         history.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         plot_history(history, tmp_path / "history.png")
         assert (tmp_path / "history.png").read_bytes().startswith(b"\x89PNG")
-        drawn = {panel.title: sorted(_series(ROWS, panel)) for panel in PANELS if _series(ROWS, panel)}
+        drawn = {panel.title: sorted(series_of(ROWS, panel)) for panel in PANELS if series_of(ROWS, panel)}
         assert drawn == {
             "loss": ["loss", "validation_loss"],
             "validation scores": ["validation_ndcg@10"],

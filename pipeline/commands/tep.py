@@ -26,7 +26,7 @@ from pipeline.job import parser, run_job
 
 COMMANDS = (
     *("run", "prepare", "train", "tune", "evaluate", "embed", "search"),
-    *("mine", "map", "export", "runs", "config", "clean"),
+    *("mine", "map", "report", "export", "runs", "config", "clean"),
 )
 SUMMARISED = ("run", "prepare", "train", "tune", "evaluate", "embed")
 NEXT = """first steps:

@@ -25,6 +25,8 @@ class Evaluation(Section):
     5-nearest-neighbour classification."""
     general: PathStr | None = None
     """A task outside your domain, a BEIR folder or a file like `sts_file`, which shows what the model has forgotten."""
+    mteb: list[str] = []
+    """Names of MTEB tasks, such as STSBenchmark, whose data come from the Hugging Face hub. Needs the extra `mteb`."""
     must_beat: list[Literal["bm25", "base"]] = []
     """`run` publishes a model only if its NDCG@10 on your own retrieval tasks is better than that of these, by more
     than chance. base: the model of `model.pretrained`, `model.static_from` or `objective.distillation.teacher`."""

@@ -115,6 +115,14 @@ def connected_cluster() -> Cluster:
     return Cluster((*alive, *addable), ray.get_runtime_context().get_node_id())
 
 
+def accelerators() -> list[str]:
+    """The kinds of GPUs that the nodes of the connected cluster have, such as H200."""
+    import ray
+
+    names = (name for each in ray.nodes() if each["Alive"] for name in each["Resources"])
+    return sorted({name.partition(":")[2] for name in names if name.startswith("accelerator_type:")})
+
+
 def addable_nodes(alive: Sequence[Node], file: Path) -> list[Node]:
     """Nodes that the autoscaler may add, from the cluster's config file.
 

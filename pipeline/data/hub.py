@@ -70,7 +70,7 @@ def find_dataset(source: Source) -> HubDataset:
             inputs = [(f"{path}@{commit}:{source.config or ''}:{source.split}", sum(sizes.values()), 0)]
         _, data, files_of_split = _dataset(source, path, commit)
         shards = _shard_names(source.split, data, files_of_split)
-    except _errors() as error:
+    except hub_errors() as error:
         raise ConfigError(_refusal(source, error)) from None
     return HubDataset(path, commit, shards, inputs, sizes)
 
@@ -81,7 +81,7 @@ def dataset_rows(
     """Rows of the shards `start` to `stop`. Raises JobError if the hub is unreachable."""
     try:
         builder, data, files = _dataset(source, path, revision)
-    except _errors() as error:
+    except hub_errors() as error:
         raise JobError(f"source {source.name}: cannot fetch {path}: {cause(error)}; run the job again") from None
     names = _shard_names(source.split, data, files)
     for shard in range(start, stop):
@@ -93,7 +93,7 @@ def dataset_rows(
                 continue
             rows = data.shard(num_shards=data.num_shards, index=shard)
             yield from _shard_rows(rows, f"{source.split}:{shard}", columns)
-        except _errors() as error:
+        except hub_errors() as error:
             if _is_network(error):
                 raise JobError(f"source {source.name}: cannot fetch shard {shard}: {cause(error)}; retry") from None
             yield broken(names[shard], UNREADABLE_FILE, cause(error))
@@ -209,7 +209,7 @@ def _strings(content: Any) -> Iterator[str]:
             yield from _strings(each)
 
 
-def _errors() -> tuple[type[Exception], ...]:
+def hub_errors() -> tuple[type[Exception], ...]:
     """What the hub's libraries raise for a missing, broken or unreachable data set."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError

@@ -31,6 +31,7 @@ from pipeline.core.path import StoragePath
 from pipeline.data.fields import EXCERPT_CHARS, TEXT_FIELDS
 
 SPLITS = ("train", "validation")
+BARS = 60  # of a histogram of lengths
 
 RECORD_SCHEMA = pa.schema(
     [
@@ -100,6 +101,7 @@ class Manifest:
     versions: dict[str, str]
     settings: dict[str, Any] = field(default_factory=dict)  # config keys that the shards depend on
     files: Files = field(default_factory=dict)
+    histograms: dict[str, dict[str, Any]] = field(default_factory=dict)  # by text field: LengthCounts.histogram
     held_out_fraction: float | None = None  # None in data sets of earlier versions: as in `settings`
     # Only in memory; training adds them.
     teacher: TeacherVectors | None = None
@@ -198,6 +200,16 @@ class LengthCounts:
             "unknown_rate": round(self.unknown / max(self.tokens, 1), 6),
         }
 
+    def histogram(self, max_length: int) -> dict[str, Any]:
+        """Texts by length before truncation: `texts` in bars of equal width from 0 to `longest`.
+
+        The last bar includes all longer texts.
+        """
+        longest = int(1.1 * max(_figures(self.whole)["p99"], max_length))
+        lengths, texts = list(self.whole), list(self.whole.values())
+        bars, _ = np.histogram([min(length, longest) for length in lengths], BARS, (0, longest), weights=texts)
+        return {"longest": longest, "texts": bars.astype(int).tolist()}
+
 
 def _figures(counts: Counter[int]) -> dict[str, float]:
     """Mean, standard deviation, minimum, percentiles and maximum of a histogram, number → count."""
@@ -223,13 +235,12 @@ def draw_lengths(counts: dict[str, LengthCounts], max_length: int, path: Path) -
     figure = Figure(figsize=(8, 2.6 * len(counts)), layout="constrained")
     axes = figure.subplots(len(counts), squeeze=False)[:, 0]
     for axis, (name, count) in zip(axes, counts.items(), strict=True):
-        lengths, texts = list(count.whole), list(count.whole.values())
-        longest = max(_figures(count.whole)["p99"] * 1.1, max_length * 1.1)
-        axis.hist([min(length, longest) for length in lengths], bins=60, range=(0, longest), weights=texts)
+        histogram = count.histogram(max_length)
+        axis.stairs(histogram["texts"], np.linspace(0, histogram["longest"], BARS + 1), fill=True)
         axis.axvline(max_length, color="black", linestyle="--", linewidth=1)
         summary = count.summary()
         axis.set_title(
-            f"{name}: {sum(texts):,} texts, mean {summary['whole_mean']:,.0f} tokens, "
+            f"{name}: {sum(histogram['texts']):,} texts, mean {summary['whole_mean']:,.0f} tokens, "
             f"{summary['truncation_rate']:.1%} longer than {max_length}",
             fontsize=10,
         )

@@ -51,7 +51,7 @@ from pipeline.data.sources import SourcePlan, check_fields, inputs_by_content, p
 from pipeline.data.tokenizer import load_tokenizer, tokenizer_file, train_tokenizer
 from pipeline.data.tokenizing import ROW_GROUP_ROWS, Cutter
 
-FORMAT = 7  # raise it when the stages' output changes: all earlier folders become stale
+FORMAT = 8  # raise it when the stages' output changes: all earlier folders become stale
 SHARD_BYTES = 8 << 20  # text per shard: a core tokenizes it in seconds
 MAX_SHARDS = 4_096  # above 32 GB of text, shards grow instead, because each reads every part of the shuffle
 DISK_A_TEXT_BYTE = 1.7  # peak of all stages. Ours, measured: 40.0 MB for 23.5 MB of Debian's descriptions

@@ -140,7 +140,11 @@ def token_shards(
         lengths[name].merge(part["lengths"][name])
     with tokens.output.writing("lengths.png") as file:
         draw_lengths(lengths, recipe.max_length, file)
-    described = {"shards": shards, "lengths": {name: count.summary() for name, count in lengths.items()}}
+    described = {
+        "shards": shards,
+        "lengths": {name: count.summary() for name, count in lengths.items()},
+        "histograms": {name: count.histogram(recipe.max_length) for name, count in lengths.items()},
+    }
     return described | ({"series": series, "record_files": len(files)} if series else {})
 
 
@@ -179,5 +183,6 @@ def assemble(prepared: Artifact, tokens: Artifact, described: dict[str, Any], pa
         clusters=parts.clusters,
         versions={name: version(name) for name in ("ray", "tokenizers", "pyarrow", "rensa")},
         settings={"data.validation_fraction": parts.validation_fraction, "tokenizer.max_length": recipe.max_length},
+        histograms=described["histograms"],
         held_out_fraction=recipe.validation_fraction,
     )

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from pipeline.config import Config
@@ -24,6 +25,7 @@ from pipeline.core.outcome import JobError, Result, command
 from pipeline.core.path import StoragePath, as_path
 from pipeline.core.session import Progress
 from pipeline.data.manifest import Manifest
+from pipeline.evaluation.examples import Details
 from pipeline.evaluation.tasks import GENERAL
 from pipeline.evaluation.verdict import NAMES, ByQuery, comparisons
 from pipeline.index.encoder import EncoderRecipe
@@ -31,7 +33,7 @@ from pipeline.index.published import encoder_recipe, published
 from pipeline.index.teacher import holds_vectors, model_recipe
 from pipeline.model.folder import model_fingerprint
 
-FORMAT = 3  # raise it when scores change: earlier ones are computed again
+FORMAT = 4  # raise it when scores change: earlier ones are computed again
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,9 @@ class Evaluation:
         """Score and compare a model; `again` recomputes its scores."""
         config, latest = self.config, self.config.run_dir / "evaluation.json"
         scored = self._scored(encoder_recipe(config, model), config.evaluation, again=again)
-        without_bm25 = config.evaluation.model_copy(update={"bm25": False})
+        compared = config.evaluation.model_copy(update={"bm25": False, "mteb": []})
         others = {
-            name: _by_query(self._scored(recipe, without_bm25, again=False))
-            for name, recipe in self._others(model).items()
+            name: _by_query(self._scored(recipe, compared, again=False)) for name, recipe in self._others(model).items()
         }
         content = json.loads((scored.folder / "scores.json").read_text(encoding="utf-8"))
         found = comparisons(_by_query(scored), others)
@@ -71,7 +72,7 @@ class Evaluation:
         return Result(content["scores"], {"scores": str(latest)})
 
     def _scored(self, recipe: EncoderRecipe, wanted: Settings, *, again: bool) -> Artifact:
-        """A model's scores: scores.json, and queries.json with the NDCG@10 of each query."""
+        """A model's scores: scores.json, queries.json with the NDCG@10 of each query, and examples.json."""
         files = (wanted.beir_dir, wanted.sts_file, wanted.general, wanted.clustering_file, wanted.classification_dir)
         key = {
             "format": FORMAT,
@@ -80,17 +81,19 @@ class Evaluation:
             "evaluation": wanted.model_dump(mode="json", exclude={"must_beat"}),
             "space": recipe.fingerprint,
             "files": [change for path in files for change in _changes(path)],
+            "mteb": version("mteb") if wanted.mteb else None,
         }
-        scored = Artifact(self.config.run_dir / "evaluations", "", key)
+        scored = artifact_of(self.config.run_dir, key)
 
         def fill() -> dict[str, Any]:
             from pipeline.evaluation.scoring import score_tasks
 
-            by_query: ByQuery = {}
+            details = Details()
             config = _as_held_out(self.config, self.manifest).model_copy(update={"evaluation": wanted})
-            scores = score_tasks(config, self.folder, self.manifest, recipe, self.progress, by_query)
+            scores = score_tasks(config, self.folder, self.manifest, recipe, self.progress, details)
             scored.output.write("scores.json", json.dumps({"of": key, "scores": scores}, indent=2).encode())
-            scored.output.write("queries.json", json.dumps(by_query).encode())
+            scored.output.write("queries.json", json.dumps(details.by_query).encode())
+            scored.output.write("examples.json", json.dumps(details.examples, indent=1).encode())
             return {"scores": scores}
 
         again = again and may_write(scored.folder)
@@ -116,6 +119,11 @@ class Evaluation:
             if config.embedding.model is None and model_fingerprint(recipe.local) != own:
                 found["previous"] = recipe
         return found
+
+
+def artifact_of(run_dir: StoragePath, key: dict[str, Any]) -> Artifact:
+    """The artifact of the scores that evaluation.json says are `of` these inputs."""
+    return Artifact(run_dir / "evaluations", "", key)
 
 
 def refuse_unbeaten(config: Config) -> None:

@@ -51,6 +51,7 @@ class Origin:
     run: dict[str, Any] = field(default_factory=dict)  # run.json
     manifest: Manifest | None = None
     scores: dict[str, Any] = field(default_factory=dict)  # of evaluation.json, if it scored this model
+    verdicts: list[str] = field(default_factory=list)  # of the same: a sentence for BM25 and the base on each task
 
 
 def read_origin(checkpoint: StoragePath, scored_in: StoragePath) -> Origin:
@@ -71,6 +72,7 @@ def read_origin(checkpoint: StoragePath, scored_in: StoragePath) -> Origin:
         run=run,
         manifest=next((m for m in manifests if m and m.fingerprint == run["data_fingerprint"]), None),
         scores=scored["scores"] if belongs else {},
+        verdicts=[each["sentence"] for each in scored["comparisons"] if each["other"] != "previous"] if belongs else [],
     )
 
 
@@ -102,7 +104,7 @@ def model_card(
         _model(spec),
         _data(origin.manifest) if origin.manifest else "",
         _training(origin) if origin.run else "",
-        _scores(origin.scores, evaluate_command),
+        _scores(origin, evaluate_command),
         LIMITS,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -185,15 +187,16 @@ def _without_nulls(tree: Any) -> Any:
     return tree
 
 
-def _scores(scores: dict[str, Any], command: str) -> str:
+def _scores(origin: Origin, command: str) -> str:
     rows = [
         (task, system, ", ".join(f"{metric} {value:.4f}" for metric, value in values.items()))
-        for task, system, values in score_rows(scores)
+        for task, system, values in score_rows(origin.scores)
     ]
     if not rows:
         return ""
     table = _table(("task", "", "scores"), rows)
-    return f"## Scores\n\n{table}\n\nTo reproduce them with the run and its data:\n\n```\n{command}\n```"
+    verdicts = "\n\n" + "\n".join(f"- {sentence}" for sentence in origin.verdicts) if origin.verdicts else ""
+    return f"## Scores\n\n{table}{verdicts}\n\nTo reproduce them with the run and its data:\n\n```\n{command}\n```"
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -20,10 +20,11 @@ from pipeline.core.path import StoragePath, as_path
 from pipeline.core.session import Progress
 from pipeline.data.filtering import normaliser
 from pipeline.data.manifest import Manifest
+from pipeline.evaluation.examples import Details
 from pipeline.evaluation.metrics import (
+    Ranking,
     bm25_ranking,
     fused,
-    ndcg_by_query,
     neighbour_scores,
     retrieval_metrics,
     to_ranking,
@@ -40,7 +41,6 @@ from pipeline.evaluation.tasks import (
     read_classification,
     read_labels,
 )
-from pipeline.evaluation.verdict import ByQuery
 from pipeline.index.documents import tokens_fit
 from pipeline.index.encoder import EncoderRecipe
 from pipeline.index.vectors import Floats, TopK, unit
@@ -56,11 +56,11 @@ def score_tasks(
     manifest: Manifest,
     recipe: EncoderRecipe,
     progress: Callable[[], Progress],
-    by_query: ByQuery | None = None,
+    details: Details | None = None,
 ) -> dict[str, Scores]:
     """Scores by task, in the order of the config's keys. `progress` starts Ray; it is called only to encode texts.
 
-    Adds the NDCG@10 of each query to `by_query`, for the model at full width and BM25.
+    Adds each query's NDCG@10, and examples of queries, to `details`.
     """
     settings, normalise = config.evaluation, normaliser(config.data)
     dimensions, vectors = read_model_spec(recipe.local).head.dimensions, TextVectors(recipe, progress)
@@ -77,10 +77,10 @@ def score_tasks(
         queries = vectors.of(list(task.queries.values()), f"queries of {task.name}", "query")
         found = nearest_documents(task, queries, sizes, recipe, progress())
         with Stage(f"evaluate: score {task.name}", len(task.queries), "queries") as stage:
-            name, of_task = _unique(task.name, scores), dict[str, dict[str, float]]()
-            scores[name] = score_retrieval(task, found, bm25=settings.bm25, by_query=of_task)
-            if by_query is not None:
-                by_query[name] = of_task
+            name = _unique(task.name, scores)
+            scores[name], rankings = score_retrieval(task, found, bm25=settings.bm25)
+            if details is not None:
+                details.add(name, task, rankings)
             stage.advance(len(task.queries))
     for key, file in (("sts_file", settings.sts_file), ("general", settings.general)):
         if file is None or as_path(file).is_dir():
@@ -100,6 +100,10 @@ def score_tasks(
         scores[_unique(path.name, scores)] = score_classification(
             both[: len(train)], train_labels, both[len(train) :], test_labels, sizes
         )
+    if settings.mteb:
+        from pipeline.evaluation.mteb_tasks import score_mteb
+
+        scores |= score_mteb(settings.mteb, vectors, normalise)
     return scores
 
 
@@ -130,17 +134,9 @@ def _system(name: str, size: int, sizes: list[int]) -> str:
     return name if size == sizes[0] else f"{name}@{size}"
 
 
-def score_retrieval(
-    task: RetrievalTask,
-    found: dict[int, TopK],
-    *,
-    bm25: bool,
-    by_query: dict[str, dict[str, float]] | None = None,
-) -> Scores:
-    """Metrics by system: the model at each size, full width first; with `bm25` also BM25, and both fused (hybrid).
-
-    Adds the NDCG@10 of each query to `by_query`, for the model at full width and BM25.
-    """
+def score_retrieval(task: RetrievalTask, found: dict[int, TopK], *, bm25: bool) -> tuple[Scores, dict[str, Ranking]]:
+    """Metrics and rankings by system: the model at each size, full width first; with `bm25` also BM25, and both fused
+    (hybrid)."""
     names, sizes = list(task.queries), list(found)
     rankings = {size: without_own_documents(to_ranking(names, result), task.qrels) for size, result in found.items()}
     systems = {_system("model", size, sizes): ranking for size, ranking in rankings.items()}
@@ -150,11 +146,9 @@ def score_retrieval(
         lexical = without_own_documents(ranked, task.qrels)
         systems["bm25"] = lexical
         systems |= {_system("hybrid", size, sizes): fused(ranking, lexical) for size, ranking in rankings.items()}
-    if by_query is not None:
-        for system in systems.keys() & {"model", "bm25"}:
-            by_query[system] = ndcg_by_query(task.qrels, systems[system])
     counts = {"queries": len(task.queries), "documents": len(task.documents)}
-    return counts | {system: retrieval_metrics(task.qrels, ranking) for system, ranking in systems.items()}
+    metrics = {system: retrieval_metrics(task.qrels, ranking) for system, ranking in systems.items()}
+    return counts | metrics, systems
 
 
 def score_sts(task: StsTask, first: Floats, second: Floats, sizes: list[int]) -> Scores:

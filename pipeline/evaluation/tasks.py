@@ -101,6 +101,10 @@ def check_tasks(settings: Evaluation) -> None:
         read_labels(as_path(settings.clustering_file), "evaluation.clustering_file")
     if settings.classification_dir:
         read_classification(as_path(settings.classification_dir))
+    if settings.mteb:
+        from pipeline.evaluation.mteb_tasks import find_tasks
+
+        find_tasks(settings.mteb)
 
 
 def check_beir(folder: StoragePath, key: str = KEY) -> None:

@@ -164,7 +164,7 @@ def plot_history(history: StoragePath, png: StoragePath) -> None:
     from matplotlib.figure import Figure
 
     rows = read_rows(history)
-    drawn = [(panel, series) for panel in PANELS if (series := _series(rows, panel))]
+    drawn = [(panel, series) for panel in PANELS if (series := series_of(rows, panel))]
     if not drawn:
         return
     lines = -(-len(drawn) // COLUMNS)
@@ -178,7 +178,7 @@ def plot_history(history: StoragePath, png: StoragePath) -> None:
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def _series(rows: Sequence[Row], panel: Panel) -> dict[str, list[tuple[int, float]]]:
+def series_of(rows: Sequence[Row], panel: Panel) -> dict[str, list[tuple[int, float]]]:
     """The finite (step, value) points of the panel's metrics, by name."""
     series: dict[str, list[tuple[int, float]]] = {}
     for row in rows:

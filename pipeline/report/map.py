@@ -1,10 +1,12 @@
-"""Draws a map of a sample of the vectors, projected to two dimensions and coloured by source or cluster.
+"""Draws a map of a sample of the vectors, projected to two dimensions and coloured by cluster or source.
 
-    draw_map(config, model, config.run_dir, sample_size=5000, clusters=12)   # map.png and map.html
+    draw_map(config, model, config.run_dir, sample_size=5000, clusters=12)   # map.png, map.html, map.json
 
     points = sample(table.scan(COLUMNS), 5000)
     plane = project(points.vectors)                    # (5000, 2)
-    groups = group(points, clusters=12)                # ["2: python, module, library", …], or sources
+    numbers, names = cluster(points, clusters=12)      # (5000,), ["python, module, library", …]
+
+map.json is what the run's report shows.
 
 PCA reduces the vectors to 50 dimensions, then t-SNE to two, as its authors advise (van der Maaten & Hinton 2008).
 Points close together have similar vectors; the distances between clusters and their sizes mean little. Seeds are fixed.
@@ -15,12 +17,14 @@ from __future__ import annotations
 
 import html
 import io
+import json
 import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,14 +35,19 @@ from pipeline.core.files import replacing, write_atomically
 from pipeline.core.outcome import JobError, Result, command
 from pipeline.core.path import StoragePath
 from pipeline.index.vectors import Floats, as_matrix, unit
+from pipeline.report.facts import MAP
+from pipeline.report.page import Page, Section, one_line, render
+from pipeline.report.sections import map_content
 
+TSNE_STEPS = 500  # neighbours in the plane are as good as after 1,000, in half the time. Ours, measured
 COLUMNS = ("id", "source", "source_id", "text", "vector")
 COMPONENTS = 50  # van der Maaten & Hinton 2008, section 4.1: 30 to 50
 PERPLEXITY = 30.0
-ITERATIONS = 1000  # of t-SNE at most: scikit-learn's default
 WORDS_PER_CLUSTER = 3
 MIN_POINTS = 4
-SHOWN_CHARS, LINE_CHARS = 400, 80  # of the text in a tooltip
+SHOWN_CHARS, LINE_CHARS = 300, 70  # of the text in a tooltip
+NAME_CHARS = 60
+WORD_CHARS = 2_000  # of each text, when clusters are named
 
 
 @dataclass(frozen=True)
@@ -70,15 +79,17 @@ def draw_map(
     count, total = len(points.texts), table.count()
     if count < MIN_POINTS:
         raise JobError(f"{table.name} holds {count} vectors; a map needs at least {MIN_POINTS}")
-    with Stage("map: project", ITERATIONS, "iterations") as stage:
+    with Stage("map: project", TSNE_STEPS, "steps") as stage:
         plane = project(points.vectors, stage.advance)
-        stage.advance(ITERATIONS - stage.done)  # t-SNE ends early if it has converged
-    groups = group(points, clusters)
-    title = f"{table.name}: {count:,} of {total:,} vectors"
-    draw_png(plane, groups, title, folder / "map.png")
-    write_page(plane, groups, points, title, folder / "map.html")
-    paths = {"picture": str(folder / "map.png"), "page": str(folder / "map.html")}
-    return Result({"points": count, "groups": len(set(groups))}, paths)
+        stage.advance(TSNE_STEPS - stage.done)  # t-SNE ends early if it has converged
+    numbers, names = cluster(points, clusters)
+    drawn = described(plane, numbers, names, points, f"{table.name}: {count:,} of {total:,} vectors")
+    groups = points.sources if len(drawn["sources"]) > 1 else [names[number] for number in numbers.tolist()]
+    draw_png(plane, groups, drawn["title"], folder / "map.png")
+    write_page(drawn, folder / "map.html")
+    write_atomically(folder / MAP, json.dumps(drawn).encode())
+    paths = {"picture": str(folder / "map.png"), "page": str(folder / "map.html"), "data": str(folder / MAP)}
+    return Result({"points": count, "clusters": len(names), "sources": len(drawn["sources"])}, paths)
 
 
 def sample(batches: Iterable[pa.RecordBatch], count: int) -> Points:
@@ -112,43 +123,56 @@ def project(vectors: Floats, advance: Callable[[int], object] = lambda iteration
     """Project (N, D) vectors to (N, 2) coordinates; N is at least MIN_POINTS. Calls `advance` with new iterations."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     reduced = PCA(min(COMPONENTS, *vectors.shape), random_state=0).fit_transform(vectors)
     perplexity = min(PERPLEXITY, (len(vectors) - 1) / 3)
-    tsne = TSNE(2, perplexity=perplexity, init="pca", random_state=0, max_iter=ITERATIONS, verbose=2)
-    with redirect_stdout(_Iterations(advance)):
+    tsne = TSNE(2, perplexity=perplexity, init="pca", random_state=0, max_iter=TSNE_STEPS, verbose=2)
+    with (
+        threadpool_limits(1),
+        redirect_stdout(_Iterations(advance)),
+    ):  # threads that wait for each other take twice the time, and many times on a busy machine
         plane: Floats = tsne.fit_transform(reduced)
     return plane
 
 
-def group(points: Points, clusters: int) -> list[str]:
-    """Each point's source if there are several, else the name of its k-means cluster."""
-    if len(set(points.sources)) > 1:
-        return points.sources
+def cluster(points: Points, clusters: int) -> tuple[np.ndarray, list[str]]:
+    """The cluster of each point by k-means, and each cluster's name; the largest cluster has number 0."""
     from sklearn.cluster import KMeans
 
     labels = KMeans(min(clusters, len(points.texts)), n_init=4, random_state=0).fit_predict(points.vectors)
-    names = _names(points.texts, labels)
-    return [names[label] for label in labels.tolist()]
-
-
-def _names(texts: list[str], labels: np.ndarray) -> dict[int, str]:
-    """Name each cluster: its rank by size, and the words whose mean TF-IDF exceeds the overall mean the most."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
     order = [label for label, _ in Counter(labels.tolist()).most_common()]
-    numbers = {label: str(number) for number, label in enumerate(order, 1)}
+    numbers = np.argsort(order)[labels]
+    return numbers, characteristic_words(points.texts, numbers)
+
+
+def characteristic_words(texts: list[str], numbers: np.ndarray) -> list[str]:
+    """A name for each cluster: its most characteristic words by c-TF-IDF, or its number if it has none.
+
+    A word's weight in a cluster is the root of its share of the cluster's words, times log(1 + (A - f + 0.5) / (f +
+    0.5)): A is the mean number of words in a cluster, f how often the word occurs in all of them (Grootendorst 2022,
+    BERTopic, section 3.3, with the package's options bm25_weighting and reduce_frequent_words).
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    count = int(numbers.max()) + 1
+    joined = [
+        "\n".join(texts[row][:WORD_CHARS] for row in np.flatnonzero(numbers == number)) for number in range(count)
+    ]
     try:
-        vectorizer = TfidfVectorizer(stop_words="english", max_features=20_000, token_pattern=r"(?u)\b[^\W\d]\w+\b")
-        weights = vectorizer.fit_transform(texts)
+        vectorizer = CountVectorizer(stop_words="english", max_features=20_000, token_pattern=r"(?u)\b[^\W\d]\w+\b")
+        counts = vectorizer.fit_transform(joined).toarray().astype(np.float64)  # (clusters, words)
     except ValueError:  # the texts have no words
-        return numbers
-    words, overall = vectorizer.get_feature_names_out(), np.asarray(weights.mean(axis=0)).ravel()
-    for label in order:
-        excess = np.asarray(weights[labels == label].mean(axis=0)).ravel() - overall
-        best = [words[i] for i in np.argsort(-excess, kind="stable")[:WORDS_PER_CLUSTER] if excess[i] > 0]
-        numbers[label] = ": ".join([numbers[label], ", ".join(best)] if best else [numbers[label]])
-    return numbers
+        return [str(number) for number in range(1, count + 1)]
+    words, of_cluster = vectorizer.get_feature_names_out(), counts.sum(axis=1, keepdims=True)
+    often = counts.sum(axis=0)
+    rarity = np.log1p(np.maximum(of_cluster.mean() - often + 0.5, 0) / (often + 0.5))
+    weights = np.sqrt(counts / np.maximum(of_cluster, 1)) * rarity
+    best = np.argsort(-weights, axis=1, kind="stable")[:, :WORDS_PER_CLUSTER]
+    return [
+        ", ".join(words[word] for word in best[number] if weights[number, word] > 0) or str(number + 1)
+        for number in range(count)
+    ]
 
 
 def draw_png(plane: Floats, groups: list[str], title: str, path: StoragePath) -> None:
@@ -169,35 +193,37 @@ def draw_png(plane: Floats, groups: list[str], title: str, path: StoragePath) ->
         figure.savefig(temporary, dpi=110, format="png")
 
 
-def write_page(plane: Floats, groups: list[str], points: Points, title: str, path: StoragePath) -> None:
-    """Write the map as a self-contained HTML page: hovering shows a record, and the legend toggles groups."""
-    import plotly.colors
-    import plotly.graph_objects as graph
+def described(plane: Floats, numbers: np.ndarray, names: list[str], points: Points, title: str) -> dict[str, Any]:
+    """The map as JSON, for pages: points from 0 to 1 with tooltips, names of clusters and sources, and centres."""
+    low, high = plane.min(axis=0), plane.max(axis=0)
+    places = np.round((plane - low) / np.maximum(high - low, 1e-9), 4)
+    sources = sorted(set(points.sources))
+    centres = [np.median(places[numbers == number], axis=0).tolist() for number in range(len(names))]
+    return {
+        "title": title,
+        "clusters": [_cut(name, NAME_CHARS) for name in names],
+        "sources": [_cut(source, NAME_CHARS) for source in sources],
+        "centres": [{"x": x, "y": y} for x, y in centres],
+        "points": [
+            {
+                "x": x,
+                "y": y,
+                "cluster": number,
+                "source": sources.index(source),
+                "hover": _shown(source_id, text),
+                "search": one_line(f"{source_id} {text}", SHOWN_CHARS).lower(),
+            }
+            for (x, y), number, source, source_id, text in zip(
+                places.tolist(), numbers.tolist(), points.sources, points.source_ids, points.texts, strict=True
+            )
+        ],
+    }
 
-    palette = plotly.colors.qualitative.Dark24
-    traces = [
-        graph.Scattergl(
-            x=plane[rows, 0],
-            y=plane[rows, 1],
-            mode="markers",
-            name=html.escape(_cut(name, 40)),
-            marker={"size": 5, "color": palette[number % len(palette)], "opacity": 0.8},
-            text=[_shown(points.source_ids[row], points.texts[row]) for row in rows],
-            hovertemplate="%{text}<extra></extra>",
-        )
-        for number, (name, rows) in enumerate(_by_group(groups).items())
-    ]
-    axis = {"showticklabels": False, "showgrid": False, "zeroline": False}
-    figure = graph.Figure(traces).update_layout(
-        title=html.escape(title),
-        xaxis=axis,
-        yaxis=axis | {"scaleanchor": "x"},
-        template="plotly_white",
-        hoverlabel={"align": "left"},
-        legend={"itemsizing": "constant"},
-    )
-    page = figure.to_html(include_plotlyjs=True, config={"displaylogo": False}, default_height="97vh")
-    write_atomically(path, page.encode())
+
+def write_page(drawn: dict[str, Any], path: StoragePath) -> None:
+    """Write the map as a self-contained HTML page: hovering shows a record, the legend toggles groups."""
+    page = Page(str(drawn["title"]), "", [Section("map", "", map=map_content(drawn))])
+    write_atomically(path, render(page).encode())
 
 
 def _by_group(groups: list[str]) -> dict[str, list[int]]:
@@ -209,8 +235,8 @@ def _by_group(groups: list[str]) -> dict[str, list[int]]:
 
 
 def _shown(source_id: str, text: str) -> str:
-    """A record's tooltip in HTML: its source id and the beginning of its text."""
-    lines = [_cut(source_id, LINE_CHARS), *textwrap.wrap(_cut(text, SHOWN_CHARS), LINE_CHARS)]
+    """A record's tooltip in plotly's HTML: its source id and the beginning of its text."""
+    lines = [one_line(source_id, LINE_CHARS), *textwrap.wrap(one_line(text, SHOWN_CHARS), LINE_CHARS)]
     first, *rest = map(html.escape, lines)
     return "<br>".join([f"<b>{first}</b>", *rest])
 

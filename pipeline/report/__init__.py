@@ -1,0 +1,1 @@
+"""Pages for people: a run's report, runs compared, and the map of vectors."""
