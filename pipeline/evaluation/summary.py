@@ -36,7 +36,7 @@ from pipeline.evaluation.report import hybrid_verdict, score_table
 
 MANY_CUT = 0.1  # share of texts that are longer than max_length. Ours
 OVERFITTED = 5.0  # validation loss / training loss, each as a share of a random model's. Ours
-FOLDERS = ("prepared", "model", "store", "scores", "history", "best")
+FOLDERS = ("prepared", "model", "store", "scores", "history", "report", "best")
 NO_SCORE = (
     "Nothing was scored. A score needs sources with pairs (anchor and positive) and evaluation.held_out_queries above "
     "0, or evaluation.beir_dir=DIR with queries and judgements, or evaluation.sts_file=FILE with rated sentences."
