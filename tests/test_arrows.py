@@ -28,7 +28,7 @@ MAY_IMPORT = {
         "preflight": "config core data model index training",
         "api": "config core evaluation report stages",
         "stages": "config core data model index training evaluation preflight",
-        "commands": "config core data model index training evaluation stages api job",
+        "commands": "config core data model index training evaluation report stages api job",
     }.items()
 }
 WITHOUT_RAY = {"config", "model"}

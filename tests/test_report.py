@@ -246,7 +246,7 @@ def test_several_runs(tmp_path: Path) -> None:
     assert "training.learning_rate 0.1 0.2" in page.text
     assert "training.seed" not in page.text
     assert "beir kite (2 queries, 9 documents) model ndcg@10 0.7500 0.7500" in page.text
-    names = [line["name"] for each in data_of(page) if "data" in each for line in each["data"]]
+    names = [line.get("name") for each in data_of(page) if "data" in each for line in each["data"]]
     assert {"one: loss", "two: loss", "one: ndcg@10"} <= set(names)
     assert compare(config, ["one"]).paths["report"] == str(tmp_path / "runs" / "one" / "report.html")
 
@@ -295,7 +295,7 @@ def test_a_run_ends_with_its_report(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert sum(texts) == facts.manifest.lengths["positive"]["rows"]
     bm25 = bm25_of_validation(facts)
     assert bm25["recall@1"] > 0.9  # anchor and positive share two rare words
-    names = [line["name"] for each in data_of(page) if "data" in each for line in each["data"]]
+    names = [line.get("name") for each in data_of(page) if "data" in each for line in each["data"]]
     assert {"loss", "ndcg@10", "BM25's ndcg@10"} <= set(names)
 
     code, last, _, err = run_here(capsys, "report", "--config", str(config))

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from pipeline.commands.runs import listed, printed
+from pipeline.commands.tep import run_command
 from pipeline.config import ConfigError, load
 from pipeline.core.aliases import aliased_model, assign_alias, read_aliases
 from pipeline.core.files import link_or_copy, write_atomically
@@ -127,8 +128,8 @@ class TestList:
     ) -> None:
         assert runs(capsys, tmp_path)[1] == []
         monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-        _, _, out, _ = run_here(capsys, "runs", f"storage.root={tmp_path}")
-        assert f"no runs below {tmp_path}; to make one: tep run" in out
+        assert run_command("runs", [f"storage.root={tmp_path}"]) == 0
+        assert f"no runs below {tmp_path}; to make one: tep run" in capsys.readouterr().out
 
     def test_a_run_whose_data_are_gone_and_one_that_is_not_evaluated(self, root: Path) -> None:
         shutil.rmtree(root / "prepared")

@@ -120,9 +120,9 @@ def test_killed_at_any_step_the_next_run_makes_it_whole(world: World, monkeypatc
     chance, made, encoder = random.Random(0), Counter[str](), world.encoder()
     encode = encoder.encode_tokens
 
-    def encoding(texts: Any) -> np.ndarray:
+    def encoding(texts: Any, *args: Any) -> np.ndarray:
         made.update(map(str, texts.to_pylist()))
-        return encode(texts)
+        return encode(texts, *args)
 
     monkeypatch.setattr(encoder, "encode_tokens", encoding)
     killed = turn = 0
@@ -208,7 +208,7 @@ def test_a_vector_of_another_text_is_found_by_encoding_it_again(world: World) ->
         rows.schema.get_field_index("digest"), "digest", pa.array([d[:32] for d in rows["digest"].to_pylist()])
     )
     overwrite(table, table.stored(rows))  # with digests that fit
-    with pytest.raises(JobError, match=r"100 of 100 sampled vectors do not match their texts.*embed.py --rebuild"):
+    with pytest.raises(JobError, match=r"100 of 100 sampled vectors do not match their texts.*embed --rebuild"):
         world.index().verify(lambda: None)  # type: ignore[arg-type, return-value]
     assert world.run(rebuild=True) == {"new": TEXTS, "embedded": TEXTS}
     world.check()
@@ -264,8 +264,8 @@ def test_more_deletions_than_are_allowed_stop_the_job(world: World) -> None:
 def test_texts_without_a_direction_are_set_aside_and_tried_again(world: World) -> None:
     encode = TextEncoder.encode_tokens
 
-    def broken(self: TextEncoder, texts: Any) -> np.ndarray:
-        vectors = encode(self, texts).copy()
+    def broken(self: TextEncoder, texts: Any, *args: Any) -> np.ndarray:
+        vectors = encode(self, texts, *args).copy()
         if len(vectors) > 50:  # not the sample
             vectors[0] = np.nan
             vectors[1] = 0

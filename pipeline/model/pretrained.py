@@ -154,29 +154,6 @@ class PretrainedEncoder(nn.Module):
             raise ValueError(f"found a {self.model.config.model_type} model, which transformers cannot checkpoint")
         self.model.activation_checkpointing_enable({"use_reentrant": False})
 
-    def keep_layers(self, count: int) -> None:
-        """Drop layers until `count` are left, spread evenly from the first to the last.
-
-        Raises ValueError if the model has fewer, or layers that cannot be dropped.
-        """
-        config, found = self.model.config, int(self.model.config.num_hidden_layers)
-        stacks = [
-            stack
-            for stack in self.model.modules()
-            if isinstance(stack, nn.ModuleList) and all(isinstance(each, GradientCheckpointingLayer) for each in stack)
-        ]
-        if [len(stack) for stack in stacks] != [found]:  # such as ALBERT's, which repeats one layer
-            raise ValueError(f"found {count}, but a {config.model_type} model's layers cannot be dropped; leave it out")
-        if not 0 < count <= found:
-            raise ValueError(f"found {count}; allowed are 1 to {found}, the model's layers")
-        kept = [round(number * (found - 1) / max(count - 1, 1)) for number in range(count)]
-        for number in sorted({*range(found)} - {*kept}, reverse=True):
-            del stacks[0][number]
-        for key, value in config.to_dict().items():
-            if isinstance(value, list) and len(value) == found and hasattr(config, key):  # such as layer_types
-                setattr(config, key, [value[number] for number in kept])
-        config.num_hidden_layers = count
-
     def hidden(self, batch: Packed, layout: Layout) -> Tensor:
         """The last layer's states, (T, D)."""
         if not layout.num_tokens:

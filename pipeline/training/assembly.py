@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -285,25 +285,18 @@ def _new_encoder(config: Config, tokenizer: Tokenizer) -> Encoder:
 
 
 def _pretrained(config: Config) -> EmbeddingModel:
+    from pipeline.model.depth import keep_layers
     from pipeline.model.hf_io import open_hf_model
     from pipeline.model.pretrained import fetch
 
     model = open_hf_model(fetch(_pretrained_path(config)))
-    _keep_layers(model, config.model.num_layers)
+    if isinstance(config.model.num_layers, int):
+        keep_layers(model.backbone, config.model.num_layers)
     if config.model.gradient_checkpointing and not isinstance(model.backbone, Encoder):
         model.backbone.checkpoint_gradients()  # type: ignore[operator]
     if lora := config.model.lora:
         add_lora(model.backbone, lora.rank, lora.alpha, lora.targets)
     return model
-
-
-def _keep_layers(model: EmbeddingModel, count: int | Literal["auto"] | None) -> None:
-    """Keep `count` of a pretrained model's layers; None and "auto" keep all. Raises ValueError if it cannot."""
-    if count is None or count == "auto":
-        return
-    if isinstance(model.backbone, Encoder):
-        raise ValueError(f"found {count}, but the model is a token table, which has no layers; leave it out")
-    model.backbone.keep_layers(count)  # type: ignore[operator]
 
 
 def _pretrained_path(config: Config) -> Path:
@@ -317,6 +310,7 @@ def check_model(config: Config, tokenizer: Tokenizer) -> None:
         _special(tokenizer)
     if not config.model.pretrained:
         return
+    from pipeline.model.depth import keep_layers
     from pipeline.model.hf_io import open_hf_model
     from pipeline.model.pretrained import fetch
 
@@ -327,7 +321,8 @@ def check_model(config: Config, tokenizer: Tokenizer) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.pretrained: {error}") from None
     try:
-        _keep_layers(model, config.model.num_layers)
+        if isinstance(config.model.num_layers, int):
+            keep_layers(model.backbone, config.model.num_layers)
     except ValueError as error:
         raise ConfigError(f"model.num_layers: {error} (model.pretrained={config.model.pretrained})") from None
     backbone: Any = model.backbone
