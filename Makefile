@@ -65,6 +65,7 @@ lint: install-dev
 # make bench DATA=folder-with-debian-linux-doc-sts_b-and-wordnet: the tables of real data in benchmarks/README.md, four hours
 bench: install-dev
 	$(BIN)/python benchmarks/retrieval.py --data $(DATA)
+	$(BIN)/python benchmarks/recipes.py --data $(DATA)
 	$(BIN)/python benchmarks/sweep.py --data $(DATA)
 	$(BIN)/python benchmarks/mining.py --data $(DATA)
 	$(BIN)/python benchmarks/fine_tuning.py --data $(DATA)
