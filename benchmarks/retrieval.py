@@ -20,7 +20,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.fine_tuning import minilm
 from pipeline.core.console import table
 
 RECIPES: dict[str, list[str]] = {
@@ -28,14 +27,6 @@ RECIPES: dict[str, list[str]] = {
     "an ordinary norm, eps 1e-5": ["model.norm_eps=1e-5"],
     "batch 256, rate 1e-3": ["training.global_batch_size=256", "training.table_learning_rate=1e-3"],
     "one layer for the last 3%": ["model.num_layers=1", "model.d_ff=256", "training.table_warmup_fraction=0.97"],
-    "from MiniLM's vectors of the tokens": ["model.static_from={minilm}"],
-    "the same for 2 epochs": ["model.static_from={minilm}", "training.max_epochs=2"],
-    "the recipe for 2 epochs": ["training.max_epochs=2"],
-    "from MiniLM's vectors, which it learns too (configs/distill_table.yaml)": [
-        "model.static_from={minilm}",
-        "objective.contrastive.weight=1",
-        "objective.distillation.teacher={minilm}",
-    ],
 }
 
 
@@ -53,7 +44,7 @@ def run(data: Path, overrides: list[str], seed: int) -> dict[str, Any]:
                 f"evaluation.beir_dir={data / 'debian' / 'beir'}",
                 "evaluation.held_out_queries=0",
                 f"training.seed={seed}",
-                *(each.format(minilm=minilm()) if "{minilm}" in each else each for each in overrides),
+                *overrides,
             ],
             env=os.environ | {"PIPELINE_STORAGE": storage},
             stdout=subprocess.PIPE,
