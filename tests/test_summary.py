@@ -87,6 +87,12 @@ def test_warnings_name_the_key_to_change(tmp_path: Path) -> None:
     assert "tokenizer.max_length" in said
     assert "900 pairs are few for a model from scratch" in said
     assert "training loss, 0.02, is far below the validation loss, 1.2" in said
+    assert "more data may give a better one" in said
+    assert "early_stopping" not in said
+    lines = (config.run_dir / "metrics.jsonl").read_text()
+    (config.run_dir / "metrics.jsonl").write_text(json.dumps({"step": 12, "validation_loss": 1.1}) + "\n" + lines)
+    said = summary("train", config, Result(METRICS["train"]))
+    assert "the validation loss was 1.1 before" in said
     assert "training.early_stopping.patience" in said
 
 

@@ -91,9 +91,13 @@ class _Run:
         names = ", ".join(source.name for source in (manifest.sources if manifest else config.data.sources))
         return cls(manifest, begun, names, [json.loads(line) for line in lines if line.endswith("}")])
 
+    def values(self, name: str) -> list[float]:
+        """A metric's values that are finite, in the order of the steps."""
+        return [row[name] for row in self.history if math.isfinite(row.get(name, math.nan))]
+
     def last(self, name: str, rows: int = 1) -> float | None:
         """The mean of a metric's last values."""
-        values = [row[name] for row in self.history if math.isfinite(row.get(name, math.nan))][-rows:]
+        values = self.values(name)[-rows:]
         return sum(values) / len(values) if values else None
 
     @property
@@ -179,10 +183,16 @@ def _of_training(config: Config, run: _Run) -> Iterator[str]:
     candidates = min(config.training.validation_pairs, run.manifest.splits["validation"])
     of_random = math.log(max(candidates, 2)) / math.log(config.training.global_batch_size)
     if held_out > OVERFITTED * trained * of_random:
+        best = min(run.values("validation_loss"))
+        advice = "more data may give a better one"
+        if held_out > best:
+            advice = (
+                f"the validation loss was {number(round(best, 4))} before, so fewer training.max_epochs or "
+                "training.early_stopping.patience=3 may give a better one"
+            )
         yield (
             f"the training loss, {number(round(trained, 4))}, is far below the validation loss, "
-            f"{number(round(held_out, 4))}: the model fits its training data much better than others; more data, fewer "
-            "training.max_epochs or training.early_stopping.patience=3 may give a better one"
+            f"{number(round(held_out, 4))}: the model fits its training data much better than others; {advice}"
         )
 
 
