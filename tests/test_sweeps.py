@@ -35,7 +35,8 @@ def trials_of(folder: Path, name: str) -> list[dict[str, str]]:
 def starts(trial: Path) -> list[int]:
     """The steps from which a trial's training began, by its log."""
     log = (trial / "training.log").read_text() if (trial / "training.log").is_file() else ""
-    return [int(step) for step in re.findall(r"workers from step (\d+)", log)]
+    found = re.findall(r"training on \d+ workers?(?:, from step ([\d,]+))?", log)
+    return [int(step.replace(",", "") or 0) for step in found]
 
 
 def validations(run: Path) -> dict[int, float]:
