@@ -20,7 +20,7 @@ from pipeline.config.reading import assign, explain
 from pipeline.config.section import PathStr, RunName, Section
 from pipeline.config.training import Checkpointing, Scaling, Training
 from pipeline.config.tune import Tune
-from pipeline.core.outcome import ConfigError
+from pipeline.core.outcome import ConfigError, flatten
 from pipeline.core.path import StoragePath, as_path, below
 
 DEFAULT_ROOT = "~/.cache/text-embedding-pipeline"
@@ -134,14 +134,6 @@ class Config(Section):
         check_dropout(config, f"{where}: objective.contrastive.views")
         config._folder = self._folder
         return config
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of mappings as dotted keys and their values."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def check_dropout(config: Config, where: str) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,18 +75,18 @@ class Result:
     def __str__(self) -> str:
         if self.summary is not None:
             return self.summary
-        rows = [(name, number(each) if isinstance(each, int | float) else each) for name, each in _flat(self.metrics)]
+        found = flatten(self.metrics).items()
+        rows = [(name, number(each) if isinstance(each, int | float) else each) for name, each in found]
         rows += self.paths.items()
         return table(rows, ("result", "")) if rows else ""
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested mappings under dotted names."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of mappings as dotted keys and their values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 EXPECTED_ERRORS = (ConfigError, JobError, BucketError)  # their messages say what to do

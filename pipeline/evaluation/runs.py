@@ -21,10 +21,10 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config import Model
-from pipeline.config.tree import flatten
 from pipeline.core.aliases import read_aliases
 from pipeline.core.console import log
 from pipeline.core.files import disk_bytes, files_below
+from pipeline.core.outcome import flatten
 from pipeline.core.path import Stat, StoragePath
 from pipeline.data.drift import Drift
 from pipeline.data.manifest import read_prepared

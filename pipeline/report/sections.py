@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.core.outcome import flatten
 from pipeline.evaluation.report import TITLES, score_rows
 from pipeline.report.charts import funnel_chart, length_charts, score_chart, training_charts
 from pipeline.report.facts import Facts
@@ -293,16 +294,8 @@ def _all_scores(run: Facts) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 def _differences(runs: Sequence[Facts]) -> Iterator[list[str]]:
     """Keys of the config whose values differ, with the value of each run."""
-    flat = [dict(_flatten(run.settings)) for run in runs]
+    flat = [flatten(run.settings) for run in runs]
     for key in dict.fromkeys(key for each in flat for key in each):
         values = [one_line(str(each.get(key, "–")), EXCERPT_CHARS) for each in flat]
         if len(set(values)) > 1 and key not in ("storage.run", "logging.save_dir"):
             yield [key, *values]
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
